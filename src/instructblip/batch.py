@@ -1,0 +1,113 @@
+"""The contract between the floors: what data hands to the model, and nothing else.
+
+Dimensions, used in every signature and comment of the project:
+
+===  ======================================================================
+B    samples in a batch
+N    distinct pictures in a batch (N <= B * F: several samples may share one)
+F    frames of a sample; 1 for a still picture
+S    side of a square picture in pixels
+P    tokens that the image encoder gives for one picture (patches + class)
+V    width of the image encoder
+Q    query tokens of the Q-Former
+D    width of the Q-Former
+I    tokens of the instruction as the Q-Former reads it
+T    tokens of the prompt as the language model reads it
+R    tokens of the response, its end token included
+L    width of the language model
+C    candidates of a sample that is answered by ranking
+===  ======================================================================
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that carries no loss (the convention of torch's cross-entropy)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One annotation of one data set, as its owner wrote it: no template, no tokens, no pixels.
+
+    ``images`` are paths relative to the image root; more than one means the frames of a video,
+    in order. ``answers`` are all accepted answers (ten for VQAv2, five references for COCO):
+    one of them is chosen when the instruction is rendered. ``history`` are the earlier turns of
+    a dialogue as (question, answer). ``where`` names file and record for error messages.
+    ``extra`` holds what one metric needs and nothing else does (question type, label, ...).
+    """
+
+    dataset: str
+    split: str
+    id: str
+    images: tuple[str, ...]
+    task: str
+    question: str = ""
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    context: str = ""
+    ocr_tokens: tuple[str, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
+    where: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One example as the model reads it: pictures loaded, instruction rendered, text tokenised.
+
+    ``image_keys`` tell equal pictures apart from different ones inside a batch, so that each
+    distinct picture is encoded once. Exactly one of ``pixels`` [F][3, S, S] and ``features``
+    [F][P, V] is set. ``response_ids`` ends with the end token; it is empty at inference.
+    """
+
+    image_keys: tuple[str, ...]
+    pixels: tuple[Tensor, ...] | None = None
+    features: tuple[Tensor, ...] | None = None
+    qformer_ids: list[int] = field(default_factory=list)
+    prompt_ids: list[int] = field(default_factory=list)
+    response_ids: list[int] = field(default_factory=list)
+    dataset: str = ""
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """B samples over N distinct pictures. All text is padded on the right; masks are 1 on tokens.
+
+    Exactly one of ``pixel_values`` [N, 3, S, S] and ``image_features`` [N, P, V] is set.
+    ``image_index`` [B, F] says which of the N pictures the frames of each sample are.
+    ``datasets`` and ``ids`` name the samples for logs and errors; the model never reads them.
+    """
+
+    image_index: Tensor  # int64 [B, F]
+    qformer_ids: Tensor  # int64 [B, I]
+    qformer_mask: Tensor  # int64 [B, I]
+    prompt_ids: Tensor  # int64 [B, T]
+    prompt_mask: Tensor  # int64 [B, T]
+    response_ids: Tensor  # int64 [B, R]
+    response_mask: Tensor  # int64 [B, R]
+    pixel_values: Tensor | None = None  # float [N, 3, S, S]
+    image_features: Tensor | None = None  # float [N, P, V]
+    datasets: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.image_index.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """The same batch with every tensor on ``device``."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Tokens that carry loss: the denominator of the mean."""
+        return int(self.response_mask.sum())

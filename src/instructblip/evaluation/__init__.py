@@ -1,0 +1,1 @@
+"""Benchmarks, metrics, tables and the report."""

@@ -1,0 +1,1 @@
+"""``Batch`` in, loss or token ids out."""
