@@ -126,7 +126,7 @@ class InstructBlipConfig(_Config):
         )
 
     def to_transformers(self) -> dict[str, Any]:
-        """The ``config.json`` that transformers reads: InstructBlip, or Blip2 without a text branch."""
+        """The ``config.json`` that transformers reads; Blip2's where there is no text branch."""
         prefix, name = (
             ("instructblip", "InstructBlip") if self.instruction_aware else ("blip_2", "Blip2")
         )
@@ -147,7 +147,7 @@ class InstructBlipConfig(_Config):
 
 
 def _select(config: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
-    """The keys of ``values`` that ``config`` knows: transformers adds many of no consequence here."""
+    """The keys of ``values`` that ``config`` knows; transformers adds many that change nothing."""
     return {name: values[name] for name in config.model_fields if name in values}
 
 

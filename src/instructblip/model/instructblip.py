@@ -25,7 +25,8 @@ PARTS = {
     "query_tokens": r"query_tokens",
     "qformer_text_embeddings": r"qformer\.embeddings\.(word|position)_embeddings\..*",
     # The LayerNorm over the concatenation feeds the first self-attention.
-    "qformer_self_attention": r"qformer\.(embeddings\.layernorm|encoder\.layer\.\d+\.attention)\..*",
+    "qformer_self_attention": r"qformer\.(embeddings\.layernorm|encoder\.layer\.\d+\.attention)"
+    r"\..*",
     "qformer_cross_attention": r"qformer\.encoder\.layer\.\d+\.crossattention\..*",
     "qformer_feed_forward": r"qformer\.encoder\.layer\.\d+\.(intermediate|output)(_query)?\..*",
     "projection": r"language_projection\..*",
@@ -199,7 +200,7 @@ class InstructBlip(nn.Module):
     def to_training_dtypes(
         self, frozen_dtype: torch.dtype | None = None, compute_dtype: torch.dtype | None = None
     ) -> Self:
-        """Keep what trains in fp32 (the master weights) and the big frozen parts in ``frozen_dtype``.
+        """Keep what trains in fp32 (master weights) and the big frozen parts in ``frozen_dtype``.
 
         Image encoder and language model are stored in ``frozen_dtype`` where frozen; Q-Former,
         projection and vision norm are small and always fp32: bf16 weights swallow most updates of

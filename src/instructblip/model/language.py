@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutput
 
 from instructblip.batch import Batch
@@ -147,7 +147,7 @@ class CausalLanguage:
     def generate(
         self, queries: Float[Tensor, "B K L"], batch: Batch, **decoding: Any
     ) -> list[list[int]]:
-        """Ids of each response, its end token cut off. Prompts are padded on the left, compactly."""
+        """Ids of each response, its end token cut off. Prompts are compact and padded on the left."""
         embeds, mask = _pad_left(*self._prefix(queries, batch))
         return _generate(self.model, decoding, inputs_embeds=embeds, attention_mask=mask)
 
@@ -210,7 +210,7 @@ class CausalLanguage:
 
 
 class Seq2SeqLanguage:
-    """An encoder-decoder language model: [queries; prompt] in the encoder, response in the decoder."""
+    """An encoder-decoder: [queries; prompt] in the encoder, the response in the decoder."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -221,7 +221,7 @@ class Seq2SeqLanguage:
             )
 
     def join(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Joined:
-        """Encoder rows [queries; prompt; padding], decoder rows [start; response without its end]."""
+        """Encoder rows [queries; prompt; padding], decoder rows [start; response but its end]."""
         embeds, attention_mask = self._prefix(queries, batch)
         rows, columns = batch.response_mask.nonzero(as_tuple=True)
         return Joined(

@@ -33,7 +33,7 @@ class MultiHeadAttention(nn.Module):
         mask: Bool[Tensor, "#M 1 #X Y"] | None = None,
         index: Int[Tensor, " M"] | None = None,
     ) -> Float[Tensor, "M X D"]:
-        """``index`` says which of the N states each row of ``hidden`` reads; None means row i, i."""
+        """``index`` says which of the N states each row of ``hidden`` reads; None: its own."""
         query, key, value = self.query(hidden), self.key(states), self.value(states)
         if index is not None:  # after the projection: a picture that M rows share is projected once
             key, value = key[index], value[index]

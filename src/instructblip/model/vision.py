@@ -123,8 +123,8 @@ class VisionModel(nn.Module):
         size = self.config.image_size
         if pixel_values.shape[-2:] != (size, size):
             raise ValueError(
-                f"pixel_values must be {size} x {size} pixels; got {tuple(pixel_values.shape[-2:])}."
-                " Resize the pictures, or load the model with image_size set to theirs."
+                f"pictures must be {size} x {size} pixels; got {tuple(pixel_values.shape[-2:])}. "
+                "Resize the pictures, or load the model with image_size set to theirs."
             )
         return self.encoder(self.embeddings(pixel_values))
 
