@@ -9,7 +9,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -87,6 +87,19 @@ class InstructBlip(nn.Module):
     def language(self) -> Language:
         """The adapter around ``language_model``."""
         return language_of(self.language_model)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> "InstructBlip":
+        """See ``pretrained.from_pretrained``."""
+        from instructblip.model.pretrained import from_pretrained
+
+        return from_pretrained(path, **options)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """See ``pretrained.save_pretrained``."""
+        from instructblip.model.pretrained import save_pretrained
+
+        save_pretrained(self, path)
 
     # --- the walk of a batch ---------------------------------------------------------------------
 

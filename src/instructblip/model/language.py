@@ -147,7 +147,7 @@ class CausalLanguage:
     def generate(
         self, queries: Float[Tensor, "B K L"], batch: Batch, **decoding: Any
     ) -> list[list[int]]:
-        """Ids of each response, its end token cut off. Prompts are compact and padded on the left."""
+        """Ids of each response, its end token cut off. Prompts are padded on the left."""
         embeds, mask = _pad_left(*self._prefix(queries, batch))
         return _generate(self.model, decoding, inputs_embeds=embeds, attention_mask=mask)
 
