@@ -96,7 +96,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     A directory that was there stays readable until the new one is on the disk; between the two
     renames it is called ``.NAME.old``, which ``existing`` finds after a crash.
     """
-    path = Path(os.path.abspath(path))
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = _beside(path, "new"), _beside(path, "old")
     shutil.rmtree(fresh, ignore_errors=True)
