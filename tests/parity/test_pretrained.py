@@ -24,9 +24,7 @@ from instructblip.model.pretrained import save_text_branch
 
 
 def inputs_for(theirs, batch):
-    build = (
-        transformers_inputs if theirs.config.use_decoder_only_language_model else seq2seq_inputs
-    )
+    build = transformers_inputs if theirs.config.use_decoder_only_language_model else seq2seq_inputs
     return build(batch, theirs.config.num_query_tokens)
 
 
@@ -65,14 +63,10 @@ def test_saved_directory_loads_in_transformers_with_the_same_loss(tmp_path, lang
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     batch = tiny_batch(again.config)
-    expected = (
-        again(**inputs_for(again, batch)).loss if aware else blip2_loss(again.eval(), batch)
-    )
+    expected = again(**inputs_for(again, batch)).loss if aware else blip2_loss(again.eval(), batch)
     torch.testing.assert_close(mean_loss(ours, batch), expected, rtol=1e-5, atol=1e-5)
     ours_again = InstructBlip.from_pretrained(tmp_path / "ours")
-    torch.testing.assert_close(
-        mean_loss(ours_again, batch), mean_loss(ours, batch), rtol=0, atol=0
-    )
+    torch.testing.assert_close(mean_loss(ours_again, batch), mean_loss(ours, batch), rtol=0, atol=0)
 
 
 def test_untied_t5_head_survives_both_ways(tmp_path):
