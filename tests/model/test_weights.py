@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from parity.tiny import tiny_batch, tiny_transformers
 from safetensors.torch import load_file, save_file
 
 from instructblip.model import weights as weights_module
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.weights import existing, new_directory, read_weights
+from tests.parity.tiny import tiny_batch, tiny_transformers
 
 
 @pytest.fixture

@@ -2,14 +2,6 @@
 
 import pytest
 import torch
-from parity.tiny import (
-    IMAGE_TOKEN,
-    seq2seq_inputs,
-    tiny_batch,
-    tiny_config,
-    tiny_transformers,
-    transformers_inputs,
-)
 from transformers import (
     BertConfig,
     BertModel,
@@ -21,6 +13,14 @@ from transformers import (
 
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.pretrained import save_text_branch
+from tests.parity.tiny import (
+    IMAGE_TOKEN,
+    seq2seq_inputs,
+    tiny_batch,
+    tiny_config,
+    tiny_transformers,
+    transformers_inputs,
+)
 
 
 def inputs_for(theirs, batch):
