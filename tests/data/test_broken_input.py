@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data.tiny import write_json, write_picture, write_vqa
 
 from instructblip.data.prepare import PreparedDataset, prepare
 from instructblip.data.sources import SOURCES
 from instructblip.data.sources import streaming as streaming_module
 from instructblip.data.sources.streaming import stream_values
+from tests.data.tiny import write_json, write_picture, write_vqa
 
 GOOD = {"image": "VizWiz_1.jpg", "question": "What?", "answers": [{"answer": "cup"}]}
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data.tiny import write_picture
 from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
@@ -17,6 +16,7 @@ from instructblip.batch import Example
 from instructblip.data import images as images_module
 from instructblip.data.images import ImageTransform, crop_box, load_image, may_flip
 from instructblip.data.templates import Rendered
+from tests.data.tiny import write_picture
 
 
 @pytest.mark.parametrize("size", [(64, 48), (17, 90), (8, 8)])

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from data.tiny import write_picture, write_vqa
 from torch import Tensor
 
 from instructblip.batch import Batch, Example, Sample
@@ -22,6 +21,7 @@ from instructblip.data.pictures import Examples, Pictures
 from instructblip.data.prepare import prepare
 from instructblip.data.tokens import Tokens
 from instructblip.data.view import DatasetView, iter_eval_batches, shuffle_pictures
+from tests.data.tiny import write_picture, write_vqa
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_shares() -> None:
     assert shares == [1, 1, 98]
 
 
-def sample(keys: Iterable[str], **text: list[int]) -> Sample:
+def sample(keys: Iterable[str], **text: Any) -> Sample:
     keys = tuple(keys)
     pixels = tuple(torch.full((3, 2, 2), float(ord(key))) for key in keys)
     return Sample(image_keys=keys, pixels=pixels, dataset="d", id="".join(keys), **text)

@@ -6,11 +6,11 @@ import pickle
 from pathlib import Path
 
 import pytest
-from data.tiny import write_vqa
 
 from instructblip.batch import Example
 from instructblip.data.prepare import PreparedDataset, prepare
 from instructblip.data.sources import SOURCES, Source
+from tests.data.tiny import write_vqa
 
 
 def test_examples_come_back_as_they_were_read(tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data.tiny import write_json
 
 from instructblip.batch import Example
 from instructblip.data.sources import SOURCES
 from instructblip.data.templates import TEMPLATES
+from tests.data.tiny import write_json
 
 QUESTIONS = {
     "questions": [
