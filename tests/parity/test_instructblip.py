@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from parity.tiny import (
+
+from instructblip.model.inference import generate_responses
+from instructblip.model.instructblip import InstructBlip
+from tests.parity.tiny import (
     LANGUAGES,
     SHAPES,
     picture_inputs,
@@ -11,9 +14,6 @@ from parity.tiny import (
     tiny_transformers,
     transformers_inputs,
 )
-
-from instructblip.model.inference import generate_responses
-from instructblip.model.instructblip import InstructBlip
 
 LANGUAGE_CASES = [(language, "small") for language in LANGUAGES]
 SHAPE_CASES = [(language, shape) for language in ("llama", "t5") for shape in list(SHAPES)[1:]]

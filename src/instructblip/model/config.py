@@ -4,7 +4,7 @@ Field names and defaults are those of transformers (a ``config.json`` leaves out
 default), so the translation is a selection of keys and nothing more.
 """
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,7 +15,7 @@ class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
+    def _heads_divide_width(self) -> "_Config":
         width, heads = getattr(self, "hidden_size", 1), getattr(self, "num_attention_heads", 1)
         if width % heads:
             raise ValueError(
@@ -39,7 +39,7 @@ class VisionConfig(_Config):
     qkv_bias: bool = Field(True, description="Whether the fused query-key-value layer has a bias.")
 
     @model_validator(mode="after")
-    def _holds_a_patch(self) -> Self:
+    def _holds_a_patch(self) -> "VisionConfig":
         if self.image_size < self.patch_size:
             raise ValueError(
                 f"image_size must hold one patch; got {self.image_size} < {self.patch_size}"
@@ -88,7 +88,7 @@ class InstructBlipConfig(_Config):
     )
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
+    def _parts_fit(self) -> "InstructBlipConfig":
         if self.qformer.encoder_hidden_size != self.vision.hidden_size:
             raise ValueError(
                 "qformer.encoder_hidden_size must equal vision.hidden_size; got "

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from instructblip.batch import Batch
+from instructblip.model.candidates import Normalization
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import Normalization
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -80,7 +80,8 @@ class InstructBlip(nn.Module):
         width = self.language_model.get_input_embeddings().embedding_dim
         self.language_projection = nn.Linear(config.qformer.hidden_size, width)
         self.compute_dtype: torch.dtype | None = None
-        self.assets: Path | None = None
+        self.assets: Path | None = None  # the directory with the tokenizers, once loaded
+        self.generation_settings: dict[str, Any] = {}  # its generation_config.json
         self.set_trainable(("qformer",))
 
     @property
@@ -176,7 +177,7 @@ class InstructBlip(nn.Module):
 
     # --- what trains, and in which precision -----------------------------------------------------
 
-    def set_trainable(self, choice: tuple[str, ...]) -> Self:
+    def set_trainable(self, choice: tuple[str, ...]) -> "InstructBlip":
         """Let the named ``PARTS`` and ``ALIASES`` train and freeze all the rest.
 
         Two feed-forwards are never trained: the text's in the last layer has no reader. Raises
@@ -199,7 +200,7 @@ class InstructBlip(nn.Module):
         """Names and parameters that train, in the order of the state dict."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "InstructBlip":
         """Training mode for what trains. A module without a trainable parameter stays in eval mode:
         dropout of a frozen language model would be noise in the loss (the official code leaves
         Flan-T5's on)."""
@@ -212,7 +213,7 @@ class InstructBlip(nn.Module):
 
     def to_training_dtypes(
         self, frozen_dtype: torch.dtype | None = None, compute_dtype: torch.dtype | None = None
-    ) -> Self:
+    ) -> "InstructBlip":
         """Keep what trains in fp32 (master weights) and the big frozen parts in ``frozen_dtype``.
 
         Image encoder and language model are stored in ``frozen_dtype`` where frozen; Q-Former,

@@ -8,22 +8,20 @@ same whatever the padding. The head runs at labelled positions only.
 
 import copy
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutput
 
 from instructblip.batch import Batch
+from instructblip.model.candidates import Candidates, Normalization, Pairs, likelihood
+from instructblip.model.rows import compact, pad_left
 
-Candidates = Sequence[Sequence[Sequence[int]]]
-Normalization = Literal["sum", "mean"]
 SEQ2SEQ_TYPES = ("t5", "mt5")
 
 
@@ -44,28 +42,6 @@ class Joined:
     decoder_ids: Tensor | None = None
 
 
-class Language(Protocol):
-    """What ``InstructBlip`` asks of a language model."""
-
-    model: Any
-
-    def join(self, queries: Tensor, batch: Batch) -> Joined: ...
-
-    def loss(self, joined: Joined) -> Tensor: ...
-
-    def generate(self, queries: Tensor, batch: Batch, **decoding: Any) -> list[list[int]]: ...
-
-    def rank(
-        self,
-        queries: Tensor,
-        batch: Batch,
-        candidates: Candidates,
-        normalization: Normalization = "sum",
-        include_end: bool = True,
-        chunk: int = 64,
-    ) -> list[Tensor]: ...
-
-
 def build_language_model(config: dict[str, Any]) -> Any:
     """A transformers language model with fresh weights from a text config as a dict.
 
@@ -83,11 +59,6 @@ def build_language_model(config: dict[str, Any]) -> Any:
             f"encoder-decoder language models must be one of {SEQ2SEQ_TYPES}; got {kind!r}"
         )
     return AutoModelForCausalLM.from_config(text_config)
-
-
-def language_of(model: Any) -> Language:
-    """The adapter for a transformers language model; it holds no state of its own."""
-    return (Seq2SeqLanguage if model.config.is_encoder_decoder else CausalLanguage)(model)
 
 
 def untie_head(model: Any) -> None:
@@ -122,8 +93,8 @@ class CausalLanguage:
         mask = torch.cat([batch.prompt_mask, batch.response_mask], dim=1).bool()
         is_response = torch.zeros_like(mask)
         is_response[:, batch.prompt_ids.shape[1] :] = batch.response_mask.bool()
-        ids, is_response, mask = _compact(mask, ids, is_response)
-        embeds, attention_mask = self._embed(queries, ids, mask)
+        ids, is_response, mask = compact(mask, ids, is_response)
+        embeds, attention_mask = _behind_queries(self.model, queries, ids, mask)
         rows, columns = is_response.nonzero(as_tuple=True)
         # Token j of a row sits behind K queries and is predicted one position earlier.
         return Joined(
@@ -148,7 +119,7 @@ class CausalLanguage:
         self, queries: Float[Tensor, "B K L"], batch: Batch, **decoding: Any
     ) -> list[list[int]]:
         """Ids of each response, its end token cut off. Prompts are padded on the left."""
-        embeds, mask = _pad_left(*self._prefix(queries, batch))
+        embeds, mask = pad_left(*_prefix(self.model, queries, batch))
         return _generate(self.model, decoding, inputs_embeds=embeds, attention_mask=mask)
 
     @torch.no_grad()
@@ -166,8 +137,8 @@ class CausalLanguage:
         The prefix runs once per sample; ``chunk`` candidates at a time continue from a copy of its
         keys and values, so what a candidate costs is its own length.
         """
-        pairs = _Pairs.of(candidates, include_end, queries.device, len(batch))
-        embeds, mask = _pad_left(*self._prefix(queries, batch))
+        pairs = Pairs.of(candidates, include_end, queries.device, len(batch))
+        embeds, mask = pad_left(*_prefix(self.model, queries, batch))
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         output = self.model.base_model(
             inputs_embeds=embeds,
@@ -190,18 +161,11 @@ class CausalLanguage:
                     **self._positions((grown.cumsum(1) - 1)[:, mask.shape[1] :]),
                 ).last_hidden_state
                 logits = torch.cat([logits, self._logits(hidden)], dim=1)
-            scores.append(_likelihood(logits, ids, counted, normalization))
+            scores.append(likelihood(logits, ids, counted, normalization))
         return pairs.by_sample(scores)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(hidden).float()
-
-    def _embed(self, queries: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return _behind_queries(self.model, queries, ids, mask)
-
-    def _prefix(self, queries: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        ids, mask = _compact(batch.prompt_mask.bool(), batch.prompt_ids)
-        return self._embed(queries, ids, mask)
 
     def _positions(self, position_ids: Tensor) -> dict[str, Tensor]:
         """Explicit positions where the model takes them; ALiBi models count the mask themselves."""
@@ -222,7 +186,7 @@ class Seq2SeqLanguage:
 
     def join(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Joined:
         """Encoder rows [queries; prompt; padding], decoder rows [start; response but its end]."""
-        embeds, attention_mask = self._prefix(queries, batch)
+        embeds, attention_mask = _prefix(self.model, queries, batch)
         rows, columns = batch.response_mask.nonzero(as_tuple=True)
         return Joined(
             inputs_embeds=embeds,
@@ -246,7 +210,7 @@ class Seq2SeqLanguage:
     ) -> list[list[int]]:
         """Ids of each response, its end token cut off. Prompts are padded on the right, as in
         training: T5's relative positions would move with padding on the left."""
-        embeds, mask = self._prefix(queries, batch)
+        embeds, mask = _prefix(self.model, queries, batch)
         states = BaseModelOutput(last_hidden_state=self._encode(embeds, mask))
         return _generate(self.model, decoding, encoder_outputs=states, attention_mask=mask)
 
@@ -261,18 +225,14 @@ class Seq2SeqLanguage:
         chunk: int = 64,
     ) -> list[Tensor]:
         """Log-likelihood in nats of every candidate [C] of each sample; the encoder runs once."""
-        pairs = _Pairs.of(candidates, include_end, queries.device, len(batch))
-        embeds, mask = self._prefix(queries, batch)
+        pairs = Pairs.of(candidates, include_end, queries.device, len(batch))
+        embeds, mask = _prefix(self.model, queries, batch)
         states = self._encode(embeds, mask)
         scores = []
         for sample, ids, counted in pairs.chunks(chunk):
             hidden = self._decode(self._shift(ids), states[sample], mask[sample])
-            scores.append(_likelihood(self._logits(hidden), ids, counted, normalization))
+            scores.append(likelihood(self._logits(hidden), ids, counted, normalization))
         return pairs.by_sample(scores)
-
-    def _prefix(self, queries: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        ids, mask = _compact(batch.prompt_mask.bool(), batch.prompt_ids)
-        return _behind_queries(self.model, queries, ids, mask)
 
     def _encode(self, embeds: Tensor, mask: Tensor) -> Tensor:
         encoder = self.model.get_encoder()
@@ -299,6 +259,14 @@ class Seq2SeqLanguage:
         return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
 
 
+Language = CausalLanguage | Seq2SeqLanguage
+
+
+def language_of(model: Any) -> Language:
+    """The adapter for a transformers language model; it holds no state of its own."""
+    return (Seq2SeqLanguage if model.config.is_encoder_decoder else CausalLanguage)(model)
+
+
 def _behind_queries(
     model: Any, queries: Tensor, ids: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -309,24 +277,10 @@ def _behind_queries(
     return embeds, torch.cat([ones, mask.long()], dim=1)
 
 
-def _compact(mask: Bool[Tensor, "B X"], *values: Int[Tensor, "B X"] | Bool[Tensor, "B X"]):
-    """Move the real positions of each row to the left, in order, and cut the common padding.
-
-    ids [[5, 6, 0, 7], [8, 0, 0, 9]] -> [[5, 6, 7], [8, 9, 0]] with mask [[1, 1, 1], [1, 1, 0]].
-    """
-    width = int(mask.sum(1).max()) if mask.numel() else 0
-    order = mask.long().argsort(dim=1, descending=True, stable=True)[:, :width]
-    mask = mask.gather(1, order)
-    # A padding id may lie outside the vocabulary; nothing reads it, but the embedding looks it up.
-    moved = [value.gather(1, order).masked_fill(~mask, 0) for value in values]
-    return *moved, mask
-
-
-def _pad_left(embeds: Float[Tensor, "B X L"], mask: Int[Tensor, "B X"]):
-    """Turn rows padded on the right into rows padded on the left."""
-    order = mask.argsort(dim=1, stable=True)
-    embeds = embeds.gather(1, order[:, :, None].expand(-1, -1, embeds.shape[2]))
-    return embeds, mask.gather(1, order)
+def _prefix(model: Any, queries: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """[queries; prompt], padded on the right."""
+    ids, mask = compact(batch.prompt_mask.bool(), batch.prompt_ids)
+    return _behind_queries(model, queries, ids, mask)
 
 
 def _generate(model: Any, decoding: dict[str, Any], **inputs: Any) -> list[list[int]]:
@@ -358,65 +312,3 @@ def _expanded(cache: Any, sample: Int[Tensor, " c"]) -> Any:
     expanded.layers = [copy.copy(layer) for layer in cache.layers]
     expanded.batch_select_indices(sample)
     return expanded
-
-
-def _likelihood(
-    logits: Float[Tensor, "c X W"],
-    ids: Int[Tensor, "c X"],
-    counted: Bool[Tensor, "c X"],
-    normalization: Normalization,
-) -> Float[Tensor, " c"]:
-    """Sum or mean over the counted tokens of their log-probabilities."""
-    tokens = logits.log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0]
-    total = tokens.masked_fill(~counted, 0).sum(1)
-    return total / counted.sum(1) if normalization == "mean" else total
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """All (sample, candidate) pairs of a batch in one row, whatever their number per sample."""
-
-    sample: Tensor  # int64 [pairs]
-    ids: Tensor  # int64 [pairs, X], padded on the right
-    counted: Tensor  # bool [pairs, X]
-    counts: list[int]  # candidates per sample
-
-    @classmethod
-    def of(
-        cls, candidates: Candidates, include_end: bool, device: torch.device, num_samples: int
-    ) -> "_Pairs":
-        if len(candidates) != num_samples:
-            raise ValueError(
-                f"candidates must be one list per sample; got {len(candidates)} for {num_samples}"
-            )
-        flat = [(i, list(ids)) for i, group in enumerate(candidates) for ids in group]
-        if not include_end:
-            flat = [(i, ids[:-1]) for i, ids in flat]
-        empty = [i for i, ids in flat if not ids]
-        if empty:
-            raise ValueError(
-                f"a candidate has no token to score (sample {empty[0]} of the batch); "
-                "give at least one token besides the end token"
-            )
-        tokens = [torch.tensor(ids, dtype=torch.long) for _, ids in flat]
-        padded = pad_sequence(tokens, batch_first=True) if tokens else torch.zeros(0, 1).long()
-        lengths = torch.tensor([len(ids) for _, ids in flat], dtype=torch.long)
-        return cls(
-            sample=torch.tensor([i for i, _ in flat], dtype=torch.long, device=device),
-            ids=padded.to(device),
-            counted=(torch.arange(padded.shape[1])[None] < lengths[:, None]).to(device),
-            counts=[len(group) for group in candidates],
-        )
-
-    def chunks(self, size: int):
-        """(sample, ids, counted) for ``size`` pairs at a time, cut to the longest of the chunk."""
-        for start in range(0, len(self.sample), size):
-            part = slice(start, start + size)
-            counted = self.counted[part]
-            width = int(counted.sum(1).max())
-            yield self.sample[part], self.ids[part, :width], counted[:, :width]
-
-    def by_sample(self, scores: list[Tensor]) -> list[Tensor]:
-        """Scores [C] of each sample from the scores of all chunks."""
-        flat = torch.cat(scores) if scores else torch.zeros(0, device=self.sample.device)
-        return list(flat.split(self.counts))

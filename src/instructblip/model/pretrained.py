@@ -94,6 +94,7 @@ def from_pretrained(
         weights[positions] = interpolate_positions(weights[positions], config.vision.num_tokens)
     load_weights(model, weights, directory)
     model.assets = directory
+    _read_generation_settings(model, directory / "generation_config.json")
     return model.eval()
 
 
@@ -288,6 +289,16 @@ def _fit_config(
     return config.model_copy(
         update={"qformer": qformer, "vision": vision, "instruction_aware": aware}
     )
+
+
+def _read_generation_settings(model: InstructBlip, file: Path) -> None:
+    """Keep the stored settings for whoever decodes; special tokens take effect at once."""
+    if not file.is_file():
+        return
+    model.generation_settings = read_json(file)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        if model.generation_settings.get(name) is not None:
+            setattr(model.language_model.generation_config, name, model.generation_settings[name])
 
 
 def _copy_assets(source: Path | None, target: Path, image_size: int) -> None:

@@ -1,0 +1,9 @@
+import pytest
+
+from instructblip.data.tokens import Tokens
+from tests.data.tiny import byte_level, wordpiece
+
+
+@pytest.fixture(scope="session")
+def tokens() -> Tokens:
+    return Tokens(language=byte_level(), qformer=wordpiece())
