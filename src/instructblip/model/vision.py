@@ -142,7 +142,7 @@ def interpolate_positions(
     """Resize learned positions to a square grid of ``num_tokens - 1`` patches, bicubically.
 
     The class token keeps its position. The interpolation is that of the official code
-    (``interpolate_pos_embed``) and of transformers. Raises ValueError for a grid that is not square.
+    (``interpolate_pos_embed``) and of transformers. Raises ValueError unless the grid is square.
     """
     if positions.shape[1] == num_tokens:
         return positions
