@@ -68,11 +68,7 @@ class RunFiles:
                 recover(folder)
         distributed.barrier()
         if not resume:
-            if steps := saved_steps(self.checkpoints):
-                raise ValueError(
-                    f"{self.folder} already holds a run up to step {steps[-1]}: continue it with "
-                    "--resume, or choose another folder with --out"
-                )
+            refuse_existing(self.folder)
             return Progress()
         checkpoint = load_latest(self.checkpoints)
         if checkpoint is None:
@@ -121,6 +117,15 @@ class RunFiles:
         if distributed.is_main():
             replace_directory(self.folder / name, write)
         distributed.barrier()
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise ValueError if ``folder`` holds a run that a new one would overwrite."""
+    if steps := saved_steps(folder / "checkpoints"):
+        raise ValueError(
+            f"{folder} already holds a run up to step {steps[-1]}: continue it with --resume, or "
+            "choose another folder with --out"
+        )
 
 
 def merge_windows(progress: Progress) -> None:

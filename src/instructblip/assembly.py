@@ -1,0 +1,198 @@
+"""From a recipe to the objects that a run needs: data sets, loader, model, validation."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from instructblip import distributed
+from instructblip.data.images import ImageTransform
+from instructblip.data.loader import Loader
+from instructblip.data.mixture import Mixture
+from instructblip.data.pictures import Pictures
+from instructblip.data.prepare import PreparedDataset, prepare
+from instructblip.data.tokens import Tokens
+from instructblip.evaluation.benchmarks import Benchmark, select_benchmarks
+from instructblip.evaluation.evaluate import evaluate
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.pretrained import model_directory
+from instructblip.recipe import Recipe
+from instructblip.serving.engine import Engine
+from instructblip.training.train import resolve_device
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The first rank does the work, the others then find it done."""
+    if not distributed.is_main():
+        distributed.barrier()
+    yield
+    if distributed.is_main():
+        distributed.barrier()
+
+
+def prepare_training(recipe: Recipe) -> dict[str, PreparedDataset]:
+    """The data sets of the mixture, by name, those of weight 0 left out."""
+    data = recipe.data
+    found = {}
+    for name, entry in data.sets.items():
+        if not entry.weight:
+            continue
+        source = data.source_of(name)
+        root = data.root / (entry.root or source)
+        found[name] = prepare(
+            source, root, entry.split, data.prepared_root, max_bad_rate=data.max_bad_rate
+        )
+    return found
+
+
+def prepare_benchmarks(
+    recipe: Recipe, benchmarks: Iterable[Benchmark]
+) -> dict[str, PreparedDataset]:
+    """The data set of each benchmark, by the benchmark's name."""
+    data = recipe.data
+    return {
+        benchmark.name: prepare(
+            benchmark.source,
+            data.root_of(benchmark.source),
+            benchmark.split,
+            data.prepared_root,
+            max_bad_rate=data.max_bad_rate,
+        )
+        for benchmark in benchmarks
+    }
+
+
+def vocabulary_of(recipe: Recipe, benchmark: Benchmark) -> list[str] | None:
+    """The distinct answers of the training split, for benchmarks that rank them."""
+    if not benchmark.vocabulary:
+        return None
+    data = recipe.data
+    training = prepare(
+        benchmark.source, data.root_of(benchmark.source), "train", data.prepared_root
+    )
+    return sorted({answer for example in training for answer in example.answers})
+
+
+def benchmarks_of(recipe: Recipe, names: Iterable[str]) -> list[Benchmark]:
+    """The benchmarks called ``names``, with the recipe's decoding on top of their own."""
+    own = recipe.evaluation.decoding
+    return [
+        replace(b, decoding={**b.decoding, **own}) if b.mode == "generate" else b
+        for b in select_benchmarks(names)
+    ]
+
+
+def make_mixture(recipe: Recipe, datasets: dict[str, PreparedDataset]) -> Mixture:
+    return Mixture(
+        sizes={name: len(dataset) for name, dataset in datasets.items()},
+        weights={name: recipe.data.sets[name].weight for name in datasets},
+        temperature=recipe.data.temperature,
+    )
+
+
+def describe_mixture(recipe: Recipe, mixture: Mixture) -> str:
+    """A table: how often each data set and each of its examples will be seen."""
+    training = recipe.training
+    lines = [f"{'data set':24} {'examples':>10} {'weight':>7} {'share':>7} {'epochs':>8}"]
+    for row in mixture.table(training.steps * training.batch_size):
+        lines.append(
+            f"{row.name:24} {row.size:>10,} {row.weight:>7.2f} {row.probability:>7.1%} "
+            f"{row.epochs:>8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def make_model(recipe: Recipe) -> InstructBlip:
+    """The start of the run with its trainable set and number types, on the CPU."""
+    model = InstructBlip.from_pretrained(
+        recipe.model.start,
+        instruction_aware=recipe.model.instruction_aware,
+        text_branch=recipe.model.text_branch,
+        image_size=recipe.model.image_size,
+    )
+    model.set_trainable(recipe.training.trainable)
+    half = torch.bfloat16 if recipe.training.precision == "bf16" else None
+    # on a CPU memory is plenty, and fp32 keeps what is frozen exactly as it was when saved again
+    frozen = half if resolve_device(recipe.training.device).type == "cuda" else None
+    return model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=half)
+
+
+def make_loader(
+    recipe: Recipe, datasets: dict[str, PreparedDataset], model: InstructBlip
+) -> Loader:
+    """This rank's training batches."""
+    data, training = recipe.data, recipe.training
+    tokens, transform = read_assets(recipe, model)
+    return Loader(
+        datasets,
+        make_mixture(recipe, datasets),
+        tokens,
+        Pictures(
+            transform.for_training() if data.augment else transform,
+            num_frames=data.num_frames,
+            cache_images_mb=data.cache_images_mb,
+        ),
+        batch_size=training.batch_size,
+        seed=data.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        accumulate=training.accumulate,
+        workers=training.workers,
+        templates={name: entry.templates for name, entry in data.sets.items() if entry.templates},
+    )
+
+
+def make_validation(
+    recipe: Recipe, model: InstructBlip
+) -> Callable[[InstructBlip], dict[str, float]]:
+    """Scores of a model on the held-in sets, 0 to 100; their mean is the ``score``."""
+    chosen = [replace(b, split="val") for b in benchmarks_of(recipe, recipe.evaluation.validation)]
+    with main_first():
+        datasets = prepare_benchmarks(recipe, chosen)
+    tokens, transform = read_assets(recipe, model)
+    engine = Engine(model, tokens, transform)
+    limit, batch_size = recipe.evaluation.validation_limit, recipe.evaluation.batch_size
+
+    def validate(_model: InstructBlip) -> dict[str, float]:
+        scores = {}
+        for benchmark in chosen:
+            result = evaluate(
+                engine,
+                benchmark,
+                datasets[benchmark.name],
+                limit=limit,
+                batch_size=batch_size,
+                progress=False,
+            )
+            scores[benchmark.name] = result.value or 0.0
+        return {"score": sum(scores.values()) / len(scores), **scores}
+
+    return validate
+
+
+def read_assets(recipe: Recipe, model: InstructBlip) -> tuple[Tokens, ImageTransform]:
+    """Tokenizers and picture transform of the start, with the recipe's limits."""
+    data = recipe.data
+    directory = model_directory(recipe.model.start)
+    tokens = Tokens.from_pretrained(
+        directory,
+        max_instruction=data.max_instruction,
+        max_prompt=data.max_prompt,
+        max_response=data.max_response,
+    )
+    if not model.config.instruction_aware:
+        tokens = replace(tokens, qformer=None)
+    transform = ImageTransform.from_pretrained(directory)
+    return tokens, replace(transform, image_size=model.config.vision.image_size)
+
+
+def make_engine(recipe: Recipe, model: str, instruction_aware: bool | None = None) -> Engine:
+    """A saved model ready to answer, on the device of the recipe."""
+    return Engine.from_pretrained(
+        model,
+        device=resolve_device(recipe.training.device),
+        instruction_aware=instruction_aware,
+        batch_size=recipe.evaluation.batch_size,
+    )

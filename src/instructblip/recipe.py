@@ -1,0 +1,245 @@
+"""A recipe: the model, the data, the training and the evaluation of one run, in one YAML file.
+
+Read with ``load_recipe(name_or_file, ["training.steps=100", ...])``. Unknown keys are errors that
+name the nearest known one. The resolved recipe is written beside every checkpoint and result.
+"""
+
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
+
+from instructblip.training.config import TrainingConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+"""The recipes that ship with the package."""
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Section):
+    """Where the run starts from."""
+
+    start: str = "starter"
+    """A BLIP-2 or InstructBLIP directory, a run directory, or ``starter``."""
+    instruction_aware: bool = True
+    """Whether the Q-Former reads the instruction; false tunes a BLIP-2, the paper's ablation."""
+    text_branch: str | None = None
+    """Where a BLIP-2's missing text branch comes from: a file, a directory, or ``random``."""
+    image_size: PositiveInt | None = None
+    """Side of a picture in pixels; null for what the start has."""
+
+
+class DataSet(_Section):
+    """One data set of the mixture."""
+
+    source: str | None = None
+    """How its files are read, a name of ``SOURCES``; null for the name of the entry."""
+    root: Path | None = None
+    """Folder of its annotations/ and images/, relative to ``data.root``; null for the source's name."""
+    split: Literal["train", "val", "test"] = "train"
+    """Which of its splits to read."""
+    weight: NonNegativeFloat = 1.0
+    """Hand weight on top of the size; 0 leaves the set out."""
+    templates: tuple[str, ...] | None = None
+    """Instruction templates instead of those of its task."""
+
+
+class DataConfig(_Section):
+    """The mixture of instruction data, and how its samples become tensors."""
+
+    root: Path = Path("data")
+    """Folder that holds one folder for each source."""
+    prepared: Path | None = None
+    """Folder of the prepared data sets; null for ``root/prepared``."""
+    sets: dict[str, DataSet] = Field(min_length=1)
+    """Name to data set: what the model is tuned on."""
+    temperature: Fraction = 0.5
+    """Sets are drawn in proportion to size ** temperature: 0.5 is the paper's square root."""
+    seed: NonNegativeInt = 0
+    """Decides order, templates, answers and crops."""
+    augment: bool = True
+    """Whether training pictures are cropped and flipped at random."""
+    num_frames: PositiveInt = 4
+    """Frames of a video, evenly spaced."""
+    max_instruction: PositiveInt = 128
+    """Tokens of the instruction that the Q-Former reads at most."""
+    max_prompt: PositiveInt = 128
+    """Tokens of the prompt that the language model reads at most."""
+    max_response: PositiveInt = 256
+    """Tokens of a response at most, its end token included."""
+    max_bad_rate: Fraction = 0.0
+    """Share of unreadable samples that a set may have; they are counted, listed and left out."""
+    cache_images_mb: NonNegativeInt = 256
+    """Memory for decoded pictures in each process that prepares batches."""
+
+    def source_of(self, name: str) -> str:
+        return self.sets[name].source or name
+
+    def root_of(self, source: str) -> Path:
+        """The folder of a source: the one that an entry of ``sets`` gives it, else its name's."""
+        own = (e.root for name, e in self.sets.items() if self.source_of(name) == source)
+        return self.root / next((root for root in own if root is not None), source)
+
+    @property
+    def prepared_root(self) -> Path:
+        return self.prepared or self.root / "prepared"
+
+
+class EvaluationConfig(_Section):
+    """What the model is measured on: during training, and after it."""
+
+    validation: tuple[str, ...] = ("held_in",)
+    """Benchmarks whose val split is scored during training; their mean picks the best weights."""
+    validation_limit: PositiveInt | None = None
+    """Samples of each set in a validation, spread evenly; null for all."""
+    benchmarks: tuple[str, ...] = ("held_in", "held_out")
+    """Benchmarks, or groups of them, that `evaluate` answers."""
+    limit: PositiveInt | None = None
+    """Samples of each benchmark, spread evenly; null for all."""
+    batch_size: PositiveInt = 32
+    """Samples answered at a time; changes speed and memory, not the answers."""
+    decoding: dict[str, int | float | bool] = Field(default_factory=dict)
+    """Settings of generation on top of each benchmark's own."""
+
+
+class Recipe(_Section):
+    """Everything that decides a run."""
+
+    model: ModelConfig = ModelConfig()
+    """Where the run starts from."""
+    data: DataConfig
+    """What it is tuned on."""
+    training: TrainingConfig = TrainingConfig()
+    """How it is tuned."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What it is measured on."""
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out; `load_recipe` reads it back as the same."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or one that ships with the package by its name.
+
+    Args:
+        overrides: ``a.b=c``, each value read as YAML: ``training.steps=100``,
+            ``training.trainable=[qformer]``, ``training.clip_norm=null``.
+
+    Raises:
+        FileNotFoundError: naming the recipes there are.
+        ValueError: naming the file, the key and what was expected; for an unknown key the nearest.
+    """
+    path = find_recipe(recipe)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path}: expected sections {', '.join(Recipe.model_fields)}; got {values!r}"
+        )
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        where = f"{path}" + (f" with {' '.join(overrides)}" if overrides else "")
+        raise ValueError(f"{where}: " + "; ".join(_explain(error))) from None
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe given by path or by name."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{recipe}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+    near = get_close_matches(str(recipe), names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise FileNotFoundError(
+        f"no recipe {recipe}: {hint}expected a YAML file or one of {', '.join(names)}"
+    )
+
+
+def differences(left: Recipe, right: Recipe) -> list[str]:
+    """``key: left -> right`` for every setting in which two recipes differ."""
+    mine, other = (dict(_leaves(r.model_dump(mode="json"))) for r in (left, right))
+    keys = [*mine, *(key for key in other if key not in mine)]
+    changed = [key for key in keys if mine.get(key) != other.get(key)]
+    return [f"{key}: {mine.get(key)} -> {other.get(key)}" for key in changed]
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, last = key.split(".")
+    if not equals or not all((*sections, last)):
+        raise ValueError(f"expected an override such as training.steps=100; got {override!r}")
+    place = values
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if inner is None:
+            inner = place[section] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"{override}: {section} is {inner!r}, which has no keys of its own")
+        place = inner
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override}: the value is not YAML: {error}") from error
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for detail in error.errors():
+        key = ".".join(map(str, detail["loc"]))
+        if detail["type"] == "extra_forbidden":
+            name, known = str(detail["loc"][-1]), sorted(_fields_at(detail["loc"][:-1]))
+            near = get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            yield f"unknown key {key}: {hint}"
+        elif detail["type"] == "missing":
+            yield f"{key} is missing"
+        else:
+            got = f" (got {detail['input']!r})" if not isinstance(detail["input"], dict) else ""
+            yield f"{key}: {detail['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _fields_at(place: tuple[int | str, ...]) -> Mapping[str, Any]:
+    """Names of the settings at a place of the recipe, such as ("data", "sets", "vqav2")."""
+    kind: Any = Recipe
+    for name in place:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[str(name)].annotation
+        else:  # an entry of dict[str, Section]
+            kind = typing.get_args(kind)[-1]
+        if isinstance(kind, types.UnionType):
+            kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    return kind.model_fields
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,95 @@
+"""The command line: quick help, and mistakes as one line with exit code 2."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from instructblip import cli, stages
+
+SOURCE = Path(cli.__file__).parents[1]
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    output = capsys.readouterr()
+    return int(stop.value.code or 0), output.out, output.err
+
+
+def test_help_lists_the_stages(capsys: pytest.CaptureFixture[str]):
+    code, out, _ = call(capsys, "--help")
+    assert code == 0
+    for stage in ("quickstart", "scenes", "prepare", "train", "evaluate", "compare"):
+        assert stage in out
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    command = [sys.executable, "-X", "importtime", "-m", "instructblip", "--help"]
+    taken = []
+    for _ in range(5):
+        began = time.perf_counter()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        taken.append(time.perf_counter() - began)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "numpy", "pydantic", "matplotlib", "datasets"}
+    assert min(taken) < 0.8  # 0.2 s alone on a machine; tests share theirs
+
+
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]):
+    code, _, err = call(capsys, "train", "quikstart")
+    assert code == 2
+    assert err.startswith("instructblip: no recipe quikstart: did you mean quickstart?")
+    assert err.count("\n") == 1
+    code, _, err = call(capsys, "train", "scenes", "training.step=3")
+    assert code == 2
+    assert "unknown key training.step: did you mean steps?" in err
+    assert "Traceback" not in err
+
+
+def test_debug_shows_where():
+    with pytest.raises(FileNotFoundError):
+        cli.main(["--debug", "train", "quikstart"])
+    with pytest.raises(FileNotFoundError):
+        cli.main(["train", "quikstart", "--debug"])
+
+
+def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_args: object) -> None:
+        raise AssertionError("ours")
+
+    monkeypatch.setattr(stages, "scenes", broken)
+    with pytest.raises(AssertionError, match="ours"):
+        cli.main(["scenes"])
+
+
+def test_system_errors_are_told_without_their_number():
+    assert cli.describe(OSError(28, "the disk is full")) == "the disk is full"
+    assert cli.describe(FileNotFoundError(2, "No such file", "a.txt")) == "No such file: a.txt"
+    assert cli.describe(ValueError("plain")) == "plain"
+
+
+def test_results_to_compare_must_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code, _, err = call(capsys, "compare", str(tmp_path), str(tmp_path))
+    assert code == 2
+    assert "holds no results: run `instructblip evaluate` first" in err
+
+
+def test_train_refuses_to_overwrite_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "checkpoints" / "step_000012").mkdir(parents=True)
+    code, _, err = call(capsys, "train", "scenes", "--out", str(tmp_path))
+    assert code == 2
+    assert "already holds a run up to step 12: continue it with --resume" in err
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_resume_names_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from instructblip.recipe import load_recipe
+
+    stages._store_recipe(load_recipe("scenes"), tmp_path, resume=False)
+    stages._store_recipe(load_recipe("scenes", ["training.seed=5"]), tmp_path, resume=True)
+    assert "resuming with a changed recipe: training.seed: 0 -> 5" in capsys.readouterr().out

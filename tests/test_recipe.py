@@ -1,0 +1,127 @@
+"""Recipes: what ships, what can be overridden, and what a mistake is told."""
+
+from pathlib import Path
+
+import pytest
+
+from instructblip.recipe import RECIPES, Recipe, differences, find_recipe, load_recipe
+
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_reads_and_writes_itself(name: str, tmp_path: Path):
+    recipe = load_recipe(name)
+    written = tmp_path / "recipe.yaml"
+    written.write_text(recipe.to_yaml())
+    assert load_recipe(written) == recipe
+
+
+def test_the_papers_recipes():
+    """Section 2.6 of the paper: 60K steps, batch 192 (3B) and 128 (7B), 1e-8 -> 1e-5 -> 0."""
+    for name, batch in (("instructblip_flant5xl", 192), ("instructblip_vicuna7b", 128)):
+        recipe = load_recipe(name)
+        training = recipe.training
+        assert (training.steps, training.batch_size, training.validate_every) == (
+            60_000,
+            batch,
+            3000,
+        )
+        assert (training.warmup_start_learning_rate, training.learning_rate) == (1e-8, 1e-5)
+        assert (training.min_learning_rate, training.warmup_steps) == (0.0, 1000)
+        assert (training.weight_decay, training.betas) == (0.05, (0.9, 0.999))
+        assert (recipe.model.image_size, recipe.data.temperature) == (224, 0.5)
+        assert recipe.training.trainable == ("qformer",)
+        assert len(recipe.data.sets) == 13
+
+
+def test_overrides_are_yaml():
+    overrides = [
+        "training.steps=2e3",
+        "training.warmup_steps=0",
+        "training.clip_norm=null",
+        "training.trainable=[query_tokens, projection]",
+        "data.sets.vqav2.weight=2",
+        "data.sets.gqa.split=val",
+        "evaluation.decoding.num_beams=5",
+    ]
+    recipe = load_recipe("scenes", overrides)
+    assert recipe.training.steps == 2000
+    assert recipe.training.clip_norm is None
+    assert recipe.training.trainable == ("query_tokens", "projection")
+    assert recipe.data.sets["vqav2"].weight == 2
+    assert recipe.data.sets["gqa"].split == "val"
+    assert recipe.evaluation.decoding == {"num_beams": 5}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "training.learning_rat=1",
+            r"unknown key training.learning_rat: did you mean learning_rate\?",
+        ),
+        ("trainign.steps=1", r"unknown key trainign: did you mean training\?"),
+        ("data.sets.vqav2.wieght=1", r"unknown key data.sets.vqav2.wieght: did you mean weight\?"),
+        ("data.zzzz=1", "unknown key data.zzzz: known are .*temperature"),
+        ("training.steps=-1", r"training.steps: .*greater than 0 \(got -1\)"),
+        ("training.steps=many", r"training.steps: .*valid integer.*\(got 'many'\)"),
+        ("training.warmup_steps=99999", "training: warmup_steps 99999 must be below steps"),
+        ("data.sets.vqav2.split=trian", r"data.sets.vqav2.split: .*'train'.*\(got 'trian'\)"),
+        ("data.temperature=2", "data.temperature: .*less than or equal to 1"),
+        ("training.steps", "expected an override such as training.steps=100"),
+        ("training..steps=1", "expected an override"),
+        ("training.steps.more=1", "steps is 2000, which has no keys"),
+        ("training.steps=[1", "is not YAML"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_remedy(override: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("scenes", [override])
+
+
+def test_mistakes_in_a_file_name_the_file(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {sets: {vqav2: {}}, temprature: 1}\n")
+    with pytest.raises(ValueError, match=r"mine.yaml: unknown key .*did you mean temperature\?"):
+        load_recipe(path)
+    path.write_text("training: {steps: 5000}\n")
+    with pytest.raises(ValueError, match="mine.yaml: data is missing"):
+        load_recipe(path)
+    path.write_text("- a list\n")
+    with pytest.raises(ValueError, match="expected the sections model, data, training, evaluation"):
+        load_recipe(path)
+    path.write_text("data: [\n")
+    with pytest.raises(ValueError, match="mine.yaml is not YAML"):
+        load_recipe(path)
+    path.write_text("data: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(ValueError, match="not YAML"):
+        load_recipe(path)
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(FileNotFoundError, match="did you mean quickstart.*one of.*scenes"):
+        find_recipe("quikstart")
+
+
+def test_differences():
+    left, right = load_recipe("scenes"), load_recipe("scenes", ["training.steps=7000"])
+    assert differences(left, right) == ["training.steps: 2000 -> 7000"]
+    assert differences(left, left) == []
+
+
+def test_a_recipe_is_frozen():
+    recipe = load_recipe("scenes")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.training.steps = 3  # type: ignore[misc]
+
+
+def test_roots_of_sources():
+    data = Recipe.model_validate(
+        {"data": {"root": "d", "sets": {"a": {"source": "vqav2", "root": "x"}, "gqa": {}}}}
+    ).data
+    assert [data.root_of(name) for name in ("vqav2", "gqa", "vsr")] == [
+        Path("d/x"),
+        Path("d/gqa"),
+        Path("d/vsr"),
+    ]
