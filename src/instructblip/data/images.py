@@ -1,0 +1,206 @@
+"""Pictures: decode anything Pillow reads to RGB, resize, augment, normalise.
+
+The evaluation transform gives the pixels of transformers' BLIP image processor on its Pillow
+backend: squash to a square with bicubic resampling, scale to [0, 1], subtract mean, divide by std.
+"""
+
+import io
+import json
+import math
+import random
+import re
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from instructblip.batch import Example
+from instructblip.data.sources.records import image_name
+from instructblip.data.templates import Rendered
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_PIXELS = 1 << 26
+"""Pixels of one picture (67 million, 8192 x 8192); a bigger header is refused, not decoded."""
+MAX_FILE_BYTES = 1 << 28
+
+_SIDES = re.compile(
+    r"\b(left\w*|right\w*|east\w*|west\w*|(?:counter|anti)?-?clockwise)\b|左|右", re.IGNORECASE
+)
+
+
+def load_image(name: str | Path, root: Path | None = None) -> Image.Image:
+    """The picture as RGB, upright (EXIF) and opaque (transparency over white).
+
+    With ``root``, ``name`` must be a relative path below it. The first frame of an animation is
+    taken. Raises FileNotFoundError, or ValueError naming the file, for anything unreadable.
+    """
+    path = Path(name) if root is None else Path(root) / image_name(str(name), str(root))
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"the file is larger than {MAX_FILE_BYTES} bytes")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"picture {path} does not exist; check that the archive was unpacked whole below "
+            "`images/`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"picture {path}: cannot be read: {error}") from None
+    return decode_image(data, str(path))
+
+
+def decode_image(data: bytes, where: str) -> Image.Image:
+    """Bytes of a picture file to RGB; ValueError names ``where``."""
+    try:
+        with warnings.catch_warnings():
+            # Size is checked below, with our own limit and message.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS}")
+                image.load()
+                return to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = "empty file" if not data else str(error) or type(error).__name__
+        raise ValueError(
+            f"picture {where}: cannot be decoded: {reason}; download it again or remove its "
+            "annotations"
+        ) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode: 16-bit scaled to 8, transparency over white, CMYK and palette converted."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        # Pillow reads 16-bit grey as "I" in some files; its own conversion would clip at 255.
+        values = values / 257 if values.max(initial=0) > 255 else values
+        image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTransform:
+    """RGB picture -> float [3, S, S]. ``train`` adds a random crop and a random flip."""
+
+    image_size: int = 224
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    train: bool = False
+    min_scale: float = 0.5
+
+    def __call__(
+        self, image: Image.Image, rng: random.Random | None = None, flip: bool = True
+    ) -> Tensor:
+        """[3, S, S]; ``flip=False`` where the text says left or right (see ``may_flip``)."""
+        return self.normalise(self.resize(image, rng, flip))
+
+    def resize(
+        self, image: Image.Image, rng: random.Random | None = None, flip: bool = True
+    ) -> np.ndarray:
+        """uint8 [S, S, 3]: the part that is worth keeping in a cache."""
+        size = (self.image_size, self.image_size)
+        if not self.train:
+            return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+        if rng is None:
+            raise ValueError("a training transform needs rng; use train=False for evaluation")
+        box = crop_box(image.width, image.height, self.min_scale, rng)
+        mirrored = rng.random() < 0.5  # drawn also when unused, so the stream stays aligned
+        image = image.crop(box).resize(size, Image.Resampling.BICUBIC)
+        if flip and mirrored:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(image)
+
+    def normalise(self, pixels: np.ndarray) -> Tensor:
+        """uint8 [S, S, 3] -> float32 [3, S, S]."""
+        mean = np.asarray(self.mean, dtype=np.float32)
+        std = np.asarray(self.std, dtype=np.float32)
+        scaled = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+        return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "ImageTransform":
+        """Reads ``preprocessor_config.json``, else ``processor_config.json``, of a directory."""
+        file = Path(path) / "preprocessor_config.json"
+        if not file.is_file():
+            file = Path(path) / "processor_config.json"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"no preprocessor_config.json in {path}; expected a model directory"
+            )
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = config.get("image_processor", config)
+        size = config.get("size", 224)
+        if isinstance(size, dict):
+            size = size.get("height", size.get("shortest_edge"))
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{file}: 'size' is {config.get('size')!r}; expected height and width")
+        return cls(
+            image_size=size,
+            mean=_three(config.get("image_mean", CLIP_MEAN), "image_mean", file),
+            std=_three(config.get("image_std", CLIP_STD), "image_std", file),
+        )
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes ``preprocessor_config.json`` as transformers' BLIP image processor reads it."""
+        config = {
+            "image_processor_type": "BlipImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"height": self.image_size, "width": self.image_size},
+            "resample": int(Image.Resampling.BICUBIC),
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        text = json.dumps(config, indent=2) + "\n"
+        (Path(path) / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+    def for_training(self) -> "ImageTransform":
+        """The same size and normalisation, with augmentation."""
+        return replace(self, train=True)
+
+
+def may_flip(example: Example, rendered: Rendered) -> bool:
+    """Whether a mirrored picture still fits its text: no sides named, no words to be read."""
+    if example.ocr_tokens or example.task in ("read", "caption_ocr"):
+        return False
+    return not _SIDES.search(f"{rendered.prompt} {rendered.response}")
+
+
+def crop_box(
+    width: int, height: int, min_scale: float, rng: random.Random
+) -> tuple[int, int, int, int]:
+    """A crop of ``min_scale`` to 1 of the area and 3:4 to 4:3 in shape; (left, top, right, bottom).
+
+    Ten tries, then the largest centred crop within those shapes.
+    """
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    for _ in range(10):
+        area = width * height * rng.uniform(min_scale, 1)
+        ratio = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            return left, top, left + w, top + h
+    w = min(width, max(1, round(height * 4 / 3)))
+    h = min(height, max(1, round(width * 4 / 3)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _three(value: Any, name: str, file: Path) -> tuple[float, float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise ValueError(f"{file}: '{name}' is {value!r}; expected three numbers")
+    return (float(value[0]), float(value[1]), float(value[2]))

@@ -1,0 +1,120 @@
+"""Training batches: ``Loader.batch(step)`` is a function of (seed, step) alone.
+
+Which examples (``order.py``), which template and answer, which crop: all follow from the number
+of the slot. So resuming at step s needs s and nothing else, workers only fetch ahead, and W ranks
+together see what one rank with the whole batch sees.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+
+from torch.utils.data import DataLoader
+
+from instructblip.batch import Batch, Sample
+from instructblip.data.collate import collate
+from instructblip.data.mixture import Mixture
+from instructblip.data.order import Order, mix
+from instructblip.data.pictures import Examples, Pictures, make_sample
+from instructblip.data.templates import check_template, render_instruction
+from instructblip.data.tokens import Tokens
+
+
+class Loader:
+    """Training batches from a mixture of data sets.
+
+    ``batch_size`` counts the samples of one optimiser step over all ranks and micro batches:
+    rank r of W takes the r-th of W equal parts, in ``accumulate`` micro batches. ``templates``
+    overrides the templates of single data sets. Raises ValueError when a number does not divide.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, Examples],
+        mixture: Mixture,
+        tokens: Tokens,
+        pictures: Pictures,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        workers: int = 0,
+        templates: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        if batch_size < 1 or batch_size % (world_size * accumulate):
+            raise ValueError(
+                f"batch_size {batch_size} does not divide into {world_size} ranks of "
+                f"{accumulate} micro batches; expected a multiple of {world_size * accumulate}"
+            )
+        if {name: len(data) for name, data in datasets.items()} != mixture.sizes:
+            raise ValueError(f"mixture {mixture.sizes} is not of the data sets {list(datasets)}")
+        self.names, self.datasets = list(datasets), list(datasets.values())
+        self.tokens, self.pictures = tokens, pictures
+        self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.templates = dict(templates or {})
+        for template in (text for own in self.templates.values() for text in own):
+            check_template(template)
+        probabilities = mixture.probabilities
+        self.order = Order(
+            [len(data) for data in self.datasets], [probabilities[n] for n in self.names], seed
+        )
+
+    def batch(self, step: int, micro: int = 0) -> Batch:
+        """This rank's micro batch ``micro`` of the global batch of ``step``."""
+        return collate([self.sample(slot) for slot in self.slots(step, micro)])
+
+    def slots(self, step: int, micro: int = 0) -> range:
+        """Slot numbers of a micro batch; they run on over micro batches, ranks and steps."""
+        size = self.batch_size // (self.world_size * self.accumulate)
+        start = step * self.batch_size + (self.rank * self.accumulate + micro) * size
+        return range(start, start + size)
+
+    def sample(self, slot: int) -> Sample:
+        draw = self.order[slot]
+        dataset = self.datasets[draw.dataset]
+        example = dataset[draw.example]
+        seed = mix(self.seed, 3, slot)
+        rng = random.Random(seed)
+        own = self.templates.get(self.names[draw.dataset])
+        rendered = render_instruction(example, rng, rng.choice(own) if own else None)
+        return make_sample(
+            example, rendered, self.tokens, self.pictures, dataset.image_root, mix(seed, 4)
+        )
+
+    def iterate(self, step: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """This rank's micro batches from the first of ``step`` on, ``accumulate`` to a step.
+
+        ``workers`` processes fetch ahead; the batches and their order do not depend on them.
+        """
+        first = step * self.accumulate
+        numbers = count(first) if stop is None else range(first, stop * self.accumulate)
+        if not self.workers:
+            return map(self._numbered, numbers)
+        return iter(
+            DataLoader(
+                _Numbered(self),  # type: ignore[arg-type]
+                batch_size=None,
+                sampler=numbers,  # type: ignore[arg-type]
+                num_workers=self.workers,
+                prefetch_factor=2,
+            )
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.iterate()
+
+    def _numbered(self, number: int) -> Batch:
+        return self.batch(*divmod(number, self.accumulate))
+
+
+class _Numbered:
+    """The loader as a map from number to micro batch, which is what torch's workers want."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.loader._numbered(number)

@@ -1,0 +1,91 @@
+"""Which example stands at slot n of training, as a function of (seed, n) alone.
+
+Slots are shared out in cycles of ``CYCLE``. In each cycle a set gets a fixed number of slots, its
+probability times ``CYCLE`` rounded (largest remainder; at least 1), and a keyed permutation of the
+cycle says which ones. A slot's place inside its set's share, plus the shares of the cycles before,
+numbers the draws of that set 0, 1, 2, ... without gap or repeat over whole cycles; the number
+divided by the set's size is the epoch, and the rest goes through a permutation keyed by
+(seed, set, epoch). So every set is visited evenly, and any slot is found in constant time, with
+no state to store: resuming is asking for a later slot.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+
+CYCLE = 4096
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """``dataset`` is an index into the sets, ``example`` an index into that set."""
+
+    dataset: int
+    example: int
+
+
+class Order:
+    """``order[n]`` for the sets' sizes and probabilities, in that order."""
+
+    def __init__(self, sizes: list[int], probabilities: list[float], seed: int) -> None:
+        self.sizes, self.seed = sizes, seed
+        self.shares = share_out(probabilities, CYCLE)
+        self.starts = [0, *accumulate(self.shares)]
+
+    def __getitem__(self, slot: int) -> Draw:
+        cycle, place = divmod(slot, CYCLE)
+        place = permute(place, CYCLE, mix(self.seed, 1, cycle))
+        dataset = bisect_right(self.starts, place) - 1
+        number = cycle * self.shares[dataset] + place - self.starts[dataset]
+        epoch, rest = divmod(number, self.sizes[dataset])
+        key = mix(self.seed, 2, dataset, epoch)
+        return Draw(dataset, permute(rest, self.sizes[dataset], key))
+
+
+def share_out(probabilities: list[float], slots: int) -> list[int]:
+    """Whole numbers that sum to ``slots``, nearest to ``probabilities``, none lost to rounding."""
+    exact = [p * slots for p in probabilities]
+    shares = [
+        int(x) if p == 0 else max(1, int(x)) for x, p in zip(exact, probabilities, strict=True)
+    ]
+    order = sorted(range(len(exact)), key=lambda i: exact[i] - shares[i], reverse=True)
+    missing = slots - sum(shares)
+    for k in range(abs(missing)):
+        if missing > 0:
+            shares[order[k % len(order)]] += 1
+        else:
+            shares[max(range(len(shares)), key=shares.__getitem__)] -= 1
+    return shares
+
+
+def permute(index: int, size: int, key: int) -> int:
+    """Where ``index`` goes in a permutation of range(size) chosen by ``key``.
+
+    A Feistel network over the next even number of bits; results outside the range walk on.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & low
+        for r in range(4):
+            left, right = right, left ^ (_scramble(right ^ key ^ (r << 60)) & low)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+def mix(*values: int) -> int:
+    """64 bits from integers, the same in every process and on every machine."""
+    state = 0x243F6A8885A308D3
+    for value in values:
+        state = _scramble(state ^ (value & _MASK))
+    return state
+
+
+def _scramble(x: int) -> int:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)

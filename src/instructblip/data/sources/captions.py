@@ -1,0 +1,177 @@
+"""Captions: COCO Caption, Web CapFilt, NoCaps, Flickr30K, TextCaps.
+
+Every reader gives one example per picture, with all its captions as ``answers``.
+
+COCO (captions_train2014.json, NoCaps alike)::
+
+    {"images": [{"id": 9, "file_name": "COCO_train2014_000000000009.jpg"}],
+     "annotations": [{"image_id": 9, "id": 661, "caption": "A tray with bread and fruit."}]}
+
+Karpathy's split as LAVIS ships it (coco_karpathy_train.json; val and test have a list)::
+
+    [{"caption": "A tray with bread.", "image": "train2014/COCO_train2014_000000000009.jpg",
+      "image_id": "coco_9"}]
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from instructblip.batch import Example
+from instructblip.data.sources.records import Record, find_file, find_optional, place, read_records
+from instructblip.data.sources.streaming import has_field
+
+COCO_FOLDERS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017")
+
+
+def coco_caption(root: Path, split: str) -> Iterator[Example]:
+    """``coco_karpathy_{split}.json``, else ``captions_{split}2014.json``."""
+    path = find_file(root, f"coco_karpathy_{split}.json", f"captions_{split}2014.json")
+    if path.name.startswith("coco_karpathy"):
+        yield from _grouped(root, path, "coco_caption", split)
+    else:
+        yield from _coco_style(root, path, "coco_caption", split, (f"{split}2014",))
+
+
+def nocaps(root: Path, split: str) -> Iterator[Example]:
+    """``nocaps_val_4500_captions.json``; test: ``nocaps_test_image_info.json``, no captions."""
+    names = {"val": ("nocaps_val_4500_captions.json", "nocaps_val.json")}.get(
+        split, (f"nocaps_{split}_4500_captions.json", f"nocaps_{split}_image_info.json")
+    )
+    path = find_file(root, *names)
+    yield from _coco_style(root, path, "nocaps", split, (split, "val", "test"))
+
+
+def web_capfilt(root: Path, split: str) -> Iterator[Example]:
+    """``web_capfilt.json`` or ``ccs_synthetic_filtered_large.json``: ``[{image, caption}]``."""
+    names = ("web_capfilt.json", "ccs_synthetic_filtered_large.json")
+    path = find_file(root, *(names if split == "train" else (f"web_capfilt_{split}.json",)))
+    for key, record in read_records(path):
+        yield Example(
+            dataset="web_capfilt",
+            split=split,
+            id=key,
+            images=(place(root, record.text("image"), record.where),),
+            task="caption",
+            answers=(record.text("caption"),),
+            where=record.where,
+        )
+
+
+def flickr30k(root: Path, split: str) -> Iterator[Example]:
+    """``dataset_flickr30k.json`` (Karpathy), else ``flickr30k_{split}.json`` (LAVIS).
+
+    ``{"images": [{"filename": "1000.jpg", "imgid": 0, "split": "test",
+    "sentences": [{"raw": "A man rides."}]}], "dataset": "flickr30k"}``
+    """
+    path = find_file(root, "dataset_flickr30k.json", f"flickr30k_{split}.json")
+    if path.name != "dataset_flickr30k.json":
+        yield from _grouped(root, path, "flickr30k", split)
+        return
+    for _, record in read_records(path, "images"):
+        if record.text("split") != split:
+            continue
+        name = record.text("filename")
+        yield Example(
+            dataset="flickr30k",
+            split=split,
+            id=record.identifier("imgid") if "imgid" in record else name,
+            images=(place(root, name, record.where, "flickr30k-images", "flickr30k_images"),),
+            task="caption",
+            answers=tuple(sentence.text("raw") for sentence in record.records("sentences")),
+            where=record.where,
+        )
+
+
+def textcaps(root: Path, split: str) -> Iterator[Example]:
+    """``TextCaps_0.1_{split}.json``, and ``TextVQA_Rosetta_OCR_v0.2_{split}.json`` if it is there.
+
+    ``{"data": [{"image_id": "a1b2", "image_path": "train/a1b2.jpg", "caption_str": "A bottle
+    that says milk.", "reference_strs": ["A bottle that says milk.", "..."]}]}``
+    """
+    path = find_file(root, f"TextCaps_0.1_{split}.json")
+    ocr = read_ocr(root, split)
+    pictures: dict[str, tuple[Record, dict[str, None]]] = {}
+    for _, record in read_records(path, "data"):
+        _, captions = pictures.setdefault(record.text("image_id"), (record, {}))
+        if "caption_str" in record:
+            captions[record.text("caption_str")] = None
+        if "reference_strs" in record:
+            captions.update(dict.fromkeys(record.texts("reference_strs")))
+    for image_id, (record, captions) in pictures.items():
+        name = record.text("image_path", f"{image_id}.jpg")
+        yield Example(
+            dataset="textcaps",
+            split=split,
+            id=image_id,
+            images=(place(root, name, record.where, *open_images_folders(split)),),
+            task="caption_ocr",
+            answers=tuple(captions),
+            ocr_tokens=ocr.get(image_id, ()),
+            where=record.where,
+        )
+
+
+def open_images_folders(split: str) -> tuple[str, ...]:
+    """Folders that the archives of TextVQA and TextCaps unpack to (val shares train's)."""
+    return ("test_images", "test") if split == "test" else ("train_images", "train", "train_val")
+
+
+def read_ocr(root: Path, split: str) -> dict[str, tuple[str, ...]]:
+    """Words that an OCR system read, by picture; empty when the file is not there.
+
+    ``{"data": [{"image_id": "a1b2", "ocr_tokens": ["MILK", "1L"]}]}``
+    """
+    path = find_optional(root, f"TextVQA_Rosetta_OCR_v0.2_{split}.json")
+    if path is None:
+        return {}
+    return {r.text("image_id"): r.texts("ocr_tokens") for _, r in read_records(path, "data")}
+
+
+def _coco_style(
+    root: Path, path: Path, dataset: str, split: str, folders: tuple[str, ...]
+) -> Iterator[Example]:
+    captions: dict[str, list[str]] = {}
+    if has_field(path, "annotations"):  # test files leave it out
+        for _, record in read_records(path, "annotations"):
+            text = record.text("caption")
+            captions.setdefault(record.identifier("image_id"), []).append(text)
+    for _, record in read_records(path, "images"):
+        image_id = record.identifier("id")
+        yield Example(
+            dataset=dataset,
+            split=split,
+            id=image_id,
+            images=(place(root, record.text("file_name"), record.where, *folders),),
+            task="caption",
+            answers=tuple(captions.pop(image_id, ())),
+            where=record.where,
+            extra={"domain": record.text("domain")} if "domain" in record else {},
+        )
+    if captions:
+        raise ValueError(
+            f"{path.name}: {len(captions)} captions name pictures that 'images' does not list, "
+            f"first image_id {next(iter(captions))}; download the file again"
+        )
+
+
+def _grouped(root: Path, path: Path, dataset: str, split: str) -> Iterator[Example]:
+    """A list of {image, caption: text or list}, one example per picture, in order of the file."""
+    pictures: dict[str, tuple[Record, list[str]]] = {}
+    for _, record in read_records(path):
+        _, captions = pictures.setdefault(record.text("image"), (record, []))
+        if isinstance(record.data.get("caption"), list):
+            captions.extend(record.texts("caption"))
+        else:
+            captions.append(record.text("caption"))
+    for name, (record, captions) in pictures.items():
+        digits = re.findall(r"\d+", Path(name).stem)
+        yield Example(
+            dataset=dataset,
+            split=split,
+            id=str(int(digits[-1])) if digits else name,
+            images=(place(root, name, record.where, *COCO_FOLDERS, "flickr30k-images"),),
+            task="caption",
+            answers=tuple(captions),
+            where=record.where,
+        )

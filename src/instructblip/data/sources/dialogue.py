@@ -1,0 +1,111 @@
+"""Visual Dialog: one example per round, with the rounds before it as history."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from instructblip.batch import Example
+from instructblip.data.sources.records import (
+    Record,
+    find_file,
+    find_optional,
+    image_name,
+    place,
+    read_records,
+    read_texts,
+)
+
+
+def visual_dialog(root: Path, split: str) -> Iterator[Example]:
+    """``visdial_1.0_{split}.json``, and ``visdial_1.0_{split}_dense_annotations.json`` if there.
+
+    ``{"data": {"questions": ["is it sunny", ...], "answers": ["yes", ...], "dialogs":
+    [{"image_id": 185565, "caption": "a horse on a beach", "dialog": [{"question": 0,
+    "answer": 0, "answer_options": [3, 0, ...], "gt_index": 1}]}]}}``, where numbers point into
+    ``questions`` and ``answers``. Dense: ``[{"image_id", "round_id": 1, "gt_relevance": [...]}]``.
+
+    The caption is the context, the options are the choices; training examples carry no choices
+    (100 texts a round). A round without an answer (the last of a test dialogue) has no answers.
+    """
+    path = find_file(root, f"visdial_1.0_{split}.json")
+    questions = read_texts(path, "data", "questions")
+    answers = read_texts(path, "data", "answers")
+    relevance = _read_relevance(root, split)
+    for _, dialogue in read_records(path, "data", "dialogs"):
+        image_id = dialogue.integer("image_id")
+        image = _picture(root, image_id, split, dialogue.where)
+        history: list[tuple[str, str]] = []
+        for i, turn in enumerate(dialogue.records("dialog")):
+            if "question" not in turn:
+                break  # the test file pads its dialogues with empty rounds
+            question = _entry(turn, "question", questions)
+            answer = _entry(turn, "answer", answers) if "answer" in turn else ""
+            if split != "test" or "answer_options" in turn:
+                yield Example(
+                    dataset="visual_dialog",
+                    split=split,
+                    id=f"{image_id}_{i + 1}",
+                    images=(image,),
+                    task="dialogue",
+                    question=question,
+                    answers=(answer,) if answer else (),
+                    choices=() if split == "train" else _options(turn, answers),
+                    context=dialogue.text("caption", ""),
+                    history=tuple(history),
+                    where=turn.where,
+                    extra=_extra(turn, relevance.get((image_id, i + 1))),
+                )
+            history.append((question, answer))
+
+
+def _picture(root: Path, image_id: int, split: str, where: str) -> str:
+    if split != "train":
+        folder = f"VisualDialog_{split}2018"
+        return place(root, f"{folder}_{image_id:012d}.jpg", where, folder)
+    # Train pictures come from both halves of COCO 2014, and the file does not say which.
+    for part in ("train2014", "val2014"):
+        name = f"COCO_{part}_{image_id:012d}.jpg"
+        for candidate in (f"{part}/{name}", name):
+            if (root / "images" / candidate).exists():
+                return image_name(candidate, where)
+    return place(root, f"COCO_train2014_{image_id:012d}.jpg", where, "train2014")
+
+
+def _entry(turn: Record, name: str, texts: list[str]) -> str:
+    index = turn.integer(name)
+    if not 0 <= index < len(texts):
+        turn.fail(name, f"an index below {len(texts)}")
+    return texts[index]
+
+
+def _options(turn: Record, answers: list[str]) -> tuple[str, ...]:
+    if "answer_options" not in turn:
+        return ()
+    indices = turn.data["answer_options"]
+    if not isinstance(indices, list):
+        turn.fail("answer_options", "a list of indices into 'answers'")
+    for index in indices:
+        if not isinstance(index, int) or not 0 <= index < len(answers):
+            turn.fail("answer_options", f"indices below {len(answers)}")
+    return tuple(answers[index] for index in indices)
+
+
+def _extra(turn: Record, relevance: list[float] | None) -> dict[str, Any]:
+    extra: dict[str, Any] = {}
+    if "gt_index" in turn:
+        extra["gt_index"] = turn.integer("gt_index")
+    if relevance is not None:
+        extra["gt_relevance"] = relevance
+    return extra
+
+
+def _read_relevance(root: Path, split: str) -> dict[tuple[int, int], list[float]]:
+    path = find_optional(root, f"visdial_1.0_{split}_dense_annotations.json")
+    if path is None:
+        return {}
+    return {
+        (record.integer("image_id"), record.integer("round_id")): [
+            float(value) for value in record.texts("gt_relevance")
+        ]
+        for _, record in read_records(path)
+    }

@@ -1,0 +1,252 @@
+"""Reading annotation files record by record, with errors that name file, record and field.
+
+Annotation files run to hundreds of megabytes, so arrays and objects are streamed: one record is
+parsed at a time and the file is never held whole. Every reader uses the functions below and no
+other way to open a file, so that ``prepare`` can note which files a data set was read from.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+from instructblip.batch import Example
+from instructblip.data.sources.streaming import stream_values
+
+MAX_TEXT = 100_000
+"""Characters of one text field; more is a broken file, not an annotation."""
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One data set: ``read(root, split)`` yields its examples in the order of the file.
+
+    ``root`` holds ``annotations/`` and ``images/``; ``split`` is train, val or test. ``files``
+    says, for a person, which of the owner's files belong there.
+    """
+
+    read: Callable[[Path, str], Iterator[Example]]
+    task: str
+    licence: str
+    files: str
+
+
+@dataclass(slots=True)
+class FilesRead:
+    """The files a reader opened, and those it looked for and did not find."""
+
+    found: dict[Path, None] = field(default_factory=dict)
+    absent: dict[Path, None] = field(default_factory=dict)
+
+
+_noted: ContextVar[FilesRead | None] = ContextVar("files_read", default=None)
+
+
+@contextmanager
+def note_files() -> Iterator[FilesRead]:
+    """Collects the files that readers open inside the block."""
+    noted = FilesRead()
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+def find_optional(root: Path, *names: str) -> Path | None:
+    """The first of ``annotations/<name>`` that exists, or None."""
+    noted = _noted.get()
+    for name in names:
+        path = root / "annotations" / name
+        if path.exists():
+            if noted is not None:
+                noted.found[path] = None
+            return path
+        if noted is not None:
+            noted.absent[path] = None
+    return None
+
+
+def find_file(root: Path, *names: str) -> Path:
+    """The first of ``annotations/<name>`` that exists; FileNotFoundError lists what was tried."""
+    path = find_optional(root, *names)
+    if path is None:
+        raise FileNotFoundError(
+            f"none of {', '.join(names)} is in {root / 'annotations'}; download the owner's file "
+            "and put it there, unpacked (`annotations/` beside `images/`)"
+        )
+    return path
+
+
+def note_folder(path: Path) -> None:
+    """Notes that a reader took its annotations from a folder of small files."""
+    if (noted := _noted.get()) is not None:
+        noted.found[path] = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One JSON object with its place in the file; the accessors check presence and type."""
+
+    data: dict[str, Any]
+    where: str
+
+    def __contains__(self, name: str) -> bool:
+        return self.data.get(name) is not None
+
+    def fail(self, name: str, expected: str) -> NoReturn:
+        if name in self.data:
+            got = f"is {repr(self.data[name])[:80]}"
+        else:
+            got = f"is missing (fields present: {', '.join(map(str, list(self.data)[:20]))})"
+        raise ValueError(
+            f"{self.where}: field '{name}' {got}; expected {expected}. Check that this is the "
+            "owner's original file, downloaded whole"
+        )
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A string without surrounding white space; ``default`` when absent or null."""
+        value = self.data.get(name)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, str):
+            self.fail(name, "a string")
+        return _bounded(value, name, self.where)
+
+    def identifier(self, name: str) -> str:
+        """An identifier, which files write as a number or as a string."""
+        value = self.data.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            self.fail(name, "a number or a string")
+        return str(value)
+
+    def integer(self, name: str) -> int:
+        value = self.data.get(name)
+        if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value):
+            return int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.fail(name, "a whole number")
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of strings; numbers among them are written out (some files quote no numbers)."""
+        value = self.data.get(name)
+        if not isinstance(value, list):
+            self.fail(name, "a list of strings")
+        for item in value:
+            if isinstance(item, bool) or not isinstance(item, str | int | float):
+                self.fail(name, "a list of strings")
+        return tuple(_bounded(str(item), name, self.where) for item in value)
+
+    def records(self, name: str) -> list["Record"]:
+        """A list of objects."""
+        value = self.data.get(name)
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            self.fail(name, "a list of objects")
+        return [Record(item, f"{self.where}, {name} {i}") for i, item in enumerate(value)]
+
+    def pick(self, name: str, options: tuple[str, ...]) -> str:
+        """The option that the index in field ``name`` points at."""
+        index = self.integer(name)
+        if not 0 <= index < len(options):
+            self.fail(name, f"an index from 0 to {len(options) - 1}")
+        return options[index]
+
+
+def _bounded(text: str, name: str, where: str) -> str:
+    if len(text) > MAX_TEXT:
+        raise ValueError(
+            f"{where}: field '{name}' has {len(text)} characters; expected at most {MAX_TEXT}. "
+            "Check the file, or cut the text"
+        )
+    return text.strip()
+
+
+def read_records(path: Path, *fields: str) -> Iterator[tuple[str, Record]]:
+    """(key, record) of a JSON array or object at ``fields``; the key is the index in an array."""
+    for key, value in stream_values(path, *fields):
+        where = f"{path.name}:record {key}"
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: is {repr(value)[:80]}; expected an object with fields")
+        yield key, Record(value, where)
+
+
+def read_texts(path: Path, *fields: str) -> list[str]:
+    """A JSON array of strings at ``fields``."""
+    texts = []
+    for key, value in stream_values(path, *fields):
+        if not isinstance(value, str):
+            raise ValueError(f"{path.name}:{'.'.join(fields)} {key}: expected a string")
+        texts.append(value)
+    return texts
+
+
+def read_lines(path: Path) -> Iterator[Record]:
+    """The objects of a JSON-lines file. Only ``\\n`` ends a line (not U+2028 and its kin)."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path.name}:line {number}"
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: is not JSON ({error}); repair the line") from None
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: expected an object with fields")
+            yield Record(value, where)
+
+
+def read_table(path: Path) -> Iterator[Record]:
+    """The rows of a comma-separated file with a header."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            for number, row in enumerate(csv.DictReader(file), start=2):
+                yield Record(dict(row), f"{path.name}:line {number}")
+        except csv.Error as error:
+            raise ValueError(f"{path.name}: is not a CSV table ({error})") from None
+
+
+def image_name(name: str, where: str) -> str:
+    """``name`` if it stays inside the image root, else ValueError."""
+    path = PurePosixPath(name)
+    if not name or "\0" in name or "\\" in name or path.is_absolute() or ".." in path.parts:
+        raise ValueError(
+            f"{where}: image name {name[:200]!r} is empty or leaves the image root; expected a "
+            "relative path below `images/`"
+        )
+    return str(path)
+
+
+def place(root: Path, name: str, where: str, *folders: str) -> str:
+    """Path of a picture below ``images/``, whose owner's archive may have its own sub-folder.
+
+    Tried in this order, by the folders that exist: the name as written, ``folders/<file name>``,
+    and ``<file name>`` alone.
+    """
+    name = image_name(name, where)
+    base = PurePosixPath(name).name
+    if name != base and _is_folder(root / "images" / PurePosixPath(name).parent):
+        return name
+    for folder in folders:
+        if _is_folder(root / "images" / folder):
+            return f"{folder}/{base}"
+    return base
+
+
+_folders: dict[Path, bool] = {}
+
+
+def _is_folder(path: Path) -> bool:
+    # Asked once per sample, and a stat each time would be most of a reader's time. Only the
+    # answer "yes" is kept: a folder may be unpacked later in the same process.
+    if not _folders.get(path):
+        _folders[path] = path.is_dir()
+    return _folders[path]

@@ -1,0 +1,116 @@
+"""Questions about videos whose frames lie in a folder each: MSVD-QA, MSRVTT-QA, iVQA.
+
+``images/<video>/`` holds the frames as pictures, in the order of their names; ``<video>`` is the
+identifier of the file, with ``video`` or ``vid`` in front of it, or without its extension.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from instructblip.batch import Example
+from instructblip.data.sources.records import (
+    PICTURES,
+    find_file,
+    image_name,
+    read_records,
+    read_table,
+)
+
+MAX_FRAMES = 64
+"""Frames that an example lists; of a longer folder, this many evenly spaced ones."""
+
+
+def msvdqa(root: Path, split: str) -> Iterator[Example]:
+    """``{split}_qa.json``, ``msvd_qa_{split}.json`` or ``qa_{split}.json``.
+
+    ``[{"id": 0, "video_id": 1, "question": "what is a man doing?", "answer": "cook"}]``; LAVIS
+    writes ``video`` instead of ``video_id``.
+    """
+    path = find_file(root, f"{split}_qa.json", f"msvd_qa_{split}.json", f"qa_{split}.json")
+    yield from _questions(root, path, "msvdqa", split)
+
+
+def msrvttqa(root: Path, split: str) -> Iterator[Example]:
+    """``{split}_qa.json``, ``msrvtt_qa_{split}.json`` or ``qa_{split}.json``, as MSVD-QA."""
+    path = find_file(root, f"{split}_qa.json", f"msrvtt_qa_{split}.json", f"qa_{split}.json")
+    yield from _questions(root, path, "msrvttqa", split)
+
+
+def _questions(root: Path, path: Path, dataset: str, split: str) -> Iterator[Example]:
+    frames = _Frames(root)
+    for key, record in read_records(path):
+        video = record.identifier("video_id" if "video_id" in record else "video")
+        for name in ("id", "question_id"):
+            key = record.identifier(name) if name in record else key
+        yield Example(
+            dataset=dataset,
+            split=split,
+            id=key,
+            images=frames.of(video, record.where),
+            task="vqa",
+            question=record.text("question"),
+            answers=(record.text("answer"),) if "answer" in record else (),
+            where=record.where,
+        )
+
+
+def ivqa(root: Path, split: str) -> Iterator[Example]:
+    """``{split}.csv`` or ``ivqa_{split}.csv``; five annotators answered each question.
+
+    ``video_id,question,answer1,answer2,answer3,answer4,answer5,start,end``
+    ``a1B2,What is poured?,milk,milk,cream,milk,white milk,12,24``. A clip's frames are in
+    ``images/<video_id>_<start>_<end>/`` or in ``images/<video_id>/``.
+    """
+    frames = _Frames(root)
+    for i, record in enumerate(read_table(find_file(root, f"{split}.csv", f"ivqa_{split}.csv"))):
+        video = record.text("video_id")
+        clip = f"{video}_{record.text('start', '')}_{record.text('end', '')}"
+        answers = (record.text(f"answer{k}", "") for k in range(1, 6))
+        yield Example(
+            dataset="ivqa",
+            split=split,
+            id=str(i),
+            images=frames.of(clip, record.where) or frames.of(video, record.where),
+            task="vqa",
+            question=record.text("question"),
+            answers=tuple(answer for answer in answers if answer),
+            where=record.where,
+        )
+
+
+class _Frames:
+    """The frames of each video, listed once. A video without frames gives no images."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "images"
+        self.listed: dict[str, tuple[str, ...]] = {}
+
+    def of(self, video: str, where: str) -> tuple[str, ...]:
+        if video not in self.listed:
+            self.listed[video] = self._list(image_name(video, where))
+        return self.listed[video]
+
+    def _list(self, video: str) -> tuple[str, ...]:
+        for name in (video, f"video{video}", f"vid{video}", str(Path(video).with_suffix(""))):
+            folder = self.root / name
+            if not folder.is_dir():
+                continue
+            files = [f.name for f in folder.iterdir() if f.name.lower().endswith(PICTURES)]
+            files.sort(key=_natural)
+            return tuple(f"{name}/{files[i]}" for i in evenly_spaced(len(files), MAX_FRAMES))
+        return ()
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """At most ``most`` indices below ``count``, the middles of equal parts."""
+    if count <= most:
+        return list(range(count))
+    return [(2 * i + 1) * count // (2 * most) for i in range(most)]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts frame_2 before frame_10."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]

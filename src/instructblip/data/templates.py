@@ -1,0 +1,245 @@
+"""Instruction templates, and the one renderer that training, evaluation and serving share.
+
+A template is plain text with the places ``{question}`` (what the instruction is about: a question,
+a statement, the text on a meme, or the answer that a question is asked for), ``{options}``,
+``{context}``, ``{ocr_tokens}`` and ``{history}``. What an example has of the last three and its
+template does not name is put in front (``PARTS``), so nothing is lost silently::
+
+    context      Context: There are two cups.
+    ocr_tokens   Words in the image: milk, fresh.
+    history      Dialog history: Question: is it day? Answer: yes.
+
+Options are lettered: ``(a) red (b) blue``. The response is the bare answer, never its letter.
+"""
+
+import hashlib
+import json
+import random
+import re
+from dataclasses import dataclass
+
+from instructblip.batch import Example
+
+RENDERER_VERSION = 1
+"""Raised when the same template and example give another text than before."""
+
+MAX_OCR_TOKENS = 30
+
+PARTS = {
+    "context": "Context: {context}",
+    "ocr_tokens": "Words in the image: {ocr_tokens}.",
+    "history": "Dialog history: {history}",
+}
+PLACES = ("question", "options", *PARTS)
+_PLACE = re.compile(r"\{([^{}]*)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Texts of one sample: for the Q-Former, for the language model, and what it should say.
+
+    ``instruction`` and ``prompt`` are the same text today; they are two fields because only the
+    language model of some systems gets the history. ``response`` is empty at inference.
+    """
+
+    instruction: str
+    prompt: str
+    response: str = ""
+
+
+def render_instruction(
+    example: Example, rng: random.Random, template: str | None = None
+) -> Rendered:
+    """Picks one template of the task (unless given) and ONE answer; the only place that does.
+
+    ``answers`` holds an answer as often as annotators gave it, so a uniform choice weights
+    answers by their frequency. Raises ValueError for an example without answers.
+    """
+    if not example.answers:
+        raise ValueError(f"{example.where}: no answer to train on; run the data check")
+    chosen = template if template is not None else rng.choice(templates_of(example.task))
+    prompt = _fill(example, chosen)
+    return Rendered(instruction=prompt, prompt=prompt, response=rng.choice(example.answers))
+
+
+def render_prompt(example: Example, template: str | None = None) -> Rendered:
+    """The prompt for inference: ``template``, or the first of the task. No response."""
+    chosen = template if template is not None else templates_of(example.task)[0]
+    prompt = _fill(example, chosen)
+    return Rendered(instruction=prompt, prompt=prompt)
+
+
+def templates_of(task: str) -> tuple[str, ...]:
+    if task not in TEMPLATES:
+        raise ValueError(f"no templates for task '{task}'; expected one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[task]
+
+
+def check_template(template: str) -> str:
+    """``template``, or ValueError naming a place that does not exist."""
+    for name in _PLACE.findall(template):
+        if name not in PLACES:
+            raise ValueError(
+                f"template {template!r}: no place '{{{name}}}'; expected "
+                + ", ".join(f"{{{place}}}" for place in PLACES)
+            )
+    return template
+
+
+def template_hash() -> str:
+    """Tells whether two programs render alike: kept in the checkpoint, compared at inference."""
+    content = json.dumps([RENDERER_VERSION, MAX_OCR_TOKENS, PARTS, TEMPLATES], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def letter_options(choices: tuple[str, ...]) -> str:
+    """``(a) red (b) blue``."""
+    return " ".join(f"({_letter(i)}) {choice}" for i, choice in enumerate(choices))
+
+
+def _letter(index: int) -> str:
+    return chr(ord("a") + index) if index < 26 else str(index + 1)
+
+
+def _fill(example: Example, template: str) -> str:
+    check_template(template)
+    values = {
+        "question": example.question,
+        "options": letter_options(example.choices),
+        "context": example.context,
+        "ocr_tokens": ", ".join(example.ocr_tokens[:MAX_OCR_TOKENS]),
+        "history": _history(example.history),
+    }
+    named = set(_PLACE.findall(template))
+    before = [part for name, part in PARTS.items() if values[name] and name not in named]
+    text = " ".join([*before, template])
+    # One pass over the template: braces inside a question are text, not places.
+    filled = _PLACE.sub(lambda match: values[match[1]], text)
+    return re.sub(r"[ \t]+", " ", filled).strip()
+
+
+def _history(turns: tuple[tuple[str, str], ...]) -> str:
+    return " ".join(f"Question: {question} Answer: {_stop(answer)}" for question, answer in turns)
+
+
+def _stop(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "caption": (
+        "A short image description:",
+        "A short caption of the image:",
+        "Describe the image in a short sentence.",
+        "Write a short caption for this picture.",
+        "What does the picture show? Answer in one short sentence.",
+        "Say briefly what is in the image.",
+        "Briefly describe this picture.",
+        "Tell me in a few words what you see.",
+        "Give a short description of the picture.",
+        "In one sentence, what is in this image?",
+        "Look at the image and describe it briefly.",
+        "Sum up the picture in one short sentence.",
+    ),
+    "caption_ocr": (
+        "A short image description with the words in it:",
+        "A short caption that uses the words in the image:",
+        "Describe the image briefly. Mention the words you can read.",
+        "Write a short caption for this picture. Include the words in it.",
+        "Briefly say what is shown and what is written.",
+        "In one short sentence, describe the picture and its words.",
+        "Read the words in the image, then describe it briefly.",
+        "What does the picture show, and what does it say? Answer briefly.",
+        "Give a short description of the picture and the words on it.",
+        "Sum up the image and what is written in it, in one sentence.",
+    ),
+    "vqa": (
+        "Question: {question} Short answer:",
+        "{question} Short answer:",
+        "{question} Answer briefly.",
+        "Question: {question} Answer in a few words.",
+        "Look at the image and answer briefly: {question}",
+        "Answer the question about the picture in a few words. {question}",
+        "{question} A short answer is:",
+        "Give a short answer to this question about the image: {question}",
+        "From the picture, answer in one or two words: {question}",
+        "{question} Use the image and keep the answer short.",
+        "Q: {question} Short A:",
+        "What is the short answer to the question? {question}",
+    ),
+    "multiple_choice": (
+        "Question: {question} Options: {options}. Short answer:",
+        "{question} Options: {options}. Answer:",
+        "Question: {question} Choose one of these: {options}. Answer:",
+        "{question} Which of these is right? {options}. Answer:",
+        "Pick the right option. Question: {question} Options: {options}.",
+        "Look at the image and choose. {question} {options}. Answer:",
+        "Answer with one of the options. {question} Options: {options}.",
+        "{question} The choices are {options}. The right choice is:",
+        "Options: {options}. Question: {question} Answer:",
+        "Choose the best answer to the question: {question} {options}. Answer:",
+        "{question} Select one: {options}. Short answer:",
+    ),
+    "read": (
+        "Question: {question} Short answer:",
+        "{question} Read the image and answer briefly.",
+        "Read the words in the picture. {question} Short answer:",
+        "Use the words in the image to answer: {question} Short answer:",
+        "{question} Look at what is written. Short answer:",
+        "Answer briefly from the words you can read. {question}",
+        "{question} Answer with the words in the picture.",
+        "Read, then answer in a few words: {question}",
+        "What is written tells the answer. {question} Short answer:",
+        "Question about the words in the image: {question} Short answer:",
+    ),
+    "ask": (
+        "Answer: {question}. Question:",
+        'Ask a question about the image with the answer "{question}".',
+        'Write a question about the picture. Its answer is "{question}". Question:',
+        "The answer is {question}. What is the question?",
+        "Which question about this image has the answer {question}?",
+        "Look at the picture and ask a question. Answer: {question}. Question:",
+        'What could be asked here, if the answer is "{question}"?',
+        "Give a question that {question} is the right answer to.",
+        "Make a question for the answer {question}. Question:",
+        "{question} is the answer. The question about the image is:",
+    ),
+    "statement": (
+        'Based on the image, is this statement true or false? "{question}" Answer:',
+        '"{question}" True or false? Short answer:',
+        "True or false: {question} Answer:",
+        "Is it true or false? {question} Answer:",
+        'Look at the picture. Is this right? "{question}" Answer true or false.',
+        "Statement: {question} Is the statement true or false? Answer:",
+        "Check this statement with the image: {question} True or false?",
+        'The picture shows this: "{question}" True or false? Answer:',
+        "Say true or false. {question}",
+        "{question} Is this true or false for the image? Short answer:",
+    ),
+    "classify": (
+        'This is an image with: "{question}" written on it. Is it hateful? Answer:',
+        'Words in the image: "{question}". Is it hateful, yes or no?',
+        'The picture says "{question}". Is this hateful? Short answer:',
+        "Is this image hateful? It says: {question}. Answer yes or no.",
+        'Read "{question}" and look at the image. Is it hateful? Answer:',
+        'Does this picture attack people? It says "{question}". Answer:',
+        "Text: {question}. Is the image with this text hateful? Answer:",
+        'With "{question}" on it, is the image hateful? Yes or no?',
+        "Question: is the picture hateful? Its text: {question}. Short answer:",
+        'Is it hateful to show this image with "{question}"? Answer yes or no.',
+    ),
+    "dialogue": (
+        "Question: {question} Short answer:",
+        "{question} Short answer:",
+        "{question} Answer briefly.",
+        "Next question: {question} Short answer:",
+        "Go on with the dialog. Question: {question} Answer:",
+        "Now answer this about the image: {question} Short answer:",
+        "The next question is: {question} Answer in a few words.",
+        "{question} Give a short answer.",
+        "Keep the dialog in mind. {question} Short answer:",
+        "Last question: {question} Answer:",
+    ),
+    # Data sets that bring their own instruction (LLaVA).
+    "instruct": ("{question}",),
+}

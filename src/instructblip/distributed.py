@@ -1,0 +1,130 @@
+"""Ranks, world size and reductions: the only file that knows ``torch.distributed``.
+
+Every function works without a process group, where there is one rank and reductions are no-ops.
+``torchrun --nproc-per-node N -m instructblip train RECIPE`` sets what `process_group` reads.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BUCKET_BYTES = 32 * 2**20
+"""Gradients travel in flat buckets of about this size: few calls, little extra memory."""
+
+
+def is_initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process among all processes, from 0."""
+    return dist.get_rank() if is_initialised() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_initialised() else 1
+
+
+def local_rank() -> int:
+    """This process among those of the same machine: which GPU it takes."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+@contextmanager
+def process_group(backend: str | None = None) -> Iterator[None]:
+    """Join torchrun's other processes, if it started us; leave them at the end."""
+    started = "WORLD_SIZE" in os.environ and "RANK" in os.environ and not is_initialised()
+    if started:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank())
+        dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+    try:
+        yield
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if is_initialised():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum ``tensor`` over the ranks, in place; returned for convenience."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is set on any rank; the same answer on all of them."""
+    if world_size() == 1:
+        return flag
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)).item())
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value`` on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's ``value``, in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Sum the gradients over the ranks, in flat buckets.
+
+    A parameter without a gradient counts as zeros, so that every rank issues the same collectives
+    whatever its batch held. Each micro batch is already divided by the tokens of the global
+    step, so the sum is the gradient of the mean over response tokens.
+    """
+    if world_size() == 1:
+        return
+    for bucket in _buckets([p for p in parameters if p.requires_grad]):
+        for parameter in bucket:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in bucket if p.grad is not None]
+        flat = all_reduce_sum(torch.cat([g.reshape(-1) for g in gradients]))
+        for gradient, part in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        changes = bucket and (parameter.dtype, parameter.device) != (
+            bucket[0].dtype,
+            bucket[0].device,
+        )
+        if bucket and (changes or size >= BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel() * parameter.element_size()
+    if bucket:
+        yield bucket

@@ -1,0 +1,159 @@
+"""Sizes of the three parts, and their translation from and to transformers' ``config.json``.
+
+Field names and defaults are those of transformers (a ``config.json`` leaves out what equals the
+default), so the translation is a selection of keys and nothing more.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "_Config":
+        width, heads = getattr(self, "hidden_size", 1), getattr(self, "num_attention_heads", 1)
+        if width % heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads; got {width} and {heads}"
+            )
+        return self
+
+
+class VisionConfig(_Config):
+    """The image encoder: a pre-norm ViT. The defaults are EVA-CLIP g/14, as in the paper."""
+
+    hidden_size: int = Field(1408, gt=0, description="Width V of the image encoder.")
+    intermediate_size: int = Field(6144, gt=0, description="Width inside the feed-forward.")
+    num_hidden_layers: int = Field(39, gt=0, description="Number of transformer layers.")
+    num_attention_heads: int = Field(16, gt=0, description="Attention heads per layer.")
+    image_size: int = Field(224, gt=0, description="Side S of the square picture in pixels.")
+    patch_size: int = Field(14, gt=0, description="Side of a patch in pixels.")
+    hidden_act: Activation = Field("gelu", description="Activation of the feed-forward.")
+    layer_norm_eps: float = Field(1e-6, gt=0, description="Epsilon of every LayerNorm.")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on attention weights.")
+    qkv_bias: bool = Field(True, description="Whether the fused query-key-value layer has a bias.")
+
+    @model_validator(mode="after")
+    def _holds_a_patch(self) -> "VisionConfig":
+        if self.image_size < self.patch_size:
+            raise ValueError(
+                f"image_size must hold one patch; got {self.image_size} < {self.patch_size}"
+            )
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        """P: patches plus the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+class QFormerConfig(_Config):
+    """The Q-Former: BERT-base with cross-attention in every second layer (BLIP-2, section 3.1)."""
+
+    vocab_size: int = Field(30522, gt=0, description="Rows of the text embedding.")
+    hidden_size: int = Field(768, gt=0, description="Width D of the Q-Former.")
+    num_hidden_layers: int = Field(12, gt=0, description="Number of transformer layers.")
+    num_attention_heads: int = Field(12, gt=0, description="Attention heads per layer.")
+    intermediate_size: int = Field(3072, gt=0, description="Width inside the feed-forwards.")
+    hidden_act: Activation = Field("gelu", description="Activation of the feed-forwards.")
+    hidden_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout on hidden states.")
+    attention_probs_dropout_prob: float = Field(
+        0.1, ge=0, lt=1, description="Dropout on attention weights."
+    )
+    max_position_embeddings: int = Field(512, gt=0, description="Longest instruction in tokens.")
+    layer_norm_eps: float = Field(1e-12, gt=0, description="Epsilon of every LayerNorm.")
+    initializer_range: float = Field(0.02, gt=0, description="Deviation of fresh weights.")
+    pad_token_id: int | None = Field(0, description="Row of the text embedding that pads.")
+    cross_attention_frequency: int = Field(
+        2, gt=0, description="Every n-th layer, from the first on, attends to the picture."
+    )
+    encoder_hidden_size: int = Field(1408, gt=0, description="Width of the picture's features.")
+
+
+class InstructBlipConfig(_Config):
+    """The whole model. ``instruction_aware=False`` is BLIP-2: a Q-Former without a text branch."""
+
+    vision: VisionConfig = Field(description="The image encoder.")
+    qformer: QFormerConfig = Field(description="The Q-Former.")
+    language: dict[str, Any] = Field(description="transformers' text config as a dict.")
+    num_query_tokens: int = Field(32, gt=0, description="Query tokens Q per picture.")
+    instruction_aware: bool = Field(True, description="Whether the Q-Former reads the instruction.")
+    image_token_id: int | None = Field(
+        None, description="Id that transformers' processor uses as a placeholder for a query."
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "InstructBlipConfig":
+        if self.qformer.encoder_hidden_size != self.vision.hidden_size:
+            raise ValueError(
+                "qformer.encoder_hidden_size must equal vision.hidden_size; got "
+                f"{self.qformer.encoder_hidden_size} and {self.vision.hidden_size}"
+            )
+        return self
+
+    @classmethod
+    def from_transformers(cls, config: dict[str, Any]) -> "InstructBlipConfig":
+        """Read a ``config.json`` of model_type "instructblip" or "blip-2".
+
+        Raises ValueError for any other model_type and for values that our parts cannot express.
+        """
+        kind = config.get("model_type")
+        if kind not in ("instructblip", "blip-2"):
+            raise ValueError(
+                f"model_type must be 'instructblip' or 'blip-2'; got {kind!r}. Give a directory "
+                "that transformers' InstructBlip or Blip2 wrote, or one of this project's own."
+            )
+        vision = _select(VisionConfig, config.get("vision_config") or {})
+        for name in ("image_size", "patch_size"):
+            vision[name] = _side(vision[name], name) if name in vision else vision.get(name)
+        vision = {name: value for name, value in vision.items() if value is not None}
+        vision_config = VisionConfig(**vision)
+        qformer = _select(QFormerConfig, config.get("qformer_config") or {})
+        # transformers derives this width as well and ignores what the file says.
+        qformer["encoder_hidden_size"] = vision_config.hidden_size
+        return cls(
+            vision=vision_config,
+            qformer=QFormerConfig(**qformer),
+            language={"model_type": "opt", **(config.get("text_config") or {})},
+            num_query_tokens=config.get("num_query_tokens", 32),
+            instruction_aware=kind == "instructblip",
+            image_token_id=config.get("image_token_index", config.get("image_token_id")),
+        )
+
+    def to_transformers(self) -> dict[str, Any]:
+        """The ``config.json`` that transformers reads; Blip2's where there is no text branch."""
+        prefix, name = (
+            ("instructblip", "InstructBlip") if self.instruction_aware else ("blip_2", "Blip2")
+        )
+        language = dict(self.language)
+        # transformers 5 writes T5's untied head as (tie_word_embeddings=True,
+        # scale_decoder_outputs=False); only tie_word_embeddings=False means it in 4 and 5 alike.
+        if language.get("scale_decoder_outputs") is False:
+            language["tie_word_embeddings"] = False
+        return {
+            "model_type": "instructblip" if self.instruction_aware else "blip-2",
+            "architectures": [f"{name}ForConditionalGeneration"],
+            "vision_config": {"model_type": f"{prefix}_vision_model", **self.vision.model_dump()},
+            "qformer_config": {"model_type": f"{prefix}_qformer", **self.qformer.model_dump()},
+            "text_config": language,
+            "num_query_tokens": self.num_query_tokens,
+            "image_token_index": self.image_token_id,
+        }
+
+
+def _select(config: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """The keys of ``values`` that ``config`` knows; transformers adds many that change nothing."""
+    return {name: values[name] for name in config.model_fields if name in values}
+
+
+def _side(value: Any, name: str) -> int:
+    """An edge length from transformers' int or [height, width]."""
+    sides = set(value) if isinstance(value, list | tuple) else {value}
+    if len(sides) != 1:
+        raise ValueError(f"{name} must be square; got {value}")
+    return sides.pop()

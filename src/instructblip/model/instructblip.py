@@ -1,0 +1,254 @@
+"""InstructBLIP: a frozen image encoder, a Q-Former that reads the instruction, a language model.
+
+The walk of a batch (InstructBLIP, figure 3): ``encode_image`` -> ``query_image`` ->
+``project_queries`` -> the language model. State-dict names are those of transformers'
+InstructBlipForConditionalGeneration.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from instructblip.batch import Batch
+from instructblip.model.config import InstructBlipConfig
+from instructblip.model.language import Language, build_language_model, language_of
+from instructblip.model.qformer import QFormer
+from instructblip.model.vision import VisionModel
+
+PARTS = {
+    "query_tokens": r"query_tokens",
+    "qformer_text_embeddings": r"qformer\.embeddings\.(word|position)_embeddings\..*",
+    # The LayerNorm over the concatenation feeds the first self-attention.
+    "qformer_self_attention": r"qformer\.(embeddings\.layernorm|encoder\.layer\.\d+\.attention)"
+    r"\..*",
+    "qformer_cross_attention": r"qformer\.encoder\.layer\.\d+\.crossattention\..*",
+    "qformer_feed_forward": r"qformer\.encoder\.layer\.\d+\.(intermediate|output)(_query)?\..*",
+    "projection": r"language_projection\..*",
+    "vision_norm": r"vision_model\.post_layernorm\..*",
+    "vision_tower": r"vision_model\.(embeddings|encoder)\..*",
+    "language_model": r"language_model\..*",
+}
+"""Every parameter belongs to exactly one part: part -> pattern of its whole name."""
+
+ALIASES = {
+    # What the official code trains: 188M of 8B parameters for Vicuna-7B (section 3.4).
+    "qformer": (
+        "query_tokens",
+        "qformer_text_embeddings",
+        "qformer_self_attention",
+        "qformer_cross_attention",
+        "qformer_feed_forward",
+        "projection",
+        "vision_norm",
+    ),
+}
+
+
+class LossOutput(NamedTuple):
+    """Loss of one batch. ``loss_sum`` and ``sample_losses`` [B] are sums in nats over the response
+    tokens, ``num_tokens`` and ``sample_tokens`` [B] their numbers, int64: the mean belongs to the
+    caller, who knows the tokens of the whole step. Only ``loss_sum`` carries gradients."""
+
+    loss_sum: Tensor
+    num_tokens: Tensor
+    sample_losses: Tensor
+    sample_tokens: Tensor
+
+
+class InstructBlip(nn.Module):
+    """``instruction_aware=False`` in the config makes it a BLIP-2: the Q-Former reads no text."""
+
+    image_chunk = 64
+    """Pictures per pass of a frozen image encoder: bounds its memory, not its result."""
+
+    def __init__(self, config: InstructBlipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_model = VisionModel(config.vision)
+        self.query_tokens = nn.Parameter(
+            torch.randn(1, config.num_query_tokens, config.qformer.hidden_size)
+            * config.qformer.initializer_range
+        )
+        self.qformer = QFormer(config.qformer, text=config.instruction_aware)
+        self.language_model = build_language_model(config.language)
+        width = self.language_model.get_input_embeddings().embedding_dim
+        self.language_projection = nn.Linear(config.qformer.hidden_size, width)
+        self.compute_dtype: torch.dtype | None = None
+        self.assets: Path | None = None  # the directory with the tokenizers, once loaded
+        self.generation_settings: dict[str, Any] = {}  # its generation_config.json
+        self.set_trainable(("qformer",))
+
+    @property
+    def language(self) -> Language:
+        """The adapter around ``language_model``."""
+        return language_of(self.language_model)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> "InstructBlip":
+        """See ``pretrained.from_pretrained``."""
+        from instructblip.model.pretrained import from_pretrained
+
+        return from_pretrained(path, **options)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """See ``pretrained.save_pretrained``."""
+        from instructblip.model.pretrained import save_pretrained
+
+        save_pretrained(self, path)
+
+    # --- the walk of a batch ---------------------------------------------------------------------
+
+    def encode_image(
+        self, pixel_values: Float[Tensor, "N 3 S S"], norm: bool = True
+    ) -> Float[Tensor, "N P V"]:
+        """All tokens of each picture. ``norm=False`` stops before the last LayerNorm: these are
+        the features that a cache holds and ``Batch.image_features`` carries."""
+        vision = self.vision_model
+        pixel_values = pixel_values.to(vision.embeddings.patch_embedding.weight.dtype)
+        if torch.is_grad_enabled() and _trains(vision.embeddings, vision.encoder):
+            with self._precision(vision.encoder):
+                features = vision.body(pixel_values)
+        else:
+            with torch.no_grad(), self._precision(vision.encoder):
+                parts = [vision.body(chunk) for chunk in pixel_values.split(self.image_chunk)]
+            features = torch.cat(parts) if len(parts) != 1 else parts[0]
+        return vision.norm(features) if norm else features
+
+    def query_image(
+        self,
+        features: Float[Tensor, "N P V"],
+        qformer_ids: Int[Tensor, "M I"],
+        qformer_mask: Int[Tensor, "M I"],
+        image_index: Int[Tensor, " M"] | None = None,
+    ) -> Float[Tensor, "M Q D"]:
+        """Ask M instructions about pictures: ``image_index`` names the picture of each (None: row i
+        asks picture i). ``features`` are behind the last LayerNorm."""
+        rows = len(features) if image_index is None else len(image_index)
+        query_embeds = self.query_tokens.expand(rows, -1, -1)
+        with self._precision(self.qformer):
+            features = features.to(self.query_tokens.dtype)
+            return self.qformer(query_embeds, features, qformer_ids, qformer_mask, image_index)
+
+    def project_queries(self, queries: Float[Tensor, "M Q D"]) -> Float[Tensor, "M Q L"]:
+        """From the width of the Q-Former to that of the language model."""
+        with self._precision(self.language_projection):
+            return self.language_projection(queries.to(self.language_projection.weight.dtype))
+
+    def encode_queries(self, batch: Batch) -> Float[Tensor, "B K L"]:
+        """What the language model reads of the pictures: K = F * Q projected queries per sample.
+
+        Each frame of a video goes through the encoder and the Q-Former on its own, under the same
+        instruction; its queries are concatenated in the order of the frames.
+        """
+        features = batch.image_features
+        if features is None:
+            assert batch.pixel_values is not None
+            features = self.encode_image(batch.pixel_values, norm=False)
+        features = self.vision_model.norm(features)
+        samples, frames = batch.image_index.shape
+        queries = self.query_image(
+            features,
+            batch.qformer_ids.repeat_interleave(frames, dim=0),
+            batch.qformer_mask.repeat_interleave(frames, dim=0),
+            batch.image_index.flatten(),
+        )
+        return (
+            self.project_queries(queries).flatten(0, 1).unflatten(0, (samples, -1))
+        )  # [B, F*Q, L]
+
+    def loss(self, batch: Batch) -> LossOutput:
+        """Language-modelling loss of the responses; prompt and padding carry none."""
+        joined = self.language.join(self.encode_queries(batch), batch)
+        with self.language_precision():
+            losses = self.language.loss(joined)  # [n]
+        sample_losses = losses.new_zeros(len(batch)).index_add(0, joined.rows, losses.detach())
+        sample_tokens = batch.response_mask.long().sum(1)
+        return LossOutput(losses.sum(), sample_tokens.sum(), sample_losses, sample_tokens)
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """The same as ``loss``: what wrappers such as DistributedDataParallel call."""
+        return self.loss(batch)
+
+    # --- what trains, and in which precision -----------------------------------------------------
+
+    def set_trainable(self, choice: tuple[str, ...]) -> "InstructBlip":
+        """Let the named ``PARTS`` and ``ALIASES`` train and freeze all the rest.
+
+        Two feed-forwards are never trained: the text's in the last layer has no reader. Raises
+        ValueError for an unknown name or a part that this model does not have.
+        """
+        known = [*PARTS, *ALIASES]
+        unknown = [name for name in choice if name not in known]
+        if unknown or not choice:
+            raise ValueError(
+                f"trainable parts must be some of {', '.join(known)}; got {list(choice)}"
+            )
+        parts = {part for name in choice for part in ALIASES.get(name, (name,))}
+        last = len(self.qformer.encoder.layer) - 1
+        unread = re.compile(rf"qformer\.encoder\.layer\.{last}\.(intermediate|output)\..*")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(part_of(name) in parts and not unread.fullmatch(name))
+        return self.train(self.training)
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that train, in the order of the state dict."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def train(self, mode: bool = True) -> "InstructBlip":
+        """Training mode for what trains. A module without a trainable parameter stays in eval mode:
+        dropout of a frozen language model would be noise in the loss (the official code leaves
+        Flan-T5's on)."""
+        super().train(mode)
+        if mode:
+            for module in self.modules():
+                if any(True for _ in module.parameters()) and not _trains(module):
+                    module.eval()
+        return self
+
+    def to_training_dtypes(
+        self, frozen_dtype: torch.dtype | None = None, compute_dtype: torch.dtype | None = None
+    ) -> "InstructBlip":
+        """Keep what trains in fp32 (master weights) and the big frozen parts in ``frozen_dtype``.
+
+        Image encoder and language model are stored in ``frozen_dtype`` where frozen; Q-Former,
+        projection and vision norm are small and always fp32: bf16 weights swallow most updates of
+        size 1e-5. ``compute_dtype`` is the autocast type of the parts kept in fp32 (None: fp32).
+        """
+        self.float()
+        if frozen_dtype is not None:
+            for part in (
+                self.vision_model.embeddings,
+                self.vision_model.encoder,
+                self.language_model,
+            ):
+                if not _trains(part):
+                    part.to(frozen_dtype)
+        self.compute_dtype = compute_dtype
+        return self
+
+    def language_precision(self) -> contextlib.AbstractContextManager:
+        """The context in which to call ``language``: autocast where its weights are fp32."""
+        return self._precision(self.language_model)
+
+    def _precision(self, part: nn.Module) -> contextlib.AbstractContextManager:
+        parameter = next(part.parameters())
+        if self.compute_dtype is None or parameter.dtype != torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(parameter.device.type, dtype=self.compute_dtype)
+
+
+def part_of(name: str) -> str:
+    """The part that the parameter ``name`` belongs to."""
+    parts = [part for part, pattern in PARTS.items() if re.fullmatch(pattern, name)]
+    assert len(parts) == 1, f"{name} belongs to {parts}"
+    return parts[0]
+
+
+def _trains(*modules: nn.Module) -> bool:
+    return any(p.requires_grad for module in modules for p in module.parameters())

@@ -1,0 +1,314 @@
+"""Language models behind one small interface; the only file that imports transformers' models.
+
+Both kinds read projected queries in front of the prompt. A decoder-only model goes on with the
+response in the same row; an encoder-decoder reads [queries; prompt] in its encoder and the
+response in its decoder. Rows are compact: real tokens without a hole, so that positions are the
+same whatever the padding. The head runs at labelled positions only.
+"""
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.modeling_outputs import BaseModelOutput
+
+from instructblip.batch import Batch
+from instructblip.model.candidates import Candidates, Normalization, Pairs, likelihood
+from instructblip.model.rows import compact, pad_left
+
+SEQ2SEQ_TYPES = ("t5", "mt5")
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What the language model reads for one training batch, and where it is held to account.
+
+    ``inputs_embeds`` [B, X, L] with ``attention_mask`` [B, X]; ``decoder_ids`` [B, R] for an
+    encoder-decoder, else None. ``rows`` and ``columns`` [n] are the positions whose output
+    predicts ``targets`` [n], in the order of the samples.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+    decoder_ids: Tensor | None = None
+
+
+def build_language_model(config: dict[str, Any]) -> Any:
+    """A transformers language model with fresh weights from a text config as a dict.
+
+    Raises ValueError for a model type that neither adapter can drive.
+    """
+    values = dict(config)
+    kind = values.pop("model_type", None)
+    if not kind:
+        raise ValueError(f"the language config has no model_type; its keys are {sorted(config)}")
+    text_config = AutoConfig.for_model(kind, **values)
+    if kind in SEQ2SEQ_TYPES:
+        return AutoModelForSeq2SeqLM.from_config(text_config)
+    if getattr(text_config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"encoder-decoder language models must be one of {SEQ2SEQ_TYPES}; got {kind!r}"
+        )
+    return AutoModelForCausalLM.from_config(text_config)
+
+
+def untie_head(model: Any) -> None:
+    """Give the output head a weight of its own.
+
+    transformers 5 ties T5's head to its input embedding whatever the config says; Flan-T5 has two
+    different matrices, and loading both into one tensor would keep whichever came last.
+    """
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+
+
+class CausalLanguage:
+    """A decoder-only language model: [queries; prompt; response] in one row."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        for name, neutral in (
+            ("final_logit_softcapping", None),
+            ("logit_scale", None),
+            ("logits_scaling", 1),
+        ):
+            if getattr(model.config, name, neutral) not in (None, neutral):
+                raise ValueError(
+                    f"language models that change their logits after the head ({name}) are not "
+                    f"supported; got {model.config.model_type!r}"
+                )
+
+    def join(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Joined:
+        """Rows [queries; prompt; response; padding] and the positions that predict the response."""
+        ids = torch.cat([batch.prompt_ids, batch.response_ids], dim=1)
+        mask = torch.cat([batch.prompt_mask, batch.response_mask], dim=1).bool()
+        is_response = torch.zeros_like(mask)
+        is_response[:, batch.prompt_ids.shape[1] :] = batch.response_mask.bool()
+        ids, is_response, mask = compact(mask, ids, is_response)
+        embeds, attention_mask = _behind_queries(self.model, queries, ids, mask)
+        rows, columns = is_response.nonzero(as_tuple=True)
+        # Token j of a row sits behind K queries and is predicted one position earlier.
+        return Joined(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            rows=rows,
+            columns=columns + queries.shape[1] - 1,
+            targets=ids[rows, columns],
+        )
+
+    def loss(self, joined: Joined) -> Float[Tensor, " n"]:
+        """Cross-entropy in nats of each response token, computed in fp32."""
+        hidden = self.model.base_model(
+            inputs_embeds=joined.inputs_embeds,
+            attention_mask=joined.attention_mask,
+            use_cache=False,
+        ).last_hidden_state
+        logits = self._logits(hidden[joined.rows, joined.columns])
+        return F.cross_entropy(logits, joined.targets, reduction="none")
+
+    def generate(
+        self, queries: Float[Tensor, "B K L"], batch: Batch, **decoding: Any
+    ) -> list[list[int]]:
+        """Ids of each response, its end token cut off. Prompts are padded on the left."""
+        embeds, mask = pad_left(*_prefix(self.model, queries, batch))
+        return _generate(self.model, decoding, inputs_embeds=embeds, attention_mask=mask)
+
+    @torch.no_grad()
+    def rank(
+        self,
+        queries: Float[Tensor, "B K L"],
+        batch: Batch,
+        candidates: Candidates,
+        normalization: Normalization = "sum",
+        include_end: bool = True,
+        chunk: int = 64,
+    ) -> list[Tensor]:
+        """Log-likelihood in nats of every candidate [C] of each sample.
+
+        The prefix runs once per sample; ``chunk`` candidates at a time continue from a copy of its
+        keys and values, so what a candidate costs is its own length.
+        """
+        pairs = Pairs.of(candidates, include_end, queries.device, len(batch))
+        embeds, mask = pad_left(*_prefix(self.model, queries, batch))
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        output = self.model.base_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            use_cache=True,
+            **self._positions(positions),
+        )
+        first = self._logits(output.last_hidden_state[:, -1])  # [B, vocabulary]
+        cache = output.past_key_values
+        scores = []
+        for sample, ids, counted in pairs.chunks(chunk):
+            logits = first[sample][:, None]
+            if ids.shape[1] > 1:
+                grown = torch.cat([mask[sample], counted[:, 1:].to(mask.dtype)], dim=1)
+                hidden = self.model.base_model(
+                    inputs_embeds=self.model.get_input_embeddings()(ids[:, :-1]),
+                    attention_mask=grown,
+                    past_key_values=_expanded(cache, sample),
+                    use_cache=True,
+                    **self._positions((grown.cumsum(1) - 1)[:, mask.shape[1] :]),
+                ).last_hidden_state
+                logits = torch.cat([logits, self._logits(hidden)], dim=1)
+            scores.append(likelihood(logits, ids, counted, normalization))
+        return pairs.by_sample(scores)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden).float()
+
+    def _positions(self, position_ids: Tensor) -> dict[str, Tensor]:
+        """Explicit positions where the model takes them; ALiBi models count the mask themselves."""
+        accepted = inspect.signature(self.model.base_model.forward).parameters
+        return {"position_ids": position_ids} if "position_ids" in accepted else {}
+
+
+class Seq2SeqLanguage:
+    """An encoder-decoder: [queries; prompt] in the encoder, the response in the decoder."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        if model.config.model_type not in SEQ2SEQ_TYPES:
+            raise ValueError(
+                f"encoder-decoder language models must be one of {SEQ2SEQ_TYPES}; "
+                f"got {model.config.model_type!r}"
+            )
+
+    def join(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Joined:
+        """Encoder rows [queries; prompt; padding], decoder rows [start; response but its end]."""
+        embeds, attention_mask = _prefix(self.model, queries, batch)
+        rows, columns = batch.response_mask.nonzero(as_tuple=True)
+        return Joined(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            rows=rows,
+            columns=columns,
+            targets=batch.response_ids[rows, columns],
+            decoder_ids=self._shift(batch.response_ids),
+        )
+
+    def loss(self, joined: Joined) -> Float[Tensor, " n"]:
+        """Cross-entropy in nats of each response token, computed in fp32."""
+        assert joined.decoder_ids is not None
+        states = self._encode(joined.inputs_embeds, joined.attention_mask)
+        hidden = self._decode(joined.decoder_ids, states, joined.attention_mask)
+        logits = self._logits(hidden[joined.rows, joined.columns])
+        return F.cross_entropy(logits, joined.targets, reduction="none")
+
+    def generate(
+        self, queries: Float[Tensor, "B K L"], batch: Batch, **decoding: Any
+    ) -> list[list[int]]:
+        """Ids of each response, its end token cut off. Prompts are padded on the right, as in
+        training: T5's relative positions would move with padding on the left."""
+        embeds, mask = _prefix(self.model, queries, batch)
+        states = BaseModelOutput(last_hidden_state=self._encode(embeds, mask))
+        return _generate(self.model, decoding, encoder_outputs=states, attention_mask=mask)
+
+    @torch.no_grad()
+    def rank(
+        self,
+        queries: Float[Tensor, "B K L"],
+        batch: Batch,
+        candidates: Candidates,
+        normalization: Normalization = "sum",
+        include_end: bool = True,
+        chunk: int = 64,
+    ) -> list[Tensor]:
+        """Log-likelihood in nats of every candidate [C] of each sample; the encoder runs once."""
+        pairs = Pairs.of(candidates, include_end, queries.device, len(batch))
+        embeds, mask = _prefix(self.model, queries, batch)
+        states = self._encode(embeds, mask)
+        scores = []
+        for sample, ids, counted in pairs.chunks(chunk):
+            hidden = self._decode(self._shift(ids), states[sample], mask[sample])
+            scores.append(likelihood(self._logits(hidden), ids, counted, normalization))
+        return pairs.by_sample(scores)
+
+    def _encode(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        encoder = self.model.get_encoder()
+        return encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+
+    def _decode(self, ids: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        return self.model.get_decoder()(
+            input_ids=ids,
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        config = self.model.config
+        # The first T5 scales before its head, T5 1.1 (Flan-T5) and mT5 do not.
+        if getattr(config, "scale_decoder_outputs", False):
+            hidden = hidden * config.d_model**-0.5
+        return self.model.get_output_embeddings()(hidden).float()
+
+    def _shift(self, ids: Tensor) -> Tensor:
+        start = self.model.config.decoder_start_token_id
+        start = self.model.config.pad_token_id if start is None else start
+        return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+
+
+Language = CausalLanguage | Seq2SeqLanguage
+
+
+def language_of(model: Any) -> Language:
+    """The adapter for a transformers language model; it holds no state of its own."""
+    return (Seq2SeqLanguage if model.config.is_encoder_decoder else CausalLanguage)(model)
+
+
+def _behind_queries(
+    model: Any, queries: Tensor, ids: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[queries; tokens] as embeddings [B, K+X, L] in the model's precision, and their mask."""
+    tokens = model.get_input_embeddings()(ids)
+    ones = torch.ones(queries.shape[:2], dtype=torch.long, device=ids.device)
+    embeds = torch.cat([queries.to(tokens.dtype), tokens], dim=1)
+    return embeds, torch.cat([ones, mask.long()], dim=1)
+
+
+def _prefix(model: Any, queries: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """[queries; prompt], padded on the right."""
+    ids, mask = compact(batch.prompt_mask.bool(), batch.prompt_ids)
+    return _behind_queries(model, queries, ids, mask)
+
+
+def _generate(model: Any, decoding: dict[str, Any], **inputs: Any) -> list[list[int]]:
+    """Run transformers' ``generate`` and cut each row at its first end token (end excluded)."""
+    config = copy.deepcopy(model.generation_config)
+    config.update(**decoding)
+    ends = config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if config.pad_token_id is None:
+        config.pad_token_id = ends[0] if ends else 0
+    with torch.no_grad():
+        output = model.generate(**inputs, generation_config=config)
+    rows = output.tolist()
+    if model.config.is_encoder_decoder:
+        rows = [row[1:] for row in rows]  # the start token
+    return [_until(row, ends) for row in rows]
+
+
+def _until(row: list[int], ends: list[int]) -> list[int]:
+    for position, token in enumerate(row):
+        if token in ends:
+            return row[:position]
+    return row
+
+
+def _expanded(cache: Any, sample: Int[Tensor, " c"]) -> Any:
+    """A cache with row ``sample[i]`` of ``cache`` as its row i; ``cache`` itself stays as it is."""
+    expanded = copy.copy(cache)
+    expanded.layers = [copy.copy(layer) for layer in cache.layers]
+    expanded.batch_select_indices(sample)
+    return expanded

@@ -1,0 +1,317 @@
+"""Start from a BLIP-2 or an InstructBLIP; save what transformers reads.
+
+Names are those of transformers' InstructBLIP. BLIP-2 differs in two things: the Q-Former's first
+LayerNorm is called ``qformer.layernorm``, and there is no text branch (word and position
+embeddings, text feed-forwards). transformers itself loads a BLIP-2 directory as an InstructBLIP
+with a fresh LayerNorm and a random text branch; here both are an error or a choice.
+"""
+
+import importlib.resources
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from instructblip.model.config import InstructBlipConfig
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language import untie_head
+from instructblip.model.vision import interpolate_positions
+from instructblip.model.weights import (
+    existing,
+    new_directory,
+    read_json,
+    read_weights,
+    write_weights,
+)
+
+TEXT_BRANCH_FILE = "text_branch.safetensors"
+TEXT_BRANCH = re.compile(
+    r"embeddings\.(word|position)_embeddings\.weight"
+    r"|encoder\.layer\.\d+\.(intermediate|output)\.(dense|LayerNorm)\.(weight|bias)"
+)
+"""Names of the text branch inside the Q-Former, whole."""
+
+HARMLESS = re.compile(
+    r".*\.(position_ids|rotary_emb\.inv_freq|masked_bias)"
+    r"|.*\.decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+)
+"""Buffers and leftovers that older versions of transformers saved and no model reads."""
+
+ASSETS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+    "qformer_tokenizer",
+)
+"""What a model directory holds besides config and weights; copied along when the model is saved."""
+
+
+def from_pretrained(
+    path: str | Path,
+    instruction_aware: bool | None = None,
+    text_branch: str | Path | None = None,
+    image_size: int | None = None,
+) -> InstructBlip:
+    """Load a model in fp32, in eval mode, with the default set trainable.
+
+    ``path`` is a transformers BLIP-2 or InstructBLIP directory, one that ``save_pretrained``
+    wrote, a run directory (its ``best`` before its ``last``), or "starter".
+    ``instruction_aware`` None keeps what the directory is. True makes an InstructBLIP of a BLIP-2:
+    its text branch is read from ``text_branch``, a file or directory (of this project, a
+    Blip2ForImageTextRetrieval, or a BERT); by default from ``text_branch.safetensors`` in the
+    directory itself; "random" asks for a fresh one. False drops the text branch.
+    ``image_size`` in pixels interpolates the position embedding of the image encoder.
+
+    Raises FileNotFoundError or ValueError, the latter listing every missing, unexpected or
+    mis-shaped tensor.
+    """
+    directory = model_directory(path)
+    config = InstructBlipConfig.from_transformers(read_json(directory / "config.json"))
+    weights = _rename_blip2(read_weights(directory))
+    weights = {name: value for name, value in weights.items() if not HARMLESS.fullmatch(name)}
+    aware = config.instruction_aware if instruction_aware is None else instruction_aware
+    if not aware:
+        weights = {name: v for name, v in weights.items() if not _in_text_branch(name)}
+    elif not config.instruction_aware:
+        weights |= _find_text_branch(directory, text_branch)
+    config = _fit_config(config, weights, aware, image_size)
+    model = InstructBlip(config)
+    if aware and text_branch == "random":
+        weights |= {n: v for n, v in model.state_dict().items() if _in_text_branch(n)}
+    positions = "vision_model.embeddings.position_embedding"
+    if image_size is not None and positions in weights:
+        weights[positions] = interpolate_positions(weights[positions], config.vision.num_tokens)
+    load_weights(model, weights, directory)
+    model.assets = directory
+    _read_generation_settings(model, directory / "generation_config.json")
+    return model.eval()
+
+
+def save_pretrained(model: InstructBlip, path: str | Path) -> None:
+    """Write a directory that transformers loads with the same logits, atomically.
+
+    config.json, model.safetensors, and the tokenizers and settings of the directory that the model
+    came from. A BLIP-2 (no text branch) is written as one. Raises OSError when the disk is full;
+    what stood at ``path`` is then untouched.
+    """
+    with new_directory(Path(path)) as directory:
+        _copy_assets(model.assets, directory, model.config.vision.image_size)
+        config = model.config.to_transformers()
+        dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+        config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
+        weights = model.state_dict()
+        if not model.config.instruction_aware:
+            weights = {
+                re.sub(r"^qformer\.embeddings\.layernorm\.", "qformer.layernorm.", name): value
+                for name, value in weights.items()
+            }
+        write_weights(weights, directory / "model.safetensors")
+
+
+def save_text_branch(model: InstructBlip, file: str | Path) -> None:
+    """Write the text branch alone, to stand beside a BLIP-2 as ``text_branch.safetensors``."""
+    branch = {n: v for n, v in model.qformer.state_dict().items() if TEXT_BRANCH.fullmatch(n)}
+    if not branch:
+        raise ValueError("the model has no text branch to save: it is not instruction-aware")
+    write_weights(branch, Path(file))
+
+
+def model_directory(path: str | Path) -> Path:
+    """The directory with config.json that ``path`` stands for.
+
+    "starter" is the model in the package; a run directory stands for its ``best``, else ``last``.
+    """
+    if str(path) == "starter":
+        starter = Path(str(importlib.resources.files("instructblip"))) / "starter"
+        if not (starter / "config.json").is_file():
+            raise FileNotFoundError(
+                f"the starter model is not in this installation ({starter}); rebuild it with "
+                "runs/starter.sh, or give the path of a BLIP-2 directory"
+            )
+        return starter
+    directory = existing(Path(path))
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{path} is not a directory; give a model directory, a run directory or 'starter'"
+        )
+    for candidate in (directory, existing(directory / "best"), existing(directory / "last")):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"{path} holds no model: neither config.json nor best/config.json nor last/config.json"
+    )
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str) -> None:
+    """Copy ``weights`` into ``model``; every tensor of either side must have its counterpart.
+
+    Of tied tensors one name is enough. Raises one ValueError that lists all that does not fit.
+    """
+    expected = model.state_dict()
+    names: dict[int, list[str]] = {}
+    for name, value in expected.items():
+        names.setdefault(value.data_ptr(), []).append(name)
+    given = {value.data_ptr() for name, value in expected.items() if name in weights}
+    problems = [
+        f"missing: {name} {_shape(value)}"
+        for name, value in expected.items()
+        if name not in weights and value.data_ptr() not in given
+    ]
+    problems += [
+        f"unexpected: {name} {_shape(value)}"
+        for name, value in weights.items()
+        if name not in expected
+    ]
+    problems += [
+        f"mis-shaped: {name} got {_shape(weights[name])}, expected {_shape(value)}"
+        for name, value in expected.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:40])
+        more = f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
+        raise ValueError(
+            f"the weights in {where} do not fit the model that its config.json describes "
+            f"({len(problems)} tensors):\n  {shown}{more}\n"
+            "Check that config.json and weights belong together and that the download is complete."
+        )
+    _untie(model, weights, names)
+    model.load_state_dict(weights, strict=False)
+
+
+def _untie(model: Any, weights: dict[str, Tensor], names: dict[int, list[str]]) -> None:
+    """Separate tensors that the model ties and the file does not (Flan-T5's output head)."""
+    for group in names.values():
+        present = [weights[name] for name in group if name in weights]
+        if all(torch.equal(present[0], other) for other in present[1:]):
+            continue
+        head = "language_model.lm_head.weight"
+        rest = [weights[name] for name in group if name in weights and name != head]
+        if head not in group or not all(torch.equal(rest[0], other) for other in rest[1:]):
+            raise ValueError(f"the weights differ where the model has one tensor: {group}")
+        untie_head(model.language_model)
+
+
+def _shape(value: Tensor) -> list[int]:
+    return list(value.shape)
+
+
+def _rename_blip2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    old, new = "qformer.layernorm.", "qformer.embeddings.layernorm."
+    return {
+        (new + name.removeprefix(old) if name.startswith(old) else name): value
+        for name, value in weights.items()
+    }
+
+
+def _in_text_branch(name: str) -> bool:
+    return TEXT_BRANCH.fullmatch(name.removeprefix("qformer.")) is not None and (
+        name.startswith("qformer.")
+    )
+
+
+def _find_text_branch(directory: Path, text_branch: str | Path | None) -> dict[str, Tensor]:
+    """The text branch for a BLIP-2 directory, by Q-Former names; empty when it is to be random."""
+    if text_branch == "random":
+        return {}
+    source = directory / TEXT_BRANCH_FILE if text_branch is None else Path(text_branch)
+    if not source.exists():
+        raise ValueError(
+            f"{directory} is a BLIP-2, whose Q-Former has no text branch, and {source} does not "
+            "exist. Give text_branch= one of: a Blip2ForImageTextRetrieval directory, a BERT "
+            f"directory, a {TEXT_BRANCH_FILE} of this project, or 'random' to train it from "
+            "scratch; or load with instruction_aware=False."
+        )
+    if source.is_dir() and (source / TEXT_BRANCH_FILE).is_file():
+        source = source / TEXT_BRANCH_FILE
+    branch = read_text_branch(source)
+    if not branch:
+        raise ValueError(
+            f"{source} holds no text branch: expected word and position embeddings and text "
+            "feed-forwards under the names of this project, Blip2ForImageTextRetrieval or BERT"
+        )
+    return branch
+
+
+def read_text_branch(source: Path) -> dict[str, Tensor]:
+    """Tensors of a text branch as ``qformer.*``, from any of the three formats.
+
+    BERT's vocabulary gets one row more, for the [DEC] token that BLIP-2's tokenizer adds; nothing
+    reads it in instruction tuning, so it is the mean of the others.
+    """
+    weights = read_weights(source)
+    is_bert = any("token_type_embeddings" in name for name in weights)
+    branch = {}
+    for name, value in weights.items():
+        name = name.removeprefix("bert." if is_bert else "qformer.")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if TEXT_BRANCH.fullmatch(name):
+            branch[f"qformer.{name}"] = value
+    words = "qformer.embeddings.word_embeddings.weight"
+    if is_bert and words in branch:
+        mean = branch[words].float().mean(0, keepdim=True).to(branch[words].dtype)
+        branch[words] = torch.cat([branch[words], mean])
+    return branch
+
+
+def _fit_config(
+    config: InstructBlipConfig, weights: dict[str, Tensor], aware: bool, image_size: int | None
+) -> InstructBlipConfig:
+    """The config of the model to build. A BLIP-2's config says nothing true about its text branch:
+    the sizes of the embeddings are those of the branch that was found."""
+    qformer, vision = config.qformer, config.vision
+    if aware and not config.instruction_aware:
+        sizes = {}
+        for field, name in (
+            ("vocab_size", "word_embeddings"),
+            ("max_position_embeddings", "position_embeddings"),
+        ):
+            value = weights.get(f"qformer.embeddings.{name}.weight")
+            if value is not None:
+                sizes[field] = value.shape[0]
+        qformer = qformer.model_copy(update=sizes)
+    if image_size is not None:
+        vision = type(vision)(**{**vision.model_dump(), "image_size": image_size})
+    return config.model_copy(
+        update={"qformer": qformer, "vision": vision, "instruction_aware": aware}
+    )
+
+
+def _read_generation_settings(model: InstructBlip, file: Path) -> None:
+    """Keep the stored settings for whoever decodes; special tokens take effect at once."""
+    if not file.is_file():
+        return
+    model.generation_settings = read_json(file)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        if model.generation_settings.get(name) is not None:
+            setattr(model.language_model.generation_config, name, model.generation_settings[name])
+
+
+def _copy_assets(source: Path | None, target: Path, image_size: int) -> None:
+    """Tokenizers and settings; the picture size in them follows the model's."""
+    if source is None:
+        return
+    for pattern in ASSETS:
+        for found in sorted(source.glob(pattern)):
+            copy = shutil.copytree if found.is_dir() else shutil.copyfile
+            copy(found, target / found.name)
+    file = target / "preprocessor_config.json"
+    if file.is_file():
+        values = read_json(file)
+        side = {"height": image_size, "width": image_size}
+        values.update({key: side for key in ("size", "crop_size") if key in values})
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

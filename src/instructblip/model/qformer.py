@@ -1,0 +1,286 @@
+"""The Q-Former: query tokens that read the picture, with the instruction at their side.
+
+Queries come first, then the text; both share the self-attention. Every second layer the queries,
+and only they, attend to the picture. Queries and text have feed-forwards of their own
+(InstructBLIP, section 2.3 and figure 3; BLIP-2, section 3.1). Names of parameters are those of
+transformers' InstructBlipQFormerModel; without a text branch the module is BLIP-2's Q-Former.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from instructblip.model.config import QFormerConfig
+from instructblip.model.vision import ACTIVATIONS
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention whose keys and values come from ``width`` wide states."""
+
+    def __init__(self, config: QFormerConfig, width: int) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(width, config.hidden_size)
+        self.value = nn.Linear(width, config.hidden_size)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "M X D"],
+        states: Float[Tensor, "N Y W"],
+        mask: Bool[Tensor, "#M 1 #X Y"] | None = None,
+        index: Int[Tensor, " M"] | None = None,
+    ) -> Float[Tensor, "M X D"]:
+        """``index`` says which of the N states each row of ``hidden`` reads; None: its own."""
+        query, key, value = self.query(hidden), self.key(states), self.value(states)
+        if index is not None:  # after the projection: a picture that M rows share is projected once
+            key, value = key[index], value[index]
+        query, key, value = (
+            x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)
+        )
+        dropout = self.dropout if self.training else 0.0
+        context = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        return context.transpose(1, 2).flatten(2)
+
+
+class AddNorm(nn.Module):
+    """Dense layer, dropout, residual, LayerNorm: the end of each sub-layer (post-norm, as BERT)."""
+
+    def __init__(self, config: QFormerConfig, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
+
+
+class Attention(nn.Module):
+    """Attention and its residual."""
+
+    def __init__(self, config: QFormerConfig, width: int) -> None:
+        super().__init__()
+        self.attention = MultiHeadAttention(config, width)
+        self.output = AddNorm(config, config.hidden_size)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        states: Tensor,
+        mask: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        return self.output(self.attention(hidden, states, mask, index), hidden)
+
+
+class Intermediate(nn.Module):
+    """First half of a feed-forward."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.activation(self.dense(hidden))
+
+
+class QFormerLayer(nn.Module):
+    """One layer: shared self-attention, then the queries' way and the text's way."""
+
+    def __init__(self, config: QFormerConfig, depth: int, text: bool) -> None:
+        super().__init__()
+        self.attention = Attention(config, config.hidden_size)
+        self.crossattention = (
+            Attention(config, config.encoder_hidden_size)
+            if depth % config.cross_attention_frequency == 0
+            else None
+        )
+        self.intermediate_query = Intermediate(config)
+        self.output_query = AddNorm(config, config.intermediate_size)
+        if text:
+            self.intermediate = Intermediate(config)
+            self.output = AddNorm(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "M X D"],
+        num_queries: int,
+        mask: Tensor | None,
+        image_features: Tensor | None,
+        image_index: Tensor | None,
+        keep_text: bool = True,
+    ) -> Float[Tensor, "M _ D"]:
+        """[M, Q+I, D] -> the same; -> [M, Q, D] when ``keep_text`` is False: then the text gives
+        keys and values and nothing is computed that nobody reads."""
+        rows = hidden
+        if not keep_text:
+            rows = hidden[:, :num_queries]
+            if mask is not None and mask.shape[2] > 1:
+                mask = mask[:, :, :num_queries]
+        attended = self.attention(rows, hidden, mask)
+        queries, text = attended[:, :num_queries], attended[:, num_queries:]
+        outputs = []
+        if num_queries:
+            if self.crossattention is not None:
+                assert image_features is not None
+                queries = self.crossattention(queries, image_features, None, image_index)
+            outputs.append(self.output_query(self.intermediate_query(queries), queries))
+        if text.shape[1]:
+            outputs.append(self.output(self.intermediate(text), text))
+        return torch.cat(outputs, dim=1)
+
+
+class QFormerEmbeddings(nn.Module):
+    """Words plus positions for the text, nothing for the queries, one LayerNorm over both."""
+
+    def __init__(self, config: QFormerConfig, text: bool) -> None:
+        super().__init__()
+        if text:
+            self.word_embeddings = nn.Embedding(
+                config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+            )
+            self.position_embeddings = nn.Embedding(
+                config.max_position_embeddings, config.hidden_size
+            )
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        query_embeds: Float[Tensor, "M Q D"] | None,
+        ids: Int[Tensor, "M I"] | None,
+    ) -> Float[Tensor, "M _ D"]:
+        parts = [] if query_embeds is None else [query_embeds]
+        if ids is not None:
+            longest = self.position_embeddings.num_embeddings
+            if ids.shape[1] > longest:
+                raise ValueError(
+                    f"the instruction has {ids.shape[1]} tokens and the Q-Former reads at most "
+                    f"{longest}; shorten it or truncate it when tokenising"
+                )
+            parts.append(
+                self.word_embeddings(ids) + self.position_embeddings.weight[: ids.shape[1]]
+            )
+        return self.dropout(self.layernorm(torch.cat(parts, dim=1)))
+
+
+class QFormerEncoder(nn.Module):
+    """The stack of layers; a module of its own only for the sake of parameter names."""
+
+    def __init__(self, config: QFormerConfig, text: bool) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(
+            QFormerLayer(config, depth, text) for depth in range(config.num_hidden_layers)
+        )
+
+
+class QFormer(nn.Module):
+    """Query tokens and an instruction in, what the queries saw in the picture out.
+
+    ``text=False`` builds no text branch: the Q-Former of BLIP-2, which ignores the instruction.
+    """
+
+    def __init__(self, config: QFormerConfig, text: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.text = text
+        self.embeddings = QFormerEmbeddings(config, text)
+        self.encoder = QFormerEncoder(config, text)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+
+    def forward(
+        self,
+        query_embeds: Float[Tensor, "M Q D"],
+        image_features: Float[Tensor, "N P V"],
+        qformer_ids: Int[Tensor, "M I"] | None = None,
+        qformer_mask: Int[Tensor, "M I"] | None = None,
+        image_index: Int[Tensor, " M"] | None = None,
+    ) -> Float[Tensor, "M Q D"]:
+        """What the language model reads. ``image_index`` names the picture of each row (None: row
+        i reads picture i); the instruction is ignored where there is no text branch."""
+        queries, _ = self._run(
+            query_embeds, image_features, qformer_ids, qformer_mask, image_index, False, False
+        )
+        assert queries is not None
+        return queries
+
+    def hidden_states(
+        self,
+        query_embeds: Float[Tensor, "M Q D"] | None,
+        image_features: Float[Tensor, "N P V"] | None,
+        qformer_ids: Int[Tensor, "M I"],
+        qformer_mask: Int[Tensor, "M I"],
+        image_index: Int[Tensor, " M"] | None = None,
+        causal_text: bool = False,
+    ) -> tuple[Float[Tensor, "M Q D"] | None, Float[Tensor, "M I D"]]:
+        """Last hidden states of queries and text, for BLIP-2's first stage (section 3.1).
+
+        No queries (None, with no picture): text alone, for the contrastive loss. ``causal_text``:
+        text sees all queries and earlier text, queries see no text, for grounded captioning.
+        """
+        queries, text = self._run(
+            query_embeds, image_features, qformer_ids, qformer_mask, image_index, causal_text, True
+        )
+        assert text is not None
+        return queries, text
+
+    def _run(
+        self,
+        query_embeds: Tensor | None,
+        image_features: Tensor | None,
+        ids: Tensor | None,
+        mask: Tensor | None,
+        image_index: Tensor | None,
+        causal_text: bool,
+        keep_text: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not self.text:
+            if keep_text:
+                raise ValueError("this Q-Former has no text branch; load it with instruction_aware")
+            ids = mask = None
+        elif ids is None:
+            raise ValueError("an instruction-aware Q-Former needs qformer_ids and qformer_mask")
+        hidden = self.embeddings(query_embeds, ids)
+        num_queries = 0 if query_embeds is None else query_embeds.shape[1]
+        allowed = None
+        if ids is not None and mask is not None:
+            allowed = _attention_mask(mask, num_queries, causal_text)
+        last = len(self.encoder.layer) - 1
+        for depth, layer in enumerate(self.encoder.layer):
+            keep = keep_text or depth < last
+            hidden = layer(hidden, num_queries, allowed, image_features, image_index, keep)
+        queries = hidden[:, :num_queries] if num_queries else None
+        return queries, hidden[:, num_queries:] if keep_text else None
+
+
+def _attention_mask(
+    text_mask: Int[Tensor, "M I"], num_queries: int, causal_text: bool
+) -> Bool[Tensor, "M 1 _ X"]:
+    """Who sees whom; rows look at columns. With two queries and three tokens, the last one padding:
+
+    both ways   q q t t .      causal text   q q . . .   (each query)
+                (every row)                  q q t . .   (first token)
+                                             q q t t .   (second token)
+    """
+    rows, length = text_mask.shape
+    queries = text_mask.new_ones(rows, num_queries, dtype=torch.bool)
+    columns = torch.cat([queries, text_mask.bool()], dim=1)[:, None, None, :]  # [M, 1, 1, Q+I]
+    if not causal_text:
+        return columns
+    total = num_queries + length
+    order = torch.ones(total, total, dtype=torch.bool, device=text_mask.device).tril()
+    order[:num_queries, :num_queries] = True
+    return columns & order

@@ -1,0 +1,155 @@
+"""The image encoder: a pre-norm ViT whose last LayerNorm is a part of its own.
+
+Equal to transformers' InstructBlipVisionModel and Blip2VisionModel, names of parameters included.
+The body is frozen in both papers while the last LayerNorm is trained (``ln_vision`` in the
+official code), so ``VisionModel.body`` stops before it: that is also what a feature cache holds.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from instructblip.model.config import VisionConfig
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches by convolution, a class token in front, learned positions on all of them."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, config.hidden_size) * 0.02)
+        self.patch_embedding = nn.Conv2d(
+            3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Parameter(
+            torch.randn(1, config.num_tokens, config.hidden_size) * 0.02
+        )
+
+    def forward(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        patches = patches.flatten(2).transpose(1, 2)  # [N, P-1, V]
+        tokens = torch.cat(
+            [self.class_embedding.expand(len(patches), -1, -1).to(patches), patches], 1
+        )
+        return tokens + self.position_embedding.to(patches.dtype)
+
+
+class VisionAttention(nn.Module):
+    """Self-attention with one fused layer for queries, keys and values."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Float[Tensor, "N P V"]) -> Float[Tensor, "N P V"]:
+        qkv = self.qkv(hidden).unflatten(2, (3, self.num_heads, -1))  # [N, P, 3, heads, V/heads]
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return self.projection(context.transpose(1, 2).flatten(2))
+
+
+class VisionMLP(nn.Module):
+    """The feed-forward of one layer."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden: Float[Tensor, "N P V"]) -> Float[Tensor, "N P V"]:
+        return self.fc2(self.activation(self.fc1(hidden)))
+
+
+class VisionLayer(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.self_attn = VisionAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VisionMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Float[Tensor, "N P V"]) -> Float[Tensor, "N P V"]:
+        hidden = hidden + self.self_attn(self.layer_norm1(hidden))
+        return hidden + self.mlp(self.layer_norm2(hidden))
+
+
+class VisionEncoder(nn.Module):
+    """The stack of layers; a module of its own only for the sake of parameter names."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, hidden: Float[Tensor, "N P V"]) -> Float[Tensor, "N P V"]:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+class VisionModel(nn.Module):
+    """pixel_values [N, 3, S, S] -> [N, P, V], all tokens, last LayerNorm included."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = VisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def body(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
+        """Everything but the last LayerNorm. Raises ValueError for a picture of another size."""
+        size = self.config.image_size
+        if pixel_values.shape[-2:] != (size, size):
+            raise ValueError(
+                f"pictures must be {size} x {size} pixels; got {tuple(pixel_values.shape[-2:])}. "
+                "Resize the pictures, or load the model with image_size set to theirs."
+            )
+        return self.encoder(self.embeddings(pixel_values))
+
+    def norm(self, features: Float[Tensor, "N P V"]) -> Float[Tensor, "N P V"]:
+        """The last LayerNorm, in its own precision (it may be trained in fp32 on a bf16 body)."""
+        return self.post_layernorm(features.to(self.post_layernorm.weight.dtype))
+
+    def forward(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
+        return self.norm(self.body(pixel_values))
+
+
+def interpolate_positions(
+    positions: Float[Tensor, "1 P V"], num_tokens: int
+) -> Float[Tensor, "1 P2 V"]:
+    """Resize learned positions to a square grid of ``num_tokens - 1`` patches, bicubically.
+
+    The class token keeps its position. As in the official code (``interpolate_pos_embed``), the
+    grid is taken to be square and the aligned corners are those of the pixels, not of the centres.
+    """
+    if positions.shape[1] == num_tokens:
+        return positions
+    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(num_tokens - 1)
+    if old * old != positions.shape[1] - 1:
+        raise ValueError(f"positions must form a square grid; got {positions.shape[1] - 1} patches")
+    grid = positions[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    grid = grid.flatten(2).transpose(1, 2).to(positions.dtype)
+    return torch.cat([positions[:, :1], grid], dim=1)

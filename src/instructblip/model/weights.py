@@ -1,0 +1,151 @@
+"""Tensors in files: read what others wrote without trusting it, write so that nothing is half done.
+
+Reads ``model.safetensors``, sharded safetensors with their index, and ``pytorch_model.bin``
+(sharded too) through ``torch.load(weights_only=True)``, which runs no code.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises FileNotFoundError, or ValueError naming the file and the line."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}")
+    return value
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a model directory or of one weight file, by name, on the CPU.
+
+    Raises FileNotFoundError when there are none and ValueError for a file that is damaged, that
+    needs code to be unpickled, or whose index points outside the directory.
+    """
+    if path.is_file():
+        return _read_file(path)
+    for name in WEIGHT_FILES:
+        file = path / name
+        if file.is_file():
+            return _read_shards(file) if name.endswith(".json") else _read_file(file)
+    raise FileNotFoundError(f"{path} holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as tensors alone: it is damaged, or it is a pickle that needs "
+            f"code to run, which is refused. Fetch it again or convert it to safetensors. ({error})"
+        ) from error
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise ValueError(f"{file} must hold a dict of tensors")
+    return weights
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors that an index names, each from the file that it names."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+        raise ValueError(f"{index} must have a weight_map of tensor names to file names")
+    weights: dict[str, Tensor] = {}
+    for file in sorted(set(names.values())):
+        if file in ("", ".", "..") or any(c in file for c in "/\\\0"):
+            raise ValueError(
+                f"{index} points to {file!r}; shards must be plain names in the same directory"
+            )
+        shard = _read_file(index.parent / file)
+        listed = {name for name, where in names.items() if where == file}
+        absent = sorted(listed - shard.keys())
+        if absent:
+            raise ValueError(f"{index} promises {absent[:5]} in {file}, which lacks them")
+        weights.update({name: shard[name] for name in listed})
+    return weights
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill that becomes ``path`` on success, as a whole, and vanishes on failure.
+
+    A directory that was there stays readable until the new one is on the disk; between the two
+    renames it is called ``.NAME.old``, which ``existing`` finds after a crash.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = _beside(path, "new"), _beside(path, "old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+        for file in sorted(fresh.rglob("*")):
+            sync(file)
+        sync(fresh)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        fresh.rename(path)
+        sync(path.parent)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def existing(path: Path) -> Path:
+    """``path``, or what a crash in the middle of ``new_directory`` left of it."""
+    old = _beside(path, "old")
+    return old if not path.exists() and old.is_dir() else path
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def sync(path: Path) -> None:
+    """Put a file or directory on the disk before anything is renamed to it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_weights(weights: dict[str, Tensor], file: Path) -> None:
+    """One safetensors file. Of tensors that share their memory the first name alone is written."""
+    seen: set[tuple[int, torch.Size]] = set()
+    distinct = {}
+    for name, tensor in weights.items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in seen:
+            seen.add(place)
+            distinct[name] = tensor.detach().contiguous().cpu()
+    try:
+        save_file(distinct, file, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{file} could not be written: {error}. Is the disk full?") from error

@@ -1,0 +1,251 @@
+"""Checkpoints that survive a kill at any moment.
+
+One checkpoint is a folder ``step_000100/``: the trained parameters, the optimiser, how far the run
+is, and a manifest with the size and sha256 of each of them. It is written under a temporary name,
+flushed to the disk and renamed, so a folder of that name is either complete or was damaged later;
+the manifest tells, and the one before it is used.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+PARAMETERS = "parameters.safetensors"
+OPTIMIZER = "optimizer.pt"
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """Everything a run needs to go on after ``step`` finished updates."""
+
+    step: int
+    path: Path
+    parameters: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    progress: dict[str, Any]
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint folder whose files are not those that were written."""
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in ``folder``, oldest first, complete or not."""
+    names = (p.name.removeprefix("step_") for p in folder.glob("step_*") if p.is_dir())
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    parameters: dict[str, Tensor],
+    optimizer: dict[str, Any],
+    progress: dict[str, Any],
+    notes: dict[str, str] | None = None,
+) -> Path:
+    """Write ``folder/step_NNNNNN`` in full or not at all.
+
+    ``notes`` are further text files to store beside it, by name (the resolved recipe).
+
+    Raises:
+        OSError: if it cannot be written (disk full); older checkpoints are untouched.
+    """
+
+    def write(path: Path) -> None:
+        # a copy of a parameter that shares memory with another one is stored as its own tensor
+        tensors = {name: p.detach().cpu().contiguous().clone() for name, p in parameters.items()}
+        save_file(tensors, path / PARAMETERS)
+        torch.save(optimizer, path / OPTIMIZER)
+        (path / PROGRESS).write_text(json.dumps({"step": step, **progress}, indent=1))
+        for name, text in (notes or {}).items():
+            (path / name).write_text(text)
+        files = {p.name: _fingerprint(p) for p in sorted(path.iterdir())}
+        (path / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+
+    path = checkpoint_path(folder, step)
+    replace_directory(path, write)
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint back, to CPU.
+
+    Raises:
+        DamagedCheckpointError: if a file is missing, cut short or changed.
+    """
+    verify(path)
+    try:
+        progress = json.loads((path / PROGRESS).read_text())
+        return Checkpoint(
+            step=progress["step"],
+            path=path,
+            parameters=load_file(path / PARAMETERS),
+            optimizer=torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True),
+            progress=progress,
+        )
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise DamagedCheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint, or None if there is none yet.
+
+    A damaged one is passed over with a warning that names it.
+
+    Raises:
+        DamagedCheckpointError: if there are checkpoints and none of them is complete.
+    """
+    steps = saved_steps(folder)
+    for step in reversed(steps):
+        try:
+            return load_checkpoint(checkpoint_path(folder, step))
+        except DamagedCheckpointError as error:
+            warnings.warn(f"{error}; looking for the one before it", RuntimeWarning, stacklevel=2)
+    if steps:
+        raise DamagedCheckpointError(
+            f"no checkpoint in {folder} is complete (steps {steps}): "
+            "delete the folder to start over"
+        )
+    return None
+
+
+def verify(path: Path, *, content: bool = True) -> None:
+    """Compare a checkpoint with its manifest: sizes, and the bytes themselves with ``content``.
+
+    Raises:
+        DamagedCheckpointError: naming the first file that differs.
+    """
+    try:
+        files: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedCheckpointError(f"checkpoint {path} has no readable {MANIFEST}") from error
+    for name, expected in files.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected["bytes"]:
+            raise DamagedCheckpointError(
+                f"checkpoint {path} is damaged: {name} has {size} bytes, "
+                f"{expected['bytes']} were written"
+            )
+        if content and _fingerprint(file) != expected:
+            raise DamagedCheckpointError(
+                f"checkpoint {path} is damaged: {name} changed on the disk"
+            )
+
+
+def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
+    """Delete all but the newest ``keep_last`` complete checkpoints and the best one.
+
+    Damaged checkpoints do not count as kept, so the only good one is never deleted.
+    """
+    complete = [step for step in saved_steps(folder) if _is_complete(checkpoint_path(folder, step))]
+    kept = {*complete[-keep_last:], best_step}
+    for step in complete:
+        if step not in kept:
+            shutil.rmtree(checkpoint_path(folder, step))
+
+
+def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
+    """Make ``path`` the directory that ``write`` fills, in full or not at all.
+
+    The old directory stands until the new one is on the disk. Two renames swap them; a kill between
+    the two leaves the old one under its temporary name, from which `recover` brings it back.
+
+    Raises:
+        OSError: with the remedy, if the disk is full; the temporary directory is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = path.parent / f".new-{path.name}", path.parent / f".old-{path.name}"
+    recover(path.parent)
+    try:
+        fresh.mkdir()
+        with _remedy(path):
+            write(fresh)
+            flush_tree(fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    if path.exists():
+        path.rename(old)
+    fresh.rename(path)
+    flush(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Clear what a kill inside `replace_directory` left in ``folder``."""
+    for old in folder.glob(".old-*"):
+        path = folder / old.name.removeprefix(".old-")
+        if path.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(path)
+    for fresh in folder.glob(".new-*"):
+        shutil.rmtree(fresh)
+
+
+def flush_tree(path: Path) -> None:
+    """Force every file and directory below ``path`` to the disk."""
+    for directory, _, names in os.walk(path):
+        for name in names:
+            flush(Path(directory) / name)
+        flush(Path(directory))
+
+
+def flush(path: Path) -> None:
+    """Force one file, or the names inside one directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _remedy(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch and safetensors wrap a failed write in errors of their own; ask the disk itself
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        full = full or shutil.disk_usage(path.parent).free < 2**20
+        if not full:
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full: could not write {path}; what was saved before is intact. "
+            "Free some space there and continue with --resume",
+        ) from error
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        verify(path, content=False)
+    except DamagedCheckpointError:
+        return False
+    return True

@@ -1,0 +1,67 @@
+"""AdamW with weight decay on matrices only; linear warm-up, then cosine, at every step."""
+
+import math
+
+import torch
+from torch import nn
+
+from instructblip.training.config import TrainingConfig
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Learning rate of the update that follows ``step`` finished updates.
+
+    Linear from ``warmup_start_learning_rate`` at step 0 to ``learning_rate`` at ``warmup_steps``,
+    then half a cosine to ``min_learning_rate`` at ``steps``. The official code holds the cosine
+    still within an epoch; per step is what the paper's text says.
+    """
+    if step < config.warmup_steps:
+        start = config.warmup_start_learning_rate
+        return start + (config.learning_rate - start) * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    span = config.learning_rate - config.min_learning_rate
+    return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name to parameter of everything that moves, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies to a parameter.
+
+    Matrices decay; biases and the scales of norms, which are vectors, do not. Query tokens
+    [1, Q, D] and embedding tables count as matrices, as in the official code.
+    """
+    return parameter.ndim >= 2 and not name.endswith("bias")
+
+
+def make_optimizer(
+    parameters: dict[str, nn.Parameter], config: TrainingConfig
+) -> torch.optim.AdamW:
+    """AdamW in two groups, with decay and without, fused where the device offers it.
+
+    Raises:
+        ValueError: if nothing is trainable.
+    """
+    if not parameters:
+        raise ValueError(
+            f"nothing to train: `training.trainable` {list(config.trainable)} selects no "
+            "parameter; the paper's choice is [qformer]"
+        )
+    matrices = [p for name, p in parameters.items() if decays(name, p)]
+    vectors = [p for name, p in parameters.items() if not decays(name, p)]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    fused = all(
+        p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters.values()
+    )
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        fused=fused,
+    )

@@ -1,0 +1,49 @@
+"""SIGTERM, as spot machines and schedulers send it: finish the step, save, leave in order."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Self
+
+
+class Interrupted(BaseException):
+    """Raised by SIGTERM inside `Termination.interruptible`: a request, not an error, and so no
+    ``Exception`` that something on the way might catch."""
+
+
+class Termination:
+    """While active, SIGTERM sets ``requested`` instead of ending the process."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._raise = False
+
+    def __enter__(self) -> Self:
+        # Python delivers signals to the main thread only and refuses handlers elsewhere
+        self._installed = threading.current_thread() is threading.main_thread()
+        if self._installed:
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _receive(self, _signal: int, _frame: FrameType | None) -> None:
+        self.requested = True
+        if self._raise:
+            self._raise = False
+            raise Interrupted
+
+    @contextmanager
+    def interruptible(self, enabled: bool = True) -> Iterator[None]:
+        """Work that may be given up half-way without loss: validation."""
+        self._raise = enabled
+        try:
+            if enabled and self.requested:
+                raise Interrupted
+            yield
+        finally:
+            self._raise = False

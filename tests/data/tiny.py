@@ -1,0 +1,105 @@
+"""Tiny tokenizers and pictures for the tests of the data package."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+WORDS = ("question", "short", "answer", "what", "is", "the", "red", "blue", "cat", ":", "?", ".")
+
+
+def wordpiece() -> PreTrainedTokenizerFast:
+    """A BERT-like tokenizer: [CLS] words [SEP], letters for the rest."""
+    letters = [chr(c) for c in range(97, 123)]
+    pieces = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS, *letters, *("##" + c for c in letters)]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]"
+    )
+
+
+def llama_like() -> PreTrainedTokenizerFast:
+    """Sentence-piece style: words begin with "▁", one in front of the text, <s> first."""
+    pieces = ["<unk>", "<s>", "</s>"]
+    letters = sorted(set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ<>/:?.,▁ "))
+    vocab = {piece: i for i, piece in enumerate([*pieces, *letters, "▁r", "ed", "▁red"])}
+    model = models.BPE(
+        vocab, [("▁", "r"), ("e", "d"), ("▁r", "ed")], unk_token="<unk>", fuse_unk=True
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """GPT-2 style: a space belongs to the word after it, no start token."""
+    vocab = {piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocab |= {"Ġr": 256, "ed": 257, "Ġred": 258, "<|end|>": 259}
+    tokenizer = Tokenizer(models.BPE(vocab, [("Ġ", "r"), ("e", "d"), ("Ġr", "ed")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+def t5_like() -> PreTrainedTokenizerFast:
+    """As Llama's, but </s> at the end and nothing in front."""
+    tokenizer: PreTrainedTokenizerBase = llama_like()
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+def write_picture(path: Path, size: tuple[int, int] = (12, 10), seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def write_vqa(root: Path, count: int, split: str = "train") -> Path:
+    """VQAv2's two files with ``count`` questions, two to a picture, ten answers each."""
+    questions, annotations = [], []
+    for i in range(count):
+        image = i // 2
+        write_picture(root / "images" / f"COCO_{split}2014_{image:012d}.jpg", seed=image)
+        questions.append({"question_id": i, "image_id": image, "question": f"what is {i}?"})
+        answers = ["red"] * 7 + [f"blue {i}"] * 3
+        annotations.append(
+            {
+                "question_id": i,
+                "image_id": image,
+                "question_type": "what is",
+                "answer_type": "other",
+                "answers": [{"answer": a, "answer_id": k} for k, a in enumerate(answers)],
+            }
+        )
+    folder = root / "annotations"
+    name = f"mscoco_{split}2014"
+    write_json(folder / f"v2_OpenEnded_{name}_questions.json", {"questions": questions})
+    write_json(folder / f"v2_{name}_annotations.json", {"annotations": annotations})
+    return root

@@ -1,0 +1,205 @@
+"""Generation and ranking do not depend on padding, batching or the shared prefix."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
+from instructblip.model.inference import generate_responses, rank_candidates
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language import build_language_model, language_of
+from tests.parity.tiny import LANGUAGES, VOCAB, padded, tiny_batch
+
+GPT2 = {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 64}
+QWEN2 = {
+    "model_type": "qwen2",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+BLOOM = {"model_type": "bloom", "hidden_size": 24, "n_layer": 2, "n_head": 2}
+OPT_PROJECTED = {**LANGUAGES["opt"], "word_embed_proj_dim": 10}
+TEXT_CONFIGS = {
+    **LANGUAGES,
+    "gpt2": {**GPT2, "eos_token_id": 2, "bos_token_id": 2},
+    "qwen2": QWEN2,
+    "bloom": {**BLOOM, "eos_token_id": 2, "pad_token_id": 3},
+    "opt-projected": OPT_PROJECTED,
+}
+
+
+def tiny_model(language: str) -> InstructBlip:
+    torch.manual_seed(0)
+    config = InstructBlipConfig(
+        vision=VisionConfig(
+            hidden_size=16,
+            intermediate_size=20,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        ),
+        qformer=QFormerConfig(
+            vocab_size=40,
+            hidden_size=20,
+            intermediate_size=20,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            encoder_hidden_size=16,
+            max_position_embeddings=12,
+        ),
+        language={"vocab_size": VOCAB, **TEXT_CONFIGS[language]},
+        num_query_tokens=3,
+    )
+    model = InstructBlip(config)
+    with torch.no_grad():
+        for parameter in model.language_model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.1)
+        model.language_projection.weight.normal_(0, 0.3)
+    return model.eval()
+
+
+@pytest.fixture(params=list(TEXT_CONFIGS))
+def model(request):
+    return tiny_model(request.param)
+
+
+def single(batch, sample, extra_padding=0):
+    """Sample ``sample`` alone, its text cut to its own length plus some padding."""
+    fields = {}
+    for name in ("qformer", "prompt", "response"):
+        mask = getattr(batch, f"{name}_mask")[sample]
+        ids = getattr(batch, f"{name}_ids")[sample][mask.bool()].tolist()
+        text = padded(name, [ids, ids + [7] * extra_padding])
+        fields |= {f"{name}_ids": text[f"{name}_ids"][:1], f"{name}_mask": text[f"{name}_mask"][:1]}
+    return replace(
+        batch,
+        pixel_values=batch.pixel_values[batch.image_index[sample]],
+        image_index=torch.zeros(1, 1, dtype=torch.long),
+        **fields,
+    )
+
+
+@pytest.mark.parametrize("extra_padding", [0, 3])
+def test_batch_equals_single(model, extra_padding):
+    batch = tiny_batch(model.config)
+    losses = model.loss(batch).sample_losses
+    answers = generate_responses(model, batch, max_new_tokens=6)
+    for sample in range(len(batch)):
+        alone = single(batch, sample, extra_padding)
+        torch.testing.assert_close(
+            model.loss(alone).sample_losses[0], losses[sample], rtol=1e-5, atol=1e-5
+        )
+        assert generate_responses(model, alone, max_new_tokens=6) == [answers[sample]]
+
+
+def test_first_greedy_token_is_the_most_likely_candidate(model):
+    """Generation pads on the left, ranking continues a cache: both predict from the same prefix."""
+    batch = tiny_batch(model.config)
+    best = generate_responses(model, batch, max_new_tokens=1)
+    candidates = [[[token] for token in range(VOCAB)] for _ in best]
+    for row, scores in zip(best, rank_candidates(model, batch, candidates), strict=True):
+        first = int(scores.argmax())
+        assert row == [first] or (row == [] and first in (1, 2))  # the end token is cut off
+
+
+def candidates_for(batch):
+    generator = torch.Generator().manual_seed(9)
+    return [
+        [[*torch.randint(4, 58, (length,), generator=generator).tolist(), 2] for length in lengths]
+        for lengths in ([1, 3, 2, 5], [4], [0, 2])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("normalization", "include_end"), [("sum", True), ("mean", True), ("sum", False)]
+)
+@pytest.mark.parametrize("chunk", [2, 64])
+def test_rank_equals_one_forward_per_candidate(model, normalization, include_end, chunk):
+    batch = tiny_batch(model.config)
+    candidates = candidates_for(batch)
+    if not include_end:
+        candidates[2] = candidates[2][1:]  # the lone end token has nothing else to score
+    ranked = rank_candidates(model, batch, candidates, normalization, include_end, chunk)
+    for sample, group in enumerate(candidates):
+        assert ranked[sample].shape == (len(group),)
+        for index, ids in enumerate(group):
+            ids = ids if include_end else ids[:-1]
+            alone = replace(single(batch, sample, 2), **padded("response", [ids]))
+            expected = -model.loss(alone).loss_sum.detach()
+            if normalization == "mean":
+                expected = expected / len(ids)
+            torch.testing.assert_close(ranked[sample][index], expected, rtol=0, atol=1e-4)
+
+
+def test_rank_refuses_what_it_cannot_score():
+    model = tiny_model("llama")
+    batch = tiny_batch(model.config)
+    with pytest.raises(ValueError, match="no token to score"):
+        rank_candidates(model, batch, [[[2]], [[2]], [[2]]], include_end=False)
+    with pytest.raises(ValueError, match="one list per sample"):
+        rank_candidates(model, batch, [[[2]]])
+    assert [len(s) for s in rank_candidates(model, batch, [[], [[5, 2]], []])] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_generation_options(language):
+    model = tiny_model(language)
+    batch = tiny_batch(model.config)
+    ends = model.language_model.generation_config.eos_token_id
+    for options in (
+        {"num_beams": 3, "length_penalty": -1.0},
+        {"min_new_tokens": 5},
+        {"repetition_penalty": 1.5},
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.9},
+    ):
+        rows = generate_responses(model, batch, max_new_tokens=5, **options)
+        assert len(rows) == len(batch)
+        assert all(len(row) <= 5 and ends not in row for row in rows)
+        if "min_new_tokens" in options:
+            assert all(len(row) == 5 for row in rows)
+
+
+def test_answer_is_cut_at_the_end_token():
+    """A greedy run continued past its end token is the same up to it."""
+    model = tiny_model("llama")
+    batch = tiny_batch(model.config)
+    rows = generate_responses(model, batch, max_new_tokens=6)
+    model.language_model.generation_config.eos_token_id = rows[0][2]
+    cut = generate_responses(model, batch, max_new_tokens=6)
+    assert cut[0] == rows[0][: rows[0].index(rows[0][2])]
+
+
+def test_generation_leaves_the_mode_and_gives_no_gradient():
+    model = tiny_model("llama").train()
+    generate_responses(model, tiny_batch(model.config), max_new_tokens=1)
+    assert model.training
+    assert model.qformer.training
+    assert not model.language_model.training
+
+
+def test_head_runs_at_labelled_positions_only():
+    model = tiny_model("llama")
+    batch = tiny_batch(model.config)
+    seen = []
+    model.language_model.lm_head.register_forward_hook(
+        lambda module, arguments, output: seen.append(output.shape)
+    )
+    model.loss(batch)
+    assert seen == [(batch.num_response_tokens, VOCAB)]
+
+
+def test_unsupported_language_models_are_refused():
+    bart = {"model_type": "bart", "d_model": 8, "vocab_size": 10}
+    with pytest.raises(ValueError, match="'bart'"):
+        build_language_model(bart)
+    with pytest.raises(ValueError, match="no model_type"):
+        build_language_model({"hidden_size": 8})
+    model = build_language_model({**LANGUAGES["llama"], "vocab_size": 10})
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="softcapping"):
+        language_of(model)

@@ -1,0 +1,197 @@
+"""The loop on a toy: it learns, resumes bit for bit, and stops when and how it should."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from instructblip.training.log import read_metrics, without_timings
+from instructblip.training.train import NonFiniteLossError, TrainResult, train
+from tests.training.toy import Toy, ToyBatches, toy_config, toy_score
+
+
+def run(folder: Path, model: Toy | None = None, resume: bool = False, **changes: object):
+    config = toy_config(**changes)
+    model = model or Toy()
+    result = train(
+        model,
+        ToyBatches(config),
+        toy_score,
+        config,
+        folder,
+        resume=resume,
+        export=model.save_pretrained,
+        notes={"recipe.yaml": "a: 1\n"},
+    )
+    return model, result
+
+
+def weights(model: Toy) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+def lines(folder: Path) -> list[dict]:
+    return [without_timings(line) for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def stop_at(step: int, batches: ToyBatches):
+    """The same batches, with SIGTERM sent to this process while step ``step`` is prepared."""
+
+    class Stopping:
+        def iterate(self, start: int):
+            for offset, batch in enumerate(batches.iterate(start)):
+                if start + offset == step:
+                    signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+    return Stopping()
+
+
+def test_learns_and_leaves_what_it_promises(tmp_path: Path):
+    before = weights(Toy())
+    model, result = run(tmp_path, steps=120, validate_every=40)
+    after = weights(model)
+    assert torch.equal(before["frozen.weight"], after["frozen.weight"])
+    assert isinstance(result, TrainResult)
+    assert (result.step, result.stopped, result.best_step) == (120, "finished", 120)
+    recorded = lines(tmp_path)
+    losses = [line["loss"] for line in recorded if "loss" in line]
+    assert losses[0] > 2.0
+    assert losses[-1] < 0.8
+    assert set(recorded[0]["losses"]) == {"even", "odd"}
+    assert [line["step"] for line in recorded if "validation" in line] == [40, 80, 120]
+    for name in ("best", "last"):
+        assert {p.name for p in (tmp_path / name).iterdir()} == {"model.safetensors", "recipe.yaml"}
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert not list(tmp_path.rglob(".new-*"))
+    assert not list(tmp_path.rglob(".old-*"))
+
+
+def wiped() -> Toy:
+    """The toy with everything that trains set to zero: only a checkpoint can bring it back."""
+    model = Toy()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    return model
+
+
+@pytest.mark.parametrize("step", [0, 7, 8, 13, 23])
+def test_resume_equals_uninterrupted(tmp_path: Path, step: int):
+    whole, _ = run(tmp_path / "whole")
+    config, folder, model = toy_config(), tmp_path / "cut", Toy()
+    result = train(model, stop_at(step, ToyBatches(config)), toy_score, config, folder)
+    assert (result.stopped, result.step) == ("terminated", step + 1)
+    torch.manual_seed(99)
+    resumed, result = run(folder, model=wiped(), resume=True)
+    assert (result.stopped, result.step) == ("finished", 24)
+    assert_same(weights(whole), weights(resumed))
+    assert lines(folder) == lines(tmp_path / "whole")
+
+
+def test_dropout_depends_on_the_step(tmp_path: Path):
+    """The test above would pass without dropout; this shows that it has some."""
+    dropped, _ = run(tmp_path / "a", model=Toy(dropout=0.1))
+    plain, _ = run(tmp_path / "b", model=Toy(dropout=0.0))
+    other, _ = run(tmp_path / "c", model=Toy(dropout=0.1), seed=1)
+    assert not torch.equal(dropped.head.weight, plain.head.weight)
+    assert not torch.equal(dropped.head.weight, other.head.weight)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_changes_nothing(tmp_path: Path, accumulate: int):
+    """1 x 8 == 2 x 4 == 4 x 2, though the micro batches hold different numbers of tokens."""
+    whole, _ = run(tmp_path / "whole", model=Toy(dropout=0.0))
+    split, _ = run(tmp_path / "split", model=Toy(dropout=0.0), accumulate=accumulate)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(split)[name], value, rtol=2e-4, atol=2e-6)
+    for left, right in zip(lines(tmp_path / "whole"), lines(tmp_path / "split"), strict=True):
+        assert left.get("loss", 0) == pytest.approx(right.get("loss", 0), rel=1e-5)
+
+
+def test_a_second_run_does_not_overwrite_the_first(tmp_path: Path):
+    run(tmp_path, steps=6)
+    with pytest.raises(ValueError, match=r"already holds a run up to step 6.*--resume"):
+        run(tmp_path, steps=6)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path):
+    model, _ = run(tmp_path)
+    again, result = run(tmp_path, model=wiped(), resume=True)
+    assert (result.stopped, result.step) == ("finished", 24)
+    assert_same(weights(model), weights(again))
+
+
+def test_resuming_with_another_trainable_set_is_an_error(tmp_path: Path):
+    run(tmp_path)
+    other = Toy()
+    other.norm.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"2 differ, such as norm\.bias, norm\.weight"):
+        run(tmp_path, model=other, resume=True)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_stops_before_the_step(tmp_path: Path, where: str):
+    class Bad(Toy):
+        calls = 0
+
+        def loss(self, batch):
+            output = super().loss(batch)
+            self.calls += self.training
+            if self.training and self.calls == 6:
+                self.before = weights(self)
+                if where == "loss":
+                    output.sample_losses[2] = float("nan")
+                    return output._replace(loss_sum=output.loss_sum * float("nan"))
+                return output._replace(loss_sum=output.loss_sum * 1e38 * 1e38)
+            return output
+
+    model = Bad()
+    with pytest.raises(NonFiniteLossError) as error:
+        run(tmp_path, model=model)
+    message = str(error.value)
+    assert "step 5 (data sets even, odd)" in message
+    assert "step_000003" in message
+    # sample 2 of step 5, whose first sample is the 40th
+    assert ("even/42 (nan)" in message) == (where == "loss")
+    assert_same(model.before, weights(model))
+    assert not list(tmp_path.rglob(".new-*"))
+
+
+def test_early_stopping(tmp_path: Path):
+    scores = iter([1.0, 3.0, 2.0, 2.5, 9.0])
+    config = toy_config(steps=50, validate_every=5, early_stopping_patience=2)
+    model = Toy()
+    result = train(model, ToyBatches(config), lambda _: {"score": next(scores)}, config, tmp_path)
+    assert (result.stopped, result.step) == ("early", 20)
+    assert (result.best_score, result.best_step) == (3.0, 10)
+    assert (tmp_path / "checkpoints" / "step_000010").is_dir()  # the best outlives keep_last
+
+
+def test_sigterm_gives_a_validation_up(tmp_path: Path):
+    whole, _ = run(tmp_path / "whole")
+    config, model = toy_config(), Toy()
+
+    def interrupted(_model: Toy) -> dict[str, float]:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("validation went on after SIGTERM")
+
+    result = train(model, ToyBatches(config), interrupted, config, tmp_path / "cut")
+    assert (result.stopped, result.step) == ("terminated", 8)
+    resumed, _ = run(tmp_path / "cut", model=wiped(), resume=True)
+    assert_same(weights(whole), weights(resumed))
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+def test_checkpoints_are_bounded(tmp_path: Path):
+    _, result = run(tmp_path, steps=60, keep_last=2)
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == sorted({"step_000057", "step_000060", f"step_{result.best_step:06d}"})
