@@ -95,6 +95,40 @@ def captions(scene: Scene) -> list[str]:
     return [form(scene) for form in CAPTIONS]
 
 
+def describe(scene: Scene, rng: random.Random) -> str:
+    """Everything about the scene in words, in one of several orders and manners of speaking."""
+    things = list(scene.things)
+    if rng.random() < 0.5:
+        rng.shuffle(things)
+    manner = rng.choice(DESCRIPTIONS)
+    return manner(things)
+
+
+def _facts(thing: Thing, name_first: bool) -> str:
+    if thing.kind != "shape":
+        return f"{look(thing)} {thing.place}"
+    if name_first:
+        return f"{thing.name}: {thing.colour}, {thing.size}, {thing.place}"
+    return f"{thing.size} {look(thing)} {thing.place}"
+
+
+def _sentence(thing: Thing) -> str:
+    if thing.kind != "shape":
+        return f"the {look(thing)} is {at(thing.place)}."
+    return f"the {thing.name} is {thing.colour} and {thing.size}. it is {at(thing.place)}."
+
+
+DESCRIPTIONS: tuple[Callable[[list[Thing]], str], ...] = (
+    lambda things: join([phrase(t, size=True, place=True) for t in things]),
+    lambda things: " ".join(f"{phrase(t, size=True, place=True)}." for t in things),
+    lambda things: ", ".join(_facts(t, name_first=False) for t in things),
+    lambda things: "; ".join(_facts(t, name_first=True) for t in things),
+    lambda things: " ".join(_sentence(t) for t in things),
+    lambda things: " ".join(f"{at(t.place)}: {phrase(t, size=True)}." for t in things),
+)
+"""Manners of describing all that is known; some name the shape first, some its look."""
+
+
 def detail(scene: Scene) -> str:
     """A full description, one sentence a thing."""
     return " ".join(f"there is {phrase(t, size=True, place=True)}." for t in scene.things)

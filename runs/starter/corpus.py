@@ -1,0 +1,129 @@
+"""The text that the starter's language model learns from: scenes told in words, and their tasks.
+
+No picture is involved. A document is one description followed by several turns, each of them an
+instruction (the same templates that tuning uses, and plainer ones) and its response. All kinds of
+question occur, those held out from tuning too: the language model plays Vicuna, which knows how to
+answer them when the scene is told in words.
+"""
+
+import random
+
+from instructblip.batch import Example
+from instructblip.data.scenes.language import (
+    FRUIT,
+    HELD_IN_KINDS,
+    QUESTIONS,
+    Question,
+    captions,
+    describe,
+    detail,
+)
+from instructblip.data.scenes.world import Scene, sample_scene
+from instructblip.data.templates import TEMPLATES, render_instruction
+
+PLAIN = {
+    "vqa": ("Question: {question} Short answer:", "{question} Short answer:"),
+    "multiple_choice": (
+        "Question: {question} Options: {options}. Short answer:",
+        "{question} Options: {options}. Answer:",
+    ),
+    "caption": ("A short image description.", "A short image description:"),
+    "statement": ('Is this true or false? "{question}" Answer:', "{question} True or false?"),
+    "classify": (
+        'This is an image with: "{question}" written on it. Is it correct? Answer:',
+        "Label: {question}. Is it correct? Answer yes or no.",
+        'Does the label "{question}" fit the image? Answer:',
+        "Is this in the image: {question}? Short answer:",
+    ),
+    "instruct": ("{question}",),
+    "ask": ("Answer: {question}. Question:",),
+    "dialogue": ("Question: {question} Short answer:", "{question} Short answer:"),
+    "read": ("Question: {question} Short answer:", "{question} Short answer:"),
+    "caption_ocr": ("A short image description with the words in it:",),
+}
+DETAIL_INSTRUCTIONS = (
+    "Describe the image in detail.",
+    "Tell me everything that you see.",
+    "What is in the picture? Say size, color and place of each thing.",
+    "Give a full description of the picture.",
+)
+SHARES = {
+    "vqa": 40, "multiple_choice": 14, "caption": 14, "detail": 4, "statement": 7, "classify": 6,
+    "ask": 4, "dialogue": 7, "read": 4,
+}  # fmt: skip
+
+
+def question_of(scene: Scene, rng: random.Random, kinds: tuple[str, ...]) -> Question:
+    """A question of one of the kinds that fits the scene."""
+    while True:
+        if question := QUESTIONS[rng.choice(kinds)](scene, rng):
+            return question
+
+
+VQA_KINDS = (*HELD_IN_KINDS, "color", "color", "shape", "place", "size", "beside", "beside")
+CHOICE_KINDS = (*HELD_IN_KINDS, "color", "place", "most", "science", "science", "beside")
+
+
+def _turn(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """One instruction and its response."""
+    task = rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
+    fields: dict = {}
+    if task == "caption":
+        answer = rng.choice(captions(scene))
+        task = "caption_ocr" if scene.of_kind("word") and rng.random() < 0.5 else task
+    elif task == "detail":
+        task, answer = "instruct", detail(scene)
+        fields = {"question": rng.choice(DETAIL_INSTRUCTIONS)}
+    elif task in ("statement", "classify"):
+        question = QUESTIONS["statement" if task == "statement" else "label"](scene, rng)
+        if question is None:
+            return _turn(scene, rng)
+        fields, answer = {"question": question.text}, question.answer
+    elif task == "read":
+        question = QUESTIONS["word at"](scene, rng)
+        if question is None:
+            return _turn(scene, rng)
+        words = [t.name for t in scene.of_kind("word")]
+        fields, answer = {"question": question.text}, question.answer
+        if rng.random() < 0.5:
+            fields["ocr_tokens"] = tuple(rng.sample(words, len(words)))
+    elif task == "ask":
+        question = question_of(scene, rng, HELD_IN_KINDS)
+        fields, answer = {"question": question.answer}, question.text
+    else:
+        kinds = CHOICE_KINDS if task == "multiple_choice" else VQA_KINDS
+        question = question_of(scene, rng, kinds)
+        fields = {"question": question.text, "context": question.context}
+        answer = question.answer
+        if task == "multiple_choice":
+            fields["choices"] = question.choices(rng, rng.choice((2, 3, 4, 4)))[0]
+        if task == "dialogue":
+            turns = [question_of(scene, rng, HELD_IN_KINDS) for _ in range(rng.randint(1, 2))]
+            fields["history"] = tuple((t.text, t.answer) for t in turns)
+    example = Example(
+        dataset="text", split="train", id="", images=(), task=task, answers=(answer,), **fields
+    )
+    templates = PLAIN[task] if rng.random() < 0.5 or task == "classify" else TEMPLATES[task]
+    rendered = render_instruction(example, rng, template=rng.choice(templates))
+    return rendered.prompt, rendered.response
+
+
+def document(rng: random.Random, turns: int = 6) -> tuple[str, list[tuple[str, str]]]:
+    """A description and ``turns`` pairs of instruction and response."""
+    words = rng.choice((0, 0, 0, 1, 2))
+    digits = 1 if words == 0 and rng.random() < 0.25 else 0
+    shapes = rng.choice(((1, 1), (2, 2), (2, 2), (3, 3), (1, 3)))
+    scene = sample_scene(rng, shapes, words, digits, pairs="any")
+    return describe(scene, rng), [_turn(scene, rng) for _ in range(turns)]
+
+
+def texts(rng: random.Random, documents: int) -> list[str]:
+    """Loose lines of text for the training of tokenizers."""
+    lines = [" ".join(FRUIT.values())]
+    for _ in range(documents):
+        description, turns = document(rng)
+        lines.append(description)
+        lines += [f"{prompt} {response}" for prompt, response in turns]
+    for templates in TEMPLATES.values():
+        lines += [template.replace("{", " ").replace("}", " ") for template in templates] * 20
+    return lines

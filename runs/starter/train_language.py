@@ -1,0 +1,168 @@
+"""Step 1: the starter's language model, a small Llama, learns the world from text alone.
+
+    python runs/starter/train_language.py OUT --minutes 40
+
+OUT holds the tokenizers already. Matrices are trained with Muon, which gets over the plateau on
+which AdamW leaves the binding of colours to shapes; the rest with AdamW. Loss on responses only.
+Writes OUT/checkpoint.pt as it goes and resumes from it; the last state is written as a
+transformers directory, text accuracy per kind of question in OUT/text_accuracy.json.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from corpus import document
+from muon import Muon
+from starter_io import save_checkpoint, take_checkpoint
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from instructblip.data.scenes.language import QUESTIONS, describe
+from instructblip.data.scenes.world import sample_scene
+
+SCENES = 24  # documents a step
+NOISE = 0.1  # of an embedding's size: soft prompts will not be exact words
+
+
+def build(vocab_size: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+    )
+    return LlamaForCausalLM(config)
+
+
+def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return [
+        Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def rows_of(documents, tokenizer) -> list[tuple[list[int], list[bool]]]:
+    """Ids and where the loss is; every turn begins with <s>, as a prompt does after the queries."""
+    texts = []
+    for description, turns in documents:
+        texts.append(description)
+        for prompt, response in turns:
+            texts += [prompt, f": {response}"]
+    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    rows = []
+    for _, turns in documents:
+        ids = list(next(encoded))
+        loss = [False] * len(ids)
+        for _ in turns:
+            prompt, response = next(encoded), next(encoded)[1:]
+            ids += [1, *prompt, *response, 2]
+            loss += [False] * (1 + len(prompt)) + [True] * (len(response) + 1)
+        rows.append((ids, loss))
+    return rows
+
+
+def tensors(rows) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    loss = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, (row, marks) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        loss[i, : len(row)] = torch.tensor(marks)
+    return ids, loss
+
+
+def response_logits(model, ids, loss, noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    embeds = model.model.embed_tokens(ids)
+    if noise:
+        embeds = embeds + noise * embeds.detach().std() * torch.randn_like(embeds)
+    hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    return model.lm_head(hidden[:, :-1][loss[:, 1:]]), ids[:, 1:][loss[:, 1:]]
+
+
+@torch.no_grad()
+def accuracy(model, tokenizer, number: int = 150) -> dict[str, float]:
+    """Exact match per kind of question, the scene told in words, in percent."""
+    rng, found = random.Random(99), {}
+    for kind, ask in QUESTIONS.items():
+        documents = []
+        while len(documents) < number:
+            words = {"word": 1, "word at": 2}.get(kind, 0)
+            scene = sample_scene(rng, (1, 3), words, int(kind == "digit"), pairs="any")
+            if question := ask(scene, rng):
+                text = {
+                    "statement": f'Based on the image, is this statement true or false? '
+                    f'"{question.text}" Answer:',
+                    "label": f'This is an image with: "{question.text}" written on it. '
+                    "Is it correct? Answer:",
+                    "science": f"Context: {question.context} Question: {question.text} Options: "
+                    f"(a) {question.answer} (b) {question.others[0]}. Answer:",
+                }.get(kind, f"Question: {question.text} Short answer:")
+                documents.append((describe(scene, rng), [(text, question.answer)]))
+        ids, loss = tensors(rows_of(documents, tokenizer))
+        logits, targets = response_logits(model, ids, loss)
+        right = torch.ones(len(ids), dtype=torch.bool)
+        row = loss[:, 1:].nonzero()[:, 0]
+        right[row[logits.argmax(-1) != targets]] = False
+        found[kind] = round(100 * right.float().mean().item(), 1)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=40)
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(str(args.out))
+    model = build(-(-len(tokenizer) // 64) * 64)
+    opts = optimizers(model)
+    base = [o.param_groups[0]["lr"] for o in opts]
+    step, spent = take_checkpoint(args.out, model, opts)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, step {step}")
+    start = last = time.monotonic() - spent
+    running: list[float] = []
+    while (elapsed := time.monotonic() - start) < 60 * args.minutes:
+        # Constant, then linearly down over the last 40 % of the time.
+        factor = min(1.0, (step + 1) / 50, (1 - elapsed / (60 * args.minutes)) / 0.4)
+        rng = random.Random(step)
+        rows = rows_of([document(rng) for _ in range(SCENES)], tokenizer)
+        logits, targets = response_logits(model, *tensors(rows), noise=NOISE)
+        loss = F.cross_entropy(logits, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, lr in zip(opts, base, strict=True):
+            optimizer.param_groups[0]["lr"] = lr * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        running.append(loss.item())
+        step += 1
+        if step % 200 == 0:
+            scores = accuracy(model, tokenizer)
+            print(f"{step} {elapsed:.0f}s loss {sum(running) / len(running):.4f} {scores}", flush=True)
+            running = []
+        if time.monotonic() - last > 120:
+            save_checkpoint(args.out, model, opts, step, elapsed)
+            last = time.monotonic()
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(str(args.out))
+    scores = accuracy(model, tokenizer, 400)
+    (args.out / "text_accuracy.json").write_text(json.dumps({"steps": step, **scores}, indent=1))
+    print(scores)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Step 2: the starter's vision tower learns what stands where in a picture.
+
+    python runs/starter/train_vision.py OUT --minutes 20
+
+Dense supervision: a throw-away head reads the tokens around each of the nine cells and names what
+stands there (colour, shape, size, printed word, handwritten digit). Only the tower is kept. Pictures of the training world alone: no held-out colour-shape pair, no digit kept for tests.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from muon import Muon
+from starter_io import save_checkpoint, take_checkpoint
+from torch import Tensor, nn
+
+from instructblip.data.scenes.world import (
+    COLOURS,
+    SHAPES,
+    SIZES,
+    WORDS,
+    Scene,
+    render,
+    sample_scene,
+)
+from instructblip.model.config import VisionConfig
+from instructblip.model.vision import VisionModel
+
+CONFIG = VisionConfig(
+    hidden_size=160,
+    intermediate_size=640,
+    num_hidden_layers=4,
+    num_attention_heads=5,
+    image_size=64,
+    patch_size=8,
+)
+PICTURES = 48  # a step
+LOOKS = (
+    tuple(COLOURS),
+    (*SHAPES, "word", "digit"),
+    SIZES,
+    WORDS,
+    tuple("0123456789"),
+)
+
+
+class CellReader(nn.Module):
+    """Mean of the patch tokens around each cell: [N, P, V] -> logits per attribute [N, 9, ...]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU())
+        # One more class each: nothing there.
+        self.heads = nn.ModuleList(nn.Linear(2 * width, len(look) + 1) for look in LOOKS)
+
+    def forward(self, features: Tensor) -> list[Tensor]:
+        side = math.isqrt(features.shape[1] - 1)
+        patches = features[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+        cells = F.adaptive_avg_pool2d(patches, 3).flatten(2).transpose(1, 2)  # [N, 9, V]
+        hidden = self.mlp(cells)
+        return [head(hidden) for head in self.heads]
+
+
+def targets(scene: Scene) -> np.ndarray:
+    """[9, 5] class of each attribute in each cell; the last class where there is nothing."""
+    cells = np.array([[len(look) for look in LOOKS]] * 9)
+    for t in scene.things:
+        named = {
+            "shape": (t.colour, t.name, t.size, None, None),
+            "word": (None, "word", None, t.name, None),
+            "digit": (None, "digit", None, None, t.name),
+        }[t.kind]
+        for attribute, value in enumerate(named):
+            if value is not None:
+                cells[3 * t.row + t.column, attribute] = LOOKS[attribute].index(value)
+    return cells
+
+
+def training_scene(rng: random.Random, test_digits: bool = False) -> Scene:
+    """A scene of the training world with shapes, words and digits."""
+    words = rng.choice((0, 0, 1, 2))
+    digits = rng.choice((0, 1)) if words < 2 else 0
+    return sample_scene(rng, (0 if words + digits else 1, 3), words, digits, "seen", test_digits)
+
+
+def pixels_of(scenes: list[Scene]) -> Tensor:
+    """[N, 3, 64, 64], scaled to -1..1."""
+    pixels = np.stack([np.asarray(render(scene)) for scene in scenes])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def batch(rng: random.Random, number: int, test_digits: bool = False) -> tuple[Tensor, Tensor]:
+    scenes = [training_scene(rng, test_digits) for _ in range(number)]
+    return pixels_of(scenes), torch.from_numpy(np.stack([targets(s) for s in scenes]))
+
+
+@torch.no_grad()
+def accuracy(tower: nn.Module, reader: nn.Module) -> dict[str, float]:
+    """Accuracy at occupied cells per attribute on fresh pictures, digits of unseen writing."""
+    pixels, wanted = batch(random.Random(7), 256, test_digits=True)
+    logits = reader(tower(pixels))
+    found = {}
+    for k, name in enumerate(("color", "kind", "size", "word", "digit")):
+        there = wanted[..., k] < len(LOOKS[k])
+        hits = logits[k].argmax(-1)[there] == wanted[..., k][there]
+        found[name] = round(100 * hits.float().mean().item(), 1)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=20)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    tower, reader = VisionModel(CONFIG), CellReader(CONFIG.hidden_size)
+    model = nn.ModuleDict({"tower": tower, "reader": reader})
+    matrices = [
+        p for n, p in tower.named_parameters() if p.ndim == 2 and "encoder" in n and "weight" in n
+    ]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    opts: list[torch.optim.Optimizer] = [
+        Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    base = [o.param_groups[0]["lr"] for o in opts]
+    step, spent = take_checkpoint(args.out, model, opts)
+    print(f"{sum(p.numel() for p in tower.parameters()) / 1e6:.2f} M parameters, step {step}")
+    start = last = time.monotonic() - spent
+    while (elapsed := time.monotonic() - start) < 60 * args.minutes:
+        factor = min(1.0, (step + 1) / 50, (1 - elapsed / (60 * args.minutes)) / 0.4)
+        pixels, wanted = batch(random.Random(step), PICTURES)
+        logits = reader(tower(pixels))
+        loss = sum(F.cross_entropy(x.flatten(0, 1), wanted[..., k].flatten())
+                   for k, x in enumerate(logits))  # fmt: skip
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, lr in zip(opts, base, strict=True):
+            optimizer.param_groups[0]["lr"] = lr * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        if step % 100 == 0:
+            scores = accuracy(tower, reader)
+            print(f"{step} {elapsed:.0f}s loss {loss.item():.4f} {scores}", flush=True)
+        if time.monotonic() - last > 120:
+            save_checkpoint(args.out, model, opts, step, elapsed)
+            last = time.monotonic()
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_file(tower.state_dict(), args.out / "vision.safetensors")
+    scores = {"pictures": step * PICTURES, **accuracy(tower, reader)}
+    (args.out / "vision_accuracy.json").write_text(json.dumps(scores, indent=1))
+    print(scores)
+
+
+if __name__ == "__main__":
+    main()
