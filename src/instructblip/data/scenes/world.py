@@ -127,9 +127,7 @@ def _sample_looks(rng: random.Random, number: int, pairs: str) -> list[tuple[str
             fresh = [look for look in fresh if look[0] == base[0] or look[1] == base[1]] or fresh
             repeat = rng.random() < 0.3
         elif looks:
-            apart = [
-                look for look in fresh if all(look[0] != c and look[1] != s for c, s in looks)
-            ]
+            apart = [look for look in fresh if all(look[0] != c and look[1] != s for c, s in looks)]
             fresh = apart or fresh
         looks.append(rng.choice(fresh))
     rng.shuffle(looks)
