@@ -1,0 +1,128 @@
+"""How the official scorers rewrite an answer before they compare it.
+
+Four normalisers, each with its source. None is "the better one": a published number belongs to one
+of them, and they disagree on a few answers in a hundred.
+
+==================  =====================================================================
+``vqa``             GT-Vision-Lab/VQA, ``vqaEval.py`` (punctuation, then digits and articles)
+``vqa_punctuation``  the first half of it, all that the 2017 version does to the references
+``textvqa``         facebookresearch/mmf, ``m4c_evaluators.py`` (TextVQA, ST-VQA)
+``lmms_eval``       EvolvingLMMs-Lab/lmms-eval, ``exact_match`` ignoring case and punctuation
+==================  =====================================================================
+"""
+
+import re
+import string
+
+ARTICLES = frozenset(("a", "an", "the"))
+
+NUMBERS = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+
+# The official table maps a contraction that lost an apostrophe to the one that has it. Most rows
+# follow from the contraction itself: the key leaves one apostrophe out, or either one of two.
+_CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am
+    mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't shan't she'd've
+    should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
+    someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+    there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've
+    why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
+    you'd've you'll you're you've
+"""
+
+_IRREGULAR = {
+    "'ow'sat": "'ow's'at",
+    "'ows'at": "'ow's'at",
+    "ow's'at": "'ow's'at",
+    "let's": "let's",
+    "she's": "she's",
+    "somebody'd": "somebodyd",
+}
+
+
+def _contraction_table() -> dict[str, str]:
+    table = dict(_IRREGULAR)
+    for word in _CONTRACTIONS.split():
+        places = [i for i, letter in enumerate(word) if letter == "'"]
+        for place in places:
+            table[word[:place] + word[place + 1 :]] = word
+    return table
+
+
+CONTRACTIONS = _contraction_table()
+"""The table of all three scorers. Its keys with a capital ("Im") never match a lower-cased word."""
+
+# Two slips of the official code that its numbers depend on. The look-ahead was meant as a
+# look-behind, so that it never excludes anything: every full stop goes unless an ASCII digit
+# follows (Python 2's ``\d``). And ``re.UNICODE``, which is 32, stands where ``sub`` takes a count,
+# so that the 33rd full stop of an answer stays.
+_FULL_STOP = re.compile(r"\.(?![0-9])")
+_MAX_FULL_STOPS = 32
+_GROUPED_DIGITS = re.compile(r"[0-9],[0-9]")
+
+_FULL_STOP_ANY_DIGIT = re.compile(r"\.(?!\d)")
+
+
+def clean_space(answer: str) -> str:
+    """Line feeds and tabs to blanks, then ``strip``: the first step of the VQA scorers."""
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def vqa_punctuation(answer: str) -> str:
+    """``processPunctuation``: drop a mark that touches a blank, turn any other into a blank.
+
+    An answer that holds a number such as 1,000 loses all its marks without a blank.
+    """
+    return _punctuation(answer, _FULL_STOP)
+
+
+def vqa_digits_and_articles(answer: str) -> str:
+    """``processDigitArticle``: lower case, number words to digits, no articles, contractions."""
+    words = (NUMBERS.get(word, word) for word in answer.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def vqa(answer: str) -> str:
+    """The whole VQA normalisation, as the 2017 version gives it to a prediction."""
+    return vqa_digits_and_articles(vqa_punctuation(clean_space(answer)))
+
+
+def textvqa(answer: str) -> str:
+    """MMF's ``EvalAIAnswerProcessor``: commas and question marks go first, ``'s`` is split off.
+
+    Differs from ``vqa`` on about one answer in twenty: "men's" becomes "men 's". MMF runs under
+    Python 3, where the digits of other scripts count as digits.
+    """
+    answer = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return vqa_digits_and_articles(_punctuation(clean_space(answer), _FULL_STOP_ANY_DIGIT))
+
+
+def lmms_eval(answer: str) -> str:
+    """Lower case without ASCII punctuation; white space and articles stay."""
+    return answer.lower().translate(str.maketrans("", "", string.punctuation))
+
+
+def _punctuation(answer: str, full_stop: re.Pattern[str]) -> str:
+    grouped = _GROUPED_DIGITS.search(answer) is not None
+    text = answer
+    for mark in PUNCTUATION:
+        touches_blank = mark + " " in answer or " " + mark in answer
+        text = text.replace(mark, "" if touches_blank or grouped else " ")
+    return full_stop.sub("", text, count=_MAX_FULL_STOPS)

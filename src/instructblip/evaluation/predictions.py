@@ -1,0 +1,128 @@
+"""predictions.jsonl: one line per answered sample, written as they come, resumed after a stop.
+
+Beside it lies ``settings.json``: what the predictions depend on. A file of other settings is never
+continued and never overwritten. A line that a kill left half-written is cut off.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+PREDICTIONS = "predictions.jsonl"
+SETTINGS = "settings.json"
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits that change with any setting."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a predictions file; ValueError names a broken one or a repeated id."""
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # after the last line feed: nothing, or a torn line
+    found: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            prediction = json.loads(line)
+            identifier = prediction["id"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:line {number}: is not a prediction ({error}); delete the line, and it is "
+                "answered again"
+            ) from None
+        if identifier in found:
+            raise ValueError(f"{path}:line {number}: id {identifier!r} appears twice")
+        found[identifier] = prediction
+    return list(found.values())
+
+
+class PredictionLog:
+    """The predictions of one benchmark: those on disk, and a place to add more.
+
+    Args:
+        folder: where the two files lie; None keeps the predictions in memory only.
+        settings: what the predictions depend on.
+    """
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.settings = dict(settings)
+        self.done: dict[str, dict[str, Any]] = {}
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Self:
+        if self.folder is None:
+            return self
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / PREDICTIONS
+        self._check_settings()
+        self.done = {p["id"]: p for p in read_predictions(path)}
+        _cut_torn_line(path)
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def add(self, predictions: Iterable[dict[str, Any]]) -> None:
+        """Keep a batch; on disk before this returns, so that a kill loses one batch at most."""
+        lines = []
+        for prediction in predictions:
+            self.done[prediction["id"]] = prediction
+            lines.append(json.dumps(prediction, ensure_ascii=False) + "\n")
+        if self._file is not None:
+            self._file.write("".join(lines))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _check_settings(self) -> None:
+        assert self.folder is not None
+        path = self.folder / SETTINGS
+        settings = json.loads(json.dumps(self.settings))
+        if path.is_file():
+            old = json.loads(path.read_text(encoding="utf-8"))
+            if old != settings:
+                changed = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
+                raise ValueError(
+                    f"{self.folder} holds predictions made with another "
+                    f"{', '.join(sorted(changed))}; choose another output folder, or delete this "
+                    "one to start anew"
+                )
+        elif (self.folder / PREDICTIONS).is_file():
+            raise ValueError(
+                f"{self.folder} holds {PREDICTIONS} without {SETTINGS}: it is not known what they "
+                "were made with; choose another output folder"
+            )
+        else:
+            write_json(path, settings)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all: a temporary file, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, ensure_ascii=False, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)

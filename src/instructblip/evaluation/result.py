@@ -1,0 +1,171 @@
+"""The figure of one benchmark with all that it depends on, and means over benchmarks."""
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from instructblip.evaluation.bootstrap import (
+    Floats,
+    Interval,
+    interval,
+    mean_over_sets,
+    resample,
+)
+from instructblip.evaluation.predictions import PREDICTIONS, read_predictions, write_json
+from instructblip.evaluation.ptb import Tokenizer
+from instructblip.evaluation.scoring import Score, scorer_of
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One benchmark, one model. ``value`` is 0 to 100 (CIDEr may exceed it), None if undefined.
+
+    ``settings`` are those of the predictions: benchmark, model, limit, blind. ``predictions`` are
+    in the order of the data set. ``score`` holds what the bootstrap draws from.
+    """
+
+    benchmark: str
+    title: str
+    role: str
+    unseen_type: bool
+    metric: str
+    tokenizer: str | None
+    value: float | None
+    n: int
+    others: dict[str, float | None]
+    settings: dict[str, Any]
+    image_root: str = ""
+    score: Score = field(repr=False)
+    predictions: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the resamples: its own for each benchmark, the same for each model."""
+        return zlib.crc32(self.benchmark.encode())
+
+    def resampled(self) -> Floats:
+        """Bootstrap values of the figure."""
+        return resample(self.score.samples, self.score.labels, self.seed)
+
+    @property
+    def interval(self) -> Interval | None:
+        """The 95 % bootstrap interval; None where the figure is not defined."""
+        return None if self.value is None else interval(self.resampled())
+
+    def describe(self) -> str:
+        """The figure and what it was measured with, in one line."""
+        bounds = self.interval
+        if self.value is None or bounds is None:
+            figure = "not defined (one class only)"
+        else:
+            figure = f"{self.value:.2f} [{bounds.low:.2f}, {bounds.high:.2f}]"
+        asked = self.settings["benchmark"]
+        how = ", ".join(f"{k} {v}" for k, v in asked["decoding"].items()) or "argmax of candidates"
+        tokens = f"; tokenizer {self.tokenizer}" if self.tokenizer else ""
+        blind = "; blind control" if self.settings.get("blind_seed") is not None else ""
+        return (
+            f"{self.benchmark} {figure}  n {self.n}; {self.metric}{tokens}; {asked['mode']} "
+            f"({how}); prompt {asked['prompt']!r}{blind}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the predictions."""
+        bounds = self.interval
+        names = ("benchmark", "title", "role", "unseen_type", "metric", "tokenizer", "value", "n")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "interval_95": None if bounds is None else [bounds.low, bounds.high],
+            "others": self.others,
+            "settings": self.settings,
+            "image_root": self.image_root,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write ``result.json`` into ``folder``, beside the predictions."""
+        write_json(folder / RESULT, self.to_json())
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Result":
+        """Read a folder that ``evaluate(..., out=folder)`` finished; the figure is scored anew."""
+        folder = Path(folder)
+        file = folder / RESULT
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {RESULT}: the evaluation has not finished; run it again with "
+                "the same settings and it goes on where it stopped"
+            )
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        by_id = read_predictions(folder / PREDICTIONS)
+        by_id.sort(key=lambda prediction: prediction["index"])
+        if len(by_id) != stored["n"]:
+            raise ValueError(
+                f"{folder}: {RESULT} is about {stored['n']} samples, {PREDICTIONS} holds "
+                f"{len(by_id)}; evaluate again"
+            )
+        return make_result(
+            stored["settings"], by_id, stored["tokenizer"] or "python", stored["image_root"]
+        )
+
+
+def make_result(
+    settings: dict[str, Any],
+    predictions: list[dict[str, Any]],
+    tokenizer: Tokenizer = "python",
+    image_root: str = "",
+) -> Result:
+    """Score predictions; ``settings["benchmark"]`` says how."""
+    asked = settings["benchmark"]
+    scorer = scorer_of(asked["metric"])
+    score = scorer.score(predictions, tokenizer)
+    return Result(
+        benchmark=asked["name"],
+        title=asked["title"],
+        role=asked["role"],
+        unseen_type=asked["unseen_type"],
+        metric=asked["metric"],
+        tokenizer=tokenizer if scorer.uses_tokenizer else None,
+        value=score.value,
+        n=len(predictions),
+        others=score.others,
+        settings=settings,
+        image_root=image_root,
+        score=score,
+        predictions=predictions,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """Plain mean of the figures of some data sets, each counting once, and its interval."""
+
+    value: float
+    interval: Interval
+    datasets: tuple[str, ...]
+
+
+def summarise(results: Sequence[Result]) -> dict[str, Mean]:
+    """{"held_in": Mean, "held_out": Mean}, a role without results left out.
+
+    The interval comes from resampling the samples within each set; the choice of the sets is taken
+    as given. ValueError for a set whose figure is not defined.
+    """
+    means = {}
+    for role in ("held_in", "held_out"):
+        own = [result for result in results if result.role == role]
+        if not own:
+            continue
+        undefined = [result.benchmark for result in own if result.value is None]
+        if undefined:
+            raise ValueError(
+                f"no mean over {role}: {', '.join(undefined)} has labels of one class only, and "
+                "no AUROC; evaluate more samples"
+            )
+        value = sum(result.value or 0.0 for result in own) / len(own)
+        bounds = interval(mean_over_sets([result.resampled() for result in own]))
+        means[role] = Mean(value, bounds, tuple(result.benchmark for result in own))
+    return means

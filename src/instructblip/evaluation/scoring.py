@@ -1,0 +1,186 @@
+"""From predictions to a benchmark's figure, 0 to 100: one entry per metric in ``SCORERS``.
+
+A prediction is a dict, one line of ``predictions.jsonl``::
+
+    {"id": "42", "dataset": "vsr", "images": ["a.png"], "prompt": "Based on ...",
+     "prediction": "true", "answers": ["true"], "score": 1.0, "extra": {},
+     "candidates": ["true", "false"], "log_likelihoods": [-0.1, -2.4],
+     "probabilities": [0.91, 0.09]}
+
+The last three exist only where the answer was chosen by ranking. ``score`` is the prediction's own
+worth, 0 to 1, known at once; a figure that is no mean of these (AUROC, CIDEr) is computed at the
+end from all predictions.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from instructblip.evaluation import captions, metrics
+from instructblip.evaluation.bootstrap import Floats
+from instructblip.evaluation.ptb import Tokenizer
+
+Prediction = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """``value`` 0 to 100 (CIDEr may exceed it), or None where the metric is not defined.
+
+    ``samples`` [n] are what is resampled: the mean of them, or with ``labels`` the area under the
+    ROC curve, is ``value / 100``. ``others`` are further figures of the same predictions.
+    """
+
+    value: float | None
+    samples: Floats
+    labels: Floats | None = None
+    others: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """One metric: the worth of one prediction, and if it is not their mean, the figure of all."""
+
+    sample: Callable[[Prediction], float]
+    corpus: Callable[[Sequence[Prediction], Tokenizer], Score] | None = None
+    uses_tokenizer: bool = False
+
+    def score(self, predictions: Sequence[Prediction], tokenizer: Tokenizer = "python") -> Score:
+        """The figure of all predictions; ValueError if there is none."""
+        if not predictions:
+            raise ValueError("no predictions to score")
+        if self.corpus is not None:
+            return self.corpus(predictions, tokenizer)
+        return _mean(np.array([self.sample(prediction) for prediction in predictions]))
+
+
+def scorer_of(metric: str) -> Scorer:
+    """The scorer called ``metric``; ValueError lists the names when there is none."""
+    if metric not in SCORERS:
+        raise ValueError(f"no metric '{metric}'; expected one of {', '.join(SCORERS)}")
+    return SCORERS[metric]
+
+
+def probabilities(log_likelihoods: Sequence[float]) -> list[float]:
+    """Softmax over the candidates of one sample."""
+    values = np.asarray(log_likelihoods, dtype=np.float64)
+    worth = np.exp(values - values.max())
+    return [float(p) for p in worth / worth.sum()]
+
+
+def right_option(prediction: Prediction) -> int:
+    """Index of the right candidate: ``gt_index`` where the set gives one, else the answer's."""
+    if "gt_index" in prediction["extra"]:
+        return int(prediction["extra"]["gt_index"])
+    candidates = list(prediction["candidates"])
+    for answer in prediction["answers"]:
+        if answer in candidates:
+            return candidates.index(answer)
+    raise ValueError(
+        f"{prediction['dataset']} {prediction['id']}: none of the answers "
+        f"{list(prediction['answers'])[:3]} is among the {len(candidates)} candidates"
+    )
+
+
+def _mean(samples: Floats, **others: float | None) -> Score:
+    return Score(100 * float(samples.mean()), samples, others=others)
+
+
+def _reciprocal_rank(prediction: Prediction) -> float:
+    return 1 / metrics.rank_of(prediction["log_likelihoods"], right_option(prediction))
+
+
+def _visdial(predictions: Sequence[Prediction], tokenizer: Tokenizer) -> Score:
+    scores = [p["log_likelihoods"] for p in predictions]
+    right = [right_option(p) for p in predictions]
+    others: dict[str, float | None] = dict(metrics.visdial_metrics(scores, right))
+    rated = [p for p in predictions if "gt_relevance" in p["extra"]]
+    if rated:
+        dense = metrics.visdial_metrics(
+            [p["log_likelihoods"] for p in rated],
+            [right_option(p) for p in rated],
+            [p["extra"]["gt_relevance"] for p in rated],
+        )
+        others["ndcg"] = dense["ndcg"]
+    samples = np.array([_reciprocal_rank(p) for p in predictions])
+    return Score(100 * float(samples.mean()), samples, others=others)
+
+
+def _auroc(predictions: Sequence[Prediction], tokenizer: Tokenizer) -> Score:
+    """The score of a sample is log p(first candidate) - log p(second): "yes" comes first."""
+    margins, labels = [], []
+    for p in predictions:
+        if len(p["candidates"]) != 2:
+            raise ValueError(
+                f"{p['dataset']} {p['id']}: AUROC needs two candidates, the positive one first; "
+                f"got {len(p['candidates'])}"
+            )
+        margins.append(p["log_likelihoods"][0] - p["log_likelihoods"][1])
+        labels.append(float(right_option(p) == 0))
+    area = metrics.auroc([int(label) for label in labels], margins)
+    accuracy = float(np.mean([_exact(p) for p in predictions]))
+    return Score(
+        None if area is None else 100 * area,
+        np.array(margins),
+        np.array(labels),
+        {"accuracy": 100 * accuracy},
+    )
+
+
+def _captions(main: str) -> Callable[[Sequence[Prediction], Tokenizer], Score]:
+    def score(predictions: Sequence[Prediction], tokenizer: Tokenizer) -> Score:
+        said = [p["prediction"] for p in predictions]
+        expected = [p["answers"] for p in predictions]
+        found = {
+            "cider": captions.cider(said, expected, tokenizer),
+            "rouge_l": captions.rouge_l(said, expected, tokenizer),
+            "bleu_4": captions.bleu(said, expected, tokenizer),
+        }
+        others = {name: 100 * one.value for name, one in found.items() if name != main}
+        samples = np.array(found[main].per_image)
+        return Score(100 * found[main].value, samples, others=dict(others))
+
+    return score
+
+
+def _rouge(prediction: Prediction) -> float:
+    return captions.rouge_l([prediction["prediction"]], [prediction["answers"]]).value
+
+
+def _exact(prediction: Prediction) -> float:
+    return metrics.exact_match(prediction["prediction"], prediction["answers"])
+
+
+def _on_answers(metric: Callable[..., float], **settings: Any) -> Callable[[Prediction], float]:
+    return lambda p: metric(p["prediction"], p["answers"], **settings)
+
+
+def _on_first_answer(variant: metrics.GqaVariant) -> Callable[[Prediction], float]:
+    return lambda p: metrics.gqa_accuracy(p["prediction"], p["answers"][0], variant)
+
+
+SCORERS: dict[str, Scorer] = {
+    "exact_match": Scorer(_exact),
+    "vqa_accuracy official_2021": Scorer(_on_answers(metrics.vqa_accuracy)),
+    "vqa_accuracy official_2017": Scorer(
+        _on_answers(metrics.vqa_accuracy, variant="official_2017")
+    ),
+    "okvqa_accuracy official_2021": Scorer(_on_answers(metrics.okvqa_accuracy)),
+    "okvqa_accuracy official_2017": Scorer(
+        _on_answers(metrics.okvqa_accuracy, variant="official_2017")
+    ),
+    "textvqa_accuracy": Scorer(_on_answers(metrics.textvqa_accuracy)),
+    "aokvqa_accuracy": Scorer(_on_answers(metrics.aokvqa_accuracy)),
+    "gqa_accuracy official_exact": Scorer(_on_first_answer("official_exact")),
+    "gqa_accuracy lavis": Scorer(_on_first_answer("lavis")),
+    "gqa_accuracy lmms_eval": Scorer(_on_first_answer("lmms_eval")),
+    "ivqa_accuracy": Scorer(_on_answers(metrics.ivqa_accuracy)),
+    "anls": Scorer(_on_answers(metrics.anls)),
+    "mrr": Scorer(_reciprocal_rank, _visdial),
+    "auroc": Scorer(_exact, _auroc),
+    "cider": Scorer(_rouge, _captions("cider"), uses_tokenizer=True),
+    "rouge_l": Scorer(_rouge, _captions("rouge_l"), uses_tokenizer=True),
+}
+"""The name of a metric says its variant; the tokenizer of captions is a choice of the run."""

@@ -1,0 +1,306 @@
+"""A model that answers: pictures and instructions in, texts or log-likelihoods out.
+
+``Engine.answer`` walks the steps of training and evaluation, with the same tokens, the same
+pixels and the same Q-Former; there is no second path. The instruction is taken as it is written
+and read twice, by the Q-Former and by the language model; no template is put around it.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from PIL import Image
+
+from instructblip.batch import Batch, Example, Sample
+from instructblip.data.collate import collate
+from instructblip.data.images import ImageTransform, to_rgb
+from instructblip.data.pictures import Pictures, make_sample
+from instructblip.data.templates import Rendered
+from instructblip.data.tokens import Tokens
+from instructblip.model.inference import generate_responses, rank_candidates
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language import Normalization
+from instructblip.model.pretrained import model_directory
+from instructblip.model.weights import WEIGHT_FILES
+
+Picture = Image.Image | str | Path
+"""A Pillow image or the path of one."""
+
+DECODING = tuple(inspect.signature(generate_responses).parameters)[2:]
+"""Names of the decoding settings: those of ``generate_responses``."""
+
+_HASH_WHOLE = 1 << 28
+"""Weights up to this many bytes are hashed whole; of larger ones size and date must do."""
+
+
+class Engine:
+    """Model, tokenizers and picture transform, and the decoding settings stored with them.
+
+    Not safe to call from several threads at once.
+
+    Args:
+        model: on the device it shall run on.
+        tokens: without a Q-Former tokenizer for a BLIP-2; one that is there is then not used.
+        transform: with ``train=False``.
+        decoding: defaults of ``answer``.
+        fingerprint: changes whenever the answers could; names the model in evaluation results.
+        batch_size: samples answered at a time.
+    """
+
+    def __init__(
+        self,
+        model: InstructBlip,
+        tokens: Tokens,
+        transform: ImageTransform,
+        decoding: dict[str, Any] | None = None,
+        fingerprint: str = "in memory",
+        batch_size: int = 32,
+    ) -> None:
+        aware = model.config.instruction_aware
+        if aware and tokens.qformer is None:
+            raise ValueError(
+                "an instruction-aware Q-Former needs its tokenizer; expected the folder "
+                "qformer_tokenizer/ in the model directory (a BLIP-2 loads without)"
+            )
+        self.model = model
+        self.tokens = tokens if aware else replace(tokens, qformer=None)
+        self.pictures = Pictures(transform)
+        self.decoding = {
+            k: v for k, v in (decoding or {}).items() if k in DECODING and v is not None
+        }
+        self.fingerprint = fingerprint
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | None = None,
+        instruction_aware: bool | None = None,
+        batch_size: int = 32,
+    ) -> "Engine":
+        """Load a model directory, a run directory or "starter", with its tokenizers and settings.
+
+        Args:
+            device: "auto" takes a GPU if there is one.
+            dtype: type of image encoder and language model; None keeps fp32 on a CPU and takes
+                bf16 on a GPU. The Q-Former is always fp32.
+            instruction_aware: None keeps what the directory is: a BLIP-2's Q-Former reads no
+                instruction, an InstructBLIP's does.
+        """
+        directory = model_directory(path)
+        model = InstructBlip.from_pretrained(directory, instruction_aware=instruction_aware)
+        place = _device(device)
+        dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+        model.requires_grad_(False)
+        model.to_training_dtypes(frozen_dtype=dtype).to(place).eval()
+        return cls(
+            model,
+            Tokens.from_pretrained(directory),
+            ImageTransform.from_pretrained(directory),
+            decoding=model.generation_settings,
+            fingerprint=fingerprint(directory, model.config.instruction_aware),
+            batch_size=batch_size,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.model.query_tokens.device
+
+    @overload
+    def answer(self, images: Picture, instructions: str, **decoding: Any) -> str: ...
+
+    @overload
+    def answer(
+        self,
+        images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]],
+        instructions: str | Sequence[str],
+        **decoding: Any,
+    ) -> str | list[str]: ...
+
+    def answer(
+        self,
+        images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]],
+        instructions: str | Sequence[str],
+        **decoding: Any,
+    ) -> str | list[str]:
+        """What the model says. One picture and one instruction give a text, lists give a list.
+
+        A single picture serves all instructions of a list, and a single instruction all pictures.
+        A picture that is itself a list holds the frames of a video. ``decoding`` are the settings
+        of ``generate_responses`` (num_beams, max_new_tokens, ...); what is not given is as stored
+        in the model's directory.
+        """
+        unknown = sorted(set(decoding) - set(DECODING))
+        if unknown:
+            raise ValueError(
+                f"unknown decoding setting {', '.join(unknown)}; expected {', '.join(DECODING)}"
+            )
+        single = isinstance(images, Picture) and isinstance(instructions, str)
+        videos, texts = _broadcast(images, instructions)
+        samples = self._samples(videos, texts)
+        found: dict[int, str] = {}
+        for places in self._batches(samples):
+            batch = self._collate([samples[i] for i in places])
+            ids = generate_responses(self.model, batch, **{**self.decoding, **decoding})
+            found |= {i: self.tokens.decode(own) for i, own in zip(places, ids, strict=True)}
+        said = [found[i] for i in range(len(samples))]
+        return said[0] if single else said
+
+    def rank(
+        self,
+        image: Picture | Sequence[Picture],
+        instruction: str,
+        candidates: Sequence[str],
+        normalization: Normalization = "sum",
+    ) -> list[float]:
+        """Log-likelihood in nats of each candidate as the answer, its end token included.
+
+        ``image`` is a picture, or a list of the frames of a video. ``normalization`` "mean" divides
+        by the number of tokens: "sum" favours short candidates.
+        """
+        frames = [image] if isinstance(image, Picture) else list(image)
+        batch = self._collate(self._samples([frames], [instruction]))
+        ids = [self.tokens.candidates(list(candidates))]
+        (scores,) = rank_candidates(self.model, batch, ids, normalization=normalization)
+        return scores.tolist()
+
+    def answer_examples(
+        self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path, **decoding: Any
+    ) -> list[str]:
+        """One answer per example and prompt, as one batch: the entry of evaluation.
+
+        Settings that are not given are those of ``generate_responses``, not the stored ones: a
+        benchmark's figure belongs to its own.
+        """
+        batch = self._batch_of(examples, prompts, image_root)
+        ids = generate_responses(self.model, batch, **decoding)
+        return [self.tokens.decode(own) for own in ids]
+
+    def rank_examples(
+        self,
+        examples: Sequence[Example],
+        prompts: Sequence[str],
+        image_root: Path,
+        candidates: Sequence[Sequence[str]],
+    ) -> list[list[float]]:
+        """Log-likelihoods of each example's candidates, summed, as one batch."""
+        batch = self._batch_of(examples, prompts, image_root)
+        ids = [self.tokens.candidates(list(texts)) for texts in candidates]
+        return [scores.tolist() for scores in rank_candidates(self.model, batch, ids)]
+
+    def _batch_of(
+        self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path
+    ) -> Batch:
+        samples = [
+            make_sample(example, Rendered(prompt, prompt), self.tokens, self.pictures, image_root)
+            for example, prompt in zip(examples, prompts, strict=True)
+        ]
+        return self._collate(samples)
+
+    def _samples(self, videos: Sequence[Sequence[Picture]], texts: Sequence[str]) -> list[Sample]:
+        pixels: dict[str, torch.Tensor] = {}
+        samples = []
+        for frames, text in zip(videos, texts, strict=True):
+            keys = tuple(_key(frame) for frame in frames)
+            for key, frame in zip(keys, frames, strict=True):
+                if key not in pixels:
+                    pixels[key] = self._pixels(frame, key)
+            qformer_ids, prompt_ids, _ = self.tokens.tokenize(Rendered(text, text))
+            samples.append(
+                Sample(
+                    image_keys=keys,
+                    pixels=tuple(pixels[key] for key in keys),
+                    qformer_ids=qformer_ids,
+                    prompt_ids=prompt_ids,
+                )
+            )
+        return samples
+
+    def _pixels(self, picture: Picture, key: str) -> torch.Tensor:
+        if isinstance(picture, Image.Image):
+            return self.pictures.transform(to_rgb(picture))
+        return self.pictures.load(key, None, flip=False)
+
+    def _batches(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Indices of samples that go together: as many frames, and about as long."""
+        order = sorted(
+            range(len(samples)),
+            key=lambda i: (len(samples[i].image_keys), len(samples[i].prompt_ids)),
+        )
+        batches: list[list[int]] = []
+        for i in order:
+            fits = (
+                batches
+                and len(batches[-1]) < self.batch_size
+                and len(samples[batches[-1][0]].image_keys) == len(samples[i].image_keys)
+            )
+            if fits:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
+
+    def _collate(self, samples: list[Sample]) -> Batch:
+        return collate(samples).to(self.device)
+
+
+def load(path: str | Path, **options: Any) -> Engine:
+    """``instructblip.load``: the same as ``Engine.from_pretrained``."""
+    return Engine.from_pretrained(path, **options)
+
+
+def fingerprint(directory: Path, instruction_aware: bool) -> str:
+    """Name and hash of a model directory: its config, its weights, and how it is read."""
+    digest = hashlib.sha256(b"aware" if instruction_aware else b"plain")
+    files = [directory / "config.json", *(directory / name for name in WEIGHT_FILES)]
+    files += sorted(directory.glob("model-*.safetensors")) + sorted(directory.glob("tokenizer*"))
+    for file in files:
+        if not file.is_file():
+            continue
+        digest.update(file.name.encode())
+        status = file.stat()
+        if status.st_size <= _HASH_WHOLE:
+            digest.update(file.read_bytes())
+        else:
+            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _key(picture: Picture) -> str:
+    # Alive as long as the list that holds it, so that the id is not given twice.
+    return f"image {id(picture)}" if isinstance(picture, Image.Image) else str(picture)
+
+
+def _broadcast(
+    images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]],
+    instructions: str | Sequence[str],
+) -> tuple[list[list[Picture]], list[str]]:
+    """As many lists of frames as instructions."""
+    texts = [instructions] if isinstance(instructions, str) else list(instructions)
+    given = [images] if isinstance(images, Picture) else list(images)
+    videos = [[one] if isinstance(one, Picture) else list(one) for one in given]
+    if isinstance(images, Picture):
+        videos *= len(texts)
+    if isinstance(instructions, str):
+        texts *= len(videos)
+    if len(videos) != len(texts):
+        raise ValueError(
+            f"got {len(videos)} pictures and {len(texts)} instructions; expected as many of one as "
+            "of the other, or one of either"
+        )
+    if not all(videos):
+        raise ValueError("a video without frames")
+    return videos, texts
