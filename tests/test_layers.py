@@ -1,4 +1,4 @@
-"""Imports only ever fall: cli -> stages -> recipe -> evaluation -> data, model, training -> batch."""
+"""Imports only ever fall, from the command line down to the batch."""
 
 import ast
 from pathlib import Path

@@ -37,7 +37,7 @@ def test_the_papers_recipes():
 
 def test_overrides_are_yaml():
     overrides = [
-        "training.steps=2e3",
+        "training.steps=2000",
         "training.warmup_steps=0",
         "training.clip_norm=null",
         "training.trainable=[query_tokens, projection]",
@@ -86,21 +86,23 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path):
     with pytest.raises(ValueError, match=r"mine.yaml: unknown key .*did you mean temperature\?"):
         load_recipe(path)
     path.write_text("training: {steps: 5000}\n")
-    with pytest.raises(ValueError, match="mine.yaml: data is missing"):
+    with pytest.raises(ValueError, match=r"mine.yaml: data is missing"):
         load_recipe(path)
     path.write_text("- a list\n")
-    with pytest.raises(ValueError, match="expected the sections model, data, training, evaluation"):
+    with pytest.raises(
+        ValueError, match=r"expected the sections model, data, training, evaluation"
+    ):
         load_recipe(path)
     path.write_text("data: [\n")
-    with pytest.raises(ValueError, match="mine.yaml is not YAML"):
+    with pytest.raises(ValueError, match=r"mine.yaml is not YAML"):
         load_recipe(path)
     path.write_text("data: !!python/object/apply:os.system ['true']\n")
-    with pytest.raises(ValueError, match="not YAML"):
+    with pytest.raises(ValueError, match=r"not YAML"):
         load_recipe(path)
 
 
 def test_an_unknown_recipe_names_the_nearest():
-    with pytest.raises(FileNotFoundError, match="did you mean quickstart.*one of.*scenes"):
+    with pytest.raises(FileNotFoundError, match=r"did you mean quickstart.*one of.*scenes"):
         find_recipe("quikstart")
 
 
@@ -112,7 +114,7 @@ def test_differences():
 
 def test_a_recipe_is_frozen():
     recipe = load_recipe("scenes")
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(ValueError, match=r"frozen"):
         recipe.training.steps = 3  # type: ignore[misc]
 
 

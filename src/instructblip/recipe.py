@@ -53,7 +53,7 @@ class DataSet(_Section):
     source: str | None = None
     """How its files are read, a name of ``SOURCES``; null for the name of the entry."""
     root: Path | None = None
-    """Folder of its annotations/ and images/, relative to ``data.root``; null for the source's name."""
+    """Folder of its annotations/ and images/ below ``data.root``; null for the source's name."""
     split: Literal["train", "val", "test"] = "train"
     """Which of its splits to read."""
     weight: NonNegativeFloat = 1.0
@@ -154,9 +154,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(
-            f"{path}: expected sections {', '.join(Recipe.model_fields)}; got {values!r}"
-        )
+        sections = ", ".join(Recipe.model_fields)
+        raise ValueError(f"{path}: expected the sections {sections}; got {values!r}")
     for override in overrides:
         _override(values, override)
     try:
