@@ -1,7 +1,7 @@
 import pytest
-from data.tiny import byte_level, wordpiece
 
 from instructblip.data.tokens import Tokens
+from tests.data.tiny import byte_level, wordpiece
 
 
 @pytest.fixture(scope="session")

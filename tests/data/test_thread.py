@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from data.tiny import write_vqa
 
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
@@ -11,6 +10,7 @@ from instructblip.data.mixture import Mixture
 from instructblip.data.pictures import Pictures
 from instructblip.data.prepare import prepare
 from instructblip.data.tokens import Tokens
+from tests.data.tiny import write_vqa
 
 
 def test_official_files_become_a_batch(tmp_path: Path, tokens: Tokens) -> None:

@@ -24,8 +24,13 @@ Features = Callable[[str], Tensor]
 class Examples(Protocol):
     """What a loader needs of a data set (``PreparedDataset``, ``DatasetView``, a test's list)."""
 
-    name: str
-    image_root: Path
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def image_root(self) -> Path:
+        """The folder that ``Example.images`` are relative to."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import accumulate, islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -202,9 +202,9 @@ class _Check:
         if not example.images:
             return "no picture", "no picture, or no frames in the folder of this video"
         for name in example.images:
-            path = PurePosixPath(image_name(name, example.where))
-            if path.name not in self.names(str(path.parent)):
-                return "missing picture", f"picture {self.image_root / path} does not exist"
+            folder, _, base = image_name(name, example.where).rpartition("/")
+            if base not in self.names(folder):
+                return "missing picture", f"picture {self.image_root / name} does not exist"
         if self.split == "train" and not any(answer.strip() for answer in example.answers):
             return "no answer", "a training example needs an answer"
         return None

@@ -149,15 +149,24 @@ def _continue(tokenizer: Any, anchor: str | None, text: str) -> list[int] | None
     return whole[len(head) :] if whole[: len(head)] == head else None
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
 def _load(path: Path) -> PreTrainedTokenizerBase:
+    # Asked first: for some model types transformers makes up an empty tokenizer when there is none.
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"{path}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}, as "
+            "`save_pretrained` of the model's tokenizer writes them"
+        )
     try:
         return AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{path}: no tokenizer can be read ({str(error).splitlines()[0]}); expected "
-            "tokenizer.json and tokenizer_config.json"
+            f"{path}: the tokenizer cannot be read ({str(error).splitlines()[0]}); download "
+            "tokenizer.json and tokenizer_config.json again"
         ) from error
 
 

@@ -7,12 +7,13 @@ other way to open a file, so that ``prepare`` can note which files a data set wa
 
 import csv
 import json
+import posixpath
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NoReturn
 
 from instructblip.batch import Example
@@ -216,13 +217,13 @@ def read_table(path: Path) -> Iterator[Record]:
 
 def image_name(name: str, where: str) -> str:
     """``name`` if it stays inside the image root, else ValueError."""
-    path = PurePosixPath(name)
-    if not name or "\0" in name or "\\" in name or path.is_absolute() or ".." in path.parts:
+    # String functions: this runs once per sample, and pathlib would take half of a reader's time.
+    if not name or name[0] == "/" or "\0" in name or "\\" in name or ".." in name.split("/"):
         raise ValueError(
             f"{where}: image name {name[:200]!r} is empty or leaves the image root; expected a "
             "relative path below `images/`"
         )
-    return str(path)
+    return posixpath.normpath(name)
 
 
 def place(root: Path, name: str, where: str, *folders: str) -> str:
@@ -232,21 +233,21 @@ def place(root: Path, name: str, where: str, *folders: str) -> str:
     and ``<file name>`` alone.
     """
     name = image_name(name, where)
-    base = PurePosixPath(name).name
-    if name != base and _is_folder(root / "images" / PurePosixPath(name).parent):
+    parent, _, base = name.rpartition("/")
+    if parent and _is_folder(root, parent):
         return name
     for folder in folders:
-        if _is_folder(root / "images" / folder):
+        if _is_folder(root, folder):
             return f"{folder}/{base}"
     return base
 
 
-_folders: dict[Path, bool] = {}
+_folders: dict[tuple[Path, str], bool] = {}
 
 
-def _is_folder(path: Path) -> bool:
+def _is_folder(root: Path, name: str) -> bool:
     # Asked once per sample, and a stat each time would be most of a reader's time. Only the
     # answer "yes" is kept: a folder may be unpacked later in the same process.
-    if not _folders.get(path):
-        _folders[path] = path.is_dir()
-    return _folders[path]
+    if not _folders.get((root, name)):
+        _folders[root, name] = (root / "images" / name).is_dir()
+    return _folders[root, name]

@@ -1,0 +1,246 @@
+"""The batch at step s is a function of (seed, s); mixture, order, collate and evaluation."""
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from instructblip.batch import Batch, Example, Sample
+from instructblip.data.collate import collate
+from instructblip.data.images import ImageTransform
+from instructblip.data.loader import Loader
+from instructblip.data.mixture import Mixture
+from instructblip.data.order import CYCLE, Order, permute, share_out
+from instructblip.data.pictures import Examples, Pictures
+from instructblip.data.prepare import prepare
+from instructblip.data.tokens import Tokens
+from instructblip.data.view import DatasetView, iter_eval_batches, shuffle_pictures
+from tests.data.tiny import write_picture, write_vqa
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Examples]:
+    folder = tmp_path_factory.mktemp("sets")
+    root = write_vqa(folder / "vqav2", 10)
+    return {
+        name: prepare(name, root, "train", folder / "out") for name in ("vqav2", "vqav2_question")
+    }
+
+
+def make(sets: dict[str, Examples], tokens: Tokens, **options: Any) -> Loader:
+    transform = ImageTransform(image_size=8, train=options.pop("augment", True))
+    mixture = Mixture({name: len(data) for name, data in sets.items()})
+    options = {"batch_size": 8, "seed": 5} | options
+    return Loader(sets, mixture, tokens, Pictures(transform), **options)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    for f in fields(Batch):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if not (torch.equal(x, y) if isinstance(x, Tensor) else x == y):
+            return False
+    return True
+
+
+def test_a_batch_depends_on_seed_and_step_alone(sets: dict[str, Examples], tokens: Tokens) -> None:
+    loader = make(sets, tokens)
+    third = loader.batch(3)
+    assert not same(third, loader.batch(2))
+    for _ in range(3):
+        loader.batch(random.randrange(100))
+    assert same(third, loader.batch(3))
+    assert same(third, make(sets, tokens).batch(3))
+    assert same(third, next(make(sets, tokens).iterate(3)))
+    assert not same(third, make(sets, tokens, seed=6).batch(3))
+
+
+def test_workers_change_nothing(sets: dict[str, Examples], tokens: Tokens) -> None:
+    alone = list(make(sets, tokens).iterate(2, stop=5))
+    helped = list(make(sets, tokens, workers=1).iterate(2, stop=5))
+    assert len(alone) == len(helped) == 3
+    assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_ranks_and_micro_batches_share_the_same_samples(
+    sets: dict[str, Examples], tokens: Tokens
+) -> None:
+    whole = make(sets, tokens).batch(7)
+    for ranks, accumulate in [(2, 1), (1, 4), (2, 2)]:
+        parts = []
+        for rank in range(ranks):
+            options = {"rank": rank, "world_size": ranks, "accumulate": accumulate}
+            parts += list(make(sets, tokens, **options).iterate(7, stop=8))
+        assert len(parts) == ranks * accumulate
+        assert tuple(i for part in parts for i in part.ids) == whole.ids
+        assert torch.equal(torch.cat([of_samples(p) for p in parts]), of_samples(whole))
+    with pytest.raises(ValueError, match="does not divide into 3 ranks"):
+        make(sets, tokens, world_size=3)
+
+
+def of_samples(batch: Batch) -> Tensor:
+    assert batch.pixel_values is not None
+    return batch.pixel_values[batch.image_index[:, 0]]
+
+
+def test_cache_and_shared_pictures(sets: dict[str, Examples], tokens: Tokens) -> None:
+    plain = make(sets, tokens, augment=False)
+    batch = plain.batch(0)
+    assert batch.pixel_values is not None
+    assert len(batch.pixel_values) < len(batch)  # ten questions on five pictures
+    assert same(batch, plain.batch(0))
+    assert plain.pictures._bytes == 8 * 8 * 3 * len(plain.pictures._cache)
+    small = make(sets, tokens, augment=False)
+    small.pictures.cache_images_mb = 0
+    assert same(batch, small.batch(0))
+    assert not small.pictures._cache
+
+
+def test_features_replace_pixels(sets: dict[str, Examples], tokens: Tokens) -> None:
+    loader = make(sets, tokens, augment=False)
+    loader.pictures.features = lambda key: torch.full((4, 2), float(len(key)))
+    batch = loader.batch(0)
+    assert batch.pixel_values is None
+    assert batch.image_features is not None
+    assert batch.image_features.shape[1:] == (4, 2)
+
+
+def test_templates_of_one_set(sets: dict[str, Examples], tokens: Tokens) -> None:
+    loader = make(sets, tokens, templates={"vqav2": ["{question} Hm:"]})
+    batch = loader.batch(0)
+    for i, name in enumerate(batch.datasets):
+        text = tokens.decode(batch.prompt_ids[i][batch.prompt_mask[i] == 1].tolist())
+        assert text.endswith("Hm:") is (name == "vqav2")
+    with pytest.raises(ValueError, match="no place"):
+        make(sets, tokens, templates={"vqav2": ["{nonsense}"]})
+
+
+def test_missing_picture_names_record_and_file(tmp_path: Path, tokens: Tokens) -> None:
+    data = prepare("vqav2", write_vqa(tmp_path, 2), "train", tmp_path / "out")
+    (tmp_path / "images" / "COCO_train2014_000000000000.jpg").write_bytes(b"\xff\xd8 half")
+    with pytest.raises(ValueError, match=r"questions\.json:record \d: picture .*000\.jpg"):
+        make({"vqav2": data}, tokens).batch(0)
+
+
+def test_mixture() -> None:
+    mixture = Mixture({"a": 100, "b": 400, "c": 900}, {"c": 2.0})
+    assert mixture.probabilities == pytest.approx({"a": 1 / 9, "b": 2 / 9, "c": 6 / 9})
+    rows = mixture.table(1800)
+    assert [row.epochs for row in rows] == pytest.approx([2.0, 1.0, 4 / 3])
+    assert Mixture({"a": 100, "b": 300}, temperature=1.0).probabilities["b"] == pytest.approx(0.75)
+    assert Mixture({"a": 100, "b": 300}, temperature=0.0).probabilities["b"] == pytest.approx(0.5)
+    rng = random.Random(0)
+    drawn = Counter(mixture.choose(rng) for _ in range(9000))
+    assert drawn["c"] == pytest.approx(6000, rel=0.05)
+    for bad in ({"d": 1.0}, {"a": -1.0}, {"a": 0.0, "b": 0.0, "c": 0.0}):
+        with pytest.raises(ValueError, match=r"mixture|expected"):
+            Mixture({"a": 1, "b": 1, "c": 1}, bad)
+    with pytest.raises(ValueError, match="'a' is empty"):
+        Mixture({"a": 0})
+
+
+def test_permutation_is_one() -> None:
+    for size in (1, 2, 3, 10, 100, 1000):
+        for key in (0, 1, 1 << 63):
+            assert sorted(permute(i, size, key) for i in range(size)) == list(range(size))
+    moved = [permute(i, 1000, 7) for i in range(1000)]
+    assert moved != [permute(i, 1000, 8) for i in range(1000)]
+    assert abs(sum(moved[:100]) / 100 - 500) < 100
+
+
+def test_order_visits_every_set_evenly() -> None:
+    sizes, probabilities = [7, 1000, 50], [0.1, 0.6, 0.3]
+    order = Order(sizes, probabilities, seed=1)
+    drawn = Counter(order[n] for n in range(2 * CYCLE))
+    for k, (size, p) in enumerate(zip(sizes, probabilities, strict=True)):
+        counts = [n for draw, n in drawn.items() if draw.dataset == k]
+        assert sum(counts) == pytest.approx(2 * CYCLE * p, abs=2)
+        assert len(counts) == size
+        assert max(counts) - min(counts) <= 1
+    first = Counter(order[n].dataset for n in range(400))
+    assert 180 < first[1] < 300
+
+
+def test_shares() -> None:
+    assert share_out([0.5, 0.5], 5) in ([3, 2], [2, 3])
+    assert share_out([0.0, 1.0], 8) == [0, 8]
+    shares = share_out([1e-9, 1e-9, 1 - 2e-9], 100)
+    assert shares == [1, 1, 98]
+
+
+def sample(keys: Iterable[str], **text: Any) -> Sample:
+    keys = tuple(keys)
+    pixels = tuple(torch.full((3, 2, 2), float(ord(key))) for key in keys)
+    return Sample(image_keys=keys, pixels=pixels, dataset="d", id="".join(keys), **text)
+
+
+def test_collate_encodes_equal_pictures_once() -> None:
+    batch = collate(
+        [
+            sample("ab", prompt_ids=[5, 6], response_ids=[7], qformer_ids=[]),
+            sample("bc", prompt_ids=[8], response_ids=[9, 3], qformer_ids=[]),
+        ]
+    )
+    assert batch.pixel_values is not None
+    assert batch.pixel_values.shape == (3, 3, 2, 2)
+    assert batch.image_index.tolist() == [[0, 1], [1, 2]]
+    assert batch.prompt_ids.tolist() == [[5, 6], [8, 0]]
+    assert batch.prompt_mask.tolist() == [[1, 1], [1, 0]]
+    assert batch.response_ids.tolist() == [[7, 0], [9, 3]]
+    assert batch.qformer_ids.shape == (2, 0)
+    assert batch.num_response_tokens == 3
+
+
+def test_collate_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="d bcd: 3 frames, others in the batch have 1"):
+        collate([sample("a"), sample("bcd")])
+    with pytest.raises(ValueError, match="some samples bring pixels and some features"):
+        collate([sample("a"), replace(sample("b"), pixels=None, features=(torch.ones(1, 2),))])
+    with pytest.raises(ValueError, match="2 image keys and 1 pictures"):
+        collate([replace(sample("a"), image_keys=("a", "b"))])
+    with pytest.raises(ValueError, match="at least one"):
+        collate([])
+
+
+def test_videos_give_evenly_spaced_frames(tmp_path: Path) -> None:
+    pictures = Pictures(ImageTransform(image_size=4), num_frames=4)
+    assert pictures.frames(8) == [1, 3, 5, 7]
+    assert pictures.frames(4) == [0, 1, 2, 3]
+    assert pictures.frames(3) == [0, 0, 1, 2]
+    video = Example(
+        dataset="d", split="test", id="1", task="vqa", images=tuple(f"{i}.png" for i in range(8))
+    )
+    assert pictures.keys(video, tmp_path) == tuple(str(tmp_path / f"{i}.png") for i in (1, 3, 5, 7))
+
+
+def test_evaluation_in_order(sets: dict[str, Examples], tokens: Tokens) -> None:
+    pictures = Pictures(ImageTransform(image_size=8))
+    view = DatasetView(sets["vqav2"], [9, 0, 4, 5, 2])
+    seen = list(iter_eval_batches(view, tokens, pictures, 2, template="Q: {question}"))
+    assert [len(batch) for _, batch in seen] == [2, 2, 1]
+    assert [e.id for examples, _ in seen for e in examples] == ["9", "0", "4", "5", "2"]
+    examples, batch = seen[0]
+    assert batch.response_ids.shape == (2, 0)
+    prompt = batch.prompt_ids[0][batch.prompt_mask[0] == 1].tolist()
+    assert tokens.decode(prompt) == f"Q: {examples[0].question}"
+    _, scored = next(iter_eval_batches(view, tokens, pictures, 2, with_response=True))
+    assert scored.num_response_tokens > 2
+    with pytest.raises(ValueError, match="train=False"):
+        next(iter_eval_batches(view, tokens, Pictures(ImageTransform(train=True)), 2))
+
+
+def test_blind_control_gives_other_pictures(tmp_path: Path) -> None:
+    for i in range(5):
+        write_picture(tmp_path / f"{i}.png")
+    data = prepare("vqav2", write_vqa(tmp_path, 30), "train", tmp_path / "out")
+    blind = shuffle_pictures(data, seed=1)
+    assert all(blind[i].images != data[i].images for i in range(30))
+    assert all(blind[i].question == data[i].question for i in range(30))
+    counts = Counter(example.images for example in (blind[i] for i in range(30)))
+    assert set(counts.values()) == {2}
+    assert [shuffle_pictures(data, seed=1)[i] for i in range(30)] == [blind[i] for i in range(30)]

@@ -1,0 +1,110 @@
+"""Rendering: places are filled, nothing an example has is lost, one answer is chosen."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from instructblip.batch import Example
+from instructblip.data import templates as templates_module
+from instructblip.data.templates import (
+    TEMPLATES,
+    check_template,
+    render_instruction,
+    render_prompt,
+    template_hash,
+)
+
+EXAMPLE = Example(
+    dataset="d",
+    split="train",
+    id="1",
+    images=("a.jpg",),
+    task="vqa",
+    question="what colour is {it}?",
+    answers=("red",) * 7 + ("blue",) * 3,
+    where="f.json:record 1",
+)
+
+
+def test_every_task_has_ten_to_fifteen_short_templates() -> None:
+    for task, templates in TEMPLATES.items():
+        assert len(set(templates)) == len(templates)
+        assert task == "instruct" or 10 <= len(templates) <= 15
+        for template in templates:
+            check_template(template)
+            assert len(template.split()) <= 15
+            assert "{question}" in template or task.startswith("caption")
+            assert ("{options}" in template) == (task == "multiple_choice")
+
+
+def test_one_answer_by_its_frequency() -> None:
+    rng = random.Random(0)
+    rendered = [render_instruction(EXAMPLE, rng) for _ in range(2000)]
+    counts = Counter(r.response for r in rendered)
+    assert set(counts) == {"red", "blue"}
+    assert 0.65 < counts["red"] / 2000 < 0.75
+    assert len({r.prompt for r in rendered}) == len(TEMPLATES["vqa"])
+    assert all("{it}" in r.prompt and r.instruction == r.prompt for r in rendered)
+    with pytest.raises(ValueError, match=r"f\.json:record 1: no answer"):
+        render_instruction(replace(EXAMPLE, answers=()), rng)
+
+
+def test_the_same_code_renders_training_and_evaluation() -> None:
+    for template in TEMPLATES["vqa"]:
+        trained = render_instruction(EXAMPLE, random.Random(0), template)
+        assert render_prompt(EXAMPLE, template).prompt == trained.prompt
+    assert render_prompt(EXAMPLE).prompt == "Question: what colour is {it}? Short answer:"
+    assert render_prompt(EXAMPLE).response == ""
+
+
+def test_what_the_template_does_not_name_is_put_in_front() -> None:
+    full = replace(
+        EXAMPLE,
+        question="and the cup?",
+        context="A table.",
+        ocr_tokens=("milk", "1L"),
+        history=(("is it day", "yes"), ("how many cups?", "two.")),
+    )
+    assert render_prompt(full, "{question} Answer:").prompt == (
+        "Context: A table. Words in the image: milk, 1L. Dialog history: "
+        "Question: is it day Answer: yes. Question: how many cups? Answer: two. "
+        "and the cup? Answer:"
+    )
+    own = "OCR tokens: {ocr_tokens}. Dialog history: {history}\n{context} Question: {question}"
+    assert render_prompt(full, own).prompt.startswith("OCR tokens: milk, 1L. Dialog history: Ques")
+    assert render_prompt(full, own).prompt.count("A table.") == 1
+
+
+def test_options_are_lettered_and_the_response_is_the_text() -> None:
+    choice = replace(
+        EXAMPLE,
+        task="multiple_choice",
+        question="which?",
+        choices=("red", "blue"),
+        answers=("blue",),
+    )
+    rendered = render_instruction(choice, random.Random(0), TEMPLATES["multiple_choice"][0])
+    assert rendered.prompt == "Question: which? Options: (a) red (b) blue. Short answer:"
+    assert rendered.response == "blue"
+
+
+def test_llava_keeps_its_own_instruction() -> None:
+    own = replace(EXAMPLE, task="instruct", question="Describe\n\nit, please.", answers=("A. B!",))
+    rendered = render_instruction(own, random.Random(0))
+    assert (rendered.prompt, rendered.response) == ("Describe\n\nit, please.", "A. B!")
+
+
+def test_unknown_places_and_tasks() -> None:
+    with pytest.raises(ValueError, match=r"no place '\{answer\}'; expected \{question\}"):
+        render_prompt(EXAMPLE, "{answer}")
+    with pytest.raises(ValueError, match="no templates for task 'vqa2'"):
+        render_prompt(replace(EXAMPLE, task="vqa2"))
+
+
+def test_hash_follows_the_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = template_hash()
+    assert before == template_hash()
+    monkeypatch.setitem(templates_module.TEMPLATES, "vqa", ("{question}",))
+    assert template_hash() != before

@@ -1,0 +1,111 @@
+"""Tokens: what each tokenizer style makes of instruction, prompt and response."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from instructblip.data.templates import Rendered
+from instructblip.data.tokens import Tokens
+from tests.data.tiny import byte_level, llama_like, t5_like, wordpiece
+
+PROMPT = "Question: what? Short answer:"
+STYLES = {"llama": llama_like, "bytes": byte_level}
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("response", ["red", "a red cat.", "42", "red red"])
+def test_prompt_and_response_in_a_row_read_as_one_text(style: str, response: str) -> None:
+    tokens = Tokens(language=STYLES[style]())
+    _, prompt_ids, response_ids = tokens.tokenize(Rendered(PROMPT, PROMPT, response))
+    if style == "bytes" or "42" not in response:
+        assert tokens.decode(prompt_ids + response_ids) == f"{PROMPT} {response}"
+        assert tokens.decode(response_ids) == response
+    # The ids are those of the text tokenised in one piece.
+    whole = tokens.prompt(f"{PROMPT} {response}")
+    assert prompt_ids + response_ids == [*whole, tokens.eos_id]
+
+
+def test_special_tokens_of_a_decoder() -> None:
+    tokens = Tokens(language=llama_like())
+    _, prompt_ids, response_ids = tokens.tokenize(Rendered(PROMPT, PROMPT, "red"))
+    assert prompt_ids[0] == tokens.language.bos_token_id
+    assert tokens.eos_id not in prompt_ids
+    assert response_ids == [tokens.language.convert_tokens_to_ids("▁red"), tokens.eos_id]
+    assert tokens.tokenize(Rendered(PROMPT, PROMPT))[2] == []
+
+
+def test_special_tokens_of_an_encoder_decoder() -> None:
+    tokens = Tokens(language=t5_like(), decoder_only=False)
+    _, prompt_ids, response_ids = tokens.tokenize(Rendered(PROMPT, PROMPT, "red"))
+    assert prompt_ids[-1] == tokens.eos_id
+    assert response_ids == [tokens.language.convert_tokens_to_ids("▁red"), tokens.eos_id]
+
+
+def test_truncation_keeps_what_matters() -> None:
+    qformer = wordpiece()
+    tokens = Tokens(llama_like(), qformer, max_instruction=6, max_prompt=5, max_response=4)
+    text = "blue blue blue blue blue is red"
+    instruction, prompt, response = tokens.tokenize(Rendered(text, text, text))
+    assert qformer.convert_ids_to_tokens(instruction) == [
+        "[CLS]",
+        "blue",
+        "blue",
+        "is",
+        "red",
+        "[SEP]",
+    ]
+    assert prompt == [1, *tokens.prompt("is red")[-4:]]
+    assert len(response) == 4
+    assert response[-1] == tokens.eos_id
+    assert response[:3] == Tokens(llama_like()).response(text)[:3]
+    encoder = Tokens(t5_like(), decoder_only=False, max_prompt=5)
+    assert len(encoder.prompt(text)) == 5
+    assert encoder.prompt(text)[-1] == encoder.eos_id
+
+
+@pytest.mark.parametrize("make", [llama_like, byte_level])
+def test_special_tokens_written_in_a_text_are_text(make: type[PreTrainedTokenizerFast]) -> None:
+    tokens = Tokens(language=make(), qformer=wordpiece())
+    end = tokens.language.eos_token
+    text = f"is it {end} red [SEP] ?"
+    instruction, prompt, response = tokens.tokenize(Rendered(text, text, text))
+    assert tokens.eos_id not in prompt
+    assert response.count(tokens.eos_id) == 1
+    assert wordpiece().convert_ids_to_tokens(instruction).count("[SEP]") == 1
+
+
+def test_candidates_are_tokenised_as_responses() -> None:
+    tokens = Tokens(language=llama_like())
+    assert tokens.candidates(["red", "a cat"]) == [tokens.response("red"), tokens.response("a cat")]
+
+
+@pytest.mark.parametrize("decoder_only", [True, False])
+def test_save_and_load(decoder_only: bool, tmp_path: Path) -> None:
+    tokens = Tokens(llama_like(), wordpiece(), decoder_only=decoder_only)
+    text = {"model_type": "llama" if decoder_only else "t5"}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "instructblip", "text_config": text})
+    )
+    tokens.save_pretrained(tmp_path)
+    loaded = Tokens.from_pretrained(tmp_path, max_prompt=9)
+    assert loaded.decoder_only is decoder_only
+    assert loaded.max_prompt == 9
+    rendered = Rendered("is it red?", "is it?", "red")
+    assert loaded.tokenize(rendered) == tokens.tokenize(rendered)
+
+
+def test_errors_of_loading(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no model directory"):
+        Tokens.from_pretrained(tmp_path / "none")
+    (tmp_path / "config.json").write_text('{"model_type": "instructblip"}')
+    with pytest.raises(ValueError, match=r"no tokenizer; expected one of tokenizer\.json"):
+        Tokens.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"the tokenizer cannot be read"):
+        Tokens.from_pretrained(tmp_path)
+    plain = byte_level()
+    plain.eos_token = None
+    with pytest.raises(ValueError, match="no end token"):
+        Tokens(plain)
