@@ -111,7 +111,7 @@ def test_missing_and_repeated_predictions_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="about 12 samples"):
         Result.load(tmp_path)
     path.write_text("".join([*lines, lines[0]]))
-    with pytest.raises(ValueError, match="line 13: id .* twice"):
+    with pytest.raises(ValueError, match=r"line 13: id .* twice"):
         Result.load(tmp_path)
     path.write_text("no json\n")
     with pytest.raises(ValueError, match="line 1: is not a prediction"):
@@ -130,11 +130,11 @@ def test_bad_examples_are_named() -> None:
     for message, examples in cases.items():
         with pytest.raises(ValueError, match=message):
             evaluate(FakeEngine(), benchmark(), ListDataset(examples))
+    bare = ListDataset([replace(example, choices=())])
     with pytest.raises(ValueError, match="no choices"):
-        bare = ListDataset([replace(example, choices=())])
         evaluate(FakeEngine(), benchmark(mode="rank"), bare)
+    ranking = benchmark(mode="rank", vocabulary=True)
     with pytest.raises(ValueError, match="vocabulary"):
-        ranking = benchmark(mode="rank", vocabulary=True)
         evaluate(FakeEngine(), ranking, ListDataset([example]))
     with pytest.raises(ValueError, match="no metric"):
         evaluate(FakeEngine(), benchmark(metric="accuracy"), ListDataset([example]))
