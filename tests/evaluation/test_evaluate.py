@@ -8,6 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instructblip.data.prepare import prepare
+from instructblip.data.scenes.official import write_scenes
+from instructblip.evaluation.benchmarks import select_benchmarks
 from instructblip.evaluation.evaluate import derange, evaluate, pick
 from instructblip.evaluation.predictions import PREDICTIONS
 from instructblip.evaluation.result import Result, summarise
@@ -158,6 +161,19 @@ def test_derangement_gives_nobody_an_equal_picture(keys: list[int], seed: int) -
     assert sorted(givers) == list(range(len(keys)))
     assert all(keys[i] != keys[giver] for i, giver in enumerate(givers))
     assert givers == derange(keys, seed)
+
+
+def test_every_set_of_the_embedded_world_can_be_evaluated(tmp_path: Path) -> None:
+    asked = select_benchmarks(["scenes"])
+    sources = tuple(dict.fromkeys(one.source for one in asked))
+    roots = write_scenes(tmp_path, scale=0.04, sets=sources)
+    for one in asked:
+        data = prepare(one.source, roots[one.source], one.split, tmp_path / "prepared")
+        result = evaluate(FakeEngine(), one, data, limit=8, progress=False)
+        assert result.n == 8
+        assert result.value is not None, f"{one.name}: {result.describe()}"
+        assert 0 <= result.value <= 100
+        evaluate(FakeEngine(), one, data, limit=8, blind_seed=0, progress=False)
 
 
 def test_summary_counts_each_set_once() -> None:
