@@ -86,6 +86,13 @@ def tensors(rows) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, loss
 
 
+def equal_lengths(rows, parts: int = 3) -> list[list]:
+    """The rows in ``parts`` groups of similar length: padding is work for nothing."""
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    size = -(-len(rows) // parts)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 def response_logits(model, ids, loss, noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     embeds = model.model.embed_tokens(ids)
     if noise:
@@ -140,15 +147,18 @@ def main() -> None:
         factor = min(1.0, (step + 1) / 50, (1 - elapsed / (60 * args.minutes)) / 0.4)
         rng = random.Random(step)
         rows = rows_of([document(rng) for _ in range(SCENES)], tokenizer)
-        logits, targets = response_logits(model, *tensors(rows), noise=NOISE)
-        loss = F.cross_entropy(logits, targets)
-        loss.backward()
+        total = 0.0
+        for part in equal_lengths(rows):
+            logits, targets = response_logits(model, *tensors(part), noise=NOISE)
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            (loss / sum(sum(marks) for _, marks in rows)).backward()
+            total += loss.item() / sum(sum(marks) for _, marks in rows)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, lr in zip(opts, base, strict=True):
             optimizer.param_groups[0]["lr"] = lr * factor
             optimizer.step()
             optimizer.zero_grad()
-        running.append(loss.item())
+        running.append(total)
         step += 1
         if step % 200 == 0:
             scores = accuracy(model, tokenizer)

@@ -142,24 +142,25 @@ def padded(name: str, rows: list[list[int]], pad: int = 0) -> dict[str, torch.Te
     }
 
 
-def tiny_batch(config: Any, seed: int = 1, samples: int = 3, pad: int = 0) -> Batch:
-    """Ragged text over two pictures of which one is shared; ``config`` is any of the configs."""
+def tiny_batch(config: Any, seed: int = 1, pad: int = 0) -> Batch:
+    """Three samples of unequal lengths over two pictures of which one is shared.
+
+    ``config`` is ours or transformers'. No field has its longest row where another has it, so
+    that every row is padded somewhere.
+    """
     generator = torch.Generator().manual_seed(seed)
     size = getattr(config, "vision_config", None) or config.vision
 
-    def ids(high: int, low_length: int, high_length: int, end: list[int]) -> list[list[int]]:
-        rows = []
-        for _ in range(samples):
-            length = int(torch.randint(low_length, high_length, (1,), generator=generator))
-            rows.append(torch.randint(4, high, (length,), generator=generator).tolist() + end)
-        return rows
+    def ids(high: int, lengths: tuple[int, ...], end: list[int]) -> list[list[int]]:
+        draw = [torch.randint(4, high, (n,), generator=generator).tolist() for n in lengths]
+        return [row + end for row in draw]
 
     return Batch(
         pixel_values=torch.randn(2, 3, size.image_size, size.image_size, generator=generator),
-        image_index=torch.arange(samples)[:, None] % 2,
-        **padded("qformer", ids(40, 2, 8, [3]), pad),
-        **padded("prompt", ids(58, 1, 7, []), pad),
-        **padded("response", ids(58, 1, 5, [2]), pad),
+        image_index=torch.tensor([[0], [1], [0]]),
+        **padded("qformer", ids(40, (6, 2, 4), [3]), pad),
+        **padded("prompt", ids(58, (1, 3, 6), []), pad),
+        **padded("response", ids(58, (2, 5, 1), [2]), pad),
     )
 
 

@@ -141,8 +141,8 @@ def interpolate_positions(
 ) -> Float[Tensor, "1 P2 V"]:
     """Resize learned positions to a square grid of ``num_tokens - 1`` patches, bicubically.
 
-    The class token keeps its position. As in the official code (``interpolate_pos_embed``), the
-    grid is taken to be square and the aligned corners are those of the pixels, not of the centres.
+    The class token keeps its position. The interpolation is that of the official code
+    (``interpolate_pos_embed``) and of transformers. Raises ValueError unless the grid is square.
     """
     if positions.shape[1] == num_tokens:
         return positions

@@ -157,11 +157,14 @@ def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
 
     Damaged checkpoints do not count as kept, so the only good one is never deleted.
     """
-    complete = [step for step in saved_steps(folder) if _is_complete(checkpoint_path(folder, step))]
+    steps = saved_steps(folder)
+    complete = [step for step in steps if _is_complete(checkpoint_path(folder, step))]
     kept = {*complete[-keep_last:], best_step}
-    for step in complete:
-        if step not in kept:
-            shutil.rmtree(checkpoint_path(folder, step))
+    for step in steps:
+        if complete and step not in kept:
+            path = checkpoint_path(folder, step)
+            # out of sight first: a kill while its files go must not leave half a checkpoint
+            shutil.rmtree(path.rename(folder / f".gone-{path.name}"))
 
 
 def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
@@ -192,15 +195,15 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Clear what a kill inside `replace_directory` left in ``folder``."""
+    """Clear what a kill inside `replace_directory` or `prune` left in ``folder``."""
     for old in folder.glob(".old-*"):
         path = folder / old.name.removeprefix(".old-")
         if path.exists():
             shutil.rmtree(old)
         else:
             old.rename(path)
-    for fresh in folder.glob(".new-*"):
-        shutil.rmtree(fresh)
+    for rest in (*folder.glob(".new-*"), *folder.glob(".gone-*")):
+        shutil.rmtree(rest)
 
 
 def flush_tree(path: Path) -> None:

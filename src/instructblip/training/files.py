@@ -78,7 +78,11 @@ class RunFiles:
         if checkpoint is None:
             return Progress()
         self.last_good, self.saved_step = checkpoint.path, checkpoint.step
-        return _apply(checkpoint, parameters, optimizer)
+        progress = _apply(checkpoint, parameters, optimizer)
+        distributed.barrier()
+        if distributed.is_main():  # a kill may have come between the save and this
+            prune(self.checkpoints, self.keep_last, progress.best_step)
+        return progress
 
     def save(
         self,

@@ -1,0 +1,428 @@
+"""Writes the embedded world as the owners of the real data sets would: their files, their fields.
+
+``write_scenes(root)`` makes one folder a set (``root/vqav2/annotations``, ``root/vqav2/images``),
+so that the readers of real downloads read it. Held-in sets have train and val splits and know
+neither the held-out colour-shape pairs nor the digits kept for tests in training; held-out sets
+have the split that the paper evaluates, and no other.
+"""
+
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from instructblip.data.scenes.language import (
+    COLOURS,
+    QUESTIONS,
+    SHAPES,
+    Question,
+    captions,
+    detail,
+    phrase,
+)
+from instructblip.data.scenes.world import WORDS, Scene, render, sample_scene
+
+FORMAT_VERSION = 1
+VQA_KINDS = ("color", "shape", "shape at", "count", "exists", "place", "size")
+KNOWLEDGE_KINDS = ("corners", "fruit", "signal")
+DIALOGUE_KINDS = ("color", "shape", "count", "exists", "place", "size")
+ANNOTATOR_ERROR = 0.03  # ten people answer; now and then one is wrong
+DIALOGUE_OPTIONS = 20
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Where a set is written and its random numbers."""
+
+    root: Path
+    split: str
+    rng: random.Random
+
+    def scene(self, **kinds: Any) -> Scene:
+        return sample_scene(self.rng, test_digits=self.split != "train", **kinds)
+
+    def picture(self, scene: Scene, name: str) -> str:
+        """Draw ``scene`` below ``images/``; JPEG without chroma subsampling, or PNG."""
+        path = self.root / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
+        render(scene).save(path, **options)
+        return name
+
+    def annotate(self, name: str, content: Any) -> None:
+        path = self.root / "annotations" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".jsonl"):
+            path.write_text("".join(json.dumps(record) + "\n" for record in content))
+        else:
+            path.write_text(json.dumps(content))
+
+    def question(self, scene: Scene, kinds: tuple[str, ...]) -> Question | None:
+        """A question of a random kind among those that fit the scene."""
+        for kind in self.rng.sample(kinds, len(kinds)):
+            if question := QUESTIONS[kind](scene, self.rng):
+                return question
+        return None
+
+    def asked(
+        self, number: int, kinds: tuple[str, ...], per_scene: int = 1, **scene: Any
+    ) -> Iterator[tuple[int, Scene, list[Question]]]:
+        """``number`` scenes with ``per_scene`` different questions each; the index counts up."""
+        done = 0
+        while done < number:
+            world = self.scene(**scene)
+            found = [self.question(world, kinds) for _ in range(3 * per_scene)]
+            unique = {q.text: q for q in found if q}
+            if len(unique) >= per_scene:
+                yield done, world, list(unique.values())[:per_scene]
+                done += 1
+
+
+def _coco_caption(out: _Set, number: int) -> None:
+    _coco_files(out, number, f"captions_{out.split}2014.json", f"COCO_{out.split}2014_", "seen")
+
+
+def _nocaps(out: _Set, number: int) -> None:
+    _coco_files(out, number, "nocaps_val_4500_captions.json", "", "unseen")
+
+
+def _coco_files(out: _Set, number: int, name: str, prefix: str, pairs: str) -> None:
+    images, annotations = [], []
+    for i in range(number):
+        scene = out.scene(pairs=pairs)
+        file_name = out.picture(scene, f"{prefix}{i:012d}.jpg")
+        images.append({"id": i, "file_name": file_name, "width": 64, "height": 64})
+        annotations += [
+            {"image_id": i, "id": 5 * i + k, "caption": caption}
+            for k, caption in enumerate(captions(scene))
+        ]
+    out.annotate(name, {"info": {}, "images": images, "annotations": annotations, "licenses": []})
+
+
+def _vqav2(out: _Set, number: int) -> None:
+    _vqa_files(out, number, "v2_", VQA_KINDS, per_scene=3)
+
+
+def _okvqa(out: _Set, number: int) -> None:
+    _vqa_files(out, number, "", KNOWLEDGE_KINDS, per_scene=1)
+
+
+def _vqa_files(
+    out: _Set, number: int, prefix: str, kinds: tuple[str, ...], per_scene: int
+) -> None:
+    questions, annotations = [], []
+    year = f"{out.split}2014"
+    for image_id, scene, asked in out.asked(number // per_scene, kinds, per_scene):
+        out.picture(scene, f"COCO_{year}_{image_id:012d}.jpg")
+        for question in asked:
+            ids = {"image_id": image_id, "question_id": len(questions)}
+            answers = [
+                {"answer": answer, "answer_confidence": "yes", "answer_id": k}
+                for k, answer in enumerate(_ten_answers(question, out.rng), start=1)
+            ]
+            questions.append({**ids, "question": question.text})
+            annotations.append(
+                {
+                    **ids,
+                    "question_type": question.kind,
+                    "answer_type": _answer_type(question),
+                    "multiple_choice_answer": question.answer,
+                    "answers": answers,
+                }
+            )
+    out.annotate(f"{prefix}OpenEnded_mscoco_{year}_questions.json", {"questions": questions})
+    out.annotate(f"{prefix}mscoco_{year}_annotations.json", {"annotations": annotations})
+
+
+def _ten_answers(question: Question, rng: random.Random) -> list[str]:
+    return [
+        rng.choice(question.others) if rng.random() < ANNOTATOR_ERROR else question.answer
+        for _ in range(10)
+    ]
+
+
+def _answer_type(question: Question) -> str:
+    if question.answer in ("yes", "no"):
+        return "yes/no"
+    return "number" if question.answer.isdigit() else "other"
+
+
+def _aokvqa(out: _Set, number: int) -> None:
+    records = []
+    kinds = (*KNOWLEDGE_KINDS, "color", "shape", "place")
+    for i, scene, (question,) in out.asked(number, kinds):
+        out.picture(scene, f"{i:012d}.jpg")
+        choices, right = question.choices(out.rng)
+        records.append(
+            {
+                "split": out.split,
+                "image_id": i,
+                "question_id": f"{out.split}{i}",
+                "question": question.text,
+                "choices": choices,
+                "correct_choice_idx": right,
+                "direct_answers": _ten_answers(question, out.rng),
+                "difficult_direct_answer": False,
+                "rationales": [question.why] * 3,
+            }
+        )
+    out.annotate(f"aokvqa_v1p0_{out.split}.json", records)
+
+
+def _ocrvqa(out: _Set, number: int) -> None:
+    records: dict[str, Any] = {}
+    path = out.root / "annotations" / "dataset.json"
+    if path.exists():  # one file holds all splits
+        records = json.loads(path.read_text())
+    for i in range(number):
+        word = out.rng.random() < 0.5
+        scene = out.scene(shapes=(0, 2), words=int(word), digits=int(not word))
+        question = QUESTIONS["word" if word else "digit"](scene, out.rng)
+        assert question is not None
+        key = f"{out.split}{i:06d}"
+        out.picture(scene, f"{key}.jpg")
+        records[key] = {
+            "imageURL": f"https://books.invalid/{key}.jpg",
+            "questions": [question.text],
+            "answers": [question.answer],
+            "split": {"train": 1, "val": 2, "test": 3}[out.split],
+        }
+    out.annotate("dataset.json", records)
+
+
+def _textcaps(out: _Set, number: int) -> None:
+    data, ocr = [], []
+    for i in range(number):
+        scene = out.scene(shapes=(1, 2), words=1)
+        image_id = f"{out.split}{i:06d}"
+        out.picture(scene, f"train_images/{image_id}.jpg")
+        # Only reading captions: the words are part of all five.
+        references = captions(scene)
+        ocr.append({"image_id": image_id, "ocr_tokens": [t.name for t in scene.of_kind("word")]})
+        data += [
+            {
+                "image_id": image_id,
+                "image_path": f"train_images/{image_id}.jpg",
+                "caption_str": caption,
+                "reference_strs": references,
+            }
+            for caption in references
+        ]
+    out.annotate(f"TextCaps_0.1_{out.split}.json", {"dataset_type": out.split, "data": data})
+    out.annotate(f"TextVQA_Rosetta_OCR_v0.2_{out.split}.json", {"data": ocr})
+
+
+def _llava(out: _Set, number: int) -> None:
+    conversations, details, reasons = [], [], []
+    for i, scene, asked in out.asked(number, VQA_KINDS, per_scene=3, shapes=(2, 3)):
+        name = out.picture(scene, f"{i:012d}.jpg")
+        turns = [(q.text, f"{q.answer}") for q in asked]
+        record = {"id": f"{i:012d}", "image": name}
+        conversations.append({**record, "conversations": _conversation(turns)})
+        text = out.rng.choice(
+            ("describe the picture in detail.", "tell me everything that you see.")
+        )
+        details.append({**record, "conversations": _conversation([(text, detail(scene))])})
+        question = out.question(scene, ("fruit", "corners", "signal"))
+        if question:
+            answer = f"{question.answer}, because {question.why}."
+            text = f"{question.text} say why."
+            reasons.append({**record, "conversations": _conversation([(text, answer)])})
+    out.annotate("conversation_58k.json", conversations)
+    out.annotate("detail_23k.json", details)
+    out.annotate("complex_reasoning_77k.json", reasons)
+
+
+def _conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    lines = []
+    for i, (question, answer) in enumerate(turns):
+        value = f"<image>\n{question}" if i == 0 else question
+        lines += [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
+    return lines
+
+
+def _gqa(out: _Set, number: int) -> None:
+    records = {}
+    for i, scene, (question,) in out.asked(number, ("beside",), shapes=(2, 3)):
+        image = f"n{i:06d}"
+        out.picture(scene, f"{image}.jpg")
+        records[f"{i:08d}"] = {
+            "question": question.text,
+            "imageId": image,
+            "answer": question.answer,
+            "fullAnswer": question.answer,
+            "isBalanced": True,
+            "types": {"structural": "query", "semantic": "rel", "detailed": "relS"},
+        }
+    out.annotate("testdev_balanced_questions.json", records)
+
+
+def _vsr(out: _Set, number: int) -> None:
+    records = []
+    for i, scene, (question,) in out.asked(number, ("statement",), shapes=(2, 3)):
+        name = out.picture(scene, f"{i:012d}.jpg")
+        relation = next(r for r in ("left of", "right of", "above", "below") if r in question.text)
+        label = int(question.answer == "true")
+        records.append(
+            {"image": name, "caption": question.text, "label": label, "relation": relation}
+        )
+    out.annotate("test.jsonl", records)
+
+
+def _iconqa(out: _Set, number: int) -> None:
+    for i, scene, (question,) in out.asked(number, ("most", "count"), shapes=(2, 3)):
+        folder = f"iconqa_data/iconqa/test/choose_txt/{i}"
+        out.picture(scene, f"{folder}/image.png")
+        choices, right = question.choices(out.rng)
+        record = {
+            "question": question.text,
+            "choices": choices,
+            "answer": right,
+            "ques_type": "choose_txt",
+            "grade": "grade1",
+        }
+        (out.root / "images" / folder / "data.json").write_text(json.dumps(record))
+
+
+def _scienceqa(out: _Set, number: int) -> None:
+    problems = {}
+    for i, scene, (question,) in out.asked(number, ("science",)):
+        out.picture(scene, f"test/{i}/image.png")
+        choices, right = question.choices(out.rng)
+        problems[str(i)] = {
+            "question": question.text,
+            "choices": choices,
+            "answer": right,
+            "hint": question.context,
+            "image": "image.png",
+            "subject": "natural science",
+            "lecture": "",
+            "solution": "",
+            "split": "test",
+        }
+    out.annotate("problems.json", problems)
+
+
+def _textvqa(out: _Set, number: int) -> None:
+    data, ocr = [], []
+    for i, scene, (question,) in out.asked(number, ("word at",), shapes=(0, 1), words=2):
+        image_id = f"val{i:06d}"
+        out.picture(scene, f"train_images/{image_id}.jpg")
+        words = [t.name for t in scene.of_kind("word")]
+        ocr.append({"image_id": image_id, "ocr_tokens": out.rng.sample(words, len(words))})
+        data.append(
+            {
+                "question_id": i,
+                "image_id": image_id,
+                "question": question.text,
+                "answers": _ten_answers(question, out.rng),
+                "set_name": "val",
+            }
+        )
+    out.annotate("TextVQA_0.5.1_val.json", {"dataset_type": "val", "data": data})
+    out.annotate("TextVQA_Rosetta_OCR_v0.2_val.json", {"data": ocr})
+
+
+def _visual_dialog(out: _Set, number: int) -> None:
+    questions: dict[str, int] = {}
+    pool = _answer_pool()
+    dialogs = []
+    rounds = 4
+    for i, scene, asked in out.asked(number // rounds, DIALOGUE_KINDS, rounds, shapes=(2, 3)):
+        out.picture(scene, f"VisualDialog_val2018_{i:012d}.jpg")
+        turns = []
+        for question in asked:
+            number_of = questions.setdefault(question.text, len(questions))
+            right = pool.index(question.answer)
+            options = out.rng.sample([k for k in range(len(pool)) if k != right],
+                                     DIALOGUE_OPTIONS - 1)  # fmt: skip
+            options.insert(out.rng.randrange(DIALOGUE_OPTIONS), right)
+            turns.append(
+                {
+                    "question": number_of,
+                    "answer": right,
+                    "answer_options": options,
+                    "gt_index": options.index(right),
+                }
+            )
+        dialogs.append({"image_id": i, "caption": phrase(scene.things[0]), "dialog": turns})
+    data = {"questions": list(questions), "answers": pool, "dialogs": dialogs}
+    out.annotate("visdial_1.0_val.json", {"version": "1.0", "split": "val", "data": data})
+
+
+def _answer_pool() -> list[str]:
+    from instructblip.data.scenes.language import ALL_PLACES, NUMBERS
+
+    return [*COLOURS, *SHAPES, *ALL_PLACES, *NUMBERS, *WORDS, "yes", "no", "small", "large"]
+
+
+def _hatefulmemes(out: _Set, number: int) -> None:
+    """The label is 1 where the text fits the picture."""
+    records = []
+    for i, scene, (question,) in out.asked(number, ("label",)):
+        name = out.picture(scene, f"img/{i:05d}.png")
+        label = int(question.answer == "yes")
+        records.append({"id": f"{i:05d}", "img": name, "label": label, "text": question.text})
+    out.annotate("dev.jsonl", records)
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """How a set is written: its writer, role and split sizes (samples, before rounding)."""
+
+    write: Callable[[_Set, int], None]
+    role: str
+    sizes: dict[str, int]
+
+
+def write_scenes(
+    root: str | Path, seed: int = 0, scale: float = 1.0, sets: tuple[str, ...] | None = None
+) -> dict[str, Path]:
+    """Write the sets of the embedded world below ``root``; gives the folder of each.
+
+    ``scale`` multiplies every size. The same seed and scale give the same bytes. A folder that a
+    finished run of the same settings wrote is left as it is; an unfinished one never shows, since
+    each set is written aside and renamed. Raises ValueError for an unknown set.
+    """
+    root = Path(root)
+    chosen = tuple(SCENE_SETS) if sets is None else sets
+    if unknown := [name for name in chosen if name not in SCENE_SETS]:
+        raise ValueError(f"no scene set {unknown}; expected some of {', '.join(SCENE_SETS)}")
+    root.mkdir(parents=True, exist_ok=True)
+    for name in chosen:
+        settings = {"format": FORMAT_VERSION, "seed": seed, "scale": scale}
+        marker = root / name / "scenes.json"
+        if marker.is_file() and json.loads(marker.read_text()) == settings:
+            continue
+        aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+        for split, size in SCENE_SETS[name].sizes.items():
+            rng = random.Random(f"{seed}/{name}/{split}")
+            SCENE_SETS[name].write(_Set(aside, split, rng), max(8, round(size * scale)))
+        (aside / "scenes.json").write_text(json.dumps(settings))
+        shutil.rmtree(root / name, ignore_errors=True)
+        os.replace(aside, root / name)
+    return {name: root / name for name in chosen}
+
+
+SCENE_SETS: dict[str, SceneSet] = {
+    "coco_caption": SceneSet(_coco_caption, "held_in", {"train": 2000, "val": 200}),
+    "vqav2": SceneSet(_vqav2, "held_in", {"train": 9000, "val": 300}),
+    "okvqa": SceneSet(_okvqa, "held_in", {"train": 2000, "val": 200}),
+    "aokvqa": SceneSet(_aokvqa, "held_in", {"train": 2000, "val": 200}),
+    "ocrvqa": SceneSet(_ocrvqa, "held_in", {"train": 2000, "val": 200}),
+    "textcaps": SceneSet(_textcaps, "held_in", {"train": 1500, "val": 200}),
+    "llava": SceneSet(_llava, "held_in", {"train": 1000}),
+    "nocaps": SceneSet(_nocaps, "held_out", {"val": 200}),
+    "gqa": SceneSet(_gqa, "held_out", {"test": 200}),
+    "vsr": SceneSet(_vsr, "held_out", {"test": 200}),
+    "iconqa": SceneSet(_iconqa, "held_out", {"test": 200}),
+    "scienceqa": SceneSet(_scienceqa, "held_out", {"test": 200}),
+    "textvqa": SceneSet(_textvqa, "held_out", {"val": 200}),
+    "visual_dialog": SceneSet(_visual_dialog, "held_out", {"val": 200}),
+    "hatefulmemes": SceneSet(_hatefulmemes, "held_out", {"val": 200}),
+}

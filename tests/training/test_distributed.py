@@ -1,0 +1,79 @@
+"""Two ranks of four samples are one rank of eight."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from instructblip import distributed
+from instructblip.training.log import read_metrics, without_timings
+from instructblip.training.train import train
+from tests.training.toy import Toy, ToyBatches, toy_config, toy_score
+
+CHANGES = {"steps": 9, "warmup_steps": 2, "validate_every": 4, "save_every": 2, "log_every": 3}
+
+
+def run(folder: Path) -> Toy:
+    config = toy_config(**CHANGES)
+    model = Toy(dropout=0.0)
+    batches = ToyBatches(config, distributed.rank(), distributed.world_size())
+    train(model, batches, toy_score, config, folder, export=model.save_pretrained)
+    return model
+
+
+def worker(rank: int, ranks: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with distributed.process_group("gloo"):
+        assert (distributed.rank(), distributed.world_size()) == (rank, ranks)
+        assert distributed.gather_objects(rank) == list(range(ranks))
+        assert distributed.any_rank(rank == 1, torch.device("cpu"))
+        model = run(Path(folder))
+        torch.save(model.state_dict(), Path(folder) / f"rank{rank}.pt")
+
+
+def test_two_ranks_equal_one(tmp_path: Path):
+    whole = run(tmp_path / "whole")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path / "two"
+    folder.mkdir()
+    multiprocessing.spawn(worker, args=(2, port, str(folder)), nprocs=2)
+    states = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(states[0][name], states[1][name]), name
+        torch.testing.assert_close(states[0][name], value, rtol=1e-4, atol=1e-6)
+    one, two = (
+        [without_timings(line) for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "two")
+    )
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for left, right in zip(one, two, strict=True):
+        assert left.get("loss", 0) == pytest.approx(right.get("loss", 0), abs=1e-6)
+        assert left.get("losses", {}) == pytest.approx(right.get("losses", {}), abs=1e-5)
+        assert left.get("tokens") == right.get("tokens")
+
+
+def test_without_a_process_group():
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.broadcast_object({"a": 1}) == {"a": 1}
+    assert distributed.gather_objects(5) == [5]
+    assert distributed.any_rank(True, torch.device("cpu"))
+    assert distributed.all_reduce_sum(torch.ones(2)).tolist() == [1.0, 1.0]
+    distributed.barrier()
+    with distributed.process_group():
+        assert not distributed.is_initialised()
+
+
+def test_buckets_hold_every_parameter_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 64)
+    tensors = [torch.zeros(n) for n in (3, 20, 1, 1, 40)] + [torch.zeros(2, dtype=torch.bfloat16)]
+    buckets = list(distributed._buckets(tensors))
+    assert [id(t) for bucket in buckets for t in bucket] == [id(t) for t in tensors]
+    assert [len(bucket) for bucket in buckets] == [2, 3, 1]
+    assert all(len({t.dtype for t in bucket}) == 1 for bucket in buckets)
