@@ -16,7 +16,7 @@ from instructblip.data.collate import collate
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.mixture import Mixture
-from instructblip.data.order import CYCLE, Order, permute, share_out
+from instructblip.data.order import CYCLE, Order, mix, permute, share_out
 from instructblip.data.pictures import Examples, Pictures
 from instructblip.data.prepare import prepare
 from instructblip.data.tokens import Tokens
@@ -101,6 +101,15 @@ def test_cache_and_shared_pictures(sets: dict[str, Examples], tokens: Tokens) ->
     assert not small.pictures._cache
 
 
+def test_cache_is_bounded(tmp_path: Path) -> None:
+    pictures = Pictures(ImageTransform(image_size=400), cache_images_mb=1)  # two of 0.5 MB
+    for i in (0, 1, 0, 2):
+        path = tmp_path / f"{i}.png"
+        pictures.load(str(path if path.exists() else write_picture(path)), None, True)
+    assert [Path(key).stem for key in pictures._cache] == ["0", "2"]
+    assert pictures._bytes == 2 * 400 * 400 * 3
+
+
 def test_features_replace_pixels(sets: dict[str, Examples], tokens: Tokens) -> None:
     loader = make(sets, tokens, augment=False)
     loader.pictures.features = lambda key: torch.full((4, 2), float(len(key)))
@@ -164,6 +173,18 @@ def test_order_visits_every_set_evenly() -> None:
         assert max(counts) - min(counts) <= 1
     first = Counter(order[n].dataset for n in range(400))
     assert 180 < first[1] < 300
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    one_set = Order([CYCLE], [1.0], seed=1)
+    epochs: list[dict[int, int]] = [{}, {}]
+    for cycle, seen in enumerate(epochs):
+        for place in range(CYCLE):
+            # Slots are shuffled by cycle as well; this looks behind that, at draw after draw.
+            drawn_as = permute(place, CYCLE, mix(1, 1, cycle))
+            seen[drawn_as] = one_set[cycle * CYCLE + place].example
+    assert sorted(epochs[0].values()) == sorted(epochs[1].values()) == list(range(CYCLE))
+    assert sum(epochs[0][i] == epochs[1][i] for i in range(CYCLE)) < 20
 
 
 def test_shares() -> None:

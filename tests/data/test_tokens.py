@@ -33,6 +33,8 @@ def test_special_tokens_of_a_decoder() -> None:
     assert prompt_ids[0] == tokens.language.bos_token_id
     assert tokens.eos_id not in prompt_ids
     assert response_ids == [tokens.language.convert_tokens_to_ids("▁red"), tokens.eos_id]
+    # A tokenizer that closes every text does not close the prompt of a decoder.
+    assert tokens.eos_id not in Tokens(language=t5_like()).prompt(PROMPT)
     assert tokens.tokenize(Rendered(PROMPT, PROMPT))[2] == []
 
 

@@ -112,9 +112,7 @@ def _okvqa(out: _Set, number: int) -> None:
     _vqa_files(out, number, "", KNOWLEDGE_KINDS, per_scene=1)
 
 
-def _vqa_files(
-    out: _Set, number: int, prefix: str, kinds: tuple[str, ...], per_scene: int
-) -> None:
+def _vqa_files(out: _Set, number: int, prefix: str, kinds: tuple[str, ...], per_scene: int) -> None:
     questions, annotations = [], []
     year = f"{out.split}2014"
     for image_id, scene, asked in out.asked(number // per_scene, kinds, per_scene):

@@ -1,0 +1,59 @@
+"""The benchmarks are frozen: a changed prompt, decoding or scorer makes other figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from instructblip.data.sources import SOURCES
+from instructblip.data.templates import check_template
+from instructblip.evaluation.benchmarks import BENCHMARKS, select_benchmarks
+from instructblip.evaluation.scoring import SCORERS
+
+GOLDEN = Path(__file__).with_name("benchmarks.json")
+
+
+def test_benchmarks_are_frozen() -> None:
+    """After a deliberate change: see the last line of this file."""
+    now = json.loads(json.dumps({name: b.settings() for name, b in BENCHMARKS.items()}))
+    assert now == json.loads(GOLDEN.read_text(encoding="utf-8"))
+
+
+def test_benchmarks_fit_the_data_and_the_scorers() -> None:
+    for name, benchmark in BENCHMARKS.items():
+        assert name == benchmark.name
+        assert benchmark.source in SOURCES
+        assert benchmark.metric in SCORERS
+        check_template(benchmark.prompt)
+        assert bool(benchmark.decoding) == (benchmark.mode == "generate")
+
+
+def test_the_papers_table_is_complete() -> None:
+    paper = select_benchmarks(["held_out"])
+    assert len(paper) == 13
+    assert len([b for b in paper if b.metric == "cider"]) == 2
+    assert BENCHMARKS["textvqa"].prompt == (
+        "OCR tokens: {ocr_tokens}. Question: {question} Short answer:"
+    )
+
+
+def test_scenes_hold_out_three_types() -> None:
+    held_in, held_out = (
+        select_benchmarks(["scenes_held_in"]),
+        select_benchmarks(["scenes_held_out"]),
+    )
+    assert len(held_in) >= 6
+    assert len(held_out) >= 6
+    assert len([b for b in held_out if b.unseen_type]) >= 3
+    assert not any(b.unseen_type for b in held_in)
+    assert len(select_benchmarks(["scenes", "scenes_vsr"])) == len(held_in) + len(held_out)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean scenes_vsr"):
+        select_benchmarks(["scenes_vrs"])
+
+
+if __name__ == "__main__":  # python -m tests.evaluation.test_benchmarks writes the golden file
+    settings = {name: benchmark.settings() for name, benchmark in BENCHMARKS.items()}
+    GOLDEN.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

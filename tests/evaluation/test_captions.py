@@ -1,0 +1,93 @@
+"""CIDEr, BLEU, ROUGE-L and the tokenizer against stored figures of pycocoevalcap."""
+
+import pytest
+
+from instructblip.evaluation import captions, ptb
+from instructblip.evaluation.ptb import Tokenizer
+from tests.evaluation.caption_cases import CANDIDATES, REFERENCES
+
+CIDER = [3.1587930634409784, 2.856927902374791, 2.3433023919727245, 3.5221002257271055]
+CIDER += [1.1149207980885398, 0.0]
+ROUGE = [0.8146911519198664, 0.8951781970649895, 0.4535315985130111, 0.8026315789473684]
+ROUGE += [0.3609467455621302, 0.0]
+BLEU = [0.7555113186545112, 0.6020058284868085, 0.46632947623338644, 0.35769958084689857]
+BLEU_4 = [0.47287080440811846, 0.4999999998762404, 4.8109772899216365e-05, 0.40261909701454335]
+BLEU_4 += [6.541924350393833e-08, 0.0]
+
+
+@pytest.fixture(params=["python", "ptb_java"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    if request.param == "ptb_java":
+        try:
+            ptb.java_folder()
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+    return request.param
+
+
+def test_scores_are_those_of_pycocoevalcap(tokenizer: Tokenizer) -> None:
+    cider = captions.cider(CANDIDATES, REFERENCES, tokenizer)
+    assert cider.value == pytest.approx(sum(CIDER) / 6, abs=1e-12)
+    assert cider.per_image == pytest.approx(CIDER, abs=1e-12)
+    assert cider.tokenizer == tokenizer
+    rouge = captions.rouge_l(CANDIDATES, REFERENCES, tokenizer)
+    assert rouge.per_image == pytest.approx(ROUGE, abs=1e-15)
+    for n, expected in enumerate(BLEU, start=1):
+        assert captions.bleu(CANDIDATES, REFERENCES, tokenizer, n).value == pytest.approx(
+            expected, abs=1e-12
+        )
+    assert captions.bleu(CANDIDATES, REFERENCES, tokenizer).per_image == pytest.approx(
+        BLEU_4, abs=1e-12
+    )
+
+
+def test_cider_of_one_picture_is_zero() -> None:
+    assert captions.cider(["a red dog"], [["a red dog"]]).value == 0.0
+    assert captions.rouge_l(["a red dog"], [["a red dog"]]).value == 1.0
+
+
+def test_cider_depends_on_the_whole_set() -> None:
+    few = captions.cider(CANDIDATES[:2], REFERENCES[:2]).per_image[0]
+    assert abs(few - CIDER[0]) > 0.02
+
+
+# What Java's PTBTokenizer gives, punctuation removed.
+TOKENS = {
+    "The dog's ball isn't here, can't won't.": "the dog 's ball is n't here ca n't wo n't",
+    "'hello' said the boys' dad": "hello said the boys dad",
+    "St. Louis, U.S. at 5 p.m. or 12:30pm": "st. louis u.s. at 5 p.m. or 12:30 pm",
+    "black/white w/ 50% of $5 & B&W b&w": "black/white w / 50 % of $ 5 & b&w b & w",
+    "1,000 people; 3.5 meters -- 1/2": "1,000 people 3.5 meters 1/2",
+    "(left) [right]": "-lrb- left -rrb- -lsb- right -rsb-",
+    "wow!! really?! no...": "wow !! really ?! no",
+    "the man's-hat cannot y'all 'tis": "the man 's hat can not y' all 't is",
+    "a cat.A bird, a jet-ski.A boat": "a cat.a bird a jet-ski a boat",
+    "5'10\" tall, 1980's, '80s, 7 o'clock": "5 10 tall 1980 's '80s 7 o'clock",
+    "<unk> a_b stop!go colour": "<unk> a_b stop!go colour",
+    "d'oeuvres, ma'am! rock 'n' roll": "d'oeuvres ma'am rock 'n' roll",
+}
+
+
+@pytest.mark.parametrize("caption", TOKENS)
+def test_python_tokens_are_those_of_java(caption: str, tokenizer: Tokenizer) -> None:
+    assert " ".join(ptb.tokenize([caption], tokenizer)[0]) == TOKENS[caption]
+
+
+def test_line_breaks_do_not_shift_captions(tokenizer: Tokenizer) -> None:
+    odd = ["a\rb", "c\u2028d", "e\x0bf\x0c", "", "last\n", "\n"]
+    expected = [["a", "b"], ["c", "d"], ["e", "f"], [], ["last"], []]
+    assert ptb.tokenize(odd, tokenizer) == expected
+    assert ptb.tokenize(["", ""], tokenizer) == [[], []]
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match="1 candidates and 0"):
+        captions.cider(["a"], [])
+    with pytest.raises(ValueError, match="picture 0: expected a list of references"):
+        captions.bleu(["a"], [[]])
+    with pytest.raises(ValueError, match="list of references"):
+        captions.rouge_l(["a"], ["a"])
+    with pytest.raises(ValueError, match="from 1 to 4"):
+        captions.bleu(["a"], [["a"]], n=5)
+    with pytest.raises(ValueError, match="tokenizer must be"):
+        ptb.tokenize(["a"], "nltk")  # pyright: ignore[reportArgumentType]

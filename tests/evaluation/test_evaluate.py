@@ -1,0 +1,192 @@
+"""The evaluation loop: figures, resumption, the blind control, and what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instructblip.data.prepare import prepare
+from instructblip.data.scenes.official import write_scenes
+from instructblip.evaluation.benchmarks import select_benchmarks
+from instructblip.evaluation.evaluate import derange, evaluate, pick
+from instructblip.evaluation.predictions import PREDICTIONS
+from instructblip.evaluation.result import Result, summarise
+from tests.evaluation.fakes import COLOURS, FakeEngine, ListDataset, benchmark, colour_questions
+
+
+def test_a_seeing_model_is_right_and_a_blind_one_is_not(tmp_path: Path) -> None:
+    dataset = colour_questions()
+    engine = FakeEngine()
+    seeing = evaluate(engine, benchmark(), dataset, batch_size=5, progress=False)
+    blind = evaluate(engine, benchmark(), dataset, blind_seed=0, progress=False)
+    assert seeing.value == 100.0
+    assert blind.value is not None
+    assert blind.value < 60
+    assert engine.decoding == {"num_beams": 1, "max_new_tokens": 5}
+    for prediction, example in zip(blind.predictions, dataset.examples, strict=True):
+        assert prediction["id"] == example.id
+        assert prediction["images"] != list(example.images)
+
+
+def test_batches_are_sorted_by_length_and_predictions_are_not() -> None:
+    engine = FakeEngine()
+    result = evaluate(engine, benchmark(), colour_questions(), batch_size=4, progress=False)
+    assert [int(i) % 4 for batch in engine.batches for i in batch] == [3] * 3 + [2] * 3 + [
+        1
+    ] * 3 + [0] * 3
+    assert [p["id"] for p in result.predictions] == [str(i) for i in range(12)]
+
+
+def test_ranked_predictions_carry_candidates_and_probabilities() -> None:
+    ranking = benchmark(mode="rank", decoding={})
+    result = evaluate(FakeEngine(), ranking, colour_questions(), progress=False)
+    first = result.predictions[0]
+    assert result.value == 100.0
+    assert first["candidates"] == list(COLOURS)
+    assert sum(first["probabilities"]) == pytest.approx(1)
+    assert first["probabilities"][0] == max(first["probabilities"])
+
+
+def test_a_candidate_is_worth_its_best_wording() -> None:
+    worded = benchmark(
+        mode="rank", candidates=("warm", "cold"), verbalizers={"warm": ("red",), "cold": ("blue",)}
+    )
+    dataset = colour_questions()
+    dataset.examples = [
+        replace(e, answers=("warm" if e.answers == ("red",) else "cold",))
+        for e in dataset.examples
+        if e.answers != ("green",)
+    ]
+    assert evaluate(FakeEngine(), worded, dataset, progress=False).value == 100.0
+
+
+def test_auroc_and_its_one_class_case() -> None:
+    hateful = benchmark(mode="rank", metric="auroc", candidates=("red", "green"), decoding={})
+    dataset = colour_questions()
+    two = ListDataset([e for e in dataset.examples if e.answers != ("blue",)])
+    result = evaluate(FakeEngine(), hateful, two, progress=False)
+    assert result.value == 100.0
+    one = ListDataset([e for e in dataset.examples if e.answers == ("red",)])
+    undefined = evaluate(FakeEngine(), hateful, one, progress=False)
+    assert undefined.value is None
+    assert undefined.interval is None
+    assert "one class" in undefined.describe()
+    with pytest.raises(ValueError, match="one class"):
+        summarise([undefined])
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    dataset, asked = colour_questions(), benchmark()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(FakeEngine(stop_after=2), asked, dataset, batch_size=3, out=tmp_path)
+    with (tmp_path / PREDICTIONS).open("ab") as file:
+        file.write(b'{"id": "torn')  # the kill came in the middle of a line
+    engine = FakeEngine()
+    resumed = evaluate(engine, asked, dataset, batch_size=3, out=tmp_path)
+    assert sum(len(batch) for batch in engine.batches) == 6
+    assert resumed.predictions == evaluate(FakeEngine(), asked, dataset).predictions
+    lines = (tmp_path / PREDICTIONS).read_text().splitlines()
+    assert len({json.loads(line)["id"] for line in lines}) == len(lines) == 12
+    assert Result.load(tmp_path).to_json() == resumed.to_json()
+
+
+def test_predictions_of_other_settings_are_not_continued(tmp_path: Path) -> None:
+    dataset = colour_questions()
+    evaluate(FakeEngine(), benchmark(), dataset, out=tmp_path)
+    before = (tmp_path / PREDICTIONS).read_bytes()
+    with pytest.raises(ValueError, match="another model"):
+        evaluate(FakeEngine(fingerprint="other"), benchmark(), dataset, out=tmp_path)
+    with pytest.raises(ValueError, match="another benchmark"):
+        evaluate(FakeEngine(), benchmark(prompt="{question}"), dataset, out=tmp_path)
+    with pytest.raises(ValueError, match="blind_seed"):
+        evaluate(FakeEngine(), benchmark(), dataset, out=tmp_path, blind_seed=1)
+    assert (tmp_path / PREDICTIONS).read_bytes() == before
+
+
+def test_missing_and_repeated_predictions_are_named(tmp_path: Path) -> None:
+    evaluate(FakeEngine(), benchmark(), colour_questions(), out=tmp_path)
+    path = tmp_path / PREDICTIONS
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match="about 12 samples"):
+        Result.load(tmp_path)
+    path.write_text("".join([*lines, lines[0]]))
+    with pytest.raises(ValueError, match=r"line 13: id .* twice"):
+        Result.load(tmp_path)
+    path.write_text("no json\n")
+    with pytest.raises(ValueError, match="line 1: is not a prediction"):
+        Result.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="has not finished"):
+        Result.load(tmp_path / "nowhere")
+
+
+def test_bad_examples_are_named() -> None:
+    example = colour_questions(1).examples[0]
+    cases = {
+        "no answers": [replace(example, answers=())],
+        "appears twice": [example, example],
+        "no examples": [],
+    }
+    for message, examples in cases.items():
+        with pytest.raises(ValueError, match=message):
+            evaluate(FakeEngine(), benchmark(), ListDataset(examples))
+    bare = ListDataset([replace(example, choices=())])
+    with pytest.raises(ValueError, match="no choices"):
+        evaluate(FakeEngine(), benchmark(mode="rank"), bare)
+    ranking = benchmark(mode="rank", vocabulary=True)
+    with pytest.raises(ValueError, match="vocabulary"):
+        evaluate(FakeEngine(), ranking, ListDataset([example]))
+    with pytest.raises(ValueError, match="no metric"):
+        evaluate(FakeEngine(), benchmark(metric="accuracy"), ListDataset([example]))
+
+
+def test_limit_spreads_over_the_set() -> None:
+    assert pick(10, 3) == [0, 3, 6]
+    assert pick(3, 10) == [0, 1, 2]
+    with pytest.raises(ValueError, match="at least 1"):
+        pick(3, 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(keys=st.lists(st.integers(0, 6), max_size=40), seed=st.integers(0, 5))
+def test_derangement_gives_nobody_an_equal_picture(keys: list[int], seed: int) -> None:
+    if keys and 2 * max(keys.count(key) for key in keys) > len(keys):
+        with pytest.raises(ValueError, match="cannot swap"):
+            derange(keys, seed)
+        return
+    givers = derange(keys, seed)
+    assert sorted(givers) == list(range(len(keys)))
+    assert all(keys[i] != keys[giver] for i, giver in enumerate(givers))
+    assert givers == derange(keys, seed)
+
+
+def test_every_set_of_the_embedded_world_can_be_evaluated(tmp_path: Path) -> None:
+    asked = select_benchmarks(["scenes"])
+    sources = tuple(dict.fromkeys(one.source for one in asked))
+    roots = write_scenes(tmp_path, scale=0.04, sets=sources)
+    for one in asked:
+        data = prepare(one.source, roots[one.source], one.split, tmp_path / "prepared")
+        result = evaluate(FakeEngine(), one, data, limit=8, progress=False)
+        assert result.n == 8
+        assert result.value is not None, f"{one.name}: {result.describe()}"
+        assert 0 <= result.value <= 100
+        evaluate(FakeEngine(), one, data, limit=8, blind_seed=0, progress=False)
+
+
+def test_summary_counts_each_set_once() -> None:
+    dataset = colour_questions()
+    good = evaluate(FakeEngine(), benchmark(name="a"), dataset)
+    half = ListDataset(
+        [replace(e, answers=("pink",)) if int(e.id) % 3 else e for e in dataset.examples]
+    )
+    bad = evaluate(FakeEngine(), benchmark(name="b"), half)
+    other = evaluate(FakeEngine(), benchmark(name="c", role="held_out"), dataset)
+    means = summarise([good, bad, other])
+    assert bad.value == pytest.approx(100 / 3)
+    assert means["held_in"].value == pytest.approx((100 + 100 / 3) / 2)
+    assert means["held_in"].interval.low < means["held_in"].value < means["held_in"].interval.high
+    assert means["held_out"].value == means["held_out"].interval.low == 100
+    assert means["held_out"].datasets == ("c",)
