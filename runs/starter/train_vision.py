@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from muon import Muon
+from safetensors.torch import save_file
 from starter_io import save_checkpoint, take_checkpoint
 from torch import Tensor, nn
 
