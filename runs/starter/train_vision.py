@@ -3,7 +3,8 @@
     python runs/starter/train_vision.py OUT --minutes 20
 
 Dense supervision: a throw-away head reads the tokens around each of the nine cells and names what
-stands there (colour, shape, size, printed word, handwritten digit). Only the tower is kept. Pictures of the training world alone: no held-out colour-shape pair, no digit kept for tests.
+stands there (colour, shape, size, printed word, handwritten digit). Only the tower is kept.
+Pictures of the training world alone: no held-out colour-shape pair, no digit kept for tests.
 """
 
 import argparse
