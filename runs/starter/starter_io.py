@@ -1,6 +1,5 @@
 """Checkpoints of the starter's stages: written aside, then renamed; resumed when there is one."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ def save_checkpoint(
     out.mkdir(parents=True, exist_ok=True)
     aside = out / "checkpoint.tmp"
     torch.save(state, aside)
-    os.replace(aside, out / "checkpoint.pt")
+    aside.replace(out / "checkpoint.pt")
 
 
 def take_checkpoint(

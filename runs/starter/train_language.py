@@ -112,7 +112,7 @@ def accuracy(model, tokenizer, number: int = 150) -> dict[str, float]:
             scene = sample_scene(rng, (1, 3), words, int(kind == "digit"), pairs="any")
             if question := ask(scene, rng):
                 text = {
-                    "statement": f'Based on the image, is this statement true or false? '
+                    "statement": f"Based on the image, is this statement true or false? "
                     f'"{question.text}" Answer:',
                     "label": f'This is an image with: "{question.text}" written on it. '
                     "Is it correct? Answer:",
@@ -162,7 +162,9 @@ def main() -> None:
         step += 1
         if step % 200 == 0:
             scores = accuracy(model, tokenizer)
-            print(f"{step} {elapsed:.0f}s loss {sum(running) / len(running):.4f} {scores}", flush=True)
+            print(
+                f"{step} {elapsed:.0f}s loss {sum(running) / len(running):.4f} {scores}", flush=True
+            )
             running = []
         if time.monotonic() - last > 120:
             save_checkpoint(args.out, model, opts, step, elapsed)

@@ -3,7 +3,8 @@
     python runs/starter/train_vision.py OUT --minutes 20
 
 Dense supervision: a throw-away head reads the tokens around each of the nine cells and names what
-stands there (colour, shape, size, printed word, handwritten digit). Only the tower is kept. Pictures of the training world alone: no held-out colour-shape pair, no digit kept for tests.
+stands there (colour, shape, size, printed word, handwritten digit). Only the tower is kept.
+Pictures of the training world alone: no held-out colour-shape pair, no digit kept for tests.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from muon import Muon
+from safetensors.torch import save_file
 from starter_io import save_checkpoint, take_checkpoint
 from torch import Tensor, nn
 

@@ -7,7 +7,6 @@ have the split that the paper evaluates, and no other.
 """
 
 import json
-import os
 import random
 import shutil
 import tempfile
@@ -403,7 +402,7 @@ def write_scenes(
             SCENE_SETS[name].write(_Set(aside, split, rng), max(8, round(size * scale)))
         (aside / "scenes.json").write_text(json.dumps(settings))
         shutil.rmtree(root / name, ignore_errors=True)
-        os.replace(aside, root / name)
+        aside.replace(root / name)
     return {name: root / name for name in chosen}
 
 

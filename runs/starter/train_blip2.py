@@ -1,0 +1,307 @@
+"""Step 3: BLIP-2 pre-training of the starter's Q-Former, on pictures of the training world.
+
+    python runs/starter/train_blip2.py 1 --vision DIR --tokenizers DIR --out DIR --minutes 20
+    python runs/starter/train_blip2.py 2 --vision DIR --tokenizers DIR --language DIR --out DIR
+        --start DIR_OF_STAGE_1 --minutes 15
+
+Stage 1 (BLIP-2, section 3.2): matching, with a negative that differs in one word, and grounded
+captions. Stage 2 (section 3.3): captions through the frozen language model, in the form
+"instruction, then caption" that it knows; matching goes on beside it, so that the text branch keeps
+in step with the attention it shares with the queries. No instruction reaches the Q-Former here, and
+no question is asked: the result describes pictures and follows instructions poorly, as BLIP-2 does.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from muon import Muon
+from safetensors.torch import load_file
+from starter_io import save_checkpoint, take_checkpoint
+from torch import Tensor, nn
+from train_vision import CONFIG as VISION
+from train_vision import pixels_of, training_scene
+from transformers import AutoTokenizer
+
+from instructblip.batch import Batch
+from instructblip.data.scenes.language import ALL_PLACES, CAPTIONS, at, detail, phrase
+from instructblip.data.scenes.world import (
+    COLOURS,
+    HELD_OUT_PAIRS,
+    SHAPES,
+    SIZES,
+    WORDS,
+    Scene,
+    Thing,
+)
+from instructblip.data.templates import TEMPLATES
+from instructblip.data.tokens import Tokens
+from instructblip.model.config import InstructBlipConfig, QFormerConfig
+from instructblip.model.instructblip import InstructBlip
+
+PICTURES = 48  # a step
+SHORT_CAPTIONS = CAPTIONS[:3]  # web captions name things, not their size or place
+
+
+def build(language: dict, qformer_vocab: int, image_token_id: int) -> InstructBlip:
+    torch.manual_seed(0)
+    config = InstructBlipConfig(
+        vision=VISION,
+        qformer=QFormerConfig(
+            vocab_size=qformer_vocab,
+            hidden_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            intermediate_size=768,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            max_position_embeddings=160,
+            encoder_hidden_size=VISION.hidden_size,
+            layer_norm_eps=1e-12,
+        ),
+        language=language,
+        num_query_tokens=16,
+        instruction_aware=True,
+        image_token_id=image_token_id,
+    )
+    return InstructBlip(config)
+
+
+class Heads(nn.Module):
+    """What stage 1 needs beside the Q-Former and throws away: matching, and words."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.match = nn.Linear(width, 2)
+        self.words = nn.Linear(width, vocab_size)
+
+
+def tell(scene: Scene, rng: random.Random) -> Callable[[Scene], str]:
+    """A way to say something about a scene, to be applied to it and to an altered twin."""
+    k = rng.randrange(len(scene.things))
+    forms: list[Callable[[Scene], str]] = [
+        *CAPTIONS,
+        lambda s: phrase(s.things[k], size=True, place=True),
+        lambda s: phrase(s.things[k]),
+        lambda s: f"the {_name(s.things[k])} is {at(s.things[k].place)}",
+    ]
+    if scene.things[k].kind == "shape":
+        forms += [
+            lambda s: f"the {s.things[k].name} is {s.things[k].colour}",
+            lambda s: f"the {s.things[k].name} is {s.things[k].size}",
+        ]
+    return rng.choice(forms)
+
+
+def _name(thing: Thing) -> str:
+    return thing.name if thing.kind == "shape" else f"{thing.kind} {thing.name}"
+
+
+def alter(scene: Scene, rng: random.Random) -> Scene:
+    """The scene with one attribute of one thing changed (for text only; it is not drawn)."""
+    things = list(scene.things)
+    k = rng.randrange(len(things))
+    thing = things[k]
+    key = rng.choice(("colour", "name", "size", "place") if thing.kind == "shape" else ("name",))
+    if key == "place":
+        cell = rng.choice([c for c in range(9) if ALL_PLACES[c] != thing.place])
+        things[k] = replace(thing, row=cell // 3, column=cell % 3)
+    else:
+        values = {
+            "colour": tuple(COLOURS),
+            "size": SIZES,
+            "name": {"shape": SHAPES, "word": WORDS, "digit": tuple("0123456789")}[thing.kind],
+        }[key]
+        things[k] = replace(
+            thing, **{key: rng.choice([v for v in values if v != getattr(thing, key)])}
+        )
+        if (things[k].colour, things[k].name) in HELD_OUT_PAIRS:
+            return alter(scene, rng)
+    return replace(scene, things=tuple(things))
+
+
+def true_and_false(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A true text and one that differs by a single altered attribute."""
+    form = tell(scene, rng)
+    names = [t.name for t in scene.shapes]
+    while True:
+        true, false = form(scene), form(alter(scene, rng))
+        # "the circle is red" is wrong only if no other circle is red.
+        if true != false and (len(set(names)) == len(names) or " is " not in false):
+            return true, false
+        form = tell(scene, rng)
+
+
+class Stage:
+    """Losses of the pre-training over pictures drawn for each step."""
+
+    def __init__(self, model: InstructBlip, heads: Heads, tokens: Tokens) -> None:
+        self.model, self.heads, self.tokens = model, heads, tokens
+
+    def features(self, scenes: list[Scene]) -> Tensor:
+        return self.model.encode_image(pixels_of(scenes))
+
+    def text(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        encoded = self.tokens.qformer(texts, padding=True, return_tensors="pt")  # type: ignore
+        return encoded["input_ids"], encoded["attention_mask"]
+
+    def match(
+        self, features: Tensor, scenes: list[Scene], rng: random.Random
+    ) -> tuple[Tensor, float]:
+        pairs = [true_and_false(scene, rng) for scene in scenes]
+        ids, mask = self.text([p[0] for p in pairs] + [p[1] for p in pairs])
+        index = torch.arange(len(scenes)).repeat(2)
+        queries = self.model.query_tokens.expand(len(ids), -1, -1)
+        hidden, _ = self.model.qformer.hidden_states(queries, features, ids, mask, index)
+        assert hidden is not None
+        logits = self.heads.match(hidden).mean(1)
+        wanted = (torch.arange(len(ids)) < len(scenes)).long()
+        hits = (logits.argmax(-1) == wanted).float().mean().item()
+        return F.cross_entropy(logits, wanted), hits
+
+    def tell_grounded(self, features: Tensor, scenes: list[Scene]) -> Tensor:
+        ids, mask = self.text([detail(scene) for scene in scenes])
+        queries = self.model.query_tokens.expand(len(ids), -1, -1)
+        _, hidden = self.model.qformer.hidden_states(queries, features, ids, mask, causal_text=True)
+        wanted = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        return F.cross_entropy(self.heads.words(hidden[:, :-1]).flatten(0, 1), wanted.flatten())
+
+    def caption(self, features: Tensor, scenes: list[Scene], rng: random.Random) -> Tensor:
+        """Stage 2: the frozen language model tells the caption; the Q-Former reads no text."""
+        prompts = [rng.choice(TEMPLATES["caption"]) for _ in scenes]
+        wanted = [rng.choice(SHORT_CAPTIONS)(scene) for scene in scenes]
+        none = torch.zeros(len(scenes), 0, dtype=torch.long)
+        queries = self.model.query_tokens.expand(len(scenes), -1, -1)
+        hidden = self.model.qformer(queries, features, none, none)
+        prompt_ids, prompt_mask = _pad([self.tokens.prompt(p) for p in prompts])
+        response_ids, response_mask = _pad([self.tokens.response(w) for w in wanted])
+        batch = Batch(
+            image_index=torch.arange(len(scenes))[:, None],
+            qformer_ids=none,
+            qformer_mask=none,
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            response_ids=response_ids,
+            response_mask=response_mask,
+        )
+        joined = self.model.language.join(self.model.project_queries(hidden), batch)
+        return self.model.language.loss(joined).mean()
+
+
+def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids, mask
+
+
+def optimizers(model: InstructBlip, heads: Heads, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the Q-Former, AdamW for the rest of what trains."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in named if p.ndim == 2 and "embeddings" not in n and "qformer" in n]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen] + list(heads.parameters())
+    return [
+        Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=lr / 10, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stage", type=int, choices=(1, 2))
+    parser.add_argument("--vision", type=Path, required=True)
+    parser.add_argument("--tokenizers", type=Path, required=True)
+    parser.add_argument("--language", type=Path)
+    parser.add_argument("--start", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=20)
+    args = parser.parse_args()
+    tokens = Tokens(
+        AutoTokenizer.from_pretrained(str(args.tokenizers)),
+        AutoTokenizer.from_pretrained(str(args.tokenizers / "qformer_tokenizer")),
+    )
+    model = assemble(args.language, tokens)
+    model.vision_model.load_state_dict(load_file(args.vision / "vision.safetensors"))
+    heads = Heads(192, model.config.qformer.vocab_size)
+    model.set_trainable(("qformer",)).train()
+    for parameter in model.qformer.parameters():  # the last text feed-forward is read here
+        parameter.requires_grad_(True)
+    model.vision_model.requires_grad_(False)
+    if args.start:
+        state = torch.load(args.start / "qformer.pt", weights_only=True)
+        model.load_state_dict(state["model"], strict=False)
+        heads.load_state_dict(state["heads"])
+    run(args, Stage(model, heads, tokens))
+    kept = {n: p for n, p in model.state_dict().items() if n.split(".")[0] in KEPT}
+    torch.save({"model": kept, "heads": heads.state_dict()}, args.out / "qformer.pt")
+
+
+KEPT = ("query_tokens", "qformer", "language_projection")
+
+
+def assemble(language: Path | None, tokens: Tokens) -> InstructBlip:
+    """The model around a trained language model, or around a stand-in where stage 1 needs none."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    loaded = LlamaForCausalLM.from_pretrained(str(language)) if language else None
+    config = loaded.config if loaded else LlamaConfig(
+        vocab_size=64, hidden_size=192, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=6,
+    )  # fmt: skip
+    vocab = -(-len(tokens.qformer) // 8) * 8  # type: ignore[arg-type]
+    model = build(config.to_dict(), vocab, image_token_id=len(tokens.language))
+    if loaded:
+        model.language_model.load_state_dict(loaded.state_dict())
+    return model
+
+
+def run(args: argparse.Namespace, stage: Stage) -> None:
+    model, heads = stage.model, stage.heads
+    state = nn.ModuleDict(
+        {"qformer": model.qformer, "heads": heads, "p": model.language_projection}
+    )
+    state.register_parameter("query_tokens", model.query_tokens)
+    opts = optimizers(model, heads, 0.02 if args.stage == 1 else 0.01)
+    base = [o.param_groups[0]["lr"] for o in opts]
+    args.out.mkdir(parents=True, exist_ok=True)
+    step, spent = take_checkpoint(args.out, state, opts)
+    start = last = time.monotonic() - spent
+    sums = torch.zeros(4)
+    while (elapsed := time.monotonic() - start) < 60 * args.minutes:
+        factor = min(1.0, (step + 1) / 50, (1 - elapsed / (60 * args.minutes)) / 0.4)
+        rng = random.Random(1_000_000 * args.stage + step)
+        scenes = [training_scene(rng) for _ in range(PICTURES)]
+        features = stage.features(scenes)
+        match, hits = stage.match(features, scenes, rng)
+        if args.stage == 1:
+            told = stage.tell_grounded(features, scenes)
+            caption = torch.zeros(())
+        else:
+            told = torch.zeros(())
+            caption = stage.caption(features, scenes, rng)
+        (match + told + caption).backward()
+        torch.nn.utils.clip_grad_norm_([p for o in opts for p in o.param_groups[0]["params"]], 1.0)
+        for optimizer, lr in zip(opts, base, strict=True):
+            optimizer.param_groups[0]["lr"] = lr * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        sums += torch.tensor([match.item(), hits, told.item(), caption.item()])
+        if step % 50 == 0:
+            names = ("match", "hits", "told", "caption")
+            means = {n: round(v / 50, 4) for n, v in zip(names, sums.tolist(), strict=True)}
+            print(f"{step} {elapsed:.0f}s {means}", flush=True)
+            sums.zero_()
+        if time.monotonic() - last > 120:
+            save_checkpoint(args.out, state, opts, step, elapsed)
+            last = time.monotonic()
+
+
+if __name__ == "__main__":
+    main()

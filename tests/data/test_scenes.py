@@ -1,0 +1,189 @@
+"""The embedded world: true to its annotations, the same bytes from the same seed."""
+
+import filecmp
+import json
+import random
+
+import numpy as np
+import pytest
+
+from instructblip.data.scenes.language import CAPTIONS, HELD_IN_KINDS, QUESTIONS, sides
+from instructblip.data.scenes.official import SCENE_SETS, write_scenes
+from instructblip.data.scenes.world import (
+    COLOURS,
+    HELD_OUT_PAIRS,
+    SHAPES,
+    Scene,
+    Thing,
+    render,
+    sample_scene,
+)
+from instructblip.data.sources import SOURCES
+
+SCENE = Scene(
+    (
+        Thing("shape", "circle", 0, 0, "red", "large"),
+        Thing("shape", "square", 1, 1, "blue", "small"),
+        Thing("word", "cat", 2, 2),
+    ),
+    seed=5,
+)
+TRUTH = {
+    "color": {"red", "blue"},
+    "shape": {"circle", "square"},
+    "size": {"large", "small"},
+    "place": {"top left", "middle"},
+    "corners": {"0", "4"},
+    "fruit": {"cherry", "blueberry"},
+    "signal": {"stop"},
+    "word": {"cat"},
+    "digit": set(),
+    "most": set(),
+    "word at": set(),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    return write_scenes(root, seed=3, scale=0.02)
+
+
+@pytest.mark.parametrize("kind", TRUTH)
+def test_answers_follow_from_the_scene(kind):
+    found = [QUESTIONS[kind](SCENE, random.Random(seed)) for seed in range(60)]
+    assert {q.answer for q in found if q} == TRUTH[kind]
+    assert all(q.answer not in q.others for q in found if q)
+
+
+def test_count_exists_and_statement_are_true():
+    for seed in range(200):
+        scene = sample_scene(random.Random(seed), shapes=(2, 3))
+        looks = [(t.colour, t.name) for t in scene.shapes]
+        question = QUESTIONS["exists"](scene, random.Random(seed))
+        words = set(question.text.replace("?", "").split())
+        asked = next((c, s) for c in COLOURS for s in SHAPES if {c, s} <= words)
+        assert question.answer == ("yes" if asked in looks else "no")
+        count = QUESTIONS["count"](scene, random.Random(seed))
+        what = next(
+            w for w in count.text.split() if w in COLOURS or w[:4] in _stems() or w == "shapes"
+        )
+        expected = [w for t in scene.shapes for w in (t.colour, t.name[:4])]
+        number = (
+            len(looks)
+            if what == "shapes"
+            else expected.count(what if what in COLOURS else what[:4])
+        )
+        assert count.answer == str(number)
+        if statement := QUESTIONS["statement"](scene, random.Random(seed)):
+            first, side, second = _parse(statement.text)
+            by_name = {t.name: t for t in scene.shapes}
+            holds = side in sides(by_name[first], by_name[second])
+            assert statement.answer == ("true" if holds else "false")
+
+
+def _stems():
+    return {s[:4] for s in SHAPES}
+
+
+def _parse(text):
+    words = text.rstrip(".").split()
+    names = [w for w in words if w in SHAPES]
+    side = next(s for s in ("left of", "right of", "above", "below") if s in text)
+    return names[0], side, names[1]
+
+
+def test_captions_of_a_known_scene():
+    assert [form(SCENE) for form in CAPTIONS] == [
+        "a red circle, a blue square and the word cat",
+        "there is a red circle, a blue square and the word cat",
+        "a picture of a red circle, a blue square and the word cat",
+        "a large red circle, a small blue square and the word cat",
+        "a red circle at the top left, a blue square in the middle and the word cat at the "
+        "bottom right",
+    ]
+
+
+def test_picture_shows_what_stands_there():
+    pixels = np.asarray(render(SCENE)).astype(int)
+    for thing in SCENE.shapes:
+        centre = pixels[int((thing.row + 0.5) * 64 / 3), int((thing.column + 0.5) * 64 / 3)]
+        nearest = min(COLOURS, key=lambda c: abs(centre - np.array(COLOURS[c])).sum())
+        assert nearest == thing.colour
+    assert (pixels == np.asarray(render(SCENE))).all()
+
+
+def test_scene_without_held_out_pairs_and_with_them():
+    for seed in range(300):
+        seen = sample_scene(random.Random(seed), pairs="seen")
+        unseen = sample_scene(random.Random(seed), pairs="unseen")
+        assert not {(t.colour, t.name) for t in seen.shapes} & HELD_OUT_PAIRS
+        assert {(t.colour, t.name) for t in unseen.shapes} & HELD_OUT_PAIRS
+
+
+def test_digits_of_training_and_test_are_different_handwriting():
+    def drawn(test: bool) -> set[bytes]:
+        things = (Thing("digit", "7", 1, 1),)
+        return {render(Scene(things, 2 * k, test)).tobytes() for k in range(40)}
+
+    assert not drawn(True) & drawn(False)
+
+
+@pytest.mark.parametrize("name", SCENE_SETS)
+def test_official_readers_read_every_set(world, name):
+    sources = {"llava": ("llava_conversation", "llava_detail", "llava_reasoning")}.get(
+        name, (name,)
+    )
+    for split in SCENE_SETS[name].sizes:
+        for source in sources:
+            examples = list(SOURCES[source].read(world[name], split))
+            assert len(examples) >= 6
+            assert all(
+                e.answers and (world[name] / "images" / e.images[0]).is_file() for e in examples
+            )
+            if e := next((e for e in examples if e.choices), None):
+                assert e.answers[0] in e.choices
+
+
+def test_held_in_sets_never_show_a_held_out_pair(world):
+    for example in SOURCES["coco_caption"].read(world["coco_caption"], "train"):
+        assert not any(f"{c} {s}" in example.answers[0] for c, s in HELD_OUT_PAIRS)
+    for example in SOURCES["nocaps"].read(world["nocaps"], "val"):
+        assert any(f"{c} {s}" in example.answers[0] for c, s in HELD_OUT_PAIRS)
+
+
+def test_held_in_questions_are_of_held_in_kinds(world):
+    annotations = json.loads(
+        (world["vqav2"] / "annotations" / "v2_mscoco_train2014_annotations.json").read_text()
+    )["annotations"]
+    assert {a["question_type"] for a in annotations} <= set(HELD_IN_KINDS)
+
+
+def test_same_seed_same_bytes_and_another_seed_other_pictures(tmp_path, world):
+    sets = ("vqav2", "iconqa", "ocrvqa")
+    again = write_scenes(tmp_path / "again", seed=3, scale=0.02, sets=sets)
+    for name in sets:
+        files = [p.relative_to(again[name]) for p in again[name].rglob("*") if p.is_file()]
+        _, different, missing = filecmp.cmpfiles(again[name], world[name], files, shallow=False)
+        assert files
+        assert not different + missing
+    other = write_scenes(tmp_path / "other", seed=4, scale=0.02, sets=("vqav2",))["vqav2"]
+    name = next((other / "images").iterdir()).name
+    assert (other / "images" / name).read_bytes() != (world["vqav2"] / "images" / name).read_bytes()
+
+
+def test_finished_folder_is_left_alone_and_a_torn_one_is_written_again(tmp_path):
+    folder = write_scenes(tmp_path, scale=0.02, sets=("vsr",))["vsr"]
+    note = folder / "note.txt"
+    note.write_text("mine")
+    write_scenes(tmp_path, scale=0.02, sets=("vsr",))
+    assert note.exists()
+    (folder / "scenes.json").unlink()
+    write_scenes(tmp_path, scale=0.02, sets=("vsr",))
+    assert not note.exists()
+    assert (folder / "annotations" / "test.jsonl").exists()
+
+
+def test_unknown_set_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no scene set"):
+        write_scenes(tmp_path, sets=("vqa",))
