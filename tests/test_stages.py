@@ -61,6 +61,7 @@ def test_quickstart_writes_its_figures(out: Path):
         assert set(model["datasets"]) == {"scenes_vqav2", "scenes_aokvqa", "scenes_vsr"}
         assert 0 <= model["held_in"] <= 100
     assert found["seconds"]["train"] > 0
+    assert "<html" in (out / "report.html").read_text()
     assert found["seconds"]["total"] >= found["seconds"]["train"]
 
 
@@ -98,9 +99,15 @@ def test_resume_is_exact_through_the_real_parts(out: Path, overrides: list[str],
 
 
 def test_compare_and_evaluate(out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]):
-    table = stages.compare([out / "results" / "blip2", out / "results" / "instructblip"])
-    assert table.splitlines()[0].split() == ["blip2", "instructblip"]
-    assert "mean held_in" in table
+    folders = [out / "results" / "blip2", out / "results" / "instructblip"]
+    stages.compare(folders)
+    assert "mean of 2 held-in sets" in capsys.readouterr().out
+    stages.compare(folders, "json")
+    assert json.loads(capsys.readouterr().out)["models"] == ["blip2", "instructblip"]
+    for form, sign in (("markdown", "| data set"), ("latex", r"\begin{tabular}")):
+        cli_form: stages.Form = form  # type: ignore[assignment]
+        stages.compare(folders, cli_form)
+        assert sign in capsys.readouterr().out
     recipe = recipe_of(out, overrides, "evaluation.benchmarks=[scenes_vsr]")
     (result,) = stages.evaluate(recipe, str(out / "run"), out / "again")
     stored = json.loads((out / "results.json").read_text())["models"]["instructblip"]
