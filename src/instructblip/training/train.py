@@ -121,10 +121,7 @@ def train(
         if stopped != "terminated":
             files.export_to("last")
             log.curves()
-        log.say(
-            f"{stopped} at step {step}"
-            + (f", best at {progress.best_step}" if progress.best_step else "")
-        )
+        log.say(describe_end(stopped, progress))
     return TrainResult(
         step=step,
         stopped=stopped,
@@ -223,6 +220,15 @@ def reason_to_stop(progress: Progress, config: TrainingConfig, terminated: bool)
     if patience is not None and progress.validations_without_best >= patience:
         return "early"
     return None
+
+
+def describe_end(stopped: Stopped, progress: Progress) -> str:
+    """One line about why the run ended and what to do with it."""
+    if stopped == "terminated":
+        return f"SIGTERM: saved step {progress.step}; continue with --resume"
+    why = "stopped early" if stopped == "early" else "finished"
+    best = f"; best at step {progress.best_step}" if progress.best_step else ""
+    return f"{why} at step {progress.step}{best}"
 
 
 def is_due(step: int, every: int | None, config: TrainingConfig) -> bool:
