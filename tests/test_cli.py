@@ -23,7 +23,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 def test_help_lists_the_stages(capsys: pytest.CaptureFixture[str]):
     code, out, _ = call(capsys, "--help")
     assert code == 0
-    for stage in ("quickstart", "scenes", "prepare", "train", "evaluate", "compare"):
+    for stage in ("quickstart", "scenes", "prepare", "train", "evaluate", "compare", "report"):
         assert stage in out
 
 

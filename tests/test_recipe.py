@@ -89,9 +89,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path):
     with pytest.raises(ValueError, match=r"mine.yaml: data is missing"):
         load_recipe(path)
     path.write_text("- a list\n")
-    with pytest.raises(
-        ValueError, match=r"expected the sections model, data, training"
-    ):
+    with pytest.raises(ValueError, match=r"expected the sections model, data, training"):
         load_recipe(path)
     path.write_text("data: [\n")
     with pytest.raises(ValueError, match=r"mine.yaml is not YAML"):

@@ -106,6 +106,7 @@ def describe_mixture(recipe: Recipe, mixture: Mixture) -> str:
 
 def make_model(recipe: Recipe) -> InstructBlip:
     """The start of the run with its trainable set and number types, on the CPU."""
+    torch.manual_seed(recipe.training.seed)  # a fresh text branch is random, and the same on resume
     model = InstructBlip.from_pretrained(
         recipe.model.start,
         instruction_aware=recipe.model.instruction_aware,
@@ -153,6 +154,9 @@ def make_validation(
         datasets = prepare_benchmarks(recipe, chosen)
     tokens, transform = read_assets(recipe, model)
     engine = Engine(model, tokens, transform)
+    engine.pictures = Pictures(
+        transform, num_frames=recipe.data.num_frames, cache_images_mb=recipe.data.cache_images_mb
+    )
     limit, batch_size = recipe.evaluation.validation_limit, recipe.evaluation.batch_size
 
     def validate(_model: InstructBlip) -> dict[str, float]:
@@ -174,25 +178,33 @@ def make_validation(
 
 def read_assets(recipe: Recipe, model: InstructBlip) -> tuple[Tokens, ImageTransform]:
     """Tokenizers and picture transform of the start, with the recipe's limits."""
-    data = recipe.data
     directory = model_directory(recipe.model.start)
-    tokens = Tokens.from_pretrained(
-        directory,
-        max_instruction=data.max_instruction,
-        max_prompt=data.max_prompt,
-        max_response=data.max_response,
-    )
+    tokens = with_limits(Tokens.from_pretrained(directory), recipe, model)
     if not model.config.instruction_aware:
         tokens = replace(tokens, qformer=None)
     transform = ImageTransform.from_pretrained(directory)
     return tokens, replace(transform, image_size=model.config.vision.image_size)
 
 
+def with_limits(tokens: Tokens, recipe: Recipe, model: InstructBlip) -> Tokens:
+    """The tokenizers with the recipe's lengths, within what the Q-Former can read."""
+    data = recipe.data
+    return replace(
+        tokens,
+        max_instruction=min(data.max_instruction, model.config.qformer.max_position_embeddings),
+        max_prompt=data.max_prompt,
+        max_response=data.max_response,
+    )
+
+
 def make_engine(recipe: Recipe, model: str, instruction_aware: bool | None = None) -> Engine:
-    """A saved model ready to answer, on the device of the recipe."""
-    return Engine.from_pretrained(
+    """A saved model ready to answer, on the device and with the lengths of the recipe."""
+    engine = Engine.from_pretrained(
         model,
         device=resolve_device(recipe.training.device),
         instruction_aware=instruction_aware,
         batch_size=recipe.evaluation.batch_size,
     )
+    engine.tokens = with_limits(engine.tokens, recipe, engine.model)
+    engine.pictures = replace(engine.pictures, num_frames=recipe.data.num_frames)
+    return engine

@@ -6,7 +6,7 @@ A mistake of the user's is one line and exit code 2; `--debug` shows where it wa
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 
@@ -105,12 +105,30 @@ def evaluate(
     )
 
 
+Folders = Annotated[list[Path], typer.Argument(help="Result folders of `evaluate`.")]
+
+
 @app.command()
 def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Result folders of `evaluate`.")],
+    folders: Folders,
+    form: Annotated[
+        str, typer.Option("--format", help="table, markdown, latex or json.")
+    ] = "table",
 ) -> None:
-    """Put the figures of two or more models side by side."""
-    stages.compare(folders)
+    """Put the figures of two or more models side by side, each held to the first."""
+    if form not in get_args(stages.Form):
+        raise ValueError(f"--format {form}: expected one of {', '.join(get_args(stages.Form))}")
+    stages.compare(folders, cast("stages.Form", form))
+
+
+@app.command()
+def report(
+    folders: Folders,
+    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("out/report.html"),
+    run: Annotated[list[Path] | None, typer.Option(help="Run directory: its curves.")] = None,
+) -> None:
+    """Write tables, a gallery of answers and curves into one offline HTML file."""
+    print(stages.report(folders, out, run or []))
 
 
 def main(arguments: list[str] | None = None) -> None:

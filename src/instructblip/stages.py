@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from instructblip.evaluation.result import Result
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
+Form = Literal["table", "markdown", "latex", "json"]
 
 
 def scenes(root: Path, seed: int = 0, scale: float = 1.0) -> None:
@@ -95,25 +96,50 @@ def evaluate(
     return results
 
 
-def compare(folders: Sequence[Path]) -> str:
-    """A table of the figures in two or more result folders, one column for each; also printed."""
-    from instructblip.evaluation.result import Result, summarise
+def compare(folders: Sequence[Path], form: Form = "table") -> None:
+    """Print the figures of two or more result folders, each held to the first."""
+    from rich.console import Console
 
-    columns: dict[str, dict[str, str]] = {}
+    from instructblip.evaluation import compare as comparing
+
+    comparison = comparing.compare(load_results(folders))
+    if form == "table":
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=max(120, console.width))
+        console.print(comparing.to_rich(comparison))
+    elif form == "json":
+        print(json.dumps(comparing.to_json(comparison), indent=2))
+    else:
+        print(
+            comparing.to_latex(comparison) if form == "latex" else comparing.to_markdown(comparison)
+        )
+
+
+def report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) -> Path:
+    """Write one offline HTML file: tables, a gallery of answers, the curves of ``runs``."""
+    from instructblip import __version__
+    from instructblip.evaluation.report import write_report
+
+    return write_report(
+        out,
+        load_results(folders),
+        curves={run.name: run / "metrics.jsonl" for run in runs},
+        facts={"version": __version__},
+    )
+
+
+def load_results(folders: Sequence[Path]) -> "dict[str, list[Result]]":
+    """The results of each folder that `evaluate` wrote, by the folder's name."""
+    from instructblip.evaluation.result import Result
+
+    found = {}
     for folder in folders:
-        results = [Result.load(path.parent) for path in sorted(folder.glob("*/result.json"))]
-        if not results:
+        paths = sorted(folder.glob("*/result.json"))
+        if not paths:
             raise FileNotFoundError(f"{folder} holds no results: run `instructblip evaluate` first")
-        means = {f"mean {role}": mean.value for role, mean in summarise(results).items()}
-        values = {result.benchmark: result.value for result in results} | means
-        columns[folder.name] = {n: "-" if v is None else f"{v:.1f}" for n, v in values.items()}
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    lines = [f"{'':28}" + "".join(f"{title:>20}" for title in columns)]
-    for name in names:
-        cells = (column.get(name, "-") for column in columns.values())
-        lines.append(f"{name:28}" + "".join(f"{cell:>20}" for cell in cells))
-    print(table := "\n".join(lines))
-    return table
+        found[folder.name] = [Result.load(path.parent) for path in paths]
+    return found
 
 
 def quickstart(
@@ -139,13 +165,17 @@ def quickstart(
     with _clock(seconds, "evaluate_blind"):
         blind = evaluate(recipe, str(run), results / "instructblip_blind", blind_seed=0)
     models = {"blip2": before, "instructblip": after, "instructblip_blind": blind}
+    folders = [results / name for name in models]
+    with _clock(seconds, "report"):
+        page = report(folders, out / "report.html", [run])
     write_results(out / RESULTS_FILE, seconds, models)
-    compare([results / name for name in models])
-    print(NEXT.format(out=out, run=run))
+    compare(folders)
+    print(NEXT.format(out=out, run=run, report=page))
 
 
 NEXT = """
-{out}/results.json holds the figures, {run}/curves.png the curves. What to type next:
+Open {report}: tables, curves, and what both models said about each picture.
+{out}/results.json holds the same figures. What to type next:
   instructblip train scenes data.root={out}/scenes --out out/longer     a longer run
   instructblip evaluate scenes {run} data.root={out}/scenes             all samples of every set
   instructblip train RECIPE.yaml                                        with data of your own

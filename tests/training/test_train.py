@@ -1,5 +1,6 @@
 """The loop on a toy: it learns, resumes bit for bit, and stops when and how it should."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -95,6 +96,19 @@ def test_resume_equals_uninterrupted(tmp_path: Path, step: int):
     assert (result.stopped, result.step) == ("finished", 24)
     assert_same(weights(whole), weights(resumed))
     assert lines(folder) == lines(tmp_path / "whole")
+
+
+def test_lines_after_the_checkpoint_are_written_once(tmp_path: Path):
+    """A run killed well after its last checkpoint has written lines that come again."""
+    whole, _ = run(tmp_path, keep_last=9)
+    expected = lines(tmp_path)
+    for step in (24, 21):
+        shutil.rmtree(tmp_path / "checkpoints" / f"step_{step:06d}", ignore_errors=True)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # and the last one is torn
+    resumed, _ = run(tmp_path, model=wiped(), resume=True, keep_last=9)
+    assert_same(weights(whole), weights(resumed))
+    assert lines(tmp_path) == expected
 
 
 def test_dropout_depends_on_the_step(tmp_path: Path):

@@ -155,16 +155,15 @@ def verify(path: Path, *, content: bool = True) -> None:
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
     """Delete all but the newest ``keep_last`` complete checkpoints and the best one.
 
-    Damaged checkpoints do not count as kept, so the only good one is never deleted.
+    Damaged checkpoints, and what a kill left of deleted ones, do not count as kept: the only good
+    one is never deleted.
     """
     steps = saved_steps(folder)
     complete = [step for step in steps if _is_complete(checkpoint_path(folder, step))]
     kept = {*complete[-keep_last:], best_step}
     for step in steps:
         if complete and step not in kept:
-            path = checkpoint_path(folder, step)
-            # out of sight first: a kill while its files go must not leave half a checkpoint
-            shutil.rmtree(path.rename(folder / f".gone-{path.name}"))
+            shutil.rmtree(checkpoint_path(folder, step))
 
 
 def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
@@ -195,15 +194,15 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Clear what a kill inside `replace_directory` or `prune` left in ``folder``."""
+    """Clear what a kill inside `replace_directory` left in ``folder``."""
     for old in folder.glob(".old-*"):
         path = folder / old.name.removeprefix(".old-")
         if path.exists():
             shutil.rmtree(old)
         else:
             old.rename(path)
-    for rest in (*folder.glob(".new-*"), *folder.glob(".gone-*")):
-        shutil.rmtree(rest)
+    for fresh in folder.glob(".new-*"):
+        shutil.rmtree(fresh)
 
 
 def flush_tree(path: Path) -> None:

@@ -1,0 +1,135 @@
+"""report.html: one file that opens without a network and without a server.
+
+Everything is inside: tables, charts, pictures, style and a few lines of script. A content security
+policy in the page forbids any request. Texts of data sets and models are escaped by the template
+engine; none is ever put into script or style.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from instructblip.evaluation.charts import training_charts
+from instructblip.evaluation.compare import ROLES, Comparison, Row, compare
+from instructblip.evaluation.gallery import make_cards
+from instructblip.evaluation.result import Result
+
+TEMPLATE = "report.html.j2"
+
+
+def write_report(
+    path: Path | str,
+    models: Mapping[str, Sequence[Result]],
+    title: str = "InstructBLIP, evaluated",
+    lead: str = "",
+    baseline: str | None = None,
+    curves: Mapping[str, Path] | None = None,
+    facts: Mapping[str, str] | None = None,
+    samples_per_set: int = 24,
+) -> Path:
+    """Write the report of ``models`` to ``path``, whole or not at all.
+
+    Args:
+        models: results by the name to show; the first is the baseline unless ``baseline`` says
+            otherwise, the last that is no blind control is the one the report is about.
+        lead: a sentence or two under the title.
+        curves: name of a run -> its metrics.jsonl.
+        facts: label -> value, for the foot of the page (seconds, recipe, version, ...).
+        samples_per_set: cards in the gallery per benchmark; 0 leaves it out.
+    """
+    path = Path(path)
+    comparison = compare(models, baseline)
+    blind = {
+        model
+        for model, results in models.items()
+        if any(r.settings.get("blind_seed") is not None for r in results)
+    }
+    subject = next(
+        (m for m in reversed(comparison.models) if m not in blind), comparison.models[-1]
+    )
+    charts = [c for name, file in (curves or {}).items() for c in training_charts(Path(file), name)]
+    text = (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=title,
+            lead=lead,
+            comparison=comparison,
+            roles=ROLES,
+            subject=subject,
+            blind=blind,
+            colours={model: place for place, model in enumerate(comparison.models)},
+            tiles=_tiles(comparison, subject),
+            scale=_scale(comparison),
+            charts=charts,
+            cards=make_cards(models, samples_per_set) if samples_per_set else [],
+            settings=_settings(models),
+            facts=dict(facts or {}),
+        )
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A headline figure: one role's mean of the subject, beside every other model's."""
+
+    role: str
+    row: Row
+
+
+def _tiles(comparison: Comparison, subject: str) -> list[Tile]:
+    return [Tile(ROLES[row.role], row) for row in comparison.means if subject in row.cells]
+
+
+def _scale(comparison: Comparison) -> float:
+    """The right end of the bars: 100, or more where a CIDEr exceeds it."""
+    highs = [c.high for row in comparison.rows for c in row.cells.values() if c.high is not None]
+    return max(100.0, *highs) if highs else 100.0
+
+
+def _settings(models: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
+    """How each benchmark was asked and scored."""
+    found: dict[str, dict[str, Any]] = {}
+    for results in models.values():
+        for result in results:
+            asked = result.settings["benchmark"]
+            decoding = ", ".join(f"{k} {v}" for k, v in asked["decoding"].items())
+            found.setdefault(
+                result.benchmark,
+                {
+                    "name": result.benchmark,
+                    "prompt": asked["prompt"],
+                    "how": decoding or "highest log-likelihood of the candidates",
+                    "metric": result.metric,
+                    "tokenizer": result.tokenizer or "",
+                    "n": result.n,
+                    "split": f"{asked['source']} {asked['split']}",
+                },
+            )
+    return list(found.values())
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.1f}"
+    environment.filters["signed"] = lambda value: f"{value:+.1f}".replace("-", "−")
+    environment.filters["percent"] = lambda value: f"{100 * value:.0f} %"
+    return environment

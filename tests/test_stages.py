@@ -1,0 +1,134 @@
+"""The stages on a tiny random BLIP-2 and a corner of the embedded world, through the real files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from instructblip import assembly, cli, stages
+from instructblip.recipe import Recipe, load_recipe
+from tests.serving.test_engine import write_model
+
+SMALL = [
+    "model.text_branch=random",
+    "data.max_instruction=40",
+    "data.max_prompt=60",
+    "data.max_response=40",
+    "training.steps=4",
+    "training.batch_size=4",
+    "training.warmup_steps=1",
+    "training.validate_every=2",
+    "training.save_every=2",
+    "training.log_every=1",
+    "training.precision=fp32",
+    "evaluation.validation=[scenes_vqav2, scenes_aokvqa]",
+    "evaluation.benchmarks=[scenes_vqav2, scenes_aokvqa, scenes_vsr]",
+    "evaluation.validation_limit=4",
+    "evaluation.limit=4",
+    "evaluation.decoding.max_new_tokens=3",
+]
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    start = write_model(tmp_path_factory.mktemp("blip2"), "blip2")
+    return [f"model.start={start}", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> Path:
+    """What `instructblip quickstart` leaves."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("quickstart")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["quickstart", *overrides, "--out", str(out), "--scale", "0.02", "--debug"])
+    assert stop.value.code == 0
+    return out
+
+
+def recipe_of(out: Path, overrides: list[str], *more: str) -> Recipe:
+    return load_recipe("quickstart", [f"data.root={out / 'scenes'}", *overrides, *more])
+
+
+def test_quickstart_writes_its_figures(out: Path):
+    found = json.loads((out / "results.json").read_text())
+    assert set(found["models"]) == {"blip2", "instructblip", "instructblip_blind"}
+    for model in found["models"].values():
+        assert set(model) == {"held_in", "held_out", "datasets"}
+        assert set(model["datasets"]) == {"scenes_vqav2", "scenes_aokvqa", "scenes_vsr"}
+        assert 0 <= model["held_in"] <= 100
+    assert found["seconds"]["train"] > 0
+    assert "<html" in (out / "report.html").read_text()
+    assert found["seconds"]["total"] >= found["seconds"]["train"]
+
+
+def test_training_moves_the_q_former_and_nothing_else(out: Path, overrides: list[str]):
+    model = assembly.make_model(recipe_of(out, overrides))
+    free = {name for name, _ in model.trainable_parameters()}
+    before = model.state_dict()
+    after = load_file(out / "run" / "last" / "model.safetensors")
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert moved <= free
+    assert {"query_tokens", "language_projection.weight"} <= moved
+
+
+def test_a_run_holds_all_it_needs(out: Path, overrides: list[str]):
+    run = out / "run"
+    names = {path.name for path in run.iterdir()}
+    assert {"best", "last", "checkpoints", "metrics.jsonl", "curves.png", "recipe.yaml"} <= names
+    recipe = recipe_of(out, overrides)
+    for path in (run, run / "best", run / "last", run / "checkpoints" / "step_000004"):
+        assert load_recipe(path / "recipe.yaml") == recipe
+
+
+def test_resume_is_exact_through_the_real_parts(out: Path, overrides: list[str], tmp_path: Path):
+    whole = load_file(out / "run" / "last" / "model.safetensors")
+    recipe = recipe_of(out, overrides)
+    stages.train(recipe, tmp_path / "cut")
+    # as if the run had stopped after step 2
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_000004")
+    result = stages.train(recipe, tmp_path / "cut", resume=True)
+    assert result.step == 4
+    resumed = load_file(tmp_path / "cut" / "last" / "model.safetensors")
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_compare_and_evaluate(out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]):
+    folders = [out / "results" / "blip2", out / "results" / "instructblip"]
+    stages.compare(folders)
+    assert "mean of 2 held-in sets" in capsys.readouterr().out
+    stages.compare(folders, "json")
+    assert json.loads(capsys.readouterr().out)["models"] == ["blip2", "instructblip"]
+    for form, sign in (("markdown", "| data set"), ("latex", r"\begin{tabular}")):
+        cli_form: stages.Form = form  # type: ignore[assignment]
+        stages.compare(folders, cli_form)
+        assert sign in capsys.readouterr().out
+    recipe = recipe_of(out, overrides, "evaluation.benchmarks=[scenes_vsr]")
+    (result,) = stages.evaluate(recipe, str(out / "run"), out / "again")
+    stored = json.loads((out / "results.json").read_text())["models"]["instructblip"]
+    assert result.value == stored["datasets"]["scenes_vsr"]
+
+
+def test_prepare_prints_the_mixture(
+    out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
+):
+    stages.prepare(recipe_of(out, overrides, "data.sets.vqav2.weight=0"))
+    printed = capsys.readouterr().out
+    assert "coco_caption" in printed
+    assert "epochs" in printed
+    assert "vqav2" not in printed
+
+
+def test_quickstart_again_starts_afresh_but_spares_what_is_not_its_own(
+    out: Path, overrides: list[str], tmp_path: Path
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="was not written by a quickstart"):
+        stages.quickstart(tmp_path, overrides, scale=0.02)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
