@@ -10,10 +10,12 @@ import random
 
 from instructblip.batch import Example
 from instructblip.data.scenes.language import (
+    DESCRIPTIONS,
     FRUIT,
     HELD_IN_KINDS,
     QUESTIONS,
     Question,
+    at,
     captions,
     describe,
     detail,
@@ -48,9 +50,11 @@ DETAIL_INSTRUCTIONS = (
     "Give a full description of the picture.",
 )
 SHARES = {
-    "vqa": 40, "multiple_choice": 14, "caption": 14, "detail": 4, "statement": 7, "classify": 6,
-    "ask": 4, "dialogue": 7, "read": 4,
+    "cloze": 24, "list": 6, "vqa": 28, "multiple_choice": 10, "caption": 9, "detail": 2,
+    "statement": 6, "classify": 5, "ask": 2, "dialogue": 5, "read": 3,
 }  # fmt: skip
+LIST_INSTRUCTIONS = ("List the things.", "Name each thing.", "Go through the things one by one.")
+CLOZE_ENDS = ("", "", ":", " is", "?", "? Answer:", "? Short answer:")
 
 
 def question_of(scene: Scene, rng: random.Random, kinds: tuple[str, ...]) -> Question:
@@ -64,10 +68,40 @@ VQA_KINDS = (*HELD_IN_KINDS, "color", "color", "shape", "place", "size", "beside
 CHOICE_KINDS = (*HELD_IN_KINDS, "color", "place", "most", "science", "science", "beside")
 
 
+def _cloze(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A phrase that ends, or nearly ends, with the thing it asks about.
+
+    The first step of a question: a model that has learned to find the attributes of a thing right
+    after its name only has to carry them from there to the end of a longer question.
+    """
+    shapes = scene.shapes
+    thing = rng.choice(shapes) if shapes else None
+    if thing is None:
+        return "the word" if scene.of_kind("word") else "the digit", scene.things[0].name
+    cases = []
+    if [t.name for t in shapes].count(thing.name) == 1:
+        name = rng.choice((thing.name, f"{thing.colour} {thing.name}"))
+        cases += [
+            (f"the color of the {thing.name}", thing.colour),
+            (f"the size of the {name}", thing.size),
+            (f"the place of the {name}", thing.place),
+        ]
+    if [t.colour for t in shapes].count(thing.colour) == 1:
+        cases.append((f"the shape that is {thing.colour}", thing.name))
+    cases.append((f"the shape {at(thing.place)}", thing.name))
+    cases.append((f"the color {at(thing.place)}", thing.colour))
+    text, answer = rng.choice(cases)
+    return text + rng.choice(CLOZE_ENDS), answer
+
+
 def _turn(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """One instruction and its response."""
     task = rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
     fields: dict = {}
+    if task == "cloze":
+        return _cloze(scene, rng)
+    if task == "list":
+        return rng.choice(LIST_INSTRUCTIONS), rng.choice(DESCRIPTIONS[2:5])(list(scene.things))
     if task == "caption":
         answer = rng.choice(captions(scene))
         task = "caption_ocr" if scene.of_kind("word") and rng.random() < 0.5 else task
@@ -108,7 +142,7 @@ def _turn(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return rendered.prompt, rendered.response
 
 
-def document(rng: random.Random, turns: int = 6) -> tuple[str, list[tuple[str, str]]]:
+def document(rng: random.Random, turns: int = 5) -> tuple[str, list[tuple[str, str]]]:
     """A description and ``turns`` pairs of instruction and response."""
     words = rng.choice((0, 0, 0, 1, 2))
     digits = 1 if words == 0 and rng.random() < 0.25 else 0

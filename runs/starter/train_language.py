@@ -25,7 +25,7 @@ from instructblip.data.scenes.language import QUESTIONS, describe
 from instructblip.data.scenes.world import sample_scene
 
 SCENES = 24  # documents a step
-NOISE = 0.1  # of an embedding's size: soft prompts will not be exact words
+NOISE = 0.05  # of an embedding's size: soft prompts will not be exact words
 
 
 def build(vocab_size: int) -> LlamaForCausalLM:
