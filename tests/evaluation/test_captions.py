@@ -46,6 +46,11 @@ def test_cider_of_one_picture_is_zero() -> None:
     assert captions.rouge_l(["a red dog"], [["a red dog"]]).value == 1.0
 
 
+def test_captions_without_a_token_agree_in_rouge_alone() -> None:
+    assert captions.rouge_l([".", "."], [["!"], ["a dog"]]).per_image == [1.0, 0.0]
+    assert captions.cider([".", "."], [["!"], ["a dog"]]).value == 0.0
+
+
 def test_cider_depends_on_the_whole_set() -> None:
     few = captions.cider(CANDIDATES[:2], REFERENCES[:2]).per_image[0]
     assert abs(few - CIDER[0]) > 0.02

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -22,7 +24,7 @@ from instructblip.batch import Example
 from instructblip.data.images import ImageTransform
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.evaluate import evaluate
-from instructblip.serving.engine import Engine
+from instructblip.serving.engine import Engine, fingerprint
 from tests.data.tiny import byte_level, wordpiece, write_picture
 from tests.evaluation.fakes import ListDataset, benchmark
 from tests.parity.tiny import tiny_config
@@ -150,7 +152,13 @@ def test_an_aware_model_needs_its_qformer_tokenizer(engine: Engine) -> None:
         Engine(engine.model, replace(engine.tokens, qformer=None), engine.pictures.transform)
 
 
-def test_fingerprint_follows_the_weights(folder: Path, engine: Engine) -> None:
+def test_fingerprint_follows_the_weights(folder: Path, engine: Engine, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    assert fingerprint(other, True) == engine.fingerprint
+    weights = load_file(other / "model.safetensors")
+    weights["query_tokens"] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    assert fingerprint(other, True) != engine.fingerprint
     assert Engine.from_pretrained(folder, device="cpu").fingerprint == engine.fingerprint
     plain = Engine.from_pretrained(folder, device="cpu", instruction_aware=False)
     assert plain.fingerprint != engine.fingerprint
