@@ -68,7 +68,7 @@ VQA_KINDS = (*HELD_IN_KINDS, "color", "color", "shape", "place", "size", "beside
 CHOICE_KINDS = (*HELD_IN_KINDS, "color", "place", "most", "science", "science", "beside")
 
 
-def _cloze(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _cloze(scene: Scene, rng: random.Random, ends: tuple[str, ...] = CLOZE_ENDS) -> tuple[str, str]:
     """A phrase that ends, or nearly ends, with the thing it asks about.
 
     The first step of a question: a model that has learned to find the attributes of a thing right
@@ -91,7 +91,7 @@ def _cloze(scene: Scene, rng: random.Random) -> tuple[str, str]:
     cases.append((f"the shape {at(thing.place)}", thing.name))
     cases.append((f"the color {at(thing.place)}", thing.colour))
     text, answer = rng.choice(cases)
-    return text + rng.choice(CLOZE_ENDS), answer
+    return text + rng.choice(ends), answer
 
 
 def _turn(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -142,13 +142,40 @@ def _turn(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return rendered.prompt, rendered.response
 
 
-def document(rng: random.Random, turns: int = 5) -> tuple[str, list[tuple[str, str]]]:
-    """A description and ``turns`` pairs of instruction and response."""
-    words = rng.choice((0, 0, 0, 1, 2))
-    digits = 1 if words == 0 and rng.random() < 0.25 else 0
+BASIC_KINDS = ("color", "shape", "shape at", "place", "size", "exists")
+LESSONS = ("phrases", "questions", "everything")
+
+
+def document(
+    rng: random.Random, turns: int = 5, lesson: str = "everything"
+) -> tuple[str, list[tuple[str, str]]]:
+    """A description and pairs of instruction and response.
+
+    Which attribute belongs to which thing is the one hard step, and it comes in ``LESSONS``:
+    "phrases" end with the thing they ask about, after one manner of description; "questions" are
+    short and about one thing, after every manner; then comes everything. Without the first lesson
+    the plateau of guessing among the things present is not left (docs/log.md).
+    """
+    basic = lesson != "everything"
+    words = 0 if basic else rng.choice((0, 0, 0, 1, 2))
+    digits = 1 if not basic and words == 0 and rng.random() < 0.25 else 0
     shapes = rng.choice(((1, 1), (2, 2), (2, 2), (3, 3), (1, 3)))
     scene = sample_scene(rng, shapes, words, digits, pairs="any")
-    return describe(scene, rng), [_turn(scene, rng) for _ in range(turns)]
+    if not basic:
+        return describe(scene, rng), [_turn(scene, rng) for _ in range(turns)]
+    # A dictionary, so that no question comes twice: its answer could be copied from the first.
+    asked: dict[str, str] = {}
+    for _ in range(2 * turns):
+        if lesson == "phrases":
+            text, answer = _cloze(scene, rng, ends=("",))
+        elif rng.random() < 0.5:
+            text, answer = _cloze(scene, rng)
+        else:
+            question = question_of(scene, rng, BASIC_KINDS)
+            text, answer = f"{question.text} Short answer:", question.answer
+        asked[text] = answer
+    told = DESCRIPTIONS[2](list(scene.things)) if lesson == "phrases" else describe(scene, rng)
+    return told, list(asked.items())
 
 
 def texts(rng: random.Random, documents: int) -> list[str]:

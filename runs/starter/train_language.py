@@ -16,15 +16,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from corpus import document
+from corpus import LESSONS, document
 from muon import Muon
 from starter_io import save_checkpoint, take_checkpoint
+from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from instructblip.data.scenes.language import QUESTIONS, describe
 from instructblip.data.scenes.world import sample_scene
 
 SCENES = 24  # documents a step
+LESSON_ENDS = (0.13, 0.3)  # shares of the time
+SCAFFOLD = (0.45, 0.75)  # shares of the time at which it starts to go and is gone
 NOISE = 0.05  # of an embedding's size: soft prompts will not be exact words
 
 
@@ -47,9 +50,39 @@ def build(vocab_size: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+class Scaffold(nn.Module):
+    """A short causal convolution in front of each attention's projections, taken away at the end.
+
+    Binding ("which colour has the circle") needs the previous words at a thing's position and a
+    match with the question; plain attention stays for thousands of steps on the plateau where it
+    has learned neither. With the words before mixed in, one layer can do it. ``strength`` then
+    goes to 0 while training goes on, and attention takes the work over: what remains is a Llama.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, kernel: int = 4) -> None:
+        super().__init__()
+        width, self.kernel, self.strength = model.config.hidden_size, kernel, 1.0
+        layers = model.model.layers
+        self.weights = nn.ParameterList(torch.randn(width, 1, kernel) * 0.3 for _ in layers)
+        for layer, weight in zip(layers, self.weights, strict=True):
+            layer.self_attn.register_forward_pre_hook(self._hook(weight), with_kwargs=True)
+
+    def _hook(self, weight: nn.Parameter):
+        def mix(_module, args, kwargs):
+            if not self.strength:
+                return args, kwargs
+            hidden = kwargs["hidden_states"]
+            before = F.pad(hidden.transpose(1, 2), (self.kernel - 1, 0))
+            mixed = F.conv1d(before, weight, groups=hidden.shape[2]).transpose(1, 2)
+            return args, {**kwargs, "hidden_states": hidden + self.strength * mixed}
+
+        return mix
+
+
+def optimizers(model: LlamaForCausalLM, scaffold: Scaffold) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    rest += list(scaffold.parameters())
     return [
         Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
@@ -136,17 +169,23 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(str(args.out))
     model = build(-(-len(tokenizer) // 64) * 64)
-    opts = optimizers(model)
+    scaffold = Scaffold(model)
+    both = nn.ModuleList([model, scaffold])
+    opts = optimizers(model, scaffold)
     base = [o.param_groups[0]["lr"] for o in opts]
-    step, spent = take_checkpoint(args.out, model, opts)
+    step, spent = take_checkpoint(args.out, both, opts)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, step {step}")
     start = last = time.monotonic() - spent
     running: list[float] = []
     while (elapsed := time.monotonic() - start) < 60 * args.minutes:
-        # Constant, then linearly down over the last 40 % of the time.
-        factor = min(1.0, (step + 1) / 50, (1 - elapsed / (60 * args.minutes)) / 0.4)
+        # Constant, then linearly down over the last 30 % of the time; the scaffold goes before.
+        done = elapsed / (60 * args.minutes)
+        factor = min(1.0, (step + 1) / 50, (1 - done) / 0.3)
+        first, gone = SCAFFOLD
+        scaffold.strength = min(1.0, max(0.0, (gone - done) / (gone - first)))
         rng = random.Random(step)
-        rows = rows_of([document(rng) for _ in range(SCENES)], tokenizer)
+        lesson = LESSONS[sum(done >= end for end in LESSON_ENDS)]
+        rows = rows_of([document(rng, lesson=lesson) for _ in range(SCENES)], tokenizer)
         total = 0.0
         for part in equal_lengths(rows):
             logits, targets = response_logits(model, *tensors(part), noise=NOISE)
@@ -167,8 +206,9 @@ def main() -> None:
             )
             running = []
         if time.monotonic() - last > 120:
-            save_checkpoint(args.out, model, opts, step, elapsed)
+            save_checkpoint(args.out, both, opts, step, elapsed)
             last = time.monotonic()
+    scaffold.strength = 0.0
     model.generation_config.eos_token_id = 2
     model.save_pretrained(str(args.out))
     scores = accuracy(model, tokenizer, 400)
