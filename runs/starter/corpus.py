@@ -7,6 +7,7 @@ answer them when the scene is told in words.
 """
 
 import random
+from dataclasses import dataclass
 
 from instructblip.batch import Example
 from instructblip.data.scenes.language import (
@@ -143,39 +144,53 @@ def _turn(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 BASIC_KINDS = ("color", "shape", "shape at", "place", "size", "exists")
-LESSONS = ("phrases", "questions", "everything")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the documents of a lesson look like: ends of phrases, whole questions, manners."""
+
+    ends: tuple[str, ...]
+    questions: float
+    manners: int
+
+
+LESSONS = (
+    Lesson(ends=("",), questions=0.0, manners=1),
+    Lesson(ends=("", "?", ":"), questions=0.0, manners=1),
+    Lesson(ends=("", "?", ":", "? Answer:", "? Short answer:"), questions=0.0, manners=1),
+    Lesson(ends=CLOZE_ENDS, questions=0.6, manners=1),
+    Lesson(ends=CLOZE_ENDS, questions=0.6, manners=3),
+    Lesson(ends=CLOZE_ENDS, questions=0.6, manners=6),
+)
+"""Which attribute belongs to which thing is the one hard step. It is learned when a phrase ends
+with the thing it asks about, and carried from there, little by little, to whole questions and to
+every manner of description; without the first lessons the plateau of guessing among the things
+present is not left (docs/log.md). After the last lesson comes everything."""
+_MANNERS = tuple(DESCRIPTIONS[i] for i in (2, 0, 1, 5, 3, 4))
 
 
 def document(
-    rng: random.Random, turns: int = 5, lesson: str = "everything"
+    rng: random.Random, turns: int = 5, lesson: Lesson | None = None
 ) -> tuple[str, list[tuple[str, str]]]:
-    """A description and pairs of instruction and response.
-
-    Which attribute belongs to which thing is the one hard step, and it comes in ``LESSONS``:
-    "phrases" end with the thing they ask about, after one manner of description; "questions" are
-    short and about one thing, after every manner; then comes everything. Without the first lesson
-    the plateau of guessing among the things present is not left (docs/log.md).
-    """
-    basic = lesson != "everything"
-    words = 0 if basic else rng.choice((0, 0, 0, 1, 2))
-    digits = 1 if not basic and words == 0 and rng.random() < 0.25 else 0
+    """A description and pairs of instruction and response; of a lesson, or of everything."""
+    words = 0 if lesson else rng.choice((0, 0, 0, 1, 2))
+    digits = 1 if not lesson and words == 0 and rng.random() < 0.25 else 0
     shapes = rng.choice(((1, 1), (2, 2), (2, 2), (3, 3), (1, 3)))
     scene = sample_scene(rng, shapes, words, digits, pairs="any")
-    if not basic:
+    if not lesson:
         return describe(scene, rng), [_turn(scene, rng) for _ in range(turns)]
     # A dictionary, so that no question comes twice: its answer could be copied from the first.
     asked: dict[str, str] = {}
     for _ in range(2 * turns):
-        if lesson == "phrases":
-            text, answer = _cloze(scene, rng, ends=("",))
-        elif rng.random() < 0.5:
-            text, answer = _cloze(scene, rng)
-        else:
+        if rng.random() < lesson.questions:
             question = question_of(scene, rng, BASIC_KINDS)
             text, answer = f"{question.text} Short answer:", question.answer
+        else:
+            text, answer = _cloze(scene, rng, lesson.ends)
         asked[text] = answer
-    told = DESCRIPTIONS[2](list(scene.things)) if lesson == "phrases" else describe(scene, rng)
-    return told, list(asked.items())
+    manner = _MANNERS[rng.randrange(lesson.manners)]
+    return manner(list(scene.things)), list(asked.items())
 
 
 def texts(rng: random.Random, documents: int) -> list[str]:

@@ -12,11 +12,12 @@ import argparse
 import json
 import random
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from corpus import LESSONS, document
+from corpus import LESSONS, Lesson, document
 from muon import Muon
 from starter_io import save_checkpoint, take_checkpoint
 from torch import nn
@@ -26,8 +27,6 @@ from instructblip.data.scenes.language import QUESTIONS, describe
 from instructblip.data.scenes.world import sample_scene
 
 SCENES = 24  # documents a step
-LESSON_ENDS = (0.13, 0.3)  # shares of the time
-SCAFFOLD = (0.45, 0.75)  # shares of the time at which it starts to go and is gone
 NOISE = 0.05  # of an embedding's size: soft prompts will not be exact words
 
 
@@ -77,6 +76,37 @@ class Scaffold(nn.Module):
             return args, {**kwargs, "hidden_states": hidden + self.strength * mixed}
 
         return mix
+
+
+@dataclass
+class Progress:
+    """Which lesson it is: the next one comes when 95 % of the answers are right."""
+
+    number: int = 0
+    hits: float = 0.0
+    lessons_took: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.number >= len(LESSONS)
+
+    @property
+    def lesson(self) -> Lesson | None:
+        return None if self.finished else LESSONS[self.number]
+
+    def note(self, hits: float, elapsed: float, step: int) -> None:
+        self.hits = 0.95 * self.hits + 0.05 * hits
+        if not self.finished and self.hits > 0.95:
+            self.number, self.hits, self.lessons_took = self.number + 1, 0.0, elapsed
+            print(f"{step} {elapsed:.0f}s lesson {self.number}", flush=True)
+
+    def save(self, out: Path) -> None:
+        (out / "progress.json").write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, out: Path) -> "Progress":
+        path = out / "progress.json"
+        return cls(**json.loads(path.read_text())) if path.exists() else cls()
 
 
 def optimizers(model: LlamaForCausalLM, scaffold: Scaffold) -> list[torch.optim.Optimizer]:
@@ -174,24 +204,27 @@ def main() -> None:
     opts = optimizers(model, scaffold)
     base = [o.param_groups[0]["lr"] for o in opts]
     step, spent = take_checkpoint(args.out, both, opts)
+    progress = Progress.load(args.out)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, step {step}")
     start = last = time.monotonic() - spent
     running: list[float] = []
     while (elapsed := time.monotonic() - start) < 60 * args.minutes:
-        # Constant, then linearly down over the last 30 % of the time; the scaffold goes before.
-        done = elapsed / (60 * args.minutes)
-        factor = min(1.0, (step + 1) / 50, (1 - done) / 0.3)
-        first, gone = SCAFFOLD
-        scaffold.strength = min(1.0, max(0.0, (gone - done) / (gone - first)))
+        # What is left after the lessons: constant, then linearly down over the last 40 %; the
+        # scaffold goes in the middle.
+        rest = 60 * args.minutes - progress.lessons_took
+        done = (elapsed - progress.lessons_took) / rest if progress.finished else 0.0
+        factor = min(1.0, (step + 1) / 50, (1 - done) / 0.4)
+        scaffold.strength = min(1.0, max(0.0, (0.6 - done) / 0.35))
         rng = random.Random(step)
-        lesson = LESSONS[sum(done >= end for end in LESSON_ENDS)]
-        rows = rows_of([document(rng, lesson=lesson) for _ in range(SCENES)], tokenizer)
-        total = 0.0
+        rows = rows_of([document(rng, lesson=progress.lesson) for _ in range(SCENES)], tokenizer)
+        total, right = 0.0, []
+        tokens = sum(sum(marks) for _, marks in rows)
         for part in equal_lengths(rows):
             logits, targets = response_logits(model, *tensors(part), noise=NOISE)
-            loss = F.cross_entropy(logits, targets, reduction="sum")
-            (loss / sum(sum(marks) for _, marks in rows)).backward()
-            total += loss.item() / sum(sum(marks) for _, marks in rows)
+            loss = F.cross_entropy(logits, targets, reduction="sum") / tokens
+            loss.backward()
+            total += loss.item()
+            right.append((logits.argmax(-1) == targets)[targets != tokenizer.eos_token_id])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, lr in zip(opts, base, strict=True):
             optimizer.param_groups[0]["lr"] = lr * factor
@@ -199,13 +232,18 @@ def main() -> None:
             optimizer.zero_grad()
         running.append(total)
         step += 1
+        progress.note(torch.cat(right).float().mean().item(), elapsed, step)
         if step % 200 == 0:
             scores = accuracy(model, tokenizer)
+            mean = sum(running) / len(running)
             print(
-                f"{step} {elapsed:.0f}s loss {sum(running) / len(running):.4f} {scores}", flush=True
+                f"{step} {elapsed:.0f}s lesson {progress.number} loss {mean:.4f} "
+                f"hits {progress.hits:.3f} scaffold {scaffold.strength:.2f} {scores}",
+                flush=True,
             )
             running = []
         if time.monotonic() - last > 120:
+            progress.save(args.out)
             save_checkpoint(args.out, both, opts, step, elapsed)
             last = time.monotonic()
     scaffold.strength = 0.0

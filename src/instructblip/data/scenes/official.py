@@ -49,8 +49,10 @@ class _Set:
         """Draw ``scene`` below ``images/``; JPEG without chroma subsampling, or PNG."""
         path = self.root / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        options = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
-        render(scene).save(path, **options)
+        if path.suffix == ".jpg":
+            render(scene).save(path, quality=95, subsampling=0)
+        else:
+            render(scene).save(path)
         return name
 
     def annotate(self, name: str, content: Any) -> None:
