@@ -22,6 +22,55 @@ from instructblip.data.tokens import Tokens
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.pretrained import save_text_branch
 
+CARD = """# The starter: a small BLIP-2 of the embedded world
+
+A BLIP-2 in transformers' format (`Blip2ForConditionalGeneration`), {parameters:.1f} M parameters,
+{size:.0f} MB, trained by this project's own code (`runs/starter.sh`) on two CPU cores. It plays the
+BLIP-2 checkpoint that instruction tuning starts from: it describes pictures of the world of
+`instructblip.data.scenes` and follows instructions poorly. It is of no use on photographs.
+
+- **Language model** (plays Vicuna): Llama, width 192, byte-level BPE of its own. Trained on text
+  alone for {steps:,} steps: scenes told in words and questions of every kind about them.
+- **Image encoder** (plays EVA-CLIP): ViT, 4 layers of width 160, 64x64 pixels in patches of 8.
+  Trained on {pictures:,} pictures to name what stands in each cell.
+- **Q-Former** (plays BLIP-2's): 4 layers of width 192, 16 queries. Stage 1: image-text matching and
+  grounded captions; stage 2: short captions through the frozen language model.
+
+`text_branch.safetensors` is the text half of the stage-1 Q-Former (what a
+`Blip2ForImageTextRetrieval` checkpoint carries), from which an instruction-aware Q-Former starts.
+
+**Kept out of every stage with pictures**: six colour-shape pairs, the handwritten digits of the
+test half, every picture of a held-out set. No question is asked about a picture before tuning.
+
+## What the language model can do when the scene is told in words
+
+Exact match in percent, the ceiling for what tuning can reach without the Q-Former's help:
+
+{text}
+
+## What the image encoder sees
+
+Accuracy at occupied cells, digits of unseen handwriting, in percent:
+
+{vision}
+"""
+
+
+def card(out: Path, parameters: int) -> str:
+    """The model card, from the figures that the stages left."""
+    text = json.loads((out / "text_accuracy.json").read_text())
+    vision = json.loads((out / "vision_accuracy.json").read_text())
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
+    steps, pictures = text.pop("steps"), vision.pop("pictures")
+    tables = [
+        "\n".join(["| kind | accuracy |", "|---|---|", *(f"| {k} | {v} |" for k, v in t.items())])
+        for t in (text, vision)
+    ]
+    return CARD.format(
+        parameters=parameters / 1e6, size=size, steps=steps, pictures=pictures,
+        text=tables[0], vision=tables[1],
+    )  # fmt: skip
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -51,6 +100,8 @@ def main() -> None:
             shutil.copy(source / name, args.out / name)
     settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_new_tokens": 40}
     (args.out / "generation_config.json").write_text(json.dumps(settings, indent=2))
+    parameters = sum(p.numel() for p in plain.parameters())
+    (args.out / "README.md").write_text(card(args.out, parameters))
     size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file())
     print(f"{args.out}: {size / 2**20:.1f} MiB")
 

@@ -21,7 +21,7 @@ from instructblip.data.scenes.language import (
     describe,
     detail,
 )
-from instructblip.data.scenes.world import Scene, sample_scene
+from instructblip.data.scenes.world import COLOURS, SHAPES, Scene, sample_scene
 from instructblip.data.templates import TEMPLATES, render_instruction
 
 PLAIN = {
@@ -89,6 +89,11 @@ def _cloze(scene: Scene, rng: random.Random, ends: tuple[str, ...] = CLOZE_ENDS)
         ]
     if [t.colour for t in shapes].count(thing.colour) == 1:
         cases.append((f"the shape that is {thing.colour}", thing.name))
+    for kind in ("color", "place", "size", "shape"):
+        question = QUESTIONS[kind](scene, rng)
+        text = question.text.removesuffix("?") if question else ""
+        if text.endswith((*SHAPES, *COLOURS)):
+            cases.append((text, question.answer))
     cases.append((f"the shape {at(thing.place)}", thing.name))
     cases.append((f"the color {at(thing.place)}", thing.colour))
     text, answer = rng.choice(cases)

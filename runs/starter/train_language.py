@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from instructblip.data.scenes.language import QUESTIONS, describe
 from instructblip.data.scenes.world import sample_scene
 
+LAYERS, FIRST_LAYERS = 4, 2  # the first lesson is learned by the first layers alone
 SCENES = 24  # documents a step
 NOISE = 0.05  # of an embedding's size: soft prompts will not be exact words
 
@@ -36,7 +37,7 @@ def build(vocab_size: int) -> LlamaForCausalLM:
         vocab_size=vocab_size,
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=LAYERS,
         num_attention_heads=6,
         num_key_value_heads=6,
         max_position_embeddings=512,
@@ -46,7 +47,11 @@ def build(vocab_size: int) -> LlamaForCausalLM:
         pad_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers[FIRST_LAYERS:]:  # identity until they have learned something
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
 
 
 class Scaffold(nn.Module):
@@ -125,14 +130,14 @@ def rows_of(documents, tokenizer) -> list[tuple[list[int], list[bool]]]:
     for description, turns in documents:
         texts.append(description)
         for prompt, response in turns:
-            texts += [prompt, f": {response}"]
+            texts += [prompt, response]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
     rows = []
     for _, turns in documents:
         ids = list(next(encoded))
         loss = [False] * len(ids)
         for _ in turns:
-            prompt, response = next(encoded), next(encoded)[1:]
+            prompt, response = next(encoded), next(encoded)
             ids += [1, *prompt, *response, 2]
             loss += [False] * (1 + len(prompt)) + [True] * (len(response) + 1)
         rows.append((ids, loss))
@@ -215,6 +220,8 @@ def main() -> None:
         done = (elapsed - progress.lessons_took) / rest if progress.finished else 0.0
         factor = min(1.0, (step + 1) / 50, (1 - done) / 0.4)
         scaffold.strength = min(1.0, max(0.0, (0.6 - done) / 0.35))
+        # What a thing's name brings has to be there early for later layers to carry it on.
+        model.config.num_hidden_layers = FIRST_LAYERS if progress.number == 0 else LAYERS
         rng = random.Random(step)
         rows = rows_of([document(rng, lesson=progress.lesson) for _ in range(SCENES)], tokenizer)
         total, right = 0.0, []
