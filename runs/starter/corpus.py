@@ -166,7 +166,6 @@ LESSONS = (
     Lesson(ends=("", "?", ":", "? Answer:", "? Short answer:"), questions=0.0, manners=1),
     Lesson(ends=CLOZE_ENDS, questions=0.6, manners=1),
     Lesson(ends=CLOZE_ENDS, questions=0.6, manners=3),
-    Lesson(ends=CLOZE_ENDS, questions=0.6, manners=6),
 )
 """Which attribute belongs to which thing is the one hard step. It is learned when a phrase ends
 with the thing it asks about, and carried from there, little by little, to whole questions and to
