@@ -160,10 +160,11 @@ def quickstart(
     with _clock(seconds, "train"):
         if train(recipe, run, resume).stopped == "terminated":
             return
+    tuned = str(run / "last")  # not the best: validation chose that on pictures measured here
     with _clock(seconds, "evaluate_instructblip"):
-        after = evaluate(recipe, str(run), results / "instructblip")
+        after = evaluate(recipe, tuned, results / "instructblip")
     with _clock(seconds, "evaluate_blind"):
-        blind = evaluate(recipe, str(run), results / "instructblip_blind", blind_seed=0)
+        blind = evaluate(recipe, tuned, results / "instructblip_blind", blind_seed=0)
     models = {"blip2": before, "instructblip": after, "instructblip_blind": blind}
     folders = [results / name for name in models]
     with _clock(seconds, "report"):
