@@ -51,21 +51,25 @@ DETAIL_INSTRUCTIONS = (
     "Give a full description of the picture.",
 )
 SHARES = {
-    "cloze": 24, "list": 6, "vqa": 28, "multiple_choice": 10, "caption": 9, "detail": 2,
-    "statement": 6, "classify": 5, "ask": 2, "dialogue": 5, "read": 3,
+    "cloze": 8, "list": 2, "vqa": 38, "multiple_choice": 12, "caption": 5, "detail": 1,
+    "statement": 10, "classify": 8, "ask": 2, "dialogue": 6, "read": 8,
 }  # fmt: skip
 LIST_INSTRUCTIONS = ("List the things.", "Name each thing.", "Go through the things one by one.")
 CLOZE_ENDS = ("", "", ":", " is", "?", "? Answer:", "? Short answer:")
 
 
 def question_of(scene: Scene, rng: random.Random, kinds: tuple[str, ...]) -> Question:
-    """A question of one of the kinds that fits the scene."""
+    """A question of one of the kinds that fits the scene; what is written there comes first."""
     while True:
+        written = [k for k in ("word", "digit") if k in kinds and scene.of_kind(k)]
+        if written and rng.random() < 0.35 and (q := QUESTIONS[rng.choice(written)](scene, rng)):
+            return q
         if question := QUESTIONS[rng.choice(kinds)](scene, rng):
             return question
 
 
-VQA_KINDS = (*HELD_IN_KINDS, "color", "color", "shape", "place", "size", "beside", "beside")
+BASIC_KINDS = ("color", "shape", "shape at", "place", "size", "exists")
+VQA_KINDS = (*HELD_IN_KINDS, *BASIC_KINDS, "exists", "beside", "beside", "beside")
 CHOICE_KINDS = (*HELD_IN_KINDS, "color", "place", "most", "science", "science", "beside")
 
 
@@ -146,9 +150,6 @@ def _turn(scene: Scene, rng: random.Random) -> tuple[str, str]:
     templates = PLAIN[task] if rng.random() < 0.5 or task == "classify" else TEMPLATES[task]
     rendered = render_instruction(example, rng, template=rng.choice(templates))
     return rendered.prompt, rendered.response
-
-
-BASIC_KINDS = ("color", "shape", "shape at", "place", "size", "exists")
 
 
 @dataclass(frozen=True)
