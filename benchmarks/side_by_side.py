@@ -77,7 +77,7 @@ def make_batch(seed: int, samples: int) -> tuple[Batch, dict[str, torch.Tensor]]
         lengths[0] = high
         return [torch.randint(4, top, (int(n),), generator=generator) for n in lengths]
 
-    prompts, responses = rows(8, 34, 32_000), rows(6, 30, 32_000)
+    prompts, responses = rows(4, 34, 32_000), rows(4, 30, 32_000)
     instructions = rows(8, 34, 30_000)
     pixels = torch.randn(samples, 3, 224, 224, generator=generator)
 

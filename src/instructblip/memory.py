@@ -57,14 +57,12 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
     model = build(recipe)
     half = training.precision == "bf16"
     on_gpu = resolve_device(training.device).type == "cuda"
-    trained = frozen = 0
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            trained += parameter.numel() * 4
-        else:
-            frozen += parameter.numel() * (2 if half and on_gpu else 4)
-    kind = torch.bfloat16 if half else None
-    model.to_training_dtypes(frozen_dtype=kind if on_gpu else None, compute_dtype=kind)
+    model.compute_dtype = torch.bfloat16 if half else None
+    for part in model.children():
+        stored = torch.bfloat16 if half and on_gpu and is_big(part, model) else torch.float32
+        retype(part, stored)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in model.parameters()) - trained
     samples = training.micro_batch_size(world_size)
     lengths = (
         min(data.max_instruction, model.config.qformer.max_position_embeddings),
@@ -96,6 +94,27 @@ def build(recipe: Recipe) -> InstructBlip:
     if recipe.training.checkpoint_activations:
         checkpoint_layers(model.language_model)
     return model.set_trainable(recipe.training.trainable).train()
+
+
+def is_big(part: nn.Module, model: InstructBlip) -> bool:
+    """Whether `InstructBlip.to_training_dtypes` stores a part in half precision. (The image
+    encoder's last LayerNorm, which stays in fp32, is too small to matter here.)"""
+    big = part in (model.vision_model, model.language_model)
+    trains = (
+        p.requires_grad for name, p in part.named_parameters() if "post_layernorm" not in name
+    )
+    return big and not any(trains)
+
+
+def retype(part: nn.Module, dtype: torch.dtype) -> None:
+    """``part.to(dtype)``, which torch refuses for fake tensors; shared parameters stay shared."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in part.modules():
+        for name, old in module.named_parameters(recurse=False):
+            if old not in made:
+                new = torch.empty(old.shape, dtype=dtype)
+                made[old] = nn.Parameter(new, requires_grad=old.requires_grad)
+            setattr(module, name, made[old])
 
 
 def walk(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> Tensor:

@@ -71,15 +71,13 @@ def test_chunks_of_the_loss_change_no_gradient(
 def test_loading_draws_no_weights_and_loads_them_all(tmp_path, monkeypatch: pytest.MonkeyPatch):
     theirs = tiny_transformers("llama")
     theirs.save_pretrained(tmp_path)
-    with NoRandomWeights():
-        weight = torch.full((3, 3), 7.0)
-        torch.nn.init.normal_(weight)
-        torch.nn.init.kaiming_uniform_(weight)
-        torch.nn.init.trunc_normal_(weight).fill_(7.0)
-        weight.normal_()
-        assert (weight == 7).all()
+    for draw in ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_", "trunc_normal_"):
+        weight = torch.nn.Parameter(torch.full((3, 3), 7.0))
+        with NoRandomWeights():
+            getattr(torch.nn.init, draw)(weight)
+        assert (weight == 0).all(), draw
     torch.nn.init.normal_(weight)
-    assert (weight != 7).any()
+    assert (weight != 0).any()
     entered = []
     monkeypatch.setattr(
         pretrained, "NoRandomWeights", lambda: entered.append(True) or NoRandomWeights()

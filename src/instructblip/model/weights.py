@@ -28,16 +28,18 @@ WEIGHT_FILES = (
 
 
 class NoRandomWeights(TorchFunctionMode):
-    """Inside it, modules are built without drawing their weights: for a model that is loaded
-    right afterwards, where drawing 7 billion of them would take a minute for nothing."""
+    """Inside it, modules are built with zeros in place of random weights: for a model that is
+    loaded right afterwards, where drawing 7 billion numbers would take a minute for nothing."""
 
     DRAWS = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in self.DRAWS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+        if getattr(func, "__name__", "") not in self.DRAWS:
+            return func(*args, **kwargs)
+        tensor = args[0] if args else kwargs["tensor"]
+        tensor.detach().zero_()  # defined values, or sampling by rejection might never end
+        return tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:
