@@ -10,12 +10,12 @@ export PYTHONPATH=src:runs/starter
 stage() { echo "== $*"; "$python" -u "runs/starter/$1.py" "${@:2}"; }
 
 [ -f "$work/language/tokenizer.json" ] || stage build_tokenizers "$work/language"
-[ -f "$work/language/text_accuracy.json" ] || stage train_language "$work/language" --minutes 80
+[ -f "$work/language/text_accuracy.json" ] || stage train_language "$work/language" --minutes 36
 [ -f "$work/vision/vision_accuracy.json" ] || stage train_vision "$work/vision" --minutes 20
 [ -f "$work/stage1/qformer.pt" ] || stage train_blip2 1 --vision "$work/vision" \
-    --tokenizers "$work/language" --out "$work/stage1" --minutes 25
+    --tokenizers "$work/language" --out "$work/stage1" --minutes 35
 [ -f "$work/stage2/qformer.pt" ] || stage train_blip2 2 --vision "$work/vision" \
     --tokenizers "$work/language" --language "$work/language" --start "$work/stage1" \
-    --out "$work/stage2" --minutes 20
+    --out "$work/stage2" --minutes 15
 stage assemble --vision "$work/vision" --language "$work/language" --qformer "$work/stage2" \
     --out src/instructblip/starter

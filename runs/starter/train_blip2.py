@@ -45,7 +45,7 @@ from instructblip.model.config import InstructBlipConfig, QFormerConfig
 from instructblip.model.instructblip import InstructBlip
 
 PICTURES = 48  # a step
-SHORT_CAPTIONS = CAPTIONS[:3]  # web captions name things, not their size or place
+CAPTION_WEIGHTS = (3, 3, 3, 1, 1)  # web captions name things, and seldom their size or place
 
 
 def build(language: dict, qformer_vocab: int, image_token_id: int) -> InstructBlip:
@@ -174,7 +174,8 @@ class Stage:
     def caption(self, features: Tensor, scenes: list[Scene], rng: random.Random) -> Tensor:
         """Stage 2: the frozen language model tells the caption; the Q-Former reads no text."""
         prompts = [rng.choice(TEMPLATES["caption"]) for _ in scenes]
-        wanted = [rng.choice(SHORT_CAPTIONS)(scene) for scene in scenes]
+        forms = rng.choices(CAPTIONS, CAPTION_WEIGHTS, k=len(scenes))
+        wanted = [form(scene) for form, scene in zip(forms, scenes, strict=True)]
         none = torch.zeros(len(scenes), 0, dtype=torch.long)
         queries = self.model.query_tokens.expand(len(scenes), -1, -1)
         hidden = self.model.qformer(queries, features, none, none)
