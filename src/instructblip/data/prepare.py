@@ -21,7 +21,8 @@ import pyarrow as pa
 
 from instructblip.batch import Example
 from instructblip.data.sources import Source, source_of
-from instructblip.data.sources.records import FilesRead, image_name, note_files
+from instructblip.data.sources.opened import FilesRead, note_files
+from instructblip.data.sources.records import image_name
 
 FORMAT_VERSION = 1
 ROWS_PER_BATCH = 2048
