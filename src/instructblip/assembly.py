@@ -1,6 +1,6 @@
 """From a recipe to the objects that a run needs: data sets, loader, model, validation."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from instructblip import distributed
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.mixture import Mixture
-from instructblip.data.pictures import Pictures
+from instructblip.data.pictures import Examples, Pictures
 from instructblip.data.prepare import PreparedDataset, prepare
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.benchmarks import Benchmark, select_benchmarks
@@ -34,44 +34,40 @@ def main_first() -> Iterator[None]:
 
 def prepare_training(recipe: Recipe) -> dict[str, PreparedDataset]:
     """The data sets of the mixture, by name, those of weight 0 left out."""
+    return {name: prepare_entry(recipe, name) for name in training_names(recipe)}
+
+
+def training_names(recipe: Recipe) -> list[str]:
+    return [name for name, entry in recipe.data.sets.items() if entry.weight]
+
+
+def prepare_entry(recipe: Recipe, name: str) -> PreparedDataset:
+    """The data set of one entry of ``data.sets``."""
     data = recipe.data
-    found = {}
-    for name, entry in data.sets.items():
-        if not entry.weight:
-            continue
-        source = data.source_of(name)
-        root = data.root / (entry.root or source)
-        found[name] = prepare(
-            source, root, entry.split, data.prepared_root, max_bad_rate=data.max_bad_rate
-        )
-    return found
+    entry, source = data.sets[name], data.source_of(name)
+    root = data.root / (entry.root or source)
+    return prepare(source, root, entry.split, data.prepared_root, max_bad_rate=data.max_bad_rate)
+
+
+def prepare_split(recipe: Recipe, source: str, split: str) -> PreparedDataset:
+    """A split of one of the published data sets, as benchmarks need it."""
+    data = recipe.data
+    root = data.root_of(source)
+    return prepare(source, root, split, data.prepared_root, max_bad_rate=data.max_bad_rate)
 
 
 def prepare_benchmarks(
     recipe: Recipe, benchmarks: Iterable[Benchmark]
 ) -> dict[str, PreparedDataset]:
     """The data set of each benchmark, by the benchmark's name."""
-    data = recipe.data
-    return {
-        benchmark.name: prepare(
-            benchmark.source,
-            data.root_of(benchmark.source),
-            benchmark.split,
-            data.prepared_root,
-            max_bad_rate=data.max_bad_rate,
-        )
-        for benchmark in benchmarks
-    }
+    return {b.name: prepare_split(recipe, b.source, b.split) for b in benchmarks}
 
 
 def vocabulary_of(recipe: Recipe, benchmark: Benchmark) -> list[str] | None:
     """The distinct answers of the training split, for benchmarks that rank them."""
     if not benchmark.vocabulary:
         return None
-    data = recipe.data
-    training = prepare(
-        benchmark.source, data.root_of(benchmark.source), "train", data.prepared_root
-    )
+    training = prepare_split(recipe, benchmark.source, "train")
     return sorted({answer for example in training for answer in example.answers})
 
 
@@ -84,7 +80,7 @@ def benchmarks_of(recipe: Recipe, names: Iterable[str]) -> list[Benchmark]:
     ]
 
 
-def make_mixture(recipe: Recipe, datasets: dict[str, PreparedDataset]) -> Mixture:
+def make_mixture(recipe: Recipe, datasets: Mapping[str, Examples]) -> Mixture:
     return Mixture(
         sizes={name: len(dataset) for name, dataset in datasets.items()},
         weights={name: recipe.data.sets[name].weight for name in datasets},
@@ -120,9 +116,7 @@ def make_model(recipe: Recipe) -> InstructBlip:
     return model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=half)
 
 
-def make_loader(
-    recipe: Recipe, datasets: dict[str, PreparedDataset], model: InstructBlip
-) -> Loader:
+def make_loader(recipe: Recipe, datasets: Mapping[str, Examples], model: InstructBlip) -> Loader:
     """This rank's training batches."""
     data, training = recipe.data, recipe.training
     tokens, transform = read_assets(recipe, model)

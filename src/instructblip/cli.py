@@ -68,6 +68,21 @@ def prepare(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every picture whole; slower.")
+    ] = False,
+) -> None:
+    """Find what is wrong with the data sets of a recipe, before training does; 1 if too much."""
+    from instructblip.recipe import load_recipe
+
+    if not stages.check(load_recipe(recipe, overrides or []), decode):
+        raise typer.Exit(1)
+
+
+@app.command()
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,

@@ -87,6 +87,10 @@ class DataConfig(_Section):
     """Tokens of a response at most, its end token included."""
     max_bad_rate: Fraction = 0.0
     """Share of unreadable samples that a set may have; they are counted, listed and left out."""
+    check: Literal["required", "run", "skip"] = "required"
+    """Whether training needs a passed `instructblip check`, makes one itself, or takes any data."""
+    drop_leaked: bool = False
+    """Whether training leaves out pictures that an evaluation set of the recipe shows as well."""
     cache_images_mb: NonNegativeInt = 256
     """Memory for decoded pictures in each process that prepares batches."""
 

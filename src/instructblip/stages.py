@@ -37,16 +37,32 @@ def prepare(recipe: "Recipe") -> None:
     print(assembly.describe_mixture(recipe, assembly.make_mixture(recipe, datasets)))
 
 
+def check(recipe: "Recipe", decode: bool = False) -> bool:
+    """Look at every example and picture of the recipe's data sets; say whether all will do."""
+    from instructblip import checking
+
+    good = True
+    for diagnosis in checking.check_recipe(recipe, decode):
+        if isinstance(diagnosis, str):
+            print(f"FAILED  {diagnosis}", flush=True)
+            good = False
+            continue
+        passed = checking.passes(recipe, diagnosis)
+        print(f"{'ok' if passed else 'FAILED':7} {diagnosis.describe()}", flush=True)
+        good = good and passed
+    return good
+
+
 def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
     """Tune the recipe's model; checkpoints, metrics, curves and the model itself go to ``out``."""
-    from instructblip import assembly, distributed
+    from instructblip import assembly, checking, distributed
     from instructblip.training.train import train as run_training
 
     with distributed.process_group():
         if distributed.is_main():
             _store_recipe(recipe, out, resume)
         with assembly.main_first():
-            datasets = assembly.prepare_training(recipe)
+            datasets = checking.checked_training(recipe, assembly.prepare_training(recipe))
         if distributed.is_main():
             print(assembly.describe_mixture(recipe, assembly.make_mixture(recipe, datasets)))
         model = assembly.make_model(recipe)

@@ -10,6 +10,7 @@ import math
 import random
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,44 @@ def decode_image(data: bytes, where: str) -> Image.Image:
             f"picture {where}: cannot be decoded: {reason}; download it again or remove its "
             "annotations"
         ) from None
+
+
+def picture_fault(data: bytes, decode: bool = False) -> str | None:
+    """Why a picture file cannot be used, or None.
+
+    The header is read and the end of the file looked at; where that leaves a doubt, and with
+    ``decode`` always, the picture is decoded whole.
+    """
+    if not data:
+        return "empty file"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                width, height, kind = image.width, image.height, image.format or ""
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        return str(error) or type(error).__name__
+    if width * height > MAX_PIXELS:
+        return f"{width} x {height} pixels; at most {MAX_PIXELS}"
+    if not decode and _ENDS.get(kind, _never)(data):
+        return None
+    try:
+        decode_image(data, "")
+    except ValueError as error:
+        return str(error).removeprefix("picture : cannot be decoded: ").partition(";")[0]
+    return None
+
+
+def _never(_data: bytes) -> bool:
+    return False
+
+
+# How a file ends that was written whole. A JPEG may carry more after its end: then it is decoded.
+_ENDS: dict[str, Callable[[bytes], bool]] = {
+    "JPEG": lambda data: data.rstrip(b"\0").endswith(b"\xff\xd9"),
+    "PNG": lambda data: data[-8:-4] == b"IEND",
+    "WEBP": lambda data: len(data) >= int.from_bytes(data[4:8], "little") + 8,
+}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

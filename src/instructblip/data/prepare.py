@@ -78,16 +78,24 @@ class PreparedDataset:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)} in {self.path}")
+        batches = self._open()
+        i = bisect_right(self._ends, index)
+        row = index - (self._ends[i] - batches[i].num_rows)
+        return _to_example(batches[i].slice(row, 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[Example]:
+        return (_to_example(row) for batch in self._open() for row in batch.to_pylist())
+
+    def column(self, name: str) -> Iterator[Any]:
+        """One field of every example, without building the others."""
+        return (value for batch in self._open() for value in batch.column(name).to_pylist())
+
+    def _open(self) -> list[pa.RecordBatch]:
         if self._batches is None:
             with pa.ipc.open_stream(pa.memory_map(str(self.path / "data.arrow"))) as reader:
                 self._batches = list(reader)
             self._ends = list(accumulate(batch.num_rows for batch in self._batches))
-        i = bisect_right(self._ends, index)
-        batch = self._batches[i]
-        return _to_example(batch, index - (self._ends[i] - batch.num_rows))
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[i] for i in range(len(self)))
+        return self._batches
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_batches": None, "_ends": []}
@@ -299,10 +307,9 @@ def _to_batch(examples: list[Example]) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
 
 
-def _to_example(batch: pa.RecordBatch, row: int) -> Example:
-    value = {name: batch.column(i)[row].as_py() for i, name in enumerate(SCHEMA.names)}
+def _to_example(row: dict[str, Any]) -> Example:
     for name in ("images", "answers", "choices", "ocr_tokens"):
-        value[name] = tuple(value[name])
-    value["history"] = tuple((turn["question"], turn["answer"]) for turn in value["history"])
-    value["extra"] = json.loads(value["extra"])
-    return Example(**value)
+        row[name] = tuple(row[name])
+    row["history"] = tuple((turn["question"], turn["answer"]) for turn in row["history"])
+    row["extra"] = json.loads(row["extra"])
+    return Example(**row)
