@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,11 +15,31 @@ from instructblip.data.prepare import PreparedDataset, prepare
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.benchmarks import Benchmark, select_benchmarks
 from instructblip.evaluation.evaluate import evaluate
+from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.pretrained import model_directory
+from instructblip.model.weights import read_json
 from instructblip.recipe import Recipe
 from instructblip.serving.engine import Engine
 from instructblip.training.train import resolve_device
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What of a model the data depends on: its configuration, without the weights."""
+
+    config: InstructBlipConfig
+
+
+def read_start(recipe: Recipe) -> Start:
+    """The configuration that the recipe's model will have."""
+    settings = recipe.model
+    directory = model_directory(settings.start)
+    config = InstructBlipConfig.from_transformers(read_json(directory / "config.json"))
+    size = settings.image_size or config.vision.image_size
+    vision = config.vision.model_copy(update={"image_size": size})
+    aware = settings.instruction_aware
+    return Start(config.model_copy(update={"vision": vision, "instruction_aware": aware}))
 
 
 @contextmanager
@@ -170,7 +190,7 @@ def make_validation(
     return validate
 
 
-def read_assets(recipe: Recipe, model: InstructBlip) -> tuple[Tokens, ImageTransform]:
+def read_assets(recipe: Recipe, model: InstructBlip | Start) -> tuple[Tokens, ImageTransform]:
     """Tokenizers and picture transform of the start, with the recipe's limits."""
     directory = model_directory(recipe.model.start)
     tokens = with_limits(Tokens.from_pretrained(directory), recipe, model)
@@ -180,7 +200,7 @@ def read_assets(recipe: Recipe, model: InstructBlip) -> tuple[Tokens, ImageTrans
     return tokens, replace(transform, image_size=model.config.vision.image_size)
 
 
-def with_limits(tokens: Tokens, recipe: Recipe, model: InstructBlip) -> Tokens:
+def with_limits(tokens: Tokens, recipe: Recipe, model: InstructBlip | Start) -> Tokens:
     """The tokenizers with the recipe's lengths, within what the Q-Former can read."""
     data = recipe.data
     return replace(

@@ -83,6 +83,19 @@ def check(
 
 
 @app.command()
+def show(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", "--count", help="Samples of each data set.")] = 2,
+    html: Annotated[Path | None, typer.Option(help="Write a page instead of printing.")] = None,
+) -> None:
+    """Show training samples as the model gets them: picture, texts, and what carries loss."""
+    from instructblip.recipe import load_recipe
+
+    stages.show(load_recipe(recipe, overrides or []), count, html)
+
+
+@app.command()
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,

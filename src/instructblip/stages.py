@@ -53,6 +53,26 @@ def check(recipe: "Recipe", decode: bool = False) -> bool:
     return good
 
 
+def show(recipe: "Recipe", count: int, page: Path | None = None) -> None:
+    """Print ``count`` training samples of each data set as the model gets them, or write a page."""
+    from rich.console import Console
+
+    from instructblip import assembly
+    from instructblip.data import show as showing
+
+    datasets = assembly.prepare_training(recipe)
+    loader = assembly.make_loader(recipe, datasets, assembly.read_start(recipe))
+    samples = showing.training_samples(loader, count)
+    if page:
+        print(showing.write_page(page, samples, {"model": recipe.model.start}))
+        return
+    console = Console()
+    for sample in samples:
+        console.print(
+            showing.to_terminal(sample, console.is_terminal), highlight=False, soft_wrap=True
+        )
+
+
 def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
     """Tune the recipe's model; checkpoints, metrics, curves and the model itself go to ``out``."""
     from instructblip import assembly, checking, distributed

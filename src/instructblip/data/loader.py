@@ -11,12 +11,12 @@ from itertools import count
 
 from torch.utils.data import DataLoader
 
-from instructblip.batch import Batch, Sample
+from instructblip.batch import Batch, Example, Sample
 from instructblip.data.collate import collate
 from instructblip.data.mixture import Mixture
 from instructblip.data.order import Order, mix
 from instructblip.data.pictures import Examples, Pictures, make_sample
-from instructblip.data.templates import check_template, render_instruction
+from instructblip.data.templates import Rendered, check_template, render_instruction
 from instructblip.data.tokens import Tokens
 
 
@@ -73,16 +73,23 @@ class Loader:
         return range(start, start + size)
 
     def sample(self, slot: int) -> Sample:
+        """The sample of a slot, with its crop, template and answer."""
         draw = self.order[slot]
-        dataset = self.datasets[draw.dataset]
-        example = dataset[draw.example]
-        seed = mix(self.seed, 3, slot)
-        rng = random.Random(seed)
+        example, rendered = self.rendered(slot)
+        root = self.datasets[draw.dataset].image_root
+        seed = mix(self._seed_of(slot), 4)
+        return make_sample(example, rendered, self.tokens, self.pictures, root, seed)
+
+    def rendered(self, slot: int) -> tuple[Example, Rendered]:
+        """The example of a slot and its texts: the same template and answer each time."""
+        draw = self.order[slot]
+        example = self.datasets[draw.dataset][draw.example]
+        rng = random.Random(self._seed_of(slot))
         own = self.templates.get(self.names[draw.dataset])
-        rendered = render_instruction(example, rng, rng.choice(own) if own else None)
-        return make_sample(
-            example, rendered, self.tokens, self.pictures, dataset.image_root, mix(seed, 4)
-        )
+        return example, render_instruction(example, rng, rng.choice(own) if own else None)
+
+    def _seed_of(self, slot: int) -> int:
+        return mix(self.seed, 3, slot)
 
     def iterate(self, step: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """This rank's micro batches from the first of ``step`` on, ``accumulate`` to a step.
