@@ -136,7 +136,9 @@ def make_model(recipe: Recipe) -> InstructBlip:
     return model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=half)
 
 
-def make_loader(recipe: Recipe, datasets: Mapping[str, Examples], model: InstructBlip) -> Loader:
+def make_loader(
+    recipe: Recipe, datasets: Mapping[str, Examples], model: InstructBlip | Start
+) -> Loader:
     """This rank's training batches."""
     data, training = recipe.data, recipe.training
     tokens, transform = read_assets(recipe, model)
