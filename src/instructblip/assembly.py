@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -11,7 +12,11 @@ from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.mixture import Mixture
 from instructblip.data.pictures import Examples, Pictures
-from instructblip.data.prepare import PreparedDataset, prepare
+from instructblip.data.prepare import Job, PreparedDataset, prepare
+from instructblip.data.remote import fetch_tree, is_remote
+from instructblip.data.sources import SOURCES, source_of
+from instructblip.data.sources.own import Own, own_source
+from instructblip.data.templates import templates_of
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.benchmarks import Benchmark, select_benchmarks
 from instructblip.evaluation.evaluate import evaluate
@@ -19,7 +24,7 @@ from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.pretrained import model_directory
 from instructblip.model.weights import read_json
-from instructblip.recipe import Recipe
+from instructblip.recipe import DataSet, Recipe
 from instructblip.serving.engine import Engine
 from instructblip.training.train import resolve_device
 
@@ -63,10 +68,35 @@ def training_names(recipe: Recipe) -> list[str]:
 
 def prepare_entry(recipe: Recipe, name: str) -> PreparedDataset:
     """The data set of one entry of ``data.sets``."""
+    return job_of(recipe, name).run()
+
+
+def job_of(recipe: Recipe, name: str) -> Job:
+    """How an entry of ``data.sets`` is prepared. A root that is a URL is fetched first."""
     data = recipe.data
-    entry, source = data.sets[name], data.source_of(name)
-    root = data.root / (entry.root or source)
-    return prepare(source, root, entry.split, data.prepared_root, max_bad_rate=data.max_bad_rate)
+    entry = data.sets[name]
+    own = entry.format is not None
+    source = name if own else data.source_of(name)
+    where = entry.root or source
+    if is_remote(where):
+        root = fetch_tree(where, data.prepared_root / "fetched" / name)
+    else:
+        root = data.root / where
+    reader = own_source(_own(name, entry, root)) if own else source_of(source)
+    return Job(source, root, entry.split, data.prepared_root, reader, data.max_bad_rate)
+
+
+def _own(name: str, entry: DataSet, root: Path) -> Own:
+    assert entry.format is not None
+    if name in SOURCES:
+        raise ValueError(f"data.sets.{name}: this name is taken; give data of your own another one")
+    images = entry.images
+    if images is None:
+        images = "images" if (root / "images").is_dir() else "."
+    if entry.task is not None:
+        templates_of(entry.task)
+    columns = tuple(sorted(entry.columns.items()))
+    return Own(name, entry.format, entry.path, images, columns, entry.task)
 
 
 def prepare_split(recipe: Recipe, source: str, split: str) -> PreparedDataset:

@@ -60,11 +60,23 @@ def scenes(
 
 
 @app.command()
-def prepare(recipe: RecipeName, overrides: Overrides = None) -> None:
+def prepare(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Data sets read at a time; one a core by default.")
+    ] = None,
+    export: Annotated[
+        str | None, typer.Option(help="Write samples: llava, sharegpt, messages or parquet.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the export.")] = Path("out/export"),
+) -> None:
     """Read, verify and index the data sets of a recipe; print its mixture."""
     from instructblip.recipe import load_recipe
 
-    stages.prepare(load_recipe(recipe, overrides or []))
+    stages.prepare(
+        load_recipe(recipe, overrides or []), workers, cast("stages.ExportForm | None", export), out
+    )
 
 
 @app.command()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from instructblip.data.export import Form as ExportForm
     from instructblip.evaluation.result import Result
     from instructblip.recipe import Recipe
     from instructblip.training.train import TrainResult
@@ -29,12 +30,31 @@ def scenes(root: Path, seed: int = 0, scale: float = 1.0) -> None:
     print(f"{len(folders)} data sets in {root}: {', '.join(folders)}")
 
 
-def prepare(recipe: "Recipe") -> None:
-    """Read, verify and index the recipe's data sets; print the mixture."""
+def prepare(
+    recipe: "Recipe",
+    workers: int | None = None,
+    form: "ExportForm | None" = None,
+    out: Path = Path("out"),
+) -> None:
+    """Read, verify and index the recipe's data sets; print the mixture, or export the samples."""
     from instructblip import assembly
+    from instructblip.data.export import export
+    from instructblip.data.prepare import prepare_all
 
-    datasets = assembly.prepare_training(recipe)
-    print(assembly.describe_mixture(recipe, assembly.make_mixture(recipe, datasets)))
+    names = assembly.training_names(recipe)
+    found = prepare_all([assembly.job_of(recipe, name) for name in names], workers)
+    datasets = dict(zip(names, found, strict=True))
+    if form is None:
+        print(assembly.describe_mixture(recipe, assembly.make_mixture(recipe, datasets)))
+        return
+    data = recipe.data
+    for name, dataset in datasets.items():
+        templates = data.sets[name].templates
+        print(
+            export(dataset, name, form, out, data.root, seed=data.seed, templates=templates),
+            flush=True,
+        )
+    print(f"paths of pictures are relative to {data.root}")
 
 
 def check(recipe: "Recipe", decode: bool = False) -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from instructblip.data.tokens import Tokens
 
 CHECK_FILE = "check.json"
 CHECK_VERSION = 1
+SAVE_SECONDS = 300
+"""Seconds between two writings of what is known of the pictures, for an interrupted check."""
 
 BAD = ("unreadable picture", "no answer", "no question", "placeholder")
 """Kinds of findings that make an example useless."""
@@ -150,18 +153,25 @@ def check_dataset(
 def picture_facts(dataset: PreparedDataset, decode: bool = False) -> dict[str, PictureFact]:
     """Facts about every picture of a data set, from ``pictures.arrow`` where it is still right."""
     names = dict.fromkeys(name for images in dataset.column("images") for name in images)
-    known = read_facts(dataset.path / FACTS_FILE)
-    done = 0
+    path = dataset.path / FACTS_FILE
+    known = read_facts(path)
+    facts: dict[str, PictureFact] = {}
+    saved = time.monotonic()
     with progress_bar(f"checking {dataset.name} {dataset.split}", "pictures") as advance:
-
-        def seen(count: int) -> None:
-            nonlocal done
-            done += count
-            advance(done, len(names))
-
-        facts = gather_facts(names, dataset.image_root, known, decode=decode, seen=seen)
+        try:
+            for name, fact in gather_facts(names, dataset.image_root, known, decode=decode):
+                facts[name] = fact
+                if len(facts) % 1024 == 0:
+                    advance(len(facts), len(names))
+                    if time.monotonic() - saved > SAVE_SECONDS:
+                        write_facts(path, known | facts)
+                        saved = time.monotonic()
+        except BaseException:
+            # Hours of reading are worth keeping when the check is interrupted.
+            write_facts(path, known | facts)
+            raise
     if facts != known:
-        write_facts(dataset.path / FACTS_FILE, facts)
+        write_facts(path, facts)
     return facts
 
 

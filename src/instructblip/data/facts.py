@@ -6,7 +6,7 @@ are new or changed.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _NAMES_PER_TASK = 64
+_PARTS_AHEAD = 64
 
 
 class PictureFact(NamedTuple):
@@ -45,24 +46,21 @@ def gather_facts(
     *,
     decode: bool = False,
     workers: int | None = None,
-    seen: Callable[[int], object] = lambda count: None,
-) -> dict[str, PictureFact]:
+) -> Iterator[tuple[str, PictureFact]]:
     """Reads each picture below ``root`` once, unless ``known`` has it with this size and date.
 
     ``decode`` decodes every picture whole; otherwise the header and the end of the file are read.
-    ``seen`` is told how many more are done.
     """
 
     def look(part: tuple[str, ...]) -> list[tuple[str, PictureFact]]:
         return [(name, _look_at(root / name, known.get(name), decode)) for name in part]
 
-    found: dict[str, PictureFact] = {}
     # Threads are enough: reading and hashing release the interpreter's lock.
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for facts in pool.map(look, _batched(names)):
-            found.update(facts)
-            seen(len(facts))
-    return found
+        parts = _batched(names)
+        while some := list(islice(parts, _PARTS_AHEAD)):
+            for facts in pool.map(look, some):
+                yield from facts
 
 
 def first_changed(root: Path, facts: Mapping[str, PictureFact]) -> str | None:

@@ -9,9 +9,9 @@ Advance = Callable[[int, int], None]
 
 
 @contextmanager
-def progress_bar(title: str, unit: str = "") -> Iterator[Advance]:
+def progress_bar(title: str, unit: str = "", shown: bool = True) -> Iterator[Advance]:
     """``with progress_bar("vqav2 train") as advance: advance(done, total)``."""
-    if not sys.stderr.isatty():
+    if not shown or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from rich.console import Console

@@ -40,6 +40,10 @@ class Source:
     task: str
     licence: str
     files: str
+    images: str = "images"
+    """Folder below the root that the paths of pictures are relative to."""
+    settings: str = ""
+    """What else decides how the files are read; data prepared with others is prepared again."""
 
 
 def find_optional(root: Path, *names: str) -> Path | None:
