@@ -188,6 +188,7 @@ def make_loader(
         accumulate=training.accumulate,
         workers=training.workers,
         templates={name: entry.templates for name, entry in data.sets.items() if entry.templates},
+        languages={name: entry.language for name, entry in data.sets.items()},
     )
 
 

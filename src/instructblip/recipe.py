@@ -66,6 +66,8 @@ class DataSet(_Section):
     """Hand weight on top of the size; 0 leaves the set out."""
     templates: tuple[str, ...] | None = None
     """Instruction templates instead of those of its task."""
+    language: Literal["en", "zh"] = "en"
+    """Language of its instructions: English or Chinese templates."""
     format: Format | None = None
     """For data of your own: how its files are written (docs/data.md); ``source`` is then unused."""
     path: str | None = None

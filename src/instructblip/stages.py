@@ -49,11 +49,11 @@ def prepare(
         return
     data = recipe.data
     for name, dataset in datasets.items():
-        templates = data.sets[name].templates
-        print(
-            export(dataset, name, form, out, data.root, seed=data.seed, templates=templates),
-            flush=True,
+        entry = data.sets[name]
+        path = export(
+            dataset, name, form, out, data.root, data.seed, entry.templates, entry.language
         )
+        print(path, flush=True)
     print(f"paths of pictures are relative to {data.root}")
 
 
@@ -96,6 +96,7 @@ def show(recipe: "Recipe", count: int, page: Path | None = None) -> None:
 def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
     """Tune the recipe's model; checkpoints, metrics, curves and the model itself go to ``out``."""
     from instructblip import assembly, checking, distributed
+    from instructblip.data.templates import TEMPLATES_FILE, templates_note
     from instructblip.training.train import train as run_training
 
     with distributed.process_group():
@@ -114,7 +115,7 @@ def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
             out,
             resume=resume,
             export=model.save_pretrained,
-            notes={RECIPE_FILE: recipe.to_yaml()},
+            notes={RECIPE_FILE: recipe.to_yaml(), TEMPLATES_FILE: templates_note()},
         )
 
 

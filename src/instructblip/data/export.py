@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from instructblip.data.order import mix
 from instructblip.data.pictures import Examples
-from instructblip.data.templates import render_instruction
+from instructblip.data.templates import Language, render_instruction
 
 Form = Literal["llava", "sharegpt", "messages", "parquet"]
 FORMS: tuple[str, ...] = get_args(Form)
@@ -52,9 +52,9 @@ def export(
     form: Form,
     folder: Path,
     image_root: Path,
-    *,
     seed: int = 0,
     templates: Sequence[str] | None = None,
+    language: Language = "en",
 ) -> Path:
     """Writes ``folder/<name>.json``, ``.jsonl`` or ``.parquet``; nothing is left half written.
 
@@ -62,7 +62,7 @@ def export(
     """
     if form not in FORMS:
         raise ValueError(f"export format '{form}'; expected one of {', '.join(FORMS)}")
-    rows = _rows(dataset, name, image_root, seed, templates)
+    rows = _rows(dataset, name, image_root, seed, templates, language)
     path = folder / (name + {"messages": ".jsonl", "parquet": ".parquet"}.get(form, ".json"))
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -78,14 +78,19 @@ def export(
 
 
 def _rows(
-    dataset: Examples, name: str, image_root: Path, seed: int, templates: Sequence[str] | None
+    dataset: Examples,
+    name: str,
+    image_root: Path,
+    seed: int,
+    templates: Sequence[str] | None,
+    language: Language,
 ) -> Iterator[dict[str, Any]]:
     prefix = os.path.relpath(dataset.image_root, image_root.resolve())
     for i in range(len(dataset)):
         example = dataset[i]
         rng = random.Random(mix(seed, zlib.crc32(name.encode()), i))
         template = rng.choice(templates) if templates else None
-        rendered = render_instruction(example, rng, template)
+        rendered = render_instruction(example, rng, template, language)
         yield {
             "id": f"{name}/{example.id}",
             "images": [os.path.normpath(f"{prefix}/{image}") for image in example.images],

@@ -57,8 +57,13 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
     Nothing is unpacked under the name that the archive gives.
     """
     key, parts = "", {}
+    if not _ends_whole(path):
+        raise ValueError(
+            f"{path.name}: not readable as a tar archive: its end is missing; download the shard "
+            "again"
+        )
     try:
-        with tarfile.open(path, "r|*") as archive:
+        with tarfile.open(path, "r|") as archive:
             for member in archive:
                 stem, _, extension = PurePosixPath(member.name).name.partition(".")
                 name = str(PurePosixPath(member.name).with_name(stem)) if stem else ""
@@ -82,6 +87,14 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
             f"{path.name}:{key or 'start'}: not readable as a tar archive: {error}; "
             "download the shard again"
         ) from None
+
+
+def _ends_whole(path: Path) -> bool:
+    """A tar ends with two empty blocks; without them tarfile stops early and says nothing."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1024))
+        end = file.read()
+    return len(end) == 1024 and not any(end)
 
 
 def _part(extension: str, data: bytes, where: str) -> dict[str, Any]:
