@@ -11,7 +11,6 @@ from instructblip.data.check import (
     left_out,
     unchecked,
 )
-from instructblip.data.pictures import Examples
 from instructblip.data.prepare import PreparedDataset
 from instructblip.data.tokens import Tokens
 from instructblip.data.view import DatasetView
@@ -61,7 +60,7 @@ def passes(recipe: Recipe, diagnosis: Diagnosis) -> bool:
 
 def checked_training(
     recipe: Recipe, datasets: Mapping[str, PreparedDataset]
-) -> Mapping[str, Examples]:
+) -> Mapping[str, assembly.TrainingSet]:
     """The training sets without their bad examples, as the last check found them.
 
     Raises ValueError for a set that was not checked as it is now, or that has too many bad
@@ -86,7 +85,7 @@ def checked_training(
             f"these data sets cannot be trained on yet:{listed}\nRun `instructblip check` with "
             "this recipe, or set data.check=run (checks now) or data.check=skip (takes any data)"
         )
-    return {name: _without_bad(dataset, data.max_bad_rate) for name, dataset in datasets.items()}
+    return {name: without_bad(dataset, data.max_bad_rate) for name, dataset in datasets.items()}
 
 
 def evaluation_sets(recipe: Recipe) -> list[tuple[str, str]]:
@@ -112,7 +111,8 @@ def _present(recipe: Recipe) -> list[str]:
     return found
 
 
-def _without_bad(dataset: PreparedDataset, max_bad_rate: float) -> Examples:
+def without_bad(dataset: PreparedDataset, max_bad_rate: float) -> assembly.TrainingSet:
+    """The examples that the last check did not find bad; ValueError if those were too many."""
     bad = left_out(dataset)
     if len(bad) > max_bad_rate * len(dataset):
         raise ValueError(

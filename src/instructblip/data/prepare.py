@@ -95,6 +95,10 @@ class PreparedDataset:
         """One field of every example, without building the others."""
         return (value for batch in self._open() for value in batch.column(name).to_pylist())
 
+    def images(self) -> set[tuple[str, ...]]:
+        """The distinct ``Example.images``, without reading anything else."""
+        return {tuple(names) for names in self.column("images")}
+
     def _open(self) -> list[pa.RecordBatch]:
         if self._batches is None:
             with pa.ipc.open_stream(pa.memory_map(str(self.path / "data.arrow"))) as reader:
