@@ -31,7 +31,7 @@ def fetch_tree(url: str, folder: Path) -> Path:
         raise FileNotFoundError(f"data root {url}: there is no file; check the address")
     with progress_bar(f"fetching {url}", "files") as advance:
         for i, (path, facts) in enumerate(found.items()):
-            name = path.removeprefix(system._strip_protocol(top)).lstrip("/")
+            name = path.removeprefix(top).lstrip("/")
             target = folder / image_name(name, url)
             if not (target.is_file() and target.stat().st_size == facts.get("size")):
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -179,7 +179,7 @@ def read_texts(path: Path, *fields: str) -> list[str]:
     for key, value in stream_values(path, *fields):
         if not isinstance(value, str):
             raise ValueError(f"{path.name}:{'.'.join(fields)} {key}: expected a string")
-        texts.append(value)
+        texts.append(_bounded(value, fields[-1], f"{path.name}:{'.'.join(fields)} {key}"))
     return texts
 
 
