@@ -21,6 +21,7 @@ def extract_frames(video: Path, folder: Path, most: int) -> Path:
         return folder
     try:
         import av
+        from av.error import FFmpegError
     except ImportError:
         raise ValueError(
             f"video {video}: reading video files needs PyAV: pip install 'instructblip[video]'; "
@@ -40,7 +41,7 @@ def extract_frames(video: Path, folder: Path, most: int) -> Path:
         if not count:
             raise ValueError(f"video {video} has no frame; download it again")
         temporary.replace(folder)
-    except (av.FFmpegError, IndexError) as error:
+    except (FFmpegError, IndexError) as error:
         raise ValueError(f"video {video}: cannot be decoded: {error}; download it again") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -41,7 +41,9 @@ def read_saved(folder: Path, split: str) -> Iterator[Record]:
         raise ValueError(f"{folder} is not a saved data set: {error}") from None
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
-            raise FileNotFoundError(f"{folder} has no split '{split}'; it has {', '.join(saved)}")
+            raise FileNotFoundError(
+                f"{folder} has no split '{split}'; it has {', '.join(map(str, saved))}"
+            )
         saved = saved[split]
     for name, feature in saved.features.items():
         if isinstance(feature, datasets.Image):
