@@ -132,3 +132,12 @@ def test_quickstart_again_starts_afresh_but_spares_what_is_not_its_own(
     with pytest.raises(ValueError, match="was not written by a quickstart"):
         stages.quickstart(tmp_path, overrides, scale=0.02)
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+def test_show(out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]):
+    stages.show(recipe_of(out, overrides), 1)
+    said = capsys.readouterr().out
+    assert "vqav2  step" in said
+    assert "carry loss (in brackets)" in said
+    stages.show(recipe_of(out, overrides), 2, out / "show.html")
+    assert (out / "show.html").read_text(encoding="utf-8").count("<article>") == 2 * 6

@@ -2,9 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,16 +26,44 @@ from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.mixture import Mixture
 from instructblip.data.pictures import Pictures
-from instructblip.data.prepare import PreparedDataset, prepare
+from instructblip.data.prepare import Job, PreparedDataset, prepare
+from instructblip.data.remote import fetch_tree, is_remote
+from instructblip.data.sources import SOURCES, source_of
+from instructblip.data.sources.own import Own, own_source
+from instructblip.data.templates import templates_of
 from instructblip.data.tokens import Tokens
+from instructblip.data.view import DatasetView
 from instructblip.evaluation.benchmarks import Benchmark, select_benchmarks
 from instructblip.evaluation.evaluate import evaluate, pick
+from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip, part_of
 from instructblip.model.language import checkpoint_layers
 from instructblip.model.pretrained import model_directory
-from instructblip.recipe import Recipe
+from instructblip.model.weights import read_json
+from instructblip.recipe import DataSet, Recipe
 from instructblip.serving.engine import Engine
 from instructblip.training.train import resolve_device
+
+TrainingSet = PreparedDataset | DatasetView
+"""A prepared set, or what is left of it without its bad examples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What of a model the data depends on: its configuration, without the weights."""
+
+    config: InstructBlipConfig
+
+
+def read_start(recipe: Recipe) -> Start:
+    """The configuration that the recipe's model will have."""
+    settings = recipe.model
+    directory = model_directory(settings.start)
+    config = InstructBlipConfig.from_transformers(read_json(directory / "config.json"))
+    size = settings.image_size or config.vision.image_size
+    vision = config.vision.model_copy(update={"image_size": size})
+    aware = settings.instruction_aware
+    return Start(config.model_copy(update={"vision": vision, "instruction_aware": aware}))
 
 
 @contextmanager
@@ -50,44 +78,65 @@ def main_first() -> Iterator[None]:
 
 def prepare_training(recipe: Recipe) -> dict[str, PreparedDataset]:
     """The data sets of the mixture, by name, those of weight 0 left out."""
+    return {name: prepare_entry(recipe, name) for name in training_names(recipe)}
+
+
+def training_names(recipe: Recipe) -> list[str]:
+    return [name for name, entry in recipe.data.sets.items() if entry.weight]
+
+
+def prepare_entry(recipe: Recipe, name: str) -> PreparedDataset:
+    """The data set of one entry of ``data.sets``."""
+    return job_of(recipe, name).run()
+
+
+def job_of(recipe: Recipe, name: str) -> Job:
+    """How an entry of ``data.sets`` is prepared. A root that is a URL is fetched first."""
     data = recipe.data
-    found = {}
-    for name, entry in data.sets.items():
-        if not entry.weight:
-            continue
-        source = data.source_of(name)
-        root = data.root / (entry.root or source)
-        found[name] = prepare(
-            source, root, entry.split, data.prepared_root, max_bad_rate=data.max_bad_rate
-        )
-    return found
+    entry = data.sets[name]
+    own = entry.format is not None
+    source = name if own else data.source_of(name)
+    where = entry.root or source
+    if is_remote(where):
+        root = fetch_tree(where, data.prepared_root / "fetched" / name)
+    else:
+        root = data.root / where
+    reader = own_source(_own(name, entry, root)) if own else source_of(source)
+    return Job(source, root, entry.split, data.prepared_root, reader, data.max_bad_rate)
+
+
+def _own(name: str, entry: DataSet, root: Path) -> Own:
+    assert entry.format is not None
+    if name in SOURCES:
+        raise ValueError(f"data.sets.{name}: this name is taken; give data of your own another one")
+    images = entry.images
+    if images is None:
+        images = "images" if (root / "images").is_dir() else "."
+    if entry.task is not None:
+        templates_of(entry.task)
+    columns = tuple(sorted(entry.columns.items()))
+    return Own(name, entry.format, entry.path, images, columns, entry.task)
+
+
+def prepare_split(recipe: Recipe, source: str, split: str) -> PreparedDataset:
+    """A split of one of the published data sets, as benchmarks need it."""
+    data = recipe.data
+    root = data.root_of(source)
+    return prepare(source, root, split, data.prepared_root, max_bad_rate=data.max_bad_rate)
 
 
 def prepare_benchmarks(
     recipe: Recipe, benchmarks: Iterable[Benchmark]
 ) -> dict[str, PreparedDataset]:
     """The data set of each benchmark, by the benchmark's name."""
-    data = recipe.data
-    return {
-        benchmark.name: prepare(
-            benchmark.source,
-            data.root_of(benchmark.source),
-            benchmark.split,
-            data.prepared_root,
-            max_bad_rate=data.max_bad_rate,
-        )
-        for benchmark in benchmarks
-    }
+    return {b.name: prepare_split(recipe, b.source, b.split) for b in benchmarks}
 
 
 def vocabulary_of(recipe: Recipe, benchmark: Benchmark) -> list[str] | None:
     """The distinct answers of the training split, for benchmarks that rank them."""
     if not benchmark.vocabulary:
         return None
-    data = recipe.data
-    training = prepare(
-        benchmark.source, data.root_of(benchmark.source), "train", data.prepared_root
-    )
+    training = prepare_split(recipe, benchmark.source, "train")
     return sorted({answer for example in training for answer in example.answers})
 
 
@@ -100,7 +149,7 @@ def benchmarks_of(recipe: Recipe, names: Iterable[str]) -> list[Benchmark]:
     ]
 
 
-def make_mixture(recipe: Recipe, datasets: dict[str, PreparedDataset]) -> Mixture:
+def make_mixture(recipe: Recipe, datasets: Mapping[str, TrainingSet]) -> Mixture:
     return Mixture(
         sizes={name: len(dataset) for name, dataset in datasets.items()},
         weights={name: recipe.data.sets[name].weight for name in datasets},
@@ -140,8 +189,8 @@ def make_model(recipe: Recipe) -> InstructBlip:
 
 def make_loader(
     recipe: Recipe,
-    datasets: dict[str, PreparedDataset],
-    model: InstructBlip,
+    datasets: Mapping[str, TrainingSet],
+    model: InstructBlip | Start,
     resumed: bool = False,
 ) -> Loader:
     """This rank's training batches, with features in place of pixels where they are kept.
@@ -152,13 +201,14 @@ def make_loader(
     data, training = recipe.data, recipe.training
     tokens, transform = read_assets(recipe, model)
     pictures = make_pictures(recipe, transform.for_training() if data.augment else transform)
-    pictures.features = make_features(
-        recipe,
-        model,
-        pictures,
-        ((names, d.image_root) for d in datasets.values() for names in d.images()),
-        reads=0 if resumed else training.steps * training.batch_size,
-    )
+    if isinstance(model, InstructBlip):
+        pictures.features = make_features(
+            recipe,
+            model,
+            pictures,
+            ((names, d.image_root) for d in datasets.values() for names in d.images()),
+            reads=0 if resumed else training.steps * training.batch_size,
+        )
     return Loader(
         datasets,
         make_mixture(recipe, datasets),
@@ -171,6 +221,7 @@ def make_loader(
         accumulate=training.accumulate,
         workers=training.workers,
         templates={name: entry.templates for name, entry in data.sets.items() if entry.templates},
+        languages={name: entry.language for name, entry in data.sets.items()},
     )
 
 
@@ -205,7 +256,7 @@ def make_validation(
     return validate
 
 
-def read_assets(recipe: Recipe, model: InstructBlip) -> tuple[Tokens, ImageTransform]:
+def read_assets(recipe: Recipe, model: InstructBlip | Start) -> tuple[Tokens, ImageTransform]:
     """Tokenizers and picture transform of the start, with the recipe's limits."""
     directory = model_directory(recipe.model.start)
     tokens = with_limits(Tokens.from_pretrained(directory), recipe, model)
@@ -215,7 +266,7 @@ def read_assets(recipe: Recipe, model: InstructBlip) -> tuple[Tokens, ImageTrans
     return tokens, replace(transform, image_size=model.config.vision.image_size)
 
 
-def with_limits(tokens: Tokens, recipe: Recipe, model: InstructBlip) -> Tokens:
+def with_limits(tokens: Tokens, recipe: Recipe, model: InstructBlip | Start) -> Tokens:
     """The tokenizers with the recipe's lengths, within what the Q-Former can read."""
     data = recipe.data
     return replace(

@@ -60,11 +60,51 @@ def scenes(
 
 
 @app.command()
-def prepare(recipe: RecipeName, overrides: Overrides = None) -> None:
+def prepare(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Data sets read at a time; one a core by default.")
+    ] = None,
+    export: Annotated[
+        str | None, typer.Option(help="Write samples: llava, sharegpt, messages or parquet.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the export.")] = Path("out/export"),
+) -> None:
     """Read, verify and index the data sets of a recipe; print its mixture."""
     from instructblip.recipe import load_recipe
 
-    stages.prepare(load_recipe(recipe, overrides or []))
+    stages.prepare(
+        load_recipe(recipe, overrides or []), workers, cast("stages.ExportForm | None", export), out
+    )
+
+
+@app.command()
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every picture whole; slower.")
+    ] = False,
+) -> None:
+    """Find what is wrong with the data sets of a recipe, before training does; 1 if too much."""
+    from instructblip.recipe import load_recipe
+
+    if not stages.check(load_recipe(recipe, overrides or []), decode):
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", "--count", help="Samples of each data set.")] = 2,
+    html: Annotated[Path | None, typer.Option(help="Write a page instead of printing.")] = None,
+) -> None:
+    """Show training samples as the model gets them: picture, texts, and what carries loss."""
+    from instructblip.recipe import load_recipe
+
+    stages.show(load_recipe(recipe, overrides or []), count, html)
 
 
 @app.command()

@@ -31,6 +31,12 @@ RECIPES = Path(__file__).parent / "recipes"
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+Format = Literal[
+    "llava_json", "sharegpt", "openai_messages", "table", "imagefolder", "hf_dataset", "webdataset"
+]
+"""How a user's own data may be written."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,14 +59,26 @@ class DataSet(_Section):
 
     source: str | None = None
     """How its files are read, a name of ``SOURCES``; null for the name of the entry."""
-    root: Path | None = None
-    """Folder of its annotations/ and images/ below ``data.root``; null for the source's name."""
+    root: str | None = None
+    """Its folder below ``data.root``, or a URL to fetch it from; null for the source's name."""
     split: Literal["train", "val", "test"] = "train"
     """Which of its splits to read."""
     weight: NonNegativeFloat = 1.0
     """Hand weight on top of the size; 0 leaves the set out."""
     templates: tuple[str, ...] | None = None
     """Instruction templates instead of those of its task."""
+    language: Literal["en", "zh"] = "en"
+    """Language of its instructions: English or Chinese templates."""
+    format: Format | None = None
+    """For data of your own: how its files are written (docs/data.md); ``source`` is then unused."""
+    path: str | None = None
+    """File or pattern of your own data below its root, such as ``{split}.jsonl``; null for all."""
+    images: str | None = None
+    """Folder below the root that the paths of its pictures are relative to; null finds it."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """For tables: which column holds the image, question, answer, choices, context, id."""
+    task: str | None = None
+    """Task of your own data, which decides its templates; null guesses from the columns."""
 
 
 class DataConfig(_Section):
@@ -88,6 +106,10 @@ class DataConfig(_Section):
     """Tokens of a response at most, its end token included."""
     max_bad_rate: Fraction = 0.0
     """Share of unreadable samples that a set may have; they are counted, listed and left out."""
+    check: Literal["required", "run", "skip"] = "required"
+    """Whether training needs a passed `instructblip check`, makes one itself, or takes any data."""
+    drop_leaked: bool = False
+    """Whether training leaves out pictures that an evaluation set of the recipe shows as well."""
     cache_images_mb: NonNegativeInt = 256
     """Memory for decoded pictures in each process that prepares batches."""
 
@@ -96,7 +118,11 @@ class DataConfig(_Section):
 
     def root_of(self, source: str) -> Path:
         """The folder of a source: the one that an entry of ``sets`` gives it, else its name's."""
-        own = (e.root for name, e in self.sets.items() if self.source_of(name) == source)
+        own = (
+            entry.root
+            for name, entry in self.sets.items()
+            if self.source_of(name) == source and not entry.format
+        )
         return self.root / next((root for root in own if root is not None), source)
 
     @property

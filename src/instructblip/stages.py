@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from instructblip.data.export import Form as ExportForm
     from instructblip.evaluation.result import Result
     from instructblip.recipe import Recipe
     from instructblip.training.train import TrainResult
@@ -29,24 +30,82 @@ def scenes(root: Path, seed: int = 0, scale: float = 1.0) -> None:
     print(f"{len(folders)} data sets in {root}: {', '.join(folders)}")
 
 
-def prepare(recipe: "Recipe") -> None:
-    """Read, verify and index the recipe's data sets; print the mixture."""
+def prepare(
+    recipe: "Recipe",
+    workers: int | None = None,
+    form: "ExportForm | None" = None,
+    out: Path = Path("out"),
+) -> None:
+    """Read, verify and index the recipe's data sets; print the mixture, or export the samples."""
     from instructblip import assembly
+    from instructblip.data.export import export
+    from instructblip.data.prepare import prepare_all
 
-    datasets = assembly.prepare_training(recipe)
-    print(assembly.describe_mixture(recipe, assembly.make_mixture(recipe, datasets)))
+    names = assembly.training_names(recipe)
+    found = prepare_all([assembly.job_of(recipe, name) for name in names], workers)
+    datasets = dict(zip(names, found, strict=True))
+    if form is None:
+        print(assembly.describe_mixture(recipe, assembly.make_mixture(recipe, datasets)))
+        return
+    data = recipe.data
+    for name, dataset in datasets.items():
+        entry = data.sets[name]
+        path = export(
+            dataset, name, form, out, data.root, data.seed, entry.templates, entry.language
+        )
+        print(path, flush=True)
+    print(f"paths of pictures are relative to {data.root}")
+
+
+def check(recipe: "Recipe", decode: bool = False) -> bool:
+    """Look at every example and picture of the recipe's data sets; say whether all will do."""
+    from instructblip import checking
+
+    good = True
+    for diagnosis in checking.check_recipe(recipe, decode):
+        if isinstance(diagnosis, str):
+            print(f"FAILED  {diagnosis}", flush=True)
+            good = False
+            continue
+        passed = checking.passes(recipe, diagnosis)
+        print(f"{'ok' if passed else 'FAILED':7} {diagnosis.describe()}", flush=True)
+        good = good and passed
+    return good
+
+
+def show(recipe: "Recipe", count: int, page: Path | None = None) -> None:
+    """Print ``count`` training samples of each data set as the model gets them, or write a page."""
+    from rich.console import Console
+
+    from instructblip import assembly, checking
+    from instructblip.data import show as showing
+
+    prepared = assembly.prepare_training(recipe)
+    rate = recipe.data.max_bad_rate
+    datasets = {name: checking.without_bad(dataset, rate) for name, dataset in prepared.items()}
+    loader = assembly.make_loader(recipe, datasets, assembly.read_start(recipe))
+    samples = showing.training_samples(loader, count)
+    if page:
+        print(showing.write_page(page, samples, {"model": recipe.model.start}))
+        return
+    console = Console()
+    for sample in samples:
+        console.print(
+            showing.to_terminal(sample, console.is_terminal), highlight=False, soft_wrap=True
+        )
 
 
 def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
     """Tune the recipe's model; checkpoints, metrics, curves and the model itself go to ``out``."""
-    from instructblip import assembly, distributed
+    from instructblip import assembly, checking, distributed
+    from instructblip.data.templates import TEMPLATES_FILE, templates_note
     from instructblip.training.train import train as run_training
 
     with distributed.process_group():
         if distributed.is_main():
             _store_recipe(recipe, out, resume)
         with assembly.main_first():
-            datasets = assembly.prepare_training(recipe)
+            datasets = checking.checked_training(recipe, assembly.prepare_training(recipe))
         if distributed.is_main():
             print(assembly.describe_mixture(recipe, assembly.make_mixture(recipe, datasets)))
         model = assembly.make_model(recipe)
@@ -59,19 +118,19 @@ def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
             out,
             resume=resume,
             export=model.save_pretrained,
-            notes={RECIPE_FILE: recipe.to_yaml()},
+            notes={RECIPE_FILE: recipe.to_yaml(), TEMPLATES_FILE: templates_note()},
         )
 
 
 def cache(recipe: "Recipe") -> None:
     """Compute and keep the image features that training and validation will read."""
-    from instructblip import assembly, distributed
+    from instructblip import assembly, checking, distributed
 
     settings = recipe.features.model_copy(update={"cache": "on"})
     recipe = recipe.model_copy(update={"features": settings})
     with distributed.process_group():
         with assembly.main_first():
-            datasets = assembly.prepare_training(recipe)
+            datasets = checking.checked_training(recipe, assembly.prepare_training(recipe))
         model = assembly.make_model(recipe)
         assembly.make_loader(recipe, datasets, model)
         assembly.make_validation(recipe, model)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from instructblip.batch import Example
-from instructblip.data.prepare import PreparedDataset, prepare
+from instructblip.data import prepare as prepare_module
+from instructblip.data.prepare import Job, PreparedDataset, prepare, prepare_all
 from instructblip.data.sources import SOURCES, Source
+from instructblip.data.sources.opened import note_files
 from tests.data.tiny import write_vqa
 
 
@@ -97,3 +99,28 @@ def test_unknown_names(tmp_path: Path) -> None:
         PreparedDataset(tmp_path)
     with pytest.raises(ValueError, match="split 'dev'"):
         prepare("vqav2", tmp_path, "dev", tmp_path)
+
+
+def test_sets_are_prepared_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_vqa(tmp_path, 6)
+    monkeypatch.setattr(prepare_module, "PARALLEL_BYTES", 1)
+    names = ("vqav2", "vqav2_question")
+    jobs = [Job(name, tmp_path, "train", tmp_path / "out", SOURCES[name]) for name in names]
+    found = prepare_all([*jobs, jobs[0]], workers=2)
+    assert [data.name for data in found] == ["vqav2", "vqav2_question", "vqav2"]
+    assert [len(data) for data in found] == [6, 6, 6]
+    assert found[1][0].answers == ("what is 0?",)
+    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", None)  # all is done: none starts
+    assert len(prepare_all(jobs, workers=2)) == 2
+
+
+def test_how_far_a_reader_is(tmp_path: Path) -> None:
+    root = write_vqa(tmp_path, 4)
+    size = sum(path.stat().st_size for path in (root / "annotations").iterdir())
+    with note_files() as files:
+        assert files.position() == (0, 0)
+        examples = SOURCES["vqav2"].read(root, "train")
+        next(examples)
+        assert 0 < files.position()[0] <= files.position()[1] == size
+        assert len(list(examples)) == 3
+        assert files.position() == (size, size)

@@ -1,8 +1,10 @@
 """Rendering: places are filled, nothing an example has is lost, one answer is chosen."""
 
 import random
+import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,11 +12,15 @@ from instructblip.batch import Example
 from instructblip.data import templates as templates_module
 from instructblip.data.templates import (
     TEMPLATES,
+    TEMPLATES_FILE,
     check_template,
     render_instruction,
     render_prompt,
     template_hash,
+    templates_note,
+    warn_of_other_templates,
 )
+from instructblip.data.templates_zh import TEMPLATES_ZH
 
 EXAMPLE = Example(
     dataset="d",
@@ -108,3 +114,47 @@ def test_hash_follows_the_templates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert before == template_hash()
     monkeypatch.setitem(templates_module.TEMPLATES, "vqa", ("{question}",))
     assert template_hash() != before
+
+
+def test_chinese_templates_cover_every_task() -> None:
+    assert TEMPLATES_ZH.keys() == TEMPLATES.keys()
+    for task, texts in TEMPLATES_ZH.items():
+        assert task == "instruct" or 10 <= len(set(texts)) == len(texts) <= 15
+        for text in texts:
+            assert set(re.findall(r"\{(\w+)\}", text)) == set(
+                re.findall(r"\{(\w+)\}", TEMPLATES[task][0])
+            )
+            assert task == "instruct" or re.search("[\u4e00-\u9fff]", text)
+        if task in ("vqa", "read", "dialogue"):
+            assert all(re.search("简|短|几个词|一两个词|回答", text) for text in texts)
+
+
+def test_chinese_parts() -> None:
+    example = Example(
+        dataset="d",
+        split="train",
+        id="1",
+        images=("a.jpg",),
+        task="dialogue",
+        question="它在哪？",
+        answers=("左边",),
+        ocr_tokens=("牛奶", "1L"),
+        history=(("是什么？", "猫"),),
+    )
+    rendered = render_instruction(example, random.Random(0), language="zh")
+    assert rendered.prompt.startswith(
+        "图中的文字：牛奶, 1L。 之前的对话：问题：是什么？ 回答：猫。 "
+    )
+    assert "它在哪？" in rendered.prompt
+    assert rendered.response == "左边"
+
+
+def test_a_model_with_other_templates_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warn_of_other_templates(tmp_path)  # a model from elsewhere says nothing
+    (tmp_path / TEMPLATES_FILE).write_text(templates_note())
+    warn_of_other_templates(tmp_path)
+    monkeypatch.setitem(TEMPLATES, "vqa", ("{question} Now:",))
+    with pytest.warns(UserWarning, match="tuned with other instruction templates"):
+        warn_of_other_templates(tmp_path)

@@ -10,7 +10,9 @@ import math
 import random
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +67,52 @@ def decode_image(data: bytes, where: str) -> Image.Image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS}")
                 image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = "empty file" if not data else str(error) or type(error).__name__
         raise ValueError(
             f"picture {where}: cannot be decoded: {reason}; download it again or remove its "
             "annotations"
         ) from None
+
+
+def picture_fault(data: bytes, decode: bool = False) -> str | None:
+    """Why a picture file cannot be used, or None.
+
+    The header is read and the end of the file looked at; where that leaves a doubt, and with
+    ``decode`` always, the picture is decoded whole.
+    """
+    if not data:
+        return "empty file"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                width, height, kind = image.width, image.height, image.format or ""
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        return str(error) or type(error).__name__
+    if width * height > MAX_PIXELS:
+        return f"{width} x {height} pixels; at most {MAX_PIXELS}"
+    if not decode and _ENDS.get(kind, _never)(data):
+        return None
+    try:
+        decode_image(data, "")
+    except ValueError as error:
+        return str(error).removeprefix("picture : cannot be decoded: ").partition(";")[0]
+    return None
+
+
+def _never(_data: bytes) -> bool:
+    return False
+
+
+# How a file ends that was written whole. A JPEG may carry more after its end: then it is decoded.
+_ENDS: dict[str, Callable[[bytes], bool]] = {
+    "JPEG": lambda data: data.rstrip(b"\0").endswith(b"\xff\xd9"),
+    "PNG": lambda data: data[-8:-4] == b"IEND",
+    "WEBP": lambda data: len(data) >= int.from_bytes(data[4:8], "little") + 8,
+}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -122,10 +163,9 @@ class ImageTransform:
 
     def normalise(self, pixels: np.ndarray) -> Tensor:
         """uint8 [S, S, 3] -> float32 [3, S, S]."""
-        mean = np.asarray(self.mean, dtype=np.float32)
-        std = np.asarray(self.std, dtype=np.float32)
-        scaled = (pixels.astype(np.float32) / np.float32(255) - mean) / std
-        return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
+        values = _normal_values(self.mean, self.std)
+        channels = [values[c][pixels[:, :, c]] for c in range(3)]
+        return torch.from_numpy(np.stack(channels))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ImageTransform":
@@ -170,6 +210,14 @@ class ImageTransform:
     def for_training(self) -> "ImageTransform":
         """The same size and normalisation, with augmentation."""
         return replace(self, train=True)
+
+
+@cache
+def _normal_values(mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:
+    """float32 [3, 256]: what each value of each channel becomes. Looking up beats computing."""
+    values = np.arange(256, dtype=np.float32) / np.float32(255)
+    centred = values - np.asarray(mean, dtype=np.float32)[:, None]
+    return centred / np.asarray(std, dtype=np.float32)[:, None]
 
 
 def may_flip(example: Example, rendered: Rendered) -> bool:

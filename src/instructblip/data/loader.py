@@ -11,12 +11,12 @@ from itertools import count
 
 from torch.utils.data import DataLoader
 
-from instructblip.batch import Batch, Sample
+from instructblip.batch import Batch, Example, Sample
 from instructblip.data.collate import collate
 from instructblip.data.mixture import Mixture
 from instructblip.data.order import Order, mix
 from instructblip.data.pictures import Examples, Pictures, make_sample
-from instructblip.data.templates import check_template, render_instruction
+from instructblip.data.templates import Language, Rendered, check_template, render_instruction
 from instructblip.data.tokens import Tokens
 
 
@@ -25,7 +25,8 @@ class Loader:
 
     ``batch_size`` counts the samples of one optimiser step over all ranks and micro batches:
     rank r of W takes the r-th of W equal parts, in ``accumulate`` micro batches. ``templates``
-    overrides the templates of single data sets. Raises ValueError when a number does not divide.
+    overrides the templates of single data sets; ``languages`` says which
+    are instructed in Chinese. Raises ValueError when a number does not divide.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Loader:
         accumulate: int = 1,
         workers: int = 0,
         templates: Mapping[str, Sequence[str]] | None = None,
+        languages: Mapping[str, Language] | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % (world_size * accumulate):
             raise ValueError(
@@ -54,7 +56,7 @@ class Loader:
         self.tokens, self.pictures = tokens, pictures
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
-        self.templates = dict(templates or {})
+        self.templates, self.languages = dict(templates or {}), dict(languages or {})
         for template in (text for own in self.templates.values() for text in own):
             check_template(template)
         probabilities = mixture.probabilities
@@ -73,16 +75,25 @@ class Loader:
         return range(start, start + size)
 
     def sample(self, slot: int) -> Sample:
+        """The sample of a slot, with its crop, template and answer."""
         draw = self.order[slot]
-        dataset = self.datasets[draw.dataset]
-        example = dataset[draw.example]
-        seed = mix(self.seed, 3, slot)
-        rng = random.Random(seed)
-        own = self.templates.get(self.names[draw.dataset])
-        rendered = render_instruction(example, rng, rng.choice(own) if own else None)
-        return make_sample(
-            example, rendered, self.tokens, self.pictures, dataset.image_root, mix(seed, 4)
-        )
+        example, rendered = self.rendered(slot)
+        root = self.datasets[draw.dataset].image_root
+        seed = mix(self._seed_of(slot), 4)
+        return make_sample(example, rendered, self.tokens, self.pictures, root, seed)
+
+    def rendered(self, slot: int) -> tuple[Example, Rendered]:
+        """The example of a slot and its texts: the same template and answer each time."""
+        draw = self.order[slot]
+        example = self.datasets[draw.dataset][draw.example]
+        rng = random.Random(self._seed_of(slot))
+        name = self.names[draw.dataset]
+        own = self.templates.get(name)
+        template = rng.choice(own) if own else None
+        return example, render_instruction(example, rng, template, self.languages.get(name, "en"))
+
+    def _seed_of(self, slot: int) -> int:
+        return mix(self.seed, 3, slot)
 
     def iterate(self, step: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """This rank's micro batches from the first of ``step`` on, ``accumulate`` to a step.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from instructblip.batch import Example, Sample
 from instructblip.data.images import ImageTransform, load_image, may_flip
-from instructblip.data.sources.video import evenly_spaced
+from instructblip.data.sources.frames import evenly_spaced
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
 

@@ -12,19 +12,25 @@ import shutil
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, fields
 from itertools import accumulate, islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from instructblip.batch import Example
+from instructblip.data.progress import progress_bar
 from instructblip.data.sources import Source, source_of
-from instructblip.data.sources.records import FilesRead, image_name, note_files
+from instructblip.data.sources.opened import FilesRead, note_files
+from instructblip.data.sources.records import image_name
 
 FORMAT_VERSION = 1
 ROWS_PER_BATCH = 2048
+PARALLEL_BYTES = 1 << 27
+ANNOTATION_FILES = (".json", ".jsonl", ".csv", ".txt", ".arrow")
 
 _TEXTS = pa.list_(pa.string())
 _TURN = pa.struct([("question", pa.string()), ("answer", pa.string())])
@@ -79,16 +85,19 @@ class PreparedDataset:
             raise IndexError(f"example {index} of {len(self)} in {self.path}")
         batches = self._open()
         i = bisect_right(self._ends, index)
-        batch = batches[i]
-        return _to_example(batch, index - (self._ends[i] - batch.num_rows))
+        row = index - (self._ends[i] - batches[i].num_rows)
+        return _to_example(batches[i].slice(row, 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[Example]:
-        return (self[i] for i in range(len(self)))
+        return (_to_example(row) for batch in self._open() for row in batch.to_pylist())
+
+    def column(self, name: str) -> Iterator[Any]:
+        """One field of every example, without building the others."""
+        return (value for batch in self._open() for value in batch.column(name).to_pylist())
 
     def images(self) -> set[tuple[str, ...]]:
         """The distinct ``Example.images``, without reading anything else."""
-        columns = (batch.column("images").to_pylist() for batch in self._open())
-        return {tuple(names) for column in columns for names in column}
+        return {tuple(names) for names in self.column("images")}
 
     def _open(self) -> list[pa.RecordBatch]:
         if self._batches is None:
@@ -112,6 +121,7 @@ def prepare(
     *,
     source: Source | None = None,
     max_bad_rate: float = 0.0,
+    progress: bool = True,
 ) -> PreparedDataset:
     """Reads ``SOURCES[name]`` (or ``source``) from ``root`` into ``out/<name>/<split>/``.
 
@@ -125,37 +135,100 @@ def prepare(
     root, target = Path(root).resolve(), Path(out) / name / split
     if not root.is_dir():
         raise FileNotFoundError(
-            f"{root} does not exist; '{name}' needs annotations/ ({source.files}) and images/ there"
+            f"{root} does not exist; '{name}' needs {source.files} there, and {source.images}/"
         )
-    if (target / "manifest.json").is_file() and _unchanged(target, root, max_bad_rate):
+    if (target / "manifest.json").is_file() and _unchanged(target, root, source, max_bad_rate):
         return PreparedDataset(target)
     temporary = target.with_name(f".{split}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write(temporary, target, name, source, root, max_bad_rate)
+        _write(temporary, target, name, source, root, max_bad_rate, progress)
         _replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return PreparedDataset(target)
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The arguments of one ``prepare``."""
+
+    name: str
+    root: Path
+    split: str
+    out: Path
+    source: Source
+    max_bad_rate: float = 0.0
+
+    def run(self, progress: bool = True) -> PreparedDataset:
+        return prepare(
+            self.name,
+            self.root,
+            self.split,
+            self.out,
+            source=self.source,
+            max_bad_rate=self.max_bad_rate,
+            progress=progress,
+        )
+
+
+def prepare_all(jobs: list[Job], workers: int | None = None) -> list[PreparedDataset]:
+    """Prepares several sets at a time, one in each process. Those that are done stay done.
+
+    A process takes seconds to start, so small sets are prepared one after the other.
+    """
+    todo = list(dict.fromkeys(job.out / job.name / job.split for job in jobs))
+    workers = min(workers or os.cpu_count() or 1, len(todo))
+    if workers == 1 or sum(_annotation_bytes(job) for job in jobs) < PARALLEL_BYTES:
+        return [job.run() for job in jobs]
+    unique = {job.out / job.name / job.split: job for job in jobs}
+    with (
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+        progress_bar("preparing", "data sets") as advance,
+    ):
+        running = {pool.submit(job.run, False): key for key, job in unique.items()}
+        done = {}
+        for future in as_completed(running):
+            done[running[future]] = future.result()
+            advance(len(done), len(running))
+    return [done[job.out / job.name / job.split] for job in jobs]
+
+
+def _annotation_bytes(job: Job) -> int:
+    """An estimate; 0 for what is prepared already, so that nothing is started for it."""
+    target = job.out / job.name / job.split
+    if (target / "manifest.json").is_file():
+        return 0
+    files = [*job.root.glob("annotations/*"), *job.root.glob("*.*")]
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
 def _write(
-    folder: Path, target: Path, name: str, source: Source, root: Path, max_bad_rate: float
+    folder: Path,
+    target: Path,
+    name: str,
+    source: Source,
+    root: Path,
+    max_bad_rate: float,
+    progress: bool,
 ) -> None:
     """Writes the prepared files of ``target`` into ``folder``; the manifest comes last."""
     split = target.name
-    check = _Check(root / "images", split)
+    image_root = root / source.images
+    check = _Check(image_root, split)
     tasks: Counter[str] = Counter()
     with (
         note_files() as files,
         pa.OSFile(str(folder / "data.arrow"), "wb") as sink,
         pa.ipc.new_stream(sink, SCHEMA) as writer,
+        progress_bar(f"{name} {split}", "bytes", shown=progress) as advance,
     ):
         good = check.good(source.read(root, split))
         while rows := list(islice(good, ROWS_PER_BATCH)):
             tasks.update(example.task for example in rows)
             writer.write_batch(_to_batch(rows))
+            advance(*files.position())
     count, bad = sum(tasks.values()), check.bad
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad)
     (folder / "bad_samples.jsonl").write_text(lines, encoding="utf-8")
@@ -180,7 +253,9 @@ def _write(
         "bad_reasons": dict(Counter(line["kind"] for line in bad)),
         "max_bad_rate": max_bad_rate,
         "root": str(root),
-        "image_root": str(root / "images"),
+        "settings": source.settings,
+        "image_root": str(image_root),
+        "bytes": (folder / "data.arrow").stat().st_size,
         "licence": source.licence,
         "annotations": [_stamp(path, root) | {"sha256": _sha256(path)} for path in files.found],
         "absent": _absent(files, root),
@@ -229,7 +304,7 @@ class _Check:
         return self.listed[folder]
 
 
-def _unchanged(target: Path, root: Path, max_bad_rate: float) -> bool:
+def _unchanged(target: Path, root: Path, source: Source, max_bad_rate: float) -> bool:
     """Whether ``target`` was prepared from the files that are at ``root`` now."""
     try:
         manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
@@ -238,6 +313,7 @@ def _unchanged(target: Path, root: Path, max_bad_rate: float) -> bool:
     if (
         manifest.get("format_version") != FORMAT_VERSION
         or manifest.get("root") != str(root)
+        or manifest.get("settings", "") != source.settings
         or manifest.get("max_bad_rate") != max_bad_rate
         or not (target / "data.arrow").is_file()
         or any((root / name).exists() for name in manifest["absent"])
@@ -261,8 +337,10 @@ def _absent(files: FilesRead, root: Path) -> list[str]:
 
 
 def _files_of(path: Path) -> list[Path]:
-    """The file itself, or the small annotation files of a folder."""
-    return sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    """The file itself, or the annotation files of a folder."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix in ANNOTATION_FILES)
 
 
 def _stamp(path: Path, root: Path) -> dict[str, Any]:
@@ -307,10 +385,9 @@ def _to_batch(examples: list[Example]) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
 
 
-def _to_example(batch: pa.RecordBatch, row: int) -> Example:
-    value = {name: batch.column(i)[row].as_py() for i, name in enumerate(SCHEMA.names)}
+def _to_example(row: dict[str, Any]) -> Example:
     for name in ("images", "answers", "choices", "ocr_tokens"):
-        value[name] = tuple(value[name])
-    value["history"] = tuple((turn["question"], turn["answer"]) for turn in value["history"])
-    value["extra"] = json.loads(value["extra"])
-    return Example(**value)
+        row[name] = tuple(row[name])
+    row["history"] = tuple((turn["question"], turn["answer"]) for turn in row["history"])
+    row["extra"] = json.loads(row["extra"])
+    return Example(**row)

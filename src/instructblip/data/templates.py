@@ -9,6 +9,8 @@ template does not name is put in front (``PARTS``), so nothing is lost silently:
     ocr_tokens   Words in the image: milk, fresh.
     history      Dialog history: Question: is it day? Answer: yes.
 
+A template in Chinese (``templates_zh.py``) gets these parts in Chinese.
+
 Options are lettered: ``(a) red (b) blue``. The response is the bare answer, never its letter.
 """
 
@@ -16,11 +18,19 @@ import hashlib
 import json
 import random
 import re
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from instructblip.batch import Example
+from instructblip.data.templates_zh import PARTS_ZH, TEMPLATES_ZH
 
-RENDERER_VERSION = 1
+Language = Literal["en", "zh"]
+TEMPLATES_FILE = "templates.json"
+"""Stands beside the weights: which templates a model was tuned with."""
+
+RENDERER_VERSION = 2
 """Raised when the same template and example give another text than before."""
 
 MAX_OCR_TOKENS = 30
@@ -32,6 +42,7 @@ PARTS = {
 }
 PLACES = ("question", "options", *PARTS)
 _PLACE = re.compile(r"\{([^{}]*)\}")
+_CHINESE = re.compile("[\u3400-\u9fff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +59,10 @@ class Rendered:
 
 
 def render_instruction(
-    example: Example, rng: random.Random, template: str | None = None
+    example: Example,
+    rng: random.Random,
+    template: str | None = None,
+    language: Language = "en",
 ) -> Rendered:
     """Picks one template of the task (unless given) and ONE answer; the only place that does.
 
@@ -57,7 +71,7 @@ def render_instruction(
     """
     if not example.answers:
         raise ValueError(f"{example.where}: no answer to train on; run the data check")
-    chosen = template if template is not None else rng.choice(templates_of(example.task))
+    chosen = template if template is not None else rng.choice(templates_of(example.task, language))
     prompt = _fill(example, chosen)
     return Rendered(instruction=prompt, prompt=prompt, response=rng.choice(example.answers))
 
@@ -69,10 +83,11 @@ def render_prompt(example: Example, template: str | None = None) -> Rendered:
     return Rendered(instruction=prompt, prompt=prompt)
 
 
-def templates_of(task: str) -> tuple[str, ...]:
+def templates_of(task: str, language: Language = "en") -> tuple[str, ...]:
+    """The templates of a task; ValueError lists the tasks there are."""
     if task not in TEMPLATES:
         raise ValueError(f"no templates for task '{task}'; expected one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[task]
+    return (TEMPLATES if language == "en" else TEMPLATES_ZH)[task]
 
 
 def check_template(template: str) -> str:
@@ -88,8 +103,28 @@ def check_template(template: str) -> str:
 
 def template_hash() -> str:
     """Tells whether two programs render alike: kept in the checkpoint, compared at inference."""
-    content = json.dumps([RENDERER_VERSION, MAX_OCR_TOKENS, PARTS, TEMPLATES], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    rules = [RENDERER_VERSION, MAX_OCR_TOKENS, PARTS, TEMPLATES, PARTS_ZH, TEMPLATES_ZH]
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def templates_note() -> str:
+    """The content of ``templates.json``."""
+    note = {"renderer": RENDERER_VERSION, "sha256": template_hash()}
+    return json.dumps(note, indent=2) + "\n"
+
+
+def warn_of_other_templates(directory: Path) -> None:
+    """Warns when the model of a directory was tuned with other templates than these."""
+    path = directory / TEMPLATES_FILE
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8")).get("sha256")
+        if known != template_hash():
+            warnings.warn(
+                f"{directory}: this model was tuned with other instruction templates than this "
+                "version of instructblip has; its answers to benchmark prompts may be worse. "
+                "Use the version it was tuned with, or tune it again",
+                stacklevel=2,
+            )
 
 
 def letter_options(choices: tuple[str, ...]) -> str:
@@ -103,27 +138,31 @@ def _letter(index: int) -> str:
 
 def _fill(example: Example, template: str) -> str:
     check_template(template)
+    chinese = bool(_CHINESE.search(template))
     values = {
         "question": example.question,
         "options": letter_options(example.choices),
         "context": example.context,
         "ocr_tokens": ", ".join(example.ocr_tokens[:MAX_OCR_TOKENS]),
-        "history": _history(example.history),
+        "history": _history(example.history, chinese),
     }
     named = set(_PLACE.findall(template))
-    before = [part for name, part in PARTS.items() if values[name] and name not in named]
+    parts = PARTS_ZH if chinese else PARTS
+    before = [part for name, part in parts.items() if values[name] and name not in named]
     text = " ".join([*before, template])
     # One pass over the template: braces inside a question are text, not places.
     filled = _PLACE.sub(lambda match: values[match[1]], text)
     return re.sub(r"[ \t]+", " ", filled).strip()
 
 
-def _history(turns: tuple[tuple[str, str], ...]) -> str:
+def _history(turns: tuple[tuple[str, str], ...], chinese: bool) -> str:
+    if chinese:
+        return " ".join(f"问题：{question} 回答：{_stop(a, '。')}" for question, a in turns)
     return " ".join(f"Question: {question} Answer: {_stop(answer)}" for question, answer in turns)
 
 
-def _stop(text: str) -> str:
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+def _stop(text: str, mark: str = ".") -> str:
+    return text if text.endswith((".", "!", "?", "。", "！", "？")) else text + mark
 
 
 TEMPLATES: dict[str, tuple[str, ...]] = {

@@ -104,10 +104,15 @@ class Tokens:
 
     def response(self, text: str) -> list[int]:
         """[R]; ends with the end token, never begins with a special one."""
+        return [*self._response(text)[: self.max_response - 1], self.eos_id]
+
+    def response_length(self, text: str) -> int:
+        """Tokens of a response before it is cut to ``max_response``, its end token included."""
+        return len(self._response(text)) + 1
+
+    def _response(self, text: str) -> list[int]:
         ids = _continue(self.language, self._anchor, text) if self.decoder_only else None
-        if ids is None:
-            ids = _encode(self.language, text)
-        return [*ids[: self.max_response - 1], self.eos_id]
+        return _encode(self.language, text) if ids is None else ids
 
     def candidates(self, texts: list[str] | tuple[str, ...]) -> list[list[int]]:
         """[C][R]: answers to rank, tokenised exactly as responses are in training."""

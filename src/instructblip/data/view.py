@@ -31,6 +31,10 @@ class DatasetView:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def images(self) -> set[tuple[str, ...]]:
+        """The distinct ``Example.images``."""
+        return {self[i].images for i in range(len(self))}
+
     def __getitem__(self, index: int, /) -> Example:
         example = self.dataset[self.indices[index]]
         if self.pictures is None:

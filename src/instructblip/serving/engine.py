@@ -19,7 +19,7 @@ from instructblip.batch import Batch, Example, Sample
 from instructblip.data.collate import collate
 from instructblip.data.images import ImageTransform, to_rgb
 from instructblip.data.pictures import Pictures, make_sample
-from instructblip.data.templates import Rendered
+from instructblip.data.templates import Rendered, warn_of_other_templates
 from instructblip.data.tokens import Tokens
 from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
@@ -94,6 +94,7 @@ class Engine:
                 instruction, an InstructBLIP's does.
         """
         directory = model_directory(path)
+        warn_of_other_templates(directory)
         model = InstructBlip.from_pretrained(directory, instruction_aware=instruction_aware)
         place = _device(device)
         dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)

@@ -26,7 +26,7 @@ from instructblip.data.scenes.language import (
 )
 from instructblip.data.scenes.world import WORDS, Scene, render, sample_scene
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 VQA_KINDS = ("color", "shape", "shape at", "count", "exists", "place", "size")
 KNOWLEDGE_KINDS = ("corners", "fruit", "signal")
 DIALOGUE_KINDS = ("color", "shape", "count", "exists", "place", "size")
@@ -154,13 +154,15 @@ def _answer_type(question: Question) -> str:
 def _aokvqa(out: _Set, number: int) -> None:
     records = []
     kinds = (*KNOWLEDGE_KINDS, "color", "shape", "place")
+    # Both splits lie in one folder, so their pictures need numbers of their own.
+    first = 0 if out.split == "train" else 500_000
     for i, scene, (question,) in out.asked(number, kinds):
-        out.picture(scene, f"{i:012d}.jpg")
+        out.picture(scene, f"{first + i:012d}.jpg")
         choices, right = question.choices(out.rng)
         records.append(
             {
                 "split": out.split,
-                "image_id": i,
+                "image_id": first + i,
                 "question_id": f"{out.split}{i}",
                 "question": question.text,
                 "choices": choices,

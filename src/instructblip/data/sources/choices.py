@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from instructblip.batch import Example
+from instructblip.data.sources.opened import note_file
 from instructblip.data.sources.records import (
     Record,
     find_file,
     find_optional,
-    note_folder,
     place,
     read_records,
 )
@@ -37,7 +37,7 @@ def iconqa(root: Path, split: str) -> Iterator[Example]:
             f"neither annotations/iconqa_{split}.json nor images/iconqa_data/iconqa/{split}/"
             f"choose_txt is in {root}; unpack the owner's archive in {images}"
         )
-    note_folder(folder)
+    note_file(folder)
     problems = [path.parent for path in folder.glob("*/data.json")]
     for problem in sorted(problems, key=lambda path: (len(path.name), path.name)):
         where = f"{problem.relative_to(images)}/data.json"

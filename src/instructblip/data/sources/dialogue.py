@@ -103,9 +103,8 @@ def _read_relevance(root: Path, split: str) -> dict[tuple[int, int], list[float]
     path = find_optional(root, f"visdial_1.0_{split}_dense_annotations.json")
     if path is None:
         return {}
-    return {
-        (record.integer("image_id"), record.integer("round_id")): [
-            float(value) for value in record.texts("gt_relevance")
-        ]
-        for _, record in read_records(path)
-    }
+    found = {}
+    for _, record in read_records(path):
+        place_in_file = (record.integer("image_id"), record.integer("round_id"))
+        found[place_in_file] = record.numbers("gt_relevance")
+    return found

@@ -1,8 +1,8 @@
 """Words in pictures: OCR-VQA (book covers) and TextVQA (scenes)."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
 
 from instructblip.batch import Example
 from instructblip.data.sources.captions import open_images_folders, read_ocr
@@ -29,7 +29,9 @@ def ocrvqa(root: Path, split: str) -> Iterator[Example]:
         questions, answers = record.texts("questions"), record.texts("answers")
         if len(questions) != len(answers):
             record.fail("answers", f"as many answers as questions ({len(questions)})")
-        extension = PurePosixPath(urlsplit(record.text("imageURL")).path).suffix or ".jpg"
+        # Everything up to a query or fragment; urlsplit refuses some texts without naming the file.
+        url = re.split(r"[?#]", record.text("imageURL"))[0]
+        extension = PurePosixPath(url).suffix or ".jpg"
         image = place(root, key + extension, record.where)
         for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
             yield Example(

@@ -10,17 +10,20 @@ import json
 import posixpath
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from instructblip.batch import Example
-from instructblip.data.sources.streaming import stream_values
+from instructblip.data.sources.opened import noted_files, open_text
+from instructblip.data.sources.streaming import refuse_constant, stream_values
 
 MAX_TEXT = 100_000
 """Characters of one text field; more is a broken file, not an annotation."""
+MAX_LINE = 1 << 26
+"""Characters of one line; a longer one is an error, so memory stays bounded."""
+MAX_NAME = 255
+"""Bytes of one part of a picture's path: what file systems allow."""
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
@@ -37,33 +40,15 @@ class Source:
     task: str
     licence: str
     files: str
-
-
-@dataclass(slots=True)
-class FilesRead:
-    """The files a reader opened, and those it looked for and did not find."""
-
-    found: dict[Path, None] = field(default_factory=dict)
-    absent: dict[Path, None] = field(default_factory=dict)
-
-
-_noted: ContextVar[FilesRead | None] = ContextVar("files_read", default=None)
-
-
-@contextmanager
-def note_files() -> Iterator[FilesRead]:
-    """Collects the files that readers open inside the block."""
-    noted = FilesRead()
-    token = _noted.set(noted)
-    try:
-        yield noted
-    finally:
-        _noted.reset(token)
+    images: str = "images"
+    """Folder below the root that the paths of pictures are relative to."""
+    settings: str = ""
+    """What else decides how the files are read; data prepared with others is prepared again."""
 
 
 def find_optional(root: Path, *names: str) -> Path | None:
     """The first of ``annotations/<name>`` that exists, or None."""
-    noted = _noted.get()
+    noted = noted_files()
     for name in names:
         path = root / "annotations" / name
         if path.exists():
@@ -84,12 +69,6 @@ def find_file(root: Path, *names: str) -> Path:
             "and put it there, unpacked (`annotations/` beside `images/`)"
         )
     return path
-
-
-def note_folder(path: Path) -> None:
-    """Notes that a reader took its annotations from a folder of small files."""
-    if (noted := _noted.get()) is not None:
-        noted.found[path] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +105,14 @@ class Record:
         value = self.data.get(name)
         if isinstance(value, bool) or not isinstance(value, int | str):
             self.fail(name, "a number or a string")
-        return str(value)
+        return _bounded(str(value), name, self.where)
 
     def integer(self, name: str) -> int:
         value = self.data.get(name)
         if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value):
             return int(value)
-        if isinstance(value, bool) or not isinstance(value, int):
-            self.fail(name, "a whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 1 << 63:
+            self.fail(name, "a whole number of at most 18 digits")
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
@@ -145,6 +124,13 @@ class Record:
             if isinstance(item, bool) or not isinstance(item, str | int | float):
                 self.fail(name, "a list of strings")
         return tuple(_bounded(str(item), name, self.where) for item in value)
+
+    def numbers(self, name: str) -> list[float]:
+        """A list of numbers."""
+        value = self.data.get(name)
+        if not isinstance(value, list) or not all(type(item) in (int, float) for item in value):
+            self.fail(name, "a list of numbers")
+        return [float(item) for item in value]
 
     def records(self, name: str) -> list["Record"]:
         """A list of objects."""
@@ -167,6 +153,14 @@ def _bounded(text: str, name: str, where: str) -> str:
             f"{where}: field '{name}' has {len(text)} characters; expected at most {MAX_TEXT}. "
             "Check the file, or cut the text"
         )
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{where}: field '{name}' holds half of a character (a lone surrogate): "
+                f"{ascii(text)[:80]}; repair the text"
+            ) from None
     return text.strip()
 
 
@@ -185,45 +179,80 @@ def read_texts(path: Path, *fields: str) -> list[str]:
     for key, value in stream_values(path, *fields):
         if not isinstance(value, str):
             raise ValueError(f"{path.name}:{'.'.join(fields)} {key}: expected a string")
-        texts.append(value)
+        texts.append(_bounded(value, fields[-1], f"{path.name}:{'.'.join(fields)} {key}"))
     return texts
 
 
 def read_lines(path: Path) -> Iterator[Record]:
     """The objects of a JSON-lines file. Only ``\\n`` ends a line (not U+2028 and its kin)."""
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path.name}:line {number}"
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: is not JSON ({error}); repair the line") from None
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: expected an object with fields")
-            yield Record(value, where)
-
-
-def read_table(path: Path) -> Iterator[Record]:
-    """The rows of a comma-separated file with a header."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    number = 0
+    with open_text(path, newline="\n") as file:
         try:
-            for number, row in enumerate(csv.DictReader(file), start=2):
-                yield Record(dict(row), f"{path.name}:line {number}")
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if line.strip():
+                    where = _line(path, number)
+                    yield Record(_parse_line(line, where), where)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{_line(path, number + 1)} is not UTF-8 ({error.reason})") from None
+
+
+def _line(path: Path, number: int) -> str:
+    return f"{path.name}:line {number}"
+
+
+def _parse_line(line: str, where: str) -> dict[str, Any]:
+    if len(line) > MAX_LINE:
+        raise ValueError(f"{where}: has more than {MAX_LINE} characters; is this JSON lines?")
+    try:
+        value = json.loads(line, parse_constant=refuse_constant)
+    except RecursionError:
+        raise ValueError(f"{where}: is nested too deeply; repair the line") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: is not JSON ({error}); repair the line") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: is {repr(value)[:80]}; expected an object with fields")
+    return value
+
+
+def read_table(path: Path, delimiter: str = ",") -> Iterator[Record]:
+    """The rows of a table with a header, comma-separated unless told otherwise."""
+    number = 1
+    with open_text(path, newline="") as file:
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            for row in rows:
+                number = rows.line_num
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{_line(path, number)} has more or fewer columns than the header "
+                        f"({len(rows.fieldnames or ())}); put texts with commas in quotes"
+                    )
+                yield Record(dict(row), _line(path, number))
         except csv.Error as error:
-            raise ValueError(f"{path.name}: is not a CSV table ({error})") from None
+            raise ValueError(
+                f"{_line(path, max(number + 1, rows.line_num))} is not readable as CSV ({error}); "
+                "repair the line"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{_line(path, number + 1)} is not UTF-8 ({error.reason})") from None
 
 
 def image_name(name: str, where: str) -> str:
     """``name`` if it stays inside the image root, else ValueError."""
     # String functions: this runs once per sample, and pathlib would take half of a reader's time.
-    if not name or name[0] == "/" or "\0" in name or "\\" in name or ".." in name.split("/"):
+    normal = posixpath.normpath(name) if name else "."
+    if name[:1] == "/" or normal == "." or "\0" in name or "\\" in name or ".." in name.split("/"):
         raise ValueError(
             f"{where}: image name {name[:200]!r} is empty or leaves the image root; expected a "
             "relative path below `images/`"
         )
-    return posixpath.normpath(name)
+    if len(name) > MAX_NAME // 4 and max(map(len, normal.encode().split(b"/"))) > MAX_NAME:
+        raise ValueError(
+            f"{where}: image name {name[:80]!r}... has {len(name)} characters; expected at most "
+            f"{MAX_NAME} bytes between two slashes"
+        )
+    return normal
 
 
 def place(root: Path, name: str, where: str, *folders: str) -> str:
@@ -242,12 +271,12 @@ def place(root: Path, name: str, where: str, *folders: str) -> str:
     return base
 
 
-_folders: dict[tuple[Path, str], bool] = {}
-
-
 def _is_folder(root: Path, name: str) -> bool:
-    # Asked once per sample, and a stat each time would be most of a reader's time. Only the
-    # answer "yes" is kept: a folder may be unpacked later in the same process.
-    if not _folders.get((root, name)):
-        _folders[root, name] = (root / "images" / name).is_dir()
-    return _folders[root, name]
+    # Asked once per sample, and a stat each time would be most of a reader's time. Remembered
+    # during one reading only: a folder may be unpacked before the next.
+    noted = noted_files()
+    if noted is None:
+        return (root / "images" / name).is_dir()
+    if (root, name) not in noted.folders:
+        noted.folders[root, name] = (root / "images" / name).is_dir()
+    return noted.folders[root, name]

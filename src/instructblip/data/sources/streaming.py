@@ -2,8 +2,11 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+from instructblip.data.sources.opened import open_text
 
 CHUNK = 1 << 20
 MAX_VALUE = 1 << 26
@@ -17,17 +20,13 @@ def stream_values(path: Path, *fields: str) -> Iterator[tuple[str, Any]]:
     array's element is its index. Raises ValueError with file, record and line for what is not
     JSON (a truncated download, NaN) and for a missing field.
     """
-    with path.open(encoding="utf-8-sig") as file:
-        try:
-            yield from _Scanner(path, file).walk(fields)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path.name}: is not UTF-8 text ({error.reason})") from None
+    with _scan(path) as scanner:
+        yield from scanner.walk(fields)
 
 
 def has_field(path: Path, name: str) -> bool:
     """Whether the object at the top of the JSON file ``path`` has the field ``name``."""
-    with path.open(encoding="utf-8-sig") as file:
-        scanner = _Scanner(path, file)
+    with _scan(path) as scanner:
         if scanner.peek() != "{":
             return False
         for key in scanner.fields():
@@ -39,11 +38,24 @@ def has_field(path: Path, name: str) -> bool:
 
 def is_list(path: Path) -> bool:
     """Whether the JSON file ``path`` holds an array, as LAVIS rewrites many owners' objects."""
-    with path.open(encoding="utf-8-sig") as file:
-        return _Scanner(path, file).peek() == "["
+    with _scan(path) as scanner:
+        return scanner.peek() == "["
 
 
-def _refuse(constant: str) -> NoReturn:
+@contextmanager
+def _scan(path: Path) -> "Iterator[_Scanner]":
+    with open_text(path) as file:
+        scanner = _Scanner(path, file)
+        try:
+            yield scanner
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path.name}:{scanner.record}: is not UTF-8 ({error.reason})"
+            ) from None
+
+
+def refuse_constant(constant: str) -> NoReturn:
+    """For ``json``: NaN and Infinity are errors."""
     raise ValueError(f"{constant} is not a value of JSON")
 
 
@@ -54,7 +66,7 @@ class _Scanner:
         self.path, self.file = path, file
         self.buffer, self.position, self.ended = "", 0, False
         self.line = 1
-        self.decoder = json.JSONDecoder(parse_constant=_refuse)
+        self.decoder = json.JSONDecoder(parse_constant=refuse_constant)
         self.record = "start of file"
 
     def walk(self, fields: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

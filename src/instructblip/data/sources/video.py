@@ -1,7 +1,8 @@
-"""Questions about videos whose frames lie in a folder each: MSVD-QA, MSRVTT-QA, iVQA.
+"""Questions about videos, as a folder of frames each or as video files: MSVD-QA, MSRVTT-QA, iVQA.
 
 ``images/<video>/`` holds the frames as pictures, in the order of their names; ``<video>`` is the
-identifier of the file, with ``video`` or ``vid`` in front of it, or without its extension.
+identifier of the file, with ``video`` or ``vid`` in front of it, or without its extension. Without
+such a folder the frames are taken out of ``images/<video>.mp4`` or its kin (``frames.py``).
 """
 
 import re
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from instructblip.batch import Example
+from instructblip.data.sources.frames import VIDEOS, evenly_spaced, extract_frames
 from instructblip.data.sources.records import (
     PICTURES,
     find_file,
@@ -19,6 +21,8 @@ from instructblip.data.sources.records import (
 
 MAX_FRAMES = 64
 """Frames that an example lists; of a longer folder, this many evenly spaced ones."""
+FRAMES_OF_A_FILE = 16
+"""Frames that are taken out of a video file."""
 
 
 def msvdqa(root: Path, split: str) -> Iterator[Example]:
@@ -96,17 +100,21 @@ class _Frames:
             folder = self.root / name
             if not folder.is_dir():
                 continue
-            files = [f.name for f in folder.iterdir() if f.name.lower().endswith(PICTURES)]
-            files.sort(key=_natural)
-            return tuple(f"{name}/{files[i]}" for i in evenly_spaced(len(files), MAX_FRAMES))
+            return self._pictures(name)
+        for name in (video, f"video{video}", f"vid{video}"):
+            for suffix in ("", *VIDEOS):
+                path = self.root / f"{name}{suffix}"
+                if path.suffix in VIDEOS and path.is_file():
+                    taken = f"extracted/{path.name}"
+                    extract_frames(path, self.root / taken, FRAMES_OF_A_FILE)
+                    return self._pictures(taken)
         return ()
 
-
-def evenly_spaced(count: int, most: int) -> list[int]:
-    """At most ``most`` indices below ``count``, the middles of equal parts."""
-    if count <= most:
-        return list(range(count))
-    return [(2 * i + 1) * count // (2 * most) for i in range(most)]
+    def _pictures(self, folder: str) -> tuple[str, ...]:
+        entries = (self.root / folder).iterdir()
+        files = [f.name for f in entries if f.name.lower().endswith(PICTURES)]
+        files.sort(key=_natural)
+        return tuple(f"{folder}/{files[i]}" for i in evenly_spaced(len(files), MAX_FRAMES))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -83,7 +83,10 @@ def _read_annotations(path: Path) -> dict[str, tuple[tuple[str, ...], tuple[str,
     for _, record in read_records(path, "annotations"):
         answers = tuple(intern(answer.text("answer")) for answer in record.records("answers"))
         kinds = (intern(record.text("question_type", "")), intern(record.text("answer_type", "")))
-        answered[record.identifier("question_id")] = (answers, kinds)
+        question_id = record.identifier("question_id")
+        if question_id in answered:
+            record.fail("question_id", "each question once")
+        answered[question_id] = (answers, kinds)
     return answered
 
 

@@ -1,0 +1,146 @@
+"""How fast data gets in: `prepare`, the doctor, decoding, and the loader with 1 and 2 workers.
+
+    python benchmarks/input_pipeline.py [--rows 1000000] [--folder DIR]
+
+Rows are VQAv2's two files with ten answers each; pictures are noisy 640 x 480 JPEGs.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from instructblip.data.check import check_dataset
+from instructblip.data.images import ImageTransform, decode_image
+from instructblip.data.loader import Loader
+from instructblip.data.mixture import Mixture
+from instructblip.data.pictures import Pictures
+from instructblip.data.prepare import PreparedDataset, prepare
+from instructblip.data.tokens import Tokens
+from instructblip.model.pretrained import model_directory
+
+PICTURES = 20_000
+DIFFERENT = 200
+"""Pictures that are drawn; the others are links to them."""
+WORDS = ("what", "is", "the", "colour", "of", "this", "red", "car", "near", "green", "hats")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--folder", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.folder or Path(scratch)
+        write_pictures(folder / "vqav2" / "images")
+        write_annotations(folder / "vqav2" / "annotations", arguments.rows)
+        print(f"{os.cpu_count()} cores, {arguments.rows:,} rows, {PICTURES:,} pictures 640 x 480")
+        dataset = time_prepare(folder)
+        seconds, _ = timed(lambda: check_dataset(dataset))
+        print(f"check: {seconds:.1f} s")
+        time_decoding(folder / "vqav2" / "images")
+        for workers in (1, 2):
+            time_loader(dataset, workers)
+
+
+def time_prepare(folder: Path) -> PreparedDataset:
+    def run() -> PreparedDataset:
+        return prepare("vqav2", folder / "vqav2", "train", folder / "prepared")
+
+    own = time.process_time()
+    seconds, dataset = timed(run)
+    own = time.process_time() - own
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    rate = len(dataset) / seconds
+    print(f"prepare: {seconds:.1f} s ({own:.1f} s of one core), {rate:,.0f} rows/s")
+    print(f"peak memory of the process: {peak:.2f} GiB")
+    print(f"prepare again: {timed(run)[0]:.2f} s")
+    return dataset
+
+
+def time_decoding(images: Path) -> None:
+    files = [path.read_bytes() for path in sorted(images.iterdir())[:DIFFERENT]]
+    for train in (False, True):
+        transform = ImageTransform(train=train)
+        rng = random.Random(0)
+        seconds = []
+        for data in files:
+            began = time.process_time()  # other programs may run on this machine
+            transform.resize(decode_image(data, "picture"), rng)
+            seconds.append(time.process_time() - began)
+        how = "crop, flip and resize" if train else "resize"
+        print(f"decode and {how}: {1000 * statistics.median(seconds):.2f} ms a picture, one core")
+
+
+def time_loader(dataset: PreparedDataset, workers: int, steps: int = 20) -> None:
+    loader = Loader(
+        {"vqav2": dataset},
+        Mixture({"vqav2": len(dataset)}),
+        Tokens.from_pretrained(model_directory("starter")),
+        Pictures(ImageTransform(train=True), cache_images_mb=0),
+        batch_size=64,
+        workers=workers,
+    )
+    batches = loader.iterate(0)
+    next(batches)  # the workers are up
+    seconds, _ = timed(lambda: [next(batches) for _ in range(steps)])
+    print(f"loader, {workers} workers: {steps * loader.batch_size / seconds:.0f} samples/s")
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.perf_counter()
+    result = run()
+    return time.perf_counter() - began, result
+
+
+def write_pictures(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(PICTURES):
+        path = folder / f"COCO_train2014_{i:012d}.jpg"
+        if i >= DIFFERENT:
+            path.hardlink_to(folder / f"COCO_train2014_{i % DIFFERENT:012d}.jpg")
+            continue
+        coarse = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)
+        noise = Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8))
+        picture = Image.blend(picture, noise.filter(ImageFilter.GaussianBlur(1)), 0.2)
+        picture.save(path, quality=90)
+
+
+def write_annotations(folder: Path, rows: int) -> None:
+    """As the owner writes them, on one line."""
+    folder.mkdir(parents=True)
+    rng = random.Random(0)
+    questions = folder / "v2_OpenEnded_mscoco_train2014_questions.json"
+    annotations = folder / "v2_mscoco_train2014_annotations.json"
+    with questions.open("w") as asked, annotations.open("w") as told:
+        asked.write('{"info": {}, "questions": [')
+        told.write('{"info": {}, "annotations": [')
+        for i in range(rows):
+            ids = {"question_id": i, "image_id": i % PICTURES}
+            answers = [
+                {"answer": rng.choice(WORDS), "answer_confidence": "yes", "answer_id": k}
+                for k in range(1, 11)
+            ]
+            kinds = {"question_type": "what is", "answer_type": "other"}
+            comma = ", " if i else ""
+            text = " ".join(rng.choices(WORDS, k=7)) + f" {i}?"
+            asked.write(comma + json.dumps({**ids, "question": text}))
+            told.write(comma + json.dumps({**ids, **kinds, "answers": answers}))
+        asked.write("]}")
+        told.write("]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The doctor for a recipe: its evaluation sets first, then its training sets against them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from instructblip import assembly
+from instructblip.data.check import (
+    Diagnosis,
+    check_dataset,
+    evaluated_pictures,
+    left_out,
+    unchecked,
+)
+from instructblip.data.prepare import PreparedDataset
+from instructblip.data.tokens import Tokens
+from instructblip.data.view import DatasetView
+from instructblip.model.pretrained import model_directory
+from instructblip.recipe import Recipe
+
+
+def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | str]:
+    """Checks every data set of a recipe, one after the other.
+
+    A set that cannot be read gives the reason as a text, a set that passes or fails its diagnosis.
+    Evaluation sets that are not on this machine are left out.
+    """
+    evaluated = []
+    for name, split in evaluation_sets(recipe):
+        try:
+            dataset = assembly.prepare_split(recipe, name, split)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            yield str(error)
+            continue
+        evaluated.append(dataset)
+        yield check_dataset(dataset, decode=decode)
+    pictures = evaluated_pictures(evaluated)
+    tokens = _tokens(recipe)
+    for name in assembly.training_names(recipe):
+        try:
+            dataset = assembly.prepare_entry(recipe, name)
+        except (FileNotFoundError, ValueError) as error:
+            yield str(error)
+            continue
+        yield check_dataset(
+            dataset,
+            evaluated=pictures,
+            against=[key(dataset) for dataset in evaluated],
+            tokens=tokens,
+            drop_leaked=recipe.data.drop_leaked,
+            decode=decode,
+        )
+
+
+def passes(recipe: Recipe, diagnosis: Diagnosis) -> bool:
+    """Whether a set has no more bad examples than the recipe allows."""
+    return len(diagnosis.left_out) <= recipe.data.max_bad_rate * diagnosis.count
+
+
+def checked_training(
+    recipe: Recipe, datasets: Mapping[str, PreparedDataset]
+) -> Mapping[str, assembly.TrainingSet]:
+    """The training sets without their bad examples, as the last check found them.
+
+    Raises ValueError for a set that was not checked as it is now, or that has too many bad
+    examples. ``data.check`` may ask for the check to be made here, or for none.
+    """
+    data = recipe.data
+    if data.check == "skip":
+        return datasets
+    against = _present(recipe)
+    stale = {
+        name: reason
+        for name, dataset in datasets.items()
+        if (reason := unchecked(dataset, against, data.drop_leaked))
+    }
+    if stale and data.check == "run":
+        for diagnosis in check_recipe(recipe):
+            if isinstance(diagnosis, str):
+                raise ValueError(diagnosis)
+    elif stale:
+        listed = "".join(f"\n  {name} {reason}" for name, reason in stale.items())
+        raise ValueError(
+            f"these data sets cannot be trained on yet:{listed}\nRun `instructblip check` with "
+            "this recipe, or set data.check=run (checks now) or data.check=skip (takes any data)"
+        )
+    return {name: without_bad(dataset, data.max_bad_rate) for name, dataset in datasets.items()}
+
+
+def evaluation_sets(recipe: Recipe) -> list[tuple[str, str]]:
+    """(source, split) of everything the recipe is measured on, each once."""
+    settings = recipe.evaluation
+    validation = assembly.benchmarks_of(recipe, settings.validation)
+    final = assembly.benchmarks_of(recipe, settings.benchmarks)
+    chosen = [*(replace(b, split="val") for b in validation), *final]
+    return list(dict.fromkeys((b.source, b.split) for b in chosen))
+
+
+def key(dataset: PreparedDataset) -> str:
+    return f"{dataset.name} {dataset.split}"
+
+
+def _present(recipe: Recipe) -> list[str]:
+    found = []
+    for name, split in evaluation_sets(recipe):
+        try:
+            found.append(key(assembly.prepare_split(recipe, name, split)))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def without_bad(dataset: PreparedDataset, max_bad_rate: float) -> assembly.TrainingSet:
+    """The examples that the last check did not find bad; ValueError if those were too many."""
+    bad = left_out(dataset)
+    if len(bad) > max_bad_rate * len(dataset):
+        raise ValueError(
+            f"{key(dataset)}: {len(bad)} of {len(dataset)} examples are bad, more than "
+            f"data.max_bad_rate {max_bad_rate:g} allows; they are listed in "
+            f"{dataset.path / 'bad_samples.jsonl'}. Repair them, or raise the rate to leave them "
+            "out"
+        )
+    if not bad:
+        return dataset
+    gone = frozenset(bad)
+    return DatasetView(dataset, [i for i in range(len(dataset)) if i not in gone])
+
+
+def _tokens(recipe: Recipe) -> Tokens | None:
+    """The tokenizers that measure answers; None when the model is not on this machine."""
+    try:
+        directory = model_directory(recipe.model.start)
+        return Tokens.from_pretrained(directory, max_response=recipe.data.max_response)
+    except (FileNotFoundError, ValueError):
+        return None

@@ -1,0 +1,302 @@
+"""The doctor: what would go wrong in training, by file, place and reason, before the first step.
+
+``check_dataset`` looks at every example and every picture of a prepared data set. What cannot be
+used is *bad*: it counts against the allowed rate and training leaves it out. What can be used but
+should be looked at is *suspect*: it is listed and counted, no more. Both stand in
+``bad_samples.jsonl`` beside the prepared data; ``check.json`` says what was checked, so that
+training notices a data set that has changed since.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from instructblip.batch import Example
+from instructblip.data.facts import (
+    FACTS_FILE,
+    PictureFact,
+    digest,
+    first_changed,
+    gather_facts,
+    read_facts,
+    write_facts,
+)
+from instructblip.data.prepare import PreparedDataset
+from instructblip.data.progress import progress_bar
+from instructblip.data.tokens import Tokens
+
+CHECK_FILE = "check.json"
+CHECK_VERSION = 1
+SAVE_SECONDS = 300
+"""Seconds between two writings of what is known of the pictures, for an interrupted check."""
+
+BAD = ("unreadable picture", "no answer", "no question", "placeholder")
+"""Kinds of findings that make an example useless."""
+LEAKED = "leaked picture"
+"""A training picture that an evaluation set shows as well: bad only if leaks are left out."""
+
+NEEDS_QUESTION = {"vqa", "multiple_choice", "read", "statement", "ask", "dialogue", "instruct"}
+
+_PLACEHOLDER = re.compile(
+    r"\W*(null|nan|undefined|todo|tbd|fixme|unk|lorem ipsum.*|placeholder|"
+    r"(insert|your|the)[ _](answer|caption|text|question|response)([ _]here)?|"
+    r"[<\[{](answer|caption|text|question|response|label)[>\]}])\W*",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fault of one example; a line of ``bad_samples.jsonl``."""
+
+    index: int
+    where: str
+    kind: str
+    reason: str
+
+    def line(self) -> dict[str, Any]:
+        file, _, record = self.where.partition(":")
+        kind, reason = self.kind, self.reason
+        return {
+            "file": file, "record": record, "kind": kind, "reason": reason, "index": self.index
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What the doctor found in one data set. ``left_out`` are the indices of bad examples."""
+
+    name: str
+    split: str
+    count: int
+    pictures: int
+    kinds: dict[str, int]
+    left_out: tuple[int, ...]
+    first: tuple[Finding, ...]
+    path: Path
+
+    def describe(self) -> str:
+        """``vqav2 train: 9000 examples, 3000 pictures, fine``, or what is wrong with them."""
+        found = ", ".join(f"{count} x {kind}" for kind, count in self.kinds.items()) or "fine"
+        head = f"{self.name} {self.split}: {self.count} examples, {self.pictures} pictures: {found}"
+        shown = [f"\n  {f.where}: {f.kind}: {f.reason}" for f in self.first]
+        rest = f"\n  all in {self.path / 'bad_samples.jsonl'}" if self.first else ""
+        return head + "".join(shown) + rest
+
+
+def check_dataset(
+    dataset: PreparedDataset,
+    *,
+    evaluated: Mapping[bytes, str] | None = None,
+    against: Sequence[str] = (),
+    tokens: Tokens | None = None,
+    drop_leaked: bool = False,
+    decode: bool = False,
+) -> Diagnosis:
+    """Checks every example and every picture once, and writes down what it found.
+
+    Args:
+        evaluated: sha256 of pictures in evaluation sets, and the set's name: for training sets.
+        against: names of those sets, kept so that a set added later is noticed.
+        tokens: finds answers longer than ``max_response``; without them no length is checked.
+        drop_leaked: counts leaked pictures as bad.
+        decode: decodes every picture whole, which finds damage in the middle of a file.
+    """
+    facts = picture_facts(dataset, decode)
+    bad_kinds = {*BAD, LEAKED} if drop_leaked else {*BAD}
+    kinds: Counter[str] = Counter()
+    left_out: dict[int, None] = {}
+    first: list[Finding] = []
+    kept = _lines_of_prepare(dataset.path)
+    target = dataset.path / "bad_samples.jsonl"
+    temporary = target.with_name(f".bad_samples.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        for finding in _findings(dataset, facts, evaluated or {}, tokens):
+            kinds[finding.kind] += 1
+            if finding.kind in bad_kinds:
+                left_out[finding.index] = None
+            if kinds[finding.kind] <= 2:
+                first.append(finding)
+            file.write(json.dumps(finding.line(), ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+    pictures = {"count": len(facts), "bytes": sum(fact.size for fact in facts.values())}
+    _write_json(
+        dataset.path / CHECK_FILE,
+        {
+            "version": CHECK_VERSION,
+            "manifest": fingerprint(dataset),
+            "count": len(dataset),
+            "pictures": pictures | {"sha256": digest(facts)},
+            "kinds": dict(kinds),
+            "against": sorted(against),
+            "drop_leaked": drop_leaked,
+            "left_out": list(left_out),
+        },
+    )
+    name, split = dataset.name, dataset.split
+    return Diagnosis(
+        name, split, len(dataset), len(facts), dict(kinds), tuple(left_out), tuple(first),
+        dataset.path,
+    )  # fmt: skip
+
+
+def picture_facts(dataset: PreparedDataset, decode: bool = False) -> dict[str, PictureFact]:
+    """Facts about every picture of a data set, from ``pictures.arrow`` where it is still right."""
+    names = dict.fromkeys(name for images in dataset.column("images") for name in images)
+    path = dataset.path / FACTS_FILE
+    known = read_facts(path)
+    facts: dict[str, PictureFact] = {}
+    saved = time.monotonic()
+    with progress_bar(f"checking {dataset.name} {dataset.split}", "pictures") as advance:
+        try:
+            for name, fact in gather_facts(names, dataset.image_root, known, decode=decode):
+                facts[name] = fact
+                if len(facts) % 1024 == 0:
+                    advance(len(facts), len(names))
+                    if time.monotonic() - saved > SAVE_SECONDS:
+                        write_facts(path, known | facts)
+                        saved = time.monotonic()
+        except BaseException:
+            # Hours of reading are worth keeping when the check is interrupted.
+            write_facts(path, known | facts)
+            raise
+    if facts != known:
+        write_facts(path, facts)
+    return facts
+
+
+def evaluated_pictures(datasets: Iterable[PreparedDataset]) -> dict[bytes, str]:
+    """sha256 of every picture in the data sets, with the name of a set that shows it."""
+    found: dict[bytes, str] = {}
+    for dataset in datasets:
+        for fact in read_facts(dataset.path / FACTS_FILE).values():
+            found.setdefault(fact.sha256, f"{dataset.name} {dataset.split}")
+    found.pop(b"", None)
+    return found
+
+
+def fingerprint(dataset: PreparedDataset) -> str:
+    """Changes when a set is prepared anew from other files."""
+    return hashlib.sha256((dataset.path / "manifest.json").read_bytes()).hexdigest()
+
+
+def left_out(dataset: PreparedDataset) -> tuple[int, ...]:
+    """Indices of the examples that the last check found bad."""
+    return tuple(_read_check(dataset).get("left_out", ()))
+
+
+def unchecked(
+    dataset: PreparedDataset, against: Collection[str] = (), drop_leaked: bool = False
+) -> str:
+    """Why the last check does not hold for the data as it is now; empty when it does.
+
+    ``against`` are the evaluation sets whose pictures it has to have been compared with.
+    """
+    checked = _read_check(dataset)
+    if not checked:
+        return "was never checked"
+    if checked.get("version") != CHECK_VERSION:
+        return "was checked by another version"
+    if checked["manifest"] != fingerprint(dataset):
+        return "has changed since it was checked"
+    if missing := sorted(set(against) - set(checked["against"])):
+        return f"was not checked for leaked pictures against {', '.join(missing)}"
+    if checked["drop_leaked"] != drop_leaked:
+        return "was checked with another data.drop_leaked"
+    changed = first_changed(dataset.image_root, read_facts(dataset.path / FACTS_FILE))
+    return f"has changed since it was checked (picture {changed})" if changed else ""
+
+
+def _read_check(dataset: PreparedDataset) -> dict[str, Any]:
+    path = dataset.path / CHECK_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _findings(
+    dataset: PreparedDataset,
+    facts: Mapping[str, PictureFact],
+    evaluated: Mapping[bytes, str],
+    tokens: Tokens | None,
+) -> Iterator[Finding]:
+    same, ids = _Repeats(), _Repeats()
+    for i, example in enumerate(dataset):
+        for kind, reason in _faults(example, dataset.image_root, facts, evaluated, tokens):
+            yield Finding(i, example.where, kind, reason)
+        pictures = tuple(facts[name].sha256 for name in example.images)
+        text = (example.question, example.context, example.history, example.answers)
+        if (other := same.add((pictures, text), i)) != i:
+            reason = f"says the same as {dataset[other].where}"
+            yield Finding(i, example.where, "duplicate", reason)
+        if (other := ids.add(example.id, i)) != i:
+            reason = f"the id {example.id[:80]!r} is also that of {dataset[other].where}"
+            yield Finding(i, example.where, "duplicate id", reason)
+
+
+class _Repeats:
+    """Tells what was there before, by hash: a set of millions of texts would fill the memory."""
+
+    def __init__(self) -> None:
+        self.first: dict[int, int] = {}
+
+    def add(self, key: object, index: int) -> int:
+        """The index at which ``key`` was first; ``index`` itself for a new one."""
+        return self.first.setdefault(hash(key), index)
+
+
+def _faults(
+    example: Example,
+    root: Path,
+    facts: Mapping[str, PictureFact],
+    evaluated: Mapping[bytes, str],
+    tokens: Tokens | None,
+) -> Iterator[tuple[str, str]]:
+    for name in example.images:
+        if fault := facts[name].fault:
+            yield "unreadable picture", f"{root / name}: {fault}"
+        elif other := evaluated.get(facts[name].sha256):
+            yield LEAKED, f"{name} is also a picture of {other}"
+    if example.split == "train" and not any(answer.strip() for answer in example.answers):
+        yield "no answer", "a training example needs an answer"
+    if example.task in NEEDS_QUESTION and not example.question.strip():
+        yield "no question", f"the task '{example.task}' needs one"
+    if _PLACEHOLDER.fullmatch(example.question):
+        yield "placeholder", f"the question is {example.question[:80]!r}"
+    if example.answers and all(_PLACEHOLDER.fullmatch(answer) for answer in example.answers):
+        yield "placeholder", f"the answer is {example.answers[0][:80]!r}"
+    if tokens is not None and example.split == "train":
+        for answer in example.answers:
+            # A token stands for at least one byte, so short answers need no tokenizer.
+            if len(answer.encode()) < tokens.max_response:
+                continue
+            if (length := tokens.response_length(answer)) > tokens.max_response:
+                yield (
+                    "over-long answer",
+                    f"{length} tokens; training cuts it to {tokens.max_response} "
+                    f"(data.max_response): {answer[:60]!r}...",
+                )
+
+
+def _lines_of_prepare(path: Path) -> list[str]:
+    """What `prepare` had left out; lines of an earlier check carry an index and go."""
+    file = path / "bad_samples.jsonl"
+    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
+    return [line + "\n" for line in lines if line and "index" not in json.loads(line)]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

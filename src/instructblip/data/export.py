@@ -1,0 +1,153 @@
+"""Hands rendered training samples to other frameworks.
+
+One sample an example: template and answer are chosen as training chooses them, by the seed. An
+earlier dialogue is part of the prompt, as our model reads it. Paths of pictures are relative to
+one folder for all data sets.
+
+===========  ============================================================================
+llava        ``[{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."},
+             {"from": "gpt", "value": "..."}]}]``
+sharegpt     the same turns, with ``"images": [...]``
+messages     JSON lines of ``{"messages": [{"role": "user", "content": [{"type": "image_url",
+             ...}, {"type": "text", ...}]}, {"role": "assistant", "content": "..."}]}``
+parquet      columns id, images, prompt, response, question, answers
+===========  ============================================================================
+"""
+
+import json
+import os
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from instructblip.data.order import mix
+from instructblip.data.pictures import Examples
+from instructblip.data.templates import Language, render_instruction
+
+Form = Literal["llava", "sharegpt", "messages", "parquet"]
+FORMS: tuple[str, ...] = get_args(Form)
+_ROWS = 2048
+_TEXTS = pa.list_(pa.string())
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("images", _TEXTS),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("question", pa.string()),
+        ("answers", _TEXTS),
+    ]
+)
+
+
+def export(
+    dataset: Examples,
+    name: str,
+    form: Form,
+    folder: Path,
+    image_root: Path,
+    seed: int = 0,
+    templates: Sequence[str] | None = None,
+    language: Language = "en",
+) -> Path:
+    """Writes ``folder/<name>.json``, ``.jsonl`` or ``.parquet``; nothing is left half written.
+
+    ``image_root`` is the folder that the written paths are relative to.
+    """
+    if form not in FORMS:
+        raise ValueError(f"export format '{form}'; expected one of {', '.join(FORMS)}")
+    rows = _rows(dataset, name, image_root, seed, templates, language)
+    path = folder / (name + {"messages": ".jsonl", "parquet": ".parquet"}.get(form, ".json"))
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if form == "parquet":
+            _write_parquet(temporary, rows)
+        else:
+            _write_json(temporary, map(_RECORDS[form], rows), lines=form == "messages")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _rows(
+    dataset: Examples,
+    name: str,
+    image_root: Path,
+    seed: int,
+    templates: Sequence[str] | None,
+    language: Language,
+) -> Iterator[dict[str, Any]]:
+    prefix = os.path.relpath(dataset.image_root, image_root.resolve())
+    for i in range(len(dataset)):
+        example = dataset[i]
+        rng = random.Random(mix(seed, zlib.crc32(name.encode()), i))
+        template = rng.choice(templates) if templates else None
+        rendered = render_instruction(example, rng, template, language)
+        yield {
+            "id": f"{name}/{example.id}",
+            "images": [os.path.normpath(f"{prefix}/{image}") for image in example.images],
+            "prompt": rendered.prompt,
+            "response": rendered.response,
+            "question": example.question,
+            "answers": list(example.answers),
+        }
+
+
+def _llava(row: dict[str, Any]) -> dict[str, Any]:
+    images = row["images"]
+    return {
+        "id": row["id"],
+        "image": images[0] if len(images) == 1 else images,
+        "conversations": _turns(row),
+    }
+
+
+def _sharegpt(row: dict[str, Any]) -> dict[str, Any]:
+    return {"id": row["id"], "images": row["images"], "conversations": _turns(row)}
+
+
+def _turns(row: dict[str, Any]) -> list[dict[str, str]]:
+    marks = "<image>\n" * len(row["images"])
+    return [
+        {"from": "human", "value": marks + row["prompt"]},
+        {"from": "gpt", "value": row["response"]},
+    ]
+
+
+def _messages(row: dict[str, Any]) -> dict[str, Any]:
+    pictures = [{"type": "image_url", "image_url": {"url": image}} for image in row["images"]]
+    asked = [*pictures, {"type": "text", "text": row["prompt"]}]
+    told = {"role": "assistant", "content": row["response"]}
+    return {"id": row["id"], "messages": [{"role": "user", "content": asked}, told]}
+
+
+_RECORDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "llava": _llava,
+    "sharegpt": _sharegpt,
+    "messages": _messages,
+}
+
+
+def _write_json(path: Path, records: Iterable[dict[str, Any]], lines: bool) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        between = "" if lines else "[\n"
+        for record in records:
+            file.write(between + json.dumps(record, ensure_ascii=False))
+            between = "\n" if lines else ",\n"
+        file.write("\n" if lines else "\n]\n" if between == ",\n" else "[]\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    with pq.ParquetWriter(path, _SCHEMA) as writer:
+        while part := list(islice(rows, _ROWS)):
+            writer.write_table(pa.Table.from_pylist(part, schema=_SCHEMA))

@@ -1,0 +1,174 @@
+"""Training samples as the model gets them: pixels, texts, and token by token what carries loss.
+
+The samples come from the training loader itself, so crop, template, answer and token ids are those
+of the step that is named. Which tokens carry loss is read from the collated batch.
+"""
+
+import base64
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from instructblip.batch import Batch, Example
+from instructblip.data.collate import collate
+from instructblip.data.images import ImageTransform
+from instructblip.data.loader import Loader
+from instructblip.data.order import CYCLE
+from instructblip.data.templates import Rendered
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+MAX_CYCLES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token id with the text it stands for; ``loss`` says whether it is a label."""
+
+    id: int
+    text: str
+    loss: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One training sample. ``pictures`` are the frames as the model sees them, S x S."""
+
+    name: str
+    step: int
+    example: Example
+    rendered: Rendered
+    pictures: tuple[Image.Image, ...]
+    qformer: tuple[Token, ...]
+    language: tuple[Token, ...]
+
+
+def training_samples(loader: Loader, count: int) -> Iterator[Shown]:
+    """The first ``count`` samples of each set, in the order in which training draws them."""
+    slots: dict[int, list[int]] = {i: [] for i in range(len(loader.names))}
+    missing = {i for i, share in enumerate(loader.order.shares) if share}
+    for slot in range(MAX_CYCLES * CYCLE):
+        chosen = slots[loader.order[slot].dataset]
+        if len(chosen) < count:
+            chosen.append(slot)
+        if len(chosen) >= count:
+            missing.discard(loader.order[slot].dataset)
+        if not missing:
+            break
+    for i, name in enumerate(loader.names):
+        for slot in slots[i]:
+            yield _show(loader, name, slot)
+
+
+def _show(loader: Loader, name: str, slot: int) -> Shown:
+    example, rendered = loader.rendered(slot)
+    sample = loader.sample(slot)
+    assert sample.pixels is not None
+    transform = loader.pictures.transform
+    batch = collate([sample])
+    tokens = loader.tokens
+    return Shown(
+        name=name,
+        step=slot // loader.batch_size,
+        example=example,
+        rendered=rendered,
+        pictures=tuple(_picture(frame.numpy(), transform) for frame in sample.pixels),
+        qformer=tuple(_tokens(tokens.qformer, batch, "qformer", False)) if tokens.qformer else (),
+        language=(
+            *_tokens(tokens.language, batch, "prompt", False),
+            *_tokens(tokens.language, batch, "response", True),
+        ),
+    )
+
+
+def _tokens(tokenizer: Any, batch: Batch, part: str, labels: bool) -> Iterator[Token]:
+    ids = getattr(batch, f"{part}_ids")[0].tolist()
+    mask = getattr(batch, f"{part}_mask")[0].tolist()
+    for number, text, real in zip(ids, tokenizer.convert_ids_to_tokens(ids), mask, strict=True):
+        if real:
+            yield Token(number, text.replace("▁", "␣").replace("Ġ", "␣"), labels)
+
+
+def _picture(pixels: np.ndarray, transform: ImageTransform) -> Image.Image:
+    """Undoes the normalisation of [3, S, S]."""
+    values = pixels.transpose(1, 2, 0) * np.asarray(transform.std) + np.asarray(transform.mean)
+    return Image.fromarray(np.clip(np.rint(values * 255), 0, 255).astype(np.uint8))
+
+
+def to_terminal(shown: Shown, colour: bool) -> "Text":
+    """The sample as text; with ``colour`` the picture in half blocks and loss in green."""
+    from rich.text import Text
+
+    text = Text()
+    head = f"{shown.name}  step {shown.step}  {shown.example.where}  id {shown.example.id}"
+    text.append(f"{head}\n", "bold")
+    text.append(f"picture    {', '.join(shown.example.images[:4])}\n")
+    if colour:
+        for line in _half_blocks(shown.pictures[0]):
+            text.append_text(line)
+    for name, value in _texts(shown).items():
+        text.append(f"{name:11}{value}\n")
+    if shown.qformer:
+        text.append("Q-Former   " + " ".join(token.text for token in shown.qformer) + "\n", "dim")
+    text.append("tokens     ")
+    for token in shown.language:
+        mark = token.text if colour or not token.loss else f"[{token.text}]"
+        text.append(mark, "bold green" if token.loss else "dim").append(" ")
+    labels = sum(token.loss for token in shown.language)
+    how = "in green" if colour else "in brackets"
+    return text.append(f"\n           {labels} of {len(shown.language)} carry loss ({how})\n")
+
+
+def _texts(shown: Shown) -> dict[str, str]:
+    rendered = shown.rendered
+    same = rendered.instruction == rendered.prompt
+    texts = {"prompt": rendered.prompt, "response": rendered.response}
+    return texts if same else {"instruction": rendered.instruction, **texts}
+
+
+def _half_blocks(picture: Image.Image, columns: int = 32) -> "Iterator[Text]":
+    from rich.text import Text
+
+    small = np.asarray(picture.resize((columns, columns), Image.Resampling.BOX))
+    for upper, lower in zip(small[::2], small[1::2], strict=True):
+        line = Text("           ")
+        for above, below in zip(upper.tolist(), lower.tolist(), strict=True):
+            line.append(
+                "▀", f"rgb({','.join(map(str, above))}) on rgb({','.join(map(str, below))})"
+            )
+        yield line.append("\n")
+
+
+def write_page(path: Path, shown: Iterable[Shown], facts: Mapping[str, str]) -> Path:
+    """Writes an offline HTML page with the samples, and ``facts`` about the run at its head."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["data_uri"] = _data_uri
+    environment.globals["texts"] = _texts
+    sets: dict[str, list[Shown]] = {}
+    for one in shown:
+        sets.setdefault(one.name, []).append(one)
+    page = environment.get_template("show.html.j2").render(sets=sets, facts=facts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _data_uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,58 @@
+"""Which files a reader opens: noted for the manifest, measured for the progress bar."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+
+@dataclass(slots=True)
+class FilesRead:
+    """The files a reader opened, and those it looked for and did not find."""
+
+    found: dict[Path, None] = field(default_factory=dict)
+    absent: dict[Path, None] = field(default_factory=dict)
+    folders: dict[tuple[Path, str], bool] = field(default_factory=dict)
+    """Whether a sub-folder of the pictures exists, as long as this reading lasts."""
+    streams: list[tuple[Any, int]] = field(default_factory=list)
+    """Raw files and their sizes in bytes, in the order in which they were opened."""
+
+    def position(self) -> tuple[int, int]:
+        """Bytes read so far and bytes in all, of the files opened until now."""
+        done = sum(size if raw.closed else min(raw.tell(), size) for raw, size in self.streams)
+        return done, sum(size for _, size in self.streams)
+
+
+_noted: ContextVar[FilesRead | None] = ContextVar("files_read", default=None)
+
+
+@contextmanager
+def note_files() -> Iterator[FilesRead]:
+    """Collects the files that readers open inside the block."""
+    noted = FilesRead()
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+def noted_files() -> FilesRead | None:
+    """What the surrounding ``note_files`` collects, or None."""
+    return _noted.get()
+
+
+def note_file(path: Path) -> None:
+    """Notes a file, or a folder of small files, that a reader takes its annotations from."""
+    if (noted := _noted.get()) is not None:
+        noted.found[path] = None
+
+
+def open_text(path: Path, encoding: str = "utf-8-sig", newline: str | None = None) -> TextIO:
+    """Opens an annotation file; how far it has been read then shows in ``position``."""
+    file = path.open(encoding=encoding, newline=newline)
+    if (noted := _noted.get()) is not None:
+        noted.streams.append((file.buffer.raw, path.stat().st_size))  # type: ignore[attr-defined]
+    return file

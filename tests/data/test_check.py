@@ -1,0 +1,184 @@
+"""The doctor names every bad sample by file, place and reason, and notices what has changed."""
+
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from instructblip.data.check import check_dataset, evaluated_pictures, left_out, unchecked
+from instructblip.data.images import MAX_PIXELS, picture_fault
+from instructblip.data.prepare import PreparedDataset, prepare
+from instructblip.data.tokens import Tokens
+from tests.data.tiny import write_json, write_picture
+
+
+def vizwiz(root: Path, records: list[dict[str, Any]], split: str = "train") -> PreparedDataset:
+    """A set of one picture a record, drawn where the test has not put one."""
+    for i, record in enumerate(records):
+        record.setdefault("image", f"{split}{i}.png")
+        record.setdefault("question", f"What is {i}?")
+        record.setdefault("answers", [{"answer": f"cup {i}"}])
+        if not (root / "images" / record["image"]).exists():
+            write_picture(root / "images" / record["image"], seed=hash((split, i)) % 1000)
+    write_json(root / "annotations" / f"{split}.json", records)
+    return prepare("vizwiz", root, split, root / "prepared")
+
+
+def lines(dataset: PreparedDataset) -> list[dict[str, Any]]:
+    text = (dataset.path / "bad_samples.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds nothing of it."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    head = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    return b"\x89PNG\r\n\x1a\n" + head + b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def test_unreadable_pictures(tmp_path: Path):
+    images = tmp_path / "images"
+    names = ["whole.png", "cut.png", "half.jpg", "empty.jpg", "text.jpg", "bomb.png", "folder.png"]
+    for name in names[:3]:
+        write_picture(images / name, (60, 50), seed=len(name))
+    for name in names[1:3]:
+        data = (images / name).read_bytes()
+        (images / name).write_bytes(data[: len(data) // 2])
+    (images / "empty.jpg").touch()
+    (images / "text.jpg").write_text("<html>not found</html>")
+    (images / "bomb.png").write_bytes(png_header(9000, 9000))
+    (images / "folder.png").mkdir()
+    dataset = vizwiz(tmp_path, [{"image": name} for name in [*names, "later.png"]])
+    (images / "later.png").unlink()
+    diagnosis = check_dataset(dataset)
+    assert diagnosis.left_out == tuple(range(1, 8)) == left_out(dataset)
+    assert diagnosis.kinds == {"unreadable picture": 7}
+    found = {Path(line["reason"].partition(": ")[0]).name: line for line in lines(dataset)}
+    assert {line["file"] for line in found.values()} == {"train.json"}
+    assert found["half.jpg"]["record"] == "record 2"
+    for name, reason in [
+        ("cut.png", "truncated"),
+        ("half.jpg", "truncated"),
+        ("empty.jpg", "empty file"),
+        ("text.jpg", "cannot identify"),
+        ("bomb.png", f"9000 x 9000 pixels; at most {MAX_PIXELS}"),
+        ("folder.png", "directory"),
+        ("later.png", "does not exist"),
+    ]:
+        assert reason in found[name]["reason"], name
+    assert "all in" in diagnosis.describe()
+    assert "train.json:record 1: unreadable picture" in diagnosis.describe()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_whole_and_cut_files(kind: str, tmp_path: Path):
+    path = tmp_path / "a"
+    Image.radial_gradient("L").convert("RGB").save(path, kind)
+    data = path.read_bytes()
+    assert picture_fault(data) is None
+    assert picture_fault(data[: len(data) * 2 // 3])
+    if kind == "JPEG":  # cameras write more behind the end of the picture
+        assert picture_fault(data + b"trailer") is None
+
+
+def test_damage_in_the_middle_needs_decoding(tmp_path: Path):
+    data = bytearray(write_picture(tmp_path / "a.png", (80, 80)).read_bytes())
+    data[200:260] = bytes(60)
+    assert picture_fault(bytes(data)) is None
+    assert picture_fault(bytes(data), decode=True)
+
+
+def test_texts(tmp_path: Path, tokens: Tokens):
+    long = "word " * 400
+    dataset = vizwiz(
+        tmp_path,
+        [
+            {},
+            {"image": "train0.png", "question": "What is 0?", "answers": [{"answer": "cup 0"}]},
+            {"question": "   "},
+            {"answers": [{"answer": "<answer>"}, {"answer": "TODO"}]},
+            {"answers": [{"answer": "nan"}, {"answer": "cup"}]},
+            {"question": "{question}"},
+            {"answers": [{"answer": long}]},
+        ],
+    )
+    diagnosis = check_dataset(dataset, tokens=tokens)
+    found = [(line["index"], line["kind"]) for line in lines(dataset)]
+    assert found == [
+        (1, "duplicate"),
+        (1, "duplicate id"),
+        (2, "no question"),
+        (3, "placeholder"),
+        (5, "placeholder"),
+        (6, "over-long answer"),
+    ]
+    assert diagnosis.left_out == (2, 3, 5)
+    length = tokens.response_length(long.strip())
+    assert f"{length} tokens; training cuts it to 256" in lines(dataset)[-1]["reason"]
+    check_dataset(dataset)  # without tokens no length is known, and lines do not pile up
+    assert [line["index"] for line in lines(dataset)] == [1, 1, 2, 3, 5]
+
+
+def test_answers_may_be_missing_in_a_test_split(tmp_path: Path):
+    assert not check_dataset(vizwiz(tmp_path, [{"answers": []}], "test")).kinds
+
+
+def test_leaked_pictures_are_found_by_content(tmp_path: Path):
+    train = vizwiz(tmp_path, [{}, {}, {}])
+    copy = tmp_path / "images" / "other_name.png"
+    copy.write_bytes((tmp_path / "images" / "train1.png").read_bytes())
+    test = vizwiz(tmp_path, [{}, {"image": copy.name}], "test")
+    check_dataset(test)
+    evaluated = evaluated_pictures([test])
+    diagnosis = check_dataset(train, evaluated=evaluated, against=["vizwiz test"])
+    assert (diagnosis.kinds, diagnosis.left_out) == ({"leaked picture": 1}, ())
+    assert lines(train)[0]["index"] == 1
+    assert "train1.png is also a picture of vizwiz test" in lines(train)[0]["reason"]
+    dropped = check_dataset(train, evaluated=evaluated, drop_leaked=True)
+    assert dropped.left_out == (1,)
+
+
+def test_what_prepare_left_out_stays_listed(tmp_path: Path):
+    records = [{"image": "a.png"}, {"image": "b.png"}, {"answers": [{"answer": "nan"}]}]
+    vizwiz(tmp_path, records)
+    (tmp_path / "images" / "a.png").unlink()
+    dataset = prepare("vizwiz", tmp_path, "train", tmp_path / "new", max_bad_rate=0.5)
+    for _ in range(2):
+        check_dataset(dataset)
+        assert [line["kind"] for line in lines(dataset)] == ["missing picture", "placeholder"]
+
+
+def test_changes_are_noticed(tmp_path: Path):
+    dataset = vizwiz(tmp_path, [{}, {}])
+    assert unchecked(dataset) == "was never checked"
+    check_dataset(dataset, against=["vizwiz test"])
+    assert unchecked(dataset) == unchecked(dataset, ["vizwiz test"]) == ""
+    assert "not checked for leaked pictures against gqa test" in unchecked(dataset, ["gqa test"])
+    assert "drop_leaked" in unchecked(dataset, drop_leaked=True)
+
+    picture = tmp_path / "images" / "train1.png"
+    os.utime(picture, ns=(1, 1))
+    assert unchecked(dataset) == "has changed since it was checked (picture train1.png)"
+    check_dataset(dataset)
+    assert not unchecked(dataset)
+    picture.unlink()
+    assert "picture train1.png" in unchecked(dataset)
+
+    again = vizwiz(tmp_path, [{}, {}, {}])
+    assert unchecked(again) == "was never checked"
+
+
+def test_pictures_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    dataset = vizwiz(tmp_path, [{}, {}, {"image": "train0.png"}])
+    assert check_dataset(dataset).pictures == 2
+    write_picture(tmp_path / "images" / "train1.png", seed=77)
+    read: list[str] = []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), real(path))[1])
+    check_dataset(dataset)
+    assert [name for name in read if name.endswith(".png")] == ["train1.png"]

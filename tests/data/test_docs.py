@@ -1,0 +1,72 @@
+"""docs/data.md says what the code does. `python -m tests.data.test_docs` prints its table."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from instructblip.data.sources import SOURCES
+from instructblip.data.sources.own import FORMATS, ROLES
+from instructblip.data.templates import TEMPLATES
+from instructblip.data.templates_zh import TEMPLATES_ZH
+from instructblip.recipe import Format
+from tests.data.test_sources import CASES
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
+HEAD = (
+    "| data set | files in `annotations/` | fields | task | templates (en + zh) | licence | test |"
+)
+
+
+def table() -> list[str]:
+    """One line a data set: its files, fields, task, templates and the test of its miniature."""
+    lines = [HEAD, "|---" * 7 + "|"]
+    for name, source in sorted(SOURCES.items()):
+        number, case = next((i, c) for i, c in enumerate(CASES) if c[0] == name)
+        fields = list(dict.fromkeys(key for f, value in case[2].items() for key in keys(f, value)))
+        cells = [
+            f"`{name}`",
+            source.files.replace("|", "/"),
+            ", ".join(fields),
+            source.task,
+            f"{len(TEMPLATES[source.task])} + {len(TEMPLATES_ZH[source.task])}",
+            source.licence,
+            f"`test_miniature[{name}-{case[1]}-{number}]`",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def keys(file: str, value: Any) -> list[str]:
+    """Names of the fields that hold text, numbers or lists of them."""
+    if isinstance(value, str):
+        return value.split("\n")[0].split(",") if file.endswith(".csv") else []
+    if isinstance(value, list):
+        return [key for item in value for key in keys(file, item)]
+    if not isinstance(value, dict):
+        return []
+    found = []
+    for key, inner in value.items():
+        nested = isinstance(inner, dict) or (
+            isinstance(inner, list) and any(isinstance(item, dict) for item in inner)
+        )
+        # Keys that are numbers are the records' own names.
+        plain = not nested and re.fullmatch(r"[A-Za-z_]\w*", key)
+        found += keys(file, inner) if nested else [key] if plain else []
+    return found
+
+
+def test_the_table_is_that_of_the_code():
+    written = DOCUMENT.read_text(encoding="utf-8").split("\n")
+    start = written.index(HEAD)
+    assert written[start : start + len(table())] == table()
+
+
+def test_formats_and_roles_are_explained():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert set(Format.__args__) == set(FORMATS)
+    for name in (*FORMATS, *ROLES):
+        assert f"`{name}`" in text, name
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

@@ -1,0 +1,319 @@
+"""Data of one's own in the formats that people have, read without code."""
+
+import base64
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from instructblip import assembly
+from instructblip.batch import Example
+from instructblip.data.check import check_dataset
+from instructblip.data.export import export
+from instructblip.data.prepare import prepare
+from instructblip.data.sources.own import Own, own_source
+from instructblip.recipe import load_recipe
+from tests.data.tiny import write_json, write_picture, write_vqa
+
+
+def read(root: Path, form: str, split: str = "train", **options: Any) -> list[Example]:
+    own = Own("mine", form, **options)
+    data = prepare("mine", root, split, root / "prepared", source=own_source(own))
+    return list(data)
+
+
+def write_lines(path: Path, *records: Any) -> None:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for i in range(3):
+        write_picture(tmp_path / f"{i}.png", seed=i)
+    return tmp_path
+
+
+TURNS = [
+    {"from": "system", "value": "Be kind."},
+    {"from": "human", "value": "<image>\nWhat is it?"},
+    {"from": "gpt", "value": "A cup."},
+    {"from": "human", "value": "Which colour?"},
+    {"from": "gpt", "value": "Red."},
+]
+
+
+def assert_dialogue(found: list[Example]) -> None:
+    first, second = found
+    assert (first.question, first.answers, first.history) == ("What is it?", ("A cup.",), ())
+    assert (second.question, second.answers) == ("Which colour?", ("Red.",))
+    assert second.history == (("What is it?", "A cup."),)
+    assert {(e.images, e.task, e.dataset) for e in found} == {(("0.png",), "instruct", "mine")}
+
+
+def test_llava_json(root: Path):
+    write_json(root / "data.json", [{"id": "7", "image": "0.png", "conversations": TURNS}])
+    found = read(root, "llava_json")
+    assert_dialogue(found)
+    assert [e.context for e in found] == ["Be kind."] * 2
+    assert found[1].id == "7_4"
+    assert found[1].where == "data.json:record 0, conversations 4"
+
+
+def test_sharegpt(root: Path):
+    write_json(root / "data.json", [{"images": ["0.png"], "conversations": TURNS}])
+    assert_dialogue(read(root, "sharegpt"))
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    messages = [{"role": roles[t["from"]], "content": t["value"]} for t in TURNS]
+    (root / "data.json").unlink()
+    write_lines(root / "data.jsonl", {"images": ["0.png"], "messages": messages})
+    assert_dialogue(read(root, "sharegpt"))
+
+
+def test_openai_messages(root: Path):
+    url = {"type": "image_url", "image_url": {"url": "0.png"}}
+    asked = {"role": "user", "content": [url, {"type": "text", "text": "What is it?"}]}
+    rest = [
+        {"role": "assistant", "content": [{"type": "text", "text": "A cup."}]},
+        {"role": "user", "content": "Which colour?"},
+        {"role": "assistant", "content": "Red."},
+    ]
+    write_lines(root / "data.jsonl", {"messages": [asked, *rest]})
+    assert_dialogue(read(root, "openai_messages"))
+    data = base64.b64encode((root / "1.png").read_bytes()).decode()
+    url["image_url"] = {"url": f"data:image/png;base64,{data}"}
+    write_lines(root / "data.jsonl", {"messages": [asked, *rest]})
+    (name,) = read(root, "openai_messages")[0].images
+    assert (root / name).read_bytes() == (root / "1.png").read_bytes()
+
+
+COLUMNS = (("answer", "reply"), ("image", "file"), ("question", "ask"))
+ROWS = [{"file": "0.png", "ask": "What?", "reply": "cup"}, {"file": "1.png", "ask": "", "reply": 3}]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+def test_table(suffix: str, root: Path):
+    path = root / f"train{suffix}"
+    if suffix == ".jsonl":
+        write_lines(path, *ROWS)
+    elif suffix == ".json":
+        write_json(path, ROWS)
+    elif suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([{**r, "reply": str(r["reply"])} for r in ROWS]), path)
+    else:
+        tab = "\t" if suffix == ".tsv" else ","
+        lines = [
+            tab.join(COLUMN for COLUMN in ROWS[0]),
+            *(tab.join(map(str, r.values())) for r in ROWS),
+        ]
+        path.write_text("\n".join(lines), encoding="utf-8")
+    first, second = read(root, "table", path="{split}.*", columns=COLUMNS)
+    assert (first.images, first.question, first.answers) == (("0.png",), "What?", ("cup",))
+    assert (second.task, second.answers) == ("caption", ("3",))
+    assert first.task == "vqa"
+
+
+def test_table_with_choices(root: Path):
+    row = {"image": "0.png", "question": "Which?", "choices": ["red", "blue"], "answer": 1}
+    write_lines(root / "a.jsonl", row, row | {"answer": "red", "context": "Look.", "id": 5})
+    first, second = read(root, "table", path="a.jsonl")
+    assert (first.task, first.answers) == ("multiple_choice", ("blue",))
+    assert (second.answers, second.context, second.id) == (("red",), "Look.", "5")
+    (root / "a.csv").write_text("image,question,choices,answer\n0.png,Which?,red | blue,0\n")
+    assert read(root, "table", path="a.csv")[0].answers == ("red",)
+    write_lines(root / "a.jsonl", row | {"answer": 7})
+    with pytest.raises(ValueError, match=r"a\.jsonl:line 1: field 'answer' is 7"):
+        read(root, "table", path="a.jsonl")
+
+
+def test_other_settings_prepare_again(root: Path):
+    write_lines(root / "a.jsonl", {"image": "0.png", "text": "one", "other": "two"})
+    for column, answer in (("text", "one"), ("other", "two")):
+        (found,) = read(root, "table", path="a.jsonl", columns=(("answer", column),))
+        assert found.answers == (answer,)
+
+
+def test_imagefolder_with_captions_beside(root: Path):
+    (root / "0.txt").write_text("A cup.\n\nA red cup.\n")
+    (root / "1.txt").write_text("A dog.")
+    (root / "2.png").unlink()
+    first, second = read(root, "imagefolder")
+    assert (first.images, first.answers, first.task) == (
+        ("0.png",),
+        ("A cup.", "A red cup."),
+        "caption",
+    )
+    assert second.answers == ("A dog.",)
+    (root / "1.txt").write_text("A dog runs.")
+    assert read(root, "imagefolder")[1].answers == ("A dog runs.",)
+    (root / "1.txt").unlink()
+    with pytest.raises(ValueError, match=r"1\.png:: a training example needs an answer"):
+        read(root, "imagefolder")
+
+
+def test_imagefolder_with_metadata(root: Path):
+    write_picture(root / "train" / "deep" / "a.png")
+    (root / "train" / "deep" / "metadata.csv").write_text("file_name,text\na.png,A cup.\n")
+    (found,) = read(root, "imagefolder")
+    assert (found.images, found.answers) == (("train/deep/a.png",), ("A cup.",))
+    (root / "train" / "deep" / "metadata.csv").write_text("file_name,text\n../../0.png,A cup.\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv:line 2: image name '../../0.png'"):
+        read(root, "imagefolder")
+
+
+def test_hf_dataset(root: Path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [str(root / "0.png"), str(root / "1.png")], "text": ["A cup.", "A dog."]}
+    saved = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": saved}).save_to_disk(str(root / "saved"))
+    columns = (("answer", "text"),)
+    first, second = read(root, "hf_dataset", path="saved", columns=columns)
+    assert (first.answers, second.answers) == (("A cup.",), ("A dog.",))
+    assert second.images[0].startswith("extracted/")
+    with pytest.raises(FileNotFoundError, match="no split 'val'; it has train"):
+        read(root, "hf_dataset", "val", path="saved")
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def test_webdataset(root: Path):
+    png = (root / "0.png").read_bytes()
+    fields = json.dumps({"question": "What?", "answer": "cup"}).encode()
+    files = {"a/1.png": png, "a/1.txt": b"A cup.\n", "a/2.json": fields, "a/2.png": png}
+    write_tar(root / "train-0.tar", files | {"../../3.png": png, "../../3.txt": b"Out."})
+    first, second, third = read(root, "webdataset", path="{split}-*.tar")
+    assert (first.task, first.answers) == ("caption", ("A cup.",))
+    assert (second.task, second.question, second.answers) == ("vqa", "What?", ("cup",))
+    assert first.images == second.images == third.images  # by content, under no name of the tar
+    assert (root / first.images[0]).read_bytes() == png
+    assert not list(root.parent.glob("3.*"))
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "content", "message"),
+    [
+        (
+            "llava_json",
+            "a.json",
+            [{"image": "0.png", "conversations": []}],
+            "record 0: .*turns that end",
+        ),
+        ("llava_json", "a.json", [{"image": "0.png"}], "record 0: field 'messages' is missing"),
+        (
+            "llava_json",
+            "a.json",
+            [{"image": "0.png", "conversations": [{"from": "gpt", "value": "x"}]}],
+            "conversations 0: .* expected a question before",
+        ),
+        (
+            "llava_json",
+            "a.json",
+            [{"image": "0.png", "conversations": [{"from": "robot", "value": "x"}]}],
+            "conversations 0: field 'from' is 'robot'",
+        ),
+        ("llava_json", "a.json", [{"image": "/a", "conversations": TURNS}], "record 0: image name"),
+        ("sharegpt", "a.json", [{"image": 5, "conversations": TURNS}], "record 0: a picture is 5"),
+        ("sharegpt", "a.json", [{"image": "s3://x", "conversations": TURNS}], "on the network"),
+        ("sharegpt", "a.json", [{"image": "data:x,%%", "conversations": TURNS}], "not base64"),
+        ("table", "a.json", [{"question": "x"}], "record 0: field 'image' is missing"),
+        ("table", "a.json", [{"image": "../0.png", "answer": "x"}], "record 0: image name"),
+        ("table", "a.json", [{"image": "0.png", "answer": {"a": 1}}], "field 'answer' is {'a': 1}"),
+        ("table", "a.parquet", b"PAR1 no", r"a\.parquet:row 0: not readable as Parquet"),
+        (
+            "table",
+            "a.csv",
+            b"image,answer\n0.png,a,b\n",
+            r"a\.csv:line 2 has more or fewer",
+        ),
+        ("webdataset", "a.tar", b"\0" * 100, r"a\.tar: not readable as a tar"),
+        ("hf_dataset", "dataset_info.json", b"{", "is not a saved data set"),
+    ],
+)
+def test_broken_input(form: str, name: str, content: Any, message: str, root: Path):
+    if isinstance(content, bytes):
+        (root / name).write_bytes(content)
+    else:
+        write_json(root / name, content)
+    with pytest.raises(ValueError, match=message):
+        read(root, form)
+
+
+def test_a_cut_shard_is_named(root: Path):
+    write_tar(root / "a.tar", {f"{i}.png": (root / "0.png").read_bytes() for i in range(30)})
+    data = (root / "a.tar").read_bytes()
+    (root / "a.tar").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"a\.tar: not readable as a tar archive: its end"):
+        read(root, "webdataset")
+
+
+def test_paths_stay_below_the_root(root: Path):
+    for path in ("../a.json", "/etc/*.json"):
+        with pytest.raises(ValueError, match="leaves the data root"):
+            read(root, "table", path=path)
+    with pytest.raises(FileNotFoundError, match=r"no \.tar file matches \*"):
+        read(root, "webdataset")
+    with pytest.raises(ValueError, match=r"columns \['picture'\]; expected some of id, image"):
+        own_source(Own("mine", "table", columns=(("picture", "a"),)))
+
+
+@pytest.mark.parametrize(
+    ("form", "reader"),
+    [("llava", "llava_json"), ("sharegpt", "sharegpt"), ("messages", "openai_messages")],
+)
+def test_export_comes_back(form: Any, reader: str, tmp_path: Path):
+    data = prepare("vqav2", write_vqa(tmp_path / "vqav2", 6), "train", tmp_path / "prepared")
+    path = export(data, "vqav2", form, tmp_path / "out", tmp_path, seed=3)
+    first = path.read_bytes()
+    assert export(data, "vqav2", form, tmp_path / "out", tmp_path, seed=3).read_bytes() == first
+    own = own_source(Own("mine", reader, path=f"out/{path.name}"))
+    found = list(prepare("mine", tmp_path, "train", tmp_path / "prepared", source=own))
+    assert len(found) == 6
+    for before, after in zip(data, found, strict=True):
+        assert before.question in after.question
+        assert after.answers[0] in before.answers
+        assert (tmp_path / after.images[0]).samefile(data.image_root / before.images[0])
+
+
+def test_export_parquet(tmp_path: Path):
+    data = prepare("vqav2", write_vqa(tmp_path / "vqav2", 4), "train", tmp_path / "prepared")
+    path = export(
+        data, "vqav2", "parquet", tmp_path / "out", tmp_path, templates=["Ask: {question}"]
+    )
+    rows = pq.read_table(path).to_pylist()
+    assert [row["prompt"] for row in rows] == [f"Ask: what is {i}?" for i in range(4)]
+    assert rows[0]["response"] in rows[0]["answers"]
+    with pytest.raises(ValueError, match="export format 'xml'; expected one of llava"):
+        export(data, "vqav2", "xml", tmp_path / "out", tmp_path)  # type: ignore[arg-type]
+
+
+def test_recipe_reads_own_data_from_anywhere(root: Path):
+    write_lines(root / "a.jsonl", {"file": "0.png", "text": "A cup."})
+    memory = fsspec.filesystem("memory")
+    memory.put(str(root / "a.jsonl"), "/mine/a.jsonl")
+    memory.put(str(root / "0.png"), "/mine/0.png")
+    recipe = root / "own.yaml"
+    recipe.write_text(
+        "data:\n  root: " + str(root) + "\n  sets:\n    mine:\n      format: table\n"
+        "      root: memory://mine\n      columns: {image: file, answer: text}\n"
+    )
+    dataset = assembly.prepare_training(load_recipe(recipe))["mine"]
+    assert dataset[0].answers == ("A cup.",)
+    assert (dataset.image_root / dataset[0].images[0]).is_file()
+    assert not check_dataset(dataset).left_out
+    with pytest.raises(ValueError, match="this name is taken"):
+        assembly.prepare_training(
+            load_recipe(recipe, ["data.sets={vqav2: {format: table, root: x}}"])
+        )
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        assembly.prepare_training(load_recipe(recipe, ["data.sets.mine.root=memory://other"]))

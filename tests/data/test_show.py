@@ -1,0 +1,79 @@
+"""What `show` prints is what the loader hands to the model."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instructblip.data.images import ImageTransform, load_image
+from instructblip.data.loader import Loader
+from instructblip.data.mixture import Mixture
+from instructblip.data.pictures import Pictures
+from instructblip.data.prepare import prepare
+from instructblip.data.show import to_terminal, training_samples, write_page
+from instructblip.data.tokens import Tokens
+from tests.data.tiny import write_json, write_picture, write_vqa
+
+
+@pytest.fixture
+def loader(tmp_path: Path, tokens: Tokens) -> Loader:
+    write_vqa(tmp_path / "vqav2", 30)
+    record = {"video_id": 1, "question": "<script>?", "answer": "red", "id": 1}
+    write_json(tmp_path / "msvdqa" / "annotations" / "train_qa.json", [record])
+    for i in range(4):
+        write_picture(tmp_path / "msvdqa" / "images" / "vid1" / f"{i}.png", seed=i)
+    datasets = {
+        name: prepare(name, tmp_path / name, "train", tmp_path / "out")
+        for name in ("vqav2", "msvdqa")
+    }
+    mixture = Mixture({name: len(dataset) for name, dataset in datasets.items()})
+    pictures = Pictures(ImageTransform(image_size=16), num_frames=4)
+    return Loader(datasets, mixture, tokens, pictures, batch_size=4)
+
+
+def test_samples_are_those_of_training(loader: Loader):
+    found = list(training_samples(loader, 3))
+    assert [one.name for one in found] == ["vqav2"] * 3 + ["msvdqa"] * 3
+    for one in found:
+        slots = range(one.step * 4, one.step * 4 + 4)
+        ids = [token.id for token in one.language]
+        samples = [loader.sample(slot) for slot in slots]
+        same = [s for s in samples if s.prompt_ids + s.response_ids == ids]
+        assert same
+        assert [t.id for t in one.language if t.loss] == same[0].response_ids
+        assert [t.id for t in one.qformer] == same[0].qformer_ids
+        assert one.rendered.response in ("red", *one.example.answers)
+    assert found[0].language[-1].text == "<|end|>"
+    assert len(found[0].pictures) == 1
+    assert len(found[3].pictures) == 4
+
+
+def test_pictures_are_the_model_s(loader: Loader):
+    one = next(training_samples(loader, 1))
+    path = loader.datasets[0].image_root / one.example.images[0]
+    expected = ImageTransform(image_size=16).resize(load_image(path))
+    assert np.array_equal(np.asarray(one.pictures[0]), expected)
+
+
+def test_terminal(loader: Loader):
+    one = next(training_samples(loader, 1))
+    plain = to_terminal(one, colour=False).plain
+    assert f"prompt     {one.rendered.prompt}\n" in plain
+    assert "[<|end|>]" in plain
+    labels = sum(token.loss for token in one.language)
+    assert f"{labels} of {len(one.language)} carry loss (in brackets)" in plain
+    drawn = to_terminal(one, colour=True)
+    assert drawn.plain.count("▀") == 32 * 16
+    assert any("bold green" in str(span.style) for span in drawn.spans)
+
+
+def test_page(loader: Loader, tmp_path: Path):
+    page = write_page(tmp_path / "show.html", training_samples(loader, 2), {"model": "tiny"})
+    text = page.read_text(encoding="utf-8")
+    assert "<script>" not in text
+    assert "&lt;script&gt;?" in text
+    assert text.count("data:image/png;base64,") == 2 + 2 * 4
+    assert not re.search(r"(src|href)=\"(?!data:|#)", text)
+    labels = sum(token.loss for one in training_samples(loader, 2) for token in one.language)
+    assert text.count('class="loss"') == labels + 1

@@ -1,0 +1,60 @@
+"""Frames out of video files: evenly spaced, in RGB, once."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instructblip.data.images import load_image
+from instructblip.data.prepare import prepare
+from tests.data.tiny import write_json
+
+av = pytest.importorskip("av")
+
+
+def write_video(path: Path, colours: list[tuple[int, int, int]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for colour in colours:
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), colour, np.uint8), "rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def questions(root: Path) -> None:
+    record = {"video_id": 1301, "question": "what?", "answer": "cook", "id": 5}
+    write_json(root / "annotations" / "test_qa.json", [record])
+
+
+def test_frames_are_evenly_spaced_and_rgb(tmp_path: Path):
+    questions(tmp_path)
+    red, blue = (250, 20, 20), (20, 20, 250)
+    write_video(tmp_path / "images" / "vid1301.mp4", [red] * 40 + [blue] * 40)
+    (example,) = prepare("msvdqa", tmp_path, "test", tmp_path / "out")
+    assert [Path(name).stem for name in example.images] == [f"{5 * i + 2:06d}" for i in range(16)]
+    for i, name in enumerate(example.images):
+        mean = np.asarray(load_image(name, tmp_path / "images")).mean((0, 1))
+        assert np.abs(mean - (red if i < 8 else blue)).max() < 25, name
+    assert len(list((tmp_path / "images" / "extracted").iterdir())) == 1
+
+
+def test_a_folder_of_frames_comes_first(tmp_path: Path):
+    questions(tmp_path)
+    write_video(tmp_path / "images" / "vid1301.mp4", [(9, 9, 9)] * 4)
+    (tmp_path / "images" / "vid1301").mkdir()
+    (tmp_path / "images" / "vid1301" / "0.jpg").touch()
+    (example,) = prepare("msvdqa", tmp_path, "test", tmp_path / "out")
+    assert example.images == ("vid1301/0.jpg",)
+
+
+@pytest.mark.parametrize("content", [b"", b"no video at all", b"\0" * 5000])
+def test_broken_videos_are_named(content: bytes, tmp_path: Path):
+    questions(tmp_path)
+    path = tmp_path / "images" / "vid1301.mp4"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"vid1301\.mp4: cannot be decoded"):
+        prepare("msvdqa", tmp_path, "test", tmp_path / "out")
+    assert not (tmp_path / "images" / "extracted" / "vid1301.mp4").exists()

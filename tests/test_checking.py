@@ -1,0 +1,101 @@
+"""`instructblip check`, and training that asks for it, on a corner of the embedded world."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from instructblip import assembly, checking, cli
+from instructblip.data.scenes.official import write_scenes
+from instructblip.recipe import Recipe, load_recipe
+
+SETTINGS = [
+    "model.start=nowhere",
+    "evaluation.validation=[scenes_vqav2]",
+    "evaluation.benchmarks=[scenes_vqav2, scenes_gqa]",
+    "data.sets={vqav2: {}}",
+]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_scenes(tmp_path / "scenes", scale=0.003, sets=("vqav2", "gqa"))
+    return tmp_path / "scenes"
+
+
+def recipe_of(root: Path, *more: str) -> Recipe:
+    return load_recipe("quickstart", [f"data.root={root}", *SETTINGS, *more])
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def picture(root: Path, question: int) -> Path:
+    """The picture of one of VQAv2's training questions."""
+    path = root / "vqav2" / "annotations" / "v2_OpenEnded_mscoco_train2014_questions.json"
+    image = json.loads(path.read_text())["questions"][question]["image_id"]
+    return root / "vqav2" / "images" / f"COCO_train2014_{image:012d}.jpg"
+
+
+def test_check_says_what_it_found(root: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["check", "quickstart", f"data.root={root}", *SETTINGS]
+    assert run(*command) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in out] == [
+        ["ok", "vqav2", "val:"],
+        ["ok", "gqa", "test:"],
+        ["ok", "vqav2", "train:"],
+    ]
+    picture(root, 4).write_bytes(b"")
+    assert run(*command) == 1
+    out = capsys.readouterr().out
+    assert "FAILED  vqav2 train: 27 examples, 9 pictures: 3 x unreadable picture" in out
+    assert "questions.json:record 3: unreadable picture" in out
+    assert run(*command, "data.max_bad_rate=0.2") == 0
+    picture(root, 4).unlink()
+    assert run(*command, "data.prepared=" + str(root / "again")) == 1
+    assert "3 of 27 samples are bad" in capsys.readouterr().out
+
+
+def test_training_needs_a_check(root: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = recipe_of(root, "data.check=required")
+    datasets = assembly.prepare_training(recipe)
+    with pytest.raises(ValueError, match=r"vqav2 was never checked\n.*instructblip check"):
+        checking.checked_training(recipe, datasets)
+    assert checking.checked_training(recipe_of(root, "data.check=skip"), datasets) == datasets
+    assert checking.checked_training(recipe_of(root, "data.check=run"), datasets) == datasets
+    assert checking.checked_training(recipe, datasets) == datasets
+
+    more = recipe_of(root, "data.check=required", "evaluation.benchmarks=[scenes_vsr]")
+    assert checking.checked_training(more, datasets) == datasets  # VSR is not on this machine
+    write_scenes(root, scale=0.003, sets=("vsr",))
+    with pytest.raises(ValueError, match="not checked for leaked pictures against vsr test"):
+        checking.checked_training(more, datasets)
+
+    picture(root, 0).write_bytes(picture(root, 0).read_bytes() + b"\0")
+    with pytest.raises(ValueError, match=r"vqav2 has changed since .*COCO_train2014"):
+        checking.checked_training(recipe, datasets)
+
+
+def test_bad_examples_are_left_out_within_the_rate(root: Path):
+    picture(root, 5).write_bytes(b"")
+    strict, lax = recipe_of(root), recipe_of(root, "data.max_bad_rate=0.2")
+    with pytest.raises(ValueError, match=r"vqav2 train: 3 of 27 examples are bad.*max_bad_rate 0"):
+        checking.checked_training(strict, assembly.prepare_training(strict))
+    kept = checking.checked_training(lax, assembly.prepare_training(lax))["vqav2"]
+    assert len(kept) == 24
+    name = picture(root, 5).name
+    assert name not in {image for i in range(len(kept)) for image in kept[i].images}
+
+
+def test_leaked_pictures_are_left_out_on_request(root: Path):
+    leaked = next((root / "gqa" / "images").rglob("*.jpg"))
+    picture(root, 5).write_bytes(leaked.read_bytes())
+    for setting, count in (("false", 27), ("true", 24)):
+        recipe = recipe_of(root, f"data.drop_leaked={setting}", "data.max_bad_rate=0.2")
+        kept = checking.checked_training(recipe, assembly.prepare_training(recipe))
+        assert len(kept["vqav2"]) == count
