@@ -114,6 +114,17 @@ def test_compare_and_evaluate(out: Path, overrides: list[str], capsys: pytest.Ca
     assert result.value == stored["datasets"]["scenes_vsr"]
 
 
+def test_a_benchmark_without_its_data_says_what_to_get(out: Path, overrides: list[str]):
+    recipe = recipe_of(out, overrides, "evaluation.benchmarks=[scenes_gqa, flickr30k, ivqa]")
+    with pytest.raises(FileNotFoundError) as error:
+        stages.evaluate(recipe, str(out / "run"), out / "missing")
+    text = str(error.value)
+    assert "flickr30k_test.json" in text
+    assert "https://shannon.cs.illinois.edu/DenotationGraph/" in text
+    assert str(out / "scenes" / "ivqa") in text
+    assert "scenes_gqa" not in text
+
+
 def test_prepare_prints_the_mixture(
     out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ):

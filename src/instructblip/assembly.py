@@ -12,9 +12,11 @@ from instructblip.data.loader import Loader
 from instructblip.data.mixture import Mixture
 from instructblip.data.pictures import Pictures
 from instructblip.data.prepare import PreparedDataset, prepare
+from instructblip.data.sources import source_of
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.benchmarks import Benchmark, select_benchmarks
 from instructblip.evaluation.evaluate import evaluate
+from instructblip.evaluation.owners import OWNERS
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.pretrained import model_directory
 from instructblip.recipe import Recipe
@@ -50,18 +52,33 @@ def prepare_training(recipe: Recipe) -> dict[str, PreparedDataset]:
 def prepare_benchmarks(
     recipe: Recipe, benchmarks: Iterable[Benchmark]
 ) -> dict[str, PreparedDataset]:
-    """The data set of each benchmark, by the benchmark's name."""
+    """The data set of each benchmark, by the benchmark's name; FileNotFoundError names all that
+    are not there, with the files to get and where."""
+    found, missing = {}, []
+    for benchmark in benchmarks:
+        try:
+            found[benchmark.name] = _prepare_benchmark(recipe, benchmark)
+        except FileNotFoundError as error:
+            files = source_of(benchmark.source).files.format(split=benchmark.split)
+            owner = OWNERS[benchmark.source]
+            missing.append(
+                f"{benchmark.name}: {error}. Get {files}, and the pictures, from {owner}; they go "
+                f"into annotations/ and images/ of {recipe.data.root_of(benchmark.source)}"
+            )
+    if missing:
+        raise FileNotFoundError("benchmarks without their data:\n  " + "\n  ".join(missing))
+    return found
+
+
+def _prepare_benchmark(recipe: Recipe, benchmark: Benchmark) -> PreparedDataset:
     data = recipe.data
-    return {
-        benchmark.name: prepare(
-            benchmark.source,
-            data.root_of(benchmark.source),
-            benchmark.split,
-            data.prepared_root,
-            max_bad_rate=data.max_bad_rate,
-        )
-        for benchmark in benchmarks
-    }
+    return prepare(
+        benchmark.source,
+        data.root_of(benchmark.source),
+        benchmark.split,
+        data.prepared_root,
+        max_bad_rate=data.max_bad_rate,
+    )
 
 
 def vocabulary_of(recipe: Recipe, benchmark: Benchmark) -> list[str] | None:

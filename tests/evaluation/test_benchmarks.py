@@ -1,6 +1,7 @@
 """The benchmarks are frozen: a changed prompt, decoding or scorer makes other figures."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from instructblip.data.sources import SOURCES
 from instructblip.data.templates import check_template
 from instructblip.evaluation.benchmarks import BENCHMARKS, select_benchmarks
+from instructblip.evaluation.owners import OWNERS
 from instructblip.evaluation.scoring import SCORERS
 
 GOLDEN = Path(__file__).with_name("benchmarks.json")
@@ -35,6 +37,29 @@ def test_the_papers_table_is_complete() -> None:
     assert BENCHMARKS["textvqa"].prompt == (
         "OCR tokens: {ocr_tokens}. Question: {question} Short answer:"
     )
+
+
+def test_the_papers_fine_tuning_rows_are_complete() -> None:
+    rows = select_benchmarks(["finetuned"])
+    assert [row.title for row in rows] == [
+        "ScienceQA image",
+        "OCR-VQA",
+        "OK-VQA",
+        "A-OKVQA direct",
+        "A-OKVQA choices",
+    ]
+    zero_shot = BENCHMARKS["scienceqa"]
+    assert rows[0] == replace(zero_shot, name=rows[0].name, role="finetuned")
+
+
+def test_every_source_has_an_owner() -> None:
+    assert set(OWNERS) == {benchmark.source for benchmark in BENCHMARKS.values()}
+
+
+def test_scenes_stand_for_every_task_of_the_table() -> None:
+    assert {b.source for b in select_benchmarks(["scenes_held_out"])} == {
+        b.source for b in select_benchmarks(["held_out"])
+    } - {"flickr30k", "msrvttqa", "ivqa"}  # one set of new pairs, one of videos
 
 
 def test_scenes_hold_out_three_types() -> None:

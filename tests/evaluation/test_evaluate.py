@@ -169,11 +169,15 @@ def test_every_set_of_the_embedded_world_can_be_evaluated(tmp_path: Path) -> Non
     roots = write_scenes(tmp_path, scale=0.04, sets=sources)
     for one in asked:
         data = prepare(one.source, roots[one.source], one.split, tmp_path / "prepared")
-        result = evaluate(FakeEngine(), one, data, limit=8, progress=False)
+        words = None
+        if one.vocabulary:
+            train = prepare(one.source, roots[one.source], "train", tmp_path / "prepared")
+            words = sorted({answer for example in train for answer in example.answers})
+        result = evaluate(FakeEngine(), one, data, limit=8, progress=False, vocabulary=words)
         assert result.n == 8
         assert result.value is not None, f"{one.name}: {result.describe()}"
         assert 0 <= result.value <= 100
-        evaluate(FakeEngine(), one, data, limit=8, blind_seed=0, progress=False)
+        evaluate(FakeEngine(), one, data, limit=8, blind_seed=0, progress=False, vocabulary=words)
 
 
 def test_summary_counts_each_set_once() -> None:

@@ -20,7 +20,7 @@ from instructblip.evaluation.result import Result
 if TYPE_CHECKING:
     from rich.table import Table
 
-ROLES = {"held_in": "held-in", "held_out": "held-out"}
+ROLES = {"held_in": "held-in", "held_out": "held-out", "finetuned": "fine-tuned"}
 UNSEEN = "†"
 
 

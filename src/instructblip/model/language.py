@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from instructblip.batch import Batch
 from instructblip.model.candidates import Forest, Layout
+from instructblip.model.candidates import Normalization as Normalization
 from instructblip.model.ranking import Prefix
 from instructblip.model.rows import compact, pad_left
 

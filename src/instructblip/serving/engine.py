@@ -23,7 +23,7 @@ from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
 from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.candidates import Normalization
+from instructblip.model.language import Normalization
 from instructblip.model.pretrained import model_directory
 from instructblip.model.weights import WEIGHT_FILES
 
