@@ -104,7 +104,7 @@ def test_compare_and_evaluate(out: Path, overrides: list[str], capsys: pytest.Ca
     assert "mean of 2 held-in sets" in capsys.readouterr().out
     stages.compare(folders, "json")
     assert json.loads(capsys.readouterr().out)["models"] == ["blip2", "instructblip"]
-    for form, sign in (("markdown", "| data set"), ("latex", r"\begin{tabular}")):
+    for form, sign in (("markdown", "| held-in | choices |"), ("latex", r"\begin{tabular}")):
         cli_form: stages.Form = form  # type: ignore[assignment]
         stages.compare(folders, cli_form)
         assert sign in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -15,12 +16,13 @@ from instructblip.data.prepare import PreparedDataset, prepare
 from instructblip.data.sources import source_of
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.benchmarks import Benchmark, select_benchmarks
-from instructblip.evaluation.evaluate import evaluate
+from instructblip.evaluation.evaluate import Answerer, evaluate
 from instructblip.evaluation.owners import OWNERS
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.pretrained import model_directory
 from instructblip.recipe import Recipe
 from instructblip.serving.engine import Engine
+from instructblip.serving.transformers_model import TransformersModel, is_baseline
 from instructblip.training.train import resolve_device
 
 
@@ -214,13 +216,20 @@ def with_limits(tokens: Tokens, recipe: Recipe, model: InstructBlip) -> Tokens:
     )
 
 
+def make_answerer(recipe: Recipe, model: str, instruction_aware: bool | None = None) -> Answerer:
+    """A saved model of ours, or any transformers image-text-to-text model, for `evaluate`."""
+    if is_baseline(Path(model)):
+        device = resolve_device(recipe.training.device)
+        return TransformersModel(Path(model), device, recipe.data.num_frames)
+    return make_engine(recipe, model, instruction_aware)
+
+
 def make_engine(recipe: Recipe, model: str, instruction_aware: bool | None = None) -> Engine:
     """A saved model ready to answer, on the device and with the lengths of the recipe."""
     engine = Engine.from_pretrained(
         model,
         device=resolve_device(recipe.training.device),
         instruction_aware=instruction_aware,
-        batch_size=recipe.evaluation.batch_size,
     )
     engine.tokens = with_limits(engine.tokens, recipe, engine.model)
     engine.pictures = replace(engine.pictures, num_frames=recipe.data.num_frames)

@@ -114,8 +114,10 @@ class EvaluationConfig(_Section):
     """Benchmarks, or groups of them, that `evaluate` answers."""
     limit: PositiveInt | None = None
     """Samples of each benchmark, spread evenly; null for all."""
-    batch_size: PositiveInt = 32
-    """Samples answered at a time; changes speed and memory, not the answers."""
+    batch_size: PositiveInt | Literal["auto"] = 32
+    """Samples answered at a time, or auto; changes speed and memory, not the answers."""
+    tokenizer: Literal["python", "ptb_java"] = "python"
+    """What cuts captions into words for their scores; ptb_java is the COCO server's."""
     decoding: dict[str, int | float | bool] = Field(default_factory=dict)
     """Settings of generation on top of each benchmark's own."""
 
