@@ -167,10 +167,19 @@ def make_loader(
 def make_validation(
     recipe: Recipe, model: InstructBlip
 ) -> Callable[[InstructBlip], dict[str, float]]:
-    """Scores of a model on the held-in sets, 0 to 100; their mean is the ``score``."""
-    chosen = [replace(b, split="val") for b in benchmarks_of(recipe, recipe.evaluation.validation)]
+    """Scores of a model, 0 to 100, and their mean over the held-in sets: the ``score``.
+
+    Held-out sets, if named, are scored for the curves of the report and choose nothing, unless
+    there are no others.
+    """
+    chosen = [
+        replace(b, split="val") if b.role == "held_in" else b
+        for b in benchmarks_of(recipe, recipe.evaluation.validation)
+    ]
+    choosing = [b.name for b in chosen if b.role == "held_in"] or [b.name for b in chosen]
     with main_first():
         datasets = prepare_benchmarks(recipe, chosen)
+        vocabularies = {b.name: vocabulary_of(recipe, b) for b in chosen}
     tokens, transform = read_assets(recipe, model)
     engine = Engine(model, tokens, transform)
     engine.pictures = Pictures(
@@ -187,10 +196,12 @@ def make_validation(
                 datasets[benchmark.name],
                 limit=limit,
                 batch_size=batch_size,
+                vocabulary=vocabularies[benchmark.name],
+                tokenizer=recipe.evaluation.tokenizer,
                 progress=False,
             )
             scores[benchmark.name] = result.value or 0.0
-        return {"score": sum(scores.values()) / len(scores), **scores}
+        return {"score": sum(scores[name] for name in choosing) / len(choosing), **scores}
 
     return validate
 

@@ -125,7 +125,7 @@ def to_markdown(comparison: Comparison) -> str:
     """Tables for a README."""
     parts = []
     for table in paper_tables(comparison):
-        lines = [_markdown_line([table.role, *table.titles])]
+        lines = [_markdown_line(_escaped([table.role, *table.titles]))]
         lines.append("|---|" + "---:|" * len(table.titles))
         lines.append(_markdown_line(["*metric*", *(f"*{m}*" for m in _escaped(table.metrics))]))
         for line in table.lines:
