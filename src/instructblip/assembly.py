@@ -14,6 +14,7 @@ from instructblip.data.mixture import Mixture
 from instructblip.data.pictures import Pictures
 from instructblip.data.prepare import PreparedDataset, prepare
 from instructblip.data.sources import source_of
+from instructblip.data.templates import check_template
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.benchmarks import Benchmark, select_benchmarks
 from instructblip.evaluation.evaluate import Answerer, evaluate
@@ -95,11 +96,16 @@ def vocabulary_of(recipe: Recipe, benchmark: Benchmark) -> list[str] | None:
 
 
 def benchmarks_of(recipe: Recipe, names: Iterable[str]) -> list[Benchmark]:
-    """The benchmarks called ``names``, with the recipe's decoding on top of their own."""
-    own = recipe.evaluation.decoding
-    return [
-        replace(b, decoding={**b.decoding, **own}) if b.mode == "generate" else b
+    """The benchmarks called ``names``, with the recipe's decoding and prompts for their own.
+    ValueError for a prompt of an unknown benchmark or with an unknown place."""
+    own, prompts = recipe.evaluation.decoding, recipe.evaluation.prompts
+    select_benchmarks(prompts)
+    asked = [
+        replace(b, prompt=check_template(prompts.get(b.name, b.prompt)))
         for b in select_benchmarks(names)
+    ]
+    return [
+        replace(b, decoding={**b.decoding, **own}) if b.mode == "generate" else b for b in asked
     ]
 
 

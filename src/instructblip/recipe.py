@@ -120,6 +120,8 @@ class EvaluationConfig(_Section):
     """What cuts captions into words for their scores; ptb_java is the COCO server's."""
     decoding: dict[str, int | float | bool] = Field(default_factory=dict)
     """Settings of generation on top of each benchmark's own."""
+    prompts: dict[str, str] = Field(default_factory=dict)
+    """Benchmark to prompt, instead of its own: the figure is then another one."""
 
 
 class Recipe(_Section):

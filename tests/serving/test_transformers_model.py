@@ -27,21 +27,8 @@ from tests.evaluation.fakes import ListDataset, benchmark
 from tests.serving.test_engine import write_model
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-WORDS += [
-    "Question",
-    ":",
-    "what",
-    "is",
-    "red",
-    "?",
-    "Short",
-    "answer",
-    "the",
-    "cat",
-    "blue",
-    "yes",
-    "no",
-]
+WORDS += ["Question", ":", "what", "is", "red", "?", "Short", "answer"]
+WORDS += ["the", "cat", "blue", "yes", "no"]
 
 
 def write_llava(folder: Path) -> Path:

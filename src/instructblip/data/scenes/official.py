@@ -3,8 +3,8 @@
 ``write_scenes(root)`` makes one folder a set (``root/vqav2/annotations``, ``root/vqav2/images``),
 so that the readers of real downloads read it. Held-in sets have train and val splits and know
 neither the held-out colour-shape pairs nor the digits kept for tests in training; held-out sets
-have the split that the paper evaluates, and no other (MSVD-QA also the training answers, which are
-the vocabulary that its test ranks).
+have the split that the paper evaluates, and no other, but for two: MSVD-QA's training answers are
+the vocabulary that its test ranks, and ScienceQA's train split is for fine-tuning on that one set.
 """
 
 import json
@@ -290,11 +290,16 @@ def _iconqa(out: _Set, number: int) -> None:
 
 
 def _scienceqa(out: _Set, number: int) -> None:
-    problems = {}
+    problems: dict[str, Any] = {}
+    path = out.root / "annotations" / "problems.json"
+    if path.exists():  # one file holds all splits
+        problems = json.loads(path.read_text())
+    first = len(problems)
     for i, scene, (question,) in out.asked(number, ("science",)):
-        out.picture(scene, f"test/{i}/image.png")
+        key = str(first + i)
+        out.picture(scene, f"{out.split}/{key}/image.png")
         choices, right = question.choices(out.rng)
-        problems[str(i)] = {
+        problems[key] = {
             "question": question.text,
             "choices": choices,
             "answer": right,
@@ -303,7 +308,7 @@ def _scienceqa(out: _Set, number: int) -> None:
             "subject": "natural science",
             "lecture": "",
             "solution": "",
-            "split": "test",
+            "split": out.split,
         }
     out.annotate("problems.json", problems)
 
@@ -481,7 +486,7 @@ SCENE_SETS: dict[str, SceneSet] = {
     "gqa": SceneSet(_gqa, "held_out", {"test": 200}),
     "vsr": SceneSet(_vsr, "held_out", {"test": 200}),
     "iconqa": SceneSet(_iconqa, "held_out", {"test": 200}),
-    "scienceqa": SceneSet(_scienceqa, "held_out", {"test": 200}),
+    "scienceqa": SceneSet(_scienceqa, "held_out", {"test": 200, "train": 400}),
     "textvqa": SceneSet(_textvqa, "held_out", {"val": 200}),
     "visual_dialog": SceneSet(_visual_dialog, "held_out", {"val": 200}),
     "hatefulmemes": SceneSet(_hatefulmemes, "held_out", {"val": 200}),
