@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="samples of each benchmark")
     parser.add_argument("--scale", type=float, default=1.0, help="size of the data sets")
     parser.add_argument("overrides", nargs="*", help="further overrides of every recipe")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     began = time.monotonic()
     data = given.work / "scenes"
     stages.scenes(data, scale=given.scale)
