@@ -8,8 +8,9 @@ fastest of ``--repeats`` rounds counted for each, the picture encoded beforehand
 - ``shared``: ``rank``, the prompt once and the candidates as a prefix tree.
 
 Seconds are the CPU time of the process, so that a machine shared with others gives the same figure;
-``--clock wall`` takes the time of day. Random weights: the time does not depend on them, and the scores are compared all the same. The
-last line of the output is JSON; ``ratio`` is shared over loop for the decoder-only model.
+``--clock wall`` takes the time of day. Random weights: the time does not depend on them, and the
+scores are compared all the same. The last line of the output is JSON; ``ratio`` is shared over loop
+for the decoder-only model.
 """
 
 import argparse

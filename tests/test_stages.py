@@ -129,7 +129,7 @@ def test_evaluate_takes_a_model_alone_and_goes_on(
     lines = (results / "scenes_msvdqa" / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == 3  # the second call found them
     assert len(json.loads(lines[0])["images"]) == 4
-    with pytest.raises(ValueError, match="expected .RECIPE. MODEL"):
+    with pytest.raises(ValueError, match=r"expected .RECIPE. MODEL"):
         cli.main(["evaluate", "a", "b", "c", "--debug"])
 
 
