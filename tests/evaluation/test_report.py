@@ -198,7 +198,7 @@ def test_radar_reaches_its_rim_where_a_model_is_best() -> None:
     ends = [spoke.end for spoke in chart.spokes]
     assert one[0] == ends[0]
     assert two[1] == ends[1]
-    assert two[0] == (260, 131)  # half of the way up
+    assert two[0] == (320, 131)  # half of the way up
     assert one[2] == two[2] == chart.centre  # nobody has anything
     assert [spoke.best for spoke in chart.spokes] == ["50.0", "20.0", "0.0"]
     assert radar_chart("two axes", ["a", "b"], {"one": [1, 2]}) is None

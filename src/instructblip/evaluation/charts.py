@@ -106,9 +106,9 @@ class Radar:
     rings: list[str]
     webs: list[Web]
 
-    width = 520
+    width = 640
     height = 400
-    centre = (260, 200)
+    centre = (320, 200)
     radius = 138
 
 
