@@ -133,6 +133,13 @@ def test_evaluate_takes_a_model_alone_and_goes_on(
         cli.main(["evaluate", "a", "b", "c", "--debug"])
 
 
+def test_folders_of_one_name_are_told_apart(out: Path, tmp_path: Path):
+    first, second = out / "results" / "blip2", tmp_path / "blip2"
+    shutil.copytree(first, second)
+    assert list(stages.load_results([first, second])) == [str(first), str(second)]
+    assert list(stages.load_results([first])) == ["blip2"]
+
+
 def test_a_recipe_may_ask_otherwise(out: Path, overrides: list[str]):
     own = "evaluation.prompts={scenes_vsr: 'is it so? {question}'}"
     (changed,) = assembly.benchmarks_of(recipe_of(out, overrides, own), ["scenes_vsr"])

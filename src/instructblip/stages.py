@@ -191,15 +191,18 @@ def report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) -> Pat
 
 
 def load_results(folders: Sequence[Path]) -> "dict[str, list[Result]]":
-    """The results of each folder that `evaluate` wrote, by the folder's name."""
+    """The results of each folder that `evaluate` wrote, by the folder's name, or by its path where
+    two have the same name."""
     from instructblip.evaluation.result import Result
 
     found = {}
+    names = [folder.name for folder in folders]
     for folder in folders:
         paths = sorted(folder.glob("*/result.json"))
         if not paths:
             raise FileNotFoundError(f"{folder} holds no results: run `instructblip evaluate` first")
-        found[folder.name] = [Result.load(path.parent) for path in paths]
+        name = folder.name if names.count(folder.name) == 1 else str(folder)
+        found[name] = [Result.load(path.parent) for path in paths]
     return found
 
 
