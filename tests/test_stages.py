@@ -104,7 +104,7 @@ def test_compare_and_evaluate(out: Path, overrides: list[str], capsys: pytest.Ca
     assert "mean of 2 held-in sets" in capsys.readouterr().out
     stages.compare(folders, "json")
     assert json.loads(capsys.readouterr().out)["models"] == ["blip2", "instructblip"]
-    for form, sign in (("markdown", "| data set"), ("latex", r"\begin{tabular}")):
+    for form, sign in (("markdown", "| held-in | choices |"), ("latex", r"\begin{tabular}")):
         cli_form: stages.Form = form  # type: ignore[assignment]
         stages.compare(folders, cli_form)
         assert sign in capsys.readouterr().out
@@ -112,6 +112,56 @@ def test_compare_and_evaluate(out: Path, overrides: list[str], capsys: pytest.Ca
     (result,) = stages.evaluate(recipe, str(out / "run"), out / "again")
     stored = json.loads((out / "results.json").read_text())["models"]["instructblip"]
     assert result.value == stored["datasets"]["scenes_vsr"]
+
+
+def test_evaluate_takes_a_model_alone_and_goes_on(
+    out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """The recipe beside the model says where the data are and how to decode."""
+    run, results = str(out / "run"), tmp_path / "results"
+    options = ["--benchmarks", "scenes_vsr,scenes_msvdqa", "--limit", "3", "--batch-size", "auto"]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["evaluate", run, *options, "--out", str(results), "--debug"])
+        assert stop.value.code == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["scenes_vsr", "scenes_msvdqa"] * 2
+    lines = (results / "scenes_msvdqa" / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 3  # the second call found them
+    assert len(json.loads(lines[0])["images"]) == 4
+    with pytest.raises(ValueError, match=r"expected .RECIPE. MODEL"):
+        cli.main(["evaluate", "a", "b", "c", "--debug"])
+
+
+def test_folders_of_one_name_are_told_apart(out: Path, tmp_path: Path):
+    first, second = out / "results" / "blip2", tmp_path / "blip2"
+    shutil.copytree(first, second)
+    assert list(stages.load_results([first, second])) == [str(first), str(second)]
+    assert list(stages.load_results([first])) == ["blip2"]
+
+
+def test_a_recipe_may_ask_otherwise(out: Path, overrides: list[str]):
+    own = "evaluation.prompts={scenes_vsr: 'is it so? {question}'}"
+    (changed,) = assembly.benchmarks_of(recipe_of(out, overrides, own), ["scenes_vsr"])
+    assert changed.prompt == "is it so? {question}"
+    for wrong, message in (
+        ("{scenes_vrs: a}", "scenes_vsr"),
+        ("{scenes_vsr: '{ask}'}", "no place"),
+    ):
+        recipe = recipe_of(out, overrides, f"evaluation.prompts={wrong}")
+        with pytest.raises(ValueError, match=message):
+            assembly.benchmarks_of(recipe, ["scenes_vsr"])
+
+
+def test_a_benchmark_without_its_data_says_what_to_get(out: Path, overrides: list[str]):
+    recipe = recipe_of(out, overrides, "evaluation.benchmarks=[scenes_gqa, flickr30k, ivqa]")
+    with pytest.raises(FileNotFoundError) as error:
+        stages.evaluate(recipe, str(out / "run"), out / "missing")
+    text = str(error.value)
+    assert "flickr30k_test.json" in text
+    assert "https://shannon.cs.illinois.edu/DenotationGraph/" in text
+    assert str(out / "scenes" / "ivqa") in text
+    assert "scenes_gqa" not in text
 
 
 def test_prepare_prints_the_mixture(

@@ -30,11 +30,12 @@ from instructblip.data.prepare import Job, PreparedDataset, prepare
 from instructblip.data.remote import fetch_tree, is_remote
 from instructblip.data.sources import SOURCES, source_of
 from instructblip.data.sources.own import Own, own_source
-from instructblip.data.templates import templates_of
+from instructblip.data.templates import check_template, templates_of
 from instructblip.data.tokens import Tokens
 from instructblip.data.view import DatasetView
 from instructblip.evaluation.benchmarks import Benchmark, select_benchmarks
-from instructblip.evaluation.evaluate import evaluate, pick
+from instructblip.evaluation.evaluate import Answerer, evaluate, pick
+from instructblip.evaluation.owners import OWNERS
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip, part_of
 from instructblip.model.language import checkpoint_layers
@@ -42,6 +43,7 @@ from instructblip.model.pretrained import model_directory
 from instructblip.model.weights import read_json
 from instructblip.recipe import DataSet, Recipe
 from instructblip.serving.engine import Engine
+from instructblip.serving.transformers_model import TransformersModel, is_baseline
 from instructblip.training.train import resolve_device
 
 TrainingSet = PreparedDataset | DatasetView
@@ -128,8 +130,22 @@ def prepare_split(recipe: Recipe, source: str, split: str) -> PreparedDataset:
 def prepare_benchmarks(
     recipe: Recipe, benchmarks: Iterable[Benchmark]
 ) -> dict[str, PreparedDataset]:
-    """The data set of each benchmark, by the benchmark's name."""
-    return {b.name: prepare_split(recipe, b.source, b.split) for b in benchmarks}
+    """The data set of each benchmark, by the benchmark's name; FileNotFoundError names all that
+    are not there, with the files to get and where."""
+    found, missing = {}, []
+    for benchmark in benchmarks:
+        try:
+            found[benchmark.name] = prepare_split(recipe, benchmark.source, benchmark.split)
+        except FileNotFoundError as error:
+            files = source_of(benchmark.source).files.format(split=benchmark.split)
+            owner = OWNERS[benchmark.source]
+            missing.append(
+                f"{benchmark.name}: {error}. Get {files}, and the pictures, from {owner}; they go "
+                f"into annotations/ and images/ of {recipe.data.root_of(benchmark.source)}"
+            )
+    if missing:
+        raise FileNotFoundError("benchmarks without their data:\n  " + "\n  ".join(missing))
+    return found
 
 
 def vocabulary_of(recipe: Recipe, benchmark: Benchmark) -> list[str] | None:
@@ -141,11 +157,16 @@ def vocabulary_of(recipe: Recipe, benchmark: Benchmark) -> list[str] | None:
 
 
 def benchmarks_of(recipe: Recipe, names: Iterable[str]) -> list[Benchmark]:
-    """The benchmarks called ``names``, with the recipe's decoding on top of their own."""
-    own = recipe.evaluation.decoding
-    return [
-        replace(b, decoding={**b.decoding, **own}) if b.mode == "generate" else b
+    """The benchmarks called ``names``, with the recipe's decoding and prompts for their own.
+    ValueError for a prompt of an unknown benchmark or with an unknown place."""
+    own, prompts = recipe.evaluation.decoding, recipe.evaluation.prompts
+    select_benchmarks(prompts)
+    asked = [
+        replace(b, prompt=check_template(prompts.get(b.name, b.prompt)))
         for b in select_benchmarks(names)
+    ]
+    return [
+        replace(b, decoding={**b.decoding, **own}) if b.mode == "generate" else b for b in asked
     ]
 
 
@@ -228,10 +249,19 @@ def make_loader(
 def make_validation(
     recipe: Recipe, model: InstructBlip
 ) -> Callable[[InstructBlip], dict[str, float]]:
-    """Scores of a model on the held-in sets, 0 to 100; their mean is the ``score``."""
-    chosen = [replace(b, split="val") for b in benchmarks_of(recipe, recipe.evaluation.validation)]
+    """Scores of a model, 0 to 100, and their mean over the held-in sets: the ``score``.
+
+    Held-out sets, if named, are scored for the curves of the report and choose nothing, unless
+    there are no others.
+    """
+    chosen = [
+        replace(b, split="val") if b.role == "held_in" else b
+        for b in benchmarks_of(recipe, recipe.evaluation.validation)
+    ]
+    choosing = [b.name for b in chosen if b.role == "held_in"] or [b.name for b in chosen]
     with main_first():
         datasets = prepare_benchmarks(recipe, chosen)
+        vocabularies = {b.name: vocabulary_of(recipe, b) for b in chosen}
     tokens, transform = read_assets(recipe, model)
     engine = Engine(model, tokens, transform)
     engine.pictures = make_pictures(recipe, transform)
@@ -248,10 +278,12 @@ def make_validation(
                 datasets[benchmark.name],
                 limit=limit,
                 batch_size=batch_size,
+                vocabulary=vocabularies[benchmark.name],
+                tokenizer=recipe.evaluation.tokenizer,
                 progress=False,
             )
             scores[benchmark.name] = result.value or 0.0
-        return {"score": sum(scores.values()) / len(scores), **scores}
+        return {"score": sum(scores[name] for name in choosing) / len(choosing), **scores}
 
     return validate
 
@@ -275,6 +307,23 @@ def with_limits(tokens: Tokens, recipe: Recipe, model: InstructBlip | Start) -> 
         max_prompt=data.max_prompt,
         max_response=data.max_response,
     )
+
+
+def make_answerer(
+    recipe: Recipe,
+    model: str,
+    datasets: Iterable[PreparedDataset],
+    instruction_aware: bool | None = None,
+) -> Answerer:
+    """A saved model of ours, or any transformers image-text-to-text model, to be evaluated on
+    ``datasets``."""
+    if is_baseline(Path(model)):
+        device = resolve_device(recipe.training.device)
+        return TransformersModel(Path(model), device, recipe.data.num_frames)
+    engine = make_engine(recipe, model, instruction_aware)
+    # Twice: benchmarks are answered again, by the next model or without the pictures.
+    use_features(recipe, engine, datasets, recipe.evaluation.limit, times=2)
+    return engine
 
 
 def make_pictures(recipe: Recipe, transform: ImageTransform) -> Pictures:
@@ -380,7 +429,6 @@ def make_engine(recipe: Recipe, model: str, instruction_aware: bool | None = Non
         model,
         device=resolve_device(recipe.training.device),
         instruction_aware=instruction_aware,
-        batch_size=recipe.evaluation.batch_size,
     )
     engine.tokens = with_limits(engine.tokens, recipe, engine.model)
     engine.pictures = replace(engine.pictures, num_frames=recipe.data.num_frames)

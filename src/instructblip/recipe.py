@@ -152,17 +152,21 @@ class EvaluationConfig(_Section):
     """What the model is measured on: during training, and after it."""
 
     validation: tuple[str, ...] = ("held_in",)
-    """Benchmarks whose val split is scored during training; their mean picks the best weights."""
+    """Benchmarks scored during training; the mean of the held-in ones picks the best weights."""
     validation_limit: PositiveInt | None = None
     """Samples of each set in a validation, spread evenly; null for all."""
     benchmarks: tuple[str, ...] = ("held_in", "held_out")
     """Benchmarks, or groups of them, that `evaluate` answers."""
     limit: PositiveInt | None = None
     """Samples of each benchmark, spread evenly; null for all."""
-    batch_size: PositiveInt = 32
-    """Samples answered at a time; changes speed and memory, not the answers."""
+    batch_size: PositiveInt | Literal["auto"] = 32
+    """Samples answered at a time, or auto; changes speed and memory, not the answers."""
+    tokenizer: Literal["python", "ptb_java"] = "python"
+    """What cuts captions into words for their scores; ptb_java is the COCO server's."""
     decoding: dict[str, int | float | bool] = Field(default_factory=dict)
     """Settings of generation on top of each benchmark's own."""
+    prompts: dict[str, str] = Field(default_factory=dict)
+    """Benchmark to prompt, instead of its own: the figure is then another one."""
 
 
 class Recipe(_Section):

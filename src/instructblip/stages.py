@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from instructblip.data.export import Form as ExportForm
     from instructblip.evaluation.result import Result
     from instructblip.recipe import Recipe
@@ -160,52 +162,95 @@ def evaluate(
     instruction_aware: bool | None = None,
 ) -> "list[Result]":
     """Answer the recipe's benchmarks with ``model``; one folder of ``out`` for each."""
-    from instructblip import assembly
+    from instructblip import assembly, distributed
     from instructblip.evaluation.evaluate import evaluate as run_benchmark
 
     settings = recipe.evaluation
     benchmarks = assembly.benchmarks_of(recipe, settings.benchmarks)
-    datasets = assembly.prepare_benchmarks(recipe, benchmarks)
-    engine = assembly.make_engine(recipe, model, instruction_aware)
-    # twice: benchmarks are answered again, by the next model or without the pictures
-    assembly.use_features(recipe, engine, datasets.values(), settings.limit, times=2)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     results = []
-    for benchmark in benchmarks:
-        result = run_benchmark(
-            engine,
-            benchmark,
-            datasets[benchmark.name],
-            limit=settings.limit,
-            batch_size=settings.batch_size,
-            blind_seed=blind_seed,
-            out=out / benchmark.name,
-            vocabulary=assembly.vocabulary_of(recipe, benchmark),
-        )
-        print(result.describe(), flush=True)
-        results.append(result)
+    with distributed.process_group():
+        with assembly.main_first():
+            datasets = assembly.prepare_benchmarks(recipe, benchmarks)
+            vocabularies = {b.name: assembly.vocabulary_of(recipe, b) for b in benchmarks}
+        engine = assembly.make_answerer(recipe, model, datasets.values(), instruction_aware)
+        if distributed.is_main():
+            out.mkdir(parents=True, exist_ok=True)
+            (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        for benchmark in benchmarks:
+            result = run_benchmark(
+                engine,
+                benchmark,
+                datasets[benchmark.name],
+                limit=settings.limit,
+                batch_size=settings.batch_size,
+                blind_seed=blind_seed,
+                out=out / benchmark.name,
+                vocabulary=vocabularies[benchmark.name],
+                tokenizer=settings.tokenizer,
+            )
+            if distributed.is_main():
+                print(result.describe(), flush=True)
+            results.append(result)
     return results
 
 
-def compare(folders: Sequence[Path], form: Form = "table") -> None:
-    """Print the figures of two or more result folders, each held to the first."""
-    from rich.console import Console
+def compare(
+    models: Sequence[Path],
+    form: Form = "table",
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    out: Path = Path("out/results"),
+    intervals: bool = False,
+) -> None:
+    """Print the figures of result folders or models, each held to the first.
 
+    A model (ours, or a transformers directory) is evaluated first, into a folder of ``out``; the
+    recipe is the first model's own unless given.
+    """
     from instructblip.evaluation import compare as comparing
+    from instructblip.evaluation import tables
 
+    folders = [_evaluated(path, recipe, overrides, out) for path in models]
     comparison = comparing.compare(load_results(folders))
     if form == "table":
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=max(120, console.width))
-        console.print(comparing.to_rich(comparison))
+        _print_tables(tables.to_rich(comparison, intervals))
     elif form == "json":
-        print(json.dumps(comparing.to_json(comparison), indent=2))
+        print(json.dumps(tables.to_json(comparison), indent=2))
     else:
-        print(
-            comparing.to_latex(comparison) if form == "latex" else comparing.to_markdown(comparison)
-        )
+        print(tables.to_latex(comparison) if form == "latex" else tables.to_markdown(comparison))
+
+
+def _evaluated(path: Path, recipe: str | None, overrides: Sequence[str], out: Path) -> Path:
+    """A folder of results: ``path`` itself, or that of the model which ``path`` is."""
+    from instructblip.recipe import load_recipe
+
+    is_model = str(path) == "starter" or any(
+        (folder / "config.json").is_file() for folder in (path, path / "best", path / "last")
+    )
+    if not is_model:
+        return path
+    folder = out / path.name
+    evaluate(load_recipe(recipe or recipe_of(str(path)), overrides), str(path), folder)
+    return folder
+
+
+def _print_tables(shown: "Sequence[Table]") -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(160, console.width))
+    for table in shown:
+        console.print(table)
+
+
+def recipe_of(model: str) -> str:
+    """The recipe that lies beside a model; else that of Scenes for the starter, the paper's for
+    any other."""
+    beside = [folder / RECIPE_FILE for folder in (Path(model), Path(model) / "best")]
+    found = next((path for path in beside if path.is_file()), None)
+    default = "scenes" if model == "starter" else "instructblip_vicuna7b"
+    return str(found) if found else default
 
 
 def report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) -> Path:
@@ -222,15 +267,18 @@ def report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) -> Pat
 
 
 def load_results(folders: Sequence[Path]) -> "dict[str, list[Result]]":
-    """The results of each folder that `evaluate` wrote, by the folder's name."""
+    """The results of each folder that `evaluate` wrote, by the folder's name, or by its path where
+    two have the same name."""
     from instructblip.evaluation.result import Result
 
     found = {}
+    names = [folder.name for folder in folders]
     for folder in folders:
         paths = sorted(folder.glob("*/result.json"))
         if not paths:
             raise FileNotFoundError(f"{folder} holds no results: run `instructblip evaluate` first")
-        found[folder.name] = [Result.load(path.parent) for path in paths]
+        name = folder.name if names.count(folder.name) == 1 else str(folder)
+        found[name] = [Result.load(path.parent) for path in paths]
     return found
 
 

@@ -1,11 +1,13 @@
 """The embedded world: true to its annotations, the same bytes from the same seed."""
 
 import filecmp
+import itertools
 import json
 import random
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from instructblip.data.scenes.language import CAPTIONS, HELD_IN_KINDS, QUESTIONS, sides
 from instructblip.data.scenes.official import SCENE_SETS, write_scenes
@@ -187,3 +189,30 @@ def test_finished_folder_is_left_alone_and_a_torn_one_is_written_again(tmp_path)
 def test_unknown_set_is_named(tmp_path):
     with pytest.raises(ValueError, match="no scene set"):
         write_scenes(tmp_path, sets=("vqa",))
+
+
+def test_lost_pictures_are_unanswerable_and_blurred(world):
+    examples = list(SOURCES["vizwiz"].read(world["vizwiz"], "val"))
+    assert {len(e.answers) for e in examples} == {10}
+    for example in examples:
+        with Image.open(world["vizwiz"] / "images" / example.images[0]) as picture:
+            contrast = np.asarray(picture.convert("L")).astype(int)
+        edges = np.abs(np.diff(contrast, axis=1)).max()
+        assert (edges < 20) == (example.answers[0] == "unanswerable")
+    assert {e.extra["answerable"] for e in examples} == {0, 1}
+
+
+def test_in_a_video_one_shape_moves_and_the_other_stays(world):
+    examples = list(SOURCES["msvdqa"].read(world["msvdqa"], "test"))
+    for example in examples:
+        assert len(example.images) == 4
+        frames = [
+            np.asarray(Image.open(world["msvdqa"] / "images" / name)).astype(int)
+            for name in example.images
+        ]
+        assert all((a != b).any() for a, b in itertools.pairwise(frames))
+        asked_for_colour = "color" in example.question
+        assert example.answers[0] in (COLOURS if asked_for_colour else SHAPES)
+        if asked_for_colour:  # what stays is there in every frame, in its place
+            near = [np.abs(f - np.array(COLOURS[example.answers[0]])).max(2) < 40 for f in frames]
+            assert np.logical_and.reduce(near).any() == ("stays" in example.question)

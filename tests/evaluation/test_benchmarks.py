@@ -1,6 +1,7 @@
 """The benchmarks are frozen: a changed prompt, decoding or scorer makes other figures."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import pytest
 from instructblip.data.sources import SOURCES
 from instructblip.data.templates import check_template
 from instructblip.evaluation.benchmarks import BENCHMARKS, select_benchmarks
+from instructblip.evaluation.owners import OWNERS
 from instructblip.evaluation.scoring import SCORERS
 
 GOLDEN = Path(__file__).with_name("benchmarks.json")
+DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
 
 def test_benchmarks_are_frozen() -> None:
@@ -37,6 +40,29 @@ def test_the_papers_table_is_complete() -> None:
     )
 
 
+def test_the_papers_fine_tuning_rows_are_complete() -> None:
+    rows = select_benchmarks(["finetuned"])
+    assert [row.title for row in rows] == [
+        "ScienceQA image",
+        "OCR-VQA",
+        "OK-VQA",
+        "A-OKVQA direct",
+        "A-OKVQA choices",
+    ]
+    zero_shot = BENCHMARKS["scienceqa"]
+    assert rows[0] == replace(zero_shot, name=rows[0].name, role="finetuned")
+
+
+def test_every_source_has_an_owner() -> None:
+    assert set(OWNERS) == {benchmark.source for benchmark in BENCHMARKS.values()}
+
+
+def test_scenes_stand_for_every_task_of_the_table() -> None:
+    assert {b.source for b in select_benchmarks(["scenes_held_out"])} == {
+        b.source for b in select_benchmarks(["held_out"])
+    } - {"flickr30k", "msrvttqa", "ivqa"}  # one set of new pairs, one of videos
+
+
 def test_scenes_hold_out_three_types() -> None:
     held_in, held_out = (
         select_benchmarks(["scenes_held_in"]),
@@ -54,6 +80,41 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
         select_benchmarks(["scenes_vrs"])
 
 
-if __name__ == "__main__":  # python -m tests.evaluation.test_benchmarks writes the golden file
+def table() -> str:
+    """Every benchmark with its settings, for docs/evaluation.md."""
+    lines = ["| benchmark | data | prompt | answered by | scored by |", "|---|---|---|---|---|"]
+    for b in BENCHMARKS.values():
+        how = ", ".join(f"{key} {value}" for key, value in b.decoding.items())
+        if b.mode == "rank":
+            how = "ranking " + (
+                "the training vocabulary" if b.vocabulary else ", ".join(b.candidates or ())
+            )
+            how = "ranking the choices" if how == "ranking " else how
+            if b.verbalizers:
+                how += "; also worded " + ", ".join(w for v in b.verbalizers.values() for w in v)
+        name = f"{b.name} †" if b.unseen_type else b.name
+        prompt = b.prompt.replace("\n", "\\n")
+        lines.append(f"| {name} | {b.source} {b.split} | `{prompt}` | {how} | {b.metric} |")
+    return "\n".join(lines)
+
+
+def documented(text: str) -> tuple[str, str, str]:
+    """The documentation before, in and behind its table."""
+    before, rest = text.split("<!-- benchmarks -->\n")
+    inside, after = rest.split("\n<!-- /benchmarks -->")
+    return before, inside, after
+
+
+def test_the_documentation_lists_them() -> None:
+    assert documented(DOCS.read_text(encoding="utf-8"))[1] == table()
+
+
+if __name__ == "__main__":  # python -m tests.evaluation.test_benchmarks writes both files
     settings = {name: benchmark.settings() for name, benchmark in BENCHMARKS.items()}
     GOLDEN.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    begin, _, end = documented(
+        DOCS.read_text(encoding="utf-8").replace("-->\n<!-- /", "-->\n\n<!-- /")
+    )
+    DOCS.write_text(
+        f"{begin}<!-- benchmarks -->\n{table()}\n<!-- /benchmarks -->{end}", encoding="utf-8"
+    )

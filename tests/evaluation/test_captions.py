@@ -10,6 +10,8 @@ CIDER = [3.1587930634409784, 2.856927902374791, 2.3433023919727245, 3.5221002257
 CIDER += [1.1149207980885398, 0.0]
 ROUGE = [0.8146911519198664, 0.8951781970649895, 0.4535315985130111, 0.8026315789473684]
 ROUGE += [0.3609467455621302, 0.0]
+METEOR = [0.506755908421319, 0.47471873204081366, 0.44897952488509796, 0.54292176591504]
+METEOR += [0.2162162162162162, 0.0]
 BLEU = [0.7555113186545112, 0.6020058284868085, 0.46632947623338644, 0.35769958084689857]
 BLEU_4 = [0.47287080440811846, 0.4999999998762404, 4.8109772899216365e-05, 0.40261909701454335]
 BLEU_4 += [6.541924350393833e-08, 0.0]
@@ -19,7 +21,7 @@ BLEU_4 += [6.541924350393833e-08, 0.0]
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == "ptb_java":
         try:
-            ptb.java_folder()
+            ptb.java_package()
         except FileNotFoundError as error:
             pytest.skip(str(error))
     return request.param
@@ -39,6 +41,31 @@ def test_scores_are_those_of_pycocoevalcap(tokenizer: Tokenizer) -> None:
     assert captions.bleu(CANDIDATES, REFERENCES, tokenizer).per_image == pytest.approx(
         BLEU_4, abs=1e-12
     )
+
+
+def test_meteor_is_that_of_the_original_program() -> None:
+    try:
+        ptb.java_package()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    found = captions.meteor(CANDIDATES, REFERENCES)
+    assert found.per_image == pytest.approx(METEOR, abs=1e-12)
+    assert found.value == pytest.approx(0.4220739138299799, abs=1e-12)
+
+
+def test_meteor_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ptb, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"METEOR needs .*instructblip\[caption-metrics\]"):
+        captions.meteor(["a"], [["a"]])
+    monkeypatch.undo()
+    monkeypatch.setattr(ptb.shutil, "which", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="java"):
+        captions.cider(["a"], [["a"]], "ptb_java")
+
+
+def test_a_score_is_a_value_and_a_list() -> None:
+    value, per_image = captions.cider(CANDIDATES, REFERENCES)
+    assert value == pytest.approx(sum(per_image) / 6)
 
 
 def test_cider_of_one_picture_is_zero() -> None:

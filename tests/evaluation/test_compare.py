@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from instructblip.evaluation import compare as tables
+from instructblip.evaluation import tables
+from instructblip.evaluation.benchmarks import BENCHMARKS
+from instructblip.evaluation.compare import Comparison, compare
 from instructblip.evaluation.evaluate import evaluate
+from instructblip.evaluation.published import PUBLISHED
 from instructblip.evaluation.result import Result
 from tests.evaluation.fakes import FakeEngine, ListDataset, benchmark, colour_questions
 
@@ -28,11 +31,11 @@ def results(blind: int | None, **changes: Any) -> list[Result]:
 
 
 @pytest.fixture(scope="module")
-def comparison() -> tables.Comparison:
-    return tables.compare({"blind": results(1), "seeing": results(None)})
+def comparison() -> Comparison:
+    return compare({"blind": results(1), "seeing": results(None)})
 
 
-def test_differences_are_paired_and_means_are_of_sets(comparison: tables.Comparison) -> None:
+def test_differences_are_paired_and_means_are_of_sets(comparison: Comparison) -> None:
     assert comparison.baseline == "blind"
     assert [row.name for row in comparison.rows] == ["a_in", "b_out"]
     row = comparison.rows[0]
@@ -45,42 +48,77 @@ def test_differences_are_paired_and_means_are_of_sets(comparison: tables.Compari
     assert comparison.means[0].title == "mean of 1 held-in sets"
 
 
-def test_json_is_plain_and_complete(comparison: tables.Comparison) -> None:
+def test_json_is_plain_and_complete(comparison: Comparison) -> None:
     plain = json.loads(json.dumps(tables.to_json(comparison), allow_nan=False))
     assert plain["means"]["held_out"]["models"]["seeing"]["value"] == 100
     assert plain["datasets"]["b_out"]["unseen_type"] is True
+    assert plain["datasets"]["b_out"]["published"] == {}
+    assert plain["datasets"]["b_out"]["differences"]["seeing"]["p"] < 0.01
 
 
-def test_markdown_escapes_and_marks(comparison: tables.Comparison) -> None:
-    text = tables.to_markdown(comparison)
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
-    assert "50% & more\\_colours †" in text
-    assert "**100.0 [100.0, 100.0]**" in text
+def test_markdown_has_the_papers_shape(comparison: Comparison) -> None:
+    held_in, held_out, _ = tables.to_markdown(comparison).split("\n\n")
+    rows = [line.split(" | ") for line in held_out.splitlines()]
+    assert rows[0][0] == "| held-out"
+    assert rows[0][1] == "50% & more\\_colours †"
+    assert [row[0] for row in rows[3:]] == ["| **blind**", "| **seeing**", "| Δ seeing"]
+    assert rows[4][1] == "100.0 [100.0, 100.0]"
+    assert rows[5][1].startswith("+")
+    assert rows[5][1].endswith("\\*\\*")
+    assert len({len(row) for row in rows if len(row) > 1}) == 1
+    assert "†" not in held_in
 
 
-def test_latex_escapes_and_marks(comparison: tables.Comparison) -> None:
+def test_latex_escapes_and_marks(comparison: Comparison) -> None:
     text = tables.to_latex(comparison)
     assert r"50\% \& more\_colours $^\dagger$" in text
-    assert r"\textbf{100.0 [100.0, 100.0]}" in text
-    body = [
-        line for line in text.splitlines() if line.endswith(r"\\") and "multicolumn" not in line
-    ]
-    assert {line.replace(r"\&", "").count("&") for line in body} == {4}
+    assert text.count(r"\begin{tabular}{lrr}") == text.count(r"\end{tabular}") == 2
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert {line.replace(r"\&", "").count("&") for line in body} == {2}
 
 
-def test_terminal_shows_all_models(comparison: tables.Comparison) -> None:
+def test_terminal_shows_all_models(comparison: Comparison) -> None:
     for intervals in (False, True):
         console = Console(width=200, file=io.StringIO(), record=True)
-        console.print(tables.to_rich(comparison, intervals))
+        for table in tables.to_rich(comparison, intervals):
+            console.print(table)
         text = console.export_text()
-        assert "seeing" in text
+        assert "Δ seeing" in text
         assert "held-out" in text
         assert ("[100.0, 100.0]" in text) == intervals
+        assert "paired bootstrap" in text
+
+
+def test_published_figures_stand_beside_ours() -> None:
+    ours = [
+        replace(one, benchmark=name, title=name)
+        for one, name in zip(results(None), ("finetuned_okvqa", "gqa"), strict=True)
+    ]
+    ours[0] = replace(ours[0], role="finetuned")
+    found = compare({"ours": ours})
+    fine_tuned, zero_shot = (
+        {line.name: line.texts for line in table.lines}
+        for table in reversed(tables.paper_tables(found))
+    )
+    assert zero_shot["InstructBLIP Vicuna-7B (paper)"] == ["49.2", "–"]
+    assert "Flamingo-3B (paper)" not in zero_shot  # it has no figure of these sets
+    assert fine_tuned["BLIP-2 FlanT5-XXL (paper)"][0] == "54.7"
+    assert tables.to_json(found)["datasets"]["gqa"]["published"]["BLIP-2 Vicuna-13B"] == 41.0
+
+
+def test_published_tables_are_the_papers() -> None:
+    """Sums of the columns of table 1 and of the rows of table 3, added up by hand."""
+    assert len(PUBLISHED) == 11
+    assert sum(len(figures) for figures in PUBLISHED.values()) == 8 * 13 + 3 * 7 + 4 * 5
+    blip2, ours = PUBLISHED["BLIP-2 FlanT5-XL"], PUBLISHED["InstructBLIP FlanT5-XL"]
+    shared = [name for name in blip2 if name in BENCHMARKS]
+    gains = [ours[name] / blip2[name] - 1 for name in shared]
+    assert 100 * sum(gains) / 13 == pytest.approx(17.1, abs=0.05)  # not the 15.0 of the text
+    assert all(name in BENCHMARKS for figures in PUBLISHED.values() for name in figures)
 
 
 def test_only_shared_sets_enter_the_means() -> None:
-    found = tables.compare({"one": results(None), "two": results(None)[:1]})
+    found = compare({"one": results(None), "two": results(None)[:1]})
     assert [mean.role for mean in found.means] == ["held_in"]
     assert "two" not in found.rows[1].cells
     assert "–" in tables.to_markdown(found)
@@ -88,13 +126,13 @@ def test_only_shared_sets_enter_the_means() -> None:
 
 def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(ValueError, match="different prompts"):
-        tables.compare({"one": results(None), "two": results(None, prompt="{question}")})
+        compare({"one": results(None), "two": results(None, prompt="{question}")})
     short = evaluate(
         FakeEngine(), benchmark(name="a_in", title="colours"), colour_questions(), limit=4
     )
     with pytest.raises(ValueError, match="same samples"):
-        tables.compare({"one": results(None), "two": [short]})
+        compare({"one": results(None), "two": [short]})
     with pytest.raises(ValueError, match="none of the models"):
-        tables.compare({"one": results(None)}, baseline="two")
+        compare({"one": results(None)}, baseline="two")
     with pytest.raises(ValueError, match="no model"):
-        tables.compare({})
+        compare({})

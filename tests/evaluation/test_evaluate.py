@@ -1,15 +1,22 @@
 """The evaluation loop: figures, resumption, the blind control, and what it refuses."""
 
 import json
+import os
+import socket
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import multiprocessing
 
+from instructblip import distributed
 from instructblip.data.prepare import prepare
 from instructblip.data.scenes.official import write_scenes
+from instructblip.evaluation.batching import Batches
 from instructblip.evaluation.benchmarks import select_benchmarks
 from instructblip.evaluation.evaluate import derange, evaluate, pick
 from instructblip.evaluation.predictions import PREDICTIONS
@@ -93,6 +100,74 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert Result.load(tmp_path).to_json() == resumed.to_json()
 
 
+def worker(rank: int, ranks: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    engine = FakeEngine()
+    with distributed.process_group("gloo"):
+        asked = {"batch_size": 2, "out": folder, "progress": False}
+        result = evaluate(engine, benchmark(), colour_questions(), **asked)
+    own = {"json": result.to_json(), "answered": [i for batch in engine.batches for i in batch]}
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(own))
+
+
+def test_ranks_share_the_samples_and_take_over_from_others(tmp_path: Path) -> None:
+    dataset, out = colour_questions(), tmp_path / "two"
+    whole = evaluate(FakeEngine(), benchmark(), dataset, out=tmp_path / "one")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(FakeEngine(stop_after=1), benchmark(), dataset, batch_size=3, out=out)
+    # A run of four ranks was killed here: its third has answered sample 0.
+    line = (tmp_path / "one" / PREDICTIONS).read_text().splitlines(keepends=True)
+    answered = next(one for one in line if json.loads(one)["id"] == "0")
+    (out / "predictions.rank2.jsonl").write_text(answered + '{"id": "torn')
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(worker, args=(2, port, str(out)), nprocs=2)
+    ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0]["json"] == ranks[1]["json"] == whole.to_json()
+    assert [len(rank["answered"]) for rank in ranks] == [4, 4]
+    assert not {*ranks[0]["answered"]} & {*ranks[1]["answered"]}
+    assert {p.name for p in out.glob("*.jsonl")} == {PREDICTIONS}
+    assert Result.load(out).to_json() == whole.to_json()
+
+
+def test_batches_halve_when_memory_is_short_and_double_while_it_pays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, sizes = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def answer(part: Sequence[int]) -> None:
+        if len(part) > 100:
+            raise torch.OutOfMemoryError("too large")
+        clock[0] += 1.0  # whatever the size: larger is faster
+        sizes.append(len(part))
+
+    Batches("auto").run(range(300), answer)
+    assert sizes == [16, 32, 64, 64, 64, 60]  # 128 did not fit
+    sizes.clear()
+    Batches(150).run(range(300), answer)
+    assert sizes == [75] * 4
+
+    def no_faster(part: Sequence[int]) -> None:
+        clock[0] += len(part)
+        sizes.append(len(part))
+
+    sizes.clear()
+    Batches("auto").run(range(200), no_faster)
+    assert set(sizes[:-1]) == {16, 32}
+    assert sum(sizes) == 200
+
+    def never(part: Sequence[int]) -> None:
+        raise torch.OutOfMemoryError("not even one")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Batches(4).run(range(3), never)
+    with pytest.raises(ValueError, match="at least 1, or auto"):
+        Batches(0)
+
+
 def test_predictions_of_other_settings_are_not_continued(tmp_path: Path) -> None:
     dataset = colour_questions()
     evaluate(FakeEngine(), benchmark(), dataset, out=tmp_path)
@@ -169,11 +244,15 @@ def test_every_set_of_the_embedded_world_can_be_evaluated(tmp_path: Path) -> Non
     roots = write_scenes(tmp_path, scale=0.04, sets=sources)
     for one in asked:
         data = prepare(one.source, roots[one.source], one.split, tmp_path / "prepared")
-        result = evaluate(FakeEngine(), one, data, limit=8, progress=False)
+        words = None
+        if one.vocabulary:
+            train = prepare(one.source, roots[one.source], "train", tmp_path / "prepared")
+            words = sorted({answer for example in train for answer in example.answers})
+        result = evaluate(FakeEngine(), one, data, limit=8, progress=False, vocabulary=words)
         assert result.n == 8
         assert result.value is not None, f"{one.name}: {result.describe()}"
         assert 0 <= result.value <= 100
-        evaluate(FakeEngine(), one, data, limit=8, blind_seed=0, progress=False)
+        evaluate(FakeEngine(), one, data, limit=8, blind_seed=0, progress=False, vocabulary=words)
 
 
 def test_summary_counts_each_set_once() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from instructblip.batch import Example
-from instructblip.evaluation.charts import line_chart, training_charts
+from instructblip.evaluation.charts import line_chart, radar_chart, training_charts
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.evaluation.gallery import make_cards
 from instructblip.evaluation.report import write_report
@@ -189,6 +189,31 @@ def test_chart_ticks_hold_the_data() -> None:
             assert 0 <= y <= chart.bottom
     assert line_chart("flat", {"a": [(1, 5.0)]}) is not None
     assert line_chart("empty", {"a": []}) is None
+
+
+def test_radar_reaches_its_rim_where_a_model_is_best() -> None:
+    chart = radar_chart("held-out", ["a", "b", "c"], {"one": [50, 10, 0], "two": [25, 20, 0]})
+    assert chart is not None
+    one, two = ([tuple(map(float, p.split(","))) for p in w.points.split()] for w in chart.webs)
+    ends = [spoke.end for spoke in chart.spokes]
+    assert one[0] == ends[0]
+    assert two[1] == ends[1]
+    assert two[0] == (320, 131)  # half of the way up
+    assert one[2] == two[2] == chart.centre  # nobody has anything
+    assert [spoke.best for spoke in chart.spokes] == ["50.0", "20.0", "0.0"]
+    assert radar_chart("two axes", ["a", "b"], {"one": [1, 2]}) is None
+
+
+def test_curves_of_held_in_and_held_out(tmp_path: Path) -> None:
+    lines = [
+        {"step": step, "validation": {"score": 1.0, "scenes_vqav2": 10 * step, "scenes_vsr": 50}}
+        for step in (1, 2)
+    ]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chart = training_charts(file, "run")[-1]
+    assert chart.title == "run: held-in and held-out"
+    assert {line.label: line.last for line in chart.lines} == {"held-in": "20", "held-out": "50"}
 
 
 def test_charts_of_a_run_without_validation(tmp_path: Path) -> None:

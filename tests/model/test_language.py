@@ -136,6 +136,53 @@ def test_rank_equals_one_forward_per_candidate(model, normalization, include_end
             torch.testing.assert_close(ranked[sample][index], expected, rtol=0, atol=1e-4)
 
 
+def one_forward_each(model, alone, candidates):
+    """The definition: the loss of each candidate as the response of a batch of its own."""
+    return torch.stack(
+        [-model.loss(replace(alone, **padded("response", [ids]))).loss_sum for ids in candidates]
+    ).detach()
+
+
+FAMILY = [[5, 6, 7, 2], [5, 6, 2], [5, 6, 8, 9, 2], [5, 2], [10, 6, 7, 2], [5, 6, 7, 2], [2]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("chunk", [1, 3, 256])
+def test_common_beginnings_change_no_score(model, attention, chunk):
+    batch = tiny_batch(model.config)
+    model.language_model.set_attn_implementation(attention)
+    groups = [FAMILY, FAMILY[2:4], FAMILY[::-1]]
+    ranked = rank_candidates(model, batch, groups, chunk=chunk)
+    for sample, group in enumerate(groups):
+        expected = one_forward_each(model, single(batch, sample), group)
+        torch.testing.assert_close(ranked[sample], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_what_candidates_share_is_computed_once(language):
+    """The prefix runs once per sample, and a packed tree holds each of its nodes once."""
+    model = tiny_model(language)
+    batch = single(tiny_batch(model.config), 2)
+    parts = ("encoder", "decoder") if language == "t5" else ("base_model",)  # prefix and candidates
+    seen = {part: [] for part in parts}
+    for part in parts:
+        getattr(model.language_model, part).register_forward_pre_hook(
+            lambda module, _, kwargs, part=part: seen[part].append(_size(kwargs)), with_kwargs=True
+        )
+    rank_candidates(model, batch, [FAMILY])
+    prefix = 3 + 6  # queries and prompt
+    if language == "t5":
+        # Rows: 5 6 7; 5 6 8 9; 10 6 7. "5" and "5 6" lie within them.
+        assert seen == {"encoder": [(1, prefix)], "decoder": [(1, 1), (3, 4)]}
+    else:
+        assert seen == {"base_model": [(1, prefix), (1, 8)]}  # 5 6 7 8 9 and 10 6 7
+
+
+def _size(kwargs):
+    given = kwargs.get("inputs_embeds")
+    return tuple((given if given is not None else kwargs["input_ids"]).shape[:2])
+
+
 def test_rank_refuses_what_it_cannot_score():
     model = tiny_model("llama")
     batch = tiny_batch(model.config)
@@ -144,6 +191,9 @@ def test_rank_refuses_what_it_cannot_score():
     with pytest.raises(ValueError, match="one list per sample"):
         rank_candidates(model, batch, [[[2]]])
     assert [len(s) for s in rank_candidates(model, batch, [[], [[5, 2]], []])] == [0, 1, 0]
+    assert [len(s) for s in rank_candidates(model, batch, [[], [], []])] == [0, 0, 0]
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        rank_candidates(model, batch, [[[2]], [[2]], [[2]]], chunk=0)
 
 
 @pytest.mark.parametrize("language", ["llama", "t5"])

@@ -1,8 +1,9 @@
 """The benchmarks: which examples, asked how, answered how, scored by what. Frozen by a test.
 
 A figure belongs to its prompt, decoding and scorer, so that all three stand here and are written
-beside every result. Two groups: the sets of the InstructBLIP paper with its prompts (appendix E),
-and ``scenes_...``, the sets of the embedded world, with plain prompts and greedy decoding.
+beside every result. Three groups: the sets of the InstructBLIP paper with its prompts (appendix
+E); ``finetuned_...``, the rows of its table 3, for a model tuned on that one set; ``scenes_...``,
+the sets of the embedded world, with plain prompts and greedy decoding.
 Adding a benchmark is one entry at the foot of this file.
 """
 
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Mode = Literal["generate", "rank"]
-Role = Literal["held_in", "held_out"]
+Role = Literal["held_in", "held_out", "finetuned"]
 Decoding = Mapping[str, int | float]
 
 
@@ -50,7 +51,7 @@ def select_benchmarks(
 ) -> list[Benchmark]:
     """The benchmarks called ``names``, each once; a group's name stands for its members.
 
-    Groups: "held_in" and "held_out" (the paper's), "scenes", "scenes_held_in",
+    Groups: "held_in", "held_out" and "finetuned" (the paper's), "scenes", "scenes_held_in",
     "scenes_held_out". ValueError names the nearest names for one that does not exist.
     """
     known = BENCHMARKS if known is None else known
@@ -74,7 +75,7 @@ def groups_of(benchmark: Benchmark) -> tuple[str, ...]:
     return (benchmark.role,)
 
 
-GROUPS = ("held_in", "held_out", "scenes", "scenes_held_in", "scenes_held_out")
+GROUPS = ("held_in", "held_out", "finetuned", "scenes", "scenes_held_in", "scenes_held_out")
 
 # Section 2.6 and appendix E of the paper: beams of 3 for NoCaps, 5 elsewhere, 1 for OCR-VQA; the
 # lengths and the length penalty are those of the released LAVIS configurations.
@@ -345,6 +346,60 @@ BENCHMARKS: dict[str, Benchmark] = {
         decoding=_ANSWER,
         unseen_type=True,
     ),
+    # The paper, fine-tuning on one set: the rows of table 3.
+    "finetuned_scienceqa": Benchmark(
+        name="finetuned_scienceqa",
+        title="ScienceQA image",
+        source="scienceqa",
+        split="test",
+        prompt=_CHOOSE_IN_CONTEXT,
+        mode="rank",
+        metric="exact_match",
+        role="finetuned",
+    ),
+    "finetuned_ocrvqa": Benchmark(
+        name="finetuned_ocrvqa",
+        title="OCR-VQA",
+        source="ocrvqa",
+        split="test",
+        prompt=_ASK,
+        mode="generate",
+        metric="exact_match",
+        role="finetuned",
+        decoding=_GREEDY_ANSWER,
+    ),
+    "finetuned_okvqa": Benchmark(
+        name="finetuned_okvqa",
+        title="OK-VQA",
+        source="okvqa",
+        split="val",
+        prompt=_ASK,
+        mode="generate",
+        metric="okvqa_accuracy official_2021",
+        role="finetuned",
+        decoding=_ANSWER,
+    ),
+    "finetuned_aokvqa_direct": Benchmark(
+        name="finetuned_aokvqa_direct",
+        title="A-OKVQA direct",
+        source="aokvqa_direct",
+        split="val",
+        prompt=_ASK,
+        mode="generate",
+        metric="aokvqa_accuracy",
+        role="finetuned",
+        decoding=_ANSWER,
+    ),
+    "finetuned_aokvqa": Benchmark(
+        name="finetuned_aokvqa",
+        title="A-OKVQA choices",
+        source="aokvqa",
+        split="val",
+        prompt=_CHOOSE,
+        mode="rank",
+        metric="exact_match",
+        role="finetuned",
+    ),
     # Scenes, held-in.
     "scenes_coco_caption": Benchmark(
         name="scenes_coco_caption",
@@ -499,6 +554,29 @@ BENCHMARKS: dict[str, Benchmark] = {
         metric="auroc",
         role="held_out",
         candidates=_YES_NO,
+        unseen_type=True,
+    ),
+    "scenes_vizwiz": Benchmark(
+        name="scenes_vizwiz",
+        title="blurred and unanswerable",
+        source="vizwiz",
+        split="val",
+        prompt=_ASK,
+        mode="generate",
+        metric=_VQA,
+        role="held_out",
+        decoding=_SCENES_ANSWER,
+    ),
+    "scenes_msvdqa": Benchmark(
+        name="scenes_msvdqa",
+        title="motion",
+        source="msvdqa",
+        split="test",
+        prompt=_ASK,
+        mode="rank",
+        metric="exact_match",
+        role="held_out",
+        vocabulary=True,
         unseen_type=True,
     ),
 }

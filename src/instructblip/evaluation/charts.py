@@ -1,4 +1,4 @@
-"""Geometry of the report's line charts: numbers in, coordinates and ticks out. No drawing here."""
+"""Geometry of the report's charts: numbers in, coordinates and ticks out. No drawing here."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from instructblip.evaluation.benchmarks import BENCHMARKS
+from instructblip.evaluation.compare import ROLES
 from instructblip.training.log import read_metrics
 
 WIDTH, HEIGHT = 460, 250
@@ -75,8 +77,80 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") 
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Spoke:
+    """One axis of a radar chart: its end, and where its label stands."""
+
+    label: str
+    best: str
+    end: tuple[float, float]
+    text: tuple[float, float]
+    anchor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Web:
+    """The figures of one model as the points of an SVG polygon."""
+
+    label: str
+    points: str
+    colour: int
+
+
+@dataclass(frozen=True, slots=True)
+class Radar:
+    """Models over data sets; the rim of an axis is the best of the models."""
+
+    title: str
+    spokes: list[Spoke]
+    rings: list[str]
+    webs: list[Web]
+
+    width = 640
+    height = 400
+    centre = (320, 200)
+    radius = 138
+
+
+def radar_chart(
+    title: str, labels: Sequence[str], models: Mapping[str, Sequence[float]]
+) -> Radar | None:
+    """One axis a set, from 0 in the middle to the best model's figure; None for less than three."""
+    if len(labels) < 3 or not models:
+        return None
+    best = [max(figures[i] for figures in models.values()) for i in range(len(labels))]
+
+    def place(axis: int, share: float) -> tuple[float, float]:
+        turn = 2 * math.pi * axis / len(labels)
+        x, y = Radar.centre
+        return (
+            round(x + Radar.radius * share * math.sin(turn), 1),
+            round(y - Radar.radius * share * math.cos(turn), 1),
+        )
+
+    def points(shares: Sequence[float]) -> str:
+        return " ".join(f"{x},{y}" for x, y in map(place, range(len(labels)), shares))
+
+    spokes = []
+    for i, label in enumerate(labels):
+        text = place(i, 1.1)
+        aside = text[0] - Radar.centre[0]
+        anchor = "middle" if abs(aside) < 12 else "start" if aside > 0 else "end"
+        spokes.append(Spoke(label, f"{best[i]:.1f}", place(i, 1), text, anchor))
+    webs = [
+        Web(
+            model,
+            points([max(0.0, f) / b if b > 0 else 0.0 for f, b in zip(own, best, strict=True)]),
+            place_in_palette,
+        )
+        for place_in_palette, (model, own) in enumerate(models.items())
+    ]
+    rings = [points([share] * len(labels)) for share in (0.25, 0.5, 0.75, 1)]
+    return Radar(title, spokes, rings, webs)
+
+
 def training_charts(metrics: Path, name: str) -> list[Chart]:
-    """Training loss and validation of one run, from its metrics.jsonl."""
+    """Training loss, validation, and its means over held-in and held-out sets, of one run."""
     lines = read_metrics(metrics)
     loss = [(line["step"], line["loss"]) for line in lines if _is_number(line.get("loss"))]
     checks: dict[str, list[tuple[float, float]]] = {}
@@ -84,9 +158,30 @@ def training_charts(metrics: Path, name: str) -> list[Chart]:
         for label, value in (line.get("validation") or {}).items():
             if _is_number(value):
                 checks.setdefault(label, []).append((line["step"], value))
-    titles = {f"{name}: loss per response token": {"training": loss}, f"{name}: validation": checks}
+    titles = {
+        f"{name}: loss per response token": {"training": loss},
+        f"{name}: validation": checks,
+        f"{name}: held-in and held-out": _role_means(checks),
+    }
     charts = (line_chart(title, series) for title, series in titles.items())
     return [chart for chart in charts if chart is not None]
+
+
+def _role_means(checks: Mapping[str, Points]) -> dict[str, Points]:
+    """Mean of the held-in and of the held-out sets at each validation, where both were scored."""
+    means: dict[str, Points] = {}
+    for role, title in ROLES.items():
+        own = [points for name, points in checks.items() if role_of(name) == role]
+        if own:
+            means[title] = [
+                (column[0][0], sum(y for _, y in column) / len(column))
+                for column in zip(*own, strict=False)
+            ]
+    return means if len(means) > 1 else {}
+
+
+def role_of(benchmark: str) -> str | None:
+    return BENCHMARKS[benchmark].role if benchmark in BENCHMARKS else None
 
 
 def _is_number(value: Any) -> bool:

@@ -1,14 +1,17 @@
 """Answer a benchmark with a model: batch by batch, sample by sample on disk, then the figure."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from instructblip import distributed
 from instructblip.batch import Example
 from instructblip.data.pictures import Examples
 from instructblip.data.templates import render_prompt, template_hash
+from instructblip.evaluation.batching import Batches, BatchSize
 from instructblip.evaluation.benchmarks import Benchmark
 from instructblip.evaluation.predictions import PredictionLog
 from instructblip.evaluation.ptb import Tokenizer
@@ -42,7 +45,7 @@ def evaluate(
     benchmark: Benchmark,
     dataset: Examples,
     limit: int | None = None,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     blind_seed: int | None = None,
     out: Path | str | None = None,
     vocabulary: Sequence[str] | None = None,
@@ -50,6 +53,9 @@ def evaluate(
     progress: bool = True,
 ) -> Result:
     """The figure of ``engine`` on ``benchmark``, whose examples are ``dataset``.
+
+    In a process group every rank answers its share of the samples and all return the same result;
+    call it on all of them.
 
     Args:
         limit: this many samples, spread evenly over the set; None for all.
@@ -82,14 +88,20 @@ def evaluate(
         todo = [i for i, example in enumerate(examples) if example.id not in log.done]
         # Longest first: what does not fit into memory fails at once, and batches are even.
         todo.sort(key=lambda i: (-len(examples[i].images), -len(prompts[i]), examples[i].images))
-        for batch in _show(_chunks(todo, batch_size), len(todo), benchmark.name, progress):
-            own = [examples[i] for i in batch]
-            texts = [prompts[i] for i in batch]
-            found = _answer(engine, benchmark, own, texts, dataset.image_root, vocabulary)
-            log.add({"index": i, **one} for i, one in zip(batch, found, strict=True))
+        share = todo[distributed.rank() :: distributed.world_size()]
+        with _progress(len(share), benchmark.name, progress) as advance:
+
+            def answer(batch: Sequence[int]) -> None:
+                own, texts = [examples[i] for i in batch], [prompts[i] for i in batch]
+                found = _answer(engine, benchmark, own, texts, dataset.image_root, vocabulary)
+                log.add({"index": i, **one} for i, one in zip(batch, found, strict=True))
+                advance(len(batch))
+
+            Batches(batch_size).run(share, answer)
+        log.gather()
         predictions = [log.done[example.id] for example in examples]
     result = make_result(settings, predictions, tokenizer, str(dataset.image_root))
-    if folder is not None:
+    if folder is not None and distributed.is_main():
         result.save(folder)
     return result
 
@@ -237,19 +249,11 @@ def _describe(example: Example, prompt: str) -> dict[str, Any]:
     }
 
 
-def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    if size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {size}")
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
-
-
-def _show(
-    batches: Iterator[Sequence[int]], total: int, name: str, progress: bool
-) -> Iterator[Sequence[int]]:
-    """The batches, with a progress bar on standard error that vanishes when done."""
-    if not progress:
-        yield from batches
+@contextmanager
+def _progress(total: int, name: str, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A function that moves a bar on the main rank's standard error; it vanishes when done."""
+    if not shown or not distributed.is_main():
+        yield lambda count: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -259,6 +263,4 @@ def _show(
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with bar:
         task = bar.add_task(name, total=total)
-        for batch in batches:
-            yield batch
-            bar.advance(task, len(batch))
+        yield lambda count: bar.advance(task, count)

@@ -1,7 +1,8 @@
 """Scores of single answers and of rankings, equal to the official scorers.
 
 Every accuracy is a number from 0 to 1 for one prediction; a benchmark's figure is the mean times
-100. Captions are in ``captions.py``. Where official versions disagree, ``variant`` names one.
+100. Captions are scored in ``captions.py``. Where official versions disagree, ``variant`` names
+one.
 """
 
 import math
@@ -11,6 +12,28 @@ from typing import Literal
 import numpy as np
 
 from instructblip.evaluation import normalize
+from instructblip.evaluation.captions import bleu, cider, meteor, rouge_l
+
+__all__ = [
+    "anls",
+    "aokvqa_accuracy",
+    "auroc",
+    "bleu",
+    "cider",
+    "exact_match",
+    "gqa_accuracy",
+    "ivqa_accuracy",
+    "meteor",
+    "okvqa_accuracy",
+    "pope",
+    "pope_answer",
+    "rank_of",
+    "retrieval_recall",
+    "rouge_l",
+    "textvqa_accuracy",
+    "visdial_metrics",
+    "vqa_accuracy",
+]
 
 VqaVariant = Literal["official_2021", "official_2017"]
 GqaVariant = Literal["official_exact", "lavis", "lmms_eval"]

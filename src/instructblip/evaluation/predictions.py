@@ -1,7 +1,9 @@
 """predictions.jsonl: one line per answered sample, written as they come, resumed after a stop.
 
 Beside it lies ``settings.json``: what the predictions depend on. A file of other settings is never
-continued and never overwritten. A line that a kill left half-written is cut off.
+continued and never overwritten. A line that a kill left half-written is cut off. In a process
+group each rank writes ``predictions.rank<N>.jsonl``; they are joined into the one file at the end,
+or at the next start, whatever the number of ranks then.
 """
 
 import hashlib
@@ -10,6 +12,8 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self, TextIO
+
+from instructblip import distributed
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "settings.json"
@@ -46,7 +50,7 @@ class PredictionLog:
     """The predictions of one benchmark: those on disk, and a place to add more.
 
     Args:
-        folder: where the two files lie; None keeps the predictions in memory only.
+        folder: where the files lie; None keeps the predictions in memory only.
         settings: what the predictions depend on.
     """
 
@@ -59,18 +63,31 @@ class PredictionLog:
     def __enter__(self) -> Self:
         if self.folder is None:
             return self
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / PREDICTIONS
-        self._check_settings()
-        self.done = {p["id"]: p for p in read_predictions(path)}
-        _cut_torn_line(path)
-        self._file = path.open("a", encoding="utf-8", newline="\n")
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._check_settings()
+            _join_parts(self.folder)
+        distributed.barrier()
+        self.done = {p["id"]: p for p in read_predictions(self.folder / PREDICTIONS)}
+        distributed.barrier()  # before the main rank adds lines to what the others still read
+        self._file = _part(self.folder).open("a", encoding="utf-8", newline="\n")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def gather(self) -> None:
+        """Give every rank the predictions of all; the main rank joins their files."""
+        if distributed.world_size() == 1:
+            return
+        self.__exit__()
+        for own in distributed.gather_objects(self.done):
+            self.done |= own
+        if self.folder is not None and distributed.is_main():
+            _join_parts(self.folder)
+        distributed.barrier()
 
     def add(self, predictions: Iterable[dict[str, Any]]) -> None:
         """Keep a batch; on disk before this returns, so that a kill loses one batch at most."""
@@ -118,6 +135,27 @@ def write_json(path: Path, value: Any) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _part(folder: Path) -> Path:
+    """The file that this rank writes."""
+    rank = distributed.rank()
+    return folder / (f"predictions.rank{rank}.jsonl" if rank else PREDICTIONS)
+
+
+def _join_parts(folder: Path) -> None:
+    """Append the files of the other ranks to the main one, whole lines only, and remove them."""
+    path = folder / PREDICTIONS
+    _cut_torn_line(path)
+    for part in sorted(folder.glob("predictions.rank*.jsonl")):
+        _cut_torn_line(part)
+        known = {p["id"] for p in read_predictions(path)}
+        fresh = [p for p in read_predictions(part) if p["id"] not in known]
+        with path.open("a", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(p, ensure_ascii=False) + "\n" for p in fresh)
+            file.flush()
+            os.fsync(file.fileno())
+        part.unlink()
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -127,24 +127,24 @@ def _python_tokens(caption: str) -> list[str]:
     return tokens
 
 
-def java_folder() -> Path:
-    """Where pycocoevalcap keeps the tokenizer; FileNotFoundError says what is missing."""
+def java_package(what: str = "tokenizer 'ptb_java'") -> Path:
+    """The folder of pycocoevalcap; FileNotFoundError says what ``what`` lacks."""
     spec = find_spec("pycocoevalcap")
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            "tokenizer 'ptb_java' needs the package pycocoevalcap (extra: caption-metrics); "
-            "install it, or use tokenizer='python'"
+            f"{what} needs the package pycocoevalcap: pip install 'instructblip[caption-metrics]'; "
+            "tokenizer='python' and the other metrics do without"
         )
     if shutil.which("java") is None:
         raise FileNotFoundError(
-            "tokenizer 'ptb_java' needs the program java, version 8 or later; install it, or use "
-            "tokenizer='python'"
+            f"{what} needs the program java, version 8 or later; tokenizer='python' and the other "
+            "metrics do without"
         )
-    return Path(spec.submodule_search_locations[0]) / "tokenizer"
+    return Path(spec.submodule_search_locations[0])
 
 
 def _java_tokens(captions: Sequence[str]) -> list[list[str]]:
-    jar = java_folder() / "stanford-corenlp-3.4.1.jar"
+    jar = java_package() / "tokenizer" / "stanford-corenlp-3.4.1.jar"
     # Not through pycocoevalcap's own wrapper: that writes into its package's folder.
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "captions.txt"

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from instructblip.evaluation.charts import training_charts
+from instructblip.evaluation.charts import Radar, radar_chart, training_charts
 from instructblip.evaluation.compare import ROLES, Comparison, Row, compare
 from instructblip.evaluation.gallery import make_cards
 from instructblip.evaluation.result import Result
@@ -65,6 +65,7 @@ def write_report(
             colours={model: place for place, model in enumerate(comparison.models)},
             tiles=_tiles(comparison, subject),
             scale=_scale(comparison),
+            radars=_radars(comparison),
             charts=charts,
             cards=make_cards(models, samples_per_set) if samples_per_set else [],
             settings=_settings(models),
@@ -91,6 +92,28 @@ class Tile:
 
 def _tiles(comparison: Comparison, subject: str) -> list[Tile]:
     return [Tile(ROLES[row.role], row) for row in comparison.means if subject in row.cells]
+
+
+def _radars(comparison: Comparison) -> list[Radar]:
+    """One chart a role, over the sets for which every model has a figure."""
+    charts = []
+    for role, name in ROLES.items():
+        rows = [row for row in comparison.rows if row.role == role]
+        figures = {
+            row.title: [cell.value for m in comparison.models if (cell := row.cells.get(m))]
+            for row in rows
+        }
+        shared = {
+            title: [value for value in values if value is not None]
+            for title, values in figures.items()
+            if len(values) == len(comparison.models) and None not in values
+        }
+        models = {
+            model: [values[i] for values in shared.values()]
+            for i, model in enumerate(comparison.models)
+        }
+        charts.append(radar_chart(name, list(shared), models))
+    return [chart for chart in charts if chart is not None]
 
 
 def _scale(comparison: Comparison) -> float:

@@ -5,8 +5,9 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from instructblip.evaluation.benchmarks import Role
 from instructblip.evaluation.bootstrap import (
     Floats,
     Interval,
@@ -149,13 +150,13 @@ class Mean:
 
 
 def summarise(results: Sequence[Result]) -> dict[str, Mean]:
-    """{"held_in": Mean, "held_out": Mean}, a role without results left out.
+    """{"held_in": Mean, "held_out": Mean, "finetuned": Mean}, a role without results left out.
 
     The interval comes from resampling the samples within each set; the choice of the sets is taken
     as given. ValueError for a set whose figure is not defined.
     """
     means = {}
-    for role in ("held_in", "held_out"):
+    for role in get_args(Role):
         own = [result for result in results if result.role == role]
         if not own:
             continue

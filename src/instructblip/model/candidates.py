@@ -1,11 +1,21 @@
-"""Candidates of many samples in one row of chunks, and their likelihoods."""
+"""Candidates as prefix trees: what they share is computed once, and every token is scored.
+
+The candidates "red", "red cat" and "dog" of one sample, each with its end token ``.``, hang on the
+root, which is the last position of the prompt::
+
+    root --red--> 1 --cat--> 2          edges (parent, token): (root, red) (1, .)
+      \\---dog--> 3                      (root, red) (1, cat) (2, .)  (root, dog) (3, .)
+
+An edge is one token of one candidate, and the logits at its parent predict it: only the nodes 1 to
+3 run through the model. A sum over the edges of a candidate is its log-likelihood.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -14,64 +24,182 @@ Candidates = Sequence[Sequence[Sequence[int]]]
 
 Normalization = Literal["sum", "mean"]
 
+Pair = tuple[int, int, tuple[int, ...]]
+"""Sample, place among all candidates of the batch, tokens to score."""
+
 
 @dataclass(frozen=True)
-class Pairs:
-    """All (sample, candidate) pairs of a batch in one row, whatever their number per sample."""
+class Layout:
+    """The nodes of a chunk as rows that go on where a sample's prompt ends.
 
-    sample: Tensor  # int64 [pairs]
-    ids: Tensor  # int64 [pairs, X], padded on the right
-    counted: Tensor  # bool [pairs, X]
-    counts: list[int]  # candidates per sample
+    ``visible[r, i, j]``: position i of row r sees position j of the row. Node n of the chunk is
+    position ``place[n]`` of the flattened rows.
+    """
+
+    sample: Tensor  # int64 [r]
+    ids: Tensor  # int64 [r, w]
+    depth: Tensor  # int64 [r, w], 0 for the first token behind the prompt
+    visible: Tensor  # bool [r, w, w]
+    real: Tensor  # bool [r, w]
+    place: Tensor  # int64 [n]
+
+
+@dataclass(frozen=True)
+class Forest:
+    """The prefix trees of one chunk of candidates, one tree a sample.
+
+    Nodes 0 to len(samples) - 1 are the roots; every other node has its parent, its token and its
+    depth (the tokens between the root and itself). ``edges`` are (candidate, parent, token).
+    """
+
+    samples: list[int]
+    parents: list[int]
+    tokens: list[int]
+    depths: list[int]
+    edges: list[tuple[int, int, int]]
 
     @classmethod
-    def of(
-        cls, candidates: Candidates, include_end: bool, device: torch.device, num_samples: int
-    ) -> "Pairs":
-        if len(candidates) != num_samples:
-            raise ValueError(
-                f"candidates must be one list per sample; got {len(candidates)} for {num_samples}"
-            )
-        flat = [(i, list(ids)) for i, group in enumerate(candidates) for ids in group]
-        if not include_end:
-            flat = [(i, ids[:-1]) for i, ids in flat]
-        empty = [i for i, ids in flat if not ids]
-        if empty:
-            raise ValueError(
-                f"a candidate has no token to score (sample {empty[0]} of the batch); "
-                "give at least one token besides the end token"
-            )
-        tokens = [torch.tensor(ids, dtype=torch.long) for _, ids in flat]
-        padded = pad_sequence(tokens, batch_first=True) if tokens else torch.zeros(0, 1).long()
-        lengths = torch.tensor([len(ids) for _, ids in flat], dtype=torch.long)
-        return cls(
-            sample=torch.tensor([i for i, _ in flat], dtype=torch.long, device=device),
-            ids=padded.to(device),
-            counted=(torch.arange(padded.shape[1])[None] < lengths[:, None]).to(device),
-            counts=[len(group) for group in candidates],
+    def of(cls, chunk: Sequence[Pair]) -> "Forest":
+        """The trees of ``chunk``; candidates are counted from the first of the chunk."""
+        samples = list(dict.fromkeys(sample for sample, _, _ in chunk))
+        root = {sample: node for node, sample in enumerate(samples)}
+        forest = cls(samples, [-1] * len(samples), [-1] * len(samples), [-1] * len(samples), [])
+        children: dict[tuple[int, int], int] = {}
+        for candidate, (sample, _, ids) in enumerate(chunk):
+            node = root[sample]
+            for depth, token in enumerate(ids):
+                forest.edges.append((candidate, node, token))
+                if depth == len(ids) - 1:  # nothing follows that its logits would predict
+                    break
+                child = children.setdefault((node, token), len(forest.parents))
+                if child == len(forest.parents):
+                    forest.parents.append(node)
+                    forest.tokens.append(token)
+                    forest.depths.append(depth)
+                node = child
+        return forest
+
+    def __len__(self) -> int:
+        """Nodes below the roots: what runs through the model."""
+        return len(self.parents) - len(self.samples)
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from below the root to ``node``."""
+        found = []
+        while node >= len(self.samples):
+            found.append(node)
+            node = self.parents[node]
+        return found[::-1]
+
+    def packed(self, device: torch.device) -> Layout:
+        """One row a tree, each node once; a node sees its ancestors and itself."""
+        rows: list[list[int]] = [[] for _ in self.samples]
+        tree, column = list(range(len(self.samples))), [0] * len(self.samples)
+        for node in range(len(self.samples), len(self.parents)):
+            tree.append(tree[self.parents[node]])
+            column.append(len(rows[tree[node]]))
+            rows[tree[node]].append(node)
+        width = max(map(len, rows))
+        seen = [
+            (tree[node], column[node], column[ancestor])
+            for row in rows
+            for node in row
+            for ancestor in self.path(node)
+        ]
+        visible = torch.zeros(len(rows), width, width, dtype=torch.bool)
+        visible[tuple(torch.tensor(seen).T)] = True
+        place = [tree[node] * width + column[node] for row in rows for node in row]
+        nodes = [node for row in rows for node in row]
+        return self._layout(self.samples, rows, visible, nodes, place, device)
+
+    def rows(self, device: torch.device) -> Layout:
+        """One row a leaf: the path that leads there, causal, for models that read plain rows."""
+        inner = set(self.parents)
+        leaves = [n for n in range(len(self.samples), len(self.parents)) if n not in inner]
+        rows = [self.path(leaf) for leaf in leaves]
+        width = max(map(len, rows))
+        first: dict[int, int] = {}
+        samples = []
+        for r, row in enumerate(rows):
+            samples.append(self.samples[self.parents[row[0]]])
+            for c, node in enumerate(row):
+                first.setdefault(node, r * width + c)
+        causal = torch.ones(width, width, dtype=torch.bool).tril()
+        visible = causal.expand(len(rows), width, width)
+        return self._layout(samples, rows, visible, list(first), list(first.values()), device)
+
+    def _layout(
+        self,
+        samples: list[int],
+        rows: list[list[int]],
+        visible: Tensor,
+        nodes: list[int],
+        place: list[int],
+        device: torch.device,
+    ) -> Layout:
+        def spread(values: list[int]) -> Tensor:
+            own = [torch.tensor([values[n] for n in row], dtype=torch.long) for row in rows]
+            return pad_sequence(own, batch_first=True)
+
+        places = torch.empty(len(self), dtype=torch.long)
+        places[torch.tensor(nodes) - len(self.samples)] = torch.tensor(place)
+        width = visible.shape[1]
+        lengths = torch.tensor([len(row) for row in rows])
+        return Layout(
+            sample=torch.tensor(samples, device=device),
+            ids=spread(self.tokens).to(device),
+            depth=spread(self.depths).to(device),
+            visible=visible.to(device),
+            real=(torch.arange(width) < lengths[:, None]).to(device),
+            place=places.to(device),
         )
 
-    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(sample, ids, counted) for ``size`` pairs at a time, cut to the longest of the chunk."""
-        for start in range(0, len(self.sample), size):
-            part = slice(start, start + size)
-            counted = self.counted[part]
-            width = int(counted.sum(1).max())
-            yield self.sample[part], self.ids[part, :width], counted[:, :width]
-
-    def by_sample(self, scores: list[Tensor]) -> list[Tensor]:
-        """Scores [C] of each sample from the scores of all chunks."""
-        flat = torch.cat(scores) if scores else torch.zeros(0, device=self.sample.device)
-        return list(flat.split(self.counts))
+    def scores(
+        self, logits: Float[Tensor, "nodes W"], normalization: Normalization
+    ) -> Float[Tensor, " c"]:
+        """Log-likelihood of each candidate from the logits at all nodes, the roots first."""
+        candidate, parent, token = torch.tensor(self.edges, device=logits.device).T
+        found = logits[parent, token] - logits.logsumexp(1)[parent]
+        counts = candidate.bincount()
+        total = found.new_zeros(len(counts)).index_add(0, candidate, found)
+        return total / counts if normalization == "mean" else total
 
 
-def likelihood(
-    logits: Float[Tensor, "c X W"],
-    ids: Int[Tensor, "c X"],
-    counted: Bool[Tensor, "c X"],
-    normalization: Normalization,
-) -> Float[Tensor, " c"]:
-    """Sum or mean over the counted tokens of their log-probabilities."""
-    tokens = logits.log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0]
-    total = tokens.masked_fill(~counted, 0).sum(1)
-    return total / counted.sum(1) if normalization == "mean" else total
+def scored_tokens(candidates: Candidates, include_end: bool, num_samples: int) -> list[Pair]:
+    """All candidates of a batch, each sample's in the order of their tokens, so that those with a
+    common beginning fall into one chunk. ValueError for one without a token to score."""
+    if len(candidates) != num_samples:
+        raise ValueError(
+            f"candidates must be one list per sample; got {len(candidates)} for {num_samples}"
+        )
+    flat = [(i, tuple(ids)) for i, group in enumerate(candidates) for ids in group]
+    if not include_end:
+        flat = [(i, ids[:-1]) for i, ids in flat]
+    empty = [i for i, ids in flat if not ids]
+    if empty:
+        raise ValueError(
+            f"a candidate has no token to score (sample {empty[0]} of the batch); "
+            "give at least one token besides the end token"
+        )
+    return sorted(
+        ((i, place, ids) for place, (i, ids) in enumerate(flat)), key=lambda pair: pair[::2]
+    )
+
+
+def in_chunks(pairs: Sequence[Pair], size: int) -> Iterator[Sequence[Pair]]:
+    """``size`` candidates at a time."""
+    if size < 1:
+        raise ValueError(f"chunk must be at least 1; got {size}")
+    for start in range(0, len(pairs), size):
+        yield pairs[start : start + size]
+
+
+def by_sample(
+    pairs: Sequence[Pair], scores: Sequence[Tensor], candidates: Candidates, like: Tensor
+) -> list[Tensor]:
+    """Scores [C] of each sample in the order of its candidates, from those of all chunks."""
+    order: Int[Tensor, " c"] = torch.tensor([place for _, place, _ in pairs], dtype=torch.long)
+    flat = torch.zeros(len(pairs), device=like.device)
+    if pairs:
+        flat[order.to(like.device)] = torch.cat(list(scores))
+    return list(flat.split([len(group) for group in candidates]))

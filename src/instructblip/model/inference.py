@@ -8,6 +8,7 @@ from torch import Tensor
 from instructblip.batch import Batch
 from instructblip.model.candidates import Normalization
 from instructblip.model.instructblip import InstructBlip
+from instructblip.model.ranking import rank
 
 
 @torch.no_grad()
@@ -55,22 +56,22 @@ def rank_candidates(
     candidates: Sequence[Sequence[Sequence[int]]],
     normalization: Normalization = "sum",
     include_end: bool = True,
-    chunk: int = 64,
+    chunk: int = 256,
 ) -> list[Tensor]:
     """Log-likelihoods in nats [C] of the candidates of each sample, to be compared by argmax.
 
     ``candidates[b][c]`` are token ids that end with the end token; ``include_end=False`` leaves the
     end token out of the score. "sum" adds up the tokens, "mean" divides by their number. Picture
-    and prompt are encoded once; ``chunk`` candidates run at a time. Raises ValueError for a
-    candidate without a token to score.
+    and prompt are encoded once; ``chunk`` candidates run at a time as a prefix tree: it bounds
+    memory and changes no score. Raises ValueError for a candidate without a token to score.
     """
     training = model.training
     model.eval()
     try:
         queries = model.encode_queries(batch)
         with model.language_precision():
-            return model.language.rank(
-                queries, batch, candidates, normalization, include_end, chunk
+            return rank(
+                model.language, queries, batch, candidates, normalization, include_end, chunk
             )
     finally:
         model.train(training)

@@ -19,17 +19,23 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from instructblip.batch import Batch
-from instructblip.model.candidates import Candidates, Normalization, Pairs, likelihood
+from instructblip.model.candidates import Forest, Layout
+from instructblip.model.candidates import Normalization as Normalization
+from instructblip.model.ranking import Prefix
 from instructblip.model.rows import compact, pad_left
 
 SEQ2SEQ_TYPES = ("t5", "mt5")
 
 LOSS_CHUNK = 1024
 """Response tokens whose logits exist at a time: 131 MB in fp32 with a vocabulary of 32,000."""
+PACKED_TYPES = ("llama", "opt", "gpt2", "qwen2")
+"""Decoders whose positions and mask can be given freely, so that a whole tree of candidates runs as
+one row. ALiBi, convolutions and the like tie a token to its neighbours: these run row by row."""
 
 
 @dataclass(frozen=True)
@@ -159,47 +165,53 @@ class CausalLanguage:
         embeds, mask = pad_left(*_prefix(self.model, queries, batch))
         return _generate(self.model, decoding, inputs_embeds=embeds, attention_mask=mask)
 
-    @torch.no_grad()
-    def rank(
-        self,
-        queries: Float[Tensor, "B K L"],
-        batch: Batch,
-        candidates: Candidates,
-        normalization: Normalization = "sum",
-        include_end: bool = True,
-        chunk: int = 64,
-    ) -> list[Tensor]:
-        """Log-likelihood in nats of every candidate [C] of each sample.
-
-        The prefix runs once per sample; ``chunk`` candidates at a time continue from a copy of its
-        keys and values, so what a candidate costs is its own length.
-        """
-        pairs = Pairs.of(candidates, include_end, queries.device, len(batch))
+    def prefill(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Prefix:
+        """Run [queries; prompt] once; padded on the left, so that all rows end together."""
         embeds, mask = pad_left(*_prefix(self.model, queries, batch))
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
         output = self.model.base_model(
             inputs_embeds=embeds,
             attention_mask=mask,
             use_cache=True,
-            **self._positions(positions),
+            **self._positions((mask.cumsum(1) - 1).clamp(min=0)),
         )
-        first = self._logits(output.last_hidden_state[:, -1])  # [B, vocabulary]
-        cache = output.past_key_values
-        scores = []
-        for sample, ids, counted in pairs.chunks(chunk):
-            logits = first[sample][:, None]
-            if ids.shape[1] > 1:
-                grown = torch.cat([mask[sample], counted[:, 1:].to(mask.dtype)], dim=1)
-                hidden = self.model.base_model(
-                    inputs_embeds=self.model.get_input_embeddings()(ids[:, :-1]),
-                    attention_mask=grown,
-                    past_key_values=_expanded(cache, sample),
-                    use_cache=True,
-                    **self._positions((grown.cumsum(1) - 1)[:, mask.shape[1] :]),
-                ).last_hidden_state
-                logits = torch.cat([logits, self._logits(hidden)], dim=1)
-            scores.append(likelihood(logits, ids, counted, normalization))
-        return pairs.by_sample(scores)
+        first = self._logits(output.last_hidden_state[:, -1])
+        return Prefix(first, output.past_key_values, mask)
+
+    def layout(self, forest: Forest, device: torch.device) -> Layout:
+        """How this model reads a forest: packed where it can."""
+        return forest.packed(device) if self._packs else forest.rows(device)
+
+    def proceed(self, prefix: Prefix, layout: Layout) -> Float[Tensor, "n W"]:
+        """Logits at every node of the layout, the prefix's keys and values taken as they are."""
+        known = prefix.mask[layout.sample]
+        positions = known.sum(1, keepdim=True) + layout.depth
+        embeds = self.model.get_input_embeddings()(layout.ids)
+        hidden = self.model.base_model(
+            inputs_embeds=embeds,
+            attention_mask=self._tree_mask(known, layout, embeds.dtype),
+            past_key_values=_expanded(prefix.cache, layout.sample),
+            use_cache=True,
+            **self._positions(positions),
+        ).last_hidden_state
+        return self._logits(hidden.flatten(0, 1)[layout.place])
+
+    @property
+    def _packs(self) -> bool:
+        config = self.model.config
+        return config.model_type in PACKED_TYPES and config._attn_implementation in (
+            "sdpa",
+            "eager",
+        )
+
+    def _tree_mask(self, known: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+        """Plain rows: [r, K+T+w], 1 on tokens. Trees: [r, 1, w, K+T+w], who sees whom."""
+        if not self._packs:
+            return torch.cat([known, layout.real.to(known.dtype)], dim=1)
+        before = known.bool()[:, None].expand(-1, layout.ids.shape[1], -1)
+        visible = torch.cat([before, layout.visible], dim=2)[:, None]
+        if self.model.config._attn_implementation == "sdpa":
+            return visible
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(hidden).float()
@@ -250,25 +262,37 @@ class Seq2SeqLanguage:
         states = BaseModelOutput(last_hidden_state=self._encode(embeds, mask))
         return _generate(self.model, decoding, encoder_outputs=states, attention_mask=mask)
 
-    @torch.no_grad()
-    def rank(
-        self,
-        queries: Float[Tensor, "B K L"],
-        batch: Batch,
-        candidates: Candidates,
-        normalization: Normalization = "sum",
-        include_end: bool = True,
-        chunk: int = 64,
-    ) -> list[Tensor]:
-        """Log-likelihood in nats of every candidate [C] of each sample; the encoder runs once."""
-        pairs = Pairs.of(candidates, include_end, queries.device, len(batch))
+    def prefill(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Prefix:
+        """Run the encoder and the decoder's start token once: the decoder then has the keys and
+        values of the whole [queries; prompt]."""
         embeds, mask = _prefix(self.model, queries, batch)
         states = self._encode(embeds, mask)
-        scores = []
-        for sample, ids, counted in pairs.chunks(chunk):
-            hidden = self._decode(self._shift(ids), states[sample], mask[sample])
-            scores.append(likelihood(self._logits(hidden), ids, counted, normalization))
-        return pairs.by_sample(scores)
+        output = self.model.get_decoder()(
+            input_ids=torch.full_like(mask[:, :1], self._start),
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            use_cache=True,
+        )
+        first = self._logits(output.last_hidden_state[:, -1])
+        return Prefix(first, output.past_key_values, mask, states)
+
+    def layout(self, forest: Forest, device: torch.device) -> Layout:
+        """T5's positions are distances between columns: every leaf has a row of its own."""
+        return forest.rows(device)
+
+    def proceed(self, prefix: Prefix, layout: Layout) -> Float[Tensor, "n W"]:
+        """Logits at every node of the layout; cross-attention reads the stored keys and values."""
+        assert prefix.states is not None
+        hidden = (
+            self.model.get_decoder()(
+                input_ids=layout.ids,
+                encoder_hidden_states=_of_samples(prefix.states, layout.sample),
+                encoder_attention_mask=prefix.mask[layout.sample],
+                past_key_values=_expanded(prefix.cache, layout.sample),
+                use_cache=True,
+            )
+        ).last_hidden_state
+        return self._logits(hidden.flatten(0, 1)[layout.place])
 
     def _encode(self, embeds: Tensor, mask: Tensor | None) -> Tensor:
         encoder = self.model.get_encoder()
@@ -289,10 +313,14 @@ class Seq2SeqLanguage:
             hidden = hidden * config.d_model**-0.5
         return self.model.get_output_embeddings()(hidden).float()
 
+    @property
+    def _start(self) -> int:
+        config = self.model.config
+        start = config.decoder_start_token_id
+        return config.pad_token_id if start is None else start
+
     def _shift(self, ids: Tensor) -> Tensor:
-        start = self.model.config.decoder_start_token_id
-        start = self.model.config.pad_token_id if start is None else start
-        return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+        return torch.cat([torch.full_like(ids[:, :1], self._start), ids[:, :-1]], dim=1)
 
 
 Language = CausalLanguage | Seq2SeqLanguage
@@ -342,9 +370,24 @@ def _until(row: list[int], ends: list[int]) -> list[int]:
     return row
 
 
-def _expanded(cache: Any, sample: Int[Tensor, " c"]) -> Any:
+def _of_samples(values: Tensor, sample: Int[Tensor, " r"]) -> Tensor:
+    """``values[sample]``; without a copy where all rows are of one sample."""
+    if len(sample) > 1 and bool((sample == sample[0]).all()):
+        return values[sample[:1]].expand(len(sample), *values.shape[1:])
+    return values[sample]
+
+
+def _expanded(cache: Any, sample: Int[Tensor, " r"]) -> Any:
     """A cache with row ``sample[i]`` of ``cache`` as its row i; ``cache`` itself stays as it is."""
+    if isinstance(cache, EncoderDecoderCache):
+        own, cross = cache.self_attention_cache, cache.cross_attention_cache
+        return EncoderDecoderCache(_expanded(own, sample), _expanded(cross, sample))
     expanded = copy.copy(cache)
     expanded.layers = [copy.copy(layer) for layer in cache.layers]
-    expanded.batch_select_indices(sample)
+    for layer in expanded.layers:
+        if type(layer) is DynamicLayer:
+            layer.keys = _of_samples(layer.keys, sample)
+            layer.values = _of_samples(layer.values, sample)
+        else:  # a state of another kind
+            layer.batch_select_indices(sample)
     return expanded

@@ -3,7 +3,8 @@
 ``write_scenes(root)`` makes one folder a set (``root/vqav2/annotations``, ``root/vqav2/images``),
 so that the readers of real downloads read it. Held-in sets have train and val splits and know
 neither the held-out colour-shape pairs nor the digits kept for tests in training; held-out sets
-have the split that the paper evaluates, and no other.
+have the split that the paper evaluates, and no other, but for two: MSVD-QA's training answers are
+the vocabulary that its test ranks, and ScienceQA's train split is for fine-tuning on that one set.
 """
 
 import json
@@ -11,7 +12,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from instructblip.data.scenes.language import (
     detail,
     phrase,
 )
-from instructblip.data.scenes.world import WORDS, Scene, render, sample_scene
+from instructblip.data.scenes.world import WORDS, Scene, Thing, render, sample_scene
 
 FORMAT_VERSION = 2
 VQA_KINDS = ("color", "shape", "shape at", "count", "exists", "place", "size")
@@ -291,11 +292,16 @@ def _iconqa(out: _Set, number: int) -> None:
 
 
 def _scienceqa(out: _Set, number: int) -> None:
-    problems = {}
+    problems: dict[str, Any] = {}
+    path = out.root / "annotations" / "problems.json"
+    if path.exists():  # one file holds all splits
+        problems = json.loads(path.read_text())
+    first = len(problems)
     for i, scene, (question,) in out.asked(number, ("science",)):
-        out.picture(scene, f"test/{i}/image.png")
+        key = str(first + i)
+        out.picture(scene, f"{out.split}/{key}/image.png")
         choices, right = question.choices(out.rng)
-        problems[str(i)] = {
+        problems[key] = {
             "question": question.text,
             "choices": choices,
             "answer": right,
@@ -304,7 +310,7 @@ def _scienceqa(out: _Set, number: int) -> None:
             "subject": "natural science",
             "lecture": "",
             "solution": "",
-            "split": "test",
+            "split": out.split,
         }
     out.annotate("problems.json", problems)
 
@@ -372,6 +378,66 @@ def _hatefulmemes(out: _Set, number: int) -> None:
     out.annotate("dev.jsonl", records)
 
 
+def _vizwiz(out: _Set, number: int) -> None:
+    """Slightly blurred pictures, and every third one so blurred that nobody can answer."""
+    records = []
+    for i, scene, (question,) in out.asked(number, VQA_KINDS):
+        lost = i % 3 == 2
+        blur = out.rng.uniform(8, 12) if lost else out.rng.uniform(0.3, 1.0)
+        name = out.picture(replace(scene, blur=blur), f"VizWiz_{out.split}_{i:08d}.jpg")
+        answers = ["unanswerable"] * 10 if lost else _ten_answers(question, out.rng)
+        records.append(
+            {
+                "image": name,
+                "question": question.text,
+                "answers": [{"answer": a, "answer_confidence": "yes"} for a in answers],
+                "answer_type": "unanswerable" if lost else _answer_type(question),
+                "answerable": int(not lost),
+            }
+        )
+    out.annotate(f"{out.split}.json", records)
+
+
+def _msvdqa(out: _Set, number: int) -> None:
+    """Videos of four frames: of two shapes one moves, and is asked about."""
+    records = []
+    while len(records) < number:
+        scene = out.scene(shapes=(2, 2))
+        first, second = scene.shapes
+        if first.name == second.name or first.colour == second.colour:
+            continue
+        moving, still = out.rng.sample([first, second], 2)
+        video = f"vid{len(records)}" if out.split == "test" else f"{out.split}{len(records)}"
+        for k, cell in enumerate(_walk(moving, still, out.rng)):
+            moved = replace(moving, row=cell[0], column=cell[1])
+            things = tuple(moved if thing is moving else thing for thing in scene.things)
+            out.picture(replace(scene, things=things), f"{video}/frame_{k}.png")
+        question, answer = out.rng.choice(
+            (
+                ("what shape moves?", moving.name),
+                ("what color is the shape that moves?", moving.colour),
+                ("what shape stays in its place?", still.name),
+                ("what color is the shape that stays in its place?", still.colour),
+            )
+        )
+        records.append(
+            {"id": len(records), "video_id": video, "question": question, "answer": answer}
+        )
+    out.annotate(f"{out.split}_qa.json", records)
+
+
+def _walk(moving: Thing, still: Thing, rng: random.Random) -> list[tuple[int, int]]:
+    """Four cells, each beside the one before, none of them taken."""
+    cells = [(moving.row, moving.column)]
+    while len(cells) < 4:
+        row, column = cells[-1]
+        beside = [(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)]
+        taken = {(still.row, still.column)}
+        free = [c for c in beside if {*c} <= {0, 1, 2} and c not in taken]
+        cells.append(rng.choice(free))
+    return cells
+
+
 @dataclass(frozen=True)
 class SceneSet:
     """How a set is written: its writer, role and split sizes (samples, before rounding)."""
@@ -422,8 +488,10 @@ SCENE_SETS: dict[str, SceneSet] = {
     "gqa": SceneSet(_gqa, "held_out", {"test": 200}),
     "vsr": SceneSet(_vsr, "held_out", {"test": 200}),
     "iconqa": SceneSet(_iconqa, "held_out", {"test": 200}),
-    "scienceqa": SceneSet(_scienceqa, "held_out", {"test": 200}),
+    "scienceqa": SceneSet(_scienceqa, "held_out", {"test": 200, "train": 400}),
     "textvqa": SceneSet(_textvqa, "held_out", {"val": 200}),
     "visual_dialog": SceneSet(_visual_dialog, "held_out", {"val": 200}),
     "hatefulmemes": SceneSet(_hatefulmemes, "held_out", {"val": 200}),
+    "vizwiz": SceneSet(_vizwiz, "held_out", {"val": 200}),
+    "msvdqa": SceneSet(_msvdqa, "held_out", {"train": 60, "test": 200}),
 }

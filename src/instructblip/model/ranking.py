@@ -1,0 +1,79 @@
+"""Ranking: the likelihoods of many candidates behind one prompt that is computed once."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from instructblip.batch import Batch
+from instructblip.model.candidates import (
+    Candidates,
+    Forest,
+    Layout,
+    Normalization,
+    by_sample,
+    in_chunks,
+    scored_tokens,
+)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """[queries; prompt] of B samples as the model keeps it.
+
+    ``first`` [B, vocabulary] are the logits of the first token behind it, ``cache`` its keys and
+    values, ``mask`` [B, K+T] its tokens, ``states`` [B, K+T, L] those of an encoder.
+    """
+
+    first: Tensor
+    cache: Any
+    mask: Tensor
+    states: Tensor | None = None
+
+
+class Ranker(Protocol):
+    """What ranking needs of a language model: `CausalLanguage` and `Seq2SeqLanguage`."""
+
+    def prefill(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Prefix:
+        """Run the prefix once."""
+        ...
+
+    def layout(self, forest: Forest, device: torch.device) -> Layout:
+        """How the model reads a forest of candidates."""
+        ...
+
+    def proceed(self, prefix: Prefix, layout: Layout) -> Float[Tensor, "n W"]:
+        """Logits at every node of the layout, behind the prefixes of their samples."""
+        ...
+
+
+@torch.no_grad()
+def rank(
+    language: Ranker,
+    queries: Float[Tensor, "B K L"],
+    batch: Batch,
+    candidates: Candidates,
+    normalization: Normalization = "sum",
+    include_end: bool = True,
+    chunk: int = 256,
+) -> list[Tensor]:
+    """Log-likelihood in nats of every candidate [C] of each sample.
+
+    The prefix runs once per sample. ``chunk`` candidates at a time continue from its keys and
+    values as a prefix tree, so what a candidate costs are the tokens it has for itself.
+    """
+    pairs = scored_tokens(candidates, include_end, len(batch))
+    if not pairs:
+        return by_sample(pairs, [], candidates, queries)
+    prefix = language.prefill(queries, batch)
+    scores = []
+    for part in in_chunks(pairs, chunk):
+        forest = Forest.of(part)
+        logits = prefix.first[torch.tensor(forest.samples, device=queries.device)]
+        if len(forest):
+            layout = language.layout(forest, queries.device)
+            logits = torch.cat([logits, language.proceed(prefix, layout)])
+        scores.append(forest.scores(logits, normalization))
+    return by_sample(pairs, scores, candidates, queries)
