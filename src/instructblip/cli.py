@@ -131,6 +131,100 @@ def report(
     print(stages.report(folders, out, run or []))
 
 
+Model = Annotated[
+    str, typer.Option("--model", help="A run or model directory, hf://OWNER/NAME, or `starter`.")
+]
+Images = Annotated[
+    list[Path] | None, typer.Option("--image", help="A picture; several are frames of a video.")
+]
+Beams = Annotated[int | None, typer.Option(help="Beams; 5 in the paper.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Tokens of an answer at most; 256.")]
+MinTokens = Annotated[int | None, typer.Option(help="Tokens of an answer at least; 1.")]
+LengthPenalty = Annotated[float | None, typer.Option(help="Above 0 beams favour length; 1.")]
+Repetition = Annotated[float | None, typer.Option(help="Above 1 repeats less; 1.5.")]
+Temperature = Annotated[float | None, typer.Option(help="Draw at this temperature; else search.")]
+TopP = Annotated[float | None, typer.Option(help="Share of the likeliest tokens to draw from.")]
+
+
+def _decoding(
+    num_beams: int | None,
+    max_new_tokens: int | None,
+    min_new_tokens: int | None,
+    length_penalty: float | None,
+    repetition_penalty: float | None,
+    temperature: float | None,
+    top_p: float | None,
+) -> stages.Decoding:
+    """What was given; the rest is as the model's directory says, then as in the paper."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    if temperature is None and top_p is None:
+        return given
+    return {"num_beams": 1, **given, "do_sample": True}
+
+
+@app.command()
+def answer(
+    image: Images = None,
+    instruction: Annotated[str | None, typer.Option(help="What to ask.")] = None,
+    batch: Annotated[
+        Path | None, typer.Option(help="A folder of pictures, or a JSONL of requests.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the answers of --batch go.")] = Path(
+        "out/answers.jsonl"
+    ),
+    model: Model = "starter",
+    num_beams: Beams = None,
+    max_new_tokens: MaxTokens = None,
+    min_new_tokens: MinTokens = None,
+    length_penalty: LengthPenalty = None,
+    repetition_penalty: Repetition = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+) -> None:
+    """Answer an instruction about a picture, or about every picture of a folder or a JSONL."""
+    decoding = _decoding(
+        num_beams,
+        max_new_tokens,
+        min_new_tokens,
+        length_penalty,
+        repetition_penalty,
+        temperature,
+        top_p,
+    )
+    if (batch is None) == (image is None):
+        raise ValueError("give either --image PICTURE or --batch FOLDER_OR_JSONL")
+    if batch is not None:
+        raise typer.Exit(1 if stages.answer_many(model, batch, instruction, out, decoding) else 0)
+    if not instruction:
+        raise ValueError("say with --instruction what to ask")
+    stages.answer(model, image or [], instruction, decoding)
+
+
+@app.command()
+def chat(
+    image: Images = None,
+    model: Model = "starter",
+    num_beams: Beams = None,
+    max_new_tokens: MaxTokens = None,
+    min_new_tokens: MinTokens = None,
+    length_penalty: LengthPenalty = None,
+    repetition_penalty: Repetition = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+) -> None:
+    """Ask about pictures in the terminal, over several turns."""
+    decoding = _decoding(
+        num_beams,
+        max_new_tokens,
+        min_new_tokens,
+        length_penalty,
+        repetition_penalty,
+        temperature,
+        top_p,
+    )
+    stages.chat(model, image or [], decoding)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command `instructblip`."""
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -3,19 +3,22 @@
 Stages import what they need when they run, so that `instructblip --help` stays fast.
 """
 
+import functools
 import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from instructblip.evaluation.result import Result
     from instructblip.recipe import Recipe
+    from instructblip.serving.engine import Engine
     from instructblip.training.train import TrainResult
 
+Decoding = dict[str, int | float | bool]
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
 Form = Literal["table", "markdown", "latex", "json"]
@@ -127,6 +130,60 @@ def report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) -> Pat
         curves={run.name: run / "metrics.jsonl" for run in runs},
         facts={"version": __version__},
     )
+
+
+def answer(model: str, images: Sequence[Path], instruction: str, decoding: Decoding) -> str:
+    """Print the answer as it comes; several pictures are the frames of a video."""
+    engine = load_engine(model)
+    said = ""
+    for piece in engine.stream(list(images), instruction, **decoding):
+        print(piece, end="", flush=True)
+        said += piece
+    print()
+    return said
+
+
+def answer_many(
+    model: str, source: Path, instruction: str | None, out: Path, decoding: Decoding
+) -> int:
+    """Answer a folder or a JSONL into a JSONL; returns how many pictures could not be read."""
+    from rich.progress import Progress
+
+    from instructblip.serving.requests import answer_requests, read_requests
+
+    requests = read_requests(source, instruction)
+    engine = load_engine(model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part")
+    bad = 0
+    with Progress() as progress, part.open("w", encoding="utf-8") as file:
+        bar = progress.add_task("answering", total=len(requests))
+        for records in answer_requests(engine, requests, **decoding):
+            for record in records:
+                bad += "error" in record
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            progress.advance(bar, len(records))
+    part.replace(out)
+    print(f"{len(requests) - bad} answers in {out}" + (f"; {bad} with an error" if bad else ""))
+    return bad
+
+
+def chat(model: str, images: Sequence[Path], decoding: Decoding) -> None:
+    """Ask about pictures in the terminal, turn by turn."""
+    from instructblip.serving.chat import Conversation, run_chat
+
+    engine = load_engine(model)
+    show = functools.partial(print, end="", flush=True)
+    run_chat(engine, Conversation(list(images)), lambda: input("> "), show, **decoding)
+
+
+def load_engine(model: str, **options: Any) -> "Engine":
+    """A model ready to answer: the paper's decoding, below what its directory stores."""
+    from instructblip.serving.engine import PAPER_DECODING, Engine
+
+    engine = Engine.from_pretrained(model, **options)
+    engine.decoding = {**PAPER_DECODING, **engine.decoding}
+    return engine
 
 
 def load_results(folders: Sequence[Path]) -> "dict[str, list[Result]]":

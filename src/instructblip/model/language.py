@@ -8,6 +8,8 @@ same whatever the padding. The head runs at labelled positions only.
 
 import copy
 import inspect
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +18,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
 from instructblip.batch import Batch
 from instructblip.model.candidates import Candidates, Normalization, Pairs, likelihood
 from instructblip.model.rows import compact, pad_left
 
+# The prompt is given as embeddings, in the official code as well: what it repeats is the answer.
+warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
+
 SEQ2SEQ_TYPES = ("t5", "mt5")
+
+OnTokens = Callable[[list[int]], None]
+"""Is told the newest token of every row; after its end token a row gets padding."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +125,15 @@ class CausalLanguage:
         return F.cross_entropy(logits, joined.targets, reduction="none")
 
     def generate(
-        self, queries: Float[Tensor, "B K L"], batch: Batch, **decoding: Any
+        self,
+        queries: Float[Tensor, "B K L"],
+        batch: Batch,
+        on_tokens: OnTokens | None = None,
+        **decoding: Any,
     ) -> list[list[int]]:
         """Ids of each response, its end token cut off. Prompts are padded on the left."""
         embeds, mask = pad_left(*_prefix(self.model, queries, batch))
-        return _generate(self.model, decoding, inputs_embeds=embeds, attention_mask=mask)
+        return _generate(self.model, on_tokens, decoding, inputs_embeds=embeds, attention_mask=mask)
 
     @torch.no_grad()
     def rank(
@@ -206,13 +219,19 @@ class Seq2SeqLanguage:
         return F.cross_entropy(logits, joined.targets, reduction="none")
 
     def generate(
-        self, queries: Float[Tensor, "B K L"], batch: Batch, **decoding: Any
+        self,
+        queries: Float[Tensor, "B K L"],
+        batch: Batch,
+        on_tokens: OnTokens | None = None,
+        **decoding: Any,
     ) -> list[list[int]]:
         """Ids of each response, its end token cut off. Prompts are padded on the right, as in
         training: T5's relative positions would move with padding on the left."""
         embeds, mask = _prefix(self.model, queries, batch)
         states = BaseModelOutput(last_hidden_state=self._encode(embeds, mask))
-        return _generate(self.model, decoding, encoder_outputs=states, attention_mask=mask)
+        return _generate(
+            self.model, on_tokens, decoding, encoder_outputs=states, attention_mask=mask
+        )
 
     @torch.no_grad()
     def rank(
@@ -283,14 +302,36 @@ def _prefix(model: Any, queries: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return _behind_queries(model, queries, ids, mask)
 
 
-def _generate(model: Any, decoding: dict[str, Any], **inputs: Any) -> list[list[int]]:
-    """Run transformers' ``generate`` and cut each row at its first end token (end excluded)."""
+class _Listener(BaseStreamer):
+    """Hands the tokens of each step on. transformers' first call brings what stood there before."""
+
+    def __init__(self, on_tokens: OnTokens) -> None:
+        self.on_tokens, self.started = on_tokens, False
+
+    def put(self, value: Tensor) -> None:
+        if self.started:
+            self.on_tokens(value.tolist())
+        self.started = True
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def _generate(
+    model: Any, on_tokens: OnTokens | None, decoding: dict[str, Any], **inputs: Any
+) -> list[list[int]]:
+    """Run transformers' ``generate`` and cut each row at its first end token (end excluded).
+
+    A search with beams settles its tokens at the end, so ``on_tokens`` hears nothing of it.
+    """
     config = copy.deepcopy(model.generation_config)
     config.update(**decoding)
     ends = config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if config.pad_token_id is None:
         config.pad_token_id = ends[0] if ends else 0
+    if on_tokens is not None and config.num_beams == 1:
+        inputs["streamer"] = _Listener(on_tokens)
     with torch.no_grad():
         output = model.generate(**inputs, generation_config=config)
     rows = output.tolist()
