@@ -225,6 +225,43 @@ def chat(
     stages.chat(model, image or [], decoding)
 
 
+@app.command()
+def serve(
+    model: Model = "starter",
+    before: Annotated[
+        str | None, typer.Option(help="A BLIP-2 to answer beside it, as model `blip2`.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    page: Annotated[bool, typer.Option(help="Whether to show the page at /page.")] = True,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of API keys, one a line; none: open to all.")
+    ] = None,
+    image_host: Annotated[
+        list[str] | None, typer.Option(help="Host that pictures may be fetched from; none.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Requests answered together.")] = 32,
+    max_queue: Annotated[int, typer.Option(help="Requests that wait; beyond them 429.")] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
+    timeout: Annotated[float, typer.Option(help="Seconds of a request.")] = 60.0,
+) -> None:
+    """Serve a model over HTTP: OpenAI's chat completions, ranking, metrics and a page."""
+    from instructblip.serving.config import ServeConfig
+
+    keys = tuple(api_keys.read_text().split()) if api_keys else ()
+    if api_keys and not keys:
+        raise ValueError(f"{api_keys} holds no keys; expected one a line")
+    config = ServeConfig(
+        max_batch=max_batch,
+        max_queue=max_queue,
+        max_tokens=max_tokens,
+        timeout_s=timeout,
+        api_keys=keys,
+        image_hosts=tuple(name.lower() for name in image_host or ()),
+    )
+    stages.serve(model, before, host, port, config, page)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command `instructblip`."""
     arguments = sys.argv[1:] if arguments is None else arguments

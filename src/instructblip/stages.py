@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from instructblip.evaluation.result import Result
     from instructblip.recipe import Recipe
+    from instructblip.serving.config import ServeConfig
     from instructblip.serving.engine import Engine
     from instructblip.training.train import TrainResult
 
@@ -175,6 +176,26 @@ def chat(model: str, images: Sequence[Path], decoding: Decoding) -> None:
     engine = load_engine(model)
     show = functools.partial(print, end="", flush=True)
     run_chat(engine, Conversation(list(images)), lambda: input("> "), show, **decoding)
+
+
+def serve(
+    model: str, before: str | None, host: str, port: int, config: "ServeConfig", page: bool
+) -> None:
+    """Answer over HTTP until the process is told to stop; requests under way are finished."""
+    import uvicorn
+
+    from instructblip.serving.api import create_app
+
+    engines = {"instructblip": load_engine(model)}
+    if before is not None:
+        engines["blip2"] = load_engine(before, instruction_aware=False)
+    app = create_app(engines, config)
+    if page:
+        from instructblip.serving.web import mount_page
+
+        app = mount_page(app)
+    grace = int(config.timeout_s) + 1
+    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=grace, server_header=False)
 
 
 def load_engine(model: str, **options: Any) -> "Engine":

@@ -157,8 +157,8 @@ def test_a_batch_of_bad_pictures_only(engine: Engine, tmp_path: Path) -> None:
 def test_chat_remembers_turns_and_pictures(engine: Engine, pictures: list[Path]) -> None:
     said: list[str] = []
     lines = iter(
-        ["what?", f"/image {pictures[0]} {pictures[1]}", "what?", "/nonsense", "and red?"]
-        + ["/reset", "what?", "/image", "/image nowhere.png", "/help", ""]
+        f"what?;/image {pictures[0]} {pictures[1]};what?;/nonsense;and red?;"
+        "/reset;what?;/image;/image nowhere.png;/help;".split(";")
     )
 
     def read() -> str:
