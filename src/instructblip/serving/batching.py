@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from instructblip.model.candidates import Normalization
 from instructblip.serving.engine import Engine
 from instructblip.serving.streaming import TextStream
 
@@ -42,15 +43,17 @@ class Answer:
 class Job:
     """One request: pictures as pixels [F][3, S, S], the instruction, and what is wanted.
 
-    With ``candidates`` the result is their log-likelihoods, a list of floats; without it is an
-    ``Answer``, of which ``on_text`` hears the pieces, from the model's thread.
+    The result is an ``Answer``, of which ``on_text`` hears the pieces from the model's thread;
+    with ``candidates`` their log-likelihoods, a list of floats; with ``look`` the attention of the
+    queries to the picture [F, Q, P].
     """
 
     pixels: tuple[Tensor, ...]
     instruction: str
     decoding: dict[str, Any] = field(default_factory=dict)
     candidates: tuple[str, ...] | None = None
-    normalization: str = "sum"
+    normalization: Normalization = "sum"
+    look: bool = False
     deadline: float = math.inf
     on_text: Callable[[str], None] | None = None
     future: "Future[Any]" = field(default_factory=Future)
@@ -59,6 +62,8 @@ class Job:
     @property
     def key(self) -> Hashable:
         """Jobs with equal keys can stand in one batch."""
+        if self.look:
+            return "look", len(self.pixels)
         if self.candidates is not None:
             return "rank", len(self.pixels), self.normalization
         return "answer", len(self.pixels), tuple(sorted(self.decoding.items()))
@@ -171,9 +176,11 @@ class Batcher:
             )
             for number, job in enumerate(jobs)
         ]
+        if jobs[0].look:
+            return list(engine.look(samples))
         if jobs[0].candidates is not None:
             candidates = [job.candidates or () for job in jobs]
-            return engine.rank_samples(samples, candidates, jobs[0].normalization)  # type: ignore
+            return engine.rank_samples(samples, candidates, jobs[0].normalization)
         texts = [TextStream(engine.tokens, engine.ends) for _ in jobs]
 
         def on_tokens(tokens: list[int]) -> None:

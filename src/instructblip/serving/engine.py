@@ -23,6 +23,7 @@ from instructblip.data.images import ImageTransform, to_rgb
 from instructblip.data.pictures import Pictures, make_sample
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
+from instructblip.model.attention import cross_attention
 from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import Normalization, OnTokens
@@ -244,6 +245,10 @@ class Engine:
         batch = self._collate(list(samples))
         scores = rank_candidates(self.model, batch, ids, normalization=normalization)
         return [own.tolist() for own in scores]
+
+    def look(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """Where each query looks, [B, F, Q, P], as one batch; see ``cross_attention``."""
+        return cross_attention(self.model, self._collate(list(samples))).cpu()
 
     def answer_examples(
         self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path, **decoding: Any

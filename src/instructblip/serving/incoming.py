@@ -36,9 +36,7 @@ def read_picture(url: str, config: ServeConfig, where: str) -> Image.Image:
         data = fetch(url, config, where)
     else:
         raise BadPicture(f"{where}: expected data:image/...;base64,... as the URL of a picture")
-    if len(data) > config.max_picture_bytes:
-        raise BadPicture(f"{where}: more than {config.max_picture_bytes} bytes", 413)
-    return _decode(data, config, where)
+    return decode_picture(data, config, where)
 
 
 def _data_of(url: str, config: ServeConfig, where: str) -> bytes:
@@ -55,8 +53,13 @@ def _data_of(url: str, config: ServeConfig, where: str) -> bytes:
         raise BadPicture(f"{where}: the content of the data URL is not base64") from None
 
 
-def _decode(data: bytes, config: ServeConfig, where: str) -> Image.Image:
-    """The header is read first: a small file can promise more pixels than there is memory."""
+def decode_picture(data: bytes, config: ServeConfig, where: str) -> Image.Image:
+    """The picture in ``data`` as RGB. Raises BadPicture.
+
+    The header is read first: a small file can promise more pixels than there is memory.
+    """
+    if len(data) > config.max_picture_bytes:
+        raise BadPicture(f"{where}: more than {config.max_picture_bytes} bytes", 413)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
