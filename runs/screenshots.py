@@ -48,6 +48,7 @@ def browser_page(locale: str) -> Iterator[Page]:
         browser = playwright.chromium.launch(**options)
         context = browser.new_context(locale=locale, viewport={"width": 1280, "height": 1250})
         page = context.new_page()
+        page.set_default_timeout(120_000)
         page.route(
             lambda url: not url.startswith(("http://127.0.0.1", "data:", "blob:")),
             lambda route: route.abort(),
@@ -61,8 +62,7 @@ def ask_example(page: Page, address: str, number: int) -> None:
     page.goto(address + PATH)
     page.locator("#ask").wait_for()
     page.locator("tr.tr-body, .gallery-item").nth(number).click()
-    page.locator("img[src*='.png']").first.wait_for()
-    page.wait_for_timeout(1000)
+    page.locator("#picture img").first.wait_for()
     page.locator("#ask").click()
     page.locator("#looks img").first.wait_for()
     page.wait_for_timeout(1000)

@@ -226,6 +226,60 @@ def chat(
 
 
 @app.command()
+def tune(
+    root: Annotated[Path, typer.Argument(help="Folder of pictures with captions or questions.")],
+    overrides: Overrides = None,
+    model: Model = "starter",
+    out: Annotated[Path, typer.Option(help="Folder of run, results and report.")] = Path(
+        "out/tuned"
+    ),
+) -> None:
+    """Tune a model on a folder of your own: check, split, tune, evaluate before and after."""
+    stages.tune(root, model, out, overrides or [])
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A model or run directory, `starter`, or a .pth.")],
+) -> None:
+    """Tell what a checkpoint is: its sizes, what is trainable, what is missing."""
+    stages.inspect(path)
+
+
+@app.command(name="import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pth of the official code (LAVIS).")],
+    vision: Annotated[Path, typer.Option(help="eva_vit_g.pth, or weights of an image encoder.")],
+    language: Annotated[Path, typer.Option(help="transformers directory of the language model.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    qformer_tokenizer: Annotated[
+        Path | None, typer.Option(help="Directory of BERT's tokenizer; none for a BLIP-2.")
+    ] = None,
+) -> None:
+    """Bring a checkpoint of the official code into a directory that transformers reads too."""
+    stages.import_checkpoint(checkpoint, vision, language, qformer_tokenizer, out)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A run or model directory, or `starter`.")],
+    out: Annotated[Path, typer.Argument(help="Directory, or .pth file, to write.")],
+    form: Annotated[str, typer.Option("--format", help="transformers or lavis.")] = "transformers",
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Result folder whose figures the card shows.")
+    ] = None,
+    image_encoder: Annotated[
+        bool, typer.Option("--image-encoder", help="lavis: with the image encoder.")
+    ] = False,
+) -> None:
+    """Write a model for others, with its card."""
+    if form not in get_args(stages.ExportForm):
+        expected = " or ".join(get_args(stages.ExportForm))
+        raise ValueError(f"--format {form}: expected {expected}")
+    stages.export(model, out, cast("stages.ExportForm", form), results or [], image_encoder)
+
+
+@app.command()
 def serve(
     model: Model = "starter",
     before: Annotated[

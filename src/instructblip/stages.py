@@ -23,6 +23,7 @@ Decoding = dict[str, int | float | bool]
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
 Form = Literal["table", "markdown", "latex", "json"]
+ExportForm = Literal["transformers", "lavis"]
 
 
 def scenes(root: Path, seed: int = 0, scale: float = 1.0) -> None:
@@ -176,6 +177,52 @@ def chat(model: str, images: Sequence[Path], decoding: Decoding) -> None:
     engine = load_engine(model)
     show = functools.partial(print, end="", flush=True)
     run_chat(engine, Conversation(list(images)), lambda: input("> "), show, **decoding)
+
+
+def tune(root: Path, start: str, out: Path, overrides: Sequence[str] = ()) -> None:
+    """Tune a model on a folder of pictures of one's own; evaluate before and after; report."""
+    from instructblip.training.files import refuse_existing
+    from instructblip.tuning import tune as run_tuning
+
+    refuse_existing(out / "run")
+    page = run_tuning(root, start, out, overrides)
+    print(f"\nOpen {page}. To try the model:\n  instructblip serve --model {out / 'run'}")
+
+
+def inspect(path: str) -> None:
+    """Print what a checkpoint is, its sizes, what is trainable and what is missing."""
+    from instructblip.model.inspection import inspect_checkpoint
+
+    print(inspect_checkpoint(path).describe())
+
+
+def import_checkpoint(
+    checkpoint: Path, vision: Path, language: Path, qformer_tokenizer: Path | None, out: Path
+) -> None:
+    """Write a checkpoint of the official code as a directory that transformers reads too."""
+    from instructblip.model.lavis import import_lavis
+    from instructblip.serving.checkpoints import write_imported
+
+    model = import_lavis(checkpoint, vision, language)
+    write_imported(model, language, qformer_tokenizer, out)
+    inspect(str(out))
+
+
+def export(
+    model: str, out: Path, form: ExportForm, results: Sequence[Path], image_encoder: bool
+) -> None:
+    """Write a model for others: a transformers directory with its card, or a LAVIS file."""
+    from instructblip.model.lavis import export_lavis
+    from instructblip.model.pretrained import from_pretrained, model_directory
+    from instructblip.serving.checkpoints import write_exported
+
+    loaded = from_pretrained(model)
+    if form == "lavis":
+        export_lavis(loaded, out, image_encoder)
+    else:
+        found = [result for own in load_results(results).values() for result in own]
+        write_exported(loaded, out, model_directory(model), found)
+    inspect(str(out))
 
 
 def serve(

@@ -35,6 +35,9 @@ class VisionConfig(_Config):
     patch_size: int = Field(14, gt=0, description="Side of a patch in pixels.")
     hidden_act: Activation = Field("gelu", description="Activation of the feed-forward.")
     layer_norm_eps: float = Field(1e-6, gt=0, description="Epsilon of every LayerNorm.")
+    post_layernorm_eps: float | None = Field(
+        None, gt=0, description="Epsilon of the last LayerNorm, where it is another (LAVIS: 1e-5)."
+    )
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on attention weights.")
     qkv_bias: bool = Field(True, description="Whether the fused query-key-value layer has a bias.")
 
@@ -138,7 +141,10 @@ class InstructBlipConfig(_Config):
         return {
             "model_type": "instructblip" if self.instruction_aware else "blip-2",
             "architectures": [f"{name}ForConditionalGeneration"],
-            "vision_config": {"model_type": f"{prefix}_vision_model", **self.vision.model_dump()},
+            "vision_config": {
+                "model_type": f"{prefix}_vision_model",
+                **self.vision.model_dump(exclude_none=True),
+            },
             "qformer_config": {"model_type": f"{prefix}_qformer", **self.qformer.model_dump()},
             "text_config": language,
             "num_query_tokens": self.num_query_tokens,

@@ -61,6 +61,8 @@ def build_language_model(config: dict[str, Any]) -> Any:
     if not kind:
         raise ValueError(f"the language config has no model_type; its keys are {sorted(config)}")
     text_config = AutoConfig.for_model(kind, **values)
+    if "dense_act_fn" in values:  # T5's config derives it from another field and forgets this one
+        text_config.dense_act_fn = values["dense_act_fn"]
     if kind in SEQ2SEQ_TYPES:
         return AutoModelForSeq2SeqLM.from_config(text_config)
     if getattr(text_config, "is_encoder_decoder", False):

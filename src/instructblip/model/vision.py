@@ -111,7 +111,9 @@ class VisionModel(nn.Module):
         self.config = config
         self.embeddings = VisionEmbeddings(config)
         self.encoder = VisionEncoder(config)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_layernorm = nn.LayerNorm(
+            config.hidden_size, eps=config.post_layernorm_eps or config.layer_norm_eps
+        )
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)

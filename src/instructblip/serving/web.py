@@ -91,7 +91,10 @@ def make_page(service: Service, words: Any) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=1):
                 picture = gr.Image(
-                    type="filepath", label=words("picture"), sources=["upload", "clipboard"]
+                    type="filepath",
+                    label=words("picture"),
+                    sources=["upload", "clipboard"],
+                    elem_id="picture",
                 )
                 instruction = gr.Dropdown(
                     choices=list(INSTRUCTIONS),
