@@ -24,7 +24,7 @@ from instructblip.serving.engine import Engine
 from instructblip.training.train import train
 
 SMALL = 20_000_000
-"""Trainable parameters below which a model is small: it learns from higher rates and more epochs."""
+"""Trainable parameters below which a model is small: it takes higher rates and more epochs."""
 
 # task -> prompt, metric, decoding: how a held-back example is asked and scored
 MEASURES: dict[str, tuple[str, str, dict[str, int]]] = {

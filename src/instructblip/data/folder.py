@@ -43,7 +43,7 @@ def read_folder(root: Path) -> FolderSet:
     rows = list(_rows(root))
     if not rows:
         raise ValueError(
-            f"{root} holds neither metadata.jsonl, metadata.csv nor pictures with a .txt beside them"
+            f"{root} holds no metadata.jsonl, no metadata.csv and no picture with a .txt beside it"
         )
     examples, problems = [], []
     for number, (row, where) in enumerate(rows):
