@@ -261,6 +261,19 @@ def import_(
 
 
 @app.command()
+def combine(
+    vision: Annotated[Path, typer.Option(help="CLIP, SigLIP, or a BLIP-2 with its EVA-CLIP.")],
+    language: Annotated[Path, typer.Option(help="A Llama, Qwen, Gemma, OPT or T5 directory.")],
+    qformer_tokenizer: Annotated[Path, typer.Option(help="Directory of BERT's tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    queries: Annotated[int, typer.Option(help="Query tokens.")] = 32,
+    layers: Annotated[int, typer.Option(help="Layers of the Q-Former.")] = 12,
+) -> None:
+    """Put an image encoder and a language model together, with a fresh Q-Former between them."""
+    stages.combine(vision, language, qformer_tokenizer, out, queries, layers)
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A run or model directory, or `starter`.")],
     out: Annotated[Path, typer.Argument(help="Directory, or .pth file, to write.")],

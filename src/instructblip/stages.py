@@ -200,11 +200,28 @@ def import_checkpoint(
     checkpoint: Path, vision: Path, language: Path, qformer_tokenizer: Path | None, out: Path
 ) -> None:
     """Write a checkpoint of the official code as a directory that transformers reads too."""
-    from instructblip.model.lavis import import_lavis
+    from instructblip.data.images import ImageTransform
+    from instructblip.model.lavis import import_lavis, language_tokenizer
     from instructblip.serving.checkpoints import write_imported
 
     model = import_lavis(checkpoint, vision, language)
-    write_imported(model, language, qformer_tokenizer, out)
+    transform = ImageTransform(image_size=model.config.vision.image_size)
+    write_imported(model, language_tokenizer(language), qformer_tokenizer, transform, out)
+    inspect(str(out))
+
+
+def combine(
+    vision: Path, language: Path, qformer_tokenizer: Path, out: Path, queries: int, layers: int
+) -> None:
+    """Write a model of two frozen parts and a fresh Q-Former, ready to be trained."""
+    from instructblip.data.images import ImageTransform
+    from instructblip.data.tokens import load_tokenizer
+    from instructblip.model.parts import combine as combine_parts
+    from instructblip.serving.checkpoints import write_imported
+
+    transform, tokenizer = ImageTransform.from_pretrained(vision), load_tokenizer(language)
+    model = combine_parts(vision, language, {"num_hidden_layers": layers}, queries)
+    write_imported(model, tokenizer, qformer_tokenizer, transform, out)
     inspect(str(out))
 
 

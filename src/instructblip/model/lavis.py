@@ -48,7 +48,7 @@ NAMES = (
     (".attn.qkv.", ".self_attn.qkv."),
     (".attn.proj.", ".self_attn.projection."),
     ("ln_vision.", "vision_model.post_layernorm."),
-    ("Qformer.bert.embeddings.LayerNorm.", "qformer.embeddings.layernorm."),
+    ("embeddings.LayerNorm.", "embeddings.layernorm."),
     ("Qformer.bert.", "qformer."),
     ("attention.self.", "attention.attention."),
 )

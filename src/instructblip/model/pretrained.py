@@ -165,7 +165,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
         raise ValueError(f"{HUB}{name}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION")
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "qformer_tokenizer/*"]
     try:

@@ -6,12 +6,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from instructblip.data.images import ImageTransform
 from instructblip.evaluation.card import write_card
 from instructblip.evaluation.result import Result
 from instructblip.model.instructblip import InstructBlip, part_of
-from instructblip.model.lavis import language_tokenizer
 from instructblip.model.pretrained import save_pretrained
 from instructblip.serving.engine import PAPER_DECODING
 
@@ -19,9 +19,13 @@ RECIPE_FILE = "recipe.yaml"
 
 
 def write_imported(
-    model: InstructBlip, language: Path, qformer_tokenizer: Path | None, out: Path
+    model: InstructBlip,
+    tokenizer: Any,
+    qformer_tokenizer: Path | None,
+    transform: ImageTransform,
+    out: Path,
 ) -> None:
-    """The directory of an imported model, with tokenizers as the official code sets them up.
+    """The directory of a model that came in parts, with its tokenizers and picture transform.
 
     Raises ValueError where an instruction-aware model is given no Q-Former tokenizer.
     """
@@ -32,11 +36,10 @@ def write_imported(
         )
     with tempfile.TemporaryDirectory() as folder:
         assets = Path(folder)
-        tokenizer = language_tokenizer(language)
         tokenizer.save_pretrained(folder)
         if qformer_tokenizer is not None:
             shutil.copytree(qformer_tokenizer, assets / "qformer_tokenizer")
-        ImageTransform(image_size=model.config.vision.image_size).save_pretrained(assets)
+        transform.save_pretrained(assets)
         text = model.config.language
         ids = {
             name: text[name]

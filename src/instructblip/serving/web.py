@@ -4,6 +4,7 @@ Mounted in the server, it asks the same batchers under the same limits. Labels f
 of the browser, English or Chinese.
 """
 
+import math
 import os
 import random
 import tempfile
@@ -203,8 +204,8 @@ def _wait(job: Job) -> Any:
 def overlays(picture: Image.Image, attention: Tensor, side: int = 160) -> list[tuple[Any, str]]:
     """The picture under a heat map of each query [Q, P], the mean of all of them first."""
     base = np.asarray(picture.resize((side, side))).astype(np.float32)
-    patches = attention[:, 1:]  # without the class token
-    grid = int(patches.shape[1] ** 0.5)
+    grid = math.isqrt(attention.shape[1])
+    patches = attention[:, -grid * grid :]  # without the class token, where there is one
     maps = [("all", patches.mean(0)), *((str(i + 1), one) for i, one in enumerate(patches))]
     return [(_heat(base, one.unflatten(0, (grid, grid)).numpy()), name) for name, one in maps]
 
