@@ -67,6 +67,20 @@ def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
         )
 
 
+def cache(recipe: "Recipe") -> None:
+    """Compute and keep the image features that training and validation will read."""
+    from instructblip import assembly, distributed
+
+    settings = recipe.features.model_copy(update={"cache": "on"})
+    recipe = recipe.model_copy(update={"features": settings})
+    with distributed.process_group():
+        with assembly.main_first():
+            datasets = assembly.prepare_training(recipe)
+        model = assembly.make_model(recipe)
+        assembly.make_loader(recipe, datasets, model)
+        assembly.make_validation(recipe, model)
+
+
 def evaluate(
     recipe: "Recipe",
     model: str,
@@ -82,6 +96,8 @@ def evaluate(
     benchmarks = assembly.benchmarks_of(recipe, settings.benchmarks)
     datasets = assembly.prepare_benchmarks(recipe, benchmarks)
     engine = assembly.make_engine(recipe, model, instruction_aware)
+    # twice: benchmarks are answered again, by the next model or without the pictures
+    assembly.use_features(recipe, engine, datasets.values(), settings.limit, times=2)
     out.mkdir(parents=True, exist_ok=True)
     (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     results = []
@@ -302,10 +318,11 @@ def quickstart(
     with _clock(seconds, "train"):
         if train(recipe, run, resume).stopped == "terminated":
             return
+    tuned = str(run / "last")  # not the best: validation chose that on pictures measured here
     with _clock(seconds, "evaluate_instructblip"):
-        after = evaluate(recipe, str(run), results / "instructblip")
+        after = evaluate(recipe, tuned, results / "instructblip")
     with _clock(seconds, "evaluate_blind"):
-        blind = evaluate(recipe, str(run), results / "instructblip_blind", blind_seed=0)
+        blind = evaluate(recipe, tuned, results / "instructblip_blind", blind_seed=0)
     models = {"blip2": before, "instructblip": after, "instructblip_blind": blind}
     folders = [results / name for name in models]
     with _clock(seconds, "report"):
