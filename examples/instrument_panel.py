@@ -27,10 +27,9 @@ def draw(folder: Path, count: int = 240) -> None:
         tip = (32 + 24 * math.cos(angle), 36 - 24 * math.sin(angle))
         pen.line(((32, 36), tip), "blue", 3)
         panel.save(folder / f"{number}.png")
-        for question, answer in (
-            ("what does the dial show?", str(value)),
-            ("is the needle in the red?", "yes" if value > 6 else "no"),
-        ):
+        red = "yes" if value > 6 else "no"
+        asked = {"what does the dial show?": str(value), "is the needle in the red?": red}
+        for question, answer in asked.items():
             rows.append({"file_name": f"{number}.png", "question": question, "answer": answer})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
 

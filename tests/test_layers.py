@@ -18,6 +18,7 @@ FLOORS = {
     "text_to_image": 3,
     "recipe": 4,
     "assembly": 4,
+    "pretraining": 4,
     "tuning": 4,
     "stages": 5,
     "cli": 6,

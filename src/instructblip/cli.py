@@ -234,6 +234,22 @@ def chat(
 
 
 @app.command()
+def pretrain(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    stage: Annotated[int, typer.Option(min=1, max=2, help="1: see; 2: tell.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Run directory.")] = None,
+    resume: Resume = False,
+) -> None:
+    """Run a stage of BLIP-2's pre-training for a new pair of image encoder and language model."""
+    from instructblip.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    folder = out or Path("out") / f"{Path(recipe).stem}_stage{stage}"
+    stages.pretrain(resolved, stage, folder, resume)
+
+
+@app.command()
 def tune(
     root: Annotated[Path, typer.Argument(help="Folder of pictures with captions or questions.")],
     overrides: Overrides = None,

@@ -195,6 +195,14 @@ def chat(model: str, images: Sequence[Path], decoding: Decoding) -> None:
     run_chat(engine, Conversation(list(images)), lambda: input("> "), show, **decoding)
 
 
+def pretrain(recipe: "Recipe", stage: int, out: Path, resume: bool = False) -> "TrainResult":
+    """One of BLIP-2's two stages on the captions of a recipe."""
+    from instructblip.pretraining import pretrain as run_pretraining
+
+    _store_recipe(recipe, out, resume)
+    return run_pretraining(recipe, stage, out, resume)
+
+
 def tune(root: Path, start: str, out: Path, overrides: Sequence[str] = ()) -> None:
     """Tune a model on a folder of pictures of one's own; evaluate before and after; report."""
     from instructblip.training.files import refuse_existing

@@ -77,6 +77,9 @@ def write_recipe(
     batch = max(2, min(32 if small else 16, examples // 4 * 2))
     epochs, rate = (30, 1e-3) if small else (3, 1e-5)
     steps = max(20, min(2000, epochs * examples // batch))
+    asked = [o.partition("=")[2] for o in overrides if o.startswith("training.steps=")]
+    if asked and asked[-1].isdigit():  # the rest follows from it
+        steps = int(asked[-1])
     values: dict[str, Any] = {
         "model": {"start": start},
         "data": {
@@ -88,7 +91,7 @@ def write_recipe(
             "steps": steps,
             "batch_size": batch,
             "learning_rate": rate,
-            "warmup_steps": max(1, steps // 10),
+            "warmup_steps": steps // 10,
             "validate_every": max(1, steps // 4),
             "save_every": max(1, steps // 4),
             "workers": 0,
