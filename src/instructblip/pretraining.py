@@ -6,6 +6,7 @@ from pathlib import Path
 from instructblip import assembly
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
+from instructblip.model.instructblip import ALIASES
 from instructblip.model.stage1 import Stage1
 from instructblip.recipe import Recipe
 from instructblip.training.train import TrainResult, train
@@ -47,6 +48,9 @@ def pretrain(recipe: Recipe, stage: int, out: Path, resume: bool = False) -> Tra
         max_prompt=given.max_prompt,
         max_response=given.max_response,
     )
+    if stage == 2:  # what reads no text would only decay
+        parts = ALIASES["qformer"]
+        model.set_trainable(tuple(p for p in parts if p != "qformer_text_embeddings"))
     return train(
         Stage1(model) if stage == 1 else model,
         loader,

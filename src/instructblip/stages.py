@@ -270,9 +270,12 @@ def serve(
     model: str, before: str | None, host: str, port: int, config: "ServeConfig", page: bool
 ) -> None:
     """Answer over HTTP until the process is told to stop; requests under way are finished."""
-    import uvicorn
+    try:
+        import uvicorn
 
-    from instructblip.serving.api import create_app
+        from instructblip.serving.api import create_app
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing: pip install 'instructblip[serve]'") from error
 
     engines = {"instructblip": load_engine(model)}
     if before is not None:

@@ -27,7 +27,7 @@ def stage() -> Stage1:
 
 
 def test_captions_of_one_picture_are_no_negatives() -> None:
-    scores = torch.tensor([[5.0, 5.0, -5.0], [5.0, 5.0, -5.0], [-5.0, -5.0, 5.0]])
+    scores = torch.tensor([[1.0, 9.0, -5.0], [9.0, 1.0, -5.0], [-5.0, -5.0, 5.0]])
     shared = contrast(scores, torch.tensor([0, 0, 1]))
     apart = contrast(scores, torch.tensor([0, 1, 2]))
     assert shared < apart

@@ -41,11 +41,6 @@ class Stage1(nn.Module):
         self.word_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
 
-    def train(self, mode: bool = True) -> "Stage1":
-        super().train(mode)
-        self.model.train(mode)
-        return self
-
     def loss(self, batch: Batch) -> LossOutput:
         """All three losses of the captions and the first frames of their pictures."""
         model, pictures = self.model, batch.image_index[:, 0]
