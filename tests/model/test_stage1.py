@@ -100,7 +100,7 @@ def test_both_stages_from_a_recipe(tmp_path: Path) -> None:
     write_scenes(tmp_path / "scenes", seed=0, scale=0.02)
     start = write_model(tmp_path / "start", "blip2")
     short = [f"data.root={tmp_path / 'scenes'}", "training.steps=2", "training.batch_size=6"]
-    short += ["training.save_every=2", "training.log_every=1", "data.max_instruction=40"]
+    short += ["training.warmup_steps=1", "training.save_every=2", "data.max_instruction=40"]
     first = load_recipe(
         "pretrain_scenes", [*short, f"model.start={start}", "model.text_branch=random"]
     )
