@@ -20,6 +20,7 @@ FLOORS = {
     "assembly": 4,
     "pretraining": 4,
     "tuning": 4,
+    "memory": 4,
     "stages": 5,
     "cli": 6,
     "__main__": 7,

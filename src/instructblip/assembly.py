@@ -31,6 +31,7 @@ from instructblip.data.tokens import Tokens
 from instructblip.evaluation.benchmarks import Benchmark, select_benchmarks
 from instructblip.evaluation.evaluate import evaluate, pick
 from instructblip.model.instructblip import InstructBlip, part_of
+from instructblip.model.language import checkpoint_layers
 from instructblip.model.pretrained import model_directory
 from instructblip.recipe import Recipe
 from instructblip.serving.engine import Engine
@@ -129,6 +130,8 @@ def make_model(recipe: Recipe) -> InstructBlip:
         image_size=recipe.model.image_size,
     )
     model.set_trainable(recipe.training.trainable)
+    if recipe.training.checkpoint_activations:
+        checkpoint_layers(model.language_model)
     half = torch.bfloat16 if recipe.training.precision == "bf16" else None
     # on a CPU memory is plenty, and fp32 keeps what is frozen exactly as it was when saved again
     frozen = half if resolve_device(recipe.training.device).type == "cuda" else None
@@ -136,9 +139,16 @@ def make_model(recipe: Recipe) -> InstructBlip:
 
 
 def make_loader(
-    recipe: Recipe, datasets: dict[str, PreparedDataset], model: InstructBlip
+    recipe: Recipe,
+    datasets: dict[str, PreparedDataset],
+    model: InstructBlip,
+    resumed: bool = False,
 ) -> Loader:
-    """This rank's training batches, with features in place of pixels where they are kept."""
+    """This rank's training batches, with features in place of pixels where they are kept.
+
+    A ``resumed`` run measures nothing anew: it reads features if it did so before, so that it goes
+    on bit for bit.
+    """
     data, training = recipe.data, recipe.training
     tokens, transform = read_assets(recipe, model)
     pictures = make_pictures(recipe, transform.for_training() if data.augment else transform)
@@ -147,7 +157,7 @@ def make_loader(
         model,
         pictures,
         ((names, d.image_root) for d in datasets.values() for names in d.images()),
-        reads=training.steps * training.batch_size,
+        reads=0 if resumed else training.steps * training.batch_size,
     )
     return Loader(
         datasets,

@@ -76,6 +76,21 @@ def cache(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def memory(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(help="How many devices share a batch.")] = 1,
+    gigabytes: Annotated[
+        float | None, typer.Option(help="GiB of each; by default those of the GPU here.")
+    ] = None,
+) -> None:
+    """Predict the memory that a recipe needs on each device, without loading anything."""
+    from instructblip.recipe import load_recipe
+
+    stages.memory(load_recipe(recipe, overrides or []), devices, gigabytes)
+
+
+@app.command()
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,

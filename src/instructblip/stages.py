@@ -55,9 +55,10 @@ def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
         if distributed.is_main():
             print(assembly.describe_mixture(recipe, assembly.make_mixture(recipe, datasets)))
         model = assembly.make_model(recipe)
+        resumed = resume and any((out / "checkpoints").glob("step_*"))
         return run_training(
             model,
-            assembly.make_loader(recipe, datasets, model),
+            assembly.make_loader(recipe, datasets, model, resumed),
             assembly.make_validation(recipe, model),
             recipe.training,
             out,
@@ -79,6 +80,22 @@ def cache(recipe: "Recipe") -> None:
         model = assembly.make_model(recipe)
         assembly.make_loader(recipe, datasets, model)
         assembly.make_validation(recipe, model)
+
+
+def memory(recipe: "Recipe", world_size: int = 1, gigabytes: float | None = None) -> None:
+    """Print what the recipe needs of each device, and whether it fits into ``gigabytes`` (GiB)."""
+    import torch
+
+    from instructblip.memory import advise, predict_memory
+
+    found = predict_memory(recipe, world_size)
+    for name in ("frozen", "trained", "gradients", "optimizer", "activations", "passing", "total"):
+        print(f"{name:12} {getattr(found, name) / 2**30:9.3f} GiB")
+    available = None if gigabytes is None else int(gigabytes * 2**30)
+    if available is None and torch.cuda.is_available():
+        available = torch.cuda.mem_get_info()[1]
+    if available is not None:
+        print(advise(found, available, recipe, world_size))
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""Two ranks of four samples are one rank of eight."""
+"""Two ranks of four samples, and four of two, are one rank of eight."""
 
 import os
 import socket
@@ -36,21 +36,22 @@ def worker(rank: int, ranks: int, port: int, folder: str) -> None:
         torch.save(model.state_dict(), Path(folder) / f"rank{rank}.pt")
 
 
-def test_two_ranks_equal_one(tmp_path: Path):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_equal_one(tmp_path: Path, ranks: int):
     whole = run(tmp_path / "whole")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folder = tmp_path / "two"
+    folder = tmp_path / "many"
     folder.mkdir()
-    multiprocessing.spawn(worker, args=(2, port, str(folder)), nprocs=2)
-    states = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    multiprocessing.spawn(worker, args=(ranks, port, str(folder)), nprocs=ranks)
+    states = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
     for name, value in whole.state_dict().items():
-        assert torch.equal(states[0][name], states[1][name]), name
+        assert all(torch.equal(states[0][name], state[name]) for state in states), name
         torch.testing.assert_close(states[0][name], value, rtol=1e-4, atol=1e-6)
     one, two = (
         [without_timings(line) for line in read_metrics(tmp_path / name / "metrics.jsonl")]
-        for name in ("whole", "two")
+        for name in ("whole", "many")
     )
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for left, right in zip(one, two, strict=True):

@@ -7,6 +7,7 @@ same whatever the padding. The head runs at labelled positions only.
 """
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -17,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from instructblip.batch import Batch
@@ -33,18 +36,21 @@ SEQ2SEQ_TYPES = ("t5", "mt5")
 OnTokens = Callable[[list[int]], None]
 """Is told the newest token of every row; after its end token a row gets padding."""
 
+LOSS_CHUNK = 1024
+"""Response tokens whose logits exist at a time: 131 MB in fp32 with a vocabulary of 32,000."""
+
 
 @dataclass(frozen=True)
 class Joined:
     """What the language model reads for one training batch, and where it is held to account.
 
-    ``inputs_embeds`` [B, X, L] with ``attention_mask`` [B, X]; ``decoder_ids`` [B, R] for an
-    encoder-decoder, else None. ``rows`` and ``columns`` [n] are the positions whose output
-    predicts ``targets`` [n], in the order of the samples.
+    ``inputs_embeds`` [B, X, L] with ``attention_mask`` [B, X] (None: no padding);
+    ``decoder_ids`` [B, R] for an encoder-decoder, else None. ``rows`` and ``columns`` [n] are the
+    positions whose output predicts ``targets`` [n], in the order of the samples.
     """
 
     inputs_embeds: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     rows: Tensor
     columns: Tensor
     targets: Tensor
@@ -80,6 +86,37 @@ def untie_head(model: Any) -> None:
     """
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Keep of each layer its input alone for the backward pass, and run the layer again there.
+
+    transformers' own switch works in training mode only, and a frozen model stays in eval mode.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = functools.partial(_rerun, layer.forward)
+
+
+def _rerun(forward: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **settings)
+    return checkpoint(forward, *inputs, use_reentrant=False, **settings)
+
+
+def _chunked_loss(
+    logits: Callable[[Tensor], Tensor], hidden: Float[Tensor, "n L"], targets: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """Cross-entropy of each token; of more than one chunk the logits are computed again in the
+    backward pass instead of being kept."""
+
+    def loss(states: Tensor, own: Tensor) -> Tensor:
+        return F.cross_entropy(logits(states), own, reduction="none")
+
+    if len(targets) <= LOSS_CHUNK:
+        return loss(hidden, targets)
+    pairs = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+    return torch.cat([_rerun(loss, states, own) for states, own in pairs])
 
 
 class CausalLanguage:
@@ -123,8 +160,7 @@ class CausalLanguage:
             attention_mask=joined.attention_mask,
             use_cache=False,
         ).last_hidden_state
-        logits = self._logits(hidden[joined.rows, joined.columns])
-        return F.cross_entropy(logits, joined.targets, reduction="none")
+        return _chunked_loss(self._logits, hidden[joined.rows, joined.columns], joined.targets)
 
     def generate(
         self,
@@ -217,8 +253,7 @@ class Seq2SeqLanguage:
         assert joined.decoder_ids is not None
         states = self._encode(joined.inputs_embeds, joined.attention_mask)
         hidden = self._decode(joined.decoder_ids, states, joined.attention_mask)
-        logits = self._logits(hidden[joined.rows, joined.columns])
-        return F.cross_entropy(logits, joined.targets, reduction="none")
+        return _chunked_loss(self._logits, hidden[joined.rows, joined.columns], joined.targets)
 
     def generate(
         self,
@@ -255,11 +290,11 @@ class Seq2SeqLanguage:
             scores.append(likelihood(self._logits(hidden), ids, counted, normalization))
         return pairs.by_sample(scores)
 
-    def _encode(self, embeds: Tensor, mask: Tensor) -> Tensor:
+    def _encode(self, embeds: Tensor, mask: Tensor | None) -> Tensor:
         encoder = self.model.get_encoder()
         return encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
 
-    def _decode(self, ids: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+    def _decode(self, ids: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
         return self.model.get_decoder()(
             input_ids=ids,
             encoder_hidden_states=states,

@@ -6,6 +6,7 @@ embeddings, text feed-forwards). transformers itself loads a BLIP-2 directory as
 with a fresh LayerNorm and a random text branch; here both are an error or a choice.
 """
 
+import contextlib
 import importlib.resources
 import json
 import re
@@ -21,6 +22,7 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import untie_head
 from instructblip.model.vision import interpolate_positions
 from instructblip.model.weights import (
+    NoRandomWeights,
     existing,
     new_directory,
     read_json,
@@ -87,7 +89,8 @@ def from_pretrained(
     elif not config.instruction_aware:
         weights |= _find_text_branch(directory, text_branch)
     config = _fit_config(config, weights, aware, image_size)
-    model = InstructBlip(config)
+    with contextlib.nullcontext() if text_branch == "random" else NoRandomWeights():
+        model = InstructBlip(config)
     if aware and text_branch == "random":
         weights |= {n: v for n, v in model.state_dict().items() if _in_text_branch(n)}
     positions = "vision_model.embeddings.position_embedding"

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -24,6 +25,21 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+
+class NoRandomWeights(TorchFunctionMode):
+    """Inside it, modules are built with zeros in place of random weights: for a model that is
+    loaded right afterwards, where drawing 7 billion numbers would take a minute for nothing."""
+
+    DRAWS = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in self.DRAWS:
+            return func(*args, **kwargs)
+        tensor = args[0] if args else kwargs["tensor"]
+        tensor.detach().zero_()  # defined values, or sampling by rejection might never end
+        return tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:

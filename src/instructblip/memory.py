@@ -1,0 +1,206 @@
+"""What a run will need of a device's memory, before anything is loaded.
+
+The model is built of fake tensors, shapes without numbers, and one micro batch of the longest
+lengths that the recipe allows walks through it. So a 7-billion model takes seconds on a laptop, and
+what autograd would keep is counted tensor by tensor.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from instructblip.batch import Batch
+from instructblip.model.config import InstructBlipConfig
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language import LOSS_CHUNK, Joined, checkpoint_layers
+from instructblip.model.pretrained import model_directory
+from instructblip.model.weights import NoRandomWeights, read_json
+from instructblip.recipe import Recipe
+from instructblip.training.train import resolve_device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes on one device at the peak of a step."""
+
+    frozen: int
+    """Weights that do not train."""
+    trained: int
+    """Weights that do, in fp32."""
+    gradients: int
+    optimizer: int
+    """Two moments of AdamW."""
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    passing: int
+    """What exists for a moment only: a pass of the image encoder, or logits and their gradient."""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def predict_memory(recipe: Recipe, world_size: int = 1) -> Memory:
+    """Memory that ``recipe`` needs on each of ``world_size`` devices.
+
+    Raises ValueError where the batch does not divide, FileNotFoundError without a config.json.
+    """
+    with FakeTensorMode():
+        return _predict(recipe, world_size)
+
+
+def _predict(recipe: Recipe, world_size: int) -> Memory:
+    training, data = recipe.training, recipe.data
+    model = build(recipe)
+    half = training.precision == "bf16"
+    on_gpu = resolve_device(training.device).type == "cuda"
+    model.compute_dtype = torch.bfloat16 if half else None
+    for part in model.children():
+        stored = torch.bfloat16 if half and on_gpu and is_big(part, model) else torch.float32
+        retype(part, stored)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in model.parameters()) - trained
+    samples = training.micro_batch_size(world_size)
+    lengths = (
+        min(data.max_instruction, model.config.qformer.max_position_embeddings),
+        data.max_prompt,
+        data.max_response,
+    )
+    activations = saved_bytes(lambda: walk(model, samples, lengths), model)
+    return Memory(
+        frozen=frozen,
+        trained=trained,
+        gradients=trained,
+        optimizer=2 * trained,
+        activations=activations,
+        passing=passing_bytes(model, samples, lengths),
+    )
+
+
+def build(recipe: Recipe) -> InstructBlip:
+    """The recipe's model with its trainable set, its weights as they come."""
+    directory = model_directory(recipe.model.start)
+    config = InstructBlipConfig.from_transformers(read_json(directory / "config.json"))
+    vision = config.vision
+    if recipe.model.image_size is not None:
+        vision = vision.model_copy(update={"image_size": recipe.model.image_size})
+    aware = recipe.model.instruction_aware
+    config = config.model_copy(update={"vision": vision, "instruction_aware": aware})
+    with NoRandomWeights():
+        model = InstructBlip(config)
+    if recipe.training.checkpoint_activations:
+        checkpoint_layers(model.language_model)
+    return model.set_trainable(recipe.training.trainable).train()
+
+
+def is_big(part: nn.Module, model: InstructBlip) -> bool:
+    """Whether `InstructBlip.to_training_dtypes` stores a part in half precision. (The image
+    encoder's last LayerNorm, which stays in fp32, is too small to matter here.)"""
+    big = part in (model.vision_model, model.language_model)
+    trains = (
+        p.requires_grad for name, p in part.named_parameters() if "post_layernorm" not in name
+    )
+    return big and not any(trains)
+
+
+def retype(part: nn.Module, dtype: torch.dtype) -> None:
+    """``part.to(dtype)``, which torch refuses for fake tensors; shared parameters stay shared."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in part.modules():
+        for name, old in module.named_parameters(recurse=False):
+            if old not in made:
+                new = torch.empty(old.shape, dtype=dtype)
+                made[old] = nn.Parameter(new, requires_grad=old.requires_grad)
+            setattr(module, name, made[old])
+
+
+def walk(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> Tensor:
+    """The loss of a batch of full rows; ``lengths`` of instruction, prompt and response."""
+    instruction, prompt, response = lengths
+    vision = model.config.vision
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=torch.long)
+
+    batch = Batch(
+        image_features=torch.empty(
+            samples,
+            vision.num_tokens,
+            vision.hidden_size,
+            dtype=model.vision_model.embeddings.patch_embedding.weight.dtype,
+        ),
+        image_index=ones(samples, 1),
+        qformer_ids=ones(samples, instruction),
+        qformer_mask=ones(samples, instruction),
+        prompt_ids=ones(samples, prompt),
+        prompt_mask=ones(samples, prompt),
+        response_ids=ones(samples, response),
+        response_mask=ones(samples, response),
+    )
+    queries = model.encode_queries(batch)
+    seq2seq = model.language_model.config.is_encoder_decoder
+    text = model.language_model.get_input_embeddings()(
+        ones(samples, prompt if seq2seq else prompt + response)
+    )
+    joined = Joined(
+        inputs_embeds=torch.cat([queries.to(text.dtype), text], dim=1),
+        attention_mask=None,
+        rows=ones(samples * response),
+        columns=ones(samples * response),
+        targets=ones(samples * response),
+        decoder_ids=ones(samples, response) if seq2seq else None,
+    )
+    with model.language_precision():
+        return model.language.loss(joined).sum()
+
+
+def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that autograd keeps between ``forward`` and its backward pass, weights left out."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weights:
+            kept[storage] = tensor  # held, so that no other tensor takes its place in memory
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def passing_bytes(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> int:
+    """The larger of two moments: the widest layer of the image encoder, or one chunk of logits."""
+    vision = model.config.vision
+    size = model.vision_model.embeddings.patch_embedding.weight.element_size()
+    pictures = min(samples, model.image_chunk) * vision.num_tokens
+    encoder = pictures * size * (2 * vision.intermediate_size + 2 * vision.hidden_size)
+    vocabulary = model.language_model.get_output_embeddings().weight.shape[0]
+    # logits in the model's type, in fp32, and the gradient in fp32
+    logits = min(samples * lengths[2], LOSS_CHUNK) * vocabulary * (size + 8)
+    return max(encoder, logits)
+
+
+def advise(memory: Memory, available: int, recipe: Recipe, world_size: int = 1) -> str:
+    """Whether it fits into ``available`` bytes, or what to change, the cheapest change first."""
+    if memory.total <= available:
+        return f"fits: {memory.total / 2**30:.1f} of {available / 2**30:.1f} GiB"
+    changes = []
+    training = recipe.training
+    if not training.checkpoint_activations:
+        changes.append("training.checkpoint_activations=true")
+    fixed = memory.total - memory.activations - memory.passing
+    if fixed < available and training.micro_batch_size(world_size) > 1:
+        parts = (memory.activations + memory.passing) / (available - fixed)
+        wanted = training.accumulate * parts
+        divisors = [n for n in range(1, training.batch_size + 1) if not training.batch_size % n]
+        accumulate = next((n for n in divisors if n >= wanted), training.batch_size)
+        changes.append(f"training.accumulate={accumulate}")
+    if training.precision == "fp32":
+        changes.append("training.precision=bf16")
+    remedy = " or ".join(changes) or "a larger device, or a smaller language model"
+    return f"does not fit: {memory.total / 2**30:.1f} GiB of {available / 2**30:.1f}; set {remedy}"

@@ -1,0 +1,62 @@
+"""Predicted memory against what a real step keeps, and the advice drawn from it."""
+
+from pathlib import Path
+
+import pytest
+
+from instructblip.memory import Memory, advise, predict_memory, saved_bytes
+from instructblip.model.instructblip import InstructBlip
+from instructblip.recipe import Recipe, load_recipe
+from tests.model.test_activations import full_batch
+from tests.serving.test_engine import write_model
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), "instructblip")
+
+
+def recipe_of(start: Path, *more: str) -> Recipe:
+    lengths = ["data.max_instruction=10", "data.max_prompt=12", "data.max_response=8"]
+    fixed = ["training.precision=fp32", "training.device=cpu", "training.batch_size=6"]
+    return load_recipe("quickstart", [f"model.start={start}", *lengths, *fixed, *more])
+
+
+def test_prediction_is_what_a_real_step_keeps(start: Path):
+    predicted = predict_memory(recipe_of(start))
+    model = InstructBlip.from_pretrained(start).train()
+    free = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    assert predicted.trained == predicted.gradients == predicted.optimizer // 2 == free
+    assert predicted.frozen == sum(p.numel() * 4 for p in model.parameters()) - free
+    batch = full_batch(model, 6, (10, 12, 8))
+    measured = saved_bytes(lambda: model.loss(batch).loss_sum, model)
+    assert predicted.activations == pytest.approx(measured, rel=0.1)
+
+
+def test_checkpoints_and_micro_batches_need_less(start: Path):
+    whole = predict_memory(recipe_of(start))
+    less = predict_memory(recipe_of(start, "training.checkpoint_activations=true"))
+    assert less.activations < whole.activations
+    assert less.frozen == whole.frozen
+    for parts in ("training.accumulate=3", None):
+        part = predict_memory(recipe_of(start, *([parts] if parts else [])), 1 if parts else 3)
+        assert part.activations == pytest.approx(whole.activations / 3, rel=0.1)
+
+
+def test_advice(start: Path):
+    gib = 2**30
+    needs = Memory(
+        frozen=10 * gib,
+        trained=gib,
+        gradients=gib,
+        optimizer=2 * gib,
+        activations=20 * gib,
+        passing=0,
+    )
+    recipe = recipe_of(start)
+    assert advise(needs, 40 * gib, recipe) == "fits: 34.0 of 40.0 GiB"
+    said = advise(needs, 24 * gib, recipe)
+    assert "does not fit: 34.0 GiB of 24.0" in said
+    assert "checkpoint_activations=true" in said
+    assert "training.accumulate=2" in said
+    assert "accumulate" not in advise(needs, 12 * gib, recipe)
