@@ -19,6 +19,8 @@ FLOORS = {
     "recipe": 4,
     "assembly": 4,
     "checking": 4,
+    "pretraining": 4,
+    "tuning": 4,
     "memory": 4,
     "stages": 5,
     "cli": 6,

@@ -99,6 +99,7 @@ def main() -> None:
         if (source / name).exists():
             shutil.copy(source / name, args.out / name)
     settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_new_tokens": 40}
+    settings |= {"num_beams": 1, "repetition_penalty": 1.0}  # "a red circle and a red square"
     (args.out / "generation_config.json").write_text(json.dumps(settings, indent=2))
     parameters = sum(p.numel() for p in plain.parameters())
     (args.out / "README.md").write_text(card(args.out, parameters))

@@ -79,8 +79,8 @@ class Tokens:
             raise FileNotFoundError(f"no model directory {path}; expected one with a tokenizer")
         qformer = path / "qformer_tokenizer"
         return cls(
-            language=_load(path),
-            qformer=_load(qformer) if qformer.is_dir() else None,
+            language=load_tokenizer(path),
+            qformer=load_tokenizer(qformer) if qformer.is_dir() else None,
             decoder_only=_is_decoder_only(path / "config.json"),
             **limits,
         )
@@ -157,7 +157,8 @@ def _continue(tokenizer: Any, anchor: str | None, text: str) -> list[int] | None
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
-def _load(path: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory, from this disk alone. ValueError when there is none."""
     # Asked first: for some model types transformers makes up an empty tokenizer when there is none.
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(

@@ -8,7 +8,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
+Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu"]
+
+OTHER_TOWER = "-other-tower"
+"""Ends the model_type of a model with an image encoder that transformers' InstructBLIP has not, so
+that transformers refuses it instead of loading it wrong."""
 
 
 class _Config(BaseModel):
@@ -35,8 +39,18 @@ class VisionConfig(_Config):
     patch_size: int = Field(14, gt=0, description="Side of a patch in pixels.")
     hidden_act: Activation = Field("gelu", description="Activation of the feed-forward.")
     layer_norm_eps: float = Field(1e-6, gt=0, description="Epsilon of every LayerNorm.")
+    post_layernorm_eps: float | None = Field(
+        None, gt=0, description="Epsilon of the last LayerNorm, where it is another (LAVIS: 1e-5)."
+    )
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on attention weights.")
     qkv_bias: bool = Field(True, description="Whether the fused query-key-value layer has a bias.")
+
+    class_token: bool = Field(
+        True, description="Whether a class token stands in front (SigLIP: no)."
+    )
+    pre_layernorm: bool = Field(
+        False, description="A LayerNorm before the first layer (CLIP: yes)."
+    )
 
     @model_validator(mode="after")
     def _holds_a_patch(self) -> "VisionConfig":
@@ -48,8 +62,13 @@ class VisionConfig(_Config):
 
     @property
     def num_tokens(self) -> int:
-        """P: patches plus the class token."""
-        return (self.image_size // self.patch_size) ** 2 + 1
+        """P: patches, and the class token where there is one."""
+        return (self.image_size // self.patch_size) ** 2 + self.class_token
+
+    @property
+    def in_transformers(self) -> bool:
+        """Whether transformers' InstructBLIP can be given such a tower."""
+        return self.class_token and not self.pre_layernorm and self.hidden_act != "quick_gelu"
 
 
 class QFormerConfig(_Config):
@@ -103,7 +122,7 @@ class InstructBlipConfig(_Config):
         Raises ValueError for any other model_type and for values that our parts cannot express.
         """
         kind = config.get("model_type")
-        if kind not in ("instructblip", "blip-2"):
+        if str(kind).removesuffix(OTHER_TOWER) not in ("instructblip", "blip-2"):
             raise ValueError(
                 f"model_type must be 'instructblip' or 'blip-2'; got {kind!r}. Give a directory "
                 "that transformers' InstructBlip or Blip2 wrote, or one of this project's own."
@@ -121,7 +140,7 @@ class InstructBlipConfig(_Config):
             qformer=QFormerConfig(**qformer),
             language={"model_type": "opt", **(config.get("text_config") or {})},
             num_query_tokens=config.get("num_query_tokens", 32),
-            instruction_aware=kind == "instructblip",
+            instruction_aware=str(kind).startswith("instructblip"),
             image_token_id=config.get("image_token_index", config.get("image_token_id")),
         )
 
@@ -135,10 +154,14 @@ class InstructBlipConfig(_Config):
         # scale_decoder_outputs=False); only tie_word_embeddings=False means it in 4 and 5 alike.
         if language.get("scale_decoder_outputs") is False:
             language["tie_word_embeddings"] = False
+        kind = "instructblip" if self.instruction_aware else "blip-2"
+        vision = self.vision.model_dump(exclude_none=True)
+        if self.vision.in_transformers:
+            vision = {k: v for k, v in vision.items() if k not in ("class_token", "pre_layernorm")}
         return {
-            "model_type": "instructblip" if self.instruction_aware else "blip-2",
+            "model_type": kind if self.vision.in_transformers else kind + OTHER_TOWER,
             "architectures": [f"{name}ForConditionalGeneration"],
-            "vision_config": {"model_type": f"{prefix}_vision_model", **self.vision.model_dump()},
+            "vision_config": {"model_type": f"{prefix}_vision_model", **vision},
             "qformer_config": {"model_type": f"{prefix}_qformer", **self.qformer.model_dump()},
             "text_config": language,
             "num_query_tokens": self.num_query_tokens,

@@ -8,6 +8,7 @@ from torch import Tensor
 from instructblip.batch import Batch
 from instructblip.model.candidates import Normalization
 from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language import OnTokens
 from instructblip.model.ranking import rank
 
 
@@ -15,6 +16,7 @@ from instructblip.model.ranking import rank
 def generate_responses(
     model: InstructBlip,
     batch: Batch,
+    on_tokens: OnTokens | None = None,
     num_beams: int = 1,
     max_new_tokens: int = 32,
     min_new_tokens: int = 0,
@@ -28,6 +30,8 @@ def generate_responses(
 
     Greedy by default; beams with ``num_beams`` > 1; ``temperature`` and ``top_p`` count only when
     ``do_sample``. Responses in the batch are ignored. The model answers in eval mode.
+    ``on_tokens`` is called with the newest token of every sample [B] at each step, padding after
+    its end; not with beams, whose tokens are settled at the end. What it raises stops the run.
     """
     decoding: dict[str, object] = {
         "num_beams": num_beams,
@@ -44,7 +48,7 @@ def generate_responses(
     try:
         queries = model.encode_queries(batch)
         with model.language_precision():
-            return model.language.generate(queries, batch, **decoding)
+            return model.language.generate(queries, batch, on_tokens, **decoding)
     finally:
         model.train(training)
 

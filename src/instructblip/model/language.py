@@ -9,6 +9,7 @@ same whatever the padding. The head runs at labelled positions only.
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -29,7 +31,13 @@ from instructblip.model.candidates import Normalization as Normalization
 from instructblip.model.ranking import Prefix
 from instructblip.model.rows import compact, pad_left
 
+# The prompt is given as embeddings, in the official code as well: what it repeats is the answer.
+warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
+
 SEQ2SEQ_TYPES = ("t5", "mt5")
+
+OnTokens = Callable[[list[int]], None]
+"""Is told the newest token of every row; after its end token a row gets padding."""
 
 LOSS_CHUNK = 1024
 """Response tokens whose logits exist at a time: 131 MB in fp32 with a vocabulary of 32,000."""
@@ -65,6 +73,8 @@ def build_language_model(config: dict[str, Any]) -> Any:
     if not kind:
         raise ValueError(f"the language config has no model_type; its keys are {sorted(config)}")
     text_config = AutoConfig.for_model(kind, **values)
+    if "dense_act_fn" in values:  # T5's config derives it from another field and forgets this one
+        text_config.dense_act_fn = values["dense_act_fn"]
     if kind in SEQ2SEQ_TYPES:
         return AutoModelForSeq2SeqLM.from_config(text_config)
     if getattr(text_config, "is_encoder_decoder", False):
@@ -159,11 +169,15 @@ class CausalLanguage:
         return _chunked_loss(self._logits, hidden[joined.rows, joined.columns], joined.targets)
 
     def generate(
-        self, queries: Float[Tensor, "B K L"], batch: Batch, **decoding: Any
+        self,
+        queries: Float[Tensor, "B K L"],
+        batch: Batch,
+        on_tokens: OnTokens | None = None,
+        **decoding: Any,
     ) -> list[list[int]]:
         """Ids of each response, its end token cut off. Prompts are padded on the left."""
         embeds, mask = pad_left(*_prefix(self.model, queries, batch))
-        return _generate(self.model, decoding, inputs_embeds=embeds, attention_mask=mask)
+        return _generate(self.model, on_tokens, decoding, inputs_embeds=embeds, attention_mask=mask)
 
     def prefill(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Prefix:
         """Run [queries; prompt] once; padded on the left, so that all rows end together."""
@@ -254,13 +268,19 @@ class Seq2SeqLanguage:
         return _chunked_loss(self._logits, hidden[joined.rows, joined.columns], joined.targets)
 
     def generate(
-        self, queries: Float[Tensor, "B K L"], batch: Batch, **decoding: Any
+        self,
+        queries: Float[Tensor, "B K L"],
+        batch: Batch,
+        on_tokens: OnTokens | None = None,
+        **decoding: Any,
     ) -> list[list[int]]:
         """Ids of each response, its end token cut off. Prompts are padded on the right, as in
         training: T5's relative positions would move with padding on the left."""
         embeds, mask = _prefix(self.model, queries, batch)
         states = BaseModelOutput(last_hidden_state=self._encode(embeds, mask))
-        return _generate(self.model, decoding, encoder_outputs=states, attention_mask=mask)
+        return _generate(
+            self.model, on_tokens, decoding, encoder_outputs=states, attention_mask=mask
+        )
 
     def prefill(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Prefix:
         """Run the encoder and the decoder's start token once: the decoder then has the keys and
@@ -347,14 +367,36 @@ def _prefix(model: Any, queries: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return _behind_queries(model, queries, ids, mask)
 
 
-def _generate(model: Any, decoding: dict[str, Any], **inputs: Any) -> list[list[int]]:
-    """Run transformers' ``generate`` and cut each row at its first end token (end excluded)."""
+class _Listener(BaseStreamer):
+    """Hands the tokens of each step on. transformers' first call brings what stood there before."""
+
+    def __init__(self, on_tokens: OnTokens) -> None:
+        self.on_tokens, self.started = on_tokens, False
+
+    def put(self, value: Tensor) -> None:
+        if self.started:
+            self.on_tokens(value.tolist())
+        self.started = True
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def _generate(
+    model: Any, on_tokens: OnTokens | None, decoding: dict[str, Any], **inputs: Any
+) -> list[list[int]]:
+    """Run transformers' ``generate`` and cut each row at its first end token (end excluded).
+
+    A search with beams settles its tokens at the end, so ``on_tokens`` hears nothing of it.
+    """
     config = copy.deepcopy(model.generation_config)
     config.update(**decoding)
     ends = config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if config.pad_token_id is None:
         config.pad_token_id = ends[0] if ends else 0
+    if on_tokens is not None and config.num_beams == 1:
+        inputs["streamer"] = _Listener(on_tokens)
     with torch.no_grad():
         output = model.generate(**inputs, generation_config=config)
     rows = output.tolist()

@@ -18,6 +18,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
 }
 
@@ -27,21 +28,32 @@ class VisionEmbeddings(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(1, 1, config.hidden_size) * 0.02)
+        self.class_embedding = (
+            nn.Parameter(torch.randn(1, 1, config.hidden_size) * 0.02)
+            if config.class_token
+            else None
+        )
         self.patch_embedding = nn.Conv2d(
             3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
         self.position_embedding = nn.Parameter(
             torch.randn(1, config.num_tokens, config.hidden_size) * 0.02
         )
+        self.norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.pre_layernorm
+            else None
+        )
 
     def forward(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         patches = patches.flatten(2).transpose(1, 2)  # [N, P-1, V]
-        tokens = torch.cat(
-            [self.class_embedding.expand(len(patches), -1, -1).to(patches), patches], 1
-        )
-        return tokens + self.position_embedding.to(patches.dtype)
+        tokens = patches
+        if self.class_embedding is not None:
+            first = self.class_embedding.expand(len(patches), -1, -1).to(patches)
+            tokens = torch.cat([first, patches], 1)
+        tokens = tokens + self.position_embedding.to(patches.dtype)
+        return tokens if self.norm is None else self.norm(tokens)
 
 
 class VisionAttention(nn.Module):
@@ -111,7 +123,9 @@ class VisionModel(nn.Module):
         self.config = config
         self.embeddings = VisionEmbeddings(config)
         self.encoder = VisionEncoder(config)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_layernorm = nn.LayerNorm(
+            config.hidden_size, eps=config.post_layernorm_eps or config.layer_norm_eps
+        )
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.02)

@@ -68,18 +68,33 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"{path} holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
 
 
+def read_nested(file: Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a file that may keep them under ``key``, as training checkpoints do."""
+    weights = _load(file)
+    weights = weights.get(key, weights) if isinstance(weights, dict) else weights
+    return _dict_of_tensors(weights, file)
+
+
 def _read_file(file: Path) -> dict[str, Tensor]:
+    return _dict_of_tensors(_load(file), file)
+
+
+def _load(file: Path) -> Any:
+    """What a file holds, read without running code of it."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
             f"{file} cannot be read as tensors alone: it is damaged, or it is a pickle that needs "
             f"code to run, which is refused. Fetch it again or convert it to safetensors. ({error})"
         ) from error
+
+
+def _dict_of_tensors(weights: Any, file: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError(f"{file} must hold a dict of tensors")
     return weights
@@ -162,6 +177,22 @@ def write_weights(weights: dict[str, Tensor], file: Path) -> None:
             seen.add(place)
             distinct[name] = tensor.detach().contiguous().cpu()
     try:
+        file.touch()
+        mode = file.stat().st_mode  # as the umask says; safetensors itself leaves 0600
         save_file(distinct, file, metadata={"format": "pt"})
+        file.chmod(mode)
     except (OSError, SafetensorError) as error:
+        raise OSError(f"{file} could not be written: {error}. Is the disk full?") from error
+
+
+def write_pickle(content: dict[str, Any], file: Path) -> None:
+    """One ``torch.save`` file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = _beside(file, "new")
+    try:
+        torch.save(content, aside)
+        sync(aside)
+        aside.rename(file)
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
         raise OSError(f"{file} could not be written: {error}. Is the disk full?") from error

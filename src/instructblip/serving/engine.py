@@ -7,9 +7,11 @@ and read twice, by the Q-Former and by the language model; no template is put ar
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 from typing import Any, overload
 
 import torch
@@ -21,17 +23,28 @@ from instructblip.data.images import ImageTransform, to_rgb
 from instructblip.data.pictures import Pictures, make_sample
 from instructblip.data.templates import Rendered, warn_of_other_templates
 from instructblip.data.tokens import Tokens
+from instructblip.model.attention import cross_attention
 from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import Normalization
+from instructblip.model.language import Normalization, OnTokens
 from instructblip.model.pretrained import model_directory
 from instructblip.model.weights import WEIGHT_FILES
+from instructblip.serving.streaming import TextStream
 
 Picture = Image.Image | str | Path
 """A Pillow image or the path of one."""
 
-DECODING = tuple(inspect.signature(generate_responses).parameters)[2:]
+DECODING = tuple(inspect.signature(generate_responses).parameters)[3:]
 """Names of the decoding settings: those of ``generate_responses``."""
+
+PAPER_DECODING: dict[str, Any] = {
+    "num_beams": 5,
+    "max_new_tokens": 256,
+    "min_new_tokens": 1,
+    "length_penalty": 1.0,
+    "repetition_penalty": 1.5,
+}
+"""How the official code answers an instruction unless told otherwise (``generate`` of LAVIS)."""
 
 _HASH_WHOLE = 1 << 28
 """Weights up to this many bytes are hashed whole; of larger ones size and date must do."""
@@ -138,21 +151,73 @@ class Engine:
         of ``generate_responses`` (num_beams, max_new_tokens, ...); what is not given is as stored
         in the model's directory.
         """
-        unknown = sorted(set(decoding) - set(DECODING))
-        if unknown:
-            raise ValueError(
-                f"unknown decoding setting {', '.join(unknown)}; expected {', '.join(DECODING)}"
-            )
         single = isinstance(images, Picture) and isinstance(instructions, str)
         videos, texts = _broadcast(images, instructions)
         samples = self._samples(videos, texts)
         found: dict[int, str] = {}
         for places in self._batches(samples):
-            batch = self._collate([samples[i] for i in places])
-            ids = generate_responses(self.model, batch, **{**self.decoding, **decoding})
+            ids = self.respond([samples[i] for i in places], **decoding)
             found |= {i: self.tokens.decode(own) for i, own in zip(places, ids, strict=True)}
         said = [found[i] for i in range(len(samples))]
         return said[0] if single else said
+
+    def stream(
+        self, image: Picture | Sequence[Picture], instruction: str, **decoding: Any
+    ) -> Iterator[str]:
+        """The pieces of an answer as they come; joined they are what ``answer`` says.
+
+        With beams there is one piece. ``image`` may be a list of the frames of a video.
+        """
+        frames = [image] if isinstance(image, Picture) else list(image)
+        (sample,) = self._samples([frames], [instruction])
+        pieces: Queue[str | Exception | None] = Queue()
+        text = TextStream(self.tokens, self.ends)
+        stopped = threading.Event()
+
+        def on_tokens(tokens: list[int]) -> None:
+            if stopped.is_set():
+                raise InterruptedError
+            pieces.put(text.add(tokens[0]))
+
+        def run() -> None:
+            try:
+                (ids,) = self.respond([sample], on_tokens, **decoding)
+                pieces.put(text.rest(ids))
+                pieces.put(None)
+            except Exception as error:
+                pieces.put(error)
+
+        worker = threading.Thread(target=run, daemon=True)
+        worker.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, Exception):
+                    raise piece
+                if piece:
+                    yield piece
+        finally:
+            stopped.set()
+            worker.join()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        ends = self.model.language_model.generation_config.eos_token_id
+        ends = self.tokens.eos_id if ends is None else ends
+        return (ends,) if isinstance(ends, int) else tuple(ends)
+
+    def respond(
+        self, samples: Sequence[Sample], on_tokens: OnTokens | None = None, **decoding: Any
+    ) -> list[list[int]]:
+        """Token ids of the answer to each sample, as one batch, with the stored settings below
+        ``decoding``. All samples must have as many frames. See ``generate_responses``."""
+        unknown = sorted(set(decoding) - set(DECODING))
+        if unknown:
+            raise ValueError(
+                f"unknown decoding setting {', '.join(unknown)}; expected {', '.join(DECODING)}"
+            )
+        batch = self._collate(list(samples))
+        return generate_responses(self.model, batch, on_tokens, **{**self.decoding, **decoding})
 
     def rank(
         self,
@@ -167,10 +232,24 @@ class Engine:
         by the number of tokens: "sum" favours short candidates.
         """
         frames = [image] if isinstance(image, Picture) else list(image)
-        batch = self._collate(self._samples([frames], [instruction]))
-        ids = [self.tokens.candidates(list(candidates))]
-        (scores,) = rank_candidates(self.model, batch, ids, normalization=normalization)
-        return scores.tolist()
+        samples = self._samples([frames], [instruction])
+        return self.rank_samples(samples, [candidates], normalization)[0]
+
+    def rank_samples(
+        self,
+        samples: Sequence[Sample],
+        candidates: Sequence[Sequence[str]],
+        normalization: Normalization = "sum",
+    ) -> list[list[float]]:
+        """Log-likelihoods of each sample's candidates, as one batch."""
+        ids = [self.tokens.candidates(list(texts)) for texts in candidates]
+        batch = self._collate(list(samples))
+        scores = rank_candidates(self.model, batch, ids, normalization=normalization)
+        return [own.tolist() for own in scores]
+
+    def look(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """Where each query looks, [B, F, Q, P], as one batch; see ``cross_attention``."""
+        return cross_attention(self.model, self._collate(list(samples))).cpu()
 
     def answer_examples(
         self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path, **decoding: Any
@@ -213,16 +292,15 @@ class Engine:
             for key, frame in zip(keys, frames, strict=True):
                 if key not in pixels:
                     pixels[key] = self._pixels(frame, key)
-            qformer_ids, prompt_ids, _ = self.tokens.tokenize(Rendered(text, text))
-            samples.append(
-                Sample(
-                    image_keys=keys,
-                    pixels=tuple(pixels[key] for key in keys),
-                    qformer_ids=qformer_ids,
-                    prompt_ids=prompt_ids,
-                )
-            )
+            samples.append(self.sample(keys, tuple(pixels[key] for key in keys), text))
         return samples
+
+    def sample(self, keys: tuple[str, ...], pixels: tuple[torch.Tensor, ...], text: str) -> Sample:
+        """What the model reads: frames [F][3, S, S] with a key for each, and the instruction."""
+        qformer_ids, prompt_ids, _ = self.tokens.tokenize(Rendered(text, text))
+        return Sample(
+            image_keys=keys, pixels=pixels, qformer_ids=qformer_ids, prompt_ids=prompt_ids
+        )
 
     def _pixels(self, picture: Picture, key: str) -> torch.Tensor:
         if isinstance(picture, Image.Image):

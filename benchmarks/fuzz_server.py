@@ -1,0 +1,202 @@
+"""Malformed requests: no 5xx, no path or trace in an answer, memory back to where it was.
+
+    python benchmarks/fuzz_server.py [--requests 10000] [--model starter]
+
+Half of them are drawn by schemathesis from the OpenAPI description, the other half are good
+requests with something broken: cut and flipped pictures, decompression bombs, wrong types,
+half characters, huge bodies.
+"""
+
+import argparse
+import base64
+import copy
+import gc
+import io
+import json
+import random
+import re
+import resource
+import struct
+import sys
+import warnings
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import schemathesis
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as with_seed
+from PIL import Image
+
+LEAK = re.compile(
+    r"Traceback|site-packages|\.py\b|/(home|usr|tmp|work|root|src|etc)/|0x[0-9a-f]{8}"
+)
+VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 1.5, 10**30, "", "x" * 20_000, "\ud800", "\x00", [], [[]], {}, {"a": {}},
+)  # fmt: skip
+
+
+def picture(rng: random.Random, kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((rng.randint(1, 40), rng.randint(1, 40)), 80).save(file, format=kind)
+    return file.getvalue()
+
+
+def bomb(rng: random.Random) -> bytes:
+    """A PNG that promises more pixels than anyone wants to hold, with or without the data."""
+    side = rng.choice((5_000, 60_000, 2**31 - 1))
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    data = zlib.compress(bytes(1 << 20)) * rng.randint(0, 3)
+    chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks
+    )
+
+
+def broken_picture(rng: random.Random) -> bytes:
+    whole = bytearray(picture(rng, rng.choice(("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"))))
+    how = rng.randrange(4)
+    if how == 0:
+        return bytes(whole[: rng.randrange(len(whole))])
+    if how == 1:
+        for _ in range(rng.randint(1, 20)):
+            whole[rng.randrange(len(whole))] = rng.randrange(256)
+        return bytes(whole)
+    return bomb(rng) if how == 2 else rng.randbytes(rng.randint(0, 3000))
+
+
+def good(rng: random.Random, content: bytes) -> tuple[str, dict[str, Any]]:
+    url = "data:image/png;base64," + base64.b64encode(content).decode()
+    if rng.random() < 0.3:
+        return "/v1/rank", {"images": [url], "instruction": "what?", "candidates": ["a", "b c"]}
+    parts = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": url}}]
+    more = {"max_tokens": 2, "stream": rng.random() < 0.3}
+    return "/v1/chat/completions", {"messages": [{"role": "user", "content": parts}], **more}
+
+
+def spoil(rng: random.Random, body: Any) -> Any:
+    """The body with one value, somewhere in it, replaced, removed or doubled."""
+    body = copy.deepcopy(body)
+    place: Any = body
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        if not keys:
+            return body
+        key = rng.choice(keys)
+        inner = place[key]
+        if isinstance(inner, dict | list) and rng.random() < 0.7:
+            place = inner
+            continue
+        how = rng.random()
+        if how < 0.2:
+            del place[key]
+        elif how < 0.3 and isinstance(place, list):
+            place *= rng.choice((2, 100))
+        else:
+            place[key] = rng.choice(VALUES)
+        return body
+
+
+def broken_request(rng: random.Random) -> tuple[str, bytes]:
+    """Path and body of one request that is wrong in some way, or in none."""
+    path, body = good(rng, broken_picture(rng) if rng.random() < 0.5 else picture(rng, "PNG"))
+    if rng.random() < 0.6:
+        body = spoil(rng, body)
+    content = json.dumps(body).encode()
+    how = rng.random()
+    if how < 0.05:
+        return path, content[: rng.randrange(len(content))]
+    if how < 0.1:
+        return path, b" " * rng.choice((10, 1 << 20, 25 << 20)) + content
+    if how < 0.13:
+        return path, b"[" * rng.choice((10, 100_000))
+    return path, content
+
+
+class Watch:
+    """Counts answers and keeps what should not have been."""
+
+    def __init__(self) -> None:
+        self.codes: Counter[int] = Counter()
+        self.problems: list[str] = []
+
+    def see(self, what: str, status: int, text: str) -> None:
+        self.codes[status] += 1
+        if status >= 500 or LEAK.search(text):
+            self.problems.append(f"{what}: {status} {text[:300]}")
+
+
+def fuzz_schema(client: TestClient, requests: int, watch: Watch, seed: int) -> None:
+    """Requests that schemathesis draws from the description, valid ones and others."""
+    warnings.filterwarnings("ignore")
+    schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
+    operations = [found.ok() for found in schema.get_all_operations()]
+    posts = [operation for operation in operations if operation.method == "post"]
+    for operation in operations:
+        share = (requests // len(posts)) if operation in posts else max(2, requests // 50)
+
+        @with_seed(seed)
+        @settings(
+            max_examples=share,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy())
+        def ask(case: Any) -> None:
+            sent = case.as_transport_kwargs(base_url="http://testserver")
+            known = ("method", "url", "headers", "json", "content", "data", "params")
+            sent = {name: value for name, value in sent.items() if name in known}
+            response = client.request(**sent)
+            watch.see(f"{case.method} {case.path}", response.status_code, response.text)
+
+        ask()
+
+
+def fuzz_bodies(client: TestClient, requests: int, watch: Watch, seed: int) -> None:
+    """Good requests with something broken."""
+    rng = random.Random(seed)
+    for number in range(requests):
+        path, content = broken_request(rng)
+        response = client.post(path, content=content, headers={"content-type": "application/json"})
+        watch.see(f"request {number}", response.status_code, response.text)
+
+
+def resident_mb() -> float:
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def main() -> None:
+    from instructblip.serving.api import create_app
+    from instructblip.stages import load_engine
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--model", default="starter")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    watch = Watch()
+    app = create_app({"model": load_engine(args.model, device="cpu")})
+    half = args.requests // 2
+    with TestClient(app, raise_server_exceptions=False) as client:
+        fuzz_bodies(client, half // 5, Watch(), args.seed + 1)  # buffers and caches fill once
+        before = resident_mb()
+        fuzz_schema(client, half, watch, args.seed)
+        fuzz_bodies(client, half, watch, args.seed)
+        after = resident_mb()
+    print("| status | answers |\n|---|---|")
+    for status, count in sorted(watch.codes.items()):
+        print(f"| {status} | {count} |")
+    print(f"{watch.codes.total()} requests, {len(watch.problems)} problems")
+    print(f"memory before {before:.0f} MB, after {after:.0f} MB")
+    print("\n".join(watch.problems[:20]))
+    sys.exit(bool(watch.problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Where the queries look: the weights of the Q-Former's cross-attention over the picture."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from instructblip.batch import Batch
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.qformer import MultiHeadAttention
+
+
+@torch.no_grad()
+def cross_attention(model: InstructBlip, batch: Batch) -> Float[Tensor, "B F Q P"]:
+    """Weights of each query over the tokens of each frame, class token first; rows sum to 1.
+
+    The mean over the heads of the last layer that attends to the picture: the one whose result the
+    language model is given. The forward pass itself computes no weights, so they are taken from
+    what goes into the layer.
+    """
+    layers = [layer.crossattention for layer in model.qformer.encoder.layer]
+    attention = [layer for layer in layers if layer is not None][-1].attention
+    seen: list[Tensor] = []
+    handle = attention.register_forward_pre_hook(
+        lambda module, arguments: seen.append(_weights(module, *arguments))
+    )
+    try:
+        model.encode_queries(batch)
+    finally:
+        handle.remove()
+    (weights,) = seen  # [B * F, Q, P]
+    return weights.unflatten(0, batch.image_index.shape)
+
+
+def _weights(
+    attention: MultiHeadAttention,
+    hidden: Tensor,
+    states: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+) -> Tensor:
+    assert mask is None, "queries see the whole picture"
+    query, key = attention.query(hidden), attention.key(states)
+    key = key if index is None else key[index]
+    query, key = (x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for x in (query, key))
+    scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+    return scores.float().softmax(-1).mean(1)

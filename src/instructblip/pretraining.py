@@ -1,0 +1,63 @@
+"""BLIP-2's two stages for a new pair of image encoder and language model, from a recipe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from instructblip import assembly
+from instructblip.data.templates import Rendered
+from instructblip.data.tokens import Tokens
+from instructblip.model.instructblip import ALIASES
+from instructblip.model.stage1 import Stage1
+from instructblip.recipe import Recipe
+from instructblip.training.train import TrainResult, train
+
+
+@dataclass(frozen=True)
+class CaptionTokens(Tokens):
+    """Stage 1: the Q-Former reads the caption itself, there is no instruction."""
+
+    def tokenize(self, rendered: Rendered) -> tuple[list[int], list[int], list[int]]:
+        caption = Rendered(rendered.response, rendered.prompt, rendered.response)
+        return Tokens.tokenize(self, caption)
+
+
+@dataclass(frozen=True)
+class SilentTokens(Tokens):
+    """Stage 2: the Q-Former reads no text, the language model tells the caption."""
+
+    def tokenize(self, rendered: Rendered) -> tuple[list[int], list[int], list[int]]:
+        _, prompt_ids, response_ids = Tokens.tokenize(self, rendered)
+        return [], prompt_ids, response_ids
+
+
+def pretrain(recipe: Recipe, stage: int, out: Path, resume: bool = False) -> TrainResult:
+    """Stage 1 or 2 on the captions of the recipe's data sets; ``out`` is a run as of `train`.
+
+    Stage 1 trains the Q-Former against captions, stage 2 what the language model reads of it.
+    """
+    datasets = assembly.prepare_training(recipe)
+    model = assembly.make_model(recipe)
+    loader = assembly.make_loader(recipe, datasets, model)
+    kind = CaptionTokens if stage == 1 else SilentTokens
+    given = loader.tokens
+    loader.tokens = kind(
+        language=given.language,
+        qformer=given.qformer,
+        decoder_only=given.decoder_only,
+        max_instruction=given.max_instruction,
+        max_prompt=given.max_prompt,
+        max_response=given.max_response,
+    )
+    if stage == 2:  # what reads no text would only decay
+        parts = ALIASES["qformer"]
+        model.set_trainable(tuple(p for p in parts if p != "qformer_text_embeddings"))
+    return train(
+        Stage1(model) if stage == 1 else model,
+        loader,
+        None,
+        recipe.training,
+        out,
+        resume=resume,
+        export=model.save_pretrained,
+        notes={"recipe.yaml": recipe.to_yaml()},
+    )

@@ -1,0 +1,32 @@
+"""The settings of a server: every limit that a request meets."""
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+
+class ServeConfig(BaseModel):
+    """Limits are per request unless they say otherwise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_batch: PositiveInt = 32
+    """Requests that the model answers together at most."""
+    max_queue: PositiveInt = 128
+    """Requests that wait at most; beyond them the answer is 429."""
+    max_body_bytes: PositiveInt = 24 << 20
+    """Bytes of a whole request."""
+    max_picture_bytes: PositiveInt = 16 << 20
+    """Bytes of one picture file."""
+    max_pixels: PositiveInt = 1 << 24
+    """Pixels of one picture (4096 x 4096)."""
+    max_pictures: PositiveInt = 8
+    """Pictures."""
+    max_tokens: PositiveInt = 256
+    """Tokens of an answer."""
+    max_candidates: PositiveInt = 256
+    """Candidates to rank."""
+    timeout_s: PositiveFloat = 60.0
+    """Seconds from a request's arrival to its answer, waiting included; beyond them it is 504."""
+    api_keys: tuple[str, ...] = Field(default=(), repr=False)
+    """Keys of which every request must bring one; none: open to all who can reach the port."""
+    image_hosts: tuple[str, ...] = ()
+    """Hosts from which pictures may be fetched over https; none: data URLs alone."""

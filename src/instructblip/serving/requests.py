@@ -1,0 +1,105 @@
+"""Many pictures at once: a folder or a JSONL of requests in, a JSONL of answers out.
+
+A line of requests is ``{"image": "a.jpg", "instruction": "What is this?"}``; ``image`` may be a
+list (the frames of a video), further keys are copied to the answer's line.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from instructblip.data.images import load_image
+from instructblip.data.sources.records import image_name
+from instructblip.serving.engine import Engine
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question about one picture or video; ``record`` is what the line said."""
+
+    images: tuple[Path, ...]
+    instruction: str
+    record: dict[str, Any]
+
+
+def read_requests(path: Path, instruction: str | None = None) -> list[Request]:
+    """The requests of a JSONL, or one for each picture of a folder (in the order of names).
+
+    ``instruction`` is asked where a line has none. Pictures are given relative to the file's
+    folder. Raises FileNotFoundError, or ValueError naming the file and the line.
+    """
+    if path.is_dir():
+        return _of_folder(path, instruction)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a folder of pictures or a JSONL of requests")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = [
+        _of_line(line, path.parent, instruction, f"{path}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not found:
+        raise ValueError(f"{path} holds no requests")
+    return found
+
+
+def _of_folder(folder: Path, instruction: str | None) -> list[Request]:
+    if instruction is None:
+        raise ValueError(f"{folder} is a folder: say with --instruction what to ask its pictures")
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+    if not files:
+        raise ValueError(f"{folder} holds no pictures; expected {', '.join(PICTURES)}")
+    return [Request((p,), instruction, {"image": p.name}) for p in files]
+
+
+def _of_line(line: str, root: Path, instruction: str | None, where: str) -> Request:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    example = '{"image": "a.jpg", "instruction": "What is this?"}'
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected an object such as {example}")
+    images = record.get("image")
+    names = [images] if isinstance(images, str) else images
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"{where}: 'image' is {images!r}; expected a path or a list of paths")
+    text = record.get("instruction", instruction)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: no 'instruction'; give one there or with --instruction")
+    return Request(tuple(root / image_name(name, where) for name in names), text, record)
+
+
+def answer_requests(
+    engine: Engine, requests: Sequence[Request], **decoding: Any
+) -> Iterator[list[dict[str, Any]]]:
+    """The answered records, a batch at a time and in order. An unreadable picture gives a record
+    with ``error`` in place of ``answer``: one bad file does not cost the answers of the rest."""
+    for start in range(0, len(requests), engine.batch_size):
+        chunk = requests[start : start + engine.batch_size]
+        problems = [_problem(request) for request in chunk]
+        good = [r for r, problem in zip(chunk, problems, strict=True) if problem is None]
+        answers = iter(())
+        if good:
+            said = engine.answer(
+                [r.images for r in good], [r.instruction for r in good], **decoding
+            )
+            answers = iter(said)
+        yield [
+            {**request.record, "instruction": request.instruction}
+            | ({"answer": next(answers)} if problem is None else {"error": problem})
+            for request, problem in zip(chunk, problems, strict=True)
+        ]
+
+
+def _problem(request: Request) -> str | None:
+    try:
+        for image in request.images:
+            load_image(image)
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+    return None

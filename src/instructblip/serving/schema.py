@@ -1,0 +1,157 @@
+"""What the server reads and writes: OpenAI's chat completions, and ranking.
+
+Unknown fields are refused: a setting that is silently ignored is an answer to another question.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Text = Annotated[str, Field(max_length=16_000)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: Text
+
+
+class ImageUrl(_Body):
+    url: str = Field(description="data:image/png;base64,..., or https where the server allows it")
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class ImagePart(_Body):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(_Body):
+    """Pictures of all messages are looked at together, in their order."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text | Annotated[list[Part], Field(max_length=64)]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def urls(self) -> list[str]:
+        if isinstance(self.content, str):
+            return []
+        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class ChatRequest(_Body):
+    """A subset of OpenAI's request; the last four fields are this project's own."""
+
+    model: str | None = Field(None, max_length=200, description="One of /v1/models; the first.")
+    messages: list[Message] = Field(min_length=1, max_length=64)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, description="0 or none: search.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: Literal[1] = 1
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=200)
+    num_beams: int | None = Field(None, ge=1, le=8)
+    min_tokens: int | None = Field(None, ge=0)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
+    length_penalty: float | None = Field(None, ge=-10, le=10)
+
+
+class RankRequest(_Body):
+    """Which candidate is the answer, by log-likelihood."""
+
+    model: str | None = Field(None, max_length=200, description="One of /v1/models; the first.")
+    images: list[str] = Field(min_length=1, description="URLs as in a chat; many are a video.")
+    instruction: Text
+    candidates: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(min_length=1)
+    normalization: Literal["sum", "mean"] = "sum"
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class Choice(BaseModel):
+    index: int = 0
+    message: AnswerMessage
+    finish_reason: Literal["stop", "length"]
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatResponse(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class RankedCandidate(BaseModel):
+    """``probability`` is among the candidates given."""
+
+    text: str
+    log_likelihood: float
+    probability: float
+
+
+class RankResponse(BaseModel):
+    """The candidates in the order of the request, and the most likely one."""
+
+    model: str
+    best: str
+    candidates: list[RankedCandidate]
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "instructblip"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+    models: list[str]
+    waiting: int
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's form of an error."""
+
+    error: ErrorDetail

@@ -1,0 +1,476 @@
+"""The server: OpenAI's client talks to it, its limits hold, and nothing leaks."""
+
+import asyncio
+import base64
+import http.server
+import json
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from instructblip.serving import incoming
+from instructblip.serving.api import create_app
+from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
+from instructblip.serving.chat import instruction_of
+from instructblip.serving.config import ServeConfig
+from instructblip.serving.engine import Engine
+from tests.serving.conftest import body, data_url, greedy_engine, running
+
+CHAT = "/v1/chat/completions"
+TEXT = "what is red?"
+
+
+@pytest.fixture(scope="module")
+def engine(model_folder: Path) -> Engine:
+    """A second copy, which tells what the server ought to say."""
+    return greedy_engine(model_folder)
+
+
+@pytest.fixture(scope="module")
+def client(model_folder: Path, blip2_folder: Path) -> Iterator[TestClient]:
+    engines = {"tuned": greedy_engine(model_folder), "blip2": greedy_engine(blip2_folder)}
+    config = ServeConfig(
+        max_body_bytes=300_000, max_picture_bytes=100_000, max_pixels=20_000, max_tokens=16
+    )
+    with TestClient(create_app(engines, config), raise_server_exceptions=False) as client:
+        yield client
+
+
+def say(client: TestClient, request: dict[str, Any]) -> str:
+    response = client.post(CHAT, json=request)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def error_of(response: Any, status: int) -> str:
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    assert response.json()["error"]["type"]
+    return response.json()["error"]["message"]
+
+
+def test_the_openai_client_talks_to_it(model_folder: Path, engine: Engine, png: list[Path]) -> None:
+    with running(create_app({"tuned": greedy_engine(model_folder)})) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["tuned"]
+        talkative = max(png, key=lambda p: len(engine.answer(p, TEXT, max_new_tokens=40)))
+        messages: Any = body(talkative)["messages"]
+        whole = client.chat.completions.create(model="tuned", messages=messages)
+        expected = engine.answer(talkative, TEXT)
+        assert whole.choices[0].message.content == expected
+        assert whole.choices[0].finish_reason in ("stop", "length")
+        assert whole.usage is not None
+        assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+        pieces = list(
+            client.chat.completions.create(
+                model="tuned",
+                messages=messages,
+                max_tokens=40,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+        said = [c.choices[0].delta.content or "" for c in pieces if c.choices]
+        assert "".join(said) == engine.answer(talkative, TEXT, max_new_tokens=40)
+        assert len([piece for piece in said if piece]) > 1
+        assert pieces[-1].usage is not None
+        with pytest.raises(openai.NotFoundError, match="no model of that name; there are tuned"):
+            client.chat.completions.create(model="gpt", messages=messages)
+
+
+def test_settings_of_a_request(client: TestClient, engine: Engine, png: list[Path]) -> None:
+    text = TEXT
+    longer = say(client, body(png[0], text, max_tokens=14))
+    assert longer == engine.answer(png[0], text, max_new_tokens=14)
+    beams = say(client, body(png[1], text, num_beams=3, length_penalty=-1.0))
+    assert beams == engine.answer(png[1], text, num_beams=3, length_penalty=-1.0)
+    capped = client.post(CHAT, json=body(png[0], text, max_tokens=5000, min_tokens=16)).json()
+    assert capped["usage"]["completion_tokens"] == 16
+    assert capped["choices"][0]["finish_reason"] == "length"
+    drawn = {say(client, body(png[0], text, temperature=2.0)) for _ in range(6)}
+    assert len(drawn) > 1
+    assert say(client, body(png[0], text, model="blip2")) != say(client, body(png[0], text))
+
+
+def test_turns_and_several_pictures(client: TestClient, engine: Engine, png: list[Path]) -> None:
+    first = body(png[0], "what?")["messages"][0]
+    second = body(png[1], "and red?")["messages"][0]
+    messages = [
+        {"role": "system", "content": "Be short."},
+        first,
+        {"role": "assistant", "content": "cat"},
+        second,
+    ]
+    asked = "Be short. " + instruction_of("and red?", [("what?", "cat")])
+    assert say(client, {"messages": messages}) == engine.answer([[png[0], png[1]]], asked)[0]
+    assert "last one must be of the user" in error_of(
+        client.post(CHAT, json={"messages": messages[:-1]}), 400
+    )
+
+
+def test_rank(client: TestClient, engine: Engine, png: list[Path]) -> None:
+    candidates = ["red", "blue", "red cat"]
+    request = {"images": [data_url(png[0])], "instruction": "what?", "candidates": candidates}
+    found = client.post("/v1/rank", json=request).json()
+    expected = engine.rank(png[0], "what?", candidates)
+    scores = [c["log_likelihood"] for c in found["candidates"]]
+    assert scores == pytest.approx(expected, abs=1e-4)
+    assert sum(c["probability"] for c in found["candidates"]) == pytest.approx(1)
+    assert found["best"] == candidates[scores.index(max(scores))]
+    many = client.post("/v1/rank", json={**request, "candidates": ["a"] * 300})
+    assert "300 candidates; at most 256" in error_of(many, 413)
+
+
+def test_health_metrics_and_description(client: TestClient, png: list[Path]) -> None:
+    assert client.get("/healthz").json() == {
+        "status": "ok",
+        "models": ["tuned", "blip2"],
+        "waiting": 0,
+    }
+    say(client, body(png[0]))
+    text = client.get("/metrics").text
+    assert f'instructblip_requests_total{{route="{CHAT}",status="200"}}' in text
+    assert "instructblip_batch_size_bucket" in text
+    client.get("/secret/path")
+    assert "secret" not in client.get("/metrics").text
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {CHAT, "/v1/rank", "/healthz", "/metrics", "/v1/models"} <= set(paths)
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG whose header promises any size, with no pixels behind it."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def url_of(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def bad_pictures(png: Path) -> list[tuple[str, int, str]]:
+    whole = png.read_bytes()
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
+    return [
+        ("file:///etc/passwd", 400, "expected data:image"),
+        ("http://example.com/a.png", 400, "expected data:image"),
+        ("https://example.com/a.png", 403, "not fetched from there"),
+        ("https://user@[::1]:99999/", 400, "not a URL"),
+        ("data:image/png;base64", 400, "has a comma"),
+        ("data:image/png;base64,!!!", 400, "not base64"),
+        ("data:image/png;base64,", 400, "not a picture"),
+        ("data:,hello%20there", 400, "not a picture"),
+        (url_of(svg), 400, "not a picture"),
+        (url_of(whole[: len(whole) // 2]), 400, "damaged or cut off"),
+        (url_of(png_of(60_000, 60_000)), 413, "more than 20000 pixels"),
+        (url_of(png_of(200, 200)), 413, "more than 20000 pixels"),
+        (url_of(png_of(0, 4)), 400, ""),
+        (url_of(b"\x00" * 110_000), 413, "more than 100000 bytes"),
+    ]
+
+
+def test_bad_pictures_are_refused_by_place(client: TestClient, png: list[Path]) -> None:
+    for url, status, message in bad_pictures(png[0]):
+        request = body(png[0])
+        request["messages"][0]["content"][1]["image_url"]["url"] = url
+        said = error_of(client.post(CHAT, json=request), status)
+        assert message in said
+        assert said.startswith("messages, picture 1: "), said
+    nine = {"images": [data_url(png[0])] * 9, "instruction": "a", "candidates": ["a"]}
+    assert "9 pictures; at most 8" in error_of(client.post("/v1/rank", json=nine), 413)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"messages": []}',
+        b'{"messages": [{"role": "user", "content": "x", "name": 3}]}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "x"}], "\\ud800": 1}',
+        b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1e400}',
+        b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": ' + b"9" * 5000 + b"}",
+        b"[" * 100_000,
+        b"\xff\xfe\x00",
+    ],
+)
+def test_malformed_bodies(client: TestClient, content: bytes) -> None:
+    response = client.post(CHAT, content=content, headers={"content-type": "application/json"})
+    assert response.status_code in (400, 422), response.text
+    assert "/" not in response.json()["error"]["message"], "a path"
+
+
+def test_unknown_fields_and_missing_parts(client: TestClient, png: list[Path]) -> None:
+    assert "tools" in error_of(client.post(CHAT, json=body(png[0], tools=[])), 422)
+    only = {"messages": [{"role": "user", "content": "what?"}]}
+    assert "no picture" in error_of(client.post(CHAT, json=only), 400)
+    assert "no text" in error_of(client.post(CHAT, json=body(png[0], " ")), 400)
+    assert "min_tokens" in error_of(client.post(CHAT, json=body(png[0], min_tokens=99)), 400)
+    error_of(client.get("/nowhere"), 404)
+    error_of(client.get(CHAT), 405)
+
+
+def test_large_bodies_stop_at_the_limit_whatever_their_header_says(client: TestClient) -> None:
+    assert "larger than 300000" in error_of(client.post(CHAT, content=b"x" * 300_001), 413)
+    pulled, sent = 0, []
+
+    async def receive() -> Any:
+        nonlocal pulled
+        pulled += 1
+        return {"type": "http.request", "body": b" " * 10_000, "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(client.app(scope_of(CHAT), receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 413
+    assert pulled == 31
+    long = scope_of(CHAT, (b"content-length", b"9999999"))
+    asyncio.run(client.app(long, receive, send))  # type: ignore[arg-type]
+    assert pulled == 31, "a body that says it is too large is not read at all"
+    assert sent[2]["status"] == 413
+
+
+def scope_of(path: str, *headers: tuple[bytes, bytes]) -> dict[str, Any]:
+    """What a server hands to the application for a POST."""
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode()}
+    kind = (b"content-type", b"application/json")
+    return {**scope, "query_string": b"", "headers": [kind, *headers]}
+
+
+def test_api_keys(model_folder: Path, png: list[Path]) -> None:
+    config = ServeConfig(api_keys=("first", "second"))
+    assert "first" not in repr(config)
+    with TestClient(create_app({"tuned": greedy_engine(model_folder)}, config)) as client:
+        for headers in ({}, {"Authorization": "Bearer third"}, {"Authorization": "Basic first"}):
+            assert client.post(CHAT, json=body(png[0]), headers=headers).status_code == 401
+            assert client.get("/metrics", headers=headers).status_code == 401
+        good = {"Authorization": "Bearer second"}
+        assert client.post(CHAT, json=body(png[0]), headers=good).status_code == 200
+        assert client.get("/healthz").status_code == 200
+
+
+class Slow:
+    """An engine that takes its time, one step a token, until it is let go."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.__dict__.update(engine=engine, free=threading.Event(), sizes=[])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def respond(self, samples: Any, on_tokens: Any, **decoding: Any) -> Any:
+        self.sizes.append(len(samples))
+        while not self.free.wait(0.02):
+            on_tokens([5] * len(samples))
+        return self.engine.respond(samples, **decoding)
+
+
+def jobs_of(engine: Engine, png: list[Path], **more: Any) -> list[Job]:
+    transform = engine.pictures.transform
+    return [
+        Job(pixels=(transform(Image.open(p).convert("RGB")),), instruction="what?", **more)
+        for p in png
+    ]
+
+
+def wait_for(condition: Any) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_what_waits_goes_together_and_what_does_not_fit_is_refused(
+    engine: Engine, png: list[Path]
+) -> None:
+    slow: Any = Slow(engine)
+    batcher = Batcher(slow, max_batch=3, max_queue=4)
+    first, *others = [batcher.submit(job) for job in jobs_of(engine, png)[:1]]
+    wait_for(lambda: slow.sizes == [1])
+    waiting = jobs_of(engine, [*png])
+    others = [batcher.submit(job) for job in waiting]
+    with pytest.raises(QueueFull):
+        batcher.submit(jobs_of(engine, png)[0])
+    slow.free.set()
+    expected = engine.answer(png, "what?")
+    assert [future.result(10).text for future in others] == expected
+    assert first.result(10).text == expected[0]
+    assert slow.sizes == [1, 3, 1]
+    batcher.close()
+    with pytest.raises(QueueFull):
+        batcher.submit(jobs_of(engine, png)[0])
+
+
+def test_time_is_up_for_what_waits_and_for_what_runs(engine: Engine, png: list[Path]) -> None:
+    slow: Any = Slow(engine)
+    batcher = Batcher(slow, max_batch=1)
+    runs, waits, stays = jobs_of(engine, png[:3])
+    runs.deadline = waits.deadline = time.monotonic() + 0.2
+    for job in (runs, waits, stays):
+        batcher.submit(job)
+    with pytest.raises(TooLate):
+        runs.future.result(10)
+    with pytest.raises(TooLate):
+        waits.future.result(10)
+    slow.free.set()
+    assert stays.future.result(10).text == engine.answer(png[2], "what?")
+    batcher.close()
+
+
+def test_a_request_that_fails_does_not_spoil_its_batch(engine: Engine, png: list[Path]) -> None:
+    class Broken(Slow):
+        def respond(self, samples: Any, on_tokens: Any, **decoding: Any) -> Any:
+            if any(sample.prompt_ids == bad for sample in samples):
+                raise RuntimeError("out of memory")
+            return super().respond(samples, on_tokens, **decoding)
+
+    bad = engine.tokens.prompt("bad")
+    broken: Any = Broken(engine)
+    batcher = Batcher(broken, max_batch=8)
+    batcher.submit(jobs_of(engine, png[:1])[0])
+    wait_for(lambda: broken.sizes)
+    jobs = jobs_of(engine, png)
+    jobs[1].instruction = "bad"
+    futures = [batcher.submit(job) for job in jobs]
+    broken.free.set()
+    with pytest.raises(RuntimeError):
+        futures[1].result(10)
+    assert futures[2].result(10).text == engine.answer(png[2], "what?")
+    batcher.close()
+
+
+def test_429_and_504_over_http(engine: Engine, model_folder: Path, png: list[Path]) -> None:
+    slow: Any = Slow(greedy_engine(model_folder))
+    config = ServeConfig(max_batch=1, max_queue=1, timeout_s=1.0)
+    with TestClient(create_app({"tuned": slow}, config)) as client, ThreadPoolExecutor(6) as pool:
+        sent = [pool.submit(client.post, CHAT, json=body(png[0])) for _ in range(6)]
+        codes = sorted(future.result().status_code for future in sent)
+        assert codes == [429, 429, 429, 429, 504, 504]
+        stream = client.post(CHAT, json=body(png[0], stream=True)).text
+        assert "took too long" in stream
+        assert stream.endswith("data: [DONE]\n\n")
+        slow.free.set()
+        assert say(client, body(png[0])) == engine.answer(png[0], TEXT)
+        refused = [f.result() for f in sent if f.result().status_code == 429]
+        assert refused[0].headers["retry-after"] == "1"
+
+
+def test_unexpected_errors_tell_nothing(model_folder: Path, png: list[Path]) -> None:
+    engine: Any = Slow(greedy_engine(model_folder))
+    engine.__dict__["respond"] = lambda *_args, **_kwargs: 1 / 0
+    app = create_app({"tuned": engine})
+    with TestClient(app, raise_server_exceptions=False) as client:
+        assert error_of(client.post(CHAT, json=body(png[0])), 500) == "internal error"
+        assert "internal error" in client.post(CHAT, json=body(png[0], stream=True)).text
+
+
+def test_shutdown_finishes_what_is_under_way(
+    engine: Engine, model_folder: Path, png: list[Path]
+) -> None:
+    slow: Any = Slow(greedy_engine(model_folder))
+    with ThreadPoolExecutor(1) as pool:
+        with running(create_app({"tuned": slow})) as address:
+            sent = pool.submit(httpx.post, address + CHAT, json=body(png[0]), timeout=20)
+            wait_for(lambda: slow.sizes)
+            threading.Timer(0.5, slow.free.set).start()
+        answer = sent.result()
+    assert answer.json()["choices"][0]["message"]["content"] == engine.answer(png[0], TEXT)
+
+
+def test_slow_bodies_are_cut_off(model_folder: Path) -> None:
+    app = create_app({"tuned": greedy_engine(model_folder)}, ServeConfig(timeout_s=0.3))
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        await asyncio.sleep(30)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope_of(CHAT), receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 408
+
+
+PRIVATE = """127.0.0.1 10.1.2.3 169.254.169.254 192.168.0.1 0.0.0.0 224.0.0.1 100.64.0.1
+::1 fd00::1 fe80::1%1 ::ffff:127.0.0.1"""
+
+
+@pytest.mark.parametrize("address", PRIVATE.split())
+def test_no_private_address_is_fetched(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    def resolve(*_args: Any, **_kwargs: Any) -> Any:
+        public = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.215.14", 443))
+        return [public, (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 443))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(OSError, match="not a public address"):
+        incoming.public_address("pictures.example", 443)
+    config = ServeConfig(image_hosts=("pictures.example",))
+    with pytest.raises(incoming.BadPicture, match="could not be fetched"):
+        incoming.fetch("https://pictures.example/a.png", config, "here")
+
+
+def test_pictures_of_a_listed_host(monkeypatch: pytest.MonkeyPatch, png: list[Path]) -> None:
+    content = png[0].read_bytes()
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers["Host"]))
+            moved = self.path == "/moved"
+            self.send_response(302 if moved else 200)
+            self.send_header("Location", "http://127.0.0.1/")
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_args: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    local = server.server_address
+    # the checked connection is replaced: there is neither a network nor a certificate here
+    connect = lambda *_args: socket.create_connection((local[0], local[1]))  # noqa: E731
+    monkeypatch.setattr(incoming, "connect", connect)
+    config = ServeConfig(image_hosts=("pictures.example",), max_picture_bytes=len(content))
+    picture = incoming.read_picture("https://pictures.example/a.png?b=1", config, "here")
+    assert picture.size == (12, 10)
+    assert asked == [("/a.png?b=1", "pictures.example")]
+    with pytest.raises(incoming.BadPicture, match="answered 302"):
+        incoming.fetch("https://pictures.example/moved", config, "here")
+    small = ServeConfig(image_hosts=("pictures.example",), max_picture_bytes=100)
+    with pytest.raises(incoming.BadPicture, match="more than 100 bytes"):
+        incoming.fetch("https://pictures.example/a.png", small, "here")
+    for url in ("https://other.example/", "https://a@pictures.example/", "https://127.0.0.1/"):
+        with pytest.raises(incoming.BadPicture, match="not fetched from there"):
+            incoming.fetch(url, config, "here")
+    server.shutdown()
+
+
+def test_stream_is_sse(client: TestClient, png: list[Path]) -> None:
+    lines = client.post(CHAT, json=body(png[0], stream=True)).text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert events[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+    assert len({event["id"] for event in events}) == 1

@@ -1,0 +1,118 @@
+"""The page in headless Chromium: it asks, shows both models, bars, attention and history."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from instructblip.model.attention import cross_attention
+from instructblip.serving.api import create_app
+from instructblip.serving.config import ServeConfig
+from instructblip.serving.engine import Engine
+from instructblip.serving.web import EN, ZH, ask, mount_page, overlays
+from runs.screenshots import ask_example, browser_page
+from tests.model.test_instructblip import tiny_batch
+from tests.serving.conftest import greedy_engine, running
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def engines(model_folder: Path, blip2_folder: Path) -> dict[str, Engine]:
+    return {"instructblip": greedy_engine(model_folder), "blip2": greedy_engine(blip2_folder)}
+
+
+@pytest.fixture(scope="module")
+def address(engines: dict[str, Engine]) -> Iterator[str]:
+    with running(mount_page(create_app(engines))) as address:
+        yield address
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize(("locale", "words"), [("en-GB", EN), ("zh-CN", ZH)])
+def test_the_page_in_a_browser(address: str, locale: str, words: dict[str, str]) -> None:
+    with browser_page(locale) as page:
+        ask_example(page, address, number=1)
+        text = page.locator("body").inner_text()
+        for key in ("title", "ask", "history", "looks"):
+            assert words[key] in text, key
+        for name in ("instructblip", "blip2"):
+            assert page.locator(f"#answer-{name} textarea").input_value() != ""
+            bars = page.locator(f"#ranking-{name}").inner_text()
+            assert "purple" in bars
+            assert "%" in bars
+        assert page.locator("#looks img").count() >= 4  # the mean and three queries
+        assert "what colour is the circle?" in page.locator("#history").inner_text()
+
+
+def test_what_the_page_shows_is_what_the_engines_say(
+    model_folder: Path, blip2_folder: Path, png: list[Path]
+) -> None:
+    served = {"instructblip": greedy_engine(model_folder), "blip2": greedy_engine(blip2_folder)}
+    with TestClient(create_app(served)) as client:
+        service = client.app.state.service  # type: ignore[attr-defined]
+        said = ask(service, str(png[0]), "what?", "red, blue,red", [])
+        tuned, before = greedy_engine(model_folder), greedy_engine(blip2_folder)
+        assert said[:2] == (tuned.answer(png[0], "what?"), before.answer(png[0], "what?"))
+        scores = torch.tensor(tuned.rank(png[0], "what?", ["red", "blue"]))
+        assert list(said[2]) == ["red", "blue"]
+        assert list(said[2].values()) == pytest.approx(scores.softmax(0).tolist(), abs=1e-4)
+        assert said[-1] == [[1, "what?", *said[:2]]]
+        again = ask(service, str(png[1]), "red?", "", said[-1])
+        assert again[2] is None
+        assert len(again[-1]) == 2
+        with pytest.raises(Exception, match="a picture and an instruction"):
+            ask(service, None, "what?", "", [])
+        bad = png[0].with_suffix(".txt")
+        bad.write_text("no picture")
+        with pytest.raises(Exception, match="not a picture"):
+            ask(service, str(bad), "what?", "", [])
+
+
+def test_the_page_asks_for_a_key(model_folder: Path) -> None:
+    config = ServeConfig(api_keys=("secret",))
+    with TestClient(mount_page(create_app({"a": greedy_engine(model_folder)}, config))) as client:
+        assert client.get("/page/config").status_code == 401
+        wrong = client.post("/page/login", data={"username": "a", "password": "guess"})
+        assert wrong.status_code == 400
+        right = client.post("/page/login", data={"username": "a", "password": "secret"})
+        assert right.status_code == 200
+        assert client.get("/page/config").status_code == 200
+
+
+def test_attention_is_what_the_layer_uses(engines: dict[str, Engine]) -> None:
+    model = engines["blip2"].model
+    batch = tiny_batch(model.config)
+    weights = cross_attention(model, batch)
+    samples, frames, queries, patches = weights.shape
+    assert (samples, frames, queries) == (3, 1, model.config.num_query_tokens)
+    assert patches == model.config.vision.num_tokens
+    torch.testing.assert_close(weights.sum(-1), torch.ones(samples, frames, queries))
+    # attention with these weights is the layer's own output where there is one head
+    layer = [la.crossattention for la in model.qformer.encoder.layer if la.crossattention][-1]
+    assert layer is not None
+    seen: list = []
+    handle = layer.attention.register_forward_hook(lambda _m, args, out: seen.append((args, out)))
+    heads, layer.attention.num_heads = layer.attention.num_heads, 1
+    try:
+        weights = cross_attention(model, batch)
+    finally:
+        layer.attention.num_heads = heads
+        handle.remove()
+    (_, states, _, index), output = seen[0]
+    value = layer.attention.value(states)
+    value = value if index is None else value[index]
+    torch.testing.assert_close(weights.flatten(0, 1) @ value, output, rtol=1e-4, atol=1e-5)
+
+
+def test_overlays_are_bright_where_the_query_looks() -> None:
+    attention = torch.zeros(1, 17)
+    attention[0, 1 + 5] = 1  # second row, second column of four
+    shown = overlays(Image.new("RGB", (30, 20), "grey"), attention, side=40)
+    assert [name for _, name in shown] == ["all", "1"]
+    bright = shown[1][0].convert("L")
+    assert bright.getpixel((15, 15)) > bright.getpixel((35, 35))  # type: ignore[operator]
