@@ -18,6 +18,7 @@ FLOORS = {
     "text_to_image": 3,
     "recipe": 4,
     "assembly": 4,
+    "drawing": 4,
     "stages": 5,
     "cli": 6,
     "__main__": 7,

@@ -83,9 +83,9 @@ class Batch:
     ``image_index`` [B, F] says which of the N pictures the frames of each sample are.
     ``datasets`` and ``ids`` name the samples for logs and errors; the model never reads them.
 
-    A batch to draw has ``target_values`` [B, 3, G, G] in [-1, 1], the pictures that the instructions
-    ask for. There an ``image_index`` of -1 means that no picture goes with the instruction (N may be
-    0), and ``response_mask`` is [B, 1], all ones: each picture counts as one token.
+    A batch to draw has ``target_values`` [B, 3, G, G] in [-1, 1], the pictures that are asked for.
+    There an ``image_index`` of -1 means that no picture goes with the instruction (no pixels at
+    all where none does), and ``response_mask`` [B, 1] is all ones: a picture counts as one token.
     """
 
     image_index: Tensor  # int64 [B, F]

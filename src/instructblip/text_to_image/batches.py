@@ -14,7 +14,7 @@ from instructblip.data.mixture import Mixture
 from instructblip.data.order import Order
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
-from instructblip.text_to_image.tasks import Drawings, DrawExample
+from instructblip.text_to_image.tasks import DrawExample, Drawings
 from instructblip.training.train import Batches
 
 
@@ -22,7 +22,8 @@ class DrawLoader:
     """Training batches from a mixture of drawing sets; ``iterate(step)`` is what the loop drives.
 
     ``batch_size`` counts the samples of one optimiser step over all ranks and micro batches.
-    ``image_size`` is the decoder's, ``transform`` that of the reference pictures.
+    ``image_size`` is the decoder's, ``transform`` that of the reference pictures. ``starts``: the
+    step at which a set joins the mixture, if that is not the first.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class DrawLoader:
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
+        starts: Mapping[str, int] | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % (world_size * accumulate):
             raise ValueError(
@@ -48,10 +50,20 @@ class DrawLoader:
         self.tokens, self.transform, self.image_size = tokens, transform, image_size
         self.size, self.seed, self.rank = batch_size // (world_size * accumulate), seed, rank
         self.world_size, self.accumulate = world_size, accumulate
-        sizes = {name: len(each) for name, each in sets.items()}
-        probabilities = Mixture(sizes=sizes, weights=dict(weights)).probabilities
-        chances = [probabilities[name] for name in self.names]
-        self.order = Order(list(sizes.values()), chances, seed)
+        self.weights, self.starts = dict(weights), dict(starts or {})
+        self._orders: dict[frozenset[str], Order] = {}
+        self._order(0)  # an empty mixture is noticed now
+
+    def _order(self, step: int) -> Order:
+        """Which example stands where, among the sets that have joined by ``step``."""
+        present = frozenset(n for n in self.names if self.starts.get(n, 0) <= step)
+        if present not in self._orders:
+            sizes = {name: len(each) for name, each in zip(self.names, self.sets, strict=True)}
+            weights = {n: self.weights.get(n, 1.0) if n in present else 0.0 for n in self.names}
+            probabilities = Mixture(sizes=sizes, weights=weights).probabilities
+            chances = [probabilities[name] for name in self.names]
+            self._orders[present] = Order(list(sizes.values()), chances, self.seed)
+        return self._orders[present]
 
     def iterate(self, step: int = 0) -> Iterator[Batch]:
         """This rank's micro batches from the first of ``step`` on."""
@@ -62,13 +74,12 @@ class DrawLoader:
 
     def batch(self, step: int, micro: int = 0) -> Batch:
         start = ((step * self.world_size + self.rank) * self.accumulate + micro) * self.size
-        draws = [self.order[slot] for slot in range(start, start + self.size)]
+        order = self._order(step)
+        draws = [order[slot] for slot in range(start, start + self.size)]
         examples = [self.sets[d.dataset][d.example] for d in draws]
         names = tuple(self.names[d.dataset] for d in draws)
         ids = tuple(str(d.example) for d in draws)
-        return collate_drawings(
-            examples, self.tokens, self.transform, self.image_size, names, ids
-        )
+        return collate_drawings(examples, self.tokens, self.transform, self.image_size, names, ids)
 
 
 def collate_drawings(

@@ -1,6 +1,6 @@
 """Sizes of what text to image adds to an InstructBLIP, and how it is trained and sampled."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -79,17 +79,17 @@ class TextToImageConfig(_Config):
     """Everything beside the InstructBLIP. ``qformer`` names the Q-Former trained with."""
 
     conditioner: ConditionerConfig = Field(
-        default_factory=ConditionerConfig, description="From the Q-Former to the condition."
+        ConditionerConfig(), description="From the Q-Former to the condition."
     )
     decoder: NativeConfig | DiffusersConfig = Field(
-        default_factory=NativeConfig, discriminator="kind", description="What draws."
+        NativeConfig(), discriminator="kind", description="What draws."
     )
     qformer: str | None = Field(
         None, description="Hash of the Q-Former's weights; written when the model is saved."
     )
 
 
-def _heads_divide(config):
+def _heads_divide(config: Any) -> Any:
     if config.width % config.num_heads:
         raise ValueError(
             f"width must be a multiple of num_heads; got {config.width} and {config.num_heads}"

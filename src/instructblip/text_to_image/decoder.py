@@ -1,8 +1,8 @@
 """What draws: the interface of decoders, and the native one, a small diffusion transformer.
 
-Flow matching in pixels: at noise level t a picture x is ``(1 - t) x + t e`` with Gaussian e, and the
-velocity is ``e - x``. The network gives the clean picture, from which the velocity follows: flat
-shapes lie on far fewer dimensions than the pixels of a patch, noise does not (Li and He 2025,
+Flow matching in pixels: at noise level t a picture x is ``(1 - t) x + t e`` with Gaussian e, and
+the velocity is ``e - x``. The network gives the clean picture, from which the velocity follows:
+flat shapes lie on far fewer dimensions than the pixels of a patch, noise does not (Li and He 2025,
 "Back to basics"). The layout of a picture is decided where almost everything is noise: an object of
 20 x 20 even pixels is still visible at t = 0.95. So training and sampling dwell there.
 """
@@ -74,8 +74,8 @@ class NativeLayer(nn.Module):
     def forward(self, hidden: Tensor, modulation: Tensor, condition: Tensor, mask: Tensor):
         """``modulation`` [B, 6, W] is shared by the layers; each adds its own bias."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (
-            modulation + self.modulation_bias[None]
-        ).unsqueeze(2).unbind(1)  # 6 of [B, 1, W]
+            (modulation + self.modulation_bias[None]).unsqueeze(2).unbind(1)
+        )  # 6 of [B, 1, W]
         hidden = hidden + (1 + gate1) * self.attention(self.norm1(hidden) * (1 + scale1) + shift1)
         hidden = hidden + self.condition(self.norm2(hidden), condition, mask)
         return hidden + (1 + gate2) * self.mlp(self.norm3(hidden) * (1 + scale2) + shift2)
@@ -94,7 +94,7 @@ class NativeDecoder(nn.Module):
         self.position_embedding = nn.Parameter(torch.randn(1, side * side, width) * 0.02)
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.pooled = nn.Linear(config.condition_width, width)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.modulation = nn.Linear(width, 6 * width)
         self.layers = nn.ModuleList(NativeLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
         self.patch_output = nn.Linear(width, pixels)
@@ -102,10 +102,11 @@ class NativeDecoder(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        for module in self.modules():
             if isinstance(module, Attention | MLP):  # the residual stream starts quiet
                 last = module.output if isinstance(module, Attention) else module.down
                 nn.init.normal_(last.weight, std=0.02 / math.sqrt(config.num_layers))
-        nn.init.normal_(self.modulation[1].weight, std=0.002)
+        nn.init.normal_(self.modulation.weight, std=0.002)
         nn.init.zeros_(self.patch_output.weight)
 
     def forward(
@@ -122,7 +123,7 @@ class NativeDecoder(nn.Module):
         present = mask[:, :, None].to(condition)
         pooled = (condition * present).sum(1) / present.sum(1)
         moment = self.time(time_features(level)) + self.pooled(pooled)
-        modulation = self.modulation(moment).unflatten(1, (6, -1))
+        modulation = self.modulation(nn.functional.silu(moment)).unflatten(1, (6, -1))
         for layer in self.layers:
             hidden = layer(hidden, modulation, condition, mask)
         patches = self.patch_output(self.norm(hidden)).mT  # [B, 3 patch^2, patches]

@@ -8,6 +8,7 @@ while the Q-Former trains.
 import contextlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,13 +50,15 @@ class TextToImage(nn.Module):
             )
         self.config = config
         self.instructblip = instructblip
-        self.decoder = build_decoder(config)
+        self.decoder: Any = build_decoder(config)
         self.conditioner = Conditioner(
             config.conditioner, instructblip.qformer, self.decoder.condition_width
         )
         self.conditioner.start_from(instructblip.query_tokens)
         self.compute_dtype: torch.dtype | None = None
-        self.set_trainable(("drawing",) if isinstance(config.decoder, NativeConfig) else ("bridge",))
+        self.set_trainable(
+            ("drawing",) if isinstance(config.decoder, NativeConfig) else ("bridge",)
+        )
 
     def condition(
         self,
@@ -72,7 +75,7 @@ class TextToImage(nn.Module):
         return condition.float(), mask
 
     def encode(self, batch: Batch) -> Float[Tensor, "N P V"] | None:
-        """Features of the reference pictures behind the last LayerNorm; None where there are none."""
+        """Features of the subjects behind the last LayerNorm; None where there are none."""
         if batch.image_features is not None:
             return self.instructblip.vision_model.norm(batch.image_features)
         if batch.pixel_values is None or not len(batch.pixel_values):
@@ -115,8 +118,8 @@ class TextToImage(nn.Module):
         rest = tuple(name for name in choice if name not in own)
         if refused := [name for name in rest if name in ALWAYS_FROZEN]:
             raise ValueError(
-                f"{', '.join(refused)} cannot train in text to image: image encoder, language model "
-                "and VAE stay frozen; leave it out of training.trainable"
+                f"{', '.join(refused)} cannot train in text to image: image encoder, language "
+                "model and VAE stay frozen; leave it out of training.trainable"
             )
         known = [*PARTS, *ALIASES, "qformer", *(set(UNDERSTANDING_PARTS) - set(ALWAYS_FROZEN))]
         if unknown := [name for name in rest if name not in known]:

@@ -26,9 +26,7 @@ def save_pretrained(model: TextToImage, path: str | Path) -> None:
     save_addition(model, Path(path) / FOLDER)
 
 
-def save_addition(
-    model: TextToImage, folder: Path, dtype: torch.dtype = torch.float32
-) -> None:
+def save_addition(model: TextToImage, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write what text to image adds to the InstructBLIP, with floats as ``dtype``.
 
     A decoder from a diffusers directory is named in the config; its weights are written when it
@@ -45,9 +43,7 @@ def save_addition(
         write_weights(kept, directory / "model.safetensors")
 
 
-def from_pretrained(
-    path: str | Path, instructblip: InstructBlip | None = None
-) -> TextToImage:
+def from_pretrained(path: str | Path, instructblip: InstructBlip | None = None) -> TextToImage:
     """Load a directory that ``save_pretrained`` wrote, a run directory, or "starter", in fp32.
 
     ``instructblip`` is used instead of loading a second one. Raises FileNotFoundError where there

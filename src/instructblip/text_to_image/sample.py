@@ -11,6 +11,7 @@ from torch import Tensor
 from instructblip.batch import Batch
 from instructblip.data.images import ImageTransform, load_image, to_rgb
 from instructblip.data.tokens import Tokens
+from instructblip.model.weights import sync
 from instructblip.text_to_image.batches import collate_drawings
 from instructblip.text_to_image.decoder import Decoder
 from instructblip.text_to_image.model import TextToImage
@@ -40,7 +41,7 @@ def sample(
     ``image_guidance`` None guides both by ``guidance``: two passes a step instead of three. A scale
     of 1 leaves the condition as it is.
     """
-    decoder: Decoder = model.decoder  # type: ignore[assignment]
+    decoder: Decoder = model.decoder
     weighted = _conditions(model, batch, guidance, image_guidance)
     condition, mask = (torch.cat(parts) for parts in zip(*(c for _, c in weighted), strict=True))
     scales = [scale for scale, _ in weighted]
@@ -48,7 +49,9 @@ def sample(
     levels = decoder.schedule(steps)
     for place, level in enumerate(levels):
         with model.precision():
-            given = decoder.predict(noisy.repeat(len(scales), *[1] * (noisy.ndim - 1)), level, condition, mask)
+            given = decoder.predict(
+                noisy.repeat(len(scales), *[1] * (noisy.ndim - 1)), level, condition, mask
+            )
         parts = given.float().chunk(len(scales))
         guided = torch.stack([s * p for s, p in zip(scales, parts, strict=True)]).sum(0)
         noisy = decoder.advance(noisy, guided, place, levels)
@@ -82,6 +85,15 @@ def to_pictures(pixels: Float[Tensor, "B 3 G G"]) -> list[Image.Image]:
     """Tensors in [-1, 1] -> RGB pictures."""
     values = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
     return [Image.fromarray(each) for each in values.cpu().numpy()]
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture in the format of the file's ending, in full or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.new")
+    picture.save(fresh, format=Image.registered_extensions()[path.suffix.lower()])
+    sync(fresh)
+    fresh.replace(path)
 
 
 class Painter:
@@ -154,7 +166,10 @@ class Painter:
                 for e in examples[start : start + self.batch_size]
             ]
             batch = collate_drawings(
-                wanted, self.tokens, self.transform, self.model.decoder.image_size  # type: ignore
+                wanted,
+                self.tokens,
+                self.transform,
+                self.model.decoder.image_size,
             )
             pixels = sample(self.model, batch.to(device), generator=generator, **settings)
             pictures += to_pictures(pixels)
@@ -163,7 +178,7 @@ class Painter:
     def _check(self, instruction: str, num_images: int, steps: int) -> None:
         if not instruction.strip():
             raise ValueError(
-                'the instruction is empty; say what to draw, such as "draw a red circle at the left"'
+                'the instruction is empty; say what to draw: "draw a red circle at the left"'
             )
         if len(instruction) > MAX_CHARACTERS:
             raise ValueError(
@@ -171,7 +186,7 @@ class Painter:
                 "read; shorten it"
             )
         assert self.tokens.qformer is not None
-        length = len(self.tokens.qformer(instruction, verbose=False)["input_ids"])  # type: ignore
+        length = len(self.tokens.qformer(instruction, verbose=False)["input_ids"])
         longest = min(
             self.tokens.max_instruction,
             self.model.instructblip.config.qformer.max_position_embeddings,

@@ -1,6 +1,6 @@
 """What to draw: examples from caption sets, from instruction JSONL, and fresh ones from Scenes.
 
-One line of an instruction file, ``image`` (the reference of subject-driven drawing) being optional::
+One line of an instruction file; ``image``, the subject to draw from, may be left out::
 
     {"instruction": "draw the same shape in blue at the left", "target_image": "b.png",
      "image": "a.png"}
@@ -175,13 +175,15 @@ class SubjectDrawings:
         )
 
 
+def _any_shape(rng: random.Random) -> Thing:
+    cell = divmod(rng.randrange(9), 3)
+    return Thing("shape", rng.choice(SHAPES), *cell, rng.choice(tuple(COLOURS)))
+
+
 def _subject(rng: random.Random) -> tuple[Thing, Thing, str]:
     """(what the picture shows, what to draw, the instruction); no held-out pair in either."""
     while True:
-        subject, wanted = (
-            Thing("shape", rng.choice(SHAPES), *divmod(rng.randrange(9), 3), rng.choice(tuple(COLOURS)))
-            for _ in range(2)
-        )
+        subject, wanted = _any_shape(rng), _any_shape(rng)
         size = rng.choice(SIZES)
         subject, wanted = replace(subject, size=size), replace(wanted, size=size)
         kept = rng.choice(("shape", "colour", "both"))

@@ -69,7 +69,8 @@ class Muon(torch.optim.Optimizer):
         for p in parameters:
             state = self.state[p]
             if not state:
-                state.update(step=torch.zeros(()), mean=torch.zeros_like(p), square=torch.zeros_like(p))
+                zeros = torch.zeros_like(p)
+                state.update(step=torch.zeros(()), mean=zeros, square=zeros.clone())
             state["step"] += 1
             step = float(state["step"])
             state["mean"].lerp_(p.grad, 1 - beta1)
