@@ -137,7 +137,7 @@ def test_another_qformer_is_refused(saved: Path, directory: Path, tmp_path: Path
 
 
 def test_a_directory_without_a_decoder_says_how_to_get_one(directory: Path):
-    with pytest.raises(FileNotFoundError, match="cannot draw.*instructblip train draw"):
+    with pytest.raises(FileNotFoundError, match=r"cannot draw.*instructblip train draw"):
         Engine.from_pretrained(directory, device="cpu").draw(ASKED)
 
 

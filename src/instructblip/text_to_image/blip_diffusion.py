@@ -145,9 +145,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         files = [path / "qformer" / f"{n}.{e}" for n in names for e in ("safetensors", "bin")]
         file = next((f for f in files if f.is_file()), None)
         if file is None:
-            raise FileNotFoundError(
-                f"{path / 'qformer'} holds no weights; expected {files[0].name}"
-            )
+            folder = path / "qformer"
+            raise FileNotFoundError(f"{folder} holds no weights; expected {files[0].name}")
         found = _rename(read_weights(file), DIFFUSERS_NAMES)
     elif absent := [str(f.relative_to(path)) for f in lavis if not f.is_file()]:
         raise FileNotFoundError(

@@ -5,6 +5,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
+def _heads_divide(config: Any) -> Any:
+    if config.width % config.num_heads:
+        raise ValueError(
+            f"width must be a multiple of num_heads; got {config.width} and {config.num_heads}"
+        )
+    return config
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -87,11 +95,3 @@ class TextToImageConfig(_Config):
     qformer: str | None = Field(
         None, description="Hash of the Q-Former's weights; written when the model is saved."
     )
-
-
-def _heads_divide(config: Any) -> Any:
-    if config.width % config.num_heads:
-        raise ValueError(
-            f"width must be a multiple of num_heads; got {config.width} and {config.num_heads}"
-        )
-    return config

@@ -71,12 +71,24 @@ def from_pretrained(path: str | Path, instructblip: InstructBlip | None = None) 
         )
     model = TextToImage(instructblip, config)
     weights = {n: p.float() for n, p in read_weights(folder / "model.safetensors").items()}
+    _check_width(weights, model, folder)
     for name, module in (("conditioner", model.conditioner), ("decoder", model.decoder)):
         own = {n.removeprefix(f"{name}."): p for n, p in weights.items() if n.startswith(name)}
         if name == "decoder" and not isinstance(config.decoder, NativeConfig):
             own |= {n: p for n, p in module.state_dict().items() if n.startswith("vae.")}
         load_weights(module, own, folder)
     return model.eval()
+
+
+def _check_width(weights: dict[str, torch.Tensor], model: TextToImage, folder: Path) -> None:
+    norm = weights.get("conditioner.connector.norm.weight")
+    width = model.decoder.condition_width
+    if norm is not None and len(norm) != width:
+        raise ValueError(
+            f"the connector in {folder} gives a condition of width {len(norm)}, the decoder reads "
+            f"{width}: the two were not trained together. Give decoder.path the directory that it "
+            "was trained with, or train a connector for this one"
+        )
 
 
 def qformer_hash(instructblip: InstructBlip) -> str:
