@@ -125,3 +125,10 @@ def test_roots_of_sources():
         Path("d/gqa"),
         Path("d/vsr"),
     ]
+
+
+def test_a_bare_on_or_off_is_a_word_not_a_boolean():
+    for word in ("on", "off", "auto"):
+        assert load_recipe("quickstart", [f"features.cache={word}"]).features.cache == word
+    with pytest.raises(ValueError, match=r"features\.cache"):
+        load_recipe("quickstart", ["features.cache=maybe"])

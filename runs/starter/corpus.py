@@ -21,7 +21,7 @@ from instructblip.data.scenes.language import (
     describe,
     detail,
 )
-from instructblip.data.scenes.world import COLOURS, SHAPES, Scene, sample_scene
+from instructblip.data.scenes.world import COLOURS, SHAPES, Scene, Thing, sample_scene
 from instructblip.data.templates import TEMPLATES, render_instruction
 
 PLAIN = {
@@ -51,21 +51,25 @@ DETAIL_INSTRUCTIONS = (
     "Give a full description of the picture.",
 )
 SHARES = {
-    "cloze": 24, "list": 6, "vqa": 28, "multiple_choice": 10, "caption": 9, "detail": 2,
-    "statement": 6, "classify": 5, "ask": 2, "dialogue": 5, "read": 3,
+    "cloze": 6, "list": 2, "vqa": 38, "multiple_choice": 12, "caption": 5, "detail": 1,
+    "statement": 10, "classify": 8, "ask": 2, "dialogue": 6, "read": 8,
 }  # fmt: skip
 LIST_INSTRUCTIONS = ("List the things.", "Name each thing.", "Go through the things one by one.")
 CLOZE_ENDS = ("", "", ":", " is", "?", "? Answer:", "? Short answer:")
 
 
 def question_of(scene: Scene, rng: random.Random, kinds: tuple[str, ...]) -> Question:
-    """A question of one of the kinds that fits the scene."""
+    """A question of one of the kinds that fits the scene; what is written there comes first."""
     while True:
+        written = [k for k in ("word", "digit") if k in kinds and scene.of_kind(k)]
+        if written and rng.random() < 0.35 and (q := QUESTIONS[rng.choice(written)](scene, rng)):
+            return q
         if question := QUESTIONS[rng.choice(kinds)](scene, rng):
             return question
 
 
-VQA_KINDS = (*HELD_IN_KINDS, "color", "color", "shape", "place", "size", "beside", "beside")
+BASIC_KINDS = ("color", "shape", "shape at", "place", "size", "exists")
+VQA_KINDS = (*HELD_IN_KINDS, *BASIC_KINDS, "exists", "beside", "beside", "beside")
 CHOICE_KINDS = (*HELD_IN_KINDS, "color", "place", "most", "science", "science", "beside")
 
 
@@ -148,62 +152,78 @@ def _turn(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return rendered.prompt, rendered.response
 
 
-BASIC_KINDS = ("color", "shape", "shape at", "place", "size", "exists")
+@dataclass(frozen=True)
+class Document:
+    """What there is, and what is asked about it: pairs of instruction and response.
+
+    ``description`` is read word by word; ``things`` says the same, one entry for each thing, to be
+    read as one position each: the sum of its words. A query token of a Q-Former is such a sum.
+    """
+
+    description: str
+    things: tuple[str, ...]
+    turns: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the documents of a lesson look like: ends of phrases, whole questions, manners."""
+    """How the phrases of a lesson may end, and which share of its turns are whole questions."""
 
     ends: tuple[str, ...]
     questions: float
-    manners: int
 
 
 LESSONS = (
-    Lesson(ends=("",), questions=0.0, manners=1),
-    Lesson(ends=("", "?", ":"), questions=0.0, manners=1),
-    Lesson(ends=("", "?", ":", "? Answer:", "? Short answer:"), questions=0.0, manners=1),
-    Lesson(ends=CLOZE_ENDS, questions=0.6, manners=1),
-    Lesson(ends=CLOZE_ENDS, questions=0.6, manners=3),
+    Lesson(("",), 0.0),
+    Lesson(("", "?", ":"), 0.0),
+    Lesson(CLOZE_ENDS, 0.0),
+    Lesson(CLOZE_ENDS, 0.6),
 )
 """Which attribute belongs to which thing is the one hard step. It is learned when a phrase ends
-with the thing it asks about, and carried from there, little by little, to whole questions and to
-every manner of description; without the first lessons the plateau of guessing among the things
-present is not left (docs/log.md). After the last lesson comes everything."""
-_MANNERS = tuple(DESCRIPTIONS[i] for i in (2, 0, 1, 5, 3, 4))
+with the thing it asks about, and carried from there, little by little, to whole questions; without
+the lessons the plateau of guessing among the things present is not left (docs/log.md). After the
+last lesson comes everything."""
 
 
-def document(
-    rng: random.Random, turns: int = 5, lesson: Lesson | None = None
-) -> tuple[str, list[tuple[str, str]]]:
-    """A description and pairs of instruction and response; of a lesson, or of everything."""
-    words = 0 if lesson else rng.choice((0, 0, 0, 1, 2))
-    digits = 1 if not lesson and words == 0 and rng.random() < 0.25 else 0
+def document(rng: random.Random, turns: int = 5, lesson: Lesson | None = None) -> Document:
+    """What happens to be in a scene, and what a lesson asks about it, or anything."""
+    if lesson:
+        scene = sample_scene(rng, rng.choice(((1, 1), (2, 2), (3, 3))), pairs="any")
+        # A dictionary, so that no question comes twice: its answer could be copied from the first.
+        asked = dict(_lesson_turn(scene, rng, lesson) for _ in range(2 * turns))
+        return Document(describe(scene, rng), things(scene, rng), list(asked.items()))
+    words = rng.choice((0, 0, 0, 1, 2))
+    digits = 1 if words == 0 and rng.random() < 0.25 else 0
     shapes = rng.choice(((1, 1), (2, 2), (2, 2), (3, 3), (1, 3)))
     scene = sample_scene(rng, shapes, words, digits, pairs="any")
-    if not lesson:
-        return describe(scene, rng), [_turn(scene, rng) for _ in range(turns)]
-    # A dictionary, so that no question comes twice: its answer could be copied from the first.
-    asked: dict[str, str] = {}
-    for _ in range(2 * turns):
-        if rng.random() < lesson.questions:
-            question = question_of(scene, rng, BASIC_KINDS)
-            text, answer = f"{question.text} Short answer:", question.answer
-        else:
-            text, answer = _cloze(scene, rng, lesson.ends)
-        asked[text] = answer
-    manner = _MANNERS[rng.randrange(lesson.manners)]
-    return manner(list(scene.things)), list(asked.items())
+    pairs = [_turn(scene, rng) for _ in range(turns)]
+    return Document(describe(scene, rng), things(scene, rng), pairs)
+
+
+def _lesson_turn(scene: Scene, rng: random.Random, lesson: Lesson) -> tuple[str, str]:
+    if rng.random() < lesson.questions:
+        question = question_of(scene, rng, BASIC_KINDS)
+        return f"{question.text} Short answer:", question.answer
+    return _cloze(scene, rng, lesson.ends)
+
+
+def things(scene: Scene, rng: random.Random) -> tuple[str, ...]:
+    """The words of each thing, the things in any order."""
+
+    def words(thing: Thing) -> str:
+        first = f"{thing.size} {thing.colour}" if thing.kind == "shape" else thing.kind
+        return f"{first} {thing.name} {thing.place}"
+
+    return tuple(words(t) for t in rng.sample(scene.things, len(scene.things)))
 
 
 def texts(rng: random.Random, documents: int) -> list[str]:
     """Loose lines of text for the training of tokenizers."""
     lines = [" ".join(FRUIT.values())]
     for _ in range(documents):
-        description, turns = document(rng)
-        lines.append(description)
-        lines += [f"{prompt} {response}" for prompt, response in turns]
+        one = document(rng)
+        lines.append(one.description)
+        lines += [f"{prompt} {response}" for prompt, response in one.turns]
     for templates in TEMPLATES.values():
         lines += [template.replace("{", " ").replace("}", " ") for template in templates] * 20
     return lines

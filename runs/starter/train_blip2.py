@@ -274,7 +274,7 @@ def run(args: argparse.Namespace, stage: Stage) -> None:
     start = last = time.monotonic() - spent
     sums = torch.zeros(4)
     while (elapsed := time.monotonic() - start) < 60 * args.minutes:
-        factor = min(1.0, (step + 1) / 50, (1 - elapsed / (60 * args.minutes)) / 0.4)
+        factor = min(1.0, (step + 1) / 50, (1 - elapsed / (60 * args.minutes)) / 0.6)
         rng = random.Random(1_000_000 * args.stage + step)
         scenes = [training_scene(rng) for _ in range(PICTURES)]
         features = stage.features(scenes)

@@ -1,12 +1,27 @@
 """From a recipe to the objects that a run needs: data sets, loader, model, validation."""
 
+import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from instructblip import distributed
+from instructblip.data.features import (
+    TYPES,
+    Encode,
+    Features,
+    FeatureStore,
+    FeatureType,
+    fill,
+    hash_pictures,
+    measure,
+    store_name,
+)
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.mixture import Mixture
@@ -14,8 +29,8 @@ from instructblip.data.pictures import Pictures
 from instructblip.data.prepare import PreparedDataset, prepare
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.benchmarks import Benchmark, select_benchmarks
-from instructblip.evaluation.evaluate import evaluate
-from instructblip.model.instructblip import InstructBlip
+from instructblip.evaluation.evaluate import evaluate, pick
+from instructblip.model.instructblip import InstructBlip, part_of
 from instructblip.model.pretrained import model_directory
 from instructblip.recipe import Recipe
 from instructblip.serving.engine import Engine
@@ -123,18 +138,22 @@ def make_model(recipe: Recipe) -> InstructBlip:
 def make_loader(
     recipe: Recipe, datasets: dict[str, PreparedDataset], model: InstructBlip
 ) -> Loader:
-    """This rank's training batches."""
+    """This rank's training batches, with features in place of pixels where they are kept."""
     data, training = recipe.data, recipe.training
     tokens, transform = read_assets(recipe, model)
+    pictures = make_pictures(recipe, transform.for_training() if data.augment else transform)
+    pictures.features = make_features(
+        recipe,
+        model,
+        pictures,
+        ((names, d.image_root) for d in datasets.values() for names in d.images()),
+        reads=training.steps * training.batch_size,
+    )
     return Loader(
         datasets,
         make_mixture(recipe, datasets),
         tokens,
-        Pictures(
-            transform.for_training() if data.augment else transform,
-            num_frames=data.num_frames,
-            cache_images_mb=data.cache_images_mb,
-        ),
+        pictures,
         batch_size=training.batch_size,
         seed=data.seed,
         rank=distributed.rank(),
@@ -154,10 +173,10 @@ def make_validation(
         datasets = prepare_benchmarks(recipe, chosen)
     tokens, transform = read_assets(recipe, model)
     engine = Engine(model, tokens, transform)
-    engine.pictures = Pictures(
-        transform, num_frames=recipe.data.num_frames, cache_images_mb=recipe.data.cache_images_mb
-    )
+    engine.pictures = make_pictures(recipe, transform)
     limit, batch_size = recipe.evaluation.validation_limit, recipe.evaluation.batch_size
+    times = recipe.training.steps // (recipe.training.validate_every or recipe.training.steps)
+    use_features(recipe, engine, datasets.values(), limit, times)
 
     def validate(_model: InstructBlip) -> dict[str, float]:
         scores = {}
@@ -195,6 +214,103 @@ def with_limits(tokens: Tokens, recipe: Recipe, model: InstructBlip) -> Tokens:
         max_prompt=data.max_prompt,
         max_response=data.max_response,
     )
+
+
+def make_pictures(recipe: Recipe, transform: ImageTransform) -> Pictures:
+    data = recipe.data
+    return Pictures(transform, num_frames=data.num_frames, cache_images_mb=data.cache_images_mb)
+
+
+def use_features(
+    recipe: Recipe,
+    engine: Engine,
+    datasets: Iterable[PreparedDataset],
+    limit: int | None,
+    times: int,
+) -> None:
+    """Let ``engine`` answer from stored features where that is exact; ``times`` over the sets."""
+    images = [
+        (dataset[i].images, dataset.image_root)
+        for dataset in datasets
+        for i in pick(len(dataset), limit)
+    ]
+    engine.pictures.features = make_features(
+        recipe, engine.model, engine.pictures, images, reads=times * len(images), exact=True
+    )
+
+
+def make_features(
+    recipe: Recipe,
+    model: InstructBlip,
+    pictures: Pictures,
+    images: Iterable[tuple[tuple[str, ...], Path]],
+    reads: int,
+    exact: bool = False,
+) -> Features | None:
+    """Stored features of ``images`` (frames and their root), computed where they are missing; None
+    where the recipe does not want them or, with ``cache: auto``, where they would not pay.
+
+    ``reads`` is how often a sample will be read; ``exact`` refuses a store that rounds. All ranks
+    call this together.
+    """
+    settings, transform = recipe.features, pictures.transform
+    wanted = settings.cache == "on"
+    if settings.cache == "off":
+        return None
+    if any(p.requires_grad for n, p in model.named_parameters() if part_of(n) == "vision_tower"):
+        if wanted:
+            raise ValueError(
+                "features.cache=on needs a frozen image encoder, and training.trainable has "
+                "vision_tower; take it out, or set features.cache=off"
+            )
+        return None
+    if transform.train and settings.views == 1 and not wanted:
+        return None  # each epoch would see the same crop
+    device = resolve_device(recipe.training.device)
+    model.vision_model.to(device)
+
+    def encode(pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model.encode_image(pixels.to(device), norm=False)
+
+    size = transform.image_size
+    own = encode(torch.zeros(1, 3, size, size)).dtype
+    kind: FeatureType = settings.dtype or ("bf16" if own == torch.bfloat16 else "fp32")
+    if exact and kind != "fp32" and TYPES[kind] != own:
+        return None
+    root = settings.root or recipe.data.root / "features"
+    paths = {path for names, place in images for path in pictures.paths(names, place)}
+    features = Features(
+        FeatureStore(root / store_name(transform, model.encoder_fingerprint(), kind), kind),
+        hash_pictures(paths, root / "pictures.json"),
+        views=settings.views if transform.train else 1,
+    )
+    if not wanted:
+        pays = features_pay(features, transform, encode, reads) if distributed.is_main() else None
+        if not distributed.broadcast_object(pays):
+            return None
+    began = time.monotonic()
+    count = fill(features, transform, encode, model.image_chunk, recipe.training.workers)
+    if count and distributed.is_main():
+        seconds = time.monotonic() - began
+        print(f"image features: {count:,} computed in {seconds:.0f} s, kept in {root}")
+    return features
+
+
+def features_pay(features: Features, transform: ImageTransform, encode: Encode, reads: int) -> bool:
+    """Whether storing what is missing takes less time than encoding at every use, and fits."""
+    missing = len(features.missing())
+    if not missing:
+        return True
+    costs = measure(features, transform, encode, num_pictures=16)
+    free = shutil.disk_usage(features.store.folder.parent).free
+    pays = costs.saving(missing, reads) > 0 and missing * costs.nbytes < free / 2
+    print(
+        f"image features: {costs.encode * 1000:.2g} ms to compute, {costs.read * 1000:.2g} ms to "
+        f"read, {missing:,} to store in {missing * costs.nbytes / 1e9:.2g} GB, {reads:,} uses: "
+        + ("kept" if pays else "computed at each use")
+    )
+    return pays
 
 
 def make_engine(recipe: Recipe, model: str, instruction_aware: bool | None = None) -> Engine:

@@ -68,6 +68,14 @@ def prepare(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def cache(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Compute the image features of a recipe's pictures once, for all its runs."""
+    from instructblip.recipe import load_recipe
+
+    stages.cache(load_recipe(recipe, overrides or []))
+
+
+@app.command()
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,

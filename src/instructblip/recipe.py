@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -104,6 +105,24 @@ class DataConfig(_Section):
         return self.prepared or self.root / "prepared"
 
 
+def _spell_out(value: object) -> object:
+    # YAML 1.1 reads a bare on and off as booleans
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+class FeaturesConfig(_Section):
+    """Image features of the frozen encoder, computed once and kept on disk."""
+
+    cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(_spell_out)] = "auto"
+    """Whether to keep them; auto measures whether it saves time, and never keeps a single crop."""
+    dtype: Literal["fp32", "bf16", "int8"] | None = None
+    """Type on disk; null for the encoder's own, without loss. int8 has a scale for each token."""
+    views: PositiveInt = 1
+    """Random crops kept of each picture, where ``data.augment`` is on."""
+    root: Path | None = None
+    """Folder of the features; null for ``data.root/features``."""
+
+
 class EvaluationConfig(_Section):
     """What the model is measured on: during training, and after it."""
 
@@ -166,6 +185,8 @@ class Recipe(_Section):
     """What it is tuned on."""
     training: TrainingConfig = TrainingConfig()
     """How it is tuned."""
+    features: FeaturesConfig = FeaturesConfig()
+    """Whether the frozen encoder's image features are kept."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What it is measured on."""
     drawing: DrawingConfig | None = None

@@ -105,6 +105,20 @@ def draw(
     return names
 
 
+def cache(recipe: "Recipe") -> None:
+    """Compute and keep the image features that training and validation will read."""
+    from instructblip import assembly, distributed
+
+    settings = recipe.features.model_copy(update={"cache": "on"})
+    recipe = recipe.model_copy(update={"features": settings})
+    with distributed.process_group():
+        with assembly.main_first():
+            datasets = assembly.prepare_training(recipe)
+        model = assembly.make_model(recipe)
+        assembly.make_loader(recipe, datasets, model)
+        assembly.make_validation(recipe, model)
+
+
 def evaluate(
     recipe: "Recipe",
     model: str,
@@ -120,6 +134,8 @@ def evaluate(
     benchmarks = assembly.benchmarks_of(recipe, settings.benchmarks)
     datasets = assembly.prepare_benchmarks(recipe, benchmarks)
     engine = assembly.make_engine(recipe, model, instruction_aware)
+    # twice: benchmarks are answered again, by the next model or without the pictures
+    assembly.use_features(recipe, engine, datasets.values(), settings.limit, times=2)
     out.mkdir(parents=True, exist_ok=True)
     (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     results = []

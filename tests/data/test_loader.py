@@ -111,8 +111,15 @@ def test_cache_is_bounded(tmp_path: Path) -> None:
 
 
 def test_features_replace_pixels(sets: dict[str, Examples], tokens: Tokens) -> None:
+    class Stored:
+        def __call__(self, path: str, view: int) -> torch.Tensor:
+            return torch.full((4, 2), float(len(path) + view))
+
+        def view(self, seed: int) -> int:
+            return seed % 2
+
     loader = make(sets, tokens, augment=False)
-    loader.pictures.features = lambda key: torch.full((4, 2), float(len(key)))
+    loader.pictures.features = Stored()
     batch = loader.batch(0)
     assert batch.pixel_values is None
     assert batch.image_features is not None

@@ -17,8 +17,17 @@ from instructblip.data.sources.video import evenly_spaced
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
 
-Features = Callable[[str], Tensor]
-"""Gives the stored image features [P, V] of a picture's key."""
+
+class StoredFeatures(Protocol):
+    """What is read in place of pixels (``features.Features``)."""
+
+    def __call__(self, path: str, view: int, /) -> Tensor:
+        """[P, V] of one stored crop of the picture at ``path``."""
+        ...
+
+    def view(self, seed: int) -> int:
+        """Which of the stored crops a sample with this seed sees."""
+        ...
 
 
 class Examples(Protocol):
@@ -48,13 +57,16 @@ class Pictures:
     transform: ImageTransform
     num_frames: int = 4
     cache_images_mb: int = 256
-    features: Features | None = None
+    features: StoredFeatures | None = None
     _cache: "OrderedDict[str, np.ndarray]" = field(default_factory=OrderedDict, repr=False)
     _bytes: int = 0
 
     def keys(self, example: Example, image_root: Path) -> tuple[str, ...]:
         """The path of each frame: one for a still picture, ``num_frames`` for a video."""
-        names = example.images
+        return self.paths(example.images, image_root)
+
+    def paths(self, names: tuple[str, ...], image_root: Path) -> tuple[str, ...]:
+        """The same for ``Example.images`` alone."""
         if len(names) > 1:
             names = tuple(names[i] for i in self.frames(len(names)))
         return tuple(str(image_root / name) for name in names)
@@ -104,7 +116,9 @@ def make_sample(
     features = pixels = None
     try:
         if pictures.features is not None:
-            features = tuple(pictures.features(key) for key in keys)
+            view = pictures.features.view(seed)
+            features = tuple(pictures.features(key, view) for key in keys)
+            keys = tuple(f"{key}#{view}" for key in keys)
         else:
             flip = may_flip(example, rendered)
             pixels = tuple(pictures.load(key, random.Random(seed), flip) for key in keys)

@@ -77,16 +77,25 @@ class PreparedDataset:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)} in {self.path}")
-        if self._batches is None:
-            with pa.ipc.open_stream(pa.memory_map(str(self.path / "data.arrow"))) as reader:
-                self._batches = list(reader)
-            self._ends = list(accumulate(batch.num_rows for batch in self._batches))
+        batches = self._open()
         i = bisect_right(self._ends, index)
-        batch = self._batches[i]
+        batch = batches[i]
         return _to_example(batch, index - (self._ends[i] - batch.num_rows))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
+
+    def images(self) -> set[tuple[str, ...]]:
+        """The distinct ``Example.images``, without reading anything else."""
+        columns = (batch.column("images").to_pylist() for batch in self._open())
+        return {tuple(names) for column in columns for names in column}
+
+    def _open(self) -> list[pa.RecordBatch]:
+        if self._batches is None:
+            with pa.ipc.open_stream(pa.memory_map(str(self.path / "data.arrow"))) as reader:
+                self._batches = list(reader)
+            self._ends = list(accumulate(batch.num_rows for batch in self._batches))
+        return self._batches
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_batches": None, "_ends": []}

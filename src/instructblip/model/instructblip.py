@@ -6,6 +6,7 @@ InstructBlipForConditionalGeneration.
 """
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,6 +120,16 @@ class InstructBlip(nn.Module):
                 parts = [vision.body(chunk) for chunk in pixel_values.split(self.image_chunk)]
             features = torch.cat(parts) if len(parts) != 1 else parts[0]
         return vision.norm(features) if norm else features
+
+    def encoder_fingerprint(self) -> str:
+        """A hash of all that ``encode_image(norm=False)`` depends on besides the pictures."""
+        vision = self.vision_model
+        digest = hashlib.sha256(f"{self.config.vision!r} {self.compute_dtype}".encode())
+        for name, value in vision.state_dict().items():
+            if not name.startswith("post_layernorm."):
+                digest.update(f"{name} {value.dtype}".encode())
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def query_image(
         self,

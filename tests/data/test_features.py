@@ -1,0 +1,227 @@
+"""Stored image features: what is stored once is exact, survives a kill, and is never stale."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from instructblip import distributed
+from instructblip.data import features as features_module
+from instructblip.data.features import (
+    Costs,
+    Features,
+    FeatureStore,
+    FeatureType,
+    fill,
+    hash_pictures,
+    measure,
+    quantize,
+    store_name,
+)
+from instructblip.data.images import ImageTransform, load_image
+from tests.data.tiny import write_picture
+
+TRANSFORM = ImageTransform(image_size=8)
+
+
+class Encoder:
+    """Counts the pictures it sees: two tokens of four features each."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        self.seen += len(pixels)
+        return pixels.flatten(1)[:, :8].unflatten(1, (2, 4)) * 3
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[str]:
+    """Five pictures; the last has the bytes of the first."""
+    found = [str(write_picture(tmp_path / "images" / f"{i}.png", seed=i)) for i in range(5)]
+    Path(found[4]).write_bytes(Path(found[0]).read_bytes())
+    return found
+
+
+def stored(
+    folder: Path, paths: list[str], kind: FeatureType = "fp32", views: int = 1
+) -> tuple[Features, Encoder]:
+    transform = TRANSFORM if views == 1 else TRANSFORM.for_training()
+    encoder = Encoder()
+    features = Features(
+        FeatureStore(folder / "store", kind), hash_pictures(paths, folder / "pictures.json"), views
+    )
+    fill(features, transform, encoder, batch_size=2, workers=0)
+    return features, encoder
+
+
+def test_features_are_exact_and_equal_pictures_are_stored_once(tmp_path: Path, paths: list[str]):
+    features, encoder = stored(tmp_path, paths)
+    assert encoder.seen == len(features.store) == 4
+    for path in paths:
+        expected = Encoder()(TRANSFORM(load_image(path))[None])[0]
+        assert torch.equal(features(path, 0), expected)
+    again, encoder = stored(tmp_path, paths)
+    assert encoder.seen == 0
+    copy = pickle.loads(pickle.dumps(again))
+    assert torch.equal(copy(paths[2], 0), features(paths[2], 0))
+    assert again.view(7) == 0
+
+
+def test_a_changed_picture_is_encoded_anew(tmp_path: Path, paths: list[str]):
+    before, _ = stored(tmp_path, paths)
+    old = before(paths[1], 0).clone()
+    write_picture(Path(paths[1]), seed=99)
+    after, encoder = stored(tmp_path, paths)
+    assert encoder.seen == 1
+    assert not torch.equal(after(paths[1], 0), old)
+    assert torch.equal(after(paths[2], 0), before(paths[2], 0))
+
+
+def test_a_vanished_picture_is_named(tmp_path: Path, paths: list[str]):
+    stored(tmp_path, paths)
+    Path(paths[3]).unlink()
+    with pytest.raises(FileNotFoundError, match=r"3\.png does not exist any more"):
+        stored(tmp_path, paths)
+
+
+def test_a_picture_that_was_not_stored_is_named(tmp_path: Path, paths: list[str]):
+    features, _ = stored(tmp_path, paths[:2])
+    with pytest.raises(ValueError, match=r"3\.png has no stored features.*instructblip cache"):
+        features(paths[3], 0)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_smaller_types_stay_near(tmp_path: Path, paths: list[str], kind: FeatureType):
+    features, _ = stored(tmp_path, paths, kind)
+    exact, _ = stored(tmp_path / "exact", paths)
+    for path in paths:
+        assert features(path, 0).dtype == torch.bfloat16
+        torch.testing.assert_close(
+            features(path, 0).float(), exact(path, 0), rtol=2**-7, atol=exact(path, 0).max() / 127
+        )
+
+
+def test_each_token_has_its_own_scale():
+    small, large = torch.randn(1, 1, 64) * 1e-3, torch.randn(1, 1, 64) * 1e3
+    values, scale = quantize(torch.cat([small, large], dim=1))
+    back = values.float() * scale[:, :, None]
+    assert (back[0, 0] - small[0, 0]).abs().max() <= small.abs().max() / 254 * 1.01
+    assert torch.isfinite(quantize(torch.zeros(1, 1, 4))[1]).all()
+
+
+def test_views_are_crops_never_mirrored(tmp_path: Path):
+    ramp = np.tile(np.arange(0, 240, 10, dtype=np.uint8), (24, 1))
+    path = tmp_path / "ramp.png"
+    Image.fromarray(np.stack([ramp] * 3, axis=2)).save(path)
+    features, encoder = stored(tmp_path, [str(path)], views=6)
+    assert encoder.seen == 6
+    views = [features(str(path), view) for view in range(6)]
+    assert len({tuple(view.flatten().tolist()) for view in views}) >= 4
+    assert all(view.flatten()[7] > view.flatten()[0] for view in views), "a view is mirrored"
+    assert {features.view(seed) for seed in range(100)} == set(range(6))
+
+
+def test_a_kill_loses_the_shard_in_work_and_nothing_else(
+    tmp_path: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(features_module, "SHARD_BYTES", 1)  # a shard for each batch
+    encoder = Encoder()
+    features = Features(
+        FeatureStore(tmp_path / "store", "fp32"), hash_pictures(paths, tmp_path / "index.json")
+    )
+
+    def dies(pixels: Tensor) -> Tensor:
+        if encoder.seen:
+            raise KeyboardInterrupt
+        return encoder(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(features, TRANSFORM, dies, batch_size=2, workers=0)
+    assert len(FeatureStore(tmp_path / "store", "fp32")) == 2
+    _, encoder = stored(tmp_path, paths)
+    assert encoder.seen == 2
+
+
+def test_a_damaged_shard_is_set_aside(tmp_path: Path, paths: list[str]):
+    stored(tmp_path, paths)
+    (shard,) = (tmp_path / "store").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.warns(RuntimeWarning, match="is damaged.*encoded again"):
+        features, encoder = stored(tmp_path, paths)
+    assert encoder.seen == 4
+    assert features(paths[0], 0).shape == (2, 4)
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(
+    tmp_path: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    def full(_tensors: object, path: Path, metadata: object = None) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features_module, "save_file", full)
+    with pytest.raises(OSError, match=r"No space left.*features\.dtype=int8"):
+        stored(tmp_path, paths)
+    assert not list((tmp_path / "store").iterdir())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_work(
+    tmp_path: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch, ranks: int
+):
+    seen = []
+    for rank in range(ranks):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+        digests = {path: str(i) for i, path in enumerate(paths)}
+        features = Features(FeatureStore(tmp_path / "store", "fp32"), digests)
+        monkeypatch.setattr(FeatureStore, "__contains__", lambda self, key: False)
+        encoder = Encoder()
+        fill(features, TRANSFORM, encoder, batch_size=2, workers=0)
+        monkeypatch.undo()
+        seen.append(encoder.seen)
+    assert sum(seen) == 5
+    assert max(seen) - min(seen) <= 1
+    assert len(FeatureStore(tmp_path / "store", "fp32")) == 5
+
+
+def test_the_name_of_a_store_holds_all_that_changes_its_features():
+    names = {
+        store_name(TRANSFORM, "a", "fp32"),
+        store_name(TRANSFORM, "b", "fp32"),
+        store_name(TRANSFORM, "a", "bf16"),
+        store_name(ImageTransform(image_size=16), "a", "fp32"),
+        store_name(TRANSFORM.for_training(), "a", "fp32"),
+    }
+    assert len(names) == 5
+
+
+def test_costs_decide(tmp_path: Path, paths: list[str]):
+    dear = Costs(load=1, encode=10, write=1, read=1, nbytes=1)
+    assert dear.saving(missing=10, reads=10) < 0 < dear.saving(missing=10, reads=40)
+    cheap = Costs(load=1, encode=1, write=1, read=2, nbytes=1)
+    assert cheap.saving(missing=1, reads=10**6) < 0
+    features = Features(
+        FeatureStore(tmp_path / "store", "fp32"), hash_pictures(paths, tmp_path / "index.json")
+    )
+    costs = measure(features, TRANSFORM, Encoder(), 3)
+    assert min(costs.load, costs.encode, costs.write, costs.read) > 0
+    assert costs.nbytes >= 2 * 4 * 4
+    assert not (tmp_path / "store").exists() or not list((tmp_path / "store").iterdir())
+
+
+def test_an_unchanged_picture_is_not_read_again(tmp_path: Path, paths: list[str]):
+    first = hash_pictures(paths, tmp_path / "index.json")
+    path = Path(paths[0])
+    status = path.stat()
+    path.write_bytes(bytes(status.st_size))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert hash_pictures(paths, tmp_path / "index.json") == first
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert hash_pictures(paths, tmp_path / "index.json")[paths[0]] != first[paths[0]]
