@@ -48,3 +48,8 @@ def painter(model: TextToImage, directory: Path) -> Painter:
 def loader(painter: Painter) -> DrawLoader:
     sets = {"scenes": SceneDrawings(), "subjects": SubjectDrawings()}
     return DrawLoader(sets, {}, painter.tokens, painter.transform, 16, batch_size=6)
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instructblip.training.log.draw_curves", lambda lines, path: None)

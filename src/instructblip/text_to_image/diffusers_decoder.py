@@ -132,7 +132,8 @@ class DiffusersDecoder(nn.Module):
             noisy = scheduler.add_noise(latents, noise, moment)
             wanted = noise
             if scheduler.config.prediction_type == "v_prediction":
-                wanted = scheduler.get_velocity(latents, noise, moment)
+                kept = scheduler.alphas_cumprod.to(latents)[moment][:, None, None, None]
+                wanted = kept.sqrt() * noise - (1 - kept).sqrt() * latents
         return (self(noisy, moment, condition, mask) - wanted).square().mean((1, 2, 3))
 
     @torch.no_grad()
@@ -155,12 +156,12 @@ class DiffusersDecoder(nn.Module):
         return [float(t) for t in self.scheduler.timesteps]
 
     def predict(self, noisy: Tensor, level: float, condition: Tensor, mask: Tensor) -> Tensor:
-        moment = torch.tensor(level)
+        moment = torch.tensor(level, dtype=self.scheduler.timesteps.dtype)
         scaled = noisy if self.flow else self.scheduler.scale_model_input(noisy, moment)
         return self(scaled, moment.to(noisy.device).expand(len(noisy)), condition, mask)
 
     def advance(self, noisy: Tensor, prediction: Tensor, place: int, levels: list[float]) -> Tensor:
-        return self.scheduler.step(prediction, torch.tensor(levels[place]), noisy).prev_sample
+        return self.scheduler.step(prediction, self.scheduler.timesteps[place], noisy).prev_sample
 
     def pixels(self, clean: Tensor) -> Float[Tensor, "B 3 G G"]:
         vae: Any = self.vae

@@ -93,8 +93,11 @@ class InstructionFile:
                 if not isinstance(text, str) or not text.strip():
                     raise ValueError(f"{where}: expected a text in `instruction`; got {text!r}")
                 names = [row.get("target_image"), row.get("image")]
-                if not isinstance(names[0], str):
-                    raise ValueError(f"{where}: expected a file name in `target_image`")
+                if not isinstance(names[0], str) or not isinstance(names[1], str | None):
+                    raise ValueError(
+                        f"{where}: expected a file name in `target_image`, and one or none in "
+                        f"`image`; got {names[0]!r} and {names[1]!r}"
+                    )
                 target, image = (None if n is None else image_name(n, where) for n in names)
                 assert target is not None
                 yield text, target, image, where
