@@ -1,6 +1,7 @@
 """From an instruction, and a picture or none, to pictures: guided sampling, and the painter."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -102,8 +103,9 @@ class Painter:
     def __init__(
         self, model: TextToImage, tokens: Tokens, transform: ImageTransform, batch_size: int = 32
     ) -> None:
-        self.model, self.tokens, self.transform = model.eval(), tokens, transform
-        self.batch_size = batch_size
+        longest = model.instructblip.config.qformer.max_position_embeddings
+        self.model, self.transform, self.batch_size = model.eval(), transform, batch_size
+        self.tokens = replace(tokens, max_instruction=min(tokens.max_instruction, longest))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> "Painter":
@@ -187,10 +189,7 @@ class Painter:
             )
         assert self.tokens.qformer is not None
         length = len(self.tokens.qformer(instruction, verbose=False)["input_ids"])
-        longest = min(
-            self.tokens.max_instruction,
-            self.model.instructblip.config.qformer.max_position_embeddings,
-        )
+        longest = self.tokens.max_instruction
         if length > longest:
             raise ValueError(
                 f"the instruction has {length} tokens and the Q-Former reads at most {longest}; "
