@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from instructblip.model.instructblip import InstructBlip
 from instructblip.text_to_image.batches import DrawLoader
 from instructblip.text_to_image.config import ConditionerConfig, DiffusersConfig, TextToImageConfig
 from instructblip.text_to_image.model import TextToImage
-from instructblip.text_to_image.pretrained import from_pretrained, save_pretrained
+from instructblip.text_to_image.pretrained import from_pretrained, save_addition, save_pretrained
 from instructblip.text_to_image.sample import Painter
 from instructblip.training.train import train
 from tests.text_to_image.test_model import settings
@@ -96,6 +97,20 @@ def test_keys_and_values_alone_can_train(directory: Path, tmp_path: Path):
     assert all(".attn2.to_" in n for n in names)
     model.set_trainable(("drawing",))
     assert not any("vae" in n for n, _ in model.trainable_parameters())
+
+
+def test_weights_are_written_once_they_differ(directory: Path, tmp_path: Path):
+    model = build(directory, write_decoder(tmp_path / "sd", KINDS[0]))
+    save_addition(model, tmp_path / "frozen")
+    assert not any(
+        n.startswith("decoder") for n in load_file(tmp_path / "frozen/model.safetensors")
+    )
+    model.set_trainable(("drawing",))
+    save_addition(model, tmp_path / "trained")
+    names = load_file(tmp_path / "trained" / "model.safetensors")
+    assert {n for n in names if n.startswith("decoder")} == {
+        f"decoder.{n}" for n in model.decoder.state_dict() if "vae" not in n
+    }
 
 
 def test_the_condition_reaches_the_decoder(directory: Path, decoder_directory: Path):

@@ -56,6 +56,8 @@ class TextToImage(nn.Module):
         )
         self.conditioner.start_from(instructblip.query_tokens)
         self.compute_dtype: torch.dtype | None = None
+        self.decoder_changed = isinstance(config.decoder, NativeConfig)
+        """Whether the decoder's weights are other than those of a diffusers directory."""
         self.set_trainable(
             ("drawing",) if isinstance(config.decoder, NativeConfig) else ("bridge",)
         )
@@ -136,6 +138,7 @@ class TextToImage(nn.Module):
         for module, prefix in ((self.conditioner, "conditioner."), (self.decoder, "decoder.")):
             for name, parameter in module.named_parameters(prefix.removesuffix(".")):
                 parameter.requires_grad_(any(p.fullmatch(name) for p in patterns))
+        self.decoder_changed |= any(p.requires_grad for p in self.decoder.parameters())
         return self.train(self.training)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

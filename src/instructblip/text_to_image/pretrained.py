@@ -38,8 +38,8 @@ def save_addition(model: TextToImage, folder: Path, dtype: torch.dtype = torch.f
         (directory / "config.json").write_text(text, encoding="utf-8")
         weights = {name: p.detach().to(dtype) for name, p in model.state_dict().items()}
         kept = {n: p for n, p in weights.items() if n.startswith(("conditioner.", "decoder."))}
-        if not isinstance(config.decoder, NativeConfig):
-            kept = {n: p for n, p in kept.items() if not n.startswith("decoder.vae.")}
+        left_out = "decoder.vae." if model.decoder_changed else "decoder."
+        kept = {n: p for n, p in kept.items() if not n.startswith(left_out)}
         write_weights(kept, directory / "model.safetensors")
 
 
@@ -75,7 +75,8 @@ def from_pretrained(path: str | Path, instructblip: InstructBlip | None = None) 
     for name, module in (("conditioner", model.conditioner), ("decoder", model.decoder)):
         own = {n.removeprefix(f"{name}."): p for n, p in weights.items() if n.startswith(name)}
         if name == "decoder" and not isinstance(config.decoder, NativeConfig):
-            own |= {n: p for n, p in module.state_dict().items() if n.startswith("vae.")}
+            model.decoder_changed = bool(own)  # else the weights are those of the directory
+            own = {n: p for n, p in module.state_dict().items() if n not in own} | own
         load_weights(module, own, folder)
     return model.eval()
 
