@@ -1,0 +1,71 @@
+"""Draw docs/quickstart.png: pictures, instructions and both models' answers after a quickstart.
+
+    python runs/quickstart_picture.py out/quickstart docs/quickstart.png
+
+One sample of each of eight benchmarks, taken in the order of the file: the first one that the two
+models answer differently, whoever is right.
+"""
+
+import argparse
+import textwrap
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from instructblip.data.images import load_image
+from instructblip.evaluation.result import Result
+
+SETS = ("vqav2", "okvqa", "ocrvqa", "nocaps", "gqa", "vsr", "iconqa", "scienceqa")
+RIGHT, WRONG, INK, FAINT = "#1a7f4b", "#c0392b", "#1f2328", "#6b7280"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("quickstart", type=Path)
+    parser.add_argument("picture", type=Path)
+    args = parser.parse_args()
+    figure, places = plt.subplots(2, 4, figsize=(13, 7.4))
+    for name, place in zip(SETS, places.flat, strict=True):
+        folders = [args.quickstart / "results" / m / f"scenes_{name}" for m in MODELS]
+        draw(place, [Result.load(folder) for folder in folders])
+    figure.tight_layout(h_pad=1.5, w_pad=1.0)
+    figure.savefig(args.picture, dpi=110)
+
+
+MODELS = {"blip2": "BLIP-2", "instructblip": "InstructBLIP"}
+
+
+def draw(place: Axes, results: list[Result]) -> None:
+    """One picture with its instruction above and an answer of each model below."""
+    pairs = list(zip(*(r.predictions for r in results), strict=True))
+    pair = next((p for p in pairs if p[0]["prediction"] != p[1]["prediction"]), pairs[0])
+    image = load_image(pair[0]["images"][0], Path(results[0].image_root))
+    place.imshow(image, interpolation="lanczos")
+    place.set_xticks([])
+    place.set_yticks([])
+    for side in place.spines.values():
+        side.set_edgecolor("#d0d7de")
+    unseen = "  (task type never tuned on)" if results[0].unseen_type else ""
+    role = results[0].role.replace("_", "-")
+    prompt = textwrap.shorten(pair[0]["prompt"], 120)
+    place.set_title(f"{role}{unseen}", fontsize=8, color=FAINT, loc="left", pad=34)
+    place.text(
+        0, 1.03, textwrap.fill(prompt, 46), transform=place.transAxes, fontsize=8.5, color=INK
+    )
+    for i, (model, sample) in enumerate(zip(MODELS.values(), pair, strict=True)):
+        right = sample["score"] >= 0.5
+        text = textwrap.shorten(f"{model}: {sample['prediction']}", 60)
+        place.text(
+            0,
+            -0.07 - 0.09 * i,
+            f"{'✓' if right else '✗'} {text}",
+            transform=place.transAxes,
+            fontsize=9,
+            color=RIGHT if right else WRONG,
+            va="top",
+        )
+
+
+if __name__ == "__main__":
+    main()
