@@ -108,7 +108,8 @@ def collate_drawings(
             if example.target is not None:
                 targets.append(target_pixels(example.target(), image_size))
         except (ValueError, OSError) as error:
-            raise type(error)(f"{example.where or example.instruction!r}: {error}") from error
+            where = example.where or repr(example.instruction)
+            raise type(error)(f"{where}: {error}") from error
     none = torch.zeros(len(examples), 0, dtype=torch.long)
     one = torch.zeros(len(examples), 1, dtype=torch.long)
     ids, mask = pad(texts)
