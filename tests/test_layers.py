@@ -22,6 +22,7 @@ FLOORS = {
     "pretraining": 4,
     "tuning": 4,
     "memory": 4,
+    "drawing": 4,
     "stages": 5,
     "cli": 6,
     "__main__": 7,

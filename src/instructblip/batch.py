@@ -16,6 +16,7 @@ T    tokens of the prompt as the language model reads it
 R    tokens of the response, its end token included
 L    width of the language model
 C    candidates of a sample that is answered by ranking
+G    side of a square picture to be drawn, in pixels
 ===  ======================================================================
 """
 
@@ -81,6 +82,10 @@ class Batch:
     Exactly one of ``pixel_values`` [N, 3, S, S] and ``image_features`` [N, P, V] is set.
     ``image_index`` [B, F] says which of the N pictures the frames of each sample are.
     ``datasets`` and ``ids`` name the samples for logs and errors; the model never reads them.
+
+    A batch to draw has ``target_values`` [B, 3, G, G] in [-1, 1], the pictures that are asked for.
+    There an ``image_index`` of -1 means that no picture goes with the instruction (no pixels at
+    all where none does), and ``response_mask`` [B, 1] is all ones: a picture counts as one token.
     """
 
     image_index: Tensor  # int64 [B, F]
@@ -92,6 +97,7 @@ class Batch:
     response_mask: Tensor  # int64 [B, R]
     pixel_values: Tensor | None = None  # float [N, 3, S, S]
     image_features: Tensor | None = None  # float [N, P, V]
+    target_values: Tensor | None = None  # float [B, 3, G, G]
     datasets: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
 

@@ -201,6 +201,24 @@ def evaluate(
     stages.evaluate(recipe, model, folder, blind_seed=0 if blind else None)
 
 
+@app.command()
+def draw(
+    instruction: Annotated[str, typer.Argument(help="What to draw.")],
+    out: Annotated[Path, typer.Option(help="The picture file.")] = Path("drawn.png"),
+    image: Annotated[Path | None, typer.Option(help="A picture to take from.")] = None,
+    model: Annotated[str, typer.Option(help="A directory that draws, or `starter`.")] = "starter",
+    num_images: Annotated[int, typer.Option(help="Number of pictures.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps from noise to picture.")] = 20,
+    guidance: Annotated[float, typer.Option(help="How strictly to follow; 1 is plain.")] = 2.0,
+    image_guidance: Annotated[
+        float | None, typer.Option(help="The same for --image; by default as --guidance.")
+    ] = None,
+) -> None:
+    """Draw what an instruction says, on its own or about a picture."""
+    stages.draw(instruction, out, model, image, num_images, seed, steps, guidance, image_guidance)
+
+
 Folders = Annotated[list[Path], typer.Argument(help="Result folders of `evaluate`.")]
 
 

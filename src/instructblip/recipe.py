@@ -23,6 +23,7 @@ from pydantic import (
     ValidationError,
 )
 
+from instructblip.text_to_image.config import ConditionerConfig, DiffusersConfig, NativeConfig
 from instructblip.training.config import TrainingConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -169,6 +170,42 @@ class EvaluationConfig(_Section):
     """Benchmark to prompt, instead of its own: the figure is then another one."""
 
 
+class DrawingSet(_Section):
+    """One set of things to draw."""
+
+    kind: Literal["scenes", "subjects", "captions", "instructions"]
+    """Fresh scenes, fresh scenes with a subject, captions turned round, an instruction file."""
+    source: str | None = None
+    """How the files of a caption set are read, a name of ``SOURCES``."""
+    root: Path | None = None
+    """Folder below ``data.root``: of a caption set (null: its source's name), or of the pictures of
+    an instruction file (null: beside the file)."""
+    file: Path | None = None
+    """The instruction file, JSON lines, below ``data.root``."""
+    shapes: tuple[PositiveInt, PositiveInt] = (1, 1)
+    """Fewest and most shapes of a fresh scene."""
+    weight: NonNegativeFloat = 1.0
+    """Hand weight; sets of one size are drawn in proportion to it."""
+    start: NonNegativeInt = 0
+    """Step at which the set joins the mixture."""
+
+
+class DrawingConfig(_Section):
+    """Text to image: what is drawn, and the parts it needs beside the InstructBLIP."""
+
+    sets: dict[str, DrawingSet] = Field(min_length=1)
+    """Name to set: what the decoder is trained on."""
+    conditioner: ConditionerConfig = ConditionerConfig()
+    """From the Q-Former to the condition."""
+    decoder: NativeConfig | DiffusersConfig = Field(default=NativeConfig(), discriminator="kind")
+    """What draws."""
+    understanding: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of micro batches that come from ``data``, to keep understanding while the Q-Former
+    trains."""
+    validation_prompts: PositiveInt = 32
+    """Fresh prompts of each kind that a validation on Scenes draws."""
+
+
 class Recipe(_Section):
     """Everything that decides a run."""
 
@@ -182,6 +219,8 @@ class Recipe(_Section):
     """Whether the frozen encoder's image features are kept."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What it is measured on."""
+    drawing: DrawingConfig | None = None
+    """Text to image; null tunes the model to answer."""
 
     def to_yaml(self) -> str:
         """The recipe with every default written out; `load_recipe` reads it back as the same."""

@@ -111,6 +111,20 @@ def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
     with distributed.process_group():
         if distributed.is_main():
             _store_recipe(recipe, out, resume)
+        if recipe.drawing is not None:
+            from instructblip import drawing
+
+            model = drawing.make_model(recipe)
+            return run_training(
+                model,
+                drawing.make_batches(recipe, model),
+                drawing.make_validation(recipe, model),
+                recipe.training,
+                out,
+                resume=resume,
+                export=lambda path: drawing.save_pretrained(model, path),
+                notes={RECIPE_FILE: recipe.to_yaml()},
+            )
         with assembly.main_first():
             datasets = checking.checked_training(recipe, assembly.prepare_training(recipe))
         if distributed.is_main():
@@ -127,6 +141,35 @@ def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
             export=model.save_pretrained,
             notes={RECIPE_FILE: recipe.to_yaml(), TEMPLATES_FILE: templates_note()},
         )
+
+
+def draw(
+    instruction: str,
+    out: Path,
+    model: str = "starter",
+    image: Path | None = None,
+    num_images: int = 1,
+    seed: int | None = None,
+    steps: int = 20,
+    guidance: float = 2.0,
+    image_guidance: float | None = None,
+) -> list[Path]:
+    """Draw ``instruction`` into ``out``; several pictures get a number each: x_0.png, x_1.png."""
+    from instructblip.text_to_image.sample import Painter, save_picture
+
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out {out}: expected a file that ends in .png, .jpg or .webp")
+    pictures = Painter.from_pretrained(model).draw(
+        instruction, image, num_images, seed,
+        steps=steps, guidance=guidance, image_guidance=image_guidance,
+    )  # fmt: skip
+    names = [out] if num_images == 1 else [
+        out.with_stem(f"{out.stem}_{i}") for i in range(num_images)
+    ]  # fmt: skip
+    for picture, name in zip(pictures, names, strict=True):
+        save_picture(picture, name)
+        print(name)
+    return names
 
 
 def cache(recipe: "Recipe") -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from PIL import Image
@@ -30,6 +30,9 @@ from instructblip.model.language import Normalization, OnTokens
 from instructblip.model.pretrained import model_directory
 from instructblip.model.weights import WEIGHT_FILES
 from instructblip.serving.streaming import TextStream
+
+if TYPE_CHECKING:
+    from instructblip.text_to_image.sample import Painter
 
 Picture = Image.Image | str | Path
 """A Pillow image or the path of one."""
@@ -87,6 +90,7 @@ class Engine:
         }
         self.fingerprint = fingerprint
         self.batch_size = batch_size
+        self._painter: Painter | None = None  # loaded when something is to be drawn
 
     @classmethod
     def from_pretrained(
@@ -250,6 +254,31 @@ class Engine:
     def look(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Where each query looks, [B, F, Q, P], as one batch; see ``cross_attention``."""
         return cross_attention(self.model, self._collate(list(samples))).cpu()
+
+    def draw(
+        self,
+        instruction: str,
+        image: Picture | None = None,
+        num_images: int = 1,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Pictures of what ``instruction`` says; ``image`` is the subject it speaks of.
+
+        ``settings`` are those of ``Painter.draw``: steps, guidance, image_guidance. Raises
+        FileNotFoundError where the model's directory holds no decoder.
+        """
+        if self._painter is None:
+            from instructblip.text_to_image.pretrained import from_pretrained
+            from instructblip.text_to_image.sample import Painter
+
+            if self.model.assets is None:
+                raise ValueError("a model that was not loaded from a directory has no decoder")
+            shared = self.model if self.model.config.instruction_aware else None
+            drawing = from_pretrained(self.model.assets, shared).requires_grad_(False)
+            tokens = Tokens.from_pretrained(self.model.assets)
+            self._painter = Painter(drawing.to(self.device), tokens, self.pictures.transform)
+        return self._painter.draw(instruction, image, num_images, seed, **settings)
 
     def answer_examples(
         self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path, **decoding: Any

@@ -29,6 +29,9 @@ class TrainingConfig(BaseModel):
     """Samples of one optimiser step, over all ranks and all accumulated micro batches."""
     accumulate: PositiveInt = 1
     """Micro batches that each rank runs before one optimiser step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw is the paper's; muon orthogonalises the updates of matrices inside networks, which
+    learns small models from scratch in fewer steps."""
     learning_rate: PositiveFloat = 1e-5
     """Highest learning rate, reached when the warm-up ends."""
     min_learning_rate: NonNegativeFloat = 0.0

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from instructblip.training.config import TrainingConfig
+from instructblip.training.muon import Muon
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -39,8 +40,8 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 def make_optimizer(
     parameters: dict[str, nn.Parameter], config: TrainingConfig
-) -> torch.optim.AdamW:
-    """AdamW in two groups, with decay and without, fused where the device offers it.
+) -> torch.optim.Optimizer:
+    """AdamW in two groups, with decay and without, fused where the device offers it; or Muon.
 
     Raises:
         ValueError: if nothing is trainable.
@@ -49,6 +50,10 @@ def make_optimizer(
         raise ValueError(
             f"nothing to train: `training.trainable` {list(config.trainable)} selects no "
             "parameter; the paper's choice is [qformer]"
+        )
+    if config.optimizer == "muon":
+        return Muon(
+            parameters, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
     matrices = [p for name, p in parameters.items() if decays(name, p)]
     vectors = [p for name, p in parameters.items() if not decays(name, p)]

@@ -154,7 +154,7 @@ def render(scene: Scene, size: int = PICTURE_SIZE) -> Image.Image:
             colour = tuple(
                 min(255, max(0, v + rng.randint(-14, 14))) for v in COLOURS[thing.colour]
             )
-            _DRAW[thing.name](draw, x, y, radius, colour)
+            DRAW[thing.name](draw, x, y, radius, colour)
         elif thing.kind == "word":
             font = _font(round(cell * 0.52))
             x = min(max(x, cell * 0.52), side - cell * 0.52)
@@ -196,7 +196,7 @@ def _heart_points() -> list[tuple[float, float]]:
 
 
 _T = 0.36  # half the thickness of a cross's arm
-_DRAW = {
+DRAW = {
     "circle": _circle,
     "square": _polygon([(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]),
     "triangle": _polygon([(0, -1), (1, 0.85), (-1, 0.85)]),

@@ -1,0 +1,122 @@
+"""From a recipe with a section ``drawing`` to the objects that its run needs."""
+
+from collections.abc import Callable
+
+import torch
+
+from instructblip import assembly, distributed
+from instructblip.data.prepare import prepare
+from instructblip.data.sources import SOURCES
+from instructblip.recipe import DrawingConfig, DrawingSet, Recipe
+from instructblip.text_to_image.batches import DrawLoader, Interleaved
+from instructblip.text_to_image.config import TextToImageConfig
+from instructblip.text_to_image.measure import KINDS, fresh_prompts, measure
+from instructblip.text_to_image.model import TextToImage
+from instructblip.text_to_image.pretrained import save_pretrained
+from instructblip.text_to_image.sample import Painter
+from instructblip.text_to_image.tasks import (
+    CaptionedPictures,
+    Drawings,
+    InstructionFile,
+    SceneDrawings,
+    SubjectDrawings,
+)
+from instructblip.training.train import Batches, resolve_device
+
+__all__ = ["make_batches", "make_model", "make_validation", "save_pretrained"]
+
+
+def make_model(recipe: Recipe) -> TextToImage:
+    """The InstructBLIP of the recipe with a fresh conditioner and the recipe's decoder."""
+    drawing = _drawing(recipe)
+    understood = recipe.model_copy(
+        update={"training": recipe.training.model_copy(update={"trainable": ("qformer",)})}
+    )
+    instructblip = assembly.make_model(understood)
+    torch.manual_seed(recipe.training.seed)
+    config = TextToImageConfig(conditioner=drawing.conditioner, decoder=drawing.decoder)
+    model = TextToImage(instructblip, config).set_trainable(recipe.training.trainable)
+    half = torch.bfloat16 if recipe.training.precision == "bf16" else None
+    frozen = half if resolve_device(recipe.training.device).type == "cuda" else None
+    return model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=half)
+
+
+def make_batches(recipe: Recipe, model: TextToImage) -> Batches:
+    """This rank's batches to draw, with those of ``data`` among them as the recipe says."""
+    drawing, training = _drawing(recipe), recipe.training
+    tokens, transform = assembly.read_assets(recipe, model.instructblip)
+    mixed = drawing.understanding > 0
+    whole_steps = 1 if mixed else training.accumulate
+    loader = DrawLoader(
+        {name: make_set(recipe, name, entry) for name, entry in drawing.sets.items()},
+        {name: entry.weight for name, entry in drawing.sets.items()},
+        tokens,
+        transform,
+        model.decoder.image_size,
+        batch_size=training.batch_size // (training.accumulate if mixed else 1),
+        seed=recipe.data.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        accumulate=whole_steps,
+        starts={name: entry.start for name, entry in drawing.sets.items()},
+    )
+    if not mixed:
+        return loader
+    with assembly.main_first():
+        datasets = assembly.prepare_training(recipe)
+    micro = training.model_copy(
+        update={"batch_size": training.batch_size // training.accumulate, "accumulate": 1}
+    )
+    understanding = assembly.make_loader(
+        recipe.model_copy(update={"training": micro}), datasets, model.instructblip
+    )
+    return Interleaved(loader, understanding, drawing.understanding, training.accumulate)
+
+
+def make_set(recipe: Recipe, name: str, entry: DrawingSet) -> Drawings:
+    """The examples of one drawing set. Raises ValueError where a setting is missing."""
+    data = recipe.data
+    if entry.kind == "scenes":
+        return SceneDrawings(entry.shapes, seed=data.seed)
+    if entry.kind == "subjects":
+        return SubjectDrawings(data.seed)
+    if entry.kind == "instructions":
+        if entry.file is None:
+            raise ValueError(f"drawing.sets.{name}: name the instruction file in `file`")
+        root = None if entry.root is None else data.root / entry.root
+        return InstructionFile(data.root / entry.file, root)
+    if entry.source not in SOURCES:
+        raise ValueError(
+            f"drawing.sets.{name}.source: got {entry.source!r}; expected one of "
+            f"{', '.join(SOURCES)}"
+        )
+    root = data.root / (entry.root or entry.source)
+    prepared = prepare(
+        entry.source, root, "train", data.prepared_root, max_bad_rate=data.max_bad_rate
+    )
+    return CaptionedPictures(prepared, prepared.image_root, data.seed)
+
+
+def make_validation(
+    recipe: Recipe, model: TextToImage
+) -> Callable[[TextToImage], dict[str, float]] | None:
+    """Objects drawn right on Scenes, percent by kind of prompt; None where Scenes is not drawn."""
+    drawing = _drawing(recipe)
+    if not any(entry.kind in ("scenes", "subjects") for entry in drawing.sets.values()):
+        return None
+    tokens, transform = assembly.read_assets(recipe, model.instructblip)
+
+    def validate(_model: TextToImage) -> dict[str, float]:
+        painter = Painter(model, tokens, transform)
+        scores = {
+            kind: measure(painter, fresh_prompts(kind, drawing.validation_prompts))[0].objects
+            for kind in KINDS
+        }
+        return {"score": sum(scores.values()) / len(scores), **scores}
+
+    return validate
+
+
+def _drawing(recipe: Recipe) -> DrawingConfig:
+    assert recipe.drawing is not None
+    return recipe.drawing

@@ -1,0 +1,1 @@
+"""Text to image: the Q-Former's tokens drive a picture decoder."""

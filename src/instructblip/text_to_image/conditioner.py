@@ -1,0 +1,100 @@
+"""From (instruction, picture or none) to the tokens that a decoder attends to.
+
+The generation queries go through the SAME Q-Former as the query tokens of the language model:
+they read the instruction and, in every second layer, the picture. Where there is no picture they
+read a learned null image. A connector then gives the tokens the width and the scale of what the
+decoder was built for (compare BLIP-Diffusion, section 3.2; MetaQuery, section 3).
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from instructblip.model.qformer import QFormer
+from instructblip.text_to_image.blocks import MLP, Attention
+from instructblip.text_to_image.config import ConditionerConfig
+
+
+class ConnectorLayer(nn.Module):
+    """A pre-norm transformer layer in which all tokens see each other."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, num_heads)
+        self.norm2, self.mlp = nn.LayerNorm(width), MLP(width)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        hidden = hidden + self.attention(self.norm1(hidden), mask=mask)
+        return hidden + self.mlp(self.norm2(hidden))
+
+
+class Connector(nn.Module):
+    """Tokens of the Q-Former -> tokens of width C whose root mean square is ``config.gain``."""
+
+    def __init__(self, config: ConditionerConfig, qformer_width: int, out_width: int) -> None:
+        super().__init__()
+        self.input = nn.Linear(qformer_width, config.width)
+        self.layers = nn.ModuleList(
+            ConnectorLayer(config.width, config.num_heads) for _ in range(config.num_layers)
+        )
+        self.hidden = nn.Linear(config.width, config.width)
+        self.output = nn.Linear(config.width, out_width)
+        self.norm = nn.RMSNorm(out_width, eps=1e-6)
+        nn.init.constant_(self.norm.weight, config.gain)
+
+    def forward(
+        self, tokens: Float[Tensor, "B K D"], mask: Bool[Tensor, "B K"]
+    ) -> Float[Tensor, "B K C"]:
+        hidden = self.input(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden, mask)
+        return self.norm(self.output(nn.functional.gelu(self.hidden(hidden))))
+
+
+class Conditioner(nn.Module):
+    """What is learned around the Q-Former, which is passed in and never owned."""
+
+    def __init__(self, config: ConditionerConfig, qformer: QFormer, out_width: int) -> None:
+        super().__init__()
+        self.config = config
+        sizes = qformer.config
+        self.generation_queries = nn.Parameter(
+            torch.randn(1, config.num_queries, sizes.hidden_size) * sizes.initializer_range
+        )
+        self.null_image = nn.Parameter(torch.randn(1, 1, sizes.encoder_hidden_size))
+        self.connector = Connector(config, sizes.hidden_size, out_width)
+
+    def start_from(self, query_tokens: Float[Tensor, "1 Q D"]) -> None:
+        """Begin as the query tokens of the language model, repeated where there are fewer."""
+        repeats = -(-self.config.num_queries // query_tokens.shape[1])
+        start = query_tokens.detach().repeat(1, repeats, 1)
+        with torch.no_grad():
+            self.generation_queries.copy_(start[:, : self.config.num_queries])
+
+    def forward(
+        self,
+        qformer: QFormer,
+        features: Float[Tensor, "N P V"] | None,
+        image_index: Int[Tensor, " B"],
+        qformer_ids: Int[Tensor, "B I"],
+        qformer_mask: Int[Tensor, "B I"],
+    ) -> tuple[Float[Tensor, "B K C"], Bool[Tensor, "B K"]]:
+        """Condition and mask. ``image_index`` -1 reads the null image; a row of ``qformer_mask``
+        that is all zero reads no instruction."""
+        if features is None:
+            features, index = self.null_image, torch.zeros_like(image_index)
+        else:  # keys that are all the same weigh as one: the null image fills a picture's place
+            null = self.null_image.to(features).expand(-1, features.shape[1], -1)
+            index = torch.where(image_index < 0, len(features), image_index)
+            features = torch.cat([features, null])
+        queries = self.generation_queries.expand(len(qformer_ids), -1, -1)
+        seen, text = qformer.hidden_states(queries, features, qformer_ids, qformer_mask, index)
+        assert seen is not None
+        present = torch.ones(seen.shape[:2], dtype=torch.bool, device=seen.device)
+        parts = {"queries": (seen, present), "text": (text, qformer_mask.bool())}
+        chosen = parts.values() if self.config.tokens == "both" else [parts[self.config.tokens]]
+        tokens, masks = zip(*chosen, strict=True)
+        mask = torch.cat(masks, dim=1)
+        if self.config.tokens == "text":  # attention over nothing has no value: keep [CLS]
+            mask = mask | (torch.arange(mask.shape[1], device=mask.device) == 0)
+        return self.connector(torch.cat(tokens, dim=1), mask), mask

@@ -1,0 +1,183 @@
+"""What draws: the interface of decoders, and the native one, a small diffusion transformer.
+
+Flow matching in pixels: at noise level t a picture x is ``(1 - t) x + t e`` with Gaussian e, and
+the velocity is ``e - x``. The network gives the clean picture, from which the velocity follows:
+flat shapes lie on far fewer dimensions than the pixels of a patch, noise does not (Li and He 2025,
+"Back to basics"). The layout of a picture is decided where almost everything is noise: an object of
+20 x 20 even pixels is still visible at t = 0.95. So training and sampling dwell there.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from instructblip.text_to_image.blocks import MLP, Attention
+from instructblip.text_to_image.config import NativeConfig
+
+MIN_NOISE = 0.1
+"""Below this noise level the velocity's error is not weighted any higher."""
+
+
+class Decoder(Protocol):
+    """A picture decoder. ``predict`` must be linear in what guidance combines."""
+
+    condition_width: int
+    image_size: int
+
+    def loss(
+        self,
+        pictures: Float[Tensor, "B 3 G G"],
+        condition: Float[Tensor, "B K C"],
+        mask: Bool[Tensor, "B K"],
+    ) -> Float[Tensor, " B"]:
+        """Loss of each picture; noise comes from torch's default generator."""
+        ...
+
+    def start(self, number: int, generator: torch.Generator | None) -> Float[Tensor, "B ..."]:
+        """Noise to begin with."""
+        ...
+
+    def schedule(self, steps: int) -> list[float]:
+        """The noise levels or time steps at which the network is asked, in order."""
+        ...
+
+    def predict(self, noisy: Tensor, level: float, condition: Tensor, mask: Tensor) -> Tensor:
+        """What ``advance`` needs, of the shape of ``noisy``."""
+        ...
+
+    def advance(self, noisy: Tensor, prediction: Tensor, place: int, levels: list[float]) -> Tensor:
+        """From ``levels[place]`` to the level after it."""
+        ...
+
+    def pixels(self, clean: Tensor) -> Float[Tensor, "B 3 G G"]:
+        """The finished pictures in [-1, 1]."""
+        ...
+
+
+class NativeLayer(nn.Module):
+    """Self-attention, attention to the condition, feed-forward; scales and shifts from the time."""
+
+    def __init__(self, config: NativeConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
+        self.attention = Attention(width, config.num_heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.condition = Attention(width, config.num_heads, config.condition_width)
+        self.norm3 = nn.LayerNorm(width, elementwise_affine=False)
+        self.mlp = MLP(width)
+        self.modulation_bias = nn.Parameter(torch.zeros(6, width))
+
+    def forward(self, hidden: Tensor, modulation: Tensor, condition: Tensor, mask: Tensor):
+        """``modulation`` [B, 6, W] is shared by the layers; each adds its own bias."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            (modulation + self.modulation_bias[None]).unsqueeze(2).unbind(1)
+        )  # 6 of [B, 1, W]
+        hidden = hidden + (1 + gate1) * self.attention(self.norm1(hidden) * (1 + scale1) + shift1)
+        hidden = hidden + self.condition(self.norm2(hidden), condition, mask)
+        return hidden + (1 + gate2) * self.mlp(self.norm3(hidden) * (1 + scale2) + shift2)
+
+
+class NativeDecoder(nn.Module):
+    """The native decoder; needs nothing but torch."""
+
+    def __init__(self, config: NativeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_size, self.condition_width = config.image_size, config.condition_width
+        side, width = config.image_size // config.patch_size, config.width
+        pixels = 3 * config.patch_size**2
+        self.patch_input = nn.Linear(pixels, width)
+        self.position_embedding = nn.Parameter(torch.randn(1, side * side, width) * 0.02)
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.pooled = nn.Linear(config.condition_width, width)
+        self.modulation = nn.Linear(width, 6 * width)
+        self.layers = nn.ModuleList(NativeLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(width)
+        self.patch_output = nn.Linear(width, pixels)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, Attention | MLP):  # the residual stream starts quiet
+                last = module.output if isinstance(module, Attention) else module.down
+                nn.init.normal_(last.weight, std=0.02 / math.sqrt(config.num_layers))
+        nn.init.normal_(self.modulation.weight, std=0.002)
+        nn.init.zeros_(self.patch_output.weight)
+
+    def forward(
+        self,
+        noisy: Float[Tensor, "B 3 G G"],
+        level: Float[Tensor, " B"],
+        condition: Float[Tensor, "B K C"],
+        mask: Bool[Tensor, "B K"],
+    ) -> Float[Tensor, "B 3 G G"]:
+        """What ``config.predict`` says: the clean picture or the velocity."""
+        patch = self.config.patch_size
+        hidden = self.patch_input(nn.functional.pixel_unshuffle(noisy, patch).flatten(2).mT)
+        hidden = hidden + self.position_embedding
+        present = mask[:, :, None].to(condition)
+        pooled = (condition * present).sum(1) / present.sum(1)
+        moment = self.time(time_features(level)) + self.pooled(pooled)
+        modulation = self.modulation(nn.functional.silu(moment)).unflatten(1, (6, -1))
+        for layer in self.layers:
+            hidden = layer(hidden, modulation, condition, mask)
+        patches = self.patch_output(self.norm(hidden)).mT  # [B, 3 patch^2, patches]
+        side = self.config.image_size // patch
+        return nn.functional.pixel_shuffle(patches.unflatten(2, (side, side)), patch)
+
+    def loss(
+        self,
+        pictures: Float[Tensor, "B 3 G G"],
+        condition: Float[Tensor, "B K C"],
+        mask: Bool[Tensor, "B K"],
+    ) -> Float[Tensor, " B"]:
+        """Squared error of the velocity, a mean over pixels, at one random noise level each."""
+        logit = torch.randn(len(pictures), device=pictures.device)
+        level = torch.sigmoid(self.config.noise_mean + self.config.noise_std * logit)
+        noise = torch.randn_like(pictures)
+        t = level[:, None, None, None]
+        noisy = (1 - t) * pictures + t * noise
+        given = self(noisy, level, condition, mask).float()
+        if self.config.predict == "velocity":
+            return (given - (noise - pictures)).square().mean((1, 2, 3))
+        return (given - pictures).square().mean((1, 2, 3)) / level.clamp(min=MIN_NOISE).square()
+
+    def start(
+        self, number: int, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "B 3 G G"]:
+        """Drawn on the CPU, so that a seed gives the same picture on every device."""
+        side = self.config.image_size
+        noise = torch.randn(number, 3, side, side, generator=generator)
+        return noise.to(self.position_embedding.device)
+
+    def schedule(self, steps: int) -> list[float]:
+        """Noise levels from 1 down, close together at the noisy end."""
+        shift = self.config.shift
+        even = [1 - i / steps for i in range(steps)]
+        return [shift * u / (1 + (shift - 1) * u) for u in even]
+
+    def predict(self, noisy: Tensor, level: float, condition: Tensor, mask: Tensor) -> Tensor:
+        """The velocity."""
+        levels = torch.full((len(noisy),), level, device=noisy.device)
+        given = self(noisy, levels, condition, mask).float()
+        return given if self.config.predict == "velocity" else (noisy - given) / level
+
+    def advance(self, noisy: Tensor, prediction: Tensor, place: int, levels: list[float]) -> Tensor:
+        """An Euler step."""
+        following = levels[place + 1] if place + 1 < len(levels) else 0.0
+        return noisy + (following - levels[place]) * prediction
+
+    def pixels(self, clean: Tensor) -> Float[Tensor, "B 3 G G"]:
+        return clean.clamp(-1, 1)
+
+
+def time_features(level: Float[Tensor, " B"], width: int = 64) -> Float[Tensor, "B 64"]:
+    """Sines and cosines of the noise level, 0 to 1, at wavelengths from 1/100 to 4."""
+    rates = torch.exp(torch.linspace(math.log(math.pi / 2), math.log(200 * math.pi), width // 2))
+    angles = level[:, None] * rates.to(level)[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,0 +1,180 @@
+"""The whole: an InstructBLIP, the conditioner around its Q-Former, and a decoder.
+
+A second model for the same training loop: ``loss(batch)`` draws where the batch has target
+pictures and else is the InstructBLIP's own, so that batches of both kinds keep understanding alive
+while the Q-Former trains.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from instructblip.batch import Batch
+from instructblip.model.instructblip import PARTS as UNDERSTANDING_PARTS
+from instructblip.model.instructblip import InstructBlip, LossOutput
+from instructblip.text_to_image.conditioner import Conditioner
+from instructblip.text_to_image.config import NativeConfig, TextToImageConfig
+from instructblip.text_to_image.decoder import NativeDecoder
+
+PARTS = {
+    "generation_queries": r"conditioner\.generation_queries",
+    "null_image": r"conditioner\.null_image",
+    "connector": r"conditioner\.connector\..*",
+    "decoder": r"decoder\.(?!vae\.).*",
+    # cross-attention of a diffusers decoder to its condition, as in SEED-X
+    "decoder_keys_values": r"decoder\.(?!vae\.).*\.attn2\.to_[kv]\..*",
+}
+"""What text to image adds: part -> pattern of the whole name."""
+
+ALIASES = {
+    "bridge": ("generation_queries", "null_image", "connector"),
+    "drawing": ("generation_queries", "null_image", "connector", "decoder"),
+}
+ALWAYS_FROZEN = ("vision_tower", "language_model")
+
+
+class TextToImage(nn.Module):
+    """``condition`` -> ``decoder``; the InstructBLIP must be instruction-aware."""
+
+    def __init__(self, instructblip: InstructBlip, config: TextToImageConfig) -> None:
+        super().__init__()
+        if not instructblip.config.instruction_aware:
+            raise ValueError(
+                "text to image needs a Q-Former that reads the instruction; got a BLIP-2 without a "
+                "text branch. Load it with instruction_aware=True (and a text_branch)"
+            )
+        self.config = config
+        self.instructblip = instructblip
+        self.decoder: Any = build_decoder(config)
+        self.conditioner = Conditioner(
+            config.conditioner, instructblip.qformer, self.decoder.condition_width
+        )
+        self.conditioner.start_from(instructblip.query_tokens)
+        self.compute_dtype: torch.dtype | None = None
+        self.decoder_changed = isinstance(config.decoder, NativeConfig)
+        """Whether the decoder's weights are other than those of a diffusers directory."""
+        self.set_trainable(
+            ("drawing",) if isinstance(config.decoder, NativeConfig) else ("bridge",)
+        )
+
+    def condition(
+        self,
+        features: Float[Tensor, "N P V"] | None,
+        image_index: Int[Tensor, " B"],
+        qformer_ids: Int[Tensor, "B I"],
+        qformer_mask: Int[Tensor, "B I"],
+    ) -> tuple[Float[Tensor, "B K C"], Bool[Tensor, "B K"]]:
+        """What the decoder attends to, and where. ``features`` come from ``encode``."""
+        with self.precision():
+            condition, mask = self.conditioner(
+                self.instructblip.qformer, features, image_index, qformer_ids, qformer_mask
+            )
+        return condition.float(), mask
+
+    def encode(self, batch: Batch) -> Float[Tensor, "N P V"] | None:
+        """Features of the subjects behind the last LayerNorm; None where there are none."""
+        if batch.image_features is not None:
+            return self.instructblip.vision_model.norm(batch.image_features)
+        if batch.pixel_values is None or not len(batch.pixel_values):
+            return None
+        return self.instructblip.encode_image(batch.pixel_values).float()
+
+    def loss(self, batch: Batch) -> LossOutput:
+        """The decoder's loss, a mean over pixels for each picture; without target pictures the
+        language-modelling loss. Instruction and picture are left out at random for guidance."""
+        if batch.target_values is None:
+            return self.instructblip.loss(batch)
+        draw = torch.rand(len(batch), device=batch.qformer_mask.device)
+        chance = self.conditioner.config.dropout
+        no_text = (draw < chance) | (draw >= 1 - chance)
+        no_image = (draw >= chance) & (draw < 2 * chance) | (draw >= 1 - chance)
+        condition, mask = self.condition(
+            self.encode(batch),
+            batch.image_index[:, 0].masked_fill(no_image, -1),
+            batch.qformer_ids,
+            batch.qformer_mask.masked_fill(no_text[:, None], 0),
+        )
+        with self.precision():
+            losses = self.decoder.loss(batch.target_values, condition, mask).float()
+        ones = torch.ones_like(losses, dtype=torch.long)
+        return LossOutput(losses.sum(), ones.sum(), losses.detach(), ones)
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """The same as ``loss``."""
+        return self.loss(batch)
+
+    # --- what trains, and in which precision -----------------------------------------------------
+
+    def set_trainable(self, choice: tuple[str, ...]) -> "TextToImage":
+        """Let parts of text to image (``PARTS``, ``ALIASES``) and of the InstructBLIP train.
+
+        Image encoder, language model and VAE are always frozen. Raises ValueError for them and for
+        unknown names.
+        """
+        own = [name for name in choice if name in PARTS or name in ALIASES]
+        rest = tuple(name for name in choice if name not in own)
+        if refused := [name for name in rest if name in ALWAYS_FROZEN]:
+            raise ValueError(
+                f"{', '.join(refused)} cannot train in text to image: image encoder, language "
+                "model and VAE stay frozen; leave it out of training.trainable"
+            )
+        known = [*PARTS, *ALIASES, "qformer", *(set(UNDERSTANDING_PARTS) - set(ALWAYS_FROZEN))]
+        if unknown := [name for name in rest if name not in known]:
+            raise ValueError(
+                f"trainable parts must be some of {', '.join(sorted(known))}; got {unknown}"
+            )
+        if not choice:
+            raise ValueError(f"nothing to train: name some of {', '.join(sorted(known))}")
+        self.instructblip.set_trainable(rest or ("qformer",))
+        if not rest:
+            self.instructblip.requires_grad_(False)
+        parts = {part for name in own for part in ALIASES.get(name, (name,))}
+        patterns = [re.compile(PARTS[part]) for part in parts]
+        for module, prefix in ((self.conditioner, "conditioner."), (self.decoder, "decoder.")):
+            for name, parameter in module.named_parameters(prefix.removesuffix(".")):
+                parameter.requires_grad_(any(p.fullmatch(name) for p in patterns))
+        self.decoder_changed |= any(p.requires_grad for p in self.decoder.parameters())
+        return self.train(self.training)
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that train."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def train(self, mode: bool = True) -> "TextToImage":
+        """Training mode for what trains; a frozen module keeps its dropout off."""
+        super().train(mode)
+        if mode:
+            for module in self.modules():
+                parameters = list(module.parameters())
+                if parameters and not any(p.requires_grad for p in parameters):
+                    module.eval()
+        return self
+
+    def to_training_dtypes(
+        self, frozen_dtype: torch.dtype | None = None, compute_dtype: torch.dtype | None = None
+    ) -> "TextToImage":
+        """See ``InstructBlip.to_training_dtypes``; conditioner and decoder keep fp32 weights."""
+        self.instructblip.to_training_dtypes(frozen_dtype, compute_dtype)
+        self.compute_dtype = compute_dtype
+        return self
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """Autocast where a compute dtype is set."""
+        if self.compute_dtype is None:
+            return contextlib.nullcontext()
+        device = self.conditioner.generation_queries.device.type
+        return torch.autocast(device, dtype=self.compute_dtype)
+
+
+def build_decoder(config: TextToImageConfig) -> nn.Module:
+    """The decoder that the config describes."""
+    if isinstance(config.decoder, NativeConfig):
+        return NativeDecoder(config.decoder)
+    from instructblip.text_to_image.diffusers_decoder import DiffusersDecoder
+
+    return DiffusersDecoder.from_pretrained(config.decoder)

@@ -1,0 +1,103 @@
+"""Save and load: an InstructBLIP directory with a folder ``text_to_image`` inside.
+
+That folder alone holds what text to image adds, and the hash of the Q-Former it was trained with:
+a decoder reads one Q-Former and no other.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.pretrained import load_weights, model_directory
+from instructblip.model.weights import new_directory, read_json, read_weights, write_weights
+from instructblip.text_to_image.config import NativeConfig, TextToImageConfig
+from instructblip.text_to_image.model import TextToImage
+
+FOLDER = "text_to_image"
+
+
+def save_pretrained(model: TextToImage, path: str | Path) -> None:
+    """Write the InstructBLIP and, inside its directory, what text to image adds."""
+    model.instructblip.save_pretrained(path)
+    save_addition(model, Path(path) / FOLDER)
+
+
+def save_addition(model: TextToImage, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write what text to image adds to the InstructBLIP, with floats as ``dtype``.
+
+    A decoder from a diffusers directory is named in the config; its weights are written when it
+    was trained, that is when they are no longer those of the directory.
+    """
+    config = model.config.model_copy(update={"qformer": qformer_hash(model.instructblip)})
+    with new_directory(folder) as directory:
+        text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
+        weights = {name: p.detach().to(dtype) for name, p in model.state_dict().items()}
+        kept = {n: p for n, p in weights.items() if n.startswith(("conditioner.", "decoder."))}
+        left_out = "decoder.vae." if model.decoder_changed else "decoder."
+        kept = {n: p for n, p in kept.items() if not n.startswith(left_out)}
+        write_weights(kept, directory / "model.safetensors")
+
+
+def from_pretrained(path: str | Path, instructblip: InstructBlip | None = None) -> TextToImage:
+    """Load a directory that ``save_pretrained`` wrote, a run directory, or "starter", in fp32.
+
+    ``instructblip`` is used instead of loading a second one. Raises FileNotFoundError where there
+    is no decoder, ValueError where it was trained with another Q-Former.
+    """
+    directory = model_directory(path)
+    folder = directory / FOLDER
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{directory} cannot draw: it has no folder {FOLDER}/. Train a decoder for it with "
+            "`instructblip train draw model.start=...`, or draw with the starter"
+        )
+    try:
+        config = TextToImageConfig.model_validate(read_json(folder / "config.json"))
+    except ValidationError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    if instructblip is None:
+        instructblip = InstructBlip.from_pretrained(directory, instruction_aware=True)
+    found = qformer_hash(instructblip)
+    if config.qformer not in (None, found):
+        raise ValueError(
+            f"the decoder in {folder} was trained with another Q-Former ({config.qformer}) than "
+            f"the one in {directory} ({found}): train it again with `instructblip train draw "
+            f"model.start={directory}`"
+        )
+    model = TextToImage(instructblip, config)
+    weights = {n: p.float() for n, p in read_weights(folder / "model.safetensors").items()}
+    _check_width(weights, model, folder)
+    for name, module in (("conditioner", model.conditioner), ("decoder", model.decoder)):
+        own = {n.removeprefix(f"{name}."): p for n, p in weights.items() if n.startswith(name)}
+        if name == "decoder" and not isinstance(config.decoder, NativeConfig):
+            model.decoder_changed = bool(own)  # else the weights are those of the directory
+            own = {n: p for n, p in module.state_dict().items() if n not in own} | own
+        load_weights(module, own, folder)
+    return model.eval()
+
+
+def _check_width(weights: dict[str, torch.Tensor], model: TextToImage, folder: Path) -> None:
+    norm = weights.get("conditioner.connector.norm.weight")
+    width = model.decoder.condition_width
+    if norm is not None and len(norm) != width:
+        raise ValueError(
+            f"the connector in {folder} gives a condition of width {len(norm)}, the decoder reads "
+            f"{width}: the two were not trained together. Give decoder.path the directory that it "
+            "was trained with, or train a connector for this one"
+        )
+
+
+def qformer_hash(instructblip: InstructBlip) -> str:
+    """Of the weights that drawing reads: the Q-Former and the last LayerNorm of the ViT."""
+    digest = hashlib.sha256()
+    parts = (("qformer", instructblip.qformer), ("norm", instructblip.vision_model.post_layernorm))
+    for prefix, module in parts:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{prefix}.{name}".encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

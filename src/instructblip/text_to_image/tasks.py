@@ -1,0 +1,207 @@
+"""What to draw: examples from caption sets, from instruction JSONL, and fresh ones from Scenes.
+
+One line of an instruction file; ``image``, the subject to draw from, may be left out::
+
+    {"instruction": "draw the same shape in blue at the left", "target_image": "b.png",
+     "image": "a.png"}
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from instructblip.batch import Example
+from instructblip.data.images import load_image
+from instructblip.data.order import mix
+from instructblip.data.scenes.language import at, join, phrase
+from instructblip.data.scenes.world import (
+    COLOURS,
+    HELD_OUT_PAIRS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    render,
+    sample_scene,
+)
+from instructblip.data.sources.records import image_name
+
+DRAW_TEMPLATES = (
+    "draw {}",
+    "draw a picture of {}",
+    "paint {}",
+    "create an image of {}",
+    "a picture of {}",
+    "{}",
+)
+"""Ways to ask for what a caption describes."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrawExample:
+    """One thing to draw. ``image`` None: the instruction alone; ``things`` are what the checker of
+    Scenes looks for, an empty size being left open."""
+
+    instruction: str
+    target: Callable[[], Image.Image] | None = None
+    image: Callable[[], Image.Image] | None = None
+    things: tuple[Thing, ...] = ()
+    where: str = ""
+
+
+class Drawings(Protocol):
+    """A set of examples. ``[i]`` is the same example every time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> DrawExample: ...
+
+
+class InstructionFile:
+    """An instruction file (see above) whose pictures lie below ``root``.
+
+    Raises FileNotFoundError, or ValueError naming file and line.
+    """
+
+    def __init__(self, path: Path, root: Path | None = None) -> None:
+        self.root = root or path.parent
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no instruction file {path}; expected lines such as "
+                '{"instruction": "...", "target_image": "..."}'
+            )
+        self.rows = list(self._read(path))
+        if not self.rows:
+            raise ValueError(f"{path} holds no instructions")
+
+    def _read(self, path: Path) -> Iterator[tuple[str, str, str | None, str]]:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{where}: not JSON: {error}") from None
+                text = row.get("instruction") if isinstance(row, dict) else None
+                if not isinstance(text, str) or not text.strip():
+                    raise ValueError(f"{where}: expected a text in `instruction`; got {text!r}")
+                names = [row.get("target_image"), row.get("image")]
+                if not isinstance(names[0], str) or not isinstance(names[1], str | None):
+                    raise ValueError(
+                        f"{where}: expected a file name in `target_image`, and one or none in "
+                        f"`image`; got {names[0]!r} and {names[1]!r}"
+                    )
+                target, image = (None if n is None else image_name(n, where) for n in names)
+                assert target is not None
+                yield text, target, image, where
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> DrawExample:
+        text, target, image, where = self.rows[index]
+        return DrawExample(
+            text,
+            lambda: load_image(target, self.root),
+            None if image is None else lambda: load_image(image, self.root),
+            where=where,
+        )
+
+
+class CaptionedPictures:
+    """A caption set turned round: a caption asks for its picture. Templates follow the index."""
+
+    def __init__(self, examples: Sequence[Example], root: Path, seed: int = 0) -> None:
+        self.examples, self.root, self.seed = examples, root, seed
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> DrawExample:
+        example = self.examples[index]
+        rng = random.Random(mix(self.seed, index))
+        if not example.answers:
+            raise ValueError(f"{example.dataset} {example.where}: no caption to draw from")
+        text = rng.choice(DRAW_TEMPLATES).format(rng.choice(example.answers))
+        name = example.images[0]
+        return DrawExample(text, lambda: load_image(name, self.root), where=example.where)
+
+
+class SceneDrawings:
+    """Fresh scenes of ``shapes`` shapes, each asked for in full: what, and where."""
+
+    def __init__(
+        self, shapes: tuple[int, int] = (1, 2), pairs: str = "seen", seed: int = 0
+    ) -> None:
+        self.shapes, self.pairs, self.seed = shapes, pairs, seed
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, index: int) -> DrawExample:
+        rng = random.Random(mix(self.seed, 5, index))
+        scene = sample_scene(rng, shapes=self.shapes, pairs=self.pairs)
+        with_size = rng.random() < 0.5
+        things = list(scene.things)
+        if rng.random() < 0.5:
+            rng.shuffle(things)
+        text = join([phrase(t, size=with_size, place=True) for t in things])
+        asked = tuple(things) if with_size else tuple(replace(t, size="") for t in things)
+        return DrawExample(
+            rng.choice(DRAW_TEMPLATES).format(text), lambda: render(scene), None, asked
+        )
+
+
+class SubjectDrawings:
+    """A picture of one thing, and an instruction that takes its shape, its colour, or both."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, index: int) -> DrawExample:
+        rng = random.Random(mix(self.seed, 6, index))
+        subject, wanted, text = _subject(rng)
+        reference = Scene((subject,), rng.getrandbits(32))
+        target = Scene((wanted,), rng.getrandbits(32))
+        return DrawExample(
+            text, lambda: render(target), lambda: render(reference), (replace(wanted, size=""),)
+        )
+
+
+def _any_shape(rng: random.Random) -> Thing:
+    cell = divmod(rng.randrange(9), 3)
+    return Thing("shape", rng.choice(SHAPES), *cell, rng.choice(tuple(COLOURS)))
+
+
+def _subject(rng: random.Random) -> tuple[Thing, Thing, str]:
+    """(what the picture shows, what to draw, the instruction); no held-out pair in either."""
+    while True:
+        subject, wanted = _any_shape(rng), _any_shape(rng)
+        size = rng.choice(SIZES)
+        subject, wanted = replace(subject, size=size), replace(wanted, size=size)
+        kept = rng.choice(("shape", "colour", "both"))
+        if kept != "colour":
+            wanted = replace(wanted, name=subject.name)
+        if kept != "shape":
+            wanted = replace(wanted, colour=subject.colour)
+        if not {(subject.colour, subject.name), (wanted.colour, wanted.name)} & HELD_OUT_PAIRS:
+            break
+    where = at(wanted.place)
+    if wanted.place != "middle" and rng.random() < 0.3:
+        where = where.replace("at the", "on the")
+    text = {
+        "shape": f"draw the same shape in {wanted.colour} {where}",
+        "colour": f"draw a {wanted.name} in the same color {where}",
+        "both": f"draw the same thing {where}",
+    }[kept]
+    return subject, wanted, text

@@ -1,0 +1,184 @@
+"""Conditioner, decoder and loss: what is read, what trains, what stays as it was."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from instructblip.model.instructblip import InstructBlip
+from instructblip.text_to_image.batches import DrawLoader
+from instructblip.text_to_image.config import ConditionerConfig, NativeConfig
+from instructblip.text_to_image.decoder import NativeDecoder
+from instructblip.text_to_image.model import TextToImage
+from instructblip.training.config import TrainingConfig
+from instructblip.training.train import train
+from tests.text_to_image.conftest import CONFIG
+
+
+def conditions(model: TextToImage, batch, index=None, mask=None) -> torch.Tensor:
+    index = batch.image_index[:, 0] if index is None else index
+    mask = batch.qformer_mask if mask is None else mask
+    with torch.no_grad():
+        return model.condition(model.encode(batch), index, batch.qformer_ids, mask)[0]
+
+
+def test_the_condition_follows_instruction_and_picture(model: TextToImage, loader: DrawLoader):
+    batch = loader.batch(0)
+    index = batch.image_index[:, 0]
+    assert (index >= 0).any()
+    assert (index < 0).any()
+    own = conditions(model.eval(), batch)
+    blind = conditions(model, batch, index=torch.full_like(index, -1))
+    silent = conditions(model, batch, mask=torch.zeros_like(batch.qformer_mask))
+    changed = (own - blind).abs().amax((1, 2)) > 1e-4
+    assert changed.tolist() == (index >= 0).tolist()
+    queries = CONFIG.conditioner.num_queries
+    assert ((own - silent)[:, :queries].abs().amax((1, 2)) > 1e-4).all()
+
+
+def test_the_null_image_is_the_same_with_and_without_pictures(model: TextToImage, loader):
+    batch = loader.batch(0)
+    none = torch.full_like(batch.image_index[:, 0], -1)
+    with_pictures = conditions(model.eval(), batch, index=none)
+    without = conditions(model, replace(batch, pixel_values=None), index=none)
+    torch.testing.assert_close(with_pictures, without, atol=1e-5, rtol=1e-4)
+
+
+def test_padding_and_neighbours_change_nothing(model: TextToImage, loader: DrawLoader):
+    batch = loader.batch(0)
+    index = int((batch.image_index[:, 0] < 0).nonzero()[0])
+    length = int(batch.qformer_mask[index].sum())
+    alone = replace(
+        batch,
+        pixel_values=None,
+        image_index=batch.image_index[index : index + 1],
+        qformer_ids=batch.qformer_ids[index : index + 1, :length],
+        qformer_mask=batch.qformer_mask[index : index + 1, :length],
+    )
+    kept = CONFIG.conditioner.num_queries + length
+    together = conditions(model.eval(), batch)[index, :kept]
+    torch.testing.assert_close(conditions(model, alone)[0], together, atol=1e-5, rtol=1e-4)
+
+
+def test_the_connector_has_the_scale_that_was_asked_for(directory: Path, loader: DrawLoader):
+    config = CONFIG.model_copy(
+        update={"conditioner": ConditionerConfig(width=16, num_heads=2, gain=2.5)}
+    )
+    model = TextToImage(InstructBlip.from_pretrained(directory), config).eval()
+    scale = conditions(model, loader.batch(0)).square().mean().sqrt()
+    assert scale.item() == pytest.approx(2.5, rel=1e-2)
+
+
+def test_loss_of_a_batch_is_the_sum_of_its_pictures(model: TextToImage, loader: DrawLoader):
+    torch.manual_seed(3)
+    output = model.eval().loss(loader.batch(0))
+    assert output.num_tokens.item() == 6
+    torch.testing.assert_close(output.loss_sum, output.sample_losses.sum())
+
+
+@pytest.mark.parametrize("predict", ["picture", "velocity"])
+def test_the_true_picture_has_no_loss_and_is_where_euler_ends(predict: str, monkeypatch):
+    config = NativeConfig(
+        image_size=8, patch_size=4, width=8, num_heads=2, condition_width=8, predict=predict
+    )
+    decoder = NativeDecoder(config)
+    picture, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
+    truth = picture if predict == "picture" else noise - picture
+    monkeypatch.setattr(NativeDecoder, "forward", lambda self, *_: truth)
+    monkeypatch.setattr(torch, "randn_like", lambda _: noise)
+    nothing = torch.zeros(0)
+    assert decoder.loss(picture, nothing, nothing).max() == 0
+    levels = decoder.schedule(5)
+    assert levels[0] == 1
+    noisy = noise
+    for place, level in enumerate(levels):
+        noisy = decoder.advance(
+            noisy, decoder.predict(noisy, level, nothing, nothing), place, levels
+        )
+    torch.testing.assert_close(noisy, picture, atol=1e-5, rtol=1e-4)
+
+
+def test_only_what_was_chosen_trains(model: TextToImage, loader: DrawLoader, tmp_path: Path):
+    choices = {("drawing",): False, ("bridge", "qformer_cross_attention"): True}
+    for number, (choice, qformer) in enumerate(choices.items()):
+        model.set_trainable(choice)
+        chosen = {name for name, _ in model.trainable_parameters()}
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        train(model, loader, None, settings(steps=2, trainable=choice), tmp_path / str(number))
+        moved = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
+        assert moved <= chosen
+        assert {"conditioner.generation_queries", "conditioner.connector.output.weight"} <= moved
+        assert any(n.startswith("decoder.") for n in moved) == (not qformer)
+        assert any("crossattention" in n for n in moved) == qformer
+        assert not any(
+            n.startswith(("instructblip.language", "instructblip.vision")) for n in moved
+        )
+
+
+def test_what_is_always_frozen_is_refused(model: TextToImage):
+    with pytest.raises(ValueError, match="vision_tower cannot train"):
+        model.set_trainable(("drawing", "vision_tower"))
+    with pytest.raises(ValueError, match=r"some of .*; got \['decodr'\]"):
+        model.set_trainable(("decodr",))
+
+
+def settings(**changes) -> TrainingConfig:
+    values = {
+        "batch_size": 6, "learning_rate": 3e-3, "warmup_steps": 1, "steps": 6, "precision": "fp32",
+        "optimizer": "muon", "device": "cpu", "save_every": 2, "log_every": 2,
+        "validate_every": None, "trainable": ("drawing",),
+    }  # fmt: skip
+    return TrainingConfig.model_validate(values | changes)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    directory: Path, loader: DrawLoader, tmp_path: Path, optimizer: str
+):
+    def run(folder: Path, stop: int | None = None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = TextToImage(InstructBlip.from_pretrained(directory), CONFIG)
+        config = settings(optimizer=optimizer)
+        if stop:
+            # the same schedule, cut off: the loader ends where a kill would come
+            class Ends:
+                def iterate(self, step):
+                    return (loader.batch(s) for s in range(step, stop))
+
+            with pytest.raises(StopIteration):
+                train(model, Ends(), None, config, folder)
+        train(model, loader, None, config, folder, resume=stop is not None)
+        return dict(model.trainable_parameters())
+
+    whole, parts = run(tmp_path / "whole"), run(tmp_path / "parts", stop=3)
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]), name
+
+
+def test_a_blip2_cannot_draw(tmp_path: Path):
+    from tests.serving.test_engine import write_model
+
+    blip2 = InstructBlip.from_pretrained(write_model(tmp_path, "blip2"))
+    with pytest.raises(ValueError, match="instruction_aware=True"):
+        TextToImage(blip2, CONFIG)
+
+
+def test_it_learns_two_pictures(directory: Path, painter, loader: DrawLoader, tmp_path: Path):
+    """The whole walk: two instructions, two colours, drawn as asked after a short training."""
+    from PIL import Image
+
+    from instructblip.text_to_image.tasks import DrawExample
+
+    colours = {"red": (220, 20, 20), "the blue cat": (20, 20, 220)}
+    examples = [
+        DrawExample(text, lambda c=c: Image.new("RGB", (16, 16), c)) for text, c in colours.items()
+    ]
+    loader.sets, loader.names, loader._orders = [examples], ["two"], {}
+    config = settings(steps=150, learning_rate=1e-2, save_every=1000, batch_size=6)
+    train(painter.model, loader, None, config, tmp_path)
+    painter.model.eval()
+    for text, colour in colours.items():
+        (picture,) = painter.draw(text, seed=1, guidance=1.0)
+        mean = torch.tensor(picture.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
+        assert (mean - torch.tensor(colour)).abs().max() < 60, (text, mean)

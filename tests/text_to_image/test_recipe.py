@@ -1,0 +1,56 @@
+"""The recipe `draw` through the stages: trained, interleaved with understanding, drawn from."""
+
+from pathlib import Path
+
+import pytest
+
+from instructblip import drawing, stages
+from instructblip.data.scenes.official import write_scenes
+from instructblip.recipe import load_recipe
+from instructblip.text_to_image.sample import Painter
+
+SMALL = [
+    "drawing.conditioner={num_queries: 2, num_layers: 1, width: 8, num_heads: 2}",
+    "drawing.decoder={kind: native, image_size: 64, patch_size: 16, width: 8, num_layers: 1,"
+    " num_heads: 2, condition_width: 8}",
+    "drawing.validation_prompts=1",
+    "training.steps=4",
+    "training.batch_size=4",
+    "training.warmup_steps=1",
+    "training.validate_every=4",
+]
+
+
+def test_the_recipe_trains_and_its_run_draws(directory: Path, tmp_path: Path):
+    recipe = load_recipe("draw", [f"model.start={directory}", *SMALL])
+    result = stages.train(recipe, tmp_path / "run")
+    assert (result.step, result.stopped) == (4, "finished")
+    pictures = Painter.from_pretrained(tmp_path / "run").draw("the red cat", seed=0, steps=2)
+    assert pictures[0].size == (64, 64)
+
+
+def test_understanding_is_interleaved_while_the_qformer_trains(directory: Path, tmp_path: Path):
+    write_scenes(tmp_path / "scenes", scale=0.02, sets=("coco_caption",))
+    recipe = load_recipe(
+        "draw",
+        [
+            f"model.start={directory}", *SMALL, f"data.root={tmp_path / 'scenes'}",
+            "training.trainable=[drawing,qformer]", "drawing.understanding=0.5",
+        ],
+    )  # fmt: skip
+    model = drawing.make_model(recipe)
+    batches = drawing.make_batches(recipe, model).iterate(0)
+    kinds = [next(batches).target_values is None for _ in range(4)]
+    assert kinds == [False, True, False, True]
+    assert stages.train(recipe, tmp_path / "run").step == 4
+
+
+def test_missing_settings_are_named(directory: Path):
+    for entry, message in (
+        ("{kind: instructions}", "drawing.sets.x: name the instruction file"),
+        ("{kind: captions, source: cocoo}", "got 'cocoo'; expected one of"),
+    ):
+        recipe = load_recipe("draw", [f"drawing.sets.x={entry}"])
+        assert recipe.drawing is not None
+        with pytest.raises(ValueError, match=message):
+            drawing.make_set(recipe, "x", recipe.drawing.sets["x"])
