@@ -6,8 +6,9 @@
 
 Stage 1 (BLIP-2, section 3.2): matching, with a negative that differs in one word, and grounded
 captions. Stage 2 (section 3.3): captions through the frozen language model, in the form
-"instruction, then caption" that it knows. No instruction reaches the Q-Former here, and no question
-is asked: the result describes pictures and follows instructions poorly, as BLIP-2 does.
+"instruction, then caption" that it knows, then, as in BLIP-2, of the picture alone. No instruction
+reaches the Q-Former here, and no question is asked: the result describes pictures and follows
+instructions poorly, as BLIP-2 does.
 """
 
 import argparse
@@ -45,6 +46,8 @@ from instructblip.model.instructblip import InstructBlip
 
 PICTURES = 48  # a step
 CAPTION_WEIGHTS = (3, 3, 3, 1, 1)  # web captions name things, and seldom their size or place
+
+BARE_FROM = 0.75  # share of stage 2 after which captions follow the picture alone
 
 
 def build(language: dict, qformer_vocab: int, image_token_id: int) -> InstructBlip:
@@ -170,9 +173,11 @@ class Stage:
         wanted = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
         return F.cross_entropy(self.heads.words(hidden[:, :-1]).flatten(0, 1), wanted.flatten())
 
-    def caption(self, features: Tensor, scenes: list[Scene], rng: random.Random) -> Tensor:
+    def caption(
+        self, features: Tensor, scenes: list[Scene], rng: random.Random, bare: bool
+    ) -> Tensor:
         """Stage 2: the frozen language model tells the caption; the Q-Former reads no text."""
-        prompts = [rng.choice(TEMPLATES["caption"]) for _ in scenes]
+        prompts = ["" if bare else rng.choice(TEMPLATES["caption"]) for _ in scenes]
         forms = rng.choices(CAPTIONS, CAPTION_WEIGHTS, k=len(scenes))
         wanted = [form(scene) for form, scene in zip(forms, scenes, strict=True)]
         none = torch.zeros(len(scenes), 0, dtype=torch.long)
@@ -284,7 +289,8 @@ def run(args: argparse.Namespace, stage: Stage) -> None:
             losses["match"], hits = stage.match(features, scenes, rng)
             losses["told"] = stage.tell_grounded(features, scenes)
         else:
-            losses["caption"] = stage.caption(features, scenes, rng)
+            bare = elapsed > 60 * args.minutes * BARE_FROM
+            losses["caption"] = stage.caption(features, scenes, rng, bare)
         torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_([p for o in opts for p in o.param_groups[0]["params"]], 1.0)
         for optimizer, lr in zip(opts, base, strict=True):
