@@ -30,7 +30,9 @@ BLIP-2 checkpoint that instruction tuning starts from: it describes pictures of 
 `instructblip.data.scenes` and follows instructions poorly. It is of no use on photographs.
 
 - **Language model** (plays Vicuna): Llama, width 192, byte-level BPE of its own. Trained on text
-  alone for {steps:,} steps: scenes told in words and questions of every kind about them.
+  alone for {steps:,} steps: scenes told in words and questions of every kind about them. Half of
+  the scenes are told word by word, half with the words of each thing summed into one position,
+  which is the form in which a Q-Former speaks.
 - **Image encoder** (plays EVA-CLIP): ViT, 4 layers of width 160, 64x64 pixels in patches of 8.
   Trained on {pictures:,} pictures to name what stands in each cell.
 - **Q-Former** (plays BLIP-2's): 4 layers of width 192, 16 queries. Stage 1: image-text matching and
@@ -44,7 +46,9 @@ test half, every picture of a held-out set. No question is asked about a picture
 
 ## What the language model can do when the scene is told in words
 
-Exact match in percent, the ceiling for what tuning can reach without the Q-Former's help:
+Exact match in percent, told word by word and thing by thing; the second is the ceiling for what
+tuning can reach without the Q-Former's help. Kinds that stay at chance (yes or no, true or false)
+need a match of two attributes at once, which the Q-Former has to bring:
 
 {text}
 
@@ -61,14 +65,15 @@ def card(out: Path, parameters: int) -> str:
     text = json.loads((out / "text_accuracy.json").read_text())
     vision = json.loads((out / "vision_accuracy.json").read_text())
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
-    steps, pictures = text.pop("steps"), vision.pop("pictures")
-    tables = [
-        "\n".join(["| kind | accuracy |", "|---|---|", *(f"| {k} | {v} |" for k, v in t.items())])
-        for t in (text, vision)
-    ]
+    steps, pictures = text["steps"], vision.pop("pictures")
+    rows = (f"| {k} | {v} | {text['things'][k]} |" for k, v in text["words"].items())
+    told = "\n".join(["| kind | by words | by things |", "|---|---|---|", *rows])
+    seen = "\n".join(
+        ["| kind | accuracy |", "|---|---|", *(f"| {k} | {v} |" for k, v in vision.items())]
+    )
     return CARD.format(
         parameters=parameters / 1e6, size=size, steps=steps, pictures=pictures,
-        text=tables[0], vision=tables[1],
+        text=told, vision=seen,
     )  # fmt: skip
 
 

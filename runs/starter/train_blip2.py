@@ -6,9 +6,8 @@
 
 Stage 1 (BLIP-2, section 3.2): matching, with a negative that differs in one word, and grounded
 captions. Stage 2 (section 3.3): captions through the frozen language model, in the form
-"instruction, then caption" that it knows; matching goes on beside it, so that the text branch keeps
-in step with the attention it shares with the queries. No instruction reaches the Q-Former here, and
-no question is asked: the result describes pictures and follows instructions poorly, as BLIP-2 does.
+"instruction, then caption" that it knows. No instruction reaches the Q-Former here, and no question
+is asked: the result describes pictures and follows instructions poorly, as BLIP-2 does.
 """
 
 import argparse
@@ -273,32 +272,32 @@ def run(args: argparse.Namespace, stage: Stage) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     step, spent = take_checkpoint(args.out, state, opts)
     start = last = time.monotonic() - spent
-    sums = torch.zeros(4)
+    recent: list[dict[str, float]] = []
+    hits = 0.0
     while (elapsed := time.monotonic() - start) < 60 * args.minutes:
         factor = min(1.0, (step + 1) / 50, (1 - elapsed / (60 * args.minutes)) / 0.6)
         rng = random.Random(1_000_000 * args.stage + step)
         scenes = [training_scene(rng) for _ in range(PICTURES)]
         features = stage.features(scenes)
-        match, hits = stage.match(features, scenes, rng)
+        losses = {}
         if args.stage == 1:
-            told = stage.tell_grounded(features, scenes)
-            caption = torch.zeros(())
+            losses["match"], hits = stage.match(features, scenes, rng)
+            losses["told"] = stage.tell_grounded(features, scenes)
         else:
-            told = torch.zeros(())
-            caption = stage.caption(features, scenes, rng)
-        (match + told + caption).backward()
+            losses["caption"] = stage.caption(features, scenes, rng)
+        torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_([p for o in opts for p in o.param_groups[0]["params"]], 1.0)
         for optimizer, lr in zip(opts, base, strict=True):
             optimizer.param_groups[0]["lr"] = lr * factor
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        sums += torch.tensor([match.item(), hits, told.item(), caption.item()])
+        figures = {name: loss.item() for name, loss in losses.items()}
+        recent.append(figures | {"hits": hits} if args.stage == 1 else figures)
         if step % 50 == 0:
-            names = ("match", "hits", "told", "caption")
-            means = {n: round(v / 50, 4) for n, v in zip(names, sums.tolist(), strict=True)}
+            means = {n: round(sum(r[n] for r in recent) / len(recent), 4) for n in recent[0]}
             print(f"{step} {elapsed:.0f}s {means}", flush=True)
-            sums.zero_()
+            recent.clear()
         if time.monotonic() - last > 120:
             save_checkpoint(args.out, state, opts, step, elapsed)
             last = time.monotonic()
