@@ -1,9 +1,8 @@
-"""The command line: quick help, and mistakes as one line with exit code 2."""
+"""The command line: light help, and mistakes as one line with exit code 2."""
 
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,17 +26,14 @@ def test_help_lists_the_stages(capsys: pytest.CaptureFixture[str]):
         assert stage in out
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
+def test_help_imports_nothing_heavy():
+    """What keeps it quick; a time would say how busy the machine is."""
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     command = [sys.executable, "-X", "importtime", "-m", "instructblip", "--help"]
-    taken = []
-    for _ in range(5):
-        began = time.perf_counter()
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        taken.append(time.perf_counter() - began)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "typer" in imported
     assert not imported & {"torch", "transformers", "numpy", "pydantic", "matplotlib", "datasets"}
-    assert min(taken) < 0.8  # 0.2 s alone on a machine; tests share theirs
 
 
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]):

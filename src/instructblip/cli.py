@@ -75,7 +75,7 @@ def prepare(
     from instructblip.recipe import load_recipe
 
     stages.prepare(
-        load_recipe(recipe, overrides or []), workers, cast("stages.ExportForm | None", export), out
+        load_recipe(recipe, overrides or []), workers, cast("stages.DataForm | None", export), out
     )
 
 
@@ -437,10 +437,10 @@ def export(
     ] = False,
 ) -> None:
     """Write a model for others, with its card."""
-    if form not in get_args(stages.ExportForm):
-        expected = " or ".join(get_args(stages.ExportForm))
+    if form not in get_args(stages.ModelForm):
+        expected = " or ".join(get_args(stages.ModelForm))
         raise ValueError(f"--format {form}: expected {expected}")
-    stages.export(model, out, cast("stages.ExportForm", form), results or [], image_encoder)
+    stages.export(model, out, cast("stages.ModelForm", form), results or [], image_encoder)
 
 
 @app.command()

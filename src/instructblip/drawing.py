@@ -94,7 +94,7 @@ def make_set(recipe: Recipe, name: str, entry: DrawingSet) -> Drawings:
     prepared = prepare(
         entry.source, root, "train", data.prepared_root, max_bad_rate=data.max_bad_rate
     )
-    return CaptionedPictures(prepared, prepared.image_root, data.seed)
+    return CaptionedPictures(prepared, data.seed)
 
 
 def make_validation(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from instructblip.data.export import Form as ExportForm
+    from instructblip.data.export import Form as DataForm
     from instructblip.evaluation.result import Result
     from instructblip.recipe import Recipe
     from instructblip.serving.config import ServeConfig
@@ -26,7 +26,7 @@ Decoding = dict[str, int | float | bool]
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
 Form = Literal["table", "markdown", "latex", "json"]
-ExportForm = Literal["transformers", "lavis"]
+ModelForm = Literal["transformers", "lavis"]
 
 
 def scenes(root: Path, seed: int = 0, scale: float = 1.0) -> None:
@@ -40,7 +40,7 @@ def scenes(root: Path, seed: int = 0, scale: float = 1.0) -> None:
 def prepare(
     recipe: "Recipe",
     workers: int | None = None,
-    form: "ExportForm | None" = None,
+    form: "DataForm | None" = None,
     out: Path = Path("out"),
 ) -> None:
     """Read, verify and index the recipe's data sets; print the mixture, or export the samples."""
@@ -414,7 +414,7 @@ def combine(
 
 
 def export(
-    model: str, out: Path, form: ExportForm, results: Sequence[Path], image_encoder: bool
+    model: str, out: Path, form: ModelForm, results: Sequence[Path], image_encoder: bool
 ) -> None:
     """Write a model for others: a transformers directory with its card, or a LAVIS file."""
     from instructblip.model.lavis import export_lavis

@@ -13,10 +13,11 @@ from instructblip.data.loader import Loader
 from instructblip.data.mixture import Mixture
 from instructblip.data.pictures import Pictures
 from instructblip.evaluation.benchmarks import Benchmark
-from instructblip.evaluation.compare import compare, to_markdown
+from instructblip.evaluation.compare import compare
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.evaluation.report import write_report
 from instructblip.evaluation.result import Result
+from instructblip.evaluation.tables import to_markdown
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.pretrained import from_pretrained
 from instructblip.recipe import Recipe, load_recipe

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from instructblip.batch import Example
+from instructblip.data.folder import FolderSet
 from instructblip.data.scenes.world import HELD_OUT_PAIRS
 from instructblip.text_to_image.batches import DrawLoader, Interleaved, target_pixels
 from instructblip.text_to_image.checker import check_picture, find_things
@@ -106,7 +107,7 @@ def test_captions_are_turned_round(tmp_path: Path):
         dataset="coco", split="train", id="1", images=("a.png",), task="caption",
         answers=("a red cat", "one cat"),
     )  # fmt: skip
-    drawings = CaptionedPictures([example], tmp_path)
+    drawings = CaptionedPictures(FolderSet([example], tmp_path))
     assert "cat" in drawings[0].instruction
     assert drawings[0].target is not None
     assert drawings[0].target().size[0] > 0

@@ -44,7 +44,10 @@ def test_ranks_equal_one(tmp_path: Path, ranks: int):
         port = probe.getsockname()[1]
     folder = tmp_path / "many"
     folder.mkdir()
-    multiprocessing.spawn(worker, args=(ranks, port, str(folder)), nprocs=ranks)
+    # forked, for a spawned rank would import torch again
+    multiprocessing.start_processes(
+        worker, args=(ranks, port, str(folder)), nprocs=ranks, start_method="fork"
+    )
     states = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
     for name, value in whole.state_dict().items():
         assert all(torch.equal(states[0][name], state[name]) for state in states), name

@@ -56,7 +56,8 @@ class Loader:
         self.tokens, self.pictures = tokens, pictures
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
-        self.templates, self.languages = dict(templates or {}), dict(languages or {})
+        self.templates = dict(templates or {})
+        self.languages: dict[str, Language] = dict(languages or {})
         for template in (text for own in self.templates.values() for text in own):
             check_template(template)
         probabilities = mixture.probabilities

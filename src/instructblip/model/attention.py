@@ -17,11 +17,14 @@ def cross_attention(model: InstructBlip, batch: Batch) -> Float[Tensor, "B F Q P
     language model is given. The forward pass itself computes no weights, so they are taken from
     what goes into the layer.
     """
-    layers = [layer.crossattention for layer in model.qformer.encoder.layer]
-    attention = [layer for layer in layers if layer is not None][-1].attention
+    attention = [
+        module
+        for name, module in model.qformer.named_modules()
+        if isinstance(module, MultiHeadAttention) and "crossattention" in name
+    ][-1]
     seen: list[Tensor] = []
     handle = attention.register_forward_pre_hook(
-        lambda module, arguments: seen.append(_weights(module, *arguments))
+        lambda _, arguments: seen.append(_weights(attention, *arguments))
     )
     try:
         model.encode_queries(batch)

@@ -31,25 +31,33 @@ class _Config(BaseModel):
 class VisionConfig(_Config):
     """The image encoder: a pre-norm ViT. The defaults are EVA-CLIP g/14, as in the paper."""
 
-    hidden_size: int = Field(1408, gt=0, description="Width V of the image encoder.")
-    intermediate_size: int = Field(6144, gt=0, description="Width inside the feed-forward.")
-    num_hidden_layers: int = Field(39, gt=0, description="Number of transformer layers.")
-    num_attention_heads: int = Field(16, gt=0, description="Attention heads per layer.")
-    image_size: int = Field(224, gt=0, description="Side S of the square picture in pixels.")
-    patch_size: int = Field(14, gt=0, description="Side of a patch in pixels.")
-    hidden_act: Activation = Field("gelu", description="Activation of the feed-forward.")
-    layer_norm_eps: float = Field(1e-6, gt=0, description="Epsilon of every LayerNorm.")
-    post_layernorm_eps: float | None = Field(
-        None, gt=0, description="Epsilon of the last LayerNorm, where it is another (LAVIS: 1e-5)."
+    hidden_size: int = Field(default=1408, gt=0, description="Width V of the image encoder.")
+    intermediate_size: int = Field(default=6144, gt=0, description="Width inside the feed-forward.")
+    num_hidden_layers: int = Field(default=39, gt=0, description="Number of transformer layers.")
+    num_attention_heads: int = Field(default=16, gt=0, description="Attention heads per layer.")
+    image_size: int = Field(
+        default=224, gt=0, description="Side S of the square picture in pixels."
     )
-    attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on attention weights.")
-    qkv_bias: bool = Field(True, description="Whether the fused query-key-value layer has a bias.")
+    patch_size: int = Field(default=14, gt=0, description="Side of a patch in pixels.")
+    hidden_act: Activation = Field(default="gelu", description="Activation of the feed-forward.")
+    layer_norm_eps: float = Field(default=1e-6, gt=0, description="Epsilon of every LayerNorm.")
+    post_layernorm_eps: float | None = Field(
+        default=None,
+        gt=0,
+        description="Epsilon of the last LayerNorm, where it is another (LAVIS: 1e-5).",
+    )
+    attention_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Dropout on attention weights."
+    )
+    qkv_bias: bool = Field(
+        default=True, description="Whether the fused query-key-value layer has a bias."
+    )
 
     class_token: bool = Field(
-        True, description="Whether a class token stands in front (SigLIP: no)."
+        default=True, description="Whether a class token stands in front (SigLIP: no)."
     )
     pre_layernorm: bool = Field(
-        False, description="A LayerNorm before the first layer (CLIP: yes)."
+        default=False, description="A LayerNorm before the first layer (CLIP: yes)."
     )
 
     @model_validator(mode="after")
@@ -74,24 +82,32 @@ class VisionConfig(_Config):
 class QFormerConfig(_Config):
     """The Q-Former: BERT-base with cross-attention in every second layer (BLIP-2, section 3.1)."""
 
-    vocab_size: int = Field(30522, gt=0, description="Rows of the text embedding.")
-    hidden_size: int = Field(768, gt=0, description="Width D of the Q-Former.")
-    num_hidden_layers: int = Field(12, gt=0, description="Number of transformer layers.")
-    num_attention_heads: int = Field(12, gt=0, description="Attention heads per layer.")
-    intermediate_size: int = Field(3072, gt=0, description="Width inside the feed-forwards.")
-    hidden_act: Activation = Field("gelu", description="Activation of the feed-forwards.")
-    hidden_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout on hidden states.")
+    vocab_size: int = Field(default=30522, gt=0, description="Rows of the text embedding.")
+    hidden_size: int = Field(default=768, gt=0, description="Width D of the Q-Former.")
+    num_hidden_layers: int = Field(default=12, gt=0, description="Number of transformer layers.")
+    num_attention_heads: int = Field(default=12, gt=0, description="Attention heads per layer.")
+    intermediate_size: int = Field(
+        default=3072, gt=0, description="Width inside the feed-forwards."
+    )
+    hidden_act: Activation = Field(default="gelu", description="Activation of the feed-forwards.")
+    hidden_dropout_prob: float = Field(
+        default=0.1, ge=0, lt=1, description="Dropout on hidden states."
+    )
     attention_probs_dropout_prob: float = Field(
-        0.1, ge=0, lt=1, description="Dropout on attention weights."
+        default=0.1, ge=0, lt=1, description="Dropout on attention weights."
     )
-    max_position_embeddings: int = Field(512, gt=0, description="Longest instruction in tokens.")
-    layer_norm_eps: float = Field(1e-12, gt=0, description="Epsilon of every LayerNorm.")
-    initializer_range: float = Field(0.02, gt=0, description="Deviation of fresh weights.")
-    pad_token_id: int | None = Field(0, description="Row of the text embedding that pads.")
+    max_position_embeddings: int = Field(
+        default=512, gt=0, description="Longest instruction in tokens."
+    )
+    layer_norm_eps: float = Field(default=1e-12, gt=0, description="Epsilon of every LayerNorm.")
+    initializer_range: float = Field(default=0.02, gt=0, description="Deviation of fresh weights.")
+    pad_token_id: int | None = Field(default=0, description="Row of the text embedding that pads.")
     cross_attention_frequency: int = Field(
-        2, gt=0, description="Every n-th layer, from the first on, attends to the picture."
+        default=2, gt=0, description="Every n-th layer, from the first on, attends to the picture."
     )
-    encoder_hidden_size: int = Field(1408, gt=0, description="Width of the picture's features.")
+    encoder_hidden_size: int = Field(
+        default=1408, gt=0, description="Width of the picture's features."
+    )
 
 
 class InstructBlipConfig(_Config):
@@ -100,10 +116,13 @@ class InstructBlipConfig(_Config):
     vision: VisionConfig = Field(description="The image encoder.")
     qformer: QFormerConfig = Field(description="The Q-Former.")
     language: dict[str, Any] = Field(description="transformers' text config as a dict.")
-    num_query_tokens: int = Field(32, gt=0, description="Query tokens Q per picture.")
-    instruction_aware: bool = Field(True, description="Whether the Q-Former reads the instruction.")
+    num_query_tokens: int = Field(default=32, gt=0, description="Query tokens Q per picture.")
+    instruction_aware: bool = Field(
+        default=True, description="Whether the Q-Former reads the instruction."
+    )
     image_token_id: int | None = Field(
-        None, description="Id that transformers' processor uses as a placeholder for a query."
+        default=None,
+        description="Id that transformers' processor uses as a placeholder for a query.",
     )
 
     @model_validator(mode="after")

@@ -427,7 +427,7 @@ def _expanded(cache: Any, sample: Int[Tensor, " r"]) -> Any:
     expanded = copy.copy(cache)
     expanded.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in expanded.layers:
-        if type(layer) is DynamicLayer:
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
             layer.keys = _of_samples(layer.keys, sample)
             layer.values = _of_samples(layer.values, sample)
         else:  # a state of another kind

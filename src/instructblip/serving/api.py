@@ -287,8 +287,12 @@ def _stream(service: Service, name: str, job: Job, body: ChatRequest) -> AsyncIt
     """Server-sent events with the pieces of the answer; ends with ``[DONE]``."""
     loop = asyncio.get_running_loop()
     pieces: asyncio.Queue[str | None] = asyncio.Queue()
-    job.on_text = lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
-    job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(pieces.put_nowait, None))
+
+    def put(piece: str | None) -> None:
+        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+    job.on_text = put
+    job.future.add_done_callback(lambda _: put(None))
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk"}
     head |= {"created": int(time.time()), "model": name}
 

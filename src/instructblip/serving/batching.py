@@ -106,6 +106,7 @@ class Batcher:
     def submit(self, job: Job) -> "Future[Any]":
         """Queue a job. Raises QueueFull, also once the batcher is closed."""
         with self._changed:
+            self._drop_gone()  # the model may be too busy to have noticed
             if self._closed or len(self._jobs) >= self.max_queue:
                 raise QueueFull
             self._jobs.append(job)
@@ -129,10 +130,7 @@ class Batcher:
         """The next batch; empty when the batcher is closed and nothing waits."""
         with self._changed:
             while True:
-                for job in [job for job in self._jobs if job.gone]:
-                    self._jobs.remove(job)
-                    if job.future.set_running_or_notify_cancel():
-                        job.future.set_exception(TooLate())
+                self._drop_gone()
                 while self._jobs:
                     # from here on a future cannot be cancelled, only left
                     if jobs := [job for job in self._take() if _begins(job)]:
@@ -140,6 +138,12 @@ class Batcher:
                 if self._closed:
                     return []
                 self._changed.wait()
+
+    def _drop_gone(self) -> None:
+        for job in [job for job in self._jobs if job.gone]:
+            self._jobs.remove(job)
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(TooLate())
 
     def _take(self) -> list[Job]:
         """The oldest job and what can go with it, out of the queue."""

@@ -8,9 +8,9 @@ multiple choice both run through the engine; ``until`` cuts an answer, ``max_new
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmms_eval.api.instance import GenerationResult, Instance
-from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.api.instance import GenerationResult, Instance  # pyright: ignore[reportMissingImports]
+from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
+from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
 from instructblip.serving.engine import Engine, Picture
 

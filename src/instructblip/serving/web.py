@@ -24,6 +24,7 @@ from instructblip.serving.incoming import BadPicture, decode_picture
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
 import gradio as gr
+from gradio.themes import Default
 
 PATH = "/page"
 INSTRUCTIONS = (
@@ -69,7 +70,7 @@ def mount_page(app: FastAPI) -> FastAPI:
     service: Service = app.state.service
     keys = service.config.api_keys
     i18n = gr.I18n(en=EN, zh=ZH, **{"zh-CN": ZH, "zh-TW": ZH})
-    theme = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("monospace",))
+    theme = Default(font=("system-ui", "sans-serif"), font_mono=("monospace",))
     return gr.mount_gradio_app(
         app,
         make_page(service, i18n),
@@ -131,7 +132,7 @@ def make_page(service: Service, words: Any) -> gr.Blocks:
             [picture, instruction, candidates, history],
             [*answers, *rankings, looks, history, table],
             concurrency_limit=4,
-            api_name=False,
+            api_visibility="private",
         )
     return page
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from instructblip.model.config import QFormerConfig, VisionConfig
 from instructblip.model.pretrained import load_weights
 from instructblip.model.qformer import QFormer
-from instructblip.model.vision import VisionModel
+from instructblip.model.vision import ACTIVATIONS, VisionModel
 from instructblip.model.weights import read_json, read_weights
 
 SPLICE_AT = 2
@@ -32,7 +32,7 @@ LAVIS_NAMES = (
     (r"visual_encoder\.class_embedding", "vision_model.embeddings.class_embedding"),
     (r"visual_encoder\.positional_embedding", "vision_model.embeddings.position_embedding"),
     (r"visual_encoder\.conv1\.", "vision_model.embeddings.patch_embedding."),
-    (r"visual_encoder\.ln_pre\.", "vision_model.pre_layernorm."),
+    (r"visual_encoder\.ln_pre\.", "vision_model.embeddings.norm."),
     (r"visual_encoder\.transformer\.resblocks\.(\d+)\.attn\.in_proj_",
      r"vision_model.encoder.layers.\1.self_attn.qkv."),
     (r"visual_encoder\.transformer\.resblocks\.(\d+)\.attn\.out_proj\.",
@@ -48,6 +48,7 @@ LAVIS_NAMES = (
 DIFFUSERS_NAMES = (
     (r"embeddings\.LayerNorm\.", "qformer.embeddings.layernorm."),
     (r"(embeddings|encoder)\.", r"qformer.\1."),
+    (r"visual_encoder\.pre_layernorm\.", "vision_model.embeddings.norm."),
     (r"visual_encoder\.", "vision_model."),
     (r"proj_layer\.", "projection."),
 )
@@ -56,20 +57,6 @@ UNUSED = re.compile(
     r"(Qformer\.cls|itm_head|vision_proj|text_proj|visual_encoder\.(ln_post|proj))\b.*|temp"
     r"|.*\.position_ids|visual_encoder\.transformer\.resblocks\.23\..*"
 )
-
-
-class ClipVisionModel(VisionModel):
-    """CLIP's ViT: a LayerNorm in front of the layers, and GELU as x sigmoid(1.702 x)."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__(config)
-        self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        for module in self.modules():
-            if hasattr(module, "activation"):
-                module.activation = quick_gelu
-
-    def body(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
-        return self.encoder(self.pre_layernorm(self.embeddings(pixel_values)))
 
 
 class Projection(nn.Module):
@@ -81,7 +68,7 @@ class Projection(nn.Module):
         self.LayerNorm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, hidden: Float[Tensor, "B Q D"]) -> Float[Tensor, "B Q D"]:
-        return hidden + self.dense2(quick_gelu(self.dense1(self.LayerNorm(hidden))))
+        return hidden + self.dense2(ACTIVATIONS["quick_gelu"](self.dense1(self.LayerNorm(hidden))))
 
 
 class SubjectEncoder(nn.Module):
@@ -89,7 +76,7 @@ class SubjectEncoder(nn.Module):
 
     def __init__(self, vision: VisionConfig, qformer: QFormerConfig, queries: int, inner: int):
         super().__init__()
-        self.vision_model = ClipVisionModel(vision)
+        self.vision_model = VisionModel(vision)
         self.query_tokens = nn.Parameter(torch.zeros(1, queries, qformer.hidden_size))
         self.qformer = QFormer(qformer)
         self.projection = Projection(qformer.hidden_size, inner)
@@ -103,11 +90,6 @@ class SubjectEncoder(nn.Module):
         features = self.vision_model(pixel_values)
         queries = self.query_tokens.expand(len(pixel_values), -1, -1)
         return self.projection(self.qformer(queries, features, qformer_ids, qformer_mask))
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's approximation of GELU."""
-    return x * torch.sigmoid(1.702 * x)
 
 
 def splice_context(
@@ -213,7 +195,9 @@ def _sizes(
         num_attention_heads=_heads(given, "vision_config", vision_width),
         image_size=math.isqrt(positions) * patch,
         patch_size=patch,
+        hidden_act="quick_gelu",
         layer_norm_eps=1e-5,
+        pre_layernorm=True,
     )
     qformer = QFormerConfig(
         vocab_size=len(words),

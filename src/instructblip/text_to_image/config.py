@@ -20,18 +20,20 @@ class _Config(BaseModel):
 class ConditionerConfig(_Config):
     """How the Q-Former's tokens become what a decoder attends to."""
 
-    num_queries: int = Field(16, gt=0, description="Generation queries beside the query tokens.")
-    tokens: Literal["queries", "text", "both"] = Field(
-        "both", description="Which outputs of the Q-Former condition the decoder."
+    num_queries: int = Field(
+        default=16, gt=0, description="Generation queries beside the query tokens."
     )
-    num_layers: int = Field(2, ge=0, description="Bidirectional layers of the connector.")
-    width: int = Field(192, gt=0, description="Width inside the connector.")
-    num_heads: int = Field(6, gt=0, description="Attention heads of the connector.")
+    tokens: Literal["queries", "text", "both"] = Field(
+        default="both", description="Which outputs of the Q-Former condition the decoder."
+    )
+    num_layers: int = Field(default=2, ge=0, description="Bidirectional layers of the connector.")
+    width: int = Field(default=192, gt=0, description="Width inside the connector.")
+    num_heads: int = Field(default=6, gt=0, description="Attention heads of the connector.")
     gain: float = Field(
-        1.0, gt=0, description="Root mean square that the decoder expects of its condition."
+        default=1.0, gt=0, description="Root mean square that the decoder expects of its condition."
     )
     dropout: float = Field(
-        0.1,
+        default=0.1,
         ge=0,
         le=1 / 3,
         description="Chance of a sample to lose its instruction, its picture, or both: each.",
@@ -46,21 +48,25 @@ class NativeConfig(_Config):
     """The native decoder: a small diffusion transformer on patches of pixels."""
 
     kind: Literal["native"] = "native"
-    image_size: int = Field(64, gt=0, description="Side G of a drawn picture in pixels.")
-    patch_size: int = Field(8, gt=0, description="Side of a patch in pixels.")
-    width: int = Field(192, gt=0, description="Width of the transformer.")
-    num_layers: int = Field(6, gt=0, description="Number of transformer layers.")
-    num_heads: int = Field(6, gt=0, description="Attention heads of a layer.")
-    condition_width: int = Field(192, gt=0, description="Width of the condition's tokens.")
+    image_size: int = Field(default=64, gt=0, description="Side G of a drawn picture in pixels.")
+    patch_size: int = Field(default=8, gt=0, description="Side of a patch in pixels.")
+    width: int = Field(default=192, gt=0, description="Width of the transformer.")
+    num_layers: int = Field(default=6, gt=0, description="Number of transformer layers.")
+    num_heads: int = Field(default=6, gt=0, description="Attention heads of a layer.")
+    condition_width: int = Field(default=192, gt=0, description="Width of the condition's tokens.")
     predict: Literal["picture", "velocity"] = Field(
-        "picture", description="What the last layer gives; the loss is the velocity's either way."
+        default="picture",
+        description="What the last layer gives; the loss is the velocity's either way.",
     )
     noise_mean: float = Field(
-        1.5, description="Mean of the logit of the noise level in training; above 0 favours noise."
+        default=1.5,
+        description="Mean of the logit of the noise level in training; above 0 favours noise.",
     )
-    noise_std: float = Field(1.5, gt=0, description="Deviation of that logit.")
+    noise_std: float = Field(default=1.5, gt=0, description="Deviation of that logit.")
     shift: float = Field(
-        4.0, gt=0, description="Above 1 the sampler takes shorter steps where there is more noise."
+        default=4.0,
+        gt=0,
+        description="Above 1 the sampler takes shorter steps where there is more noise.",
     )
 
     @model_validator(mode="after")
@@ -79,7 +85,9 @@ class DiffusersConfig(_Config):
     kind: Literal["diffusers"] = "diffusers"
     path: str = Field(description="The directory with model_index.json.")
     image_size: int | None = Field(
-        None, gt=0, description="Side of a drawn picture in pixels; null for the decoder's own."
+        default=None,
+        gt=0,
+        description="Side of a drawn picture in pixels; null for the decoder's own.",
     )
 
 
@@ -87,11 +95,11 @@ class TextToImageConfig(_Config):
     """Everything beside the InstructBLIP. ``qformer`` names the Q-Former trained with."""
 
     conditioner: ConditionerConfig = Field(
-        ConditionerConfig(), description="From the Q-Former to the condition."
+        default=ConditionerConfig(), description="From the Q-Former to the condition."
     )
     decoder: NativeConfig | DiffusersConfig = Field(
-        NativeConfig(), discriminator="kind", description="What draws."
+        default=NativeConfig(), discriminator="kind", description="What draws."
     )
     qformer: str | None = Field(
-        None, description="Hash of the Q-Former's weights; written when the model is saved."
+        default=None, description="Hash of the Q-Former's weights; written when the model is saved."
     )

@@ -8,16 +8,16 @@ One line of an instruction file; ``image``, the subject to draw from, may be lef
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
 
-from instructblip.batch import Example
 from instructblip.data.images import load_image
 from instructblip.data.order import mix
+from instructblip.data.pictures import Examples
 from instructblip.data.scenes.language import at, join, phrase
 from instructblip.data.scenes.world import (
     COLOURS,
@@ -118,8 +118,8 @@ class InstructionFile:
 class CaptionedPictures:
     """A caption set turned round: a caption asks for its picture. Templates follow the index."""
 
-    def __init__(self, examples: Sequence[Example], root: Path, seed: int = 0) -> None:
-        self.examples, self.root, self.seed = examples, root, seed
+    def __init__(self, examples: Examples, seed: int = 0) -> None:
+        self.examples, self.seed = examples, seed
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -130,8 +130,8 @@ class CaptionedPictures:
         if not example.answers:
             raise ValueError(f"{example.dataset} {example.where}: no caption to draw from")
         text = rng.choice(DRAW_TEMPLATES).format(rng.choice(example.answers))
-        name = example.images[0]
-        return DrawExample(text, lambda: load_image(name, self.root), where=example.where)
+        name, root = example.images[0], self.examples.image_root
+        return DrawExample(text, lambda: load_image(name, root), where=example.where)
 
 
 class SceneDrawings:
