@@ -45,7 +45,7 @@ from instructblip.model.config import InstructBlipConfig, QFormerConfig
 from instructblip.model.instructblip import InstructBlip
 
 PICTURES = 48  # a step
-CAPTION_WEIGHTS = (3, 3, 3, 1, 1)  # web captions name things, and seldom their size or place
+SHORT_CAPTIONS = CAPTIONS[:3]  # web captions name things, not their size or place
 
 BARE_FROM = 0.75  # share of stage 2 after which captions follow the picture alone
 
@@ -178,8 +178,7 @@ class Stage:
     ) -> Tensor:
         """Stage 2: the frozen language model tells the caption; the Q-Former reads no text."""
         prompts = ["" if bare else rng.choice(TEMPLATES["caption"]) for _ in scenes]
-        forms = rng.choices(CAPTIONS, CAPTION_WEIGHTS, k=len(scenes))
-        wanted = [form(scene) for form, scene in zip(forms, scenes, strict=True)]
+        wanted = [rng.choice(SHORT_CAPTIONS)(scene) for scene in scenes]
         none = torch.zeros(len(scenes), 0, dtype=torch.long)
         queries = self.model.query_tokens.expand(len(scenes), -1, -1)
         hidden = self.model.qformer(queries, features, none, none)
