@@ -49,9 +49,9 @@ def draw(place: Axes, results: list[Result]) -> None:
     unseen = "  (task type never tuned on)" if results[0].unseen_type else ""
     role = results[0].role.replace("_", "-")
     prompt = textwrap.shorten(pair[0]["prompt"], 120)
-    place.set_title(f"{role}{unseen}", fontsize=8, color=FAINT, loc="left", pad=34)
+    place.set_title(f"{role}{unseen}", fontsize=8, color=FAINT, loc="left", pad=46)
     place.text(
-        0, 1.03, textwrap.fill(prompt, 46), transform=place.transAxes, fontsize=8.5, color=INK
+        0, 1.03, textwrap.fill(prompt, 48), transform=place.transAxes, fontsize=8.5, color=INK
     )
     for i, (model, sample) in enumerate(zip(MODELS.values(), pair, strict=True)):
         right = sample["score"] >= 0.5
