@@ -1,8 +1,7 @@
-"""Muon in fp32, matrices of one shape at once.
+"""Muon with the scaling of Jordan et al., for matrices alone: what the starter was trained with.
 
-The same update as `torch.optim.Muon` (Jordan et al. 2024: Nesterov momentum, five Newton-Schulz
-iterations, step scaled by sqrt(max(1, rows / columns))). That one iterates in bfloat16, which a
-CPU without matrix instructions for it runs five times slower than fp32: 40 % of a step here.
+The step is scaled by sqrt(max(1, rows / columns)), as in `torch.optim.Muon`. The optimiser of the
+package scales its updates to those of AdamW, so that one learning rate serves both.
 """
 
 from collections import defaultdict
@@ -11,19 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-
-
-def orthogonalise(update: Tensor, iterations: int = 5) -> Tensor:
-    """[K, rows, columns] -> each matrix close to its nearest semi-orthogonal one."""
-    tall = update.shape[1] > update.shape[2]
-    x = update.transpose(1, 2) if tall else update
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    a, b, c = COEFFICIENTS
-    for _ in range(iterations):
-        gram = x @ x.transpose(1, 2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.transpose(1, 2) if tall else x
+from instructblip.training.muon import orthogonalise
 
 
 class Muon(torch.optim.Optimizer):

@@ -212,7 +212,9 @@ def evaluate(
     """Answer the recipe's benchmarks with ``model``; one folder of ``out`` for each."""
     from instructblip import assembly, distributed
     from instructblip.evaluation.evaluate import evaluate as run_benchmark
+    from instructblip.model.pretrained import model_directory
 
+    model_directory(model)  # a wrong path is told before any data is read
     settings = recipe.evaluation
     benchmarks = assembly.benchmarks_of(recipe, settings.benchmarks)
     results = []

@@ -86,7 +86,7 @@ def write_recipe(
         "data": {
             "root": str(root),
             "augment": False,
-            "sets": {"own": {"source": "imagefolder", "root": "."}},
+            "sets": {"own": {"format": "imagefolder", "root": "."}},
         },
         "training": {
             "steps": steps,

@@ -59,8 +59,11 @@ def test_tied_name_alone_is_enough(directory):
         name = "language_model.model.decoder.embed_tokens.weight"
         tensors["language_model.lm_head.weight"] = tensors.pop(name)
 
+    before = InstructBlip.from_pretrained(directory).language_model.lm_head.weight
     rewrite(directory, change)
-    InstructBlip.from_pretrained(directory)
+    assert torch.equal(
+        InstructBlip.from_pretrained(directory).language_model.lm_head.weight, before
+    )
 
 
 def test_truncated_file_is_named(directory):

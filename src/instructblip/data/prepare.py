@@ -135,7 +135,8 @@ def prepare(
     root, target = Path(root).resolve(), Path(out) / name / split
     if not root.is_dir():
         raise FileNotFoundError(
-            f"{root} does not exist; '{name}' needs {source.files} there, and {source.images}/"
+            f"{root} does not exist; '{name}' needs {source.files.format(split=split)} there, "
+            f"and {source.images}/"
         )
     if (target / "manifest.json").is_file() and _unchanged(target, root, source, max_bad_rate):
         return PreparedDataset(target)

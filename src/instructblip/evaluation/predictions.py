@@ -6,7 +6,6 @@ group each rank writes ``predictions.rank<N>.jsonl``; they are joined into the o
 or at the next start, whatever the number of ranks then.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -17,12 +16,6 @@ from instructblip import distributed
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "settings.json"
-
-
-def settings_hash(settings: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits that change with any setting."""
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
