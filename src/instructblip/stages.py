@@ -303,14 +303,18 @@ def recipe_of(model: str) -> str:
     return str(found) if found else default
 
 
-def report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) -> Path:
-    """Write one offline HTML file: tables, a gallery of answers, the curves of ``runs``."""
+def report(
+    folders: Sequence[Path], out: Path, runs: Sequence[Path] = (), baseline: str | None = None
+) -> Path:
+    """Write one offline HTML file: tables and charts against ``baseline`` (the first), a gallery
+    of answers, the curves of ``runs``."""
     from instructblip import __version__
     from instructblip.evaluation.report import write_report
 
     return write_report(
         out,
         load_results(folders),
+        baseline=baseline,
         curves={run.name: run / "metrics.jsonl" for run in runs},
         facts={"version": __version__},
     )
