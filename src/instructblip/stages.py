@@ -263,7 +263,7 @@ def compare(
     folders = [_evaluated(path, recipe, overrides, out) for path in models]
     comparison = comparing.compare(load_results(folders))
     if form == "table":
-        _print_tables(tables.to_rich(comparison, intervals))
+        _print_tables(tables.to_rich(comparison, intervals), tables.measured_with(comparison))
     elif form == "json":
         print(json.dumps(tables.to_json(comparison), indent=2))
     else:
@@ -284,7 +284,7 @@ def _evaluated(path: Path, recipe: str | None, overrides: Sequence[str], out: Pa
     return folder
 
 
-def _print_tables(shown: "Sequence[Table]") -> None:
+def _print_tables(shown: "Sequence[Table]", notes: Sequence[str]) -> None:
     from rich.console import Console
 
     console = Console()
@@ -292,6 +292,8 @@ def _print_tables(shown: "Sequence[Table]") -> None:
         console = Console(width=max(160, console.width))
     for table in shown:
         console.print(table)
+    for note in notes:
+        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def recipe_of(model: str) -> str:
