@@ -230,3 +230,4 @@ def test_the_baseline_can_be_chosen(tmp_path: Path) -> None:
     assert "Δ one</th>" in text
     assert "Δ two" not in text
     assert "difference to two" in text
+    assert "one is <select" in text  # the report is about the other

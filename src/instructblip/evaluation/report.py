@@ -42,6 +42,8 @@ def write_report(
         samples_per_set: cards in the gallery per benchmark; 0 leaves it out.
     """
     path = Path(path)
+    if baseline is not None and baseline in models:
+        models = {baseline: models[baseline], **models}  # first in tables, charts and gallery
     comparison = compare(models, baseline)
     blind = {
         model
