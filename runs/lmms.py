@@ -39,7 +39,7 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 """
-UTILS = '''
+UTILS = """
 def visual(doc):
     return [doc["image"].convert("RGB")]
 
@@ -50,7 +50,7 @@ def text(doc):
 
 def choices(doc):
     return doc["choices"]
-'''
+"""
 TASKS = {
     "scenes_open": ("scenes_okvqa", "generate_until", "answer", "exact_match",
                     "generation_kwargs: {max_new_tokens: 10, num_beams: 1, do_sample: false}"),

@@ -154,8 +154,8 @@ def test_the_page_says_what_the_figures_say(page: Path) -> None:
     assert rows["instructions over plain inputs, held-out"] == "**does not hold**"
     assert rows["start for okvqa, tuned on"] == "**holds**"
     assert not any("scienceqa" in title for title in rows)  # no run of it
-    assert "- **does not hold** (2):" in text
-    assert "of 2 sets, beyond their own intervals, higher: c +" in text
+    assert "- **does not hold** (1): instructions over plain inputs, held-out" in text
+    assert "on none; 0 of 2 sets within their own intervals." in text
     assert "16 runs, 3 seeds, 9 steps" in text
     assert "8 minutes of runs, 2 at a time" in text
 
@@ -215,5 +215,5 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / job.name / "recipe.yaml").write_text(recipe.to_yaml())
     assert measure.recipe_of(plan, job) == recipe
     longer = replace(plan, steps=plan.steps + 1)
-    with pytest.raises(ValueError, match=r"training.steps: 200 -> 201.*another work folder"):
+    with pytest.raises(ValueError, match=r"training.steps: 250 -> 251.*another work folder"):
         measure.recipe_of(longer, longer.jobs()[0])

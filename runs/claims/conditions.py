@@ -70,7 +70,7 @@ class Plan:
 
     work: Path
     seeds: int = 5
-    steps: int = 200
+    steps: int = 250
     finetune_steps: int = 60
     limit: int = 200
     start: str = "starter"

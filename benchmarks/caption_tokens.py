@@ -1,6 +1,6 @@
 """How often the Python tokenizer of captions agrees with the Stanford one, and what it changes.
 
-    python benchmarks/tokenizers.py CAPTIONS.json
+    python benchmarks/caption_tokens.py CAPTIONS.json
 
 The file is one of captions as COCO has them: a list of records with ``caption``, or annotations
 with such a list. Captions of one picture score each other: the first against the rest, or, where
