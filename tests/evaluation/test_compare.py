@@ -89,7 +89,8 @@ def test_latex_escapes_and_marks(comparison: Comparison) -> None:
     assert r"50\% \& more\_colours $^\dagger$" in text
     assert text.count(r"\begin{tabular}{lrr}") == text.count(r"\end{tabular}") == 2
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert text.rstrip().splitlines()[-1].startswith("% 50% & more_colours: b_out, n 30; exact_match;")
+    measured = "% 50% & more_colours: b_out, n 30; exact_match;"
+    assert text.rstrip().splitlines()[-1].startswith(measured)
     assert {line.replace(r"\&", "").count("&") for line in body} == {2}
 
 

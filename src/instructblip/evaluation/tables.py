@@ -1,8 +1,8 @@
 """A comparison written in four ways, shaped like table 1 of the paper: models down, sets across.
 
 One table for each role (held-in, held-out, fine-tuned). First the published figures of the same
-sets, then ours with their intervals, then the differences to the baseline with a paired test. What each
-set was measured with follows the tables.
+sets, then ours with their intervals, then the differences to the baseline with a paired test. What
+each set was measured with follows the tables.
 """
 
 from collections.abc import Mapping, Sequence
