@@ -17,7 +17,8 @@ from instructblip.batch import Example
 from instructblip.data.check import check_dataset
 from instructblip.data.export import export
 from instructblip.data.prepare import prepare
-from instructblip.data.sources.own import Own, own_source
+from instructblip.data.sources.own import own_source
+from instructblip.data.sources.own_files import Own
 from instructblip.recipe import load_recipe
 from tests.data.tiny import write_json, write_picture, write_vqa
 

@@ -15,6 +15,7 @@ from instructblip.data.sources.records import (
     PICTURES,
     find_file,
     image_name,
+    list_folder,
     read_records,
     read_table,
 )
@@ -111,7 +112,7 @@ class _Frames:
         return ()
 
     def _pictures(self, folder: str) -> tuple[str, ...]:
-        entries = (self.root / folder).iterdir()
+        entries = list_folder(self.root / folder)
         files = [f.name for f in entries if f.name.lower().endswith(PICTURES)]
         files.sort(key=_natural)
         return tuple(f"{folder}/{files[i]}" for i in evenly_spaced(len(files), MAX_FRAMES))
