@@ -17,9 +17,9 @@ from instructblip.data.sources.own import own_source
 from instructblip.data.sources.own_files import Own
 from instructblip.data.sources.records import MAX_TEXT
 from tests.data.test_hostile_input import VALUES, places, replaced
-from tests.data.test_own import TURNS, write_tar
+from tests.data.test_own import TURNS
 from tests.data.test_unreadable import own
-from tests.data.tiny import write_picture
+from tests.data.tiny import write_picture, write_tar
 
 PART = {"type": "image_url", "image_url": {"url": "0.png"}}
 ASKED = {"role": "user", "content": [PART, {"type": "text", "text": "What?"}]}
@@ -112,7 +112,7 @@ def test_tables_of_plain_text(cell: str, tmp_path: Path) -> None:
             tmp_path,
             "test.csv",
             f"column {i}",
-            lambda: list(SOURCES["ivqa"].read(tmp_path, "test")),
+            lambda: list(read(tmp_path, "test")),
         )
     (tmp_path / "rows.csv").write_text(f"image,answer\n{cell},{cell}\n")
     good(tmp_path, "rows.csv", "a row", lambda: own(tmp_path, "table"))

@@ -226,15 +226,25 @@ def read_texts(path: Path, *fields: str) -> list[str]:
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """The objects of a JSON-lines file. Only ``\\n`` ends a line (not U+2028 and its kin)."""
+    """The objects of a JSON-lines file."""
+    for line, where in read_text(path):
+        if line.strip():
+            yield Record(_parse_line(line, where), where)
+
+
+def read_text(path: Path) -> Iterator[tuple[str, str]]:
+    """(line, its place) of a text file. Only ``\\n`` ends a line (not U+2028 and its kin)."""
     number = 0
     with open_text(path, newline="\n") as file:
         try:
             while line := file.readline(MAX_LINE + 1):
                 number += 1
-                if line.strip():
-                    where = _line(path, number)
-                    yield Record(_parse_line(line, where), where)
+                if len(line) > MAX_LINE:
+                    raise ValueError(
+                        f"{_line(path, number)}: has more than {MAX_LINE} characters; is this a "
+                        "file of lines?"
+                    )
+                yield line.rstrip("\r\n"), _line(path, number)
         except UnicodeDecodeError as error:
             raise ValueError(f"{_line(path, number + 1)} is not UTF-8 ({error.reason})") from None
 
@@ -244,8 +254,6 @@ def _line(path: Path, number: int) -> str:
 
 
 def _parse_line(line: str, where: str) -> dict[str, Any]:
-    if len(line) > MAX_LINE:
-        raise ValueError(f"{where}: has more than {MAX_LINE} characters; is this JSON lines?")
     try:
         value = json.loads(line, parse_constant=refuse_constant)
     except RecursionError:
