@@ -6,7 +6,6 @@ Preparing again does nothing while the annotation files are the same; an interru
 goes on where it stopped.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from instructblip.batch import Example
 from instructblip.data.facts import FACTS_FILE, read_facts, summary, update_facts
@@ -31,14 +29,14 @@ from instructblip.data.prepared import (
 )
 from instructblip.data.progress import progress_bar
 from instructblip.data.sources import Source, source_of
-from instructblip.data.sources.opened import FilesRead, note_files
+from instructblip.data.sources.opened import note_files
 from instructblip.data.sources.records import image_name
+from instructblip.data.stamps import same_files, sha256_of, stamps_of
 from instructblip.data.writing import write_json
 
 BAD_FILE = "bad_samples.jsonl"
 ROWS_PER_BATCH = 2048
 PARALLEL_BYTES = 1 << 27
-ANNOTATION_FILES = (".json", ".jsonl", ".csv", ".txt", ".arrow")
 
 
 def prepare(
@@ -187,7 +185,8 @@ def _write(
         "bytes": (folder / DATA_FILE).stat().st_size,
         "licence": source.licence,
         "annotations": [
-            stamp | {"sha256": _sha256(root / stamp["file"])} for stamp in rows.files["annotations"]
+            stamp | {"sha256": sha256_of(root / stamp["file"])}
+            for stamp in rows.files["annotations"]
         ],
         "absent": rows.files["absent"],
     }
@@ -203,7 +202,7 @@ def _read(
     rows = Partial(folder, key)
     check = _Check(image_root, split, rows)
     repaired = any(not name or check.there(name) for name in rows.missing)
-    if repaired or not _same_files(rows.files, root, by_content=False):
+    if repaired or not same_files(rows.files, root, by_content=False):
         rows.restart()
     with (
         note_files() as files,
@@ -215,19 +214,11 @@ def _read(
             rows.append(examples)
             advance(*files.position())
             if rows.due():
-                rows.save(_noted(files, root))
+                rows.save(stamps_of(files, root))
         if not rows.ended:
-            rows.save(_noted(files, root), ended=True)
+            rows.save(stamps_of(files, root), ended=True)
     rows.close()
     return rows
-
-
-def _noted(files: FilesRead, root: Path) -> dict[str, Any]:
-    """The files a reader took its rows from, and those it would have read had they been there."""
-    return {
-        "annotations": [_stamp(path, root) for path in files.found],
-        "absent": [str(path.relative_to(root)) for path in files.absent],
-    }
 
 
 class _Check:
@@ -294,53 +285,8 @@ def _unchanged(target: Path, root: Path, source: Source, max_bad_rate: float) ->
         and manifest["settings"] == source.settings
         and manifest["max_bad_rate"] == max_bad_rate
         and (target / DATA_FILE).is_file()
-        and _same_files(manifest, root, by_content=True)
+        and same_files(manifest, root, by_content=True)
     )
-
-
-def _same_files(noted: dict[str, Any], root: Path, by_content: bool) -> bool:
-    """Whether the files that rows were read from are as they were, and no other has come.
-
-    ``by_content`` takes a file that was only touched for the same.
-    """
-    if any((root / name).exists() for name in noted.get("absent", ())):
-        return False
-    for known in noted.get("annotations", ()):
-        path = root / known["file"]
-        if not path.exists():
-            return False
-        now = _stamp(path, root)
-        if now["bytes"] != known["bytes"]:
-            return False
-        touched = now["modified_ns"] != known["modified_ns"]
-        if touched and not (by_content and _sha256(path) == known["sha256"]):
-            return False
-    return True
-
-
-def _files_of(path: Path) -> list[Path]:
-    """The file itself, or the annotation files of a folder."""
-    if not path.is_dir():
-        return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix in ANNOTATION_FILES)
-
-
-def _stamp(path: Path, root: Path) -> dict[str, Any]:
-    stats = [file.stat() for file in _files_of(path)]
-    return {
-        "file": str(path.relative_to(root)),
-        "bytes": sum(stat.st_size for stat in stats),
-        "modified_ns": max((stat.st_mtime_ns for stat in stats), default=0),
-    }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    for file in _files_of(path):
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _replace(folder: Path, target: Path) -> None:

@@ -86,6 +86,15 @@ class PreparedDataset:
         """The distinct ``Example.images``, without reading anything else."""
         return {tuple(names) for names in self.column("images")}
 
+    def describe(self) -> str:
+        """``vqav2 train: 9,000 examples, 3,000 pictures of 12.3 MB; CC BY 4.0``."""
+        manifest, images = self.manifest, self.manifest["images"]
+        bad = f", {manifest['bad']:,} bad ones left out" if manifest["bad"] else ""
+        return (
+            f"{self.name} {self.split}: {len(self):,} examples{bad}, {images['count']:,} pictures "
+            f"of {images['bytes'] / 1e6:,.1f} MB; {manifest['licence']}"
+        )
+
     def _open(self) -> list[pa.RecordBatch]:
         if self._batches is None:
             with pa.ipc.open_stream(pa.memory_map(str(self.path / DATA_FILE))) as reader:
