@@ -15,15 +15,28 @@ from instructblip.text_to_image.blocks import MLP, Attention
 from instructblip.text_to_image.config import ConditionerConfig
 
 
+REACH = 7
+"""Tokens that a convolution spans: "red circle at the top left" has six words."""
+
+
 class ConnectorLayer(nn.Module):
-    """A pre-norm transformer layer in which all tokens see each other."""
+    """A pre-norm transformer layer in which all tokens see each other, behind a convolution.
+
+    Which colour belongs to which shape is a matter of neighbours: a short convolution tells each
+    word its phrase, where attention needs thousands of steps to find it (docs/log.md).
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
+        self.norm0 = nn.LayerNorm(width)
+        self.convolution = nn.Conv1d(width, width, REACH, padding=REACH // 2, groups=width)
+        nn.init.zeros_(self.convolution.weight)
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, num_heads)
         self.norm2, self.mlp = nn.LayerNorm(width), MLP(width)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        words = self.norm0(hidden) * mask[:, :, None]
+        hidden = hidden + self.convolution(words.mT).mT
         hidden = hidden + self.attention(self.norm1(hidden), mask=mask)
         return hidden + self.mlp(self.norm2(hidden))
 

@@ -58,6 +58,11 @@ class NativeConfig(_Config):
         default="picture",
         description="What the last layer gives; the loss is the velocity's either way.",
     )
+    noise_levels: int = Field(
+        default=4,
+        gt=0,
+        description="Noise levels at which a picture is learned in a step, under one condition.",
+    )
     noise_mean: float = Field(
         default=1.5,
         description="Mean of the logit of the noise level in training; above 0 favours noise.",
