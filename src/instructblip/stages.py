@@ -303,8 +303,10 @@ def recipe_of(model: str) -> str:
     return str(found) if found else default
 
 
-def report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) -> Path:
-    """Write one offline HTML file: tables, a gallery of answers, the curves of ``runs``."""
+def report(
+    folders: Sequence[Path], out: Path, runs: Sequence[Path] = (), drawn: Path | None = None
+) -> Path:
+    """Write one offline HTML file: tables, answers, drawn pictures, the curves of ``runs``."""
     from instructblip import __version__
     from instructblip.evaluation.report import write_report
 
@@ -313,6 +315,7 @@ def report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) -> Pat
         load_results(folders),
         curves={run.name: run / "metrics.jsonl" for run in runs},
         facts={"version": __version__},
+        drawn=drawn,
     )
 
 

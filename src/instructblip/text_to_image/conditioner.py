@@ -14,7 +14,6 @@ from instructblip.model.qformer import QFormer
 from instructblip.text_to_image.blocks import MLP, Attention
 from instructblip.text_to_image.config import ConditionerConfig
 
-
 REACH = 7
 """Tokens that a convolution spans: "red circle at the top left" has six words."""
 
