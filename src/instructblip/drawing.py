@@ -27,7 +27,7 @@ __all__ = ["make_batches", "make_model", "make_validation", "save_pretrained"]
 
 
 def make_model(recipe: Recipe) -> TextToImage:
-    """The InstructBLIP of the recipe with a conditioner and a decoder, fresh or those to start from."""
+    """The InstructBLIP of the recipe with a conditioner and a decoder, fresh or begun before."""
     drawing = _drawing(recipe)
     understood = recipe.model_copy(
         update={"training": recipe.training.model_copy(update={"trainable": ("qformer",)})}

@@ -47,7 +47,7 @@ def test_a_run_goes_on_from_another(directory: Path, tmp_path: Path):
 
 
 def test_understanding_is_interleaved_while_the_qformer_trains(directory: Path, tmp_path: Path):
-    write_scenes(tmp_path / "scenes", scale=0.02, sets=("coco_caption",))
+    write_scenes(tmp_path / "scenes", scale=0.02, sets=tuple(load_recipe("draw").data.sets))
     recipe = load_recipe(
         "draw",
         [
