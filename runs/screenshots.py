@@ -3,7 +3,7 @@
     python runs/screenshots.py [--model starter] [--before starter] [--out docs/pictures]
 
 Serves the models on a free port, asks the second example and takes page_en.png and page_zh.png;
-where the model draws, also draw_en.png and draw_zh.png.
+where one of them draws, also draw_en.png and draw_zh.png.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def main() -> None:
             with browser_page(locale) as page:
                 ask_example(page, address, number=1)
                 page.screenshot(path=str(args.out / f"page_{language}.png"), full_page=True)
-                if engines["instructblip"].can_draw:
+                if any(engine.can_draw for engine in engines.values()):
                     draw_example(page, address, {"en": EN, "zh": ZH}[language])
                     page.screenshot(path=str(args.out / f"draw_{language}.png"), full_page=True)
 

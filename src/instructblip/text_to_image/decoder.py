@@ -94,13 +94,17 @@ class NativeDecoder(nn.Module):
         side, width = config.image_size // config.patch_size, config.width
         pixels = 3 * config.patch_size**2
         self.patch_input = nn.Linear(pixels, width)
-        self.position_embedding = nn.Parameter(torch.randn(1, side * side, width))
+        rows, columns = torch.randn(2, side, width) / math.sqrt(2)  # "top left" names one of each
+        places = (rows[:, None] + columns[None]).flatten(0, 1)
+        self.position_embedding = nn.Parameter(places[None])
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.pooled = nn.Linear(config.condition_width, width)
         self.modulation = nn.Linear(width, 6 * width)
         self.layers = nn.ModuleList(NativeLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
-        self.patch_output = nn.Linear(width, pixels)
+        # what a patch can show has more dimensions than the width: the last step is not linear
+        self.patch_hidden = nn.Linear(width, 2 * width)
+        self.patch_output = nn.Linear(2 * width, pixels)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -132,7 +136,8 @@ class NativeDecoder(nn.Module):
         modulation = self.modulation(nn.functional.silu(moment)).unflatten(1, (6, -1))
         for layer in self.layers:
             hidden = layer(hidden, modulation, condition, mask)
-        patches = self.patch_output(self.norm(hidden)).mT  # [B, 3 patch^2, patches]
+        hidden = nn.functional.gelu(self.patch_hidden(self.norm(hidden)))
+        patches = self.patch_output(hidden).mT  # [N, 3 patch^2, patches]
         side = self.config.image_size // patch
         return nn.functional.pixel_shuffle(patches.unflatten(2, (side, side)), patch)
 
