@@ -15,10 +15,12 @@ for term in 1 2; do
         stage train_language "$work/language" --term $term --minutes 36
 done
 [ -f "$work/vision/vision_accuracy.json" ] || stage train_vision "$work/vision" --minutes 20
-[ -f "$work/stage1/qformer.pt" ] || stage train_blip2 1 --vision "$work/vision" \
-    --tokenizers "$work/language" --out "$work/stage1" --minutes 35
-[ -f "$work/stage2/qformer.pt" ] || stage train_blip2 2 --vision "$work/vision" \
-    --tokenizers "$work/language" --language "$work/language" --start "$work/stage1" \
-    --out "$work/stage2" --minutes 15
-stage assemble --vision "$work/vision" --language "$work/language" --qformer "$work/stage2" \
+start=()
+for step in "match 35" "regions 10" "captions 12"; do
+    read -r name minutes <<<"$step"
+    [ -f "$work/$name/qformer.pt" ] || stage train_blip2 "$name" --vision "$work/vision" \
+        --language "$work/language" "${start[@]}" --out "$work/$name" --minutes "$minutes"
+    start=(--start "$work/$name")
+done
+stage assemble --vision "$work/vision" --language "$work/language" --qformer "$work/captions" \
     --out src/instructblip/starter

@@ -1,11 +1,12 @@
 """Step 3: BLIP-2 pre-training of the starter's Q-Former, on pictures of the training world.
 
-    python runs/starter/train_blip2.py 1 --vision DIR --tokenizers DIR --out DIR --minutes 20
-    python runs/starter/train_blip2.py 2 --vision DIR --tokenizers DIR --language DIR --out DIR
-        --start DIR_OF_STAGE_1 --minutes 15
+    python runs/starter/train_blip2.py match --vision DIR --language DIR --out DIR --minutes 35
+    python runs/starter/train_blip2.py regions ... --start DIR_OF_MATCH --minutes 10
+    python runs/starter/train_blip2.py captions ... --start DIR_OF_REGIONS --minutes 10
 
-Stage 1 (BLIP-2, section 3.2): matching, with a negative that differs in one word, and grounded
-captions. Stage 2 (section 3.3): captions through the frozen language model, in the form
+``match`` and ``regions`` are stage 1 (BLIP-2, section 3.2): matching, with a negative that differs
+in one word, and grounded captions; then contrastive learning on phrases, each about one thing.
+``captions`` is stage 2 (section 3.3): captions through the frozen language model, in the form
 "instruction, then caption" that it knows, then, as in BLIP-2, of the picture alone. No instruction
 reaches the Q-Former here, and no question is asked: the result describes pictures and follows
 instructions poorly, as BLIP-2 does.
@@ -79,6 +80,8 @@ class Heads(nn.Module):
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
         self.match = nn.Linear(width, 2)
+        self.region = nn.Linear(width, width)
+        self.region_text = nn.Linear(width, width)
         self.words = nn.Linear(width, vocab_size)
 
 
@@ -99,10 +102,36 @@ def tell(scene: Scene, rng: random.Random) -> Callable[[Scene], str]:
     return rng.choice(forms)
 
 
-def salient(scene: Scene) -> Scene:
-    """What a web caption names: the large things, and what is small only where nothing is large."""
-    large = tuple(t for t in scene.things if t.size == "large")
-    return replace(scene, things=large or scene.things)
+def salient(scene: Scene, rng: random.Random) -> Scene:
+    """What a web caption names: the large things, and what is small only where nothing is large.
+
+    In any order: queries that are the words of a caption one after the other would not do, since
+    which colour goes with which shape has to be told whatever was said first.
+    """
+    named = [t for t in scene.things if t.size == "large"] or scene.things
+    return replace(scene, things=tuple(rng.sample(named, len(named))))
+
+
+def _phrase(thing: Thing) -> str:
+    return f"{thing.colour} {thing.name}" if thing.kind == "shape" else f"{thing.kind} {thing.name}"
+
+
+PHRASES = [f"{c} {n}" for c in COLOURS for n in SHAPES if (c, n) not in HELD_OUT_PAIRS]
+PHRASES += [f"word {w}" for w in WORDS] + [f"digit {d}" for d in range(10)]
+TEMPERATURE = 0.05
+CHANGED = 8  # false phrases for each thing
+
+
+def _region(thing: Thing) -> str:
+    return f"{thing.size} {_phrase(thing)} {thing.place}".strip()
+
+
+def _changed(thing: Thing, rng: random.Random) -> Thing:
+    """The thing with one attribute changed, half of the time its place."""
+    if rng.random() < 0.5:
+        cell = rng.choice([c for c in range(9) if ALL_PLACES[c] != thing.place])
+        return replace(thing, row=cell // 3, column=cell % 3)
+    return alter(Scene((thing,), 0), rng).things[0]
 
 
 def _name(thing: Thing) -> str:
@@ -149,6 +178,7 @@ class Stage:
 
     def __init__(self, model: InstructBlip, heads: Heads, tokens: Tokens) -> None:
         self.model, self.heads, self.tokens = model, heads, tokens
+        self._phrases: Tensor | None = None
 
     def features(self, scenes: list[Scene]) -> Tensor:
         return self.model.encode_image(pixels_of(scenes))
@@ -178,12 +208,58 @@ class Stage:
         wanted = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
         return F.cross_entropy(self.heads.words(hidden[:, :-1]).flatten(0, 1), wanted.flatten())
 
+    def regions(self, features: Tensor, scenes: list[Scene], rng: random.Random) -> Tensor:
+        """Contrastive: for the phrase of each thing, against the same with one attribute changed
+        and against the phrases of other pictures. As in BLIP-2 the similarity is the greatest over
+        the queries."""
+        rows = [i for i, s in enumerate(scenes) for _ in s.things]
+        things = [t for s in scenes for t in s.things]
+        none = torch.zeros(len(scenes), 0, dtype=torch.long)
+        queries = self.model.query_tokens.expand(len(scenes), -1, -1)
+        hidden = F.normalize(
+            self.heads.region(self.model.qformer(queries, features, none, none)), dim=-1
+        )
+        own = self._text([_region(t) for t in things])
+        logits = (hidden.flatten(0, 1) @ own.T).unflatten(0, hidden.shape[:2]).amax(1)[rows]
+        index = torch.tensor(rows)
+        same = (index[:, None] == index) & ~torch.eye(len(rows), dtype=torch.bool)
+        others = [[_region(_changed(t, rng)) for _ in range(CHANGED)] for t in things]
+        wrong = self._text([text for row in others for text in row]).unflatten(0, (-1, CHANGED))
+        hard = (hidden[index] @ wrong.transpose(1, 2)).amax(1)
+        logits = torch.cat([logits.masked_fill(same, -1.0), hard], 1) / TEMPERATURE
+        return F.cross_entropy(logits, torch.arange(len(rows)))
+
+    def _text(self, phrases: list[str]) -> Tensor:
+        return F.normalize(self.heads.region_text(self.summed(phrases)), dim=-1)
+
+    def align(self, projected: Tensor, scenes: list[Scene]) -> Tensor:
+        """The same in the language model's own space: the best query for a phrase has to mean it,
+        and no other colour and shape."""
+        if self._phrases is None:
+            self._phrases = F.normalize(self.summed(PHRASES), dim=-1)
+        similarity = (F.normalize(projected, dim=-1) @ self._phrases.T).amax(1) / TEMPERATURE
+        rows = torch.tensor([i for i, s in enumerate(scenes) for _ in s.things])
+        index = torch.tensor([PHRASES.index(_phrase(t)) for s in scenes for t in s.things])
+        here = torch.zeros_like(similarity, dtype=torch.bool)
+        here[rows, index] = True
+        others = here[rows].scatter(1, index[:, None], False)
+        return F.cross_entropy(similarity[rows].masked_fill(others, -1e4), index)
+
+    @torch.no_grad()
+    def summed(self, phrases: list[str]) -> Tensor:
+        """[phrases, D] the words of each, summed as in `train_language.response_logits`."""
+        ids = self.tokens.language([f" {p}" for p in phrases], add_special_tokens=False)[
+            "input_ids"
+        ]
+        embed = self.model.language_model.get_input_embeddings()
+        return torch.stack([embed(torch.tensor(row)).sum(0) / len(row) ** 0.5 for row in ids])
+
     def caption(
         self, features: Tensor, scenes: list[Scene], rng: random.Random, bare: bool
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Stage 2: the frozen language model tells the caption; the Q-Former reads no text."""
         prompts = ["" if bare else rng.choice(TEMPLATES["caption"]) for _ in scenes]
-        wanted = [rng.choice(SHORT_CAPTIONS)(salient(scene)) for scene in scenes]
+        wanted = [rng.choice(SHORT_CAPTIONS)(salient(scene, rng)) for scene in scenes]
         none = torch.zeros(len(scenes), 0, dtype=torch.long)
         queries = self.model.query_tokens.expand(len(scenes), -1, -1)
         hidden = self.model.qformer(queries, features, none, none)
@@ -198,8 +274,9 @@ class Stage:
             response_ids=response_ids,
             response_mask=response_mask,
         )
-        joined = self.model.language.join(self.model.project_queries(hidden), batch)
-        return self.model.language.loss(joined).mean()
+        projected = self.model.project_queries(hidden)
+        joined = self.model.language.join(projected, batch)
+        return self.model.language.loss(joined).mean(), self.align(projected, scenes)
 
 
 def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -223,17 +300,16 @@ def optimizers(model: InstructBlip, heads: Heads, lr: float) -> list[torch.optim
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("stage", type=int, choices=(1, 2))
+    parser.add_argument("stage", choices=("match", "regions", "captions"))
     parser.add_argument("--vision", type=Path, required=True)
-    parser.add_argument("--tokenizers", type=Path, required=True)
-    parser.add_argument("--language", type=Path)
+    parser.add_argument("--language", type=Path, required=True)
     parser.add_argument("--start", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=20)
     args = parser.parse_args()
     tokens = Tokens(
-        AutoTokenizer.from_pretrained(str(args.tokenizers)),
-        AutoTokenizer.from_pretrained(str(args.tokenizers / "qformer_tokenizer")),
+        AutoTokenizer.from_pretrained(str(args.language)),
+        AutoTokenizer.from_pretrained(str(args.language / "qformer_tokenizer")),
     )
     model = assemble(args.language, tokens)
     model.vision_model.load_state_dict(load_file(args.vision / "vision.safetensors"))
@@ -245,7 +321,7 @@ def main() -> None:
     if args.start:
         state = torch.load(args.start / "qformer.pt", weights_only=True)
         model.load_state_dict(state["model"], strict=False)
-        heads.load_state_dict(state["heads"])
+        heads.load_state_dict(state["heads"], strict=False)
     run(args, Stage(model, heads, tokens))
     kept = {n: p for n, p in model.state_dict().items() if n.split(".")[0] in KEPT}
     torch.save({"model": kept, "heads": heads.state_dict()}, args.out / "qformer.pt")
@@ -276,7 +352,7 @@ def run(args: argparse.Namespace, stage: Stage) -> None:
         {"qformer": model.qformer, "heads": heads, "p": model.language_projection}
     )
     state.register_parameter("query_tokens", model.query_tokens)
-    opts = optimizers(model, heads, 0.02 if args.stage == 1 else 0.01)
+    opts = optimizers(model, heads, {"match": 0.02, "regions": 0.02, "captions": 0.01}[args.stage])
     base = [o.param_groups[0]["lr"] for o in opts]
     args.out.mkdir(parents=True, exist_ok=True)
     step, spent = take_checkpoint(args.out, state, opts)
@@ -285,16 +361,18 @@ def run(args: argparse.Namespace, stage: Stage) -> None:
     hits = 0.0
     while (elapsed := time.monotonic() - start) < 60 * args.minutes:
         factor = min(1.0, (step + 1) / 50, (1 - elapsed / (60 * args.minutes)) / 0.6)
-        rng = random.Random(1_000_000 * args.stage + step)
+        rng = random.Random(f"{args.stage} {step}")
         scenes = [training_scene(rng) for _ in range(PICTURES)]
         features = stage.features(scenes)
         losses = {}
-        if args.stage == 1:
+        if args.stage == "match":
             losses["match"], hits = stage.match(features, scenes, rng)
             losses["told"] = stage.tell_grounded(features, scenes)
+        elif args.stage == "regions":
+            losses["regions"] = stage.regions(features, scenes, rng)
         else:
             bare = elapsed > 60 * args.minutes * BARE_FROM
-            losses["caption"] = stage.caption(features, scenes, rng, bare)
+            losses["caption"], losses["align"] = stage.caption(features, scenes, rng, bare)
         torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_([p for o in opts for p in o.param_groups[0]["params"]], 1.0)
         for optimizer, lr in zip(opts, base, strict=True):
@@ -303,7 +381,7 @@ def run(args: argparse.Namespace, stage: Stage) -> None:
             optimizer.zero_grad()
         step += 1
         figures = {name: loss.item() for name, loss in losses.items()}
-        recent.append(figures | {"hits": hits} if args.stage == 1 else figures)
+        recent.append(figures | {"hits": hits} if args.stage == "match" else figures)
         if step % 50 == 0:
             means = {n: round(sum(r[n] for r in recent) / len(recent), 4) for n in recent[0]}
             print(f"{step} {elapsed:.0f}s {means}", flush=True)
