@@ -15,7 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from instructblip.batch import Batch
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import LOSS_CHUNK, Joined, checkpoint_layers
+from instructblip.model.head import LOSS_CHUNK
+from instructblip.model.language import Joined, checkpoint_layers
+from instructblip.model.packing import Packing, packs
 from instructblip.model.pretrained import model_directory
 from instructblip.model.weights import NoRandomWeights, read_json
 from instructblip.recipe import Recipe
@@ -145,13 +147,20 @@ def walk(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> Te
     text = model.language_model.get_input_embeddings()(
         ones(samples, prompt if seq2seq else prompt + response)
     )
+    embeds = torch.cat([queries.to(text.dtype), text], dim=1)
+    packing = None
+    if packs(model.language_model):
+        slots = ones(samples * embeds.shape[1])
+        packing = Packing(ones(*embeds.shape[:2]), slots, slots[None])
+        embeds = embeds.flatten(0, 1).index_select(0, slots)[None]
     joined = Joined(
-        inputs_embeds=torch.cat([queries.to(text.dtype), text], dim=1),
+        inputs_embeds=embeds,
         attention_mask=None,
         rows=ones(samples * response),
-        columns=ones(samples * response),
+        places=ones(samples * response),
         targets=ones(samples * response),
         decoder_ids=ones(samples, response) if seq2seq else None,
+        packing=packing,
     )
     with model.language_precision():
         return model.language.loss(joined).sum()
