@@ -21,6 +21,7 @@ from instructblip.model.config import InstructBlipConfig
 from instructblip.model.language import Language, build_language_model, language_of
 from instructblip.model.qformer import QFormer
 from instructblip.model.vision import VisionModel
+from instructblip.parts import part
 
 PARTS = {
     "query_tokens": r"query_tokens",
@@ -113,10 +114,10 @@ class InstructBlip(nn.Module):
         vision = self.vision_model
         pixel_values = pixel_values.to(vision.embeddings.patch_embedding.weight.dtype)
         if torch.is_grad_enabled() and _trains(vision.embeddings, vision.encoder):
-            with self._precision(vision.encoder):
+            with part("vision"), self._precision(vision.encoder):
                 features = vision.body(pixel_values)
         else:
-            with torch.no_grad(), self._precision(vision.encoder):
+            with part("vision"), torch.no_grad(), self._precision(vision.encoder):
                 parts = [vision.body(chunk) for chunk in pixel_values.split(self.image_chunk)]
             features = torch.cat(parts) if len(parts) != 1 else parts[0]
         return vision.norm(features) if norm else features
@@ -161,22 +162,22 @@ class InstructBlip(nn.Module):
         if features is None:
             assert batch.pixel_values is not None
             features = self.encode_image(batch.pixel_values, norm=False)
-        features = self.vision_model.norm(features)
         samples, frames = batch.image_index.shape
-        queries = self.query_image(
-            features,
-            batch.qformer_ids.repeat_interleave(frames, dim=0),
-            batch.qformer_mask.repeat_interleave(frames, dim=0),
-            batch.image_index.flatten(),
-        )
-        return (
-            self.project_queries(queries).flatten(0, 1).unflatten(0, (samples, -1))
-        )  # [B, F*Q, L]
+        with part("q-former"):
+            queries = self.query_image(
+                self.vision_model.norm(features),
+                batch.qformer_ids.repeat_interleave(frames, dim=0),
+                batch.qformer_mask.repeat_interleave(frames, dim=0),
+                batch.image_index.flatten(),
+            )
+            projected = self.project_queries(queries)
+        return projected.flatten(0, 1).unflatten(0, (samples, -1))  # [B, F*Q, L]
 
     def loss(self, batch: Batch) -> LossOutput:
         """Language-modelling loss of the responses; prompt and padding carry none."""
-        joined = self.language.join(self.encode_queries(batch), batch)
-        with self.language_precision():
+        queries = self.encode_queries(batch)
+        with part("language"), self.language_precision():
+            joined = self.language.join(queries, batch)
             losses = self.language.loss(joined)  # [n]
         sample_losses = losses.new_zeros(len(batch)).index_add(0, joined.rows, losses.detach())
         sample_tokens = batch.response_mask.long().sum(1)

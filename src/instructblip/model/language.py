@@ -32,6 +32,7 @@ from instructblip.model.head import token_losses
 from instructblip.model.packing import ATTENTION, PACKED_TYPES, Packing, allow_packing, packs
 from instructblip.model.ranking import Prefix
 from instructblip.model.rows import compact, pad_left
+from instructblip.parts import part
 
 # The prompt is given as embeddings, in the official code as well: what it repeats is the answer.
 warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
@@ -142,9 +143,7 @@ class CausalLanguage:
             return Joined(embeds, attention_mask, rows, rows * embeds.shape[1] + columns, targets)
         packing = Packing.of(attention_mask.bool())
         packed = embeds.flatten(0, 1).index_select(0, packing.slots)[None]
-        return Joined(
-            packed, None, rows, packing.index[rows, columns], targets, packing=packing
-        )
+        return Joined(packed, None, rows, packing.index[rows, columns], targets, packing=packing)
 
     def loss(self, joined: Joined) -> Float[Tensor, " n"]:
         """Cross-entropy in nats of each response token, computed in fp32."""
@@ -344,7 +343,8 @@ def _token_losses(language: Language, hidden: Tensor, joined: Joined) -> Tensor:
     head = language.model.get_output_embeddings()
     frozen = not any(p.requires_grad for p in head.parameters())
     states = hidden.flatten(0, 1).index_select(0, joined.places)
-    return token_losses(language._logits, states, joined.targets, frozen)
+    with part("head"):
+        return token_losses(language._logits, states, joined.targets, frozen)
 
 
 def _behind_queries(

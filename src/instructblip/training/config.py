@@ -65,6 +65,8 @@ class TrainingConfig(BaseModel):
     """Newest checkpoints kept; the one of the best validation is kept besides them."""
     log_every: PositiveInt = 20
     """Steps between lines of metrics.jsonl."""
+    profile: bool = False
+    """Trace three steps: trace.json and profile.txt, what each part of a step costs."""
     early_stopping_patience: PositiveInt | None = None
     """Validations in a row without a new best after which the run stops; null for never."""
 
