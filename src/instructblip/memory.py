@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from instructblip.assembly import shape_language
 from instructblip.batch import Batch
 from instructblip.model.config import InstructBlipConfig
-from instructblip.model.instructblip import InstructBlip
 from instructblip.model.head import LOSS_CHUNK
-from instructblip.model.language import Joined, checkpoint_layers
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language import Joined
 from instructblip.model.packing import Packing, packs
 from instructblip.model.pretrained import model_directory
+from instructblip.model.quantize import QuantizedLinear
 from instructblip.model.weights import NoRandomWeights, read_json
 from instructblip.recipe import Recipe
 from instructblip.training.train import resolve_device
@@ -64,7 +66,13 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         stored = torch.bfloat16 if half and on_gpu and is_big(part, model) else torch.float32
         retype(part, stored)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.nbytes for p in model.parameters()) - trained
+    codes = sum(
+        b.nbytes
+        for m in model.modules()
+        if isinstance(m, QuantizedLinear)
+        for b in m.buffers(recurse=False)
+    )
+    frozen = sum(p.nbytes for p in model.parameters()) + codes - trained
     samples = training.micro_batch_size(world_size)
     lengths = (
         min(data.max_instruction, model.config.qformer.max_position_embeddings),
@@ -93,19 +101,17 @@ def build(recipe: Recipe) -> InstructBlip:
     config = config.model_copy(update={"vision": vision, "instruction_aware": aware})
     with NoRandomWeights():
         model = InstructBlip(config)
-    if recipe.training.checkpoint_activations:
-        checkpoint_layers(model.language_model)
-    return model.set_trainable(recipe.training.trainable).train()
+    shape_language(model, recipe)
+    return model.train()
 
 
 def is_big(part: nn.Module, model: InstructBlip) -> bool:
     """Whether `InstructBlip.to_training_dtypes` stores a part in half precision. (The image
     encoder's last LayerNorm, which stays in fp32, is too small to matter here.)"""
     big = part in (model.vision_model, model.language_model)
-    trains = (
-        p.requires_grad for name, p in part.named_parameters() if "post_layernorm" not in name
-    )
-    return big and not any(trains)
+    small = ("post_layernorm.", "lora.")
+    named = part.named_parameters()
+    return big and not any(p.requires_grad for n, p in named if not any(s in n for s in small))
 
 
 def retype(part: nn.Module, dtype: torch.dtype) -> None:
@@ -114,7 +120,7 @@ def retype(part: nn.Module, dtype: torch.dtype) -> None:
     for module in part.modules():
         for name, old in module.named_parameters(recurse=False):
             if old not in made:
-                new = torch.empty(old.shape, dtype=dtype)
+                new = torch.empty(old.shape, dtype=old.dtype if old.requires_grad else dtype)
                 made[old] = nn.Parameter(new, requires_grad=old.requires_grad)
             setattr(module, name, made[old])
 

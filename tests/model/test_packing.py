@@ -50,7 +50,7 @@ def test_other_decoders_keep_padded_rows():
 def test_frozen_head_has_the_slopes_of_a_trained_one(
     language: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """The frozen head's loss brings its own backward pass; in chunks or at once it is autograd's."""
+    """The frozen head brings its own backward pass; in chunks or at once it is autograd's."""
 
     def of(model: InstructBlip) -> dict[str, torch.Tensor]:
         return gradients(model, tiny_batch(model.config))

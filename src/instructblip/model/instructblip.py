@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from instructblip.batch import Batch
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.language import Language, build_language_model, language_of
+from instructblip.model.lora import adapters
 from instructblip.model.qformer import QFormer
 from instructblip.model.vision import VisionModel
 from instructblip.parts import part
@@ -34,7 +35,8 @@ PARTS = {
     "projection": r"language_projection\..*",
     "vision_norm": r"vision_model\.post_layernorm\..*",
     "vision_tower": r"vision_model\.(embeddings|encoder)\..*",
-    "language_model": r"language_model\..*",
+    "lora": r"language_model\..*\.lora\.[AB]",
+    "language_model": r"language_model\.(?!.*\.lora\.).*",
 }
 """Every parameter belongs to exactly one part: part -> pattern of its whole name."""
 
@@ -202,6 +204,8 @@ class InstructBlip(nn.Module):
                 f"trainable parts must be some of {', '.join(known)}; got {list(choice)}"
             )
         parts = {part for name in choice for part in ALIASES.get(name, (name,))}
+        if "lora" in parts and not adapters(self.language_model):
+            raise ValueError("the language model has no adapter to train: give model.lora={}")
         last = len(self.qformer.encoder.layer) - 1
         unread = re.compile(rf"qformer\.encoder\.layer\.{last}\.(intermediate|output)\..*")
         for name, parameter in self.named_parameters():
@@ -221,6 +225,8 @@ class InstructBlip(nn.Module):
             for module in self.modules():
                 if any(True for _ in module.parameters()) and not _trains(module):
                     module.eval()
+            for adapter in adapters(self.language_model).values():
+                adapter.train(adapter.A.requires_grad)
         return self
 
     def to_training_dtypes(
@@ -240,7 +246,9 @@ class InstructBlip(nn.Module):
                 self.language_model,
             ):
                 if not _trains(part):
-                    part.to(frozen_dtype)
+                    for parameter in part.parameters():
+                        if not parameter.requires_grad:  # an adapter may
+                            parameter.data = parameter.data.to(frozen_dtype)
         self.compute_dtype = compute_dtype
         return self
 
@@ -263,4 +271,6 @@ def part_of(name: str) -> str:
 
 
 def _trains(*modules: nn.Module) -> bool:
-    return any(p.requires_grad for module in modules for p in module.parameters())
+    """Whether any parameter of its own trains; an adapter inside leaves a module as it is."""
+    named = (pair for module in modules for pair in module.named_parameters())
+    return any(p.requires_grad and "lora." not in name for name, p in named)
