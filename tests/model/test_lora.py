@@ -102,5 +102,5 @@ def test_what_does_not_fit_is_told(tmp_path: Path):
         load_lora(tiny_model("opt").language_model.model.decoder.layers[0], tmp_path / "a")
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": True}))
-    with pytest.raises(ValueError, match="plain LORA.*use_dora"):
+    with pytest.raises(ValueError, match=r"plain LORA.*use_dora"):
         load_lora(tiny_model("llama").language_model, tmp_path / "a")

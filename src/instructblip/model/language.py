@@ -95,6 +95,18 @@ def untie_head(model: Any) -> None:
     head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
 
 
+def stacks_of(model: Any) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """Each module that owns transformer layers, with these layers: one stack, or T5's two."""
+    found = []
+    for stack in model.modules():
+        for child in stack.children():
+            if isinstance(child, nn.ModuleList) and isinstance(
+                next(iter(child), None), GradientCheckpointingLayer
+            ):
+                found.append((stack, list(child)))
+    return found
+
+
 def checkpoint_layers(model: Any) -> None:
     """Keep of each layer its input alone for the backward pass, and run the layer again there.
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from instructblip import distributed
 from instructblip.model import lora
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
@@ -112,7 +113,7 @@ def save_pretrained(model: InstructBlip, path: str | Path) -> None:
 
     config.json, model.safetensors, and the tokenizers and settings of the directory that the model
     came from. A BLIP-2 (no text branch) is written as one; an adapter of the language model goes
-    into a folder of its own, and quantized weights are written as they were before.
+    into a folder of its own; weights that are quantized or spread over ranks are written as loaded.
     Raises OSError when the disk is full; what stood at ``path`` is then untouched.
     """
     with new_directory(Path(path)) as directory:
@@ -123,7 +124,7 @@ def save_pretrained(model: InstructBlip, path: str | Path) -> None:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
         weights = {n: v for n, v in model.state_dict().items() if ".lora." not in n}
-        weights |= _unquantized(model)
+        weights |= _kept_elsewhere(model)
         if lora.adapters(model.language_model):
             lora.save_lora(model.language_model, directory / lora.FOLDER)
         if not model.config.instruction_aware:
@@ -134,12 +135,14 @@ def save_pretrained(model: InstructBlip, path: str | Path) -> None:
         write_weights(weights, directory / "model.safetensors")
 
 
-def _unquantized(model: InstructBlip) -> dict[str, Tensor]:
-    """The weights that were quantized, from where the model was loaded."""
+def _kept_elsewhere(model: InstructBlip) -> dict[str, Tensor]:
+    """Frozen weights that are not here in full, being quantized or spread over ranks: read again
+    from where the model was loaded."""
     names = quantized_names(model)
+    names += [name for name, value in model.state_dict().items() if distributed.is_sharded(value)]
     if not names:
         return {}
-    assert model.assets is not None, "a quantized model was loaded from a directory"
+    assert model.assets is not None, "such a model was loaded from a directory"
     stored = read_weights(model.assets)
     return {name: stored[name] for name in names}
 

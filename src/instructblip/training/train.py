@@ -24,6 +24,7 @@ from instructblip.training.log import RunLog
 from instructblip.training.optim import learning_rate, make_optimizer, trainable_parameters
 from instructblip.training.profile import Profile
 from instructblip.training.signals import Interrupted, Termination
+from instructblip.training.watchdog import Watchdog
 
 Evaluate = Callable[[Any], Mapping[str, float]]
 """Scores of the model on the held-in sets; ``score`` is the one to maximise."""
@@ -89,10 +90,12 @@ def train(
     main = distributed.is_main()
     log = RunLog(folder, config, progress.step, progress.validated_step, active=main)
     profile = Profile(folder, active=config.profile and main)
-    with Termination() as termination, log, profile:
+    watchdog = Watchdog(config.watchdog_seconds)
+    with Termination() as termination, log, profile, watchdog:
         while True:
             step = progress.step
             # evaluate ------------------------------------------------------------------------
+            watchdog.rest()
             validated = False
             if step > progress.validated_step and is_due(step, config.validate_every, config):
                 validated = validate(model, evaluate, progress, termination, log, files)
@@ -108,8 +111,10 @@ def train(
                 break
             # step ----------------------------------------------------------------------------
             tick = time.monotonic()
+            watchdog.watch(step, "waiting for data")
             with part("input"):
                 micro_batches = [next(stream) for _ in range(config.accumulate)]
+            watchdog.watch(step, "in the step", micro_batches)
             rate = learning_rate(step, config)
             torch.manual_seed(seed_of(config.seed, step, distributed.rank()))
             norm = update(
