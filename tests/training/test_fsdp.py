@@ -26,6 +26,7 @@ SETTINGS = {
     "save_every": 2,
     "log_every": 1,
     "warmup_steps": 1,
+    "learning_rate": 1e-3,
 }
 
 

@@ -2,8 +2,8 @@
 
 Beside a chosen linear layer W runs a product of two thin matrices: W x + (alpha / rank) B A x
 (Hu et al., 2021). B begins at zero, so an untrained adapter changes nothing. Layers keep their
-class and names: the adapter is a module ``lora`` of the layer and is added by a forward hook, whatever the
-layer's weights are stored as.
+class and names: the adapter is a module ``lora`` of the layer and is added by a forward hook,
+whatever the layer's weights are stored as.
 """
 
 import json
