@@ -17,7 +17,7 @@ from instructblip.batch import Batch
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.head import LOSS_CHUNK
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import Joined
+from instructblip.model.language import Joined, stacks_of
 from instructblip.model.packing import Packing, packs
 from instructblip.model.pretrained import model_directory
 from instructblip.model.quantize import QuantizedLinear
@@ -73,6 +73,12 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         for b in m.buffers(recurse=False)
     )
     frozen = sum(p.nbytes for p in model.parameters()) + codes - trained
+    passing = 0
+    if training.parallel == "fsdp2":
+        layers = [layer for _, own in stacks_of(model.language_model) for layer in own]
+        sizes = [sum(p.nbytes for p in own.parameters() if not p.requires_grad) for own in layers]
+        frozen -= sum(sizes) - sum(sizes) // world_size
+        passing = 2 * max(sizes)  # the layer that runs, and the next one on its way
     samples = training.micro_batch_size(world_size)
     lengths = (
         min(data.max_instruction, model.config.qformer.max_position_embeddings),
@@ -86,7 +92,7 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         gradients=trained,
         optimizer=2 * trained,
         activations=activations,
-        passing=passing_bytes(model, samples, lengths),
+        passing=passing + passing_bytes(model, samples, lengths),
     )
 
 
@@ -217,5 +223,7 @@ def advise(memory: Memory, available: int, recipe: Recipe, world_size: int = 1) 
         changes.append(f"training.accumulate={accumulate}")
     if training.precision == "fp32":
         changes.append("training.precision=bf16")
+    if fixed >= available and recipe.model.quantize is None:
+        changes.append("model.quantize=nf4")
     remedy = " or ".join(changes) or "a larger device, or a smaller language model"
     return f"does not fit: {memory.total / 2**30:.1f} GiB of {available / 2**30:.1f}; set {remedy}"

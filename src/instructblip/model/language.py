@@ -165,7 +165,7 @@ class CausalLanguage:
             use_cache=False,
             **(packing.arguments() if packing else {"attention_mask": joined.attention_mask}),
         ).last_hidden_state
-        return _token_losses(self, hidden, joined)
+        return _token_losses(self.model, hidden, joined)
 
     def generate(
         self,
@@ -265,7 +265,7 @@ class Seq2SeqLanguage:
         assert joined.decoder_ids is not None
         states = self._encode(joined.inputs_embeds, joined.attention_mask)
         hidden = self._decode(joined.decoder_ids, states, joined.attention_mask)
-        return _token_losses(self, hidden, joined)
+        return _token_losses(self.model, self._scaled(hidden), joined)
 
     def generate(
         self,
@@ -327,11 +327,13 @@ class Seq2SeqLanguage:
         ).last_hidden_state
 
     def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(self._scaled(hidden)).float()
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """The first T5 scales before its head, T5 1.1 (Flan-T5) and mT5 do not."""
         config = self.model.config
-        # The first T5 scales before its head, T5 1.1 (Flan-T5) and mT5 do not.
-        if getattr(config, "scale_decoder_outputs", False):
-            hidden = hidden * config.d_model**-0.5
-        return self.model.get_output_embeddings()(hidden).float()
+        scales = getattr(config, "scale_decoder_outputs", False)
+        return hidden * config.d_model**-0.5 if scales else hidden
 
     @property
     def _start(self) -> int:
@@ -351,12 +353,10 @@ def language_of(model: Any) -> Language:
     return (Seq2SeqLanguage if model.config.is_encoder_decoder else CausalLanguage)(model)
 
 
-def _token_losses(language: Language, hidden: Tensor, joined: Joined) -> Tensor:
-    head = language.model.get_output_embeddings()
-    frozen = not any(p.requires_grad for p in head.parameters())
+def _token_losses(model: Any, hidden: Tensor, joined: Joined) -> Tensor:
     states = hidden.flatten(0, 1).index_select(0, joined.places)
     with part("head"):
-        return token_losses(language._logits, states, joined.targets, frozen)
+        return token_losses(model.get_output_embeddings(), states, joined.targets)
 
 
 def _behind_queries(
