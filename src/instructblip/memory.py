@@ -66,14 +66,11 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         stored = torch.bfloat16 if half and on_gpu and is_big(part, model) else torch.float32
         retype(part, stored)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    codes = sum(
-        b.nbytes
-        for m in model.modules()
-        if isinstance(m, QuantizedLinear)
-        for b in m.buffers(recurse=False)
-    )
+    quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    codes = sum(b.nbytes for m in quantized for b in m.buffers(recurse=False))
     frozen = sum(p.nbytes for p in model.parameters()) + codes - trained
-    passing = 0
+    # the numbers of the layer that runs, in fp32, and the codes or the result beside them
+    passing = max((8 * m.in_features * m.out_features for m in quantized), default=0)
     if training.parallel == "fsdp2":
         layers = [layer for _, own in stacks_of(model.language_model) for layer in own]
         sizes = [sum(p.nbytes for p in own.parameters() if not p.requires_grad) for own in layers]

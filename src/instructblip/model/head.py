@@ -24,7 +24,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
         losses, slopes = [], []
         for states, own in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
-            scores = head(states).float()  # [c, vocabulary]
+            scores = F.linear(states, head.weight, head.bias).float()  # [c, vocabulary]
             total = scores.logsumexp(1, keepdim=True)
             losses.append((total - scores.gather(1, own[:, None]))[:, 0])
             slope = scores.sub_(total).exp_()  # softmax, in the memory of the logits
@@ -45,7 +45,8 @@ def token_losses(
     """Cross-entropy of each token in nats, in fp32; logits are made again in the backward pass of
     a head that trains, where there is more than one chunk of them."""
     frozen = not any(p.requires_grad for p in head.parameters())
-    if frozen and type(head) is nn.Linear and len(targets):
+    plain = type(head) is nn.Linear and not head._forward_hooks  # no adapter beside it
+    if frozen and plain and len(targets):
         return _FrozenHeadLoss.apply(hidden, targets, head)
 
     def loss(states: Tensor, own: Tensor) -> Tensor:

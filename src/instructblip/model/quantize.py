@@ -46,12 +46,12 @@ def dequantize(
 ) -> Float[Tensor, "out in"]:
     """The numbers that the codes stand for."""
     if kind == "nf4":
-        levels = torch.tensor(NF4, device=codes.device, dtype=dtype)
-        pairs = torch.stack([codes >> 4, codes & 15], dim=1).flatten().long()
-        blocks = levels[pairs].view(-1, BLOCK) * scale[:, None].to(dtype)
-        return blocks.flatten()[: shape[0] * shape[1]].view(shape)
+        levels = torch.tensor(NF4, device=codes.device)
+        pairs = torch.stack([codes >> 4, codes & 15], dim=1).flatten().int()
+        blocks = levels[pairs].view(-1, BLOCK) * scale[:, None]
+        return blocks.flatten()[: shape[0] * shape[1]].view(shape).to(dtype)
     stored = torch.int8 if kind == "int8" else torch.float8_e4m3fn
-    return codes.view(stored).to(dtype) * scale.to(dtype)
+    return (codes.view(stored).to(scale.dtype) * scale).to(dtype)
 
 
 class _Product(torch.autograd.Function):
