@@ -261,9 +261,15 @@ def report(
     folders: Folders,
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("out/report.html"),
     run: Annotated[list[Path] | None, typer.Option(help="Run directory: its curves.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Name of the folder the others are held to; the first.")
+    ] = None,
+    drawn: Annotated[
+        Path | None, typer.Option(help="Folder of pictures from benchmarks/draw.py --out.")
+    ] = None,
 ) -> None:
-    """Write tables, a gallery of answers and curves into one offline HTML file."""
-    print(stages.report(folders, out, run or []))
+    """Write tables, charts, a gallery of answers and curves into one offline HTML file."""
+    print(stages.report(folders, out, run or [], baseline, drawn))
 
 
 Model = Annotated[

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from instructblip.evaluation.charts import Radar, radar_chart, training_charts
 from instructblip.evaluation.compare import ROLES, Comparison, Row, compare
-from instructblip.evaluation.gallery import make_cards
+from instructblip.evaluation.gallery import make_cards, thumbnail
 from instructblip.evaluation.result import Result
 
 TEMPLATE = "report.html.j2"
@@ -30,6 +30,7 @@ def write_report(
     curves: Mapping[str, Path] | None = None,
     facts: Mapping[str, str] | None = None,
     samples_per_set: int = 24,
+    drawn: Path | None = None,
 ) -> Path:
     """Write the report of ``models`` to ``path``, whole or not at all.
 
@@ -40,8 +41,11 @@ def write_report(
         curves: name of a run -> its metrics.jsonl.
         facts: label -> value, for the foot of the page (seconds, recipe, version, ...).
         samples_per_set: cards in the gallery per benchmark; 0 leaves it out.
+        drawn: a folder of pictures that ``benchmarks/draw.py --out`` wrote; a section of its own.
     """
     path = Path(path)
+    if baseline is not None and baseline in models:
+        models = {baseline: models[baseline], **models}  # first in tables, charts and gallery
     comparison = compare(models, baseline)
     blind = {
         model
@@ -69,6 +73,7 @@ def write_report(
             charts=charts,
             cards=make_cards(models, samples_per_set) if samples_per_set else [],
             settings=_settings(models),
+            drawn=_drawn(drawn) if drawn else [],
             facts=dict(facts or {}),
         )
     )
@@ -92,6 +97,30 @@ class Tile:
 
 def _tiles(comparison: Comparison, subject: str) -> list[Tile]:
     return [Tile(ROLES[row.role], row) for row in comparison.means if subject in row.cells]
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnCard:
+    """A drawn picture and its subject as data addresses."""
+
+    prompt: str
+    picture: str
+    subject: str | None
+    right: bool
+
+
+def _drawn(folder: Path) -> list[tuple[str, Any, list[DrawnCard]]]:
+    """Title, figures and cards of each kind of prompt."""
+    from instructblip.text_to_image.gallery import read_drawings
+
+    def card(drawing: Any) -> DrawnCard:
+        subject = drawing.subject and thumbnail(drawing.subject, folder)
+        return DrawnCard(drawing.prompt, thumbnail(drawing.picture, folder), subject, drawing.right)
+
+    return [
+        (kind.kind.replace("_", " "), kind.figures, [card(each) for each in kind.drawings])
+        for kind in read_drawings(folder)
+    ]
 
 
 def _radars(comparison: Comparison) -> list[Radar]:
@@ -133,6 +162,7 @@ def _settings(models: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
                 result.benchmark,
                 {
                     "name": result.benchmark,
+                    "title": result.title,
                     "prompt": asked["prompt"],
                     "how": decoding or "highest log-likelihood of the candidates",
                     "metric": result.metric,
@@ -153,6 +183,11 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.1f}"
-    environment.filters["signed"] = lambda value: f"{value:+.1f}".replace("-", "−")
+    environment.filters["signed"] = _signed
     environment.filters["percent"] = lambda value: f"{100 * value:.0f} %"
     return environment
+
+
+def _signed(value: float) -> str:
+    """One digit with its sign; what rounds to nothing has none."""
+    return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"

@@ -1,4 +1,4 @@
-"""The server: OpenAI's chat completions over pictures, ranking, health and metrics.
+"""The server: OpenAI's chat completions over pictures, drawing, ranking, health and metrics.
 
 ``create_app`` is the whole of it as an ASGI application; ``instructblip serve`` runs it. One
 ``Batcher`` a model answers; handlers only check, decode pictures and wait.
@@ -20,16 +20,15 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from torch import Tensor
 
 from instructblip import __version__
-from instructblip.serving.batching import Answer, Batcher, Job, QueueFull, TooLate
+from instructblip.serving.batching import Answer, Job
 from instructblip.serving.chat import instruction_of
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.engine import Engine
 from instructblip.serving.guard import Guard, error_body
-from instructblip.serving.incoming import BadPicture, read_picture
-from instructblip.serving.metrics import Metrics
+from instructblip.serving.images import add_images
+from instructblip.serving.incoming import BadPicture
 from instructblip.serving.schema import (
     AnswerMessage,
     ChatRequest,
@@ -45,6 +44,7 @@ from instructblip.serving.schema import (
     RankResponse,
     Usage,
 )
+from instructblip.serving.service import Service
 
 STATUS = {400: "bad picture or message", 401: "no valid API key", 403: "host not allowed"}
 STATUS |= {404: "no such model", 408: "the request came too slowly", 413: "too large"}
@@ -52,68 +52,6 @@ STATUS |= {422: "not a valid request", 429: "too busy", 504: "took too long"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text} for status, text in STATUS.items()
 }
-
-
-class Service:
-    """What the handlers share: a batcher for each model, the limits and the counters."""
-
-    def __init__(self, engines: Mapping[str, Engine], config: ServeConfig) -> None:
-        self.config = config
-        self.metrics = Metrics()
-        self.batchers = {
-            name: Batcher(engine, config.max_batch, config.max_queue, self.metrics.batch)
-            for name, engine in engines.items()
-        }
-        self.metrics.follow_queue(lambda: self.waiting)
-        self.created = int(time.time())
-        self._decoders = asyncio.Semaphore(4)  # decoded pictures are large: few at a time
-
-    @property
-    def waiting(self) -> int:
-        return sum(batcher.waiting for batcher in self.batchers.values())
-
-    def choose(self, model: str | None) -> tuple[str, Batcher]:
-        name = next(iter(self.batchers)) if model is None else model
-        if name not in self.batchers:
-            known = ", ".join(self.batchers)
-            raise HTTPException(404, f"no model of that name; there are {known}")
-        return name, self.batchers[name]
-
-    async def pixels(self, urls: list[str], engine: Engine, where: str) -> tuple[Tensor, ...]:
-        """Decoded and resized pictures, off the event loop."""
-        if len(urls) > self.config.max_pictures:
-            raise HTTPException(
-                413, f"{where}: {len(urls)} pictures; at most {self.config.max_pictures}"
-            )
-
-        def load(url: str, place: str) -> Tensor:
-            return engine.pictures.transform(read_picture(url, self.config, place))
-
-        found = []
-        for number, url in enumerate(urls):
-            async with self._decoders:
-                found.append(await run_in_threadpool(load, url, f"{where}, picture {number + 1}"))
-        return tuple(found)
-
-    def submit(self, batcher: Batcher, job: Job) -> None:
-        try:
-            batcher.submit(job)
-        except QueueFull:
-            raise too_busy() from None
-
-    async def result(self, job: Job) -> Any:
-        """The job's result, or 504 when its time is up; leaving early frees its place."""
-        try:
-            seconds = max(0.0, job.deadline - time.monotonic())
-            return await asyncio.wait_for(asyncio.wrap_future(job.future), seconds)
-        except (TooLate, TimeoutError):
-            raise HTTPException(504, f"no answer within {self.config.timeout_s:g} s") from None
-        finally:
-            job.left = True
-
-
-def too_busy() -> HTTPException:
-    return HTTPException(429, "too many requests wait; try again", headers={"Retry-After": "1"})
 
 
 def create_app(engines: Mapping[str, Engine], config: ServeConfig | None = None) -> FastAPI:
@@ -219,6 +157,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         ]
         best = max(ranked, key=lambda candidate: candidate.log_likelihood)
         return RankResponse(model=name, best=best.text, candidates=ranked)
+
+    add_images(app, service, guarded)
 
 
 def probabilities(scores: list[float]) -> list[float]:

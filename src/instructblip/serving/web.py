@@ -1,4 +1,4 @@
-"""The page: a picture, an instruction, and what the models say to it side by side.
+"""The page: a picture, an instruction, and what the models say to it side by side; and drawing.
 
 Mounted in the server, it asks the same batchers under the same limits. Labels follow the language
 of the browser, English or Chinese.
@@ -18,9 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.data.scenes.world import render, sample_scene
-from instructblip.serving.api import Service, probabilities
+from instructblip.serving.api import probabilities
 from instructblip.serving.batching import Job, QueueFull, TooLate
+from instructblip.serving.draw_tab import draw_tab
 from instructblip.serving.incoming import BadPicture, decode_picture
+from instructblip.serving.service import Service
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
 import gradio as gr
@@ -46,6 +48,15 @@ EN = {
     "looks": "Where each query token looks, under this instruction",
     "history": "History",
     "examples": "Examples",
+    "ask_tab": "Ask",
+    "draw_tab": "Draw",
+    "what": "What to draw (choose one or write your own)",
+    "subject": "A picture to take from (may be empty)",
+    "number": "Pictures",
+    "seed": "Seed: the same draws the same (-1: another every time)",
+    "guidance": "How strictly to follow the instruction",
+    "draw": "Draw",
+    "drawn": "Drawn",
 }
 ZH = {
     "title": "看图问答",
@@ -58,6 +69,15 @@ ZH = {
     "looks": "在该指令下，每个查询向量关注的位置",
     "history": "历史记录",
     "examples": "示例",
+    "ask_tab": "提问",
+    "draw_tab": "绘图",
+    "what": "要画什么（可选择，也可自己写）",
+    "subject": "参考图片（可为空）",
+    "number": "张数",
+    "seed": "随机种子：相同则结果相同（-1：每次不同）",
+    "guidance": "遵循指令的程度",
+    "draw": "绘图",
+    "drawn": "结果",
 }
 NAMES = {"instructblip": "InstructBLIP", "blip2": "BLIP-2"}
 
@@ -85,56 +105,66 @@ def mount_page(app: FastAPI) -> FastAPI:
 
 
 def make_page(service: Service, words: Any) -> gr.Blocks:
-    """The layout; what happens on a click is ``ask``."""
-    models = list(service.batchers)
+    """The layout: a tab to ask and, where a model holds a decoder, one to draw."""
     with gr.Blocks(title="InstructBLIP", analytics_enabled=False) as page:
-        history = gr.State([])
-        gr.Markdown(words("title"), elem_id="title")
-        with gr.Row():
-            with gr.Column(scale=1):
-                picture = gr.Image(
-                    type="filepath",
-                    label=words("picture"),
-                    sources=["upload", "clipboard"],
-                    elem_id="picture",
-                )
-                instruction = gr.Dropdown(
-                    choices=list(INSTRUCTIONS),
-                    value=INSTRUCTIONS[0],
-                    allow_custom_value=True,
-                    label=words("instruction"),
-                    elem_id="instruction",
-                )
-                candidates = gr.Textbox(value=CANDIDATES, label=words("candidates"))
-                button = gr.Button(words("ask"), variant="primary", elem_id="ask")
-            with gr.Column(scale=2), gr.Row():
-                answers, rankings = [], []
-                for name in models:
-                    with gr.Column():
-                        gr.Markdown(f"### {NAMES.get(name, name)}")
-                        answers.append(
-                            gr.Textbox(label=words("answer_of"), elem_id=f"answer-{name}", lines=3)
-                        )
-                        rankings.append(
-                            gr.Label(label=words("ranking_of"), elem_id=f"ranking-{name}")
-                        )
-        looks = gr.Gallery(label=words("looks"), columns=9, height=260, elem_id="looks")
-        table = gr.Dataframe(
-            headers=["#", "instruction", *(NAMES.get(name, name) for name in models)],
-            label=words("history"),
-            elem_id="history",
-            interactive=False,
-            wrap=True,
-        )
-        gr.Examples(draw_examples(), [picture, instruction, candidates], label=words("examples"))
-        button.click(
-            lambda *values: ask(service, *values),
-            [picture, instruction, candidates, history],
-            [*answers, *rankings, looks, history, table],
-            concurrency_limit=4,
-            api_visibility="private",
-        )
+        if not service.painters:
+            ask_tab(service, words)
+            return page
+        with gr.Tabs():
+            with gr.Tab(words("ask_tab"), id="ask"):
+                ask_tab(service, words)
+            with gr.Tab(words("draw_tab"), id="draw", elem_id="draw-tab"):
+                draw_tab(service, words)
     return page
+
+
+def ask_tab(service: Service, words: Any) -> None:
+    """Picture, instruction and candidates; what happens on a click is ``ask``."""
+    models = list(service.batchers)
+    history = gr.State([])
+    gr.Markdown(words("title"), elem_id="title")
+    with gr.Row():
+        with gr.Column(scale=1):
+            picture = gr.Image(
+                type="filepath",
+                label=words("picture"),
+                sources=["upload", "clipboard"],
+                elem_id="picture",
+            )
+            instruction = gr.Dropdown(
+                choices=list(INSTRUCTIONS),
+                value=INSTRUCTIONS[0],
+                allow_custom_value=True,
+                label=words("instruction"),
+                elem_id="instruction",
+            )
+            candidates = gr.Textbox(value=CANDIDATES, label=words("candidates"))
+            button = gr.Button(words("ask"), variant="primary", elem_id="ask")
+        with gr.Column(scale=2), gr.Row():
+            answers, rankings = [], []
+            for name in models:
+                with gr.Column():
+                    gr.Markdown(f"### {NAMES.get(name, name)}")
+                    answers.append(
+                        gr.Textbox(label=words("answer_of"), elem_id=f"answer-{name}", lines=3)
+                    )
+                    rankings.append(gr.Label(label=words("ranking_of"), elem_id=f"ranking-{name}"))
+    looks = gr.Gallery(label=words("looks"), columns=9, height=260, elem_id="looks")
+    table = gr.Dataframe(
+        headers=["#", "instruction", *(NAMES.get(name, name) for name in models)],
+        label=words("history"),
+        elem_id="history",
+        interactive=False,
+        wrap=True,
+    )
+    gr.Examples(draw_examples(), [picture, instruction, candidates], label=words("examples"))
+    button.click(
+        lambda *values: ask(service, *values),
+        [picture, instruction, candidates, history],
+        [*answers, *rankings, looks, history, table],
+        concurrency_limit=4,
+        api_visibility="private",
+    )
 
 
 def draw_examples() -> list[list[str]]:
