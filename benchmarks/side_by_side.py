@@ -15,6 +15,17 @@ from instructblip.model.instructblip import InstructBlip
 
 LLAMA = {"model_type": "llama", "vocab_size": 32_001, "pad_token_id": 0}
 SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {  # to see that a program runs; its ratios mean nothing
+        "vision": (2, 64, 2, 128),
+        "qformer": (2, 64, 2, 128),
+        "language": {
+            **LLAMA,
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+            "intermediate_size": 128,
+        },
+    },
     "cpu-mid": {
         "vision": (12, 384, 6, 1536),
         "qformer": (6, 384, 6, 1536),

@@ -83,7 +83,7 @@ def main() -> None:
     )
     parts = where_time_goes(ours, pairs[0][0], our_optimizer, options)
     peak = matrix_peak(options.clock)
-    mask = pairs[0][1]["attention_mask"]
+    mask = torch.cat([inputs["attention_mask"] for _, inputs in pairs[1:]])
     print(
         f"{options.size}, fp32, batch {options.batch}, {options.threads} threads, "
         f"{options.clock} clock, median of {options.rounds}; "

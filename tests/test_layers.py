@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "instructblip"
 FLOORS = {
     "batch": 1,
     "distributed": 1,
+    "parts": 1,
     "data": 2,
     "model": 2,
     "training": 2,

@@ -59,4 +59,20 @@ def test_advice(start: Path):
     assert "does not fit: 34.0 GiB of 24.0" in said
     assert "checkpoint_activations=true" in said
     assert "training.accumulate=2" in said
-    assert "accumulate" not in advise(needs, 12 * gib, recipe)
+    said = advise(needs, 12 * gib, recipe)
+    assert "accumulate" not in said
+    assert "model.quantize=nf4" in said
+
+
+def test_fewer_bits_and_adapters(start: Path):
+    plain = predict_memory(recipe_of(start))
+    codes = predict_memory(recipe_of(start, "model.quantize=int8"))
+    assert codes.frozen < plain.frozen
+    halves = predict_memory(recipe_of(start, "training.parallel=fsdp2"), 2)
+    assert halves.frozen < plain.frozen
+    adapter = ("model.lora={rank: 2}", "training.trainable=[qformer, lora]")
+    adapted = predict_memory(recipe_of(start, *adapter))
+    assert adapted.trained > plain.trained
+    assert adapted.frozen == plain.frozen
+    with pytest.raises(ValueError, match="add lora to it"):
+        predict_memory(recipe_of(start, "model.lora={rank: 2}"))

@@ -40,8 +40,10 @@ from instructblip.evaluation.evaluate import Answerer, evaluate, pick
 from instructblip.evaluation.owners import OWNERS
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip, part_of
-from instructblip.model.language import checkpoint_layers
+from instructblip.model.language import checkpoint_layers, stacks_of
+from instructblip.model.lora import adapters, add_lora
 from instructblip.model.pretrained import model_directory
+from instructblip.model.quantize import quantize_linears
 from instructblip.model.weights import read_json
 from instructblip.recipe import DataSet, Recipe
 from instructblip.serving.engine import Engine
@@ -201,13 +203,45 @@ def make_model(recipe: Recipe) -> InstructBlip:
         text_branch=recipe.model.text_branch,
         image_size=recipe.model.image_size,
     )
-    model.set_trainable(recipe.training.trainable)
-    if recipe.training.checkpoint_activations:
-        checkpoint_layers(model.language_model)
+    shape_language(model, recipe)
     half = torch.bfloat16 if recipe.training.precision == "bf16" else None
     # on a CPU memory is plenty, and fp32 keeps what is frozen exactly as it was when saved again
     frozen = half if resolve_device(recipe.training.device).type == "cuda" else None
-    return model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=half)
+    model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=half)
+    if recipe.training.parallel == "fsdp2":
+        shard_language(model, recipe)
+    return model
+
+
+def shape_language(model: InstructBlip, recipe: Recipe) -> None:
+    """What the recipe wants of a loaded model: adapter, trainable set, bits, checkpoints."""
+    language, adapter = model.language_model, recipe.model.lora
+    if adapter is not None:
+        if "lora" not in recipe.training.trainable:
+            raise ValueError(
+                f"model.lora trains as a part of its own, and training.trainable is "
+                f"{list(recipe.training.trainable)}: add lora to it"
+            )
+        if not adapters(language):  # else the start has one, and it goes on
+            add_lora(language, adapter)
+    model.set_trainable(recipe.training.trainable)
+    if recipe.model.quantize is not None:
+        quantize_linears(language, recipe.model.quantize)
+    if recipe.training.checkpoint_activations:
+        checkpoint_layers(language)
+
+
+def shard_language(model: InstructBlip, recipe: Recipe) -> None:
+    """Spread the frozen layers of the language model over the ranks."""
+    if recipe.model.quantize is not None or "language_model" in recipe.training.trainable:
+        raise ValueError(
+            "training.parallel=fsdp2 spreads frozen weights of full precision: set "
+            "model.quantize=null and take language_model out of training.trainable, or train "
+            "with parallel=ddp"
+        )
+    device = resolve_device(recipe.training.device)
+    for stack, layers in stacks_of(model.language_model):
+        distributed.shard(stack, layers, device)
 
 
 def make_loader(
@@ -283,6 +317,7 @@ def make_validation(
                 vocabulary=vocabularies[benchmark.name],
                 tokenizer=recipe.evaluation.tokenizer,
                 progress=False,
+                together=recipe.training.parallel == "fsdp2",
             )
             scores[benchmark.name] = result.value or 0.0
         return {"score": sum(scores[name] for name in choosing) / len(choosing), **scores}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 BUCKET_BYTES = 32 * 2**20
 """Gradients travel in flat buckets of about this size: few calls, little extra memory."""
@@ -111,6 +111,35 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
             gradients, flat.split([g.numel() for g in gradients]), strict=True
         ):
             gradient.copy_(part.view_as(gradient))
+
+
+def shard(stack: nn.Module, layers: list[nn.Module], device: torch.device) -> None:
+    """Keep of the frozen parameters of ``layers`` one part of world size on each rank (FSDP2).
+
+    A layer's parameters come together for the moment in which it runs, forward and backward, so all
+    ranks must call ``stack``, the module that owns the layers, equally often. What trains stays
+    whole on every rank, and with it its optimiser state and the checkpoints: a run goes on with
+    any number of ranks. Without a process group nothing is done.
+    """
+    if world_size() == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (world_size(),))
+    inside = {p for layer in layers for p in layer.parameters()}
+    trained = {p for p in inside if p.requires_grad}
+    outside = {p for p in stack.parameters() if p not in inside}
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, ignored_params=trained)
+    fully_shard(stack, mesh=mesh, ignored_params=trained | outside)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of ``tensor`` only."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

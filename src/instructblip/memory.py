@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from instructblip.assembly import shape_language
 from instructblip.batch import Batch
 from instructblip.model.config import InstructBlipConfig
+from instructblip.model.head import LOSS_CHUNK
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import LOSS_CHUNK, Joined, checkpoint_layers
+from instructblip.model.language import Joined, stacks_of
+from instructblip.model.packing import Packing, packs
 from instructblip.model.pretrained import model_directory
+from instructblip.model.quantize import QuantizedLinear
 from instructblip.model.weights import NoRandomWeights, read_json
 from instructblip.recipe import Recipe
 from instructblip.training.train import resolve_device
@@ -62,7 +66,16 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         stored = torch.bfloat16 if half and on_gpu and is_big(part, model) else torch.float32
         retype(part, stored)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.nbytes for p in model.parameters()) - trained
+    quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    codes = sum(b.nbytes for m in quantized for b in m.buffers(recurse=False))
+    frozen = sum(p.nbytes for p in model.parameters()) + codes - trained
+    # the numbers of the layer that runs, in fp32, and the codes or the result beside them
+    passing = max((8 * m.in_features * m.out_features for m in quantized), default=0)
+    if training.parallel == "fsdp2":
+        layers = [layer for _, own in stacks_of(model.language_model) for layer in own]
+        sizes = [sum(p.nbytes for p in own.parameters() if not p.requires_grad) for own in layers]
+        frozen -= sum(sizes) - sum(sizes) // world_size
+        passing = 2 * max(sizes)  # the layer that runs, and the next one on its way
     samples = training.micro_batch_size(world_size)
     lengths = (
         min(data.max_instruction, model.config.qformer.max_position_embeddings),
@@ -76,7 +89,7 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         gradients=trained,
         optimizer=2 * trained,
         activations=activations,
-        passing=passing_bytes(model, samples, lengths),
+        passing=passing + passing_bytes(model, samples, lengths),
     )
 
 
@@ -91,19 +104,17 @@ def build(recipe: Recipe) -> InstructBlip:
     config = config.model_copy(update={"vision": vision, "instruction_aware": aware})
     with NoRandomWeights():
         model = InstructBlip(config)
-    if recipe.training.checkpoint_activations:
-        checkpoint_layers(model.language_model)
-    return model.set_trainable(recipe.training.trainable).train()
+    shape_language(model, recipe)
+    return model.train()
 
 
 def is_big(part: nn.Module, model: InstructBlip) -> bool:
     """Whether `InstructBlip.to_training_dtypes` stores a part in half precision. (The image
     encoder's last LayerNorm, which stays in fp32, is too small to matter here.)"""
     big = part in (model.vision_model, model.language_model)
-    trains = (
-        p.requires_grad for name, p in part.named_parameters() if "post_layernorm" not in name
-    )
-    return big and not any(trains)
+    small = ("post_layernorm.", "lora.")
+    named = part.named_parameters()
+    return big and not any(p.requires_grad for n, p in named if not any(s in n for s in small))
 
 
 def retype(part: nn.Module, dtype: torch.dtype) -> None:
@@ -112,7 +123,7 @@ def retype(part: nn.Module, dtype: torch.dtype) -> None:
     for module in part.modules():
         for name, old in module.named_parameters(recurse=False):
             if old not in made:
-                new = torch.empty(old.shape, dtype=dtype)
+                new = torch.empty(old.shape, dtype=old.dtype if old.requires_grad else dtype)
                 made[old] = nn.Parameter(new, requires_grad=old.requires_grad)
             setattr(module, name, made[old])
 
@@ -145,13 +156,20 @@ def walk(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> Te
     text = model.language_model.get_input_embeddings()(
         ones(samples, prompt if seq2seq else prompt + response)
     )
+    embeds = torch.cat([queries.to(text.dtype), text], dim=1)
+    packing = None
+    if packs(model.language_model):
+        slots = ones(samples * embeds.shape[1])
+        packing = Packing(ones(*embeds.shape[:2]), slots, slots[None])
+        embeds = embeds.flatten(0, 1).index_select(0, slots)[None]
     joined = Joined(
-        inputs_embeds=torch.cat([queries.to(text.dtype), text], dim=1),
+        inputs_embeds=embeds,
         attention_mask=None,
         rows=ones(samples * response),
-        columns=ones(samples * response),
+        places=ones(samples * response),
         targets=ones(samples * response),
         decoder_ids=ones(samples, response) if seq2seq else None,
+        packing=packing,
     )
     with model.language_precision():
         return model.language.loss(joined).sum()
@@ -202,5 +220,7 @@ def advise(memory: Memory, available: int, recipe: Recipe, world_size: int = 1) 
         changes.append(f"training.accumulate={accumulate}")
     if training.precision == "fp32":
         changes.append("training.precision=bf16")
+    if fixed >= available and recipe.model.quantize is None:
+        changes.append("model.quantize=nf4")
     remedy = " or ".join(changes) or "a larger device, or a smaller language model"
     return f"does not fit: {memory.total / 2**30:.1f} GiB of {available / 2**30:.1f}; set {remedy}"

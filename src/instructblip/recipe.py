@@ -23,6 +23,7 @@ from pydantic import (
     ValidationError,
 )
 
+from instructblip.model.config import LoraConfig
 from instructblip.text_to_image.config import ConditionerConfig, DiffusersConfig, NativeConfig
 from instructblip.training.config import TrainingConfig
 
@@ -53,6 +54,10 @@ class ModelConfig(_Section):
     """Where a BLIP-2's missing text branch comes from: a file, a directory, or ``random``."""
     image_size: PositiveInt | None = None
     """Side of a picture in pixels; null for what the start has."""
+    lora: LoraConfig | None = None
+    """An adapter beside the frozen language model, trained as the part ``lora``; null for none."""
+    quantize: Literal["int8", "fp8", "nf4"] | None = None
+    """Frozen weights of the language model in 8 or 4 bits; null for the run's own type."""
 
 
 class DataSet(_Section):

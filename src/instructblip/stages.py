@@ -432,10 +432,12 @@ def export(
 ) -> None:
     """Write a model for others: a transformers directory with its card, or a LAVIS file."""
     from instructblip.model.lavis import export_lavis
+    from instructblip.model.lora import merge_lora
     from instructblip.model.pretrained import from_pretrained, model_directory
     from instructblip.serving.checkpoints import write_exported
 
     loaded = from_pretrained(model)
+    merge_lora(loaded.language_model)
     if form == "lavis":
         export_lavis(loaded, out, image_encoder)
     else:

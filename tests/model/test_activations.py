@@ -5,7 +5,7 @@ import torch
 
 from instructblip.batch import Batch
 from instructblip.memory import saved_bytes
-from instructblip.model import language, pretrained
+from instructblip.model import head, pretrained
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import checkpoint_layers
 from instructblip.model.pretrained import from_pretrained
@@ -62,7 +62,7 @@ def test_chunks_of_the_loss_change_no_gradient(
 ):
     batch = tiny_batch(model.config)
     before, loss = gradients(model, batch), model.loss(batch)
-    monkeypatch.setattr(language, "LOSS_CHUNK", 2)
+    monkeypatch.setattr(head, "LOSS_CHUNK", 2)
     assert torch.allclose(model.loss(batch).sample_losses, loss.sample_losses, atol=1e-5)
     for name, value in gradients(model, batch).items():
         torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-6)

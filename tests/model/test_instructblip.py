@@ -7,8 +7,9 @@ import torch
 from pydantic import ValidationError
 from transformers import InstructBlipConfig as TheirConfig
 
-from instructblip.model.config import InstructBlipConfig, VisionConfig
+from instructblip.model.config import InstructBlipConfig, LoraConfig, VisionConfig
 from instructblip.model.instructblip import ALIASES, PARTS, InstructBlip, part_of
+from instructblip.model.lora import add_lora
 from tests.parity.tiny import tiny_batch, tiny_config, tiny_transformers
 
 
@@ -91,6 +92,7 @@ def test_exact_trainable_set(model):
 
 
 def test_every_parameter_belongs_to_one_part(model):
+    add_lora(model.language_model, LoraConfig(rank=2))
     names = [name for name, _ in model.named_parameters()]
     assert {part_of(name) for name in names} == set(PARTS)
 
@@ -99,6 +101,8 @@ def test_every_parameter_belongs_to_one_part(model):
 def test_chosen_parts_move_and_the_rest_is_bit_identical(part):
     choice = (part,) if isinstance(part, str) else part
     model = tiny_model()
+    if part == "lora":
+        add_lora(model.language_model, LoraConfig(rank=2))
     model.set_trainable(choice)
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

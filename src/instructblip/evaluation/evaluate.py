@@ -51,6 +51,7 @@ def evaluate(
     vocabulary: Sequence[str] | None = None,
     tokenizer: Tokenizer = "python",
     progress: bool = True,
+    together: bool = False,
 ) -> Result:
     """The figure of ``engine`` on ``benchmark``, whose examples are ``dataset``.
 
@@ -64,6 +65,7 @@ def evaluate(
             that was stopped goes on there; one with other settings is refused.
         vocabulary: the answers to rank, for benchmarks that rank the training answers.
         tokenizer: of captions; see ``evaluation.ptb``.
+        together: every rank answers all samples, in step: for a model whose weights they share out.
 
     Raises ValueError for samples without answers, repeated ids, a set too small for the blind
     control, or a benchmark that needs a vocabulary and got none.
@@ -88,7 +90,7 @@ def evaluate(
         todo = [i for i, example in enumerate(examples) if example.id not in log.done]
         # Longest first: what does not fit into memory fails at once, and batches are even.
         todo.sort(key=lambda i: (-len(examples[i].images), -len(prompts[i]), examples[i].images))
-        share = todo[distributed.rank() :: distributed.world_size()]
+        share = todo if together else todo[distributed.rank() :: distributed.world_size()]
         with _progress(len(share), benchmark.name, progress) as advance:
 
             def answer(batch: Sequence[int]) -> None:

@@ -110,6 +110,18 @@ class QFormerConfig(_Config):
     )
 
 
+class LoraConfig(_Config):
+    """Thin matrices beside the language model's own (``model/lora.py``)."""
+
+    rank: int = Field(default=16, gt=0, description="Rows of A, columns of B.")
+    alpha: float = Field(default=32, gt=0, description="The product counts alpha / rank times.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="On what the adapter reads.")
+    targets: tuple[str, ...] | None = Field(
+        default=None,
+        description="Last names of the layers adapted; null for what makes queries and values.",
+    )
+
+
 class InstructBlipConfig(_Config):
     """The whole model. ``instruction_aware=False`` is BLIP-2: a Q-Former without a text branch."""
 

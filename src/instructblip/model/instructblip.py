@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from instructblip.batch import Batch
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.language import Language, build_language_model, language_of
+from instructblip.model.lora import adapters
 from instructblip.model.qformer import QFormer
 from instructblip.model.vision import VisionModel
+from instructblip.parts import part
 
 PARTS = {
     "query_tokens": r"query_tokens",
@@ -33,7 +35,8 @@ PARTS = {
     "projection": r"language_projection\..*",
     "vision_norm": r"vision_model\.post_layernorm\..*",
     "vision_tower": r"vision_model\.(embeddings|encoder)\..*",
-    "language_model": r"language_model\..*",
+    "lora": r"language_model\..*\.lora\.[AB]",
+    "language_model": r"language_model\.(?!.*\.lora\.).*",
 }
 """Every parameter belongs to exactly one part: part -> pattern of its whole name."""
 
@@ -113,10 +116,10 @@ class InstructBlip(nn.Module):
         vision = self.vision_model
         pixel_values = pixel_values.to(vision.embeddings.patch_embedding.weight.dtype)
         if torch.is_grad_enabled() and _trains(vision.embeddings, vision.encoder):
-            with self._precision(vision.encoder):
+            with part("vision"), self._precision(vision.encoder):
                 features = vision.body(pixel_values)
         else:
-            with torch.no_grad(), self._precision(vision.encoder):
+            with part("vision"), torch.no_grad(), self._precision(vision.encoder):
                 parts = [vision.body(chunk) for chunk in pixel_values.split(self.image_chunk)]
             features = torch.cat(parts) if len(parts) != 1 else parts[0]
         return vision.norm(features) if norm else features
@@ -161,22 +164,22 @@ class InstructBlip(nn.Module):
         if features is None:
             assert batch.pixel_values is not None
             features = self.encode_image(batch.pixel_values, norm=False)
-        features = self.vision_model.norm(features)
         samples, frames = batch.image_index.shape
-        queries = self.query_image(
-            features,
-            batch.qformer_ids.repeat_interleave(frames, dim=0),
-            batch.qformer_mask.repeat_interleave(frames, dim=0),
-            batch.image_index.flatten(),
-        )
-        return (
-            self.project_queries(queries).flatten(0, 1).unflatten(0, (samples, -1))
-        )  # [B, F*Q, L]
+        with part("q-former"):
+            queries = self.query_image(
+                self.vision_model.norm(features),
+                batch.qformer_ids.repeat_interleave(frames, dim=0),
+                batch.qformer_mask.repeat_interleave(frames, dim=0),
+                batch.image_index.flatten(),
+            )
+            projected = self.project_queries(queries)
+        return projected.flatten(0, 1).unflatten(0, (samples, -1))  # [B, F*Q, L]
 
     def loss(self, batch: Batch) -> LossOutput:
         """Language-modelling loss of the responses; prompt and padding carry none."""
-        joined = self.language.join(self.encode_queries(batch), batch)
-        with self.language_precision():
+        queries = self.encode_queries(batch)
+        with part("language"), self.language_precision():
+            joined = self.language.join(queries, batch)
             losses = self.language.loss(joined)  # [n]
         sample_losses = losses.new_zeros(len(batch)).index_add(0, joined.rows, losses.detach())
         sample_tokens = batch.response_mask.long().sum(1)
@@ -201,6 +204,8 @@ class InstructBlip(nn.Module):
                 f"trainable parts must be some of {', '.join(known)}; got {list(choice)}"
             )
         parts = {part for name in choice for part in ALIASES.get(name, (name,))}
+        if "lora" in parts and not adapters(self.language_model):
+            raise ValueError("the language model has no adapter to train: give model.lora={}")
         last = len(self.qformer.encoder.layer) - 1
         unread = re.compile(rf"qformer\.encoder\.layer\.{last}\.(intermediate|output)\..*")
         for name, parameter in self.named_parameters():
@@ -220,6 +225,8 @@ class InstructBlip(nn.Module):
             for module in self.modules():
                 if any(True for _ in module.parameters()) and not _trains(module):
                     module.eval()
+            for adapter in adapters(self.language_model).values():
+                adapter.train(adapter.A.requires_grad)
         return self
 
     def to_training_dtypes(
@@ -239,7 +246,9 @@ class InstructBlip(nn.Module):
                 self.language_model,
             ):
                 if not _trains(part):
-                    part.to(frozen_dtype)
+                    for parameter in part.parameters():
+                        if not parameter.requires_grad:  # an adapter may
+                            parameter.data = parameter.data.to(frozen_dtype)
         self.compute_dtype = compute_dtype
         return self
 
@@ -262,4 +271,6 @@ def part_of(name: str) -> str:
 
 
 def _trains(*modules: nn.Module) -> bool:
-    return any(p.requires_grad for module in modules for p in module.parameters())
+    """Whether any parameter of its own trains; an adapter inside leaves a module as it is."""
+    named = (pair for module in modules for pair in module.named_parameters())
+    return any(p.requires_grad and "lora." not in name for name, p in named)

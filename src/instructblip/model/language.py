@@ -3,7 +3,8 @@
 Both kinds read projected queries in front of the prompt. A decoder-only model goes on with the
 response in the same row; an encoder-decoder reads [queries; prompt] in its encoder and the
 response in its decoder. Rows are compact: real tokens without a hole, so that positions are the
-same whatever the padding. The head runs at labelled positions only.
+same whatever the padding; most decoders read a batch as one row without any. The head runs at
+labelled positions only.
 """
 
 import copy
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -28,8 +28,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from instructblip.batch import Batch
 from instructblip.model.candidates import Forest, Layout
 from instructblip.model.candidates import Normalization as Normalization
+from instructblip.model.head import token_losses
+from instructblip.model.packing import ATTENTION, PACKED_TYPES, Packing, allow_packing, packs
 from instructblip.model.ranking import Prefix
 from instructblip.model.rows import compact, pad_left
+from instructblip.parts import part
 
 # The prompt is given as embeddings, in the official code as well: what it repeats is the answer.
 warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
@@ -39,28 +42,24 @@ SEQ2SEQ_TYPES = ("t5", "mt5")
 OnTokens = Callable[[list[int]], None]
 """Is told the newest token of every row; after its end token a row gets padding."""
 
-LOSS_CHUNK = 1024
-"""Response tokens whose logits exist at a time: 131 MB in fp32 with a vocabulary of 32,000."""
-PACKED_TYPES = ("llama", "opt", "gpt2", "qwen2")
-"""Decoders whose positions and mask can be given freely, so that a whole tree of candidates runs as
-one row. ALiBi, convolutions and the like tie a token to its neighbours: these run row by row."""
-
 
 @dataclass(frozen=True)
 class Joined:
     """What the language model reads for one training batch, and where it is held to account.
 
-    ``inputs_embeds`` [B, X, L] with ``attention_mask`` [B, X] (None: no padding);
-    ``decoder_ids`` [B, R] for an encoder-decoder, else None. ``rows`` and ``columns`` [n] are the
-    positions whose output predicts ``targets`` [n], in the order of the samples.
+    ``inputs_embeds`` [B, X, L] with ``attention_mask`` [B, X] (None: no padding), or [1, n, L] with
+    ``packing``; ``decoder_ids`` [B, R] for an encoder-decoder, else None. ``places`` [m] are the
+    positions, counted over all rows, whose output predicts ``targets`` [m]; ``rows`` [m] are their
+    samples, in order.
     """
 
     inputs_embeds: Tensor
     attention_mask: Tensor | None
     rows: Tensor
-    columns: Tensor
+    places: Tensor
     targets: Tensor
     decoder_ids: Tensor | None = None
+    packing: Packing | None = None
 
 
 def build_language_model(config: dict[str, Any]) -> Any:
@@ -81,7 +80,9 @@ def build_language_model(config: dict[str, Any]) -> Any:
         raise ValueError(
             f"encoder-decoder language models must be one of {SEQ2SEQ_TYPES}; got {kind!r}"
         )
-    return AutoModelForCausalLM.from_config(text_config)
+    model = AutoModelForCausalLM.from_config(text_config)
+    allow_packing(model)
+    return model
 
 
 def untie_head(model: Any) -> None:
@@ -92,6 +93,18 @@ def untie_head(model: Any) -> None:
     """
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+
+
+def stacks_of(model: Any) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """Each module that owns transformer layers, with these layers: one stack, or T5's two."""
+    found = []
+    for stack in model.modules():
+        for child in stack.children():
+            if isinstance(child, nn.ModuleList) and isinstance(
+                next(iter(child), None), GradientCheckpointingLayer
+            ):
+                found.append((stack, list(child)))
+    return found
 
 
 def checkpoint_layers(model: Any) -> None:
@@ -108,21 +121,6 @@ def _rerun(forward: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **settings)
     return checkpoint(forward, *inputs, use_reentrant=False, **settings)
-
-
-def _chunked_loss(
-    logits: Callable[[Tensor], Tensor], hidden: Float[Tensor, "n L"], targets: Int[Tensor, " n"]
-) -> Float[Tensor, " n"]:
-    """Cross-entropy of each token; of more than one chunk the logits are computed again in the
-    backward pass instead of being kept."""
-
-    def loss(states: Tensor, own: Tensor) -> Tensor:
-        return F.cross_entropy(logits(states), own, reduction="none")
-
-    if len(targets) <= LOSS_CHUNK:
-        return loss(hidden, targets)
-    pairs = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-    return torch.cat([_rerun(loss, states, own) for states, own in pairs])
 
 
 class CausalLanguage:
@@ -150,23 +148,24 @@ class CausalLanguage:
         ids, is_response, mask = compact(mask, ids, is_response)
         embeds, attention_mask = _behind_queries(self.model, queries, ids, mask)
         rows, columns = is_response.nonzero(as_tuple=True)
+        targets = ids[rows, columns]
         # Token j of a row sits behind K queries and is predicted one position earlier.
-        return Joined(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            rows=rows,
-            columns=columns + queries.shape[1] - 1,
-            targets=ids[rows, columns],
-        )
+        columns = columns + queries.shape[1] - 1
+        if not packs(self.model):
+            return Joined(embeds, attention_mask, rows, rows * embeds.shape[1] + columns, targets)
+        packing = Packing.of(attention_mask.bool())
+        packed = embeds.flatten(0, 1).index_select(0, packing.slots)[None]
+        return Joined(packed, None, rows, packing.index[rows, columns], targets, packing=packing)
 
     def loss(self, joined: Joined) -> Float[Tensor, " n"]:
         """Cross-entropy in nats of each response token, computed in fp32."""
+        packing = joined.packing
         hidden = self.model.base_model(
             inputs_embeds=joined.inputs_embeds,
-            attention_mask=joined.attention_mask,
             use_cache=False,
+            **(packing.arguments() if packing else {"attention_mask": joined.attention_mask}),
         ).last_hidden_state
-        return _chunked_loss(self._logits, hidden[joined.rows, joined.columns], joined.targets)
+        return _token_losses(self.model, hidden, joined)
 
     def generate(
         self,
@@ -213,6 +212,7 @@ class CausalLanguage:
     def _packs(self) -> bool:
         config = self.model.config
         return config.model_type in PACKED_TYPES and config._attn_implementation in (
+            ATTENTION,
             "sdpa",
             "eager",
         )
@@ -223,7 +223,7 @@ class CausalLanguage:
             return torch.cat([known, layout.real.to(known.dtype)], dim=1)
         before = known.bool()[:, None].expand(-1, layout.ids.shape[1], -1)
         visible = torch.cat([before, layout.visible], dim=2)[:, None]
-        if self.model.config._attn_implementation == "sdpa":
+        if self.model.config._attn_implementation != "eager":
             return visible
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
@@ -255,7 +255,7 @@ class Seq2SeqLanguage:
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             rows=rows,
-            columns=columns,
+            places=rows * batch.response_ids.shape[1] + columns,
             targets=batch.response_ids[rows, columns],
             decoder_ids=self._shift(batch.response_ids),
         )
@@ -265,7 +265,7 @@ class Seq2SeqLanguage:
         assert joined.decoder_ids is not None
         states = self._encode(joined.inputs_embeds, joined.attention_mask)
         hidden = self._decode(joined.decoder_ids, states, joined.attention_mask)
-        return _chunked_loss(self._logits, hidden[joined.rows, joined.columns], joined.targets)
+        return _token_losses(self.model, self._scaled(hidden), joined)
 
     def generate(
         self,
@@ -327,11 +327,13 @@ class Seq2SeqLanguage:
         ).last_hidden_state
 
     def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(self._scaled(hidden)).float()
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """The first T5 scales before its head, T5 1.1 (Flan-T5) and mT5 do not."""
         config = self.model.config
-        # The first T5 scales before its head, T5 1.1 (Flan-T5) and mT5 do not.
-        if getattr(config, "scale_decoder_outputs", False):
-            hidden = hidden * config.d_model**-0.5
-        return self.model.get_output_embeddings()(hidden).float()
+        scales = getattr(config, "scale_decoder_outputs", False)
+        return hidden * config.d_model**-0.5 if scales else hidden
 
     @property
     def _start(self) -> int:
@@ -349,6 +351,12 @@ Language = CausalLanguage | Seq2SeqLanguage
 def language_of(model: Any) -> Language:
     """The adapter for a transformers language model; it holds no state of its own."""
     return (Seq2SeqLanguage if model.config.is_encoder_decoder else CausalLanguage)(model)
+
+
+def _token_losses(model: Any, hidden: Tensor, joined: Joined) -> Tensor:
+    states = hidden.flatten(0, 1).index_select(0, joined.places)
+    with part("head"):
+        return token_losses(model.get_output_embeddings(), states, joined.targets)
 
 
 def _behind_queries(

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from instructblip import distributed
+from instructblip.model import lora
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import untie_head
+from instructblip.model.quantize import quantized_names
 from instructblip.model.vision import interpolate_positions
 from instructblip.model.weights import (
     NoRandomWeights,
@@ -97,6 +100,9 @@ def from_pretrained(
     if image_size is not None and positions in weights:
         weights[positions] = interpolate_positions(weights[positions], config.vision.num_tokens)
     load_weights(model, weights, directory)
+    if (directory / lora.FOLDER).is_dir():
+        lora.load_lora(model.language_model, directory / lora.FOLDER)
+        model.set_trainable(("qformer",))
     model.assets = directory
     _read_generation_settings(model, directory / "generation_config.json")
     return model.eval()
@@ -106,8 +112,9 @@ def save_pretrained(model: InstructBlip, path: str | Path) -> None:
     """Write a directory that transformers loads with the same logits, atomically.
 
     config.json, model.safetensors, and the tokenizers and settings of the directory that the model
-    came from. A BLIP-2 (no text branch) is written as one. Raises OSError when the disk is full;
-    what stood at ``path`` is then untouched.
+    came from. A BLIP-2 (no text branch) is written as one; an adapter of the language model goes
+    into a folder of its own; weights that are quantized or spread over ranks are written as loaded.
+    Raises OSError when the disk is full; what stood at ``path`` is then untouched.
     """
     with new_directory(Path(path)) as directory:
         _copy_assets(model.assets, directory, model.config.vision.image_size)
@@ -116,13 +123,28 @@ def save_pretrained(model: InstructBlip, path: str | Path) -> None:
         config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
-        weights = model.state_dict()
+        weights = {n: v for n, v in model.state_dict().items() if ".lora." not in n}
+        weights |= _kept_elsewhere(model)
+        if lora.adapters(model.language_model):
+            lora.save_lora(model.language_model, directory / lora.FOLDER)
         if not model.config.instruction_aware:
             weights = {
                 re.sub(r"^qformer\.embeddings\.layernorm\.", "qformer.layernorm.", name): value
                 for name, value in weights.items()
             }
         write_weights(weights, directory / "model.safetensors")
+
+
+def _kept_elsewhere(model: InstructBlip) -> dict[str, Tensor]:
+    """Frozen weights that are not here in full, being quantized or spread over ranks: read again
+    from where the model was loaded."""
+    names = quantized_names(model)
+    names += [name for name, value in model.state_dict().items() if distributed.is_sharded(value)]
+    if not names:
+        return {}
+    assert model.assets is not None, "such a model was loaded from a directory"
+    stored = read_weights(model.assets)
+    return {name: stored[name] for name in names}
 
 
 def save_text_branch(model: InstructBlip, file: str | Path) -> None:

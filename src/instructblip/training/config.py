@@ -48,6 +48,9 @@ class TrainingConfig(BaseModel):
     """Largest global gradient norm, above which gradients are scaled down; null for none."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of forward and backward; what is trained keeps fp32 weights either way."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """What several ranks hold: all of the model each, or the layers of the frozen language model in
+    parts (fsdp2), for one that does not fit a device."""
     checkpoint_activations: bool = False
     """Run the language model's layers again in the backward pass instead of keeping their
     activations: a third more time in it, a fraction of the memory, the same gradients."""
@@ -65,6 +68,11 @@ class TrainingConfig(BaseModel):
     """Newest checkpoints kept; the one of the best validation is kept besides them."""
     log_every: PositiveInt = 20
     """Steps between lines of metrics.jsonl."""
+    watchdog_seconds: PositiveFloat | None = 1800.0
+    """Seconds that a batch or a step may take before the rank says what it was at and ends with an
+    error, in place of waiting for ever; null for no limit."""
+    profile: bool = False
+    """Trace three steps: trace.json and profile.txt, what each part of a step costs."""
     early_stopping_patience: PositiveInt | None = None
     """Validations in a row without a new best after which the run stops; null for never."""
 

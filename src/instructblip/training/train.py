@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from instructblip import distributed
 from instructblip.batch import Batch
+from instructblip.parts import part
 from instructblip.training.config import TrainingConfig
 from instructblip.training.files import Export, Progress, RunFiles, merge_windows
 from instructblip.training.log import RunLog
 from instructblip.training.optim import learning_rate, make_optimizer, trainable_parameters
+from instructblip.training.profile import Profile
 from instructblip.training.signals import Interrupted, Termination
+from instructblip.training.watchdog import Watchdog
 
 Evaluate = Callable[[Any], Mapping[str, float]]
 """Scores of the model on the held-in sets; ``score`` is the one to maximise."""
@@ -86,10 +89,13 @@ def train(
     stream = batches.iterate(progress.step)
     main = distributed.is_main()
     log = RunLog(folder, config, progress.step, progress.validated_step, active=main)
-    with Termination() as termination, log:
+    profile = Profile(folder, active=config.profile and main)
+    watchdog = Watchdog(config.watchdog_seconds)
+    with Termination() as termination, log, profile, watchdog:
         while True:
             step = progress.step
             # evaluate ------------------------------------------------------------------------
+            watchdog.rest()
             validated = False
             if step > progress.validated_step and is_due(step, config.validate_every, config):
                 validated = validate(model, evaluate, progress, termination, log, files)
@@ -105,7 +111,10 @@ def train(
                 break
             # step ----------------------------------------------------------------------------
             tick = time.monotonic()
-            micro_batches = [next(stream) for _ in range(config.accumulate)]
+            watchdog.watch(step, "waiting for data")
+            with part("input"):
+                micro_batches = [next(stream) for _ in range(config.accumulate)]
+            watchdog.watch(step, "in the step", micro_batches)
             rate = learning_rate(step, config)
             torch.manual_seed(seed_of(config.seed, step, distributed.rank()))
             norm = update(
@@ -118,6 +127,8 @@ def train(
                 merge_windows(progress)
                 log.train(step, {**losses(progress), "lr": rate, "grad_norm": norm})
                 progress.window = {}
+            if said := profile.step():
+                log.say(said)
         if stopped != "terminated":
             files.export_to("last")
             log.curves()
@@ -160,19 +171,21 @@ def update(
         sample_losses.append(output.sample_losses.detach().float())
     distributed.sum_gradients(parameters.values())
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    with part("optimiser"):
+        norm = nn.utils.get_total_norm(gradients)
     *values, norm_value = torch.cat([*sample_losses, norm.float().reshape(1)]).tolist()  # one sync
     bad = not (math.isfinite(norm_value) and all(map(math.isfinite, values)))
     if distributed.any_rank(bad, device):
         raise NonFiniteLossError(
             _blame(progress.step, micro_batches, values, norm_value, files.last_good)
         )
-    if config.clip_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters.values(), config.clip_norm, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    with part("optimiser"):
+        if config.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters.values(), config.clip_norm, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     _add_to_window(progress.window, micro_batches, values)
     return norm_value
 

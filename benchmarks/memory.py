@@ -1,0 +1,100 @@
+"""Peak memory of one training step, ours and transformers' InstructBLIP side by side.
+
+Both models are built once; each step runs in a forked process, whose high-water mark is reset
+before it (Linux). Weights, optimiser and allocator are alike, so the difference is what forward and
+backward keep. Ours is also held to what `instructblip memory` counts.
+
+    python benchmarks/memory.py --size cpu-mid
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from side_by_side import SIZES, build, make_batch
+
+from instructblip.memory import passing_bytes, saved_bytes
+from instructblip.training.config import TrainingConfig
+from instructblip.training.optim import make_optimizer, trainable_parameters
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="cpu-mid")
+    parser.add_argument("--batch", type=int, default=8)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # a forked process has no other threads
+    ours, theirs = build(options.size)
+    batch, inputs = make_batch(0, options.batch)
+    names = set(trainable_parameters(ours))
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(name in names)
+    ours.train()
+    theirs.train()
+    config = TrainingConfig(learning_rate=1e-5, precision="fp32")
+
+    def step(model: Any, loss: Callable[[], torch.Tensor]) -> None:
+        optimizer = make_optimizer(trainable_parameters(model), config)
+        for _ in range(2):  # the second step has the optimiser's moments
+            loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def our_loss() -> torch.Tensor:
+        output = ours.loss(batch)
+        return output.loss_sum / output.num_tokens
+
+    peaks = {
+        "transformers": peak_of(lambda: step(theirs, lambda: theirs(**inputs).loss)),
+        "ours": peak_of(lambda: step(ours, our_loss)),
+    }
+    trained = sum(p.nbytes for p in trainable_parameters(ours).values())
+    lengths = tuple(x.shape[1] for x in (batch.qformer_ids, batch.prompt_ids, batch.response_ids))
+    known = 3 * trained + saved_bytes(our_loss, ours) + passing_bytes(ours, options.batch, lengths)
+    for name, value in peaks.items():
+        print(f"{name:14} {value / 2**20:9.0f} MiB above the weights")
+    print(f"{'counted':14} {known / 2**20:9.0f} MiB: gradients, moments, kept and passing tensors")
+    print(
+        json.dumps(
+            {
+                "ratio": round(peaks["ours"] / peaks["transformers"], 3),
+                "predicted_over_measured": round(known / peaks["ours"], 3),
+                "size": options.size,
+                "bytes": peaks,
+            }
+        )
+    )
+
+
+def peak_of(work: Callable[[], None]) -> int:
+    """Bytes by which a forked process grows at most while it works."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            before = status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+            work()
+            os.write(write, str(status("VmHWM") - before).encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(write)
+    _, code = os.waitpid(pid, 0)
+    assert code == 0, "the step failed"
+    return int(os.read(read, 20))
+
+
+def status(key: str) -> int:
+    """A line of this process's status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The head of the language model and its loss: logits exist for a moment and a few tokens."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOSS_CHUNK = 1024
+"""Response tokens whose logits exist at a time: 131 MB in fp32 with a vocabulary of 32,000."""
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Losses, and at once the slope of each of them in its own hidden state.
+
+    A token's loss depends on that token's state alone and the head has no gradient of its own, so
+    the whole backward pass is this slope, (softmax - one-hot) W, times what comes from above: no
+    logits are kept for it, and none are computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
+        losses, slopes = [], []
+        for states, own in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+            scores = F.linear(states, head.weight, head.bias).float()  # [c, vocabulary]
+            total = scores.logsumexp(1, keepdim=True)
+            losses.append((total - scores.gather(1, own[:, None]))[:, 0])
+            slope = scores.sub_(total).exp_()  # softmax, in the memory of the logits
+            slope[torch.arange(len(own), device=own.device), own] -= 1
+            slopes.append((slope.to(head.weight.dtype) @ head.weight).to(hidden.dtype))
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (outer[0][:, None] * slopes).to(slopes.dtype), None, None
+
+
+def token_losses(
+    head: nn.Module, hidden: Float[Tensor, "n L"], targets: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """Cross-entropy of each token in nats, in fp32; logits are made again in the backward pass of
+    a head that trains, where there is more than one chunk of them."""
+    frozen = not any(p.requires_grad for p in head.parameters())
+    plain = type(head) is nn.Linear and not head._forward_hooks  # no adapter beside it
+    if frozen and plain and len(targets):
+        return _FrozenHeadLoss.apply(hidden, targets, head)
+
+    def loss(states: Tensor, own: Tensor) -> Tensor:
+        return F.cross_entropy(head(states).float(), own, reduction="none")
+
+    if len(targets) <= LOSS_CHUNK:
+        return loss(hidden, targets)
+    pairs = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+    return torch.cat([checkpoint(loss, *pair, use_reentrant=False) for pair in pairs])

@@ -1,0 +1,94 @@
+"""Rows of different lengths as one row without padding: what stands between tokens costs nothing.
+
+Everything that a decoder computes token by token (norms, linear layers, feed-forwards) sees the one
+long row; attention alone looks at the samples apart, each with positions of its own. It is called
+through transformers' attention interface, so the language models stay as transformers wrote them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "instructblip_packed"
+"""Name of the attention below; without ``packing`` it is transformers' "sdpa"."""
+
+PACKED_TYPES = ("llama", "opt", "gpt2", "qwen2")
+"""Decoders whose positions and mask can be given freely. ALiBi, convolutions and the like tie a
+token to its neighbours: these keep padded rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Where n packed tokens stand in B rows that are padded on the right to X slots.
+
+    ``index`` [B, X] names the token of each slot (padding: any), ``slots`` [n] the slot of each
+    token, ``positions`` [1, n] its place within its own row. Rows of 2 and 1 tokens:
+    index [[0, 1], [2, 0]], slots [0, 1, 2], positions [[0, 1, 0]].
+    """
+
+    index: Int[Tensor, "B X"]
+    slots: Int[Tensor, " n"]
+    positions: Int[Tensor, "1 n"]
+
+    @classmethod
+    def of(cls, mask: Bool[Tensor, "B X"]) -> "Packing":
+        """The packing of rows whose real tokens stand on the left."""
+        slots = mask.flatten().nonzero()[:, 0]
+        index = torch.zeros_like(mask, dtype=torch.long).flatten()
+        index[slots] = torch.arange(len(slots), device=mask.device)
+        return cls(index.view(mask.shape), slots, (slots % mask.shape[1])[None])
+
+    def unpack(self, states: Tensor) -> Tensor:
+        """[1, heads, n, d] -> [B, heads, X, d]."""
+        rows = states[0].transpose(0, 1).index_select(0, self.index.flatten())
+        return rows.unflatten(0, tuple(self.index.shape)).transpose(1, 2)
+
+    def pack(self, states: Tensor) -> Tensor:
+        """[B, X, heads, d] -> [1, n, heads, d]."""
+        return states.flatten(0, 1).index_select(0, self.slots)[None]
+
+    def arguments(self) -> dict[str, Any]:
+        """What a decoder is called with. The mask of four dimensions says that nothing is left for
+        transformers to mask; its content is not read."""
+        nothing = self.index.new_zeros(1, 1, 1, 1)
+        return {"attention_mask": nothing, "position_ids": self.positions, "packing": self}
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each packed sample. Padding stands behind all tokens of its row, where no
+    causal attention looks, so the rows need no mask."""
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    query, key, value = (packing.unpack(states) for states in (query, key, value))
+    context, _ = sdpa_attention_forward(module, query, key, value, None, **settings)
+    return packing.pack(context), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def allow_packing(model: Any) -> None:
+    """Give a decoder the attention above where its rows may be packed."""
+    config = model.config
+    if config.model_type in PACKED_TYPES and not getattr(config, "use_sliding_window", False):
+        model.set_attn_implementation(ATTENTION)
+
+
+def packs(model: Any) -> bool:
+    """Whether a model reads packed rows."""
+    return model.config._attn_implementation == ATTENTION

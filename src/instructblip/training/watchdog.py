@@ -1,0 +1,70 @@
+"""A rank that waits for ever says so and ends, so that the others and the user learn why.
+
+A collective waits for its slowest rank, so one worker that hangs on a dead disk stops them all
+without a word. Here every rank watches itself: the one that says "waiting for data" is the cause,
+those that are "in the step" wait for it. Ending lets ``torchrun --max-restarts`` begin anew.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+from instructblip import distributed
+from instructblip.batch import Batch
+
+EXIT_CODE = 75
+"""EX_TEMPFAIL: to be tried again."""
+
+
+class Watchdog:
+    """Ends the process when what it watches takes longer than ``seconds``; None watches nothing."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._began: float | None = None
+        self._step, self._doing, self._batches = 0, "", ()
+        self._closed = threading.Event()
+
+    def __enter__(self) -> Self:
+        if self.seconds is not None:
+            threading.Thread(target=self._look, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._closed.set()
+
+    def watch(self, step: int, doing: str, batches: Sequence[Batch] = ()) -> None:
+        """From now on the rank is ``doing`` something that has an end."""
+        self._step, self._doing, self._batches = step, doing, tuple(batches)
+        self._began = time.monotonic()
+
+    def rest(self) -> None:
+        """What follows takes as long as it takes: validation, saving."""
+        self._began = None
+
+    def _look(self) -> None:
+        assert self.seconds is not None
+        while not self._closed.wait(min(5.0, self.seconds / 10)):
+            began = self._began
+            if began is not None and time.monotonic() - began > self.seconds:
+                print(self.describe(), file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(sys.stderr)
+                os._exit(EXIT_CODE)
+
+    def describe(self) -> str:
+        """One line: rank, step, what it was at, which samples."""
+        samples = [
+            f"{name}/{own}"
+            for batch in self._batches
+            for name, own in zip(batch.datasets, batch.ids, strict=True)
+        ]
+        held = f", samples {', '.join(samples[:16])}" if samples else ""
+        return (
+            f"rank {distributed.rank()} of {distributed.world_size()}: step {self._step}, "
+            f"{self._doing} for more than {self.seconds:g} s{held}. The last checkpoint is intact: "
+            "continue with --resume, or raise training.watchdog_seconds if a step takes that long"
+        )

@@ -1,0 +1,106 @@
+"""An adapter beside the frozen language model: what it changes, its files, and PEFT's reading."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from instructblip.model.config import LoraConfig
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.lora import FOLDER, adapters, add_lora, load_lora, merge_lora
+from instructblip.model.pretrained import from_pretrained
+from tests.model.test_activations import gradients
+from tests.model.test_language import tiny_model
+from tests.parity.tiny import tiny_batch, tiny_transformers
+
+
+def loss_of(model: InstructBlip) -> torch.Tensor:
+    return model.loss(tiny_batch(model.config)).loss_sum
+
+
+def adapted(model: InstructBlip, **settings: object) -> InstructBlip:
+    """``model`` with an adapter that says something."""
+    add_lora(model.language_model, LoraConfig.model_validate({"rank": 2, **settings}))
+    with torch.no_grad():
+        for adapter in adapters(model.language_model).values():
+            adapter.B.normal_(0, 0.5)
+    return model.set_trainable(("qformer", "lora")).eval()
+
+
+@pytest.fixture(params=["llama", "t5"])
+def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> InstructBlip:
+    tiny_transformers(request.param).save_pretrained(tmp_path / "start")
+    return from_pretrained(tmp_path / "start")
+
+
+def test_begins_as_nothing_and_learns(loaded: InstructBlip):
+    before = loss_of(loaded)
+    add_lora(loaded.language_model, LoraConfig(rank=2))
+    loaded.set_trainable(("lora",)).eval()
+    assert torch.equal(loss_of(loaded), before)
+    trained = dict(loaded.trainable_parameters())
+    assert trained
+    assert all(name.endswith((".lora.A", ".lora.B")) for name in trained)
+    slopes = gradients(loaded, tiny_batch(loaded.config))
+    assert all(slopes[name].abs().max() > 0 for name in trained if name.endswith("B"))
+
+
+def test_dropout_is_of_the_adapter_alone():
+    model = adapted(tiny_model("opt"), dropout=0.5).train()
+    for name, module in model.language_model.named_modules():
+        assert module.training == ("lora" in name.split(".")), name
+
+
+def test_saved_loaded_and_merged_are_one_model(loaded: InstructBlip, tmp_path: Path):
+    plain = loss_of(loaded)
+    model = adapted(loaded)
+    expected = loss_of(model)
+    assert not torch.isclose(expected, plain)
+    model.save_pretrained(tmp_path / "saved")
+    again = from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(loss_of(again), expected, rtol=0, atol=0)
+    assert not any("lora" in name for name, _ in again.trainable_parameters())
+    names = load_file(tmp_path / "saved" / "model.safetensors")
+    assert not any("lora" in name for name in names)
+    merge_lora(again.language_model)
+    assert not adapters(again.language_model)
+    torch.testing.assert_close(loss_of(again), expected, rtol=1e-5, atol=1e-4)
+    again.save_pretrained(tmp_path / "merged")
+    assert not (tmp_path / "merged" / FOLDER).exists()
+
+
+def test_files_are_those_of_peft(tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    for language in ("llama", "gpt2"):
+        model = adapted(tiny_model(language))
+        ids = torch.arange(6)[None] + 4
+        expected = model.language_model(input_ids=ids).logits
+        from instructblip.model.lora import save_lora
+
+        save_lora(model.language_model, tmp_path / language)
+        theirs = tiny_model(language).language_model
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / language)
+        torch.testing.assert_close(theirs(input_ids=ids).logits, expected)
+        theirs.save_pretrained(tmp_path / f"{language}-theirs")
+        ours = tiny_model(language)
+        load_lora(ours.language_model, tmp_path / f"{language}-theirs")
+        torch.testing.assert_close(ours.language_model(input_ids=ids).logits, expected)
+
+
+def test_what_does_not_fit_is_told(tmp_path: Path):
+    model = adapted(tiny_model("llama"))
+    with pytest.raises(ValueError, match=r"'query'.*are no layers of a llama.*q_proj"):
+        add_lora(tiny_model("llama").language_model, LoraConfig(targets=("query",)))
+    with pytest.raises(ValueError, match="no adapter to train"):
+        tiny_model("llama").set_trainable(("lora",))
+    from instructblip.model.lora import save_lora
+
+    save_lora(model.language_model, tmp_path / "a")
+    with pytest.raises(ValueError, match="another language model"):
+        load_lora(tiny_model("opt").language_model.model.decoder.layers[0], tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": True}))
+    with pytest.raises(ValueError, match=r"plain LORA.*use_dora"):
+        load_lora(tiny_model("llama").language_model, tmp_path / "a")

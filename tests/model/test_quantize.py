@@ -1,0 +1,88 @@
+"""Frozen weights in 8 or 4 bits: how far off, the right slope, and files that keep the original."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from instructblip.memory import saved_bytes
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.pretrained import from_pretrained
+from instructblip.model.quantize import NF4, Kind, QuantizedLinear, quantize_linears
+from tests.model.test_activations import gradients
+from tests.parity.tiny import tiny_batch, tiny_transformers
+
+ERRORS: dict[Kind, float] = {"int8": 0.01, "fp8": 0.035, "nf4": 0.11}
+"""Root mean square error of normal weights, relative: 8 bits a row, 3 bits of mantissa, 4 bits."""
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_codes_stand_near_the_weights(kind: Kind):
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 50).requires_grad_(False)
+    nn.init.normal_(linear.weight, std=0.02)
+    layer = QuantizedLinear(linear, kind)
+    found = layer.dequantized(torch.float32)
+    error = (found - linear.weight).norm() / linear.weight.norm()
+    assert ERRORS[kind] / 4 < error < ERRORS[kind]
+    again = QuantizedLinear(nn.Linear(96, 50), kind)
+    again.codes, again.scale = layer.codes, layer.scale
+    assert torch.equal(again.dequantized(torch.float32), found)
+    numbers = layer.codes.numel() + 4 * layer.scale.numel()
+    assert numbers < linear.weight.numel() * (0.6 if kind == "nf4" else 1.1)
+
+
+def test_levels_are_the_quantiles_of_a_normal_distribution():
+    normal = torch.distributions.Normal(0, 1)
+    edge = 1 - (1 / 32 + 1 / 30) / 2
+    below = normal.icdf(torch.linspace(edge, 0.5, 8, dtype=torch.float64))[:-1]
+    above = normal.icdf(torch.linspace(edge, 0.5, 9, dtype=torch.float64))[:-1]
+    levels = torch.cat([-below, torch.zeros(1), above.flip(0)]) / above[0]
+    levels[0] = -1
+    torch.testing.assert_close(torch.tensor(NF4, dtype=torch.float64), levels, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_slope_of_the_inputs(kind: Kind):
+    linear = nn.Linear(20, 12).requires_grad_(False)
+    layer = QuantizedLinear(linear, kind)
+    same = nn.Linear(20, 12)
+    same.weight.data, same.bias.data = layer.dequantized(torch.float32), linear.bias.data
+    x = torch.randn(3, 5, 20, requires_grad=True)
+    (expected,) = torch.autograd.grad(same(x).square().sum(), x)
+    (found,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_model_in_8_bits(language: str, tmp_path: Path):
+    tiny_transformers(language).save_pretrained(tmp_path / "start")
+    plain = from_pretrained(tmp_path / "start")
+    batch = tiny_batch(plain.config)
+    expected, slopes = plain.loss(batch).loss_sum, gradients(plain, batch)
+    kept = saved_bytes(lambda: plain.loss(batch).loss_sum, plain)
+    model = from_pretrained(tmp_path / "start")
+    quantize_linears(model.language_model, "int8")
+    assert isinstance(model.language_model.get_output_embeddings(), nn.Linear)
+    loss = model.loss(batch).loss_sum
+    assert loss != expected
+    torch.testing.assert_close(loss, expected, rtol=0.01, atol=0)
+    for name, value in gradients(model, batch).items():
+        error = (value - slopes[name]).norm()
+        assert error <= 0.1 * slopes[name].norm() + 1e-3, name
+    assert saved_bytes(lambda: model.loss(batch).loss_sum, model) <= kept
+    model.save_pretrained(tmp_path / "saved")
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    assert stored.keys() == load_file(tmp_path / "start" / "model.safetensors").keys()
+    for name, value in load_file(tmp_path / "start" / "model.safetensors").items():
+        assert torch.equal(stored[name], value), name
+
+
+def test_what_trains_is_not_quantized():
+    from tests.model.test_language import tiny_model
+
+    model: InstructBlip = tiny_model("llama").set_trainable(("language_model",))
+    with pytest.raises(ValueError, match=r"model.quantize=nf4 needs a frozen.*q_proj trains"):
+        quantize_linears(model.language_model, "nf4")
