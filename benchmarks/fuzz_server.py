@@ -173,7 +173,7 @@ def resident_mb() -> float:
 
 def main() -> None:
     from instructblip.serving.api import create_app
-    from instructblip.stages import load_engine
+    from instructblip.stages_use import load_engine
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=10_000)

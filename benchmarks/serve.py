@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 
 from instructblip.data.scenes.world import render, sample_scene
-from instructblip.stages import load_engine
+from instructblip.stages_use import load_engine
 
 INSTRUCTIONS = ("A short image description.", "Question: how many shapes are there? Short answer:")
 

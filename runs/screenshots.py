@@ -21,7 +21,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from instructblip.serving.api import create_app
 from instructblip.serving.web import PATH, mount_page
-from instructblip.stages import load_engine
+from instructblip.stages_use import load_engine
 
 
 @contextlib.contextmanager

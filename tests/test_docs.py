@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from instructblip import cli, stages
+from instructblip import cli, stages, stages_use
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.zh-CN.md", ROOT / "docs" / "index.md", *(ROOT / "docs/howto").glob("*.md")]
@@ -43,9 +43,10 @@ def test_commands_reach_their_stage(
 
         return record
 
-    for name, stage in vars(stages).copy().items():
-        if inspect.isfunction(stage) and stage.__module__ == stages.__name__:
-            monkeypatch.setattr(stages, name, stand_in(name, stage))
+    for module in (stages, stages_use):
+        for name, stage in vars(module).copy().items():
+            if inspect.isfunction(stage) and stage.__module__ == module.__name__:
+                monkeypatch.setattr(module, name, stand_in(name, stage))
     (tmp_path / "keys.txt").write_text("a-key\n")
     monkeypatch.chdir(tmp_path)
     program, *arguments = shlex.split(line)

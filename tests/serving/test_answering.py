@@ -11,7 +11,7 @@ from instructblip.serving.chat import Conversation, instruction_of, run_chat
 from instructblip.serving.engine import PAPER_DECODING, Engine
 from instructblip.serving.requests import answer_requests, read_requests
 from instructblip.serving.streaming import TextStream
-from instructblip.stages import load_engine
+from instructblip.stages_use import load_engine
 from tests.data.tiny import write_picture
 from tests.serving.test_engine import QUESTION, write_model
 
