@@ -35,18 +35,26 @@ def address(engines: dict[str, Engine]) -> Iterator[str]:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize(("locale", "words"), [("en-GB", EN), ("zh-CN", ZH)])
 def test_the_page_in_a_browser(address: str, locale: str, words: dict[str, str]) -> None:
+    asked: list[str] = []
     with browser_page(locale) as page:
+        page.on("request", lambda request: asked.append(request.url))
         ask_example(page, address, number=1)
         text = page.locator("body").inner_text()
-        for key in ("title", "ask", "history", "looks"):
-            assert words[key] in text, key
+        for key in ("title", "ask", "history", "looks", "examples"):
+            assert words[key].removeprefix("# ") in text, key
+        assert "__" not in text, "a label that was not translated"
+        shown = page.locator("#picture img").first
+        assert shown.evaluate("image => image.naturalWidth") > 0
         for name in ("instructblip", "blip2"):
             assert page.locator(f"#answer-{name} textarea").input_value() != ""
             bars = page.locator(f"#ranking-{name}").inner_text()
             assert "purple" in bars
             assert "%" in bars
         assert page.locator("#looks img").count() >= 4  # the mean and three queries
-        assert "what colour is the circle?" in page.locator("#history").inner_text()
+        assert "what color is the circle?" in page.locator("#history").inner_text()
+    assert len(asked) > 20
+    outside = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    assert not outside, "the page works without a network"
 
 
 def test_what_the_page_shows_is_what_the_engines_say(

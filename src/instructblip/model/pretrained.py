@@ -47,6 +47,7 @@ HARMLESS = re.compile(
 ASSETS = (
     "generation_config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -333,9 +334,9 @@ def _copy_assets(source: Path | None, target: Path, image_size: int) -> None:
         for found in sorted(source.glob(pattern)):
             copy = shutil.copytree if found.is_dir() else shutil.copyfile
             copy(found, target / found.name)
-    file = target / "preprocessor_config.json"
-    if file.is_file():
+    side = {"height": image_size, "width": image_size}
+    for file in target.glob("*processor_config.json"):
         values = read_json(file)
-        side = {"height": image_size, "width": image_size}
-        values.update({key: side for key in ("size", "crop_size") if key in values})
+        for part in (values, values.get("image_processor", {}), values.get("video_processor", {})):
+            part.update({key: side for key in ("size", "crop_size") if key in part})
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
