@@ -169,6 +169,11 @@ def fuzz_bodies(client: TestClient, requests: int, watch: Watch, seed: int) -> N
         watch.see(f"request {number}", response.status_code, response.text)
 
 
+def fuzz_round(client: TestClient, watch: Watch, number: int) -> None:
+    fuzz_schema(client, ROUND // 2, watch, seed=number)
+    fuzz_bodies(client, ROUND // 2, watch, seed=number)
+
+
 def resident_mb() -> float:
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -189,18 +194,17 @@ def main() -> None:
     app = create_app({"model": load_engine(args.model, device="cpu")})
     rounds = args.requests // ROUND
     with TestClient(app, raise_server_exceptions=False) as client:
-        fuzz_bodies(client, ROUND, Watch(), seed=rounds)  # buffers and caches fill once
-        before, number = resident_mb(), args.start
+        fuzz_round(client, Watch(), rounds)  # buffers and caches fill once
+        memory, number = [resident_mb()], args.start
         while number < rounds and time.monotonic() < until:
-            fuzz_schema(client, ROUND // 2, watch, seed=number)
-            fuzz_bodies(client, ROUND // 2, watch, seed=number)
+            fuzz_round(client, watch, number)
+            memory.append(resident_mb())
             number += 1
-        after = resident_mb()
     print("| status | answers |\n|---|---|")
     for status, count in sorted(watch.codes.items()):
         print(f"| {status} | {count} |")
     print(f"{watch.codes.total()} requests, {len(watch.problems)} problems")
-    print(f"memory before {before:.0f} MB, after {after:.0f} MB")
+    print("MB after each round:", *(f"{value:.0f}" for value in memory))
     print("\n".join(watch.problems[:20]))
     if number < rounds:
         print(f"stopped; go on with --start {number}")

@@ -16,7 +16,8 @@ Model = Annotated[
     str, typer.Option("--model", help="A run or model directory, hf://OWNER/NAME, or `starter`.")
 ]
 Images = Annotated[
-    list[Path] | None, typer.Option("--image", help="A picture; several are frames of a video.")
+    list[Path] | None,
+    typer.Option("--image", help="A picture or a video; several are looked at together."),
 ]
 
 

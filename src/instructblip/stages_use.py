@@ -17,10 +17,13 @@ ModelForm = Literal["transformers", "lavis"]
 
 
 def answer(model: str, images: Sequence[Path], instruction: str, decoding: Decoding) -> str:
-    """Print the answer as it comes; several pictures are the frames of a video."""
+    """Print the answer as it comes; several pictures, or a video file, are looked at together."""
+    from instructblip.serving.requests import open_pictures
+
+    pictures = open_pictures(images)  # a wrong path is told before the model is read
     engine = load_engine(model)
     said = ""
-    for piece in engine.stream(list(images), instruction, **decoding):
+    for piece in engine.stream(pictures, instruction, **decoding):
         print(piece, end="", flush=True)
         said += piece
     print()
@@ -55,10 +58,12 @@ def answer_many(
 def chat(model: str, images: Sequence[Path], decoding: Decoding) -> None:
     """Ask about pictures in the terminal, turn by turn."""
     from instructblip.serving.chat import Conversation, run_chat
+    from instructblip.serving.requests import open_pictures
 
+    conversation = Conversation(open_pictures(images))
     engine = load_engine(model)
     show = functools.partial(print, end="", flush=True)
-    run_chat(engine, Conversation(list(images)), lambda: input("> "), show, **decoding)
+    run_chat(engine, conversation, lambda: input("> "), show, **decoding)
 
 
 def serve(
