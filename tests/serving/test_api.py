@@ -478,10 +478,8 @@ def test_the_command_serves_what_it_was_told(
     keys.write_text("first\n\nsecond\n")
     options = "--port 8123 --max-queue 5 --max-batch 2 --timeout 9 --image-host A.example --no-page"
     with pytest.raises(SystemExit) as stop:
-        cli.main(
-            ["serve", "--model", str(model_folder), "--before", str(blip2_folder), "--debug"]
-            + ["--api-keys", str(keys), *options.split()]
-        )
+        models = ["--model", str(model_folder), "--before", str(blip2_folder)]
+        cli.main(["serve", *models, "--api-keys", str(keys), *options.split(), "--debug"])
     assert not stop.value.code
     ((app, told),) = ran
     assert (told["host"], told["port"], told["timeout_graceful_shutdown"]) == (
