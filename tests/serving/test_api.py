@@ -477,8 +477,8 @@ def test_the_command_serves_what_it_was_told(
     keys = tmp_path / "keys.txt"
     keys.write_text("first\n\nsecond\n")
     options = "--port 8123 --max-queue 5 --max-batch 2 --timeout 9 --image-host A.example --no-page"
+    models = ["--model", str(model_folder), "--before", str(blip2_folder)]
     with pytest.raises(SystemExit) as stop:
-        models = ["--model", str(model_folder), "--before", str(blip2_folder)]
         cli.main(["serve", *models, "--api-keys", str(keys), *options.split(), "--debug"])
     assert not stop.value.code
     ((app, told),) = ran
