@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.data.scenes.world import render, sample_scene
-from instructblip.serving.api import Service, probabilities
 from instructblip.serving.batching import Job, QueueFull, TooLate
 from instructblip.serving.incoming import BadPicture, decode_picture
+from instructblip.serving.service import Service, probabilities
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
 import gradio as gr

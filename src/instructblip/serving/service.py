@@ -1,0 +1,86 @@
+"""What the handlers and the page share: a batcher for each model, the limits and the counters."""
+
+import asyncio
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import HTTPException
+from starlette.concurrency import run_in_threadpool
+from torch import Tensor
+
+from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
+from instructblip.serving.config import ServeConfig
+from instructblip.serving.engine import Engine
+from instructblip.serving.incoming import read_picture
+from instructblip.serving.metrics import Metrics
+
+
+class Service:
+    """What the handlers share: a batcher for each model, the limits and the counters."""
+
+    def __init__(self, engines: Mapping[str, Engine], config: ServeConfig) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.batchers = {
+            name: Batcher(engine, config.max_batch, config.max_queue, self.metrics.batch)
+            for name, engine in engines.items()
+        }
+        self.metrics.follow_queue(lambda: self.waiting)
+        self.created = int(time.time())
+        self._decoders = asyncio.Semaphore(4)  # decoded pictures are large: few at a time
+
+    @property
+    def waiting(self) -> int:
+        return sum(batcher.waiting for batcher in self.batchers.values())
+
+    def choose(self, model: str | None) -> tuple[str, Batcher]:
+        name = next(iter(self.batchers)) if model is None else model
+        if name not in self.batchers:
+            known = ", ".join(self.batchers)
+            raise HTTPException(404, f"no model of that name; there are {known}")
+        return name, self.batchers[name]
+
+    async def pixels(self, urls: list[str], engine: Engine, where: str) -> tuple[Tensor, ...]:
+        """Decoded and resized pictures, off the event loop."""
+        if len(urls) > self.config.max_pictures:
+            raise HTTPException(
+                413, f"{where}: {len(urls)} pictures; at most {self.config.max_pictures}"
+            )
+
+        def load(url: str, place: str) -> Tensor:
+            return engine.pictures.transform(read_picture(url, self.config, place))
+
+        found = []
+        for number, url in enumerate(urls):
+            async with self._decoders:
+                found.append(await run_in_threadpool(load, url, f"{where}, picture {number + 1}"))
+        return tuple(found)
+
+    def submit(self, batcher: Batcher, job: Job) -> None:
+        try:
+            batcher.submit(job)
+        except QueueFull:
+            raise too_busy() from None
+
+    async def result(self, job: Job) -> Any:
+        """The job's result, or 504 when its time is up; leaving early frees its place."""
+        try:
+            seconds = max(0.0, job.deadline - time.monotonic())
+            return await asyncio.wait_for(asyncio.wrap_future(job.future), seconds)
+        except (TooLate, TimeoutError):
+            raise HTTPException(504, f"no answer within {self.config.timeout_s:g} s") from None
+        finally:
+            job.left = True
+
+
+def too_busy() -> HTTPException:
+    return HTTPException(429, "too many requests wait; try again", headers={"Retry-After": "1"})
+
+
+def probabilities(scores: list[float]) -> list[float]:
+    """Log-likelihoods in nats as shares that sum to 1."""
+    top = max(scores)
+    weights = [math.exp(score - top) for score in scores]
+    return [weight / sum(weights) for weight in weights]
