@@ -288,6 +288,8 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     if not debug:
         warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
+        # the paper's penalty is on the answer's own tokens alone, which transformers warns of
+        warnings.filterwarnings("ignore", "Passing `repetition_penalty` with `inputs_embeds`")
     try:
         app(args=[a for a in arguments if a != "--debug"], prog_name="instructblip")
     except (ValueError, OSError) as error:

@@ -177,14 +177,15 @@ class ImageTransform:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ImageTransform":
         """Reads ``preprocessor_config.json``, else another of ``PREPROCESSORS``, of a directory."""
-        files = [Path(path) / name for name in PREPROCESSORS]
-        file = next((file for file in files if file.is_file()), None)
-        if file is None:
+        for file in (Path(path) / name for name in PREPROCESSORS):
+            config: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
+            config = config.get("image_processor", config.get("video_processor", config))
+            if config.keys() & {"size", "image_mean", "image_processor_type"}:
+                break
+        else:
             raise FileNotFoundError(
                 f"no preprocessor_config.json in {path}; expected a model directory"
             )
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        config = config.get("image_processor", config.get("video_processor", config))
         size = config.get("size", 224)
         if isinstance(size, dict):
             size = size.get("height", size.get("shortest_edge"))

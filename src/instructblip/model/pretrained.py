@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instructblip.model.config import InstructBlipConfig
+from instructblip.model.config import READERS, InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import untie_head
 from instructblip.model.vision import interpolate_positions
@@ -111,7 +111,8 @@ def save_pretrained(model: InstructBlip, path: str | Path) -> None:
     what stood at ``path`` is then untouched.
     """
     with new_directory(Path(path)) as directory:
-        _copy_assets(model.assets, directory, model.config.vision.image_size)
+        if model.assets is not None:
+            _copy_assets(model.assets, directory, model.config)
         config = model.config.to_transformers()
         dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
         config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
@@ -326,15 +327,20 @@ def _read_generation_settings(model: InstructBlip, file: Path) -> None:
             setattr(model.language_model.generation_config, name, model.generation_settings[name])
 
 
-def _copy_assets(source: Path | None, target: Path, image_size: int) -> None:
-    """Tokenizers and settings; the picture size in them follows the model's."""
-    if source is None:
-        return
-    for pattern in ASSETS:
+def _copy_assets(source: Path, target: Path, config: InstructBlipConfig) -> None:
+    """Tokenizers and settings; what they say of the model follows the model."""
+    patterns = ASSETS if config.instruction_aware else (*ASSETS, TEXT_BRANCH_FILE)
+    for pattern in patterns:
         for found in sorted(source.glob(pattern)):
             copy = shutil.copytree if found.is_dir() else shutil.copyfile
             copy(found, target / found.name)
-    side = {"height": image_size, "width": image_size}
+    # transformers' processor puts as many placeholders as this says in front of a prompt
+    processor = target / "processor_config.json"
+    values = read_json(processor) if processor.is_file() else {}
+    values["processor_class"] = READERS[config.kind] + "Processor"
+    values["num_query_tokens"] = config.num_query_tokens
+    processor.write_text(json.dumps(values), encoding="utf-8")
+    side = {"height": config.vision.image_size, "width": config.vision.image_size}
     for file in target.glob("*processor_config.json"):
         values = read_json(file)
         for part in (values, values.get("image_processor", {}), values.get("video_processor", {})):

@@ -112,6 +112,8 @@ def open_pictures(paths: Sequence[Path]) -> list[Picture]:
     """
     found: list[Picture] = []
     for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
         if path.suffix.lower() in VIDEOS:
             found += _frames(path)
         else:
@@ -121,8 +123,6 @@ def open_pictures(paths: Sequence[Path]) -> list[Picture]:
 
 
 def _frames(video: Path) -> list[Picture]:
-    if not video.is_file():
-        raise FileNotFoundError(f"{video} does not exist")
     with tempfile.TemporaryDirectory() as folder:
         files = extract_frames(video, Path(folder) / "frames", FRAMES)
         return [load_image(file) for file in sorted(files.iterdir())]
