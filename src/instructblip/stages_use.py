@@ -86,7 +86,14 @@ def serve(
 
         app = mount_page(app)
     grace = int(config.timeout_s) + 1
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=grace, server_header=False)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        timeout_graceful_shutdown=grace,
+        timeout_keep_alive=75,  # not while a busy client is about to send its next request
+        server_header=False,
+    )
 
 
 def draw(
