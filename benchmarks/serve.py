@@ -4,7 +4,8 @@
 
 Starts `instructblip serve` twice, with batches of up to 32 and with one request at a time, and asks
 both the same questions. Prints requests/s, latencies, refusals and differing answers; exit code 1
-for any error other than 429, a broken connection too, or any answer that differs from ``Engine.answer`` of that one request.
+for any error other than 429, broken connections too, or any answer that differs from
+``Engine.answer`` of that one request.
 ``CPU ms`` is what the server's process spends on an answer: that ratio holds on a busy machine too.
 """
 
