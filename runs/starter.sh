@@ -10,7 +10,10 @@ export PYTHONPATH=src:runs/starter
 stage() { echo "== $*"; "$python" -u "runs/starter/$1.py" "${@:2}"; }
 
 [ -f "$work/language/tokenizer.json" ] || stage build_tokenizers "$work/language"
-[ -f "$work/language/text_accuracy.json" ] || stage train_language "$work/language" --minutes 36
+for term in 1 2; do
+    [ -f "$work/language/term$term/text_accuracy.json" ] ||
+        stage train_language "$work/language" --term $term --minutes 36
+done
 [ -f "$work/vision/vision_accuracy.json" ] || stage train_vision "$work/vision" --minutes 20
 [ -f "$work/stage1/qformer.pt" ] || stage train_blip2 1 --vision "$work/vision" \
     --tokenizers "$work/language" --out "$work/stage1" --minutes 35

@@ -30,9 +30,9 @@ BLIP-2 checkpoint that instruction tuning starts from: it describes pictures of 
 `instructblip.data.scenes` and follows instructions poorly. It is of no use on photographs.
 
 - **Language model** (plays Vicuna): Llama, width 192, byte-level BPE of its own. Trained on text
-  alone for {steps:,} steps: scenes told in words and questions of every kind about them. Half of
-  the scenes are told word by word, half with the words of each thing summed into one position,
-  which is the form in which a Q-Former speaks.
+  alone for {steps} steps in two terms (single attributes, then two at once): scenes told in words
+  and questions of every kind about them. Half of the scenes are told word by word, half with the
+  words of each thing summed into one position, which is the form in which a Q-Former speaks.
 - **Image encoder** (plays EVA-CLIP): ViT, 4 layers of width 160, 64x64 pixels in patches of 8.
   Trained on {pictures:,} pictures to name what stands in each cell.
 - **Q-Former** (plays BLIP-2's): 4 layers of width 192, 16 queries. Stage 1: image-text matching and
@@ -63,9 +63,10 @@ Accuracy at occupied cells, digits of unseen handwriting, in percent:
 def card(out: Path, parameters: int) -> str:
     """The model card, from the figures that the stages left."""
     text = json.loads((out / "text_accuracy.json").read_text())
+    steps = " + ".join(f"{n:,}" for n in text["steps"])
     vision = json.loads((out / "vision_accuracy.json").read_text())
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
-    steps, pictures = text["steps"], vision.pop("pictures")
+    pictures = vision.pop("pictures")
     rows = (f"| {k} | {v} | {text['things'][k]} |" for k, v in text["words"].items())
     told = "\n".join(["| kind | by words | by things |", "|---|---|---|", *rows])
     seen = "\n".join(
@@ -97,12 +98,12 @@ def main() -> None:
     save_text_branch(aware, args.out / "text_branch.safetensors")
     tokens.save_pretrained(args.out)
     ImageTransform(image_size=64, mean=(0.5,) * 3, std=(0.5,) * 3).save_pretrained(args.out)
-    for source, name in (
-        (args.language, "text_accuracy.json"),
-        (args.vision, "vision_accuracy.json"),
-    ):
-        if (source / name).exists():
-            shutil.copy(source / name, args.out / name)
+    shutil.copy(args.vision / "vision_accuracy.json", args.out)
+    terms = [
+        json.loads((args.language / f"term{i}" / "text_accuracy.json").read_text()) for i in (1, 2)
+    ]
+    told = {**terms[-1], "steps": [term["steps"] for term in terms]}
+    (args.out / "text_accuracy.json").write_text(json.dumps(told, indent=1))
     settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_new_tokens": 40}
     settings |= {"num_beams": 1, "repetition_penalty": 1.0}  # "a red circle and a red square"
     (args.out / "generation_config.json").write_text(json.dumps(settings, indent=2))

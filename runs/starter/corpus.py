@@ -7,7 +7,7 @@ answer them when the scene is told in words.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from instructblip.batch import Example
 from instructblip.data.scenes.language import (
@@ -21,6 +21,7 @@ from instructblip.data.scenes.language import (
     describe,
     detail,
 )
+from instructblip.data.scenes.official import motion_questions, walk
 from instructblip.data.scenes.world import COLOURS, SHAPES, Scene, Thing, sample_scene
 from instructblip.data.templates import TEMPLATES, render_instruction
 
@@ -69,8 +70,8 @@ def question_of(scene: Scene, rng: random.Random, kinds: tuple[str, ...]) -> Que
 
 
 BASIC_KINDS = ("color", "shape", "shape at", "place", "size", "exists")
-VQA_KINDS = (*HELD_IN_KINDS, *BASIC_KINDS, "exists", "beside", "beside", "beside")
-CHOICE_KINDS = (*HELD_IN_KINDS, "color", "place", "most", "science", "science", "beside")
+VQA_KINDS = (*HELD_IN_KINDS, *BASIC_KINDS, "exists", *3 * ("count",), "shape at", *2 * ("beside",))
+CHOICE_KINDS = (*HELD_IN_KINDS, "color", "place", *3 * ("most", "science"), "count", "beside")
 
 
 def _cloze(scene: Scene, rng: random.Random, ends: tuple[str, ...] = CLOZE_ENDS) -> tuple[str, str]:
@@ -167,31 +168,46 @@ class Document:
 
 @dataclass(frozen=True)
 class Lesson:
-    """How the phrases of a lesson may end, and which share of its turns are whole questions."""
+    """What is asked in a lesson, and how.
 
+    ``kinds``: of question, each document of one; none: phrases about single attributes.
+    ``ends``: how phrases may end. ``questions``: the share of turns that are whole questions.
+    """
+
+    kinds: tuple[str, ...]
     ends: tuple[str, ...]
     questions: float
 
 
-LESSONS = (
-    Lesson(("",), 0.0),
-    Lesson(("", "?", ":"), 0.0),
-    Lesson(CLOZE_ENDS, 0.0),
-    Lesson(CLOZE_ENDS, 0.6),
+MATCHES = ("exists", "statement", "statement", "beside", "beside", "count", "shape at", "science",
+           "word at", "word at")  # fmt: skip
+TERMS = (
+    (
+        Lesson((), ("",), 0.0),
+        Lesson((), ("", "?", ":"), 0.0),
+        Lesson((), CLOZE_ENDS, 0.0),
+        Lesson((), CLOZE_ENDS, 0.6),
+    ),
+    (
+        Lesson(("exists", "exists", "statement"), ("", "?", ":"), 0.0),
+        Lesson(("exists", "statement", "beside", "word at"), ("", "?", ":"), 0.1),
+        Lesson(MATCHES, ("", "?", ":"), 0.2),
+        Lesson(MATCHES, CLOZE_ENDS, 0.6),
+    ),
 )
-"""Which attribute belongs to which thing is the one hard step. It is learned when a phrase ends
-with the thing it asks about, and carried from there, little by little, to whole questions; without
-the lessons the plateau of guessing among the things present is not left (docs/log.md). After the
-last lesson comes everything."""
+"""The lessons of each term. Which attribute belongs to which thing is the first hard step, two
+matches at once (a colour and a shape, two places) the second. Either is learned when a phrase ends
+with what it asks about, and carried from there, little by little, to whole questions; without the
+lessons the plateau of guessing among the things present is not left (docs/log.md). After the last
+lesson of a term comes everything."""
 
 
 def document(rng: random.Random, turns: int = 5, lesson: Lesson | None = None) -> Document:
     """What happens to be in a scene, and what a lesson asks about it, or anything."""
     if lesson:
-        scene = sample_scene(rng, rng.choice(((1, 1), (2, 2), (3, 3))), pairs="any")
-        # A dictionary, so that no question comes twice: its answer could be copied from the first.
-        asked = dict(_lesson_turn(scene, rng, lesson) for _ in range(2 * turns))
-        return Document(describe(scene, rng), things(scene, rng), list(asked.items()))
+        return _lesson(rng, lesson, 2 * turns)
+    if rng.random() < 0.08:
+        return _video(rng, turns)
     words = rng.choice((0, 0, 0, 1, 2))
     digits = 1 if words == 0 and rng.random() < 0.25 else 0
     shapes = rng.choice(((1, 1), (2, 2), (2, 2), (3, 3), (1, 3)))
@@ -200,11 +216,73 @@ def document(rng: random.Random, turns: int = 5, lesson: Lesson | None = None) -
     return Document(describe(scene, rng), things(scene, rng), pairs)
 
 
-def _lesson_turn(scene: Scene, rng: random.Random, lesson: Lesson) -> tuple[str, str]:
+def _lesson(rng: random.Random, lesson: Lesson, turns: int) -> Document:
+    kind = rng.choice(lesson.kinds) if lesson.kinds else ""
+    few = 2 if kind in ("statement", "beside") else 1
+    shapes = (0, 1) if kind == "word at" else rng.choice([(n, n) for n in range(few, 4)])
+    asked: dict[str, str] = {}
+    # A dictionary, so that no question comes twice: its answer could be copied from the first.
+    while not asked:
+        scene = sample_scene(rng, shapes, 2 if kind == "word at" else 0, pairs="any")
+        turn = _match if kind else _single
+        asked = dict(turn(scene, rng, lesson, kind) for _ in range(turns))
+        asked.pop("", None)
+    return Document(describe(scene, rng), things(scene, rng), list(asked.items()))
+
+
+def _single(scene: Scene, rng: random.Random, lesson: Lesson, kind: str) -> tuple[str, str]:
     if rng.random() < lesson.questions:
         question = question_of(scene, rng, BASIC_KINDS)
         return f"{question.text} Short answer:", question.answer
     return _cloze(scene, rng, lesson.ends)
+
+
+def _match(scene: Scene, rng: random.Random, lesson: Lesson, kind: str) -> tuple[str, str]:
+    """A question of the kind, whole or cut to end with what it asks about; "" where none fits."""
+    if kind == "exists" and rng.random() < 0.3:
+        return _any(scene, rng)
+    if not (question := QUESTIONS[kind](scene, rng)):
+        return "", ""
+    if rng.random() < lesson.questions:
+        return _whole(question, rng), question.answer
+    text = question.text
+    for end in ("?", ".", " are there", " is there", " made of"):
+        text = text.removesuffix(end)
+    return f"{question.context} {text}".strip() + rng.choice(lesson.ends), question.answer
+
+
+def _any(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """The simplest yes or no: whether one attribute occurs at all."""
+    key, values, what = rng.choice(
+        (("colour", tuple(COLOURS), "anything"), ("name", SHAPES, "any"))
+    )
+    present = [getattr(t, key) for t in scene.shapes]
+    value = rng.choice(present if rng.random() < 0.5 else values)
+    return f"{what} {value}", "yes" if value in present else "no"
+
+
+def _whole(question: Question, rng: random.Random) -> str:
+    if question.kind == "statement":
+        return rng.choice(PLAIN["statement"]).format(question=question.text)
+    return rng.choice(PLAIN["vqa"]).format(question=f"{question.context} {question.text}".strip())
+
+
+def _video(rng: random.Random, turns: int) -> Document:
+    """Four frames in a row, in which one of two shapes moves."""
+    while True:
+        scene = sample_scene(rng, (2, 2), pairs="any")
+        first, second = scene.shapes
+        if first.name != second.name and first.colour != second.colour:
+            break
+    moving, still = rng.sample([first, second], 2)
+    frames = [
+        Scene(tuple(rng.sample([replace(moving, row=row, column=column), still], 2)), scene.seed)
+        for row, column in walk(moving, still, rng)
+    ]
+    told = " then: ".join(describe(frame, rng) for frame in frames)
+    asked = rng.sample(motion_questions(moving, still), min(turns, 4))
+    turns_ = [(rng.choice(PLAIN["vqa"]).format(question=text), answer) for text, answer in asked]
+    return Document(told, tuple(t for frame in frames for t in things(frame, rng)), turns_)
 
 
 def things(scene: Scene, rng: random.Random) -> tuple[str, ...]:

@@ -46,7 +46,6 @@ from instructblip.model.instructblip import InstructBlip
 
 PICTURES = 48  # a step
 SHORT_CAPTIONS = CAPTIONS[:3]  # web captions name things, not their size or place
-
 BARE_FROM = 0.75  # share of stage 2 after which captions follow the picture alone
 
 
@@ -98,6 +97,12 @@ def tell(scene: Scene, rng: random.Random) -> Callable[[Scene], str]:
             lambda s: f"the {s.things[k].name} is {s.things[k].size}",
         ]
     return rng.choice(forms)
+
+
+def salient(scene: Scene) -> Scene:
+    """What a web caption names: the large things, and what is small only where nothing is large."""
+    large = tuple(t for t in scene.things if t.size == "large")
+    return replace(scene, things=large or scene.things)
 
 
 def _name(thing: Thing) -> str:
@@ -178,7 +183,7 @@ class Stage:
     ) -> Tensor:
         """Stage 2: the frozen language model tells the caption; the Q-Former reads no text."""
         prompts = ["" if bare else rng.choice(TEMPLATES["caption"]) for _ in scenes]
-        wanted = [rng.choice(SHORT_CAPTIONS)(scene) for scene in scenes]
+        wanted = [rng.choice(SHORT_CAPTIONS)(salient(scene)) for scene in scenes]
         none = torch.zeros(len(scenes), 0, dtype=torch.long)
         queries = self.model.query_tokens.expand(len(scenes), -1, -1)
         hidden = self.model.qformer(queries, features, none, none)

@@ -1,11 +1,13 @@
 """Step 1: the starter's language model, a small Llama, learns the world from text alone.
 
-    python runs/starter/train_language.py OUT --minutes 40
+    python runs/starter/train_language.py OUT --minutes 36
+    python runs/starter/train_language.py OUT --term 2 --minutes 36
 
-OUT holds the tokenizers already. Matrices are trained with Muon, which gets over the plateau on
+OUT holds the tokenizers already. The second term starts from the model of the first, with lessons
+of its own (`corpus.TERMS`). Matrices are trained with Muon, which gets over the plateau on
 which AdamW leaves the binding of colours to shapes; the rest with AdamW. Loss on responses only.
-Writes OUT/checkpoint.pt as it goes and resumes from it; the last state is written as a
-transformers directory, text accuracy per kind of question in OUT/text_accuracy.json.
+Writes OUT/termN/checkpoint.pt as it goes and resumes from it; the last state is written to OUT as a
+transformers directory, text accuracy per kind of question to OUT/termN/text_accuracy.json.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from corpus import LESSONS, Document, document, things
+from corpus import TERMS, Document, document, things
 from muon import Muon
 from starter_io import save_checkpoint, take_checkpoint
 from torch import Tensor
@@ -27,6 +29,8 @@ from instructblip.data.scenes.world import sample_scene
 
 SCENES = 24  # documents a step
 LESSON_STEPS = 300
+RATES = (1.0, 0.5)  # of the learning rates in each term
+SUMMED = (0.5, 0.85)  # share of documents told thing by thing
 NOISE = 0.05  # of an embedding's size: soft prompts will not be exact words
 
 
@@ -61,7 +65,7 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 Row = tuple[list[list[int]], list[bool]]
 
 
-def rows_of(documents: list[Document], tokenizer, summed: float = 0.5) -> list[Row]:
+def rows_of(documents: list[Document], tokenizer, summed: float) -> list[Row]:
     """The tokens of each position, one or a thing's, and where the loss is.
 
     A share ``summed`` of the documents begins with one position a thing, the others with words.
@@ -149,24 +153,30 @@ def accuracy(model, tokenizer, number: int = 150, summed: float = 0.0) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--minutes", type=float, default=36)
+    parser.add_argument("--term", type=int, choices=(1, 2), default=1)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(str(args.out))
     model = build(-(-len(tokenizer) // 64) * 64)
+    if args.term == 2:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(str(args.out)).state_dict())
     opts = optimizers(model)
-    base = [o.param_groups[0]["lr"] for o in opts]
-    step, spent = take_checkpoint(args.out, model, opts)
+    base = [o.param_groups[0]["lr"] * RATES[args.term - 1] for o in opts]
+    lessons, checkpoints = TERMS[args.term - 1], args.out / f"term{args.term}"
+    step, spent = take_checkpoint(checkpoints, model, opts)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, step {step}")
     start = last = time.monotonic() - spent
     hits, running = 0.0, []
     while (elapsed := time.monotonic() - start) < 60 * args.minutes:
         factor = min((step + 1) / 50, 1 - elapsed / (60 * args.minutes))
-        rng = random.Random(step)
+        rng = random.Random(step + 1_000_000 * (args.term - 1))
         number = step // LESSON_STEPS
-        given = LESSONS[number] if number < len(LESSONS) else None
+        given = lessons[number] if number < len(lessons) else None
         # Some of everything from the start: tokens that are only ever wrong would become alike.
-        lessons = [given, given, given, None] * (SCENES // 4)
-        rows = rows_of([document(rng, lesson=one) for one in lessons], tokenizer)
+        mixed = [given, given, given, None] * (SCENES // 4)
+        documents = [document(rng, lesson=one) for one in mixed]
+        rng.shuffle(documents)
+        rows = rows_of(documents, tokenizer, SUMMED[args.term - 1])
         right = []
         total, tokens = 0.0, sum(sum(marks) for _, marks in rows)
         for part in equal_lengths(rows):
@@ -192,12 +202,12 @@ def main() -> None:
                     f"  summed {summed:.0f}: {accuracy(model, tokenizer, 100, summed)}", flush=True
                 )
         if time.monotonic() - last > 120:
-            save_checkpoint(args.out, model, opts, step, elapsed)
+            save_checkpoint(checkpoints, model, opts, step, elapsed)
             last = time.monotonic()
     model.generation_config.eos_token_id = 2
     model.save_pretrained(str(args.out))
     told = {how: accuracy(model, tokenizer, 400, share) for how, share in TOLD.items()}
-    (args.out / "text_accuracy.json").write_text(json.dumps({"steps": step, **told}, indent=1))
+    (checkpoints / "text_accuracy.json").write_text(json.dumps({"steps": step, **told}, indent=1))
     print(told)
 
 

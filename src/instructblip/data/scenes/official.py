@@ -408,25 +408,28 @@ def _msvdqa(out: _Set, number: int) -> None:
             continue
         moving, still = out.rng.sample([first, second], 2)
         video = f"vid{len(records)}" if out.split == "test" else f"{out.split}{len(records)}"
-        for k, cell in enumerate(_walk(moving, still, out.rng)):
+        for k, cell in enumerate(walk(moving, still, out.rng)):
             moved = replace(moving, row=cell[0], column=cell[1])
             things = tuple(moved if thing is moving else thing for thing in scene.things)
             out.picture(replace(scene, things=things), f"{video}/frame_{k}.png")
-        question, answer = out.rng.choice(
-            (
-                ("what shape moves?", moving.name),
-                ("what color is the shape that moves?", moving.colour),
-                ("what shape stays in its place?", still.name),
-                ("what color is the shape that stays in its place?", still.colour),
-            )
-        )
+        question, answer = out.rng.choice(motion_questions(moving, still))
         records.append(
             {"id": len(records), "video_id": video, "question": question, "answer": answer}
         )
     out.annotate(f"{out.split}_qa.json", records)
 
 
-def _walk(moving: Thing, still: Thing, rng: random.Random) -> list[tuple[int, int]]:
+def motion_questions(moving: Thing, still: Thing) -> list[tuple[str, str]]:
+    """Questions and answers about a video in which one of two shapes moves."""
+    return [
+        ("what shape moves?", moving.name),
+        ("what color is the shape that moves?", moving.colour),
+        ("what shape stays in its place?", still.name),
+        ("what color is the shape that stays in its place?", still.colour),
+    ]
+
+
+def walk(moving: Thing, still: Thing, rng: random.Random) -> list[tuple[int, int]]:
     """Four cells, each beside the one before, none of them taken."""
     cells = [(moving.row, moving.column)]
     while len(cells) < 4:
