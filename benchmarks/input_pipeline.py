@@ -25,7 +25,8 @@ from instructblip.data.images import ImageTransform, decode_image
 from instructblip.data.loader import Loader
 from instructblip.data.mixture import Mixture
 from instructblip.data.pictures import Pictures
-from instructblip.data.prepare import PreparedDataset, prepare
+from instructblip.data.prepare import prepare
+from instructblip.data.prepared import PreparedDataset
 from instructblip.data.tokens import Tokens
 from instructblip.model.pretrained import model_directory
 

@@ -45,6 +45,10 @@ def test_rows_become_examples(tmp_path: Path) -> None:
     assert from_csv[1].task == "vqa"
     (tmp_path / "metadata.csv").unlink()
     (tmp_path / "0.txt").write_text("a cat\n\nanother\n")
+    with pytest.raises(ValueError, match=r"4 of 5 examples are bad:\n  1\.png: no caption"):
+        read_folder(tmp_path)
+    for number in range(1, 5):
+        (tmp_path / f"{number}.png").unlink()
     assert read_folder(tmp_path)[0].answers == ("a cat", "another")
 
 
@@ -65,7 +69,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
     for number in range(1, 7):
         assert f"line {number}: " in str(error.value)
     (root / "metadata.jsonl").write_text("{")
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
+    with pytest.raises(ValueError, match="line 1: is not JSON"):
         read_folder(root)
     with pytest.raises(ValueError, match="holds no metadata"):
         read_folder(write_picture(tmp_path / "empty" / "a.png").parent)

@@ -26,10 +26,12 @@ from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.mixture import Mixture
 from instructblip.data.pictures import Pictures
-from instructblip.data.prepare import Job, PreparedDataset, prepare
+from instructblip.data.prepare import Job, prepare
+from instructblip.data.prepared import PreparedDataset
 from instructblip.data.remote import fetch_tree, is_remote
 from instructblip.data.sources import SOURCES, source_of
-from instructblip.data.sources.own import Own, own_source
+from instructblip.data.sources.own import own_source
+from instructblip.data.sources.own_files import Own
 from instructblip.data.templates import check_template, templates_of
 from instructblip.data.tokens import Tokens
 from instructblip.data.view import DatasetView

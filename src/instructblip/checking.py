@@ -11,7 +11,7 @@ from instructblip.data.check import (
     left_out,
     unchecked,
 )
-from instructblip.data.prepare import PreparedDataset
+from instructblip.data.prepared import PreparedDataset
 from instructblip.data.tokens import Tokens
 from instructblip.data.view import DatasetView
 from instructblip.model.pretrained import model_directory

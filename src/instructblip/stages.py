@@ -47,6 +47,7 @@ def prepare(
     found = prepare_all([assembly.job_of(recipe, name) for name in names], workers)
     datasets = dict(zip(names, found, strict=True))
     if form is None:
+        print("".join(f"{dataset.describe()}\n" for dataset in found))
         print(assembly.describe_mixture(recipe, assembly.make_mixture(recipe, datasets)))
         return
     data = recipe.data

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from instructblip.data.prepare import PreparedDataset, prepare
+from instructblip.data.prepare import prepare
+from instructblip.data.prepared import PreparedDataset
 from instructblip.data.sources import SOURCES
 from instructblip.data.sources import streaming as streaming_module
 from instructblip.data.sources.streaming import stream_values

@@ -12,7 +12,8 @@ from PIL import Image
 
 from instructblip.data.check import check_dataset, evaluated_pictures, left_out, unchecked
 from instructblip.data.images import MAX_PIXELS, picture_fault
-from instructblip.data.prepare import PreparedDataset, prepare
+from instructblip.data.prepare import prepare
+from instructblip.data.prepared import PreparedDataset
 from instructblip.data.tokens import Tokens
 from tests.data.tiny import write_json, write_picture
 

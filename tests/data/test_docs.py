@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.data.sources import SOURCES
-from instructblip.data.sources.own import FORMATS, ROLES
+from instructblip.data.sources.own import FORMATS
+from instructblip.data.sources.own_files import ROLES
 from instructblip.data.templates import TEMPLATES
 from instructblip.data.templates_zh import TEMPLATES_ZH
 from instructblip.recipe import Format

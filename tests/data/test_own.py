@@ -1,9 +1,7 @@
 """Data of one's own in the formats that people have, read without code."""
 
 import base64
-import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,10 @@ from instructblip.batch import Example
 from instructblip.data.check import check_dataset
 from instructblip.data.export import export
 from instructblip.data.prepare import prepare
-from instructblip.data.sources.own import Own, own_source
+from instructblip.data.sources.own import own_source
+from instructblip.data.sources.own_files import Own
 from instructblip.recipe import load_recipe
-from tests.data.tiny import write_json, write_picture, write_vqa
+from tests.data.tiny import write_json, write_picture, write_tar, write_vqa
 
 
 def read(root: Path, form: str, split: str = "train", **options: Any) -> list[Example]:
@@ -177,14 +176,6 @@ def test_hf_dataset(root: Path):
     assert second.images[0].startswith("extracted/")
     with pytest.raises(FileNotFoundError, match="no split 'val'; it has train"):
         read(root, "hf_dataset", "val", path="saved")
-
-
-def write_tar(path: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
 
 
 def test_webdataset(root: Path):

@@ -1,18 +1,30 @@
 """Preparation: memory-mapped, idempotent, cheap to send to a worker."""
 
+import hashlib
 import json
 import os
 import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 
 from instructblip.batch import Example
+from instructblip.data import facts as facts_module
+from instructblip.data import partial as partial_module
 from instructblip.data import prepare as prepare_module
-from instructblip.data.prepare import Job, PreparedDataset, prepare, prepare_all
+from instructblip.data.check import check_dataset, unchecked
+from instructblip.data.facts import read_facts, summary
+from instructblip.data.partial import claim
+from instructblip.data.prepare import Job, prepare, prepare_all
+from instructblip.data.prepared import PreparedDataset
 from instructblip.data.sources import SOURCES, Source
 from instructblip.data.sources.opened import note_files
-from tests.data.tiny import write_vqa
+from tests.data.tiny import write_picture, write_vqa
 
 
 def test_examples_come_back_as_they_were_read(tmp_path: Path) -> None:
@@ -124,3 +136,134 @@ def test_how_far_a_reader_is(tmp_path: Path) -> None:
         assert 0 < files.position()[0] <= files.position()[1] == size
         assert len(list(examples)) == 3
         assert files.position() == (size, size)
+
+
+class Stopped(BaseException):
+    """As a signal that ends the program."""
+
+
+def interrupted(read: Any, after: int) -> Source:
+    """A source that stops after some examples; ``settings`` are those of the whole one."""
+
+    def part(root: Path, split: str) -> Iterator[Example]:
+        yield from islice(read(root, split), after)
+        raise Stopped
+
+    return Source(part, "vqa", "own", "none")
+
+
+def test_an_interrupted_preparation_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = write_vqa(tmp_path / "vqav2", 40), tmp_path / "out"
+    (root / "images" / "COCO_train2014_000000000002.jpg").unlink()
+    monkeypatch.setattr(prepare_module, "ROWS_PER_BATCH", 5)
+    monkeypatch.setattr(partial_module, "SAVE_SECONDS", -1.0)
+    read = SOURCES["vqav2"].read
+    whole = Source(read, "vqa", "own", "none")
+    expected = prepare("own", root, "train", tmp_path / "other", source=whole, max_bad_rate=0.1)
+    with pytest.raises(Stopped):
+        prepare("own", root, "train", out, source=interrupted(read, 33), max_bad_rate=0.1)
+
+    part = out / "own" / ".train.part"
+    state = json.loads((part / "state.json").read_text())
+    assert (state["tasks"], len(state["bad"])) == ({"vqa": 30}, 2)
+    with (part / "data.arrow").open("ab") as file:
+        file.write(b"half a batch")  # what a power cut leaves
+    appended: list[str] = []
+    real = partial_module.to_batch
+    monkeypatch.setattr(
+        partial_module, "to_batch", lambda e: (appended.extend(x.id for x in e), real(e))[1]
+    )
+    data = prepare("own", root, "train", out, source=whole, max_bad_rate=0.1)
+    assert appended == [str(i) for i in range(32, 40)]
+    assert list(data) == list(expected)
+    differing = {"bytes"}  # batches are cut elsewhere
+    for name in expected.manifest.keys() - differing:
+        assert data.manifest[name] == expected.manifest[name], name
+    bad = [(p.path / "bad_samples.jsonl").read_text() for p in (data, expected)]
+    assert bad[0] == bad[1]
+    assert [p.name for p in (out / "own").iterdir()] == ["train"]
+
+
+@pytest.mark.parametrize("change", ["annotations", "pictures", "settings"])
+def test_what_has_changed_since_is_read_again(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = write_vqa(tmp_path / "vqav2", 12), tmp_path / "out"
+    picture = root / "images" / "COCO_train2014_000000000000.jpg"
+    content = picture.read_bytes()
+    picture.unlink()
+    monkeypatch.setattr(prepare_module, "ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(partial_module, "SAVE_SECONDS", -1.0)
+    read = SOURCES["vqav2"].read
+    with pytest.raises(Stopped):
+        prepare("own", root, "train", out, source=interrupted(read, 8), max_bad_rate=0.5)
+    whole = Source(read, "vqa", "own", "none")
+    if change == "annotations":
+        write_vqa(root, 14)
+    elif change == "pictures":
+        picture.write_bytes(content)
+    else:
+        whole = replace(whole, settings="others")
+    data = prepare("own", root, "train", out, source=whole, max_bad_rate=0.5)
+    count = {"annotations": (14, 0), "pictures": (12, 0), "settings": (10, 2)}[change]
+    assert (len(data), data.manifest["bad"]) == count
+
+
+def test_pictures_are_not_read_again_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = write_vqa(tmp_path / "vqav2", 8), tmp_path / "out"
+    real, read = Path.read_bytes, []
+
+    def some(path: Path) -> bytes:
+        read.append(path.name)
+        if len(read) == 3:
+            raise Stopped
+        return real(path)
+
+    monkeypatch.setattr(facts_module, "_NAMES_PER_TASK", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(Path, "read_bytes", some)
+    with pytest.raises(Stopped):
+        prepare("vqav2", root, "train", out)
+    data = prepare("vqav2", root, "train", out)
+    names = sorted(path.name for path in (root / "images").iterdir())
+    assert set(names) <= set(read)
+    assert [read.count(name) for name in names[:2]] == [1, 1]
+    images = data.manifest["images"]
+    assert images["count"] == 4
+    assert images["bytes"] == sum(path.stat().st_size for path in (root / "images").iterdir())
+
+
+def test_hashes_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, out = write_vqa(tmp_path / "vqav2", 6), tmp_path / "out"
+    data = prepare("vqav2", root, "train", out)
+    facts = read_facts(data.path / "pictures.arrow")
+    for name, fact in facts.items():
+        assert fact.sha256 == hashlib.sha256((root / "images" / name).read_bytes()).digest()
+    assert data.manifest["images"] == summary(facts)
+    monkeypatch.setattr(facts_module, "picture_fault", None)  # read by prepare: not read again
+    check_dataset(data)
+    monkeypatch.undo()
+    write_picture(root / "images" / "COCO_train2014_000000000001.jpg", seed=99)
+    check_dataset(data)
+    changed = PreparedDataset(data.path).manifest["images"]
+    assert changed == summary(read_facts(data.path / "pictures.arrow")) != summary(facts)
+    assert not unchecked(data)
+
+
+def test_two_processes_prepare_one_set(tmp_path: Path) -> None:
+    """The second waits for the first, and finds the work done."""
+    root, out = write_vqa(tmp_path / "vqav2", 6), tmp_path / "out"
+    folder = out / "vqav2" / ".train.part"
+    made: list[PreparedDataset] = []
+    second = Thread(target=lambda: made.append(prepare("vqav2", root, "train", out)))
+    with claim(folder):
+        second.start()
+        second.join(0.3)
+        assert second.is_alive()
+    second.join(30)
+    assert [len(data) for data in made] == [6]
+    assert [p.name for p in folder.parent.iterdir()] == ["train"]

@@ -9,7 +9,7 @@ import pytest
 from instructblip.batch import Example
 from instructblip.data.sources import SOURCES
 from instructblip.data.templates import TEMPLATES
-from tests.data.tiny import write_json
+from tests.data.tiny import write_json, write_tar
 
 QUESTIONS = {
     "questions": [
@@ -558,6 +558,51 @@ CASES: list[tuple[str, str, dict[str, Any], int, dict[str, Any], int]] = [
         {"images": ("a1B2/0.jpg",), "answers": ("milk", "milk", "cream", "white milk")},
         1,
     ),
+    (
+        "coco_caption",
+        "test",
+        {"annotations/image_info_test2014.json": {"images": COCO["images"]}},
+        0,
+        {"id": "9", "answers": ()},
+        1,
+    ),
+    (
+        "flickr30k",
+        "val",
+        {
+            "annotations/results_20130124.token": "10.jpg#0\tA man rides .\n11.jpg#0\tNo.\n"
+            "10.jpg#1\tA rider .\n",
+            "annotations/val.txt": "10\n12\n",
+            "images/flickr30k-images/": None,
+        },
+        0,
+        {"images": ("flickr30k-images/10.jpg",), "answers": ("A man rides .", "A rider .")},
+        1,
+    ),
+    (
+        "vsr",
+        "val",
+        {
+            "annotations/zeroshot/dev.jsonl": [
+                {"image": "0085.jpg", "caption": "The cat is under the bed.", "label": 0}
+            ]
+        },
+        0,
+        {"question": "The cat is under the bed.", "answers": ("false",)},
+        1,
+    ),
+    (
+        "msvdqa",
+        "test",
+        {
+            "annotations/test_qa.json": VIDEO_QA,
+            "annotations/youtube_mapping.txt": "-4wsuPCjDBc_5_15 vid1\nabc_1_2 vid1301\n",
+            "images/abc_1_2/frame_1.jpg": "",
+        },
+        0,
+        {"images": ("abc_1_2/frame_1.jpg",), "answers": ("cook",)},
+        1,
+    ),
 ]
 
 
@@ -579,6 +624,28 @@ def test_miniature(case: tuple[Any, ...], tmp_path: Path) -> None:
 def test_every_source_has_a_miniature_and_templates() -> None:
     assert {case[0] for case in CASES} == set(SOURCES)
     assert {source.task for source in SOURCES.values()} <= set(TEMPLATES)
+
+
+def test_shards_of_web_capfilt(tmp_path: Path) -> None:
+    """As img2dataset writes them; the owner's list of URLs is told to be one."""
+    facts = json.dumps({"url": "https://images.example/1.jpg", "caption": "a cup"}).encode()
+    files = {"0.jpg": b"\xff\xd8\xff picture", "0.txt": b"a cup", "0.json": facts}
+    write_tar(tmp_path / "00000.tar", files)
+    (example,) = SOURCES["web_capfilt"].read(tmp_path, "train")
+    assert (example.answers, example.dataset) == (("a cup",), "web_capfilt")
+    assert (tmp_path / "images" / example.images[0]).read_bytes() == files["0.jpg"]
+    record = {"url": "https://images.example/1.jpg", "caption": "a cup"}
+    write_json(tmp_path / "annotations" / "ccs_synthetic_filtered_large.json", [record])
+    with pytest.raises(ValueError, match=r"record 0: field 'image' is missing.*from its URL"):
+        list(SOURCES["web_capfilt"].read(tmp_path, "train"))
+
+
+@pytest.mark.parametrize("line", ["10.jpg\tA man.", "10.jpg#x\tA man.", "10.jpg#1 A man.", "#"])
+def test_broken_lines_of_flickr(line: str, tmp_path: Path) -> None:
+    files = {"annotations/results_20130124.token": line, "annotations/test.txt": "10"}
+    write_files(tmp_path, files)
+    with pytest.raises(ValueError, match=r"results_20130124\.token:line 1: is '.*expected"):
+        list(SOURCES["flickr30k"].read(tmp_path, "test"))
 
 
 def test_visdial_pictures_of_train_are_found_in_both_halves(tmp_path: Path) -> None:

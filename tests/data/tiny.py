@@ -1,6 +1,8 @@
 """Tiny tokenizers and pictures for the tests of the data package."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,11 @@ def write_vqa(root: Path, count: int, split: str = "train") -> Path:
     write_json(folder / f"v2_OpenEnded_{name}_questions.json", {"questions": questions})
     write_json(folder / f"v2_{name}_annotations.json", {"annotations": annotations})
     return root
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))

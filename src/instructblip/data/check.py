@@ -9,9 +9,7 @@ training notices a data set that has changed since.
 
 import hashlib
 import json
-import os
 import re
-import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,20 +20,18 @@ from instructblip.batch import Example
 from instructblip.data.facts import (
     FACTS_FILE,
     PictureFact,
-    digest,
     first_changed,
-    gather_facts,
     read_facts,
-    write_facts,
+    summary,
+    update_facts,
 )
-from instructblip.data.prepare import PreparedDataset
-from instructblip.data.progress import progress_bar
+from instructblip.data.prepare import BAD_FILE
+from instructblip.data.prepared import DATA_FILE, MANIFEST_FILE, PreparedDataset, picture_names
 from instructblip.data.tokens import Tokens
+from instructblip.data.writing import replacing, write_json
 
 CHECK_FILE = "check.json"
-CHECK_VERSION = 1
-SAVE_SECONDS = 300
-"""Seconds between two writings of what is known of the pictures, for an interrupted check."""
+CHECK_VERSION = 2
 
 BAD = ("unreadable picture", "no answer", "no question", "placeholder")
 """Kinds of findings that make an example useless."""
@@ -115,9 +111,10 @@ def check_dataset(
     left_out: dict[int, None] = {}
     first: list[Finding] = []
     kept = _lines_of_prepare(dataset.path)
-    target = dataset.path / "bad_samples.jsonl"
-    temporary = target.with_name(f".bad_samples.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with (
+        replacing(dataset.path / BAD_FILE) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
         file.writelines(kept)
         for finding in _findings(dataset, facts, evaluated or {}, tokens):
             kinds[finding.kind] += 1
@@ -126,17 +123,12 @@ def check_dataset(
             if kinds[finding.kind] <= 2:
                 first.append(finding)
             file.write(json.dumps(finding.line(), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
-    pictures = {"count": len(facts), "bytes": sum(fact.size for fact in facts.values())}
-    _write_json(
+    write_json(
         dataset.path / CHECK_FILE,
         {
             "version": CHECK_VERSION,
             "manifest": fingerprint(dataset),
             "count": len(dataset),
-            "pictures": pictures | {"sha256": digest(facts)},
             "kinds": dict(kinds),
             "against": sorted(against),
             "drop_leaked": drop_leaked,
@@ -151,27 +143,14 @@ def check_dataset(
 
 
 def picture_facts(dataset: PreparedDataset, decode: bool = False) -> dict[str, PictureFact]:
-    """Facts about every picture of a data set, from ``pictures.arrow`` where it is still right."""
-    names = dict.fromkeys(name for images in dataset.column("images") for name in images)
+    """Facts about every picture of a data set as it is now; the manifest then has them, too."""
+    names = picture_names(dataset.path / DATA_FILE)
+    title = f"checking {dataset.name} {dataset.split}"
     path = dataset.path / FACTS_FILE
-    known = read_facts(path)
-    facts: dict[str, PictureFact] = {}
-    saved = time.monotonic()
-    with progress_bar(f"checking {dataset.name} {dataset.split}", "pictures") as advance:
-        try:
-            for name, fact in gather_facts(names, dataset.image_root, known, decode=decode):
-                facts[name] = fact
-                if len(facts) % 1024 == 0:
-                    advance(len(facts), len(names))
-                    if time.monotonic() - saved > SAVE_SECONDS:
-                        write_facts(path, known | facts)
-                        saved = time.monotonic()
-        except BaseException:
-            # Hours of reading are worth keeping when the check is interrupted.
-            write_facts(path, known | facts)
-            raise
-    if facts != known:
-        write_facts(path, facts)
+    facts = update_facts(path, names, dataset.image_root, title, decode=decode)
+    if dataset.manifest["images"] != summary(facts):
+        dataset.manifest["images"] = summary(facts)
+        write_json(dataset.path / MANIFEST_FILE, dataset.manifest)
     return facts
 
 
@@ -187,7 +166,7 @@ def evaluated_pictures(datasets: Iterable[PreparedDataset]) -> dict[bytes, str]:
 
 def fingerprint(dataset: PreparedDataset) -> str:
     """Changes when a set is prepared anew from other files."""
-    return hashlib.sha256((dataset.path / "manifest.json").read_bytes()).hexdigest()
+    return hashlib.sha256((dataset.path / MANIFEST_FILE).read_bytes()).hexdigest()
 
 
 def left_out(dataset: PreparedDataset) -> tuple[int, ...]:
@@ -288,15 +267,6 @@ def _faults(
 
 def _lines_of_prepare(path: Path) -> list[str]:
     """What `prepare` had left out; lines of an earlier check carry an index and go."""
-    file = path / "bad_samples.jsonl"
+    file = path / BAD_FILE
     lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
     return [line + "\n" for line in lines if line and "index" not in json.loads(line)]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -6,15 +6,18 @@ are new or changed.
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from instructblip.data.images import MAX_FILE_BYTES, picture_fault
+from instructblip.data.progress import progress_bar
+from instructblip.data.writing import replacing
 
 FACTS_FILE = "pictures.arrow"
 _SCHEMA = pa.schema(
@@ -26,6 +29,8 @@ _SCHEMA = pa.schema(
         ("fault", pa.string()),
     ]
 )
+SAVE_SECONDS = 300
+"""Seconds between two writings of what is known, for a reading that is interrupted."""
 _NAMES_PER_TASK = 64
 _PARTS_AHEAD = 64
 
@@ -37,6 +42,48 @@ class PictureFact(NamedTuple):
     modified_ns: int
     sha256: bytes
     fault: str
+
+
+def update_facts(
+    file: Path,
+    names: Mapping[str, None],
+    root: Path,
+    title: str,
+    *,
+    known: Mapping[str, PictureFact] | None = None,
+    decode: bool = False,
+    progress: bool = True,
+) -> dict[str, PictureFact]:
+    """Facts about the pictures ``names``, from ``file`` (and ``known``) where they are still right.
+
+    ``file`` then holds them; when the reading is interrupted, it holds what was read until then.
+    """
+    written = read_facts(file)
+    known = {**(known or {}), **written}
+    facts: dict[str, PictureFact] = {}
+    saved = time.monotonic()
+    with progress_bar(title, "pictures", shown=progress) as advance:
+        try:
+            for name, fact in gather_facts(names, root, known, decode=decode):
+                facts[name] = fact
+                if len(facts) % 1024 == 0:
+                    advance(len(facts), len(names))
+                    if time.monotonic() - saved > SAVE_SECONDS:
+                        write_facts(file, known | facts)
+                        saved = time.monotonic()
+        except BaseException:
+            # Hours of reading are worth keeping.
+            write_facts(file, known | facts)
+            raise
+    if facts != written:
+        write_facts(file, facts)
+    return facts
+
+
+def summary(facts: Mapping[str, PictureFact]) -> dict[str, Any]:
+    """Number, bytes and one sha256 of all pictures, as the manifest has them."""
+    size = sum(fact.size for fact in facts.values())
+    return {"count": len(facts), "bytes": size, "sha256": digest(facts)}
 
 
 def gather_facts(
@@ -85,10 +132,12 @@ def digest(facts: Mapping[str, PictureFact]) -> str:
 
 def write_facts(path: Path, facts: Mapping[str, PictureFact]) -> None:
     columns = [list(facts), *([f[i] for f in facts.values()] for i in range(len(_SCHEMA) - 1))]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+    with (
+        replacing(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, _SCHEMA) as writer,
+    ):
         writer.write_table(pa.table(columns, schema=_SCHEMA))
-    temporary.replace(path)
 
 
 def read_facts(path: Path) -> dict[str, PictureFact]:

@@ -35,10 +35,16 @@ def source_of(name: str) -> Source:
 
 SOURCES: dict[str, Source] = {
     "coco_caption": Source(
-        coco_caption, "caption", COCO, "coco_karpathy_{split}.json or captions_{split}2014.json"
+        coco_caption,
+        "caption",
+        COCO,
+        "coco_karpathy_{split}.json, captions_{split}2014.json, or image_info_test2014.json",
     ),
     "web_capfilt": Source(
-        web_capfilt, "caption", OWN_TERMS, "web_capfilt.json: a list of {image, caption}"
+        web_capfilt,
+        "caption",
+        OWN_TERMS,
+        "web_capfilt.json: a list of {image, caption}; or .tar shards in the folder itself",
     ),
     "textcaps": Source(
         textcaps,
@@ -77,10 +83,15 @@ SOURCES: dict[str, Source] = {
     "llava_reasoning": Source(llava_reasoning, "instruct", LLAVA, "complex_reasoning_77k.json"),
     "nocaps": Source(nocaps, "caption", OPEN_IMAGES, "nocaps_val_4500_captions.json"),
     "flickr30k": Source(
-        flickr30k, "caption", OWN_TERMS, "dataset_flickr30k.json or flickr30k_{split}.json"
+        flickr30k,
+        "caption",
+        OWN_TERMS,
+        "dataset_flickr30k.json, flickr30k_{split}.json, or results_20130124.token and {split}.txt",
     ),
     "gqa": Source(gqa, "vqa", "CC BY 4.0", "testdev_balanced_questions.json"),
-    "vsr": Source(vsr, "statement", "Apache-2.0; pictures of COCO", "{split}.jsonl"),
+    "vsr": Source(
+        vsr, "statement", "Apache-2.0; pictures of COCO", "{split}.jsonl or zeroshot/{split}.jsonl"
+    ),
     "iconqa": Source(
         iconqa,
         "multiple_choice",
@@ -104,7 +115,9 @@ SOURCES: dict[str, Source] = {
         "visdial_1.0_{split}.json; visdial_1.0_{split}_dense_annotations.json",
     ),
     "hatefulmemes": Source(hatefulmemes, "classify", OWN_TERMS, "{split}.jsonl"),
-    "msvdqa": Source(msvdqa, "vqa", OWN_TERMS, "{split}_qa.json; frames in images/<video>/"),
+    "msvdqa": Source(
+        msvdqa, "vqa", OWN_TERMS, "{split}_qa.json, youtube_mapping.txt; frames in images/<video>/"
+    ),
     "msrvttqa": Source(msrvttqa, "vqa", OWN_TERMS, "{split}_qa.json; frames in images/<video>/"),
     "ivqa": Source(ivqa, "vqa", "Apache-2.0", "{split}.csv; frames in images/<video_id>/"),
 }

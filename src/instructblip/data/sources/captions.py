@@ -18,15 +18,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from instructblip.batch import Example
-from instructblip.data.sources.records import Record, find_file, find_optional, place, read_records
+from instructblip.data.sources.own import webdataset
+from instructblip.data.sources.own_files import Own
+from instructblip.data.sources.records import (
+    Record,
+    find_file,
+    find_optional,
+    place,
+    read_records,
+    read_text,
+)
 from instructblip.data.sources.streaming import has_field
 
 COCO_FOLDERS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017")
+FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images")
 
 
 def coco_caption(root: Path, split: str) -> Iterator[Example]:
-    """``coco_karpathy_{split}.json``, else ``captions_{split}2014.json``."""
-    path = find_file(root, f"coco_karpathy_{split}.json", f"captions_{split}2014.json")
+    """``coco_karpathy_{split}.json``, else ``captions_{split}2014.json``; of the owner's test
+    split ``image_info_test2014.json``, without captions."""
+    official = (f"captions_{split}2014.json", f"image_info_{split}2014.json")
+    path = find_file(root, f"coco_karpathy_{split}.json", *official)
     if path.name.startswith("coco_karpathy"):
         yield from _grouped(root, path, "coco_caption", split)
     else:
@@ -43,10 +55,19 @@ def nocaps(root: Path, split: str) -> Iterator[Example]:
 
 
 def web_capfilt(root: Path, split: str) -> Iterator[Example]:
-    """``web_capfilt.json`` or ``ccs_synthetic_filtered_large.json``: ``[{image, caption}]``."""
+    """``web_capfilt.json`` or ``ccs_synthetic_filtered_large.json``: ``[{image, caption}]``.
+
+    The owner's file has a URL in place of each picture. Whoever fetched them with img2dataset has
+    .tar shards of pictures and captions: those are read from ``root`` when there is no such file.
+    """
     names = ("web_capfilt.json", "ccs_synthetic_filtered_large.json")
-    path = find_file(root, *(names if split == "train" else (f"web_capfilt_{split}.json",)))
-    for key, record in read_records(path):
+    names = names if split == "train" else (f"web_capfilt_{split}.json",)
+    if (path := find_optional(root, *names)) is None and any(root.glob("*.tar")):
+        yield from webdataset(Own("web_capfilt", "webdataset", "*.tar", "images"), root, split)
+        return
+    for key, record in read_records(path or find_file(root, *names)):
+        if "url" in record and "image" not in record:
+            record.fail("image", "the path of the picture, which was fetched from its URL before")
         yield Example(
             dataset="web_capfilt",
             split=split,
@@ -59,12 +80,17 @@ def web_capfilt(root: Path, split: str) -> Iterator[Example]:
 
 
 def flickr30k(root: Path, split: str) -> Iterator[Example]:
-    """``dataset_flickr30k.json`` (Karpathy), else ``flickr30k_{split}.json`` (LAVIS).
+    """``dataset_flickr30k.json`` (Karpathy), else ``flickr30k_{split}.json`` (LAVIS), else the
+    owner's ``results_20130124.token``, with the pictures of the split listed in ``{split}.txt``.
 
     ``{"images": [{"filename": "1000.jpg", "imgid": 0, "split": "test",
     "sentences": [{"raw": "A man rides."}]}], "dataset": "flickr30k"}``
     """
-    path = find_file(root, "dataset_flickr30k.json", f"flickr30k_{split}.json")
+    token = "results_20130124.token"
+    path = find_file(root, "dataset_flickr30k.json", f"flickr30k_{split}.json", token)
+    if path.name == token:
+        yield from _flickr_token(root, path, split)
+        return
     if path.name != "dataset_flickr30k.json":
         yield from _grouped(root, path, "flickr30k", split)
         return
@@ -76,10 +102,34 @@ def flickr30k(root: Path, split: str) -> Iterator[Example]:
             dataset="flickr30k",
             split=split,
             id=record.identifier("imgid") if "imgid" in record else name,
-            images=(place(root, name, record.where, "flickr30k-images", "flickr30k_images"),),
+            images=(place(root, name, record.where, *FLICKR_FOLDERS),),
             task="caption",
             answers=tuple(sentence.text("raw") for sentence in record.records("sentences")),
             where=record.where,
+        )
+
+
+def _flickr_token(root: Path, path: Path, split: str) -> Iterator[Example]:
+    """``1000092795.jpg#0<tab>Two young men are outside.``; in ``{split}.txt`` ``1000092795``."""
+    listed = {line.strip() for line, _ in read_text(find_file(root, f"{split}.txt"))} - {""}
+    pictures: dict[str, tuple[str, list[str]]] = {}
+    for line, where in read_text(path):
+        name, hash_sign, rest = line.partition("#")
+        number, tab, caption = rest.partition("\t")
+        if not (hash_sign and tab and number.isdecimal()):
+            raise ValueError(f"{where}: is {line[:80]!r}; expected picture.jpg#0, a tab, a caption")
+        if Path(name).stem in listed:
+            record = Record({"caption": caption}, where)
+            pictures.setdefault(name, (where, []))[1].append(record.text("caption"))
+    for name, (where, captions) in pictures.items():
+        yield Example(
+            dataset="flickr30k",
+            split=split,
+            id=name,
+            images=(place(root, name, where, *FLICKR_FOLDERS),),
+            task="caption",
+            answers=tuple(captions),
+            where=where,
         )
 
 
@@ -170,7 +220,7 @@ def _grouped(root: Path, path: Path, dataset: str, split: str) -> Iterator[Examp
             dataset=dataset,
             split=split,
             id=str(int(digits[-1])) if digits else name,
-            images=(place(root, name, record.where, *COCO_FOLDERS, "flickr30k-images"),),
+            images=(place(root, name, record.where, *COCO_FOLDERS, *FLICKR_FOLDERS),),
             task="caption",
             answers=tuple(captions),
             where=record.where,

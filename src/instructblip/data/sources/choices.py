@@ -9,6 +9,7 @@ from instructblip.data.sources.records import (
     Record,
     find_file,
     find_optional,
+    list_folder,
     place,
     read_records,
 )
@@ -38,7 +39,7 @@ def iconqa(root: Path, split: str) -> Iterator[Example]:
             f"choose_txt is in {root}; unpack the owner's archive in {images}"
         )
     note_file(folder)
-    problems = [path.parent for path in folder.glob("*/data.json")]
+    problems = [path for path in list_folder(folder) if path.is_dir()]
     for problem in sorted(problems, key=lambda path: (len(path.name), path.name)):
         where = f"{problem.relative_to(images)}/data.json"
         data = dict(stream_values(problem / "data.json"))

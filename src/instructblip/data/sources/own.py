@@ -16,55 +16,26 @@ Pictures that come inside a file are written to ``extracted/`` below the image r
 sha256. A dialogue gives one example for each answer, with the turns before it.
 """
 
-import base64
-import binascii
-import hashlib
 import math
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 from instructblip.batch import Example
 from instructblip.data.sources.opened import note_file
-from instructblip.data.sources.records import (
-    PICTURES,
-    Record,
-    Source,
-    image_name,
-    read_lines,
-    read_records,
-    read_table,
+from instructblip.data.sources.own_dialogues import conversations
+from instructblip.data.sources.own_files import (
+    ROLES,
+    TABLES,
+    Own,
+    below_root,
+    files_of,
+    images_of,
+    keep_picture,
+    records_of,
 )
-from instructblip.data.sources.shards import read_parquet, read_saved, read_shard
-
-ROLES = ("id", "image", "question", "answer", "choices", "context", "ocr_tokens")
-"""What a column can hold; ``columns`` of the recipe says which one does, where names differ."""
-TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-SPEAKERS = {
-    "human": "question",
-    "user": "question",
-    "gpt": "answer",
-    "assistant": "answer",
-    "system": "context",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Own:
-    """One entry of the recipe: its name, its files, where their pictures are, what columns mean."""
-
-    name: str
-    format: str
-    path: str | None = None
-    images: str = "."
-    columns: tuple[tuple[str, str], ...] = ()
-    task: str | None = None
-
-    def column(self, role: str) -> str:
-        return dict(self.columns).get(role, role)
+from instructblip.data.sources.records import PICTURES, Record, Source, image_name, walk_files
+from instructblip.data.sources.shards import read_saved, read_shard
 
 
 def own_source(own: Own) -> Source:
@@ -79,106 +50,117 @@ def own_source(own: Own) -> Source:
     )
 
 
-def conversations(own: Own, root: Path, split: str) -> Iterator[Example]:
-    """One example for each answer of a dialogue: LLaVA, ShareGPT and OpenAI messages."""
-    for path in _files(own, root, split, (".json", ".jsonl")):
-        for key, record in _records(path):
-            yield from _dialogue(own, root, split, key, record)
-
-
 def table(own: Own, root: Path, split: str) -> Iterator[Example]:
     """One example a row."""
-    for path in _files(own, root, split, TABLES):
-        for key, record in _records(path):
-            yield _row(own, root, split, key, record)
+    for path in files_of(own, root, split, TABLES):
+        for key, record in records_of(path):
+            yield example_of(own, root, split, key, record)
 
 
 def imagefolder(own: Own, root: Path, split: str) -> Iterator[Example]:
     """Below ``root/<split>`` if there is such a folder, else below ``root``."""
+    for found in folder_examples(own, root, split):
+        if isinstance(found, ValueError):
+            raise found
+        yield found
+
+
+def folder_examples(own: Own, root: Path, split: str) -> Iterator[Example | ValueError]:
+    """The example of each row of an imagefolder, or what is wrong with the row."""
     base = root / own.images
     folder = base / split if (base / split).is_dir() else base
     note_file(folder)
-    listed = [f for f in sorted(folder.rglob("metadata.*")) if f.suffix in TABLES]
-    for path in listed:
-        for key, record in _records(path):
-            name = (path.parent / record.text("file_name")).relative_to(base).as_posix()
-            image_name(record.text("file_name"), record.where)
-            caption = {} if "answer" in record else {own.column("answer"): record.data.get("text")}
-            row = Record({**caption, **record.data, own.column("image"): name}, record.where)
-            yield _row(own, root, split, key, row)
-    if listed:
-        return
-    for path in sorted(folder.rglob("*")):
+    for key, record, inside in _folder_rows(own, base, folder):
+        try:
+            yield example_of(own, root, split, key, _placed(own, record, inside))
+        except ValueError as error:
+            yield error
+
+
+def _folder_rows(own: Own, base: Path, folder: Path) -> Iterator[tuple[str, Record, str]]:
+    """(key, row, folder below ``base`` that its picture is in): of the tables, else of captions."""
+    paths = walk_files(folder)
+    listed = [path for path in paths if path.stem == "metadata" and path.suffix in TABLES]
+    tables = {path.parent: path for path in listed}
+    if len(tables) < len(listed):
+        raise ValueError(f"{', '.join(map(str, listed))}: expected one in a folder; remove others")
+    for inside, path in tables.items():
+        for key, record in records_of(path):
+            yield key, record, inside.relative_to(base).as_posix()
+    for path in () if tables else paths:
         if path.suffix.lower() in PICTURES:
-            name = path.relative_to(base).as_posix()
-            beside = path.with_suffix(".txt")
-            yield _captioned(own, split, name, _captions(beside), name)
+            inside, name = path.parent.relative_to(base).as_posix(), path.relative_to(base)
+            captions = _captions(path.with_suffix(".txt"))
+            yield str(name), _captioned(own, (path.name,), captions, str(name)), inside
+
+
+def _placed(own: Own, record: Record, inside: str) -> Record:
+    """The row with the paths of its pictures below the image root, not beside the table."""
+    column = own.column("image", record)
+    if column not in record:
+        record.fail("file_name", "the path of a picture beside this file")
+    value = record.data[column]
+    names = [
+        image_name(str(v), record.where) for v in (value if isinstance(value, list) else [value])
+    ]
+    return Record({**record.data, column: [f"{inside}/{name}" for name in names]}, record.where)
 
 
 def hf_dataset(own: Own, root: Path, split: str) -> Iterator[Example]:
     """The split of that name in a saved ``DatasetDict``, or a saved ``Dataset``."""
-    folder = root / _safe(own.path or ".")
+    folder = root / below_root(own.path or ".")
     note_file(folder)
     for i, record in enumerate(read_saved(folder, split)):
-        yield _row(own, root, split, str(i), record)
+        yield example_of(own, root, split, str(i), record)
 
 
 def webdataset(own: Own, root: Path, split: str) -> Iterator[Example]:
     """Every .tar that ``path`` names (``train-*.tar``)."""
-    for path in _files(own, root, split, (".tar",)):
+    for path in files_of(own, root, split, (".tar",)):
         note_file(path)
         for key, parts, where in read_shard(path):
             data = next((parts[e] for e in PICTURES if e in parts), None)
-            image = (_keep(root / own.images, data),) if data is not None else ()
-            if ".json" in parts:
-                record = Record({**parts[".json"], own.column("image"): image}, where)
-                yield _row(own, root, split, key, record)
+            images = (keep_picture(root / own.images, data),) if data is not None else ()
+            if ".json" in parts and ".txt" not in parts:
+                column = dict(own.columns).get("image", "image")
+                record = Record({**parts[".json"], column: images}, where)
             else:
-                text = parts.get(".txt", "")
-                captions = tuple(line.strip() for line in text.split("\n") if line.strip())
-                yield _captioned(own, split, key, captions, where, image)
+                record = _captioned(own, images, _lines(parts.get(".txt", "")), where)
+            yield example_of(own, root, split, key, record)
 
 
-def _captioned(
-    own: Own,
-    split: str,
-    key: str,
-    captions: tuple[str, ...],
-    where: str,
-    images: tuple[str, ...] | None = None,
-) -> Example:
-    return Example(
-        dataset=own.name,
-        split=split,
-        id=key,
-        images=(key,) if images is None else images,
-        task=own.task or "caption",
-        answers=captions,
-        where=where,
-    )
+def _captioned(own: Own, images: tuple[str, ...], captions: tuple[str, ...], where: str) -> Record:
+    """A row of a picture with its captions, under the names that the entry gives the columns."""
+    columns = dict(own.columns)
+    image, answer = columns.get("image", "image"), columns.get("answer", "answer")
+    return Record({image: list(images), answer: list(captions)}, where)
 
 
-def _row(own: Own, root: Path, split: str, key: str, record: Record) -> Example:
+def example_of(own: Own, root: Path, split: str, key: str, record: Record) -> Example:
     """An example of a row; which columns mean what is the recipe's to say."""
-    question = _one(record, own.column("question"))
-    choices = _many(record, own.column("choices"), split_at="|")
-    answers = _many(record, own.column("answer"))
+    asked, told = own.column("question", record), own.column("answer", record)
+    image = own.column("image", record)
+    if image not in record:
+        record.fail(image, "the path of a picture (see `columns` of the recipe)")
+    question = _one(record, asked)
+    choices = _many(record, own.column("choices", record), split_at="|")
+    answers = _many(record, told)
     if choices and len(answers) == 1 and answers[0].isdecimal() and answers[0] not in choices:
-        answers = (record.pick(own.column("answer"), choices),)
+        answers = (record.pick(told, choices),)
+    if choices and any(answer not in choices for answer in answers):
+        record.fail(told, "one of the choices, or its index")
     guess = "multiple_choice" if choices else "vqa" if question else "caption"
-    if own.column("image") not in record:
-        record.fail(own.column("image"), "the path of a picture (see `columns` of the recipe)")
     return Example(
         dataset=own.name,
         split=split,
-        id=_one(record, own.column("id")) or key,
-        images=_images(own, root, record.data[own.column("image")], record.where),
-        task=own.task or guess,
+        id=_one(record, own.column("id", record)) or key,
+        images=images_of(own, root, record.data[image], record.where),
+        task=own.task or ("instruct" if question and asked == "instruction" else guess),
         question=question,
         answers=answers,
         choices=choices,
-        context=_one(record, own.column("context")),
-        ocr_tokens=_many(record, own.column("ocr_tokens"), split_at="|"),
+        context=_one(record, own.column("context", record)),
+        ocr_tokens=_many(record, own.column("ocr_tokens", record), split_at="|"),
         where=record.where,
     )
 
@@ -208,111 +190,6 @@ def _number(record: Record, column: str) -> str:
     return record.identifier(column)
 
 
-def _dialogue(own: Own, root: Path, split: str, key: str, record: Record) -> Iterator[Example]:
-    field = "conversations" if "conversations" in record else "messages"
-    identifier = record.identifier("id") if "id" in record else key
-    images = [record.data[name] for name in ("image", "images") if name in record]
-    found = [name for value in images for name in _images(own, root, value, record.where)]
-    context, asked = "", ""
-    history: list[tuple[str, str]] = []
-    for i, turn in enumerate(record.records(field)):
-        speaker, text, more = _turn(own, root, turn)
-        found.extend(more)
-        if speaker == "context":
-            context = text
-        elif speaker == "question":
-            if asked:
-                turn.fail("role" if "role" in turn else "from", "an answer to the turn before")
-            asked = text or " "
-        else:
-            if not asked:
-                turn.fail("role" if "role" in turn else "from", "a question before the answer")
-            yield Example(
-                dataset=own.name,
-                split=split,
-                id=f"{identifier}_{i}",
-                images=tuple(found),
-                task=own.task or "instruct",
-                question=asked.strip(),
-                answers=(text,) if text else (),
-                context=context,
-                history=tuple(history),
-                where=turn.where,
-            )
-            history.append((asked.strip(), text))
-            asked = ""
-    if asked or not history:
-        record.fail(field, "turns that end with an answer")
-
-
-def _turn(own: Own, root: Path, turn: Record) -> tuple[str, str, list[str]]:
-    """(question, answer or context; its text; its pictures)."""
-    role = "role" if "role" in turn else "from"
-    speaker = SPEAKERS.get(turn.text(role))
-    if speaker is None:
-        turn.fail(role, f"one of {', '.join(SPEAKERS)}")
-    field = "content" if "content" in turn else "value"
-    if not isinstance(turn.data.get(field), list):
-        return speaker, turn.text(field).replace("<image>", "").strip(), []
-    texts, images = [], []
-    for part in turn.records(field):
-        kind = part.text("type")
-        if kind == "text":
-            texts.append(part.text("text"))
-        elif kind in ("image_url", "image"):
-            value = part.data.get(kind)
-            value = value.get("url") if isinstance(value, dict) else value
-            images.extend(_images(own, root, value, part.where))
-        else:
-            part.fail("type", "'text', 'image_url' or 'image'")
-    return speaker, " ".join(texts), images
-
-
-def _images(own: Own, root: Path, value: Any, where: str) -> tuple[str, ...]:
-    """Paths below the image root, of one picture or of the frames of a video."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return tuple(_image(root / own.images, one, where) for one in values)
-
-
-def _image(image_root: Path, value: Any, where: str) -> str:
-    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-        return _keep(image_root, value["bytes"])
-    if isinstance(value, dict):
-        value = value.get("path")
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: a picture is {repr(value)[:80]}; expected a path")
-    if value.startswith("data:"):
-        try:
-            return _keep(image_root, base64.b64decode(value.partition(",")[2], validate=True))
-        except binascii.Error:
-            raise ValueError(f"{where}: the picture is not base64; repair the line") from None
-    if "://" in value:
-        raise ValueError(
-            f"{where}: picture {value[:80]!r} is on the network; nothing is downloaded here: "
-            "save it below the image root and write its path"
-        )
-    return image_name(value, where)
-
-
-def _keep(image_root: Path, data: bytes) -> str:
-    """Writes a picture that came inside a file, under its hash; gives its name."""
-    digest = hashlib.sha256(data).hexdigest()
-    name = f"extracted/{digest[:2]}/{digest}{_suffix(data)}"
-    path = image_root / name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    return name
-
-
-def _suffix(data: bytes) -> str:
-    if data.startswith(b"\x89PNG"):
-        return ".png"
-    return ".webp" if data[8:12] == b"WEBP" else ".gif" if data[:3] == b"GIF" else ".jpg"
-
-
 def _captions(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         return ()
@@ -320,39 +197,11 @@ def _captions(path: Path) -> tuple[str, ...]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 ({error.reason})") from None
+    return _lines(text)
+
+
+def _lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.split("\n") if line.strip())
-
-
-def _files(own: Own, root: Path, split: str, suffixes: tuple[str, ...]) -> list[Path]:
-    pattern = _safe(own.path or "*").replace("{split}", split)
-    found = [p for p in sorted(root.glob(pattern)) if p.is_file() and p.suffix in suffixes]
-    if not found:
-        raise FileNotFoundError(
-            f"{own.name}: no {' or '.join(suffixes)} file matches {pattern} in {root}; set `path` "
-            "of the recipe's entry to the file, or to a pattern with * or {split}"
-        )
-    return found
-
-
-def _safe(pattern: str) -> str:
-    if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
-        raise ValueError(f"path {pattern!r} leaves the data root; expected a path below it")
-    return pattern
-
-
-def _records(path: Path) -> Iterator[tuple[str, Record]]:
-    note_file(path)
-    if path.suffix == ".json":
-        yield from read_records(path)
-        return
-    if path.suffix == ".parquet":
-        rows = read_parquet(path)
-    elif path.suffix == ".jsonl":
-        rows = read_lines(path)
-    else:
-        rows = read_table(path, "\t" if path.suffix == ".tsv" else ",")
-    for i, record in enumerate(rows):
-        yield str(i), record
 
 
 FORMATS = {

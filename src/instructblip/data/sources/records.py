@@ -7,6 +7,7 @@ other way to open a file, so that ``prepare`` can note which files a data set wa
 
 import csv
 import json
+import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator
@@ -44,6 +45,43 @@ class Source:
     """Folder below the root that the paths of pictures are relative to."""
     settings: str = ""
     """What else decides how the files are read; data prepared with others is prepared again."""
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """What a folder holds, sorted; ValueError for one that cannot be read."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise _unreadable(error) from None
+
+
+def walk_files(folder: Path) -> list[Path]:
+    """All files below a folder, sorted; ValueError for a folder that cannot be read."""
+
+    def stop(error: OSError) -> None:
+        # Path.rglob passes over such a folder, and whatever it holds would be lost silently.
+        raise _unreadable(error)
+
+    walked = os.walk(folder, onerror=stop, followlinks=True)
+    return sorted(Path(top, name) for top, _, names in walked for name in names)
+
+
+def matching_files(folder: Path, pattern: str) -> list[Path]:
+    """The files below ``folder`` that a pattern names, sorted; ValueError for a folder on the way
+    that cannot be read."""
+    parts = pattern.split("/")
+    for depth in range(len(parts)):
+        for parent in folder.glob("/".join(parts[:depth])) if depth else [folder]:
+            if parent.is_dir():
+                list_folder(parent)
+    return sorted(path for path in folder.glob(pattern) if path.is_file())
+
+
+def _unreadable(error: OSError) -> ValueError:
+    return ValueError(
+        f"folder {error.filename} cannot be read ({error.strerror}); allow reading it, or move it "
+        "away"
+    )
 
 
 def find_optional(root: Path, *names: str) -> Path | None:
@@ -154,14 +192,18 @@ def _bounded(text: str, name: str, where: str) -> str:
             "Check the file, or cut the text"
         )
     if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{where}: field '{name}' holds half of a character (a lone surrogate): "
-                f"{ascii(text)[:80]}; repair the text"
-            ) from None
+        _encodable(text, name, where)
     return text.strip()
+
+
+def _encodable(text: str, name: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: field '{name}' holds half of a character (a lone surrogate): "
+            f"{ascii(text)[:80]}; repair the text"
+        ) from None
 
 
 def read_records(path: Path, *fields: str) -> Iterator[tuple[str, Record]]:
@@ -184,15 +226,25 @@ def read_texts(path: Path, *fields: str) -> list[str]:
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """The objects of a JSON-lines file. Only ``\\n`` ends a line (not U+2028 and its kin)."""
+    """The objects of a JSON-lines file."""
+    for line, where in read_text(path):
+        if line.strip():
+            yield Record(_parse_line(line, where), where)
+
+
+def read_text(path: Path) -> Iterator[tuple[str, str]]:
+    """(line, its place) of a text file. Only ``\\n`` ends a line (not U+2028 and its kin)."""
     number = 0
     with open_text(path, newline="\n") as file:
         try:
             while line := file.readline(MAX_LINE + 1):
                 number += 1
-                if line.strip():
-                    where = _line(path, number)
-                    yield Record(_parse_line(line, where), where)
+                if len(line) > MAX_LINE:
+                    raise ValueError(
+                        f"{_line(path, number)}: has more than {MAX_LINE} characters; is this a "
+                        "file of lines?"
+                    )
+                yield line.rstrip("\r\n"), _line(path, number)
         except UnicodeDecodeError as error:
             raise ValueError(f"{_line(path, number + 1)} is not UTF-8 ({error.reason})") from None
 
@@ -202,8 +254,6 @@ def _line(path: Path, number: int) -> str:
 
 
 def _parse_line(line: str, where: str) -> dict[str, Any]:
-    if len(line) > MAX_LINE:
-        raise ValueError(f"{where}: has more than {MAX_LINE} characters; is this JSON lines?")
     try:
         value = json.loads(line, parse_constant=refuse_constant)
     except RecursionError:
@@ -247,6 +297,8 @@ def image_name(name: str, where: str) -> str:
             f"{where}: image name {name[:200]!r} is empty or leaves the image root; expected a "
             "relative path below `images/`"
         )
+    if not name.isascii():
+        _encodable(name, "image", where)
     if len(name) > MAX_NAME // 4 and max(map(len, normal.encode().split(b"/"))) > MAX_NAME:
         raise ValueError(
             f"{where}: image name {name[:80]!r}... has {len(name)} characters; expected at most "

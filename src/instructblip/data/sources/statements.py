@@ -8,12 +8,13 @@ from instructblip.data.sources.records import Record, find_file, place, read_lin
 
 
 def vsr(root: Path, split: str) -> Iterator[Example]:
-    """``{split}.jsonl`` (val also as ``dev.jsonl``).
+    """``{split}.jsonl``, or the owner's ``zeroshot/{split}.jsonl``, the paper's split; val is dev.
 
     ``{"image": "000000085637.jpg", "caption": "The cat is under the bed.", "label": 1,
     "relation": "under", "subj": "cat", "obj": "bed"}``
     """
-    path = find_file(root, *([f"{split}.jsonl"] + (["dev.jsonl"] if split == "val" else [])))
+    parts = ("val", "dev") if split == "val" else (split,)
+    path = find_file(root, *(f"{f}{part}.jsonl" for f in ("", "zeroshot/") for part in parts))
     for i, record in enumerate(read_lines(path)):
         yield Example(
             dataset="vsr",

@@ -14,9 +14,12 @@ from instructblip.data.sources.frames import VIDEOS, evenly_spaced, extract_fram
 from instructblip.data.sources.records import (
     PICTURES,
     find_file,
+    find_optional,
     image_name,
+    list_folder,
     read_records,
     read_table,
+    read_text,
 )
 
 MAX_FRAMES = 64
@@ -29,10 +32,16 @@ def msvdqa(root: Path, split: str) -> Iterator[Example]:
     """``{split}_qa.json``, ``msvd_qa_{split}.json`` or ``qa_{split}.json``.
 
     ``[{"id": 0, "video_id": 1, "question": "what is a man doing?", "answer": "cook"}]``; LAVIS
-    writes ``video`` instead of ``video_id``.
+    writes ``video`` instead of ``video_id``. The videos may have the names of the owner's archive,
+    with ``youtube_mapping.txt`` beside the questions: ``-4wsuPCjDBc_5_15 vid1`` a line.
     """
     path = find_file(root, f"{split}_qa.json", f"msvd_qa_{split}.json", f"qa_{split}.json")
-    yield from _questions(root, path, "msvdqa", split)
+    names: dict[str, str] = {}
+    if mapping := find_optional(root, "youtube_mapping.txt"):
+        for line, where in read_text(mapping):
+            name, _, number = line.strip().partition(" ")
+            names[number.strip()] = image_name(name, where)
+    yield from _questions(root, path, "msvdqa", split, names)
 
 
 def msrvttqa(root: Path, split: str) -> Iterator[Example]:
@@ -41,8 +50,10 @@ def msrvttqa(root: Path, split: str) -> Iterator[Example]:
     yield from _questions(root, path, "msrvttqa", split)
 
 
-def _questions(root: Path, path: Path, dataset: str, split: str) -> Iterator[Example]:
-    frames = _Frames(root)
+def _questions(
+    root: Path, path: Path, dataset: str, split: str, names: dict[str, str] | None = None
+) -> Iterator[Example]:
+    frames = _Frames(root, names)
     for key, record in read_records(path):
         video = record.identifier("video_id" if "video_id" in record else "video")
         for name in ("id", "question_id"):
@@ -84,10 +95,13 @@ def ivqa(root: Path, split: str) -> Iterator[Example]:
 
 
 class _Frames:
-    """The frames of each video, listed once. A video without frames gives no images."""
+    """The frames of each video, listed once. A video without frames gives no images.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root / "images"
+    ``names`` gives the name of the owner's file for ``vid`` and the number of a video.
+    """
+
+    def __init__(self, root: Path, names: dict[str, str] | None = None) -> None:
+        self.root, self.names = root / "images", names or {}
         self.listed: dict[str, tuple[str, ...]] = {}
 
     def of(self, video: str, where: str) -> tuple[str, ...]:
@@ -96,12 +110,14 @@ class _Frames:
         return self.listed[video]
 
     def _list(self, video: str) -> tuple[str, ...]:
-        for name in (video, f"video{video}", f"vid{video}", str(Path(video).with_suffix(""))):
+        usual = [video, f"video{video}", f"vid{video}"]
+        usual += [self.names[name] for name in usual if name in self.names]
+        for name in (*usual, str(Path(video).with_suffix(""))):
             folder = self.root / name
             if not folder.is_dir():
                 continue
             return self._pictures(name)
-        for name in (video, f"video{video}", f"vid{video}"):
+        for name in usual:
             for suffix in ("", *VIDEOS):
                 path = self.root / f"{name}{suffix}"
                 if path.suffix in VIDEOS and path.is_file():
@@ -111,7 +127,7 @@ class _Frames:
         return ()
 
     def _pictures(self, folder: str) -> tuple[str, ...]:
-        entries = (self.root / folder).iterdir()
+        entries = list_folder(self.root / folder)
         files = [f.name for f in entries if f.name.lower().endswith(PICTURES)]
         files.sort(key=_natural)
         return tuple(f"{folder}/{files[i]}" for i in evenly_spaced(len(files), MAX_FRAMES))

@@ -1,0 +1,155 @@
+"""One's own data against broken and hostile files, and ivqa's table: as in test_hostile_input."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from instructblip.batch import Example
+from instructblip.data.check import check_dataset
+from instructblip.data.prepare import prepare
+from instructblip.data.sources import SOURCES
+from instructblip.data.sources.own import own_source
+from instructblip.data.sources.own_files import Own
+from instructblip.data.sources.records import MAX_TEXT
+from tests.data.test_hostile_input import VALUES, places, replaced
+from tests.data.test_own import TURNS
+from tests.data.test_unreadable import own
+from tests.data.tiny import write_picture, write_tar
+
+PART = {"type": "image_url", "image_url": {"url": "0.png"}}
+ASKED = {"role": "user", "content": [PART, {"type": "text", "text": "What?"}]}
+ROW: dict[str, Any] = {"file_name": "0.png", "question": "Which?", "answer": "red"}
+WHOLE: dict[str, Any] = {
+    "llava_json": {"id": "7", "image": "0.png", "conversations": TURNS},
+    "sharegpt": {"images": ["0.png"], "conversations": TURNS},
+    "openai_messages": {"messages": [ASKED, {"role": "assistant", "content": "A cup."}]},
+    "table": ROW | {"choices": ["red", "blue"], "context": "Look.", "ocr_tokens": ["A"], "id": 3},
+    "imagefolder": ROW | {"answer": ["red", "blue"]},
+}
+
+
+def write_lines(path: Path, record: Any) -> None:
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def write_sample(path: Path, record: Any) -> None:
+    write_tar(path, {"1.json": json.dumps(record).encode()})
+
+
+FORMS: dict[str, tuple[str, Callable[[Path, Any], None], dict[str, Any]]] = {
+    **{name: ("rows.jsonl", write_lines, WHOLE[name]) for name in WHOLE if name != "imagefolder"},
+    "imagefolder": ("metadata.jsonl", write_lines, WHOLE["imagefolder"]),
+    "webdataset": ("rows.tar", write_sample, {"question": "Which?", "answer": "red", "id": 3}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_wrong_values_in_every_field(form: str, tmp_path: Path) -> None:
+    name, write, whole = FORMS[form]
+    write_picture(tmp_path / "0.png")
+    for place in places(whole):
+        for hostile in (*VALUES, ...):
+            write(tmp_path / name, replaced(whole, place, hostile))
+            what = f"{place} {str(hostile)[:40]!r}"
+            good(tmp_path, name, what, lambda: own(tmp_path, form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_files_that_are_cut_or_no_text(form: str, tmp_path: Path) -> None:
+    name, write, whole = FORMS[form]
+    write_picture(tmp_path / "0.png")
+    write(tmp_path / name, whole)
+    content = (tmp_path / name).read_bytes()
+    cuts = [content[:cut] for cut in range(0, len(content) - 1, max(1, len(content) // 30))]
+    for i, data in enumerate([*cuts, *NO_TEXT, b"\xff" + content, b"\xef\xbb\xbf" + content]):
+        (tmp_path / name).write_bytes(data)
+        good(tmp_path, name, f"content {i}", lambda: own(tmp_path, form))
+
+
+NO_TEXT = (b"", b"\xff\xfe\0", b"[" * 9000, b"null\n", b"7\n", b"<html>404</html>", b"\0" * 99)
+
+
+@pytest.mark.parametrize("hostile", VALUES)
+def test_parquet(hostile: Any, tmp_path: Path) -> None:
+    write_picture(tmp_path / "0.png")
+    for column in ROW:
+        try:
+            rows = pa.Table.from_pylist([{**ROW, column: hostile}])
+        except (pa.ArrowException, UnicodeError, OverflowError):
+            continue  # nobody can write it
+        if any(
+            pa.types.is_struct(field.type) and not field.type.num_fields for field in rows.schema
+        ):
+            continue
+        pq.write_table(rows, tmp_path / "rows.parquet")
+        good(tmp_path, "rows.parquet", f"{column} {hostile!r:.40}", lambda: own(tmp_path, "table"))
+
+
+CELLS = [v for v in VALUES if isinstance(v, str) and "\ud800" not in v] + [
+    'a "b',
+    '"',
+    "a,b",
+    "a\nb",
+]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=range(len(CELLS)))
+def test_tables_of_plain_text(cell: str, tmp_path: Path) -> None:
+    write_picture(tmp_path / "images" / "a1B2" / "0.png")
+    header = "video_id,question,answer1,answer2,answer3,answer4,answer5,start,end"
+    row = ["a1B2", "What?", "milk", "", "", "", "", "1", "2"]
+    path = tmp_path / "annotations" / "test.csv"
+    path.parent.mkdir()
+    read = SOURCES["ivqa"].read
+    for i in range(len(row)):
+        path.write_text("\n".join([header, ",".join([*row[:i], cell, *row[i + 1 :]])]))
+        good(
+            tmp_path,
+            "test.csv",
+            f"column {i}",
+            lambda: list(read(tmp_path, "test")),
+        )
+    (tmp_path / "rows.csv").write_text(f"image,answer\n{cell},{cell}\n")
+    good(tmp_path, "rows.csv", "a row", lambda: own(tmp_path, "table"))
+
+
+def good(root: Path, file: str, what: str, read: Callable[[], list[Example]]) -> None:
+    """Examples below the root, or an error that names the file."""
+    examples: list[Example] = []
+    said = None
+    try:
+        examples = read()
+    except (ValueError, OSError) as error:
+        said = str(error)
+    if said is not None:
+        assert file in said, f"{what}: {said[:300]} names no file"
+        assert len(said) < 2000, f"{what}: the message is too long"
+    for example in examples:
+        assert file in example.where, what
+        for image in example.images:
+            assert (root / image).resolve().is_relative_to(root.resolve()), f"{what}: {image}"
+        texts = [example.question, example.context, *example.answers, *example.choices]
+        json.dumps([texts, example.history], ensure_ascii=False).encode()
+        assert max(map(len, texts)) <= MAX_TEXT, what
+
+
+def test_a_text_of_ten_megabytes(tmp_path: Path) -> None:
+    write_picture(tmp_path / "0.png")
+    for field in ("file_name", "answer"):
+        write_lines(tmp_path / "rows.jsonl", ROW | {field: "x" * 10_000_000})
+        with pytest.raises(ValueError, match=r"rows\.jsonl:line 1: .* has 10000000 characters"):
+            own(tmp_path, "table")
+
+
+def test_an_id_twice_is_listed(tmp_path: Path) -> None:
+    write_picture(tmp_path / "0.png")
+    rows = [ROW | {"id": 1, "question": f"{i}?"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = own_source(Own("mine", "table", "rows.jsonl"))
+    data = prepare("mine", tmp_path, "train", tmp_path / "out", source=source)
+    assert check_dataset(data).kinds == {"duplicate id": 2}

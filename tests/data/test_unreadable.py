@@ -1,0 +1,145 @@
+"""Folders and files that may not be read: told by name, never passed over."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instructblip.data.check import check_dataset
+from instructblip.data.folder import read_folder
+from instructblip.data.prepare import prepare
+from instructblip.data.sources import SOURCES
+from instructblip.data.sources.own import own_source
+from instructblip.data.sources.own_files import Own
+from tests.data.test_check import lines, vizwiz
+from tests.data.tiny import write_json, write_picture, write_vqa
+
+NOBODY = 65534
+
+
+@contextmanager
+def as_a_user() -> Iterator[None]:
+    """Without root's right to read everything."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder of that user, as the folders of pytest are root's alone."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+        for path in Path(name).rglob("*"):
+            path.chmod(0o777)
+
+
+@contextmanager
+def shut(path: Path) -> Iterator[None]:
+    """Nobody may read ``path`` inside the block."""
+    mode = path.stat().st_mode
+    path.chmod(0)
+    try:
+        with as_a_user():
+            yield
+    finally:
+        path.chmod(mode)
+
+
+def own(root: Path, form: str, path: str | None = None) -> list[Any]:
+    return list(own_source(Own("mine", form, path)).read(root, "train"))
+
+
+def own_folder(root: Path) -> None:
+    for name in ("a/0.png", "b/1.png"):
+        write_picture(root / name)
+        (root / name).with_suffix(".txt").write_text("A cup.")
+
+
+def own_tables(root: Path) -> None:
+    for part in ("a", "b"):
+        write_json(root / part / "rows.json", [{"image": "x.png", "answer": "cup"}])
+
+
+def icons(root: Path) -> None:
+    for part in ("a", "b"):
+        problem = {"question": "How many?", "choices": ["3", "4"], "answer": 1}
+        write_json(root / "images" / "test" / "choose_txt" / part / "data.json", problem)
+
+
+def frames(root: Path) -> None:
+    write_json(root / "annotations" / "test_qa.json", [{"id": 1, "video_id": "b", "question": "?"}])
+    write_picture(root / "images" / "b" / "0.png")
+
+
+CASES: dict[str, tuple[Callable[[Path], None], str, Callable[[Path], Any]]] = {
+    "imagefolder": (own_folder, "b", lambda root: own(root, "imagefolder")),
+    "tune": (own_folder, "b", read_folder),
+    "table": (own_tables, "b", lambda root: own(root, "table", "*/*.json")),
+    "deep table": (own_tables, "b", lambda root: own(root, "table", "**/*.json")),
+    "table, root": (own_tables, ".", lambda root: own(root, "table", "*/*.json")),
+    "file": (own_tables, "b/rows.json", lambda root: own(root, "table", "*/*.json")),
+    "iconqa": (
+        icons,
+        "images/test/choose_txt/b",
+        lambda r: list(SOURCES["iconqa"].read(r, "test")),
+    ),
+    "msvdqa": (frames, "images/b", lambda r: list(SOURCES["msvdqa"].read(r, "test"))),
+    "annotations": (frames, "annotations", lambda r: list(SOURCES["msvdqa"].read(r, "test"))),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_what_may_not_be_read_is_named(case: tuple[Any, ...], folder: Path) -> None:
+    write, name, read = case
+    write(folder)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755)
+        os.chown(path, NOBODY if os.geteuid() == 0 else -1, -1)
+    read(folder)  # and every module that it needs is imported while Python's own may be read
+    with as_a_user():
+        read(folder)
+    with shut(folder / name), pytest.raises((ValueError, PermissionError)) as raised:
+        read(folder)
+    assert str(folder / name) in str(raised.value)
+
+
+def test_pictures_in_a_closed_folder_are_listed(folder: Path) -> None:
+    root = write_vqa(folder / "vqav2", 4)
+    inside = root / "images" / "train2014"
+    inside.mkdir()
+    (root / "images" / "COCO_train2014_000000000000.jpg").rename(
+        inside / "COCO_train2014_000000000000.jpg"
+    )
+    out = folder / "out"
+    out.mkdir()
+    out.chmod(0o777)
+    with (
+        shut(inside),
+        pytest.raises(ValueError, match="cannot be read: Permission denied") as error,
+    ):
+        prepare("vqav2", root, "train", out, max_bad_rate=0.1)
+    assert str(inside) in str(error.value)
+    assert "questions.json:record 0: folder" in str(error.value)
+
+
+def test_a_closed_picture_is_a_bad_sample(folder: Path) -> None:
+    dataset = vizwiz(folder, [{}, {}])
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o777)
+    check_dataset(dataset)
+    os.utime(folder / "images" / "train1.png", ns=(1, 1))  # looked at anew
+    with shut(folder / "images" / "train1.png"):
+        diagnosis = check_dataset(dataset)
+    assert diagnosis.left_out == (1,)
+    assert "train1.png: cannot be read: Permission denied" in lines(dataset)[0]["reason"]
