@@ -58,7 +58,7 @@ for model in ("instructblip", "blip2"):
     reply = client.chat.completions.create(
         model=model, messages=asking(question), max_tokens=8, extra_body={"num_beams": 5}
     )
-    print(model, "says", reply.choices[0].message.content)
+    print(f"{model}: {reply.choices[0].message.content}")
 """,
     """ranked = client.post(
     "/rank",
