@@ -1,7 +1,10 @@
 """The stages on a tiny random BLIP-2 and a corner of the embedded world, through the real files."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +99,24 @@ def test_resume_is_exact_through_the_real_parts(out: Path, overrides: list[str],
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_torchrun_answers_as_one_process_does(out: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "instructblip", "evaluate", str(out / "run/last")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("scenes_vqav2", "scenes_aokvqa", "scenes_vsr"):
+        two, one = (
+            json.loads((folder / name / "result.json").read_text())
+            for folder in (tmp_path, out / "results" / "instructblip")
+        )
+        assert two["n"] == 4
+        assert two == one
+        assert done.stdout.count(f"{name} ") == 1  # one rank speaks
 
 
 def test_compare_and_evaluate(out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]):

@@ -1,125 +1,139 @@
-"""Tune and evaluate every condition of the paper's claims on Scenes, several seeds each.
+"""Tune and measure every condition of the paper's claims on Scenes, several seeds each.
 
-A condition is a list of overrides of the recipe ``scenes``. ``WORK/<condition>/seed<N>`` holds the
-run and its results; what is finished there is not done again.
+``WORK/<condition>/seed<N>`` holds a run, its results, what it printed (``log.txt``) and, once it is
+finished, ``done.json``. What is finished is not done again, what was stopped goes on, and what was
+made with other settings is refused. As many runs go side by side as there are processes, each with
+its share of the cores: two of one thread do more than one of two.
 """
 
 import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
+from collections import deque
 from pathlib import Path
 
 from instructblip import stages
-from instructblip.evaluation.benchmarks import select_benchmarks
-from instructblip.recipe import load_recipe
+from instructblip.evaluation.predictions import write_json
+from instructblip.recipe import Recipe, differences, load_recipe
+from instructblip.stages import RECIPE_FILE
+from runs.claims.conditions import BASE, DOWNSTREAM, Job, Plan
 
-SETS = ["coco_caption", "vqav2", "okvqa", "aokvqa", "ocrvqa", "textcaps"]
-SETS += ["vqav2_question", "llava_conversation"]
-
-# Figure 4: the input without an instruction, and with the name of the data set in its place.
-# Question generation and conversations bring no name of their own: they keep the question.
-PLAIN = {
-    "coco_caption": "",
-    "textcaps": "",
-    "aokvqa": "{question} {options}",
-    **dict.fromkeys(("vqav2", "okvqa", "ocrvqa", "vqav2_question"), "{question}"),
-}
-NAMED = {name: f"{name}: {text}".strip() for name, text in PLAIN.items()}
+DONE = "done.json"
 
 
-def templates(by_set: dict[str, str]) -> list[str]:
-    """Overrides that give each set its one template."""
-    return [f"data.sets.{name}.templates={json.dumps([text])}" for name, text in by_set.items()]
+def recipe_of(plan: Plan, job: Job) -> Recipe:
+    """The recipe of a job; ValueError if its folder holds what another recipe made."""
+    recipe = load_recipe(BASE, job.overrides)
+    folder = plan.work / job.name
+    for path in (folder / RECIPE_FILE, folder / "results" / RECIPE_FILE):
+        changes = differences(load_recipe(path), recipe) if path.is_file() else []
+        if changes:
+            raise ValueError(
+                f"{path} was written with other settings ({'; '.join(changes)}); choose another "
+                "work folder, or delete this one"
+            )
+    return recipe
 
 
-def named_prompts() -> list[str]:
-    """Overrides that ask every benchmark as ``NAMED`` asks in training."""
-    found = []
-    for benchmark in select_benchmarks(["scenes"]):
-        places = [f"{{{p}}}" for p in ("context", "history", "ocr_tokens", "question", "options")
-                  if f"{{{p}}}" in benchmark.prompt]  # fmt: skip
-        prompt = f"{benchmark.source}: {' '.join(places)}".strip()
-        found.append(f"evaluation.prompts.{benchmark.name}={json.dumps(prompt)}")
-    return found
+def prepare(plan: Plan, scale: float) -> None:
+    """Data, its check and the image features, once for all; then BLIP-2 as it is.
+
+    BLIP-2 is looked at in every session: its predictions are refused if the starter has changed.
+    """
+    stages.scenes(plan.work / "scenes", scale=scale)
+    extra = [f"data.sets.{name}={{}}" for name in DOWNSTREAM]
+    stages.cache(load_recipe(BASE, [*plan.common, *extra, "data.check=run"]))
+    job = plan.baseline()
+    began = time.monotonic()
+    folder = plan.work / job.name
+    stages.evaluate(recipe_of(plan, job), plan.start, folder / "results", instruction_aware=False)
+    if not (folder / DONE).is_file():
+        write_json(folder / DONE, {"seconds": round(time.monotonic() - began, 1)})
 
 
-TUNED: dict[str, list[str]] = {
-    "instructblip": [],
-    "no_instruction_in_qformer": ["model.instruction_aware=false"],
-    # All sets equally often, and no weights by hand.
-    "no_balancing": [
-        "data.temperature=0",
-        *(f"data.sets.{name}.weight=1" for name in SETS),
-    ],
-    "multitask_plain": templates(PLAIN),
-    "multitask_names": templates(NAMED),
-}
-"""Condition -> overrides of the recipe."""
-
-DOWNSTREAM = {"scienceqa": "scenes_scienceqa", "okvqa": "scenes_okvqa"}
-"""Set to fine-tune on -> its benchmark. The first was held out from tuning, the second was not."""
+def do(plan: Plan, job: Job) -> None:
+    """Tune, measure, and note how long it took in this session."""
+    began = time.monotonic()
+    recipe, folder = recipe_of(plan, job), plan.work / job.name
+    model = job.model
+    if model is None:
+        stopped = stages.train(recipe, folder, resume=True).stopped
+        if stopped == "terminated":
+            raise SystemExit(f"{job.name}: told to stop; it goes on from its checkpoint")
+        model = f"{folder}/last"
+    stages.evaluate(recipe, model, folder / "results")
+    write_json(folder / DONE, {"seconds": round(time.monotonic() - began, 1)})
 
 
-def tune(folder: Path, overrides: list[str], seed: int) -> None:
-    seeds = [f"training.seed={seed}", f"data.seed={seed}"]
-    recipe = load_recipe("scenes", [*overrides, *seeds])
-    if not (folder / "last" / "config.json").is_file():
-        stages.train(recipe, folder, resume=(folder / "checkpoints").is_dir())
+def do_all(plan: Plan, processes: int, arguments: list[str]) -> None:
+    """All jobs that are not finished, ``processes`` at a time, each a process of its own."""
 
+    def finished(name: str | None) -> bool:
+        return name is None or (plan.work / name / DONE).is_file()
 
-def measure(model: str, out: Path, overrides: list[str]) -> None:
-    """Evaluation resumes by itself, and reads what is finished."""
-    stages.evaluate(load_recipe("scenes", overrides), model, out)
+    jobs = plan.jobs()
+    waiting = deque(job for job in jobs if not finished(job.name))
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        while waiting or running:
+            job = next((job for job in waiting if finished(job.needs)), None)
+            if job and len(running) < processes:
+                waiting.remove(job)
+                log = plan.work / job.name / "log.txt"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                command = [sys.executable, "-m", "runs.claims.measure", *arguments]
+                with log.open("ab") as file:
+                    running[job.name] = subprocess.Popen(
+                        [*command, "--job", job.name], env=environment, stdout=file, stderr=file
+                    )
+                continue
+            time.sleep(0.2)
+            for name in [name for name, child in running.items() if child.poll() is not None]:
+                if running.pop(name).returncode:
+                    raise SystemExit(f"{name} failed; see {plan.work / name / 'log.txt'}")
+                seconds = json.loads((plan.work / name / DONE).read_text())["seconds"]
+                left = len(waiting) + len(running)
+                print(f"{len(jobs) - left}/{len(jobs)} {name}, {seconds:.0f} s", flush=True)
+    finally:
+        for child in running.values():
+            child.terminate()  # training saves a checkpoint
+        for child in running.values():
+            child.wait()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("work", type=Path)
-    parser.add_argument("--start", default="starter", help="the BLIP-2 to begin with")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--finetune-steps", type=int, default=60)
-    parser.add_argument("--limit", type=int, default=100, help="samples of each benchmark")
+    parser.add_argument("--start", default=Plan.start, help="the BLIP-2 to begin with")
+    parser.add_argument("--seeds", type=int, default=Plan.seeds)
+    parser.add_argument("--steps", type=int, default=Plan.steps)
+    parser.add_argument("--finetune-steps", type=int, default=Plan.finetune_steps)
+    parser.add_argument("--limit", type=int, default=Plan.limit, help="samples of each benchmark")
     parser.add_argument("--scale", type=float, default=1.0, help="size of the data sets")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--job", help="only this one, here")
     parser.add_argument("overrides", nargs="*", help="further overrides of every recipe")
-    given = parser.parse_intermixed_args()
+    given = vars(parser.parse_intermixed_args())
+    scale, processes, only = given.pop("scale"), given.pop("processes"), given.pop("job")
+    plan = Plan(**{**given, "overrides": tuple(given["overrides"])})
+    if only:
+        return do(plan, next(job for job in plan.jobs() if job.name == only))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
-    data = given.work / "scenes"
-    stages.scenes(data, scale=given.scale)
-    common = [f"data.root={data}", f"evaluation.limit={given.limit}", f"model.start={given.start}"]
-    common += ["training.validate_every=null", "evaluation.validation=[scenes_vqav2]"]
-    common += ["evaluation.validation_limit=8", *given.overrides]
-
-    def schedule(steps: int) -> list[str]:
-        return [f"training.steps={steps}", f"training.warmup_steps={max(1, steps // 10)}"]
-
-    measure(given.start, given.work / "blip2" / "seed0" / "results", common)
-    for seed in range(given.seeds):
-        for condition, overrides in TUNED.items():
-            run = given.work / condition / f"seed{seed}"
-            # The held-out sets of training are left as they are: only the mixture changes.
-            tune(run, [*common, *schedule(given.steps), *overrides], seed)
-            measure(f"{run}/last", run / "results", common)
-            if condition == "multitask_names":
-                asked = [*common, *named_prompts()]
-                again = given.work / "multitask_names_asked_by_name" / f"seed{seed}" / "results"
-                measure(f"{run}/last", again, asked)
-        tuned = given.work / "instructblip" / f"seed{seed}" / "last"
-        for name, benchmark in DOWNSTREAM.items():
-            only = [f"data.sets={{{name}: {{}}}}", f"evaluation.benchmarks=[{benchmark}]"]
-            starts = {
-                "blip2": ["model.instruction_aware=false"],
-                "instructblip": [f"model.start={tuned}"],
-            }
-            for start, overrides in starts.items():
-                run = given.work / f"{start}_finetuned_{name}" / f"seed{seed}"
-                settings = [*common, *schedule(given.finetune_steps), *only, *overrides]
-                tune(run, settings, seed)
-                measure(f"{run}/last", run / "results", settings)
-    minutes = (time.monotonic() - began) / 60
-    settings = vars(given) | {"work": str(given.work), "minutes": round(minutes, 1)}
-    (given.work / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
-    print(f"took {minutes:.1f} minutes")
+    for job in (plan.baseline(), *plan.jobs()):
+        recipe_of(plan, job)  # all are looked at before any is begun
+    prepare(plan, scale)
+    settings = {**given, "work": str(plan.work), "scale": scale, "processes": processes}
+    write_json(plan.work / "settings.json", settings)
+    print(f"data and BLIP-2: {time.monotonic() - began:.0f} s", flush=True)
+    do_all(plan, processes, sys.argv[1:])
+    print(f"this session took {(time.monotonic() - began) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

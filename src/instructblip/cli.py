@@ -274,9 +274,12 @@ def report(
     folders: Folders,
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("out/report.html"),
     run: Annotated[list[Path] | None, typer.Option(help="Run directory: its curves.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Name of the folder the others are held to; the first.")
+    ] = None,
 ) -> None:
-    """Write tables, a gallery of answers and curves into one offline HTML file."""
-    print(stages.report(folders, out, run or []))
+    """Write tables, charts, a gallery of answers and curves into one offline HTML file."""
+    print(stages.report(folders, out, run or [], baseline))
 
 
 app.add_typer(use)

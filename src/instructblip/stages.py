@@ -230,7 +230,7 @@ def compare(
     folders = [_evaluated(path, recipe, overrides, out) for path in models]
     comparison = comparing.compare(load_results(folders))
     if form == "table":
-        _print_tables(tables.to_rich(comparison, intervals))
+        _print_tables(tables.to_rich(comparison, intervals), tables.measured_with(comparison))
     elif form == "json":
         print(json.dumps(tables.to_json(comparison), indent=2))
     else:
@@ -251,7 +251,7 @@ def _evaluated(path: Path, recipe: str | None, overrides: Sequence[str], out: Pa
     return folder
 
 
-def _print_tables(shown: "Sequence[Table]") -> None:
+def _print_tables(shown: "Sequence[Table]", notes: Sequence[str]) -> None:
     from rich.console import Console
 
     console = Console()
@@ -259,6 +259,8 @@ def _print_tables(shown: "Sequence[Table]") -> None:
         console = Console(width=max(160, console.width))
     for table in shown:
         console.print(table)
+    for note in notes:
+        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def recipe_of(model: str) -> str:
@@ -270,14 +272,18 @@ def recipe_of(model: str) -> str:
     return str(found) if found else default
 
 
-def report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) -> Path:
-    """Write one offline HTML file: tables, a gallery of answers, the curves of ``runs``."""
+def report(
+    folders: Sequence[Path], out: Path, runs: Sequence[Path] = (), baseline: str | None = None
+) -> Path:
+    """Write one offline HTML file: tables and charts against ``baseline`` (the first), a gallery
+    of answers, the curves of ``runs``."""
     from instructblip import __version__
     from instructblip.evaluation.report import write_report
 
     return write_report(
         out,
         load_results(folders),
+        baseline=baseline,
         curves={run.name: run / "metrics.jsonl" for run in runs},
         facts={"version": __version__},
     )

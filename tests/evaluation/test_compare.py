@@ -53,11 +53,19 @@ def test_json_is_plain_and_complete(comparison: Comparison) -> None:
     assert plain["means"]["held_out"]["models"]["seeing"]["value"] == 100
     assert plain["datasets"]["b_out"]["unseen_type"] is True
     assert plain["datasets"]["b_out"]["published"] == {}
+    assert plain["datasets"]["b_out"]["how"] == {
+        "metric": "exact_match",
+        "tokenizer": None,
+        "mode": "generate",
+        "decoding": {"num_beams": 1, "max_new_tokens": 5},
+        "prompt": "Question: {question} Short answer:",
+    }
+    assert plain["means"]["held_out"]["how"] is None
     assert plain["datasets"]["b_out"]["differences"]["seeing"]["p"] < 0.01
 
 
 def test_markdown_has_the_papers_shape(comparison: Comparison) -> None:
-    held_in, held_out, _ = tables.to_markdown(comparison).split("\n\n")
+    held_in, held_out, _, measured = tables.to_markdown(comparison).split("\n\n")
     rows = [line.split(" | ") for line in held_out.splitlines()]
     assert rows[0][0] == "| held-out"
     assert rows[0][1] == "50% & more\\_colours †"
@@ -67,6 +75,13 @@ def test_markdown_has_the_papers_shape(comparison: Comparison) -> None:
     assert rows[5][1].endswith("\\*\\*")
     assert len({len(row) for row in rows if len(row) > 1}) == 1
     assert "†" not in held_in
+    assert [line.split(":")[0] for line in measured.splitlines()] == [
+        "- colours",
+        "- 50% & more\\_colours",
+    ]
+    prompt = "prompt 'Question: {question} Short answer:'"
+    assert measured.count(prompt) == 2
+    assert "a\\_in, n 30; exact\\_match; generate (num\\_beams 1, max\\_new\\_tokens 5)" in measured
 
 
 def test_latex_escapes_and_marks(comparison: Comparison) -> None:
@@ -74,6 +89,8 @@ def test_latex_escapes_and_marks(comparison: Comparison) -> None:
     assert r"50\% \& more\_colours $^\dagger$" in text
     assert text.count(r"\begin{tabular}{lrr}") == text.count(r"\end{tabular}") == 2
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    measured = "% 50% & more_colours: b_out, n 30; exact_match;"
+    assert text.rstrip().splitlines()[-1].startswith(measured)
     assert {line.replace(r"\&", "").count("&") for line in body} == {2}
 
 

@@ -106,10 +106,10 @@ class Radar:
     rings: list[str]
     webs: list[Web]
 
-    width = 640
-    height = 400
-    centre = (320, 200)
-    radius = 138
+    width = 600
+    height = 370
+    centre = (300, 185)
+    radius = 132
 
 
 def radar_chart(

@@ -6,6 +6,7 @@ for both, and only sets that all models have enter the means.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from instructblip.evaluation.bootstrap import (
     Difference,
@@ -33,7 +34,8 @@ class Cell:
 class Row:
     """One benchmark, or the mean over one role, for all models that have it.
 
-    ``differences`` are those to the baseline, for every other model.
+    ``differences`` are those to the baseline, for every other model; ``how`` is ``Result.how``,
+    None for a mean.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Row:
     role: str
     metric: str
     unseen_type: bool
+    how: dict[str, Any] | None
     cells: dict[str, Cell]
     differences: dict[str, Difference]
 
@@ -122,6 +125,7 @@ def _row(result: Result, found: Found, drawn: Drawn, base: str) -> Row:
         role=result.role,
         metric=result.metric,
         unseen_type=result.unseen_type,
+        how=result.how,
         cells=cells,
         differences=_differences(cells, {m: drawn.get((m, name)) for m in cells}, base),
     )
@@ -147,6 +151,7 @@ def _mean_row(rows: list[Row], role: str, found: Found, drawn: Drawn, base: str)
         role=role,
         metric="mean",
         unseen_type=False,
+        how=None,
         cells=cells,
         differences=_differences(cells, dict(resampled), base),
     )

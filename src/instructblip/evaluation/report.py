@@ -42,6 +42,8 @@ def write_report(
         samples_per_set: cards in the gallery per benchmark; 0 leaves it out.
     """
     path = Path(path)
+    if baseline is not None and baseline in models:
+        models = {baseline: models[baseline], **models}  # first in tables, charts and gallery
     comparison = compare(models, baseline)
     blind = {
         model
@@ -133,6 +135,7 @@ def _settings(models: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
                 result.benchmark,
                 {
                     "name": result.benchmark,
+                    "title": result.title,
                     "prompt": asked["prompt"],
                     "how": decoding or "highest log-likelihood of the candidates",
                     "metric": result.metric,
@@ -153,6 +156,11 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.1f}"
-    environment.filters["signed"] = lambda value: f"{value:+.1f}".replace("-", "−")
+    environment.filters["signed"] = _signed
     environment.filters["percent"] = lambda value: f"{100 * value:.0f} %"
     return environment
+
+
+def _signed(value: float) -> str:
+    """One digit with its sign; what rounds to nothing has none."""
+    return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -58,6 +58,13 @@ class Result:
         """The 95 % bootstrap interval; None where the figure is not defined."""
         return None if self.value is None else interval(self.resampled())
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """What the figure depends on beside the model and the samples."""
+        asked = self.settings["benchmark"]
+        own = {name: asked[name] for name in ("mode", "decoding", "prompt")}
+        return {"metric": self.metric, "tokenizer": self.tokenizer, **own}
+
     def describe(self) -> str:
         """The figure and what it was measured with, in one line."""
         bounds = self.interval
@@ -65,14 +72,8 @@ class Result:
             figure = "not defined (one class only)"
         else:
             figure = f"{self.value:.2f} [{bounds.low:.2f}, {bounds.high:.2f}]"
-        asked = self.settings["benchmark"]
-        how = ", ".join(f"{k} {v}" for k, v in asked["decoding"].items()) or "argmax of candidates"
-        tokens = f"; tokenizer {self.tokenizer}" if self.tokenizer else ""
         blind = "; blind control" if self.settings.get("blind_seed") is not None else ""
-        return (
-            f"{self.benchmark} {figure}  n {self.n}; {self.metric}{tokens}; {asked['mode']} "
-            f"({how}); prompt {asked['prompt']!r}{blind}"
-        )
+        return f"{self.benchmark} {figure}  n {self.n}; {describe_how(self.how)}{blind}"
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the predictions."""
@@ -111,6 +112,16 @@ class Result:
         return make_result(
             stored["settings"], by_id, stored["tokenizer"] or "python", stored["image_root"]
         )
+
+
+def describe_how(how: Mapping[str, Any]) -> str:
+    """``Result.how`` as words: scorer, tokenizer, decoding, prompt."""
+    tokens = f"; tokenizer {how['tokenizer']}" if how["tokenizer"] else ""
+    decoding = ", ".join(f"{k} {v}" for k, v in how["decoding"].items())
+    return (
+        f"{how['metric']}{tokens}; {how['mode']} ({decoding or 'argmax of candidates'}); "
+        f"prompt {how['prompt']!r}"
+    )
 
 
 def make_result(

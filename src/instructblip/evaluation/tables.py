@@ -1,7 +1,8 @@
 """A comparison written in four ways, shaped like table 1 of the paper: models down, sets across.
 
 One table for each role (held-in, held-out, fine-tuned). First the published figures of the same
-sets, then ours with their intervals, then the differences to the baseline with a paired test.
+sets, then ours with their intervals, then the differences to the baseline with a paired test. What
+each set was measured with follows the tables.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from instructblip.evaluation.bootstrap import Difference
 from instructblip.evaluation.compare import ROLES, Cell, Comparison, Row
 from instructblip.evaluation.published import PUBLISHED
+from instructblip.evaluation.result import describe_how
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -92,6 +94,16 @@ def _delta(found: Difference | None, intervals: bool) -> str:
     return f"{found.value:+.1f}{bounds}{stars}"
 
 
+def measured_with(comparison: Comparison) -> list[str]:
+    """One line a set: what its figures depend on."""
+    lines = []
+    for row in comparison.rows:
+        assert row.how is not None
+        n = next(iter(row.cells.values())).n
+        lines.append(f"{row.title}: {row.name}, n {n}; {describe_how(row.how)}")
+    return lines
+
+
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """Everything, as plain values; ``datasets`` by benchmark, ``means`` by role."""
 
@@ -102,6 +114,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             "role": row.role,
             "metric": row.metric,
             "unseen_type": row.unseen_type,
+            "how": row.how,
             "models": {
                 model: {"value": c.value, "interval_95": [c.low, c.high], "n": c.n}
                 for model, c in row.cells.items()
@@ -133,7 +146,8 @@ def to_markdown(comparison: Comparison) -> str:
             lines.append(_markdown_line([f"**{name}**" if line.kind == "model" else name, *texts]))
         parts.append("\n".join(lines))
     note = _escape_markdown(NOTE.format(baseline=comparison.baseline))
-    return "\n\n".join([*parts, note]) + "\n"
+    listed = "\n".join(f"- {_escape_markdown(line)}" for line in measured_with(comparison))
+    return "\n\n".join([*parts, note, listed]) + "\n"
 
 
 def _markdown_line(cells: Sequence[str]) -> str:
@@ -188,7 +202,8 @@ def to_latex(comparison: Comparison) -> str:
             kind = line.kind
             lines.append(_latex_line([line.name, *line.texts]))
         parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}"]))
-    return "\n\n".join([*parts, f"% {NOTE.format(baseline=comparison.baseline)}", ""])
+    notes = [NOTE.format(baseline=comparison.baseline), *measured_with(comparison)]
+    return "\n\n".join([*parts, "\n".join(f"% {note}" for note in notes), ""])
 
 
 def to_rich(comparison: Comparison, intervals: bool = False) -> "list[Table]":

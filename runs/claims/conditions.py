@@ -1,0 +1,130 @@
+"""What the claims compare: each condition is a list of overrides of the recipe ``quickstart``."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from instructblip.evaluation.benchmarks import select_benchmarks
+from instructblip.recipe import load_recipe
+
+BASE = "quickstart"
+SETS = tuple(load_recipe(BASE).data.sets)
+
+# Figure 4: the input without an instruction, and with the name of the data set in its place.
+PLAIN = {
+    "coco_caption": "",
+    "textcaps": "",
+    "aokvqa": "{question} {options}",
+    **dict.fromkeys(("vqav2", "okvqa", "ocrvqa"), "{question}"),
+}
+NAMED = {name: f"{name}: {text}".strip() for name, text in PLAIN.items()}
+
+
+def templates(by_set: dict[str, str]) -> list[str]:
+    """Overrides that give each set of the mixture its one template."""
+    return [f"data.sets.{name}.templates={json.dumps([by_set[name]])}" for name in SETS]
+
+
+def named_prompts() -> list[str]:
+    """Overrides that ask every benchmark as ``NAMED`` asks in training."""
+    places = ("context", "history", "ocr_tokens", "question", "options")
+    found = []
+    for benchmark in select_benchmarks(["scenes"]):
+        own = [f"{{{place}}}" for place in places if f"{{{place}}}" in benchmark.prompt]
+        prompt = f"{benchmark.source}: {' '.join(own)}".strip()
+        found.append(f"evaluation.prompts.{benchmark.name}={json.dumps(prompt)}")
+    return found
+
+
+TUNED: dict[str, list[str]] = {
+    "instructblip": [],
+    "no_instruction_in_qformer": ["model.instruction_aware=false"],
+    # All sets equally often, and no weights by hand.
+    "no_balancing": ["data.temperature=0", *(f"data.sets.{name}.weight=1" for name in SETS)],
+    "multitask_plain": templates(PLAIN),
+    "multitask_names": templates(NAMED),
+}
+"""Condition -> what its tuning changes."""
+
+DOWNSTREAM = {"scienceqa": "scenes_scienceqa", "okvqa": "scenes_okvqa"}
+"""Set to fine-tune on -> its benchmark. The first was held out from tuning, the second was not."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model, tuned and measured, in ``WORK/<name>``; ``model`` is measured without tuning.
+
+    ``needs`` is the job whose model this one starts from or measures.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    model: str | None = None
+    needs: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of the whole undertaking."""
+
+    work: Path
+    seeds: int = 5
+    steps: int = 250
+    finetune_steps: int = 60
+    limit: int = 200
+    start: str = "starter"
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def common(self) -> list[str]:
+        """What all recipes share: features stored once, checked once, no validation on the way."""
+        return [
+            f"data.root={self.work / 'scenes'}",
+            "data.check=skip",
+            "features.cache=on",
+            f"model.start={self.start}",
+            f"evaluation.limit={self.limit}",
+            "evaluation.validation=[scenes_vqav2]",
+            "evaluation.validation_limit=8",
+            "training.validate_every=null",
+            "training.save_every=100",
+            "training.keep_last=1",
+        ]
+
+    def job(self, name: str, *overrides: str, **how: str) -> Job:
+        return Job(name, (*self.common, *self.overrides, *overrides), **how)
+
+    def baseline(self) -> Job:
+        return self.job("blip2/seed0", model=self.start)
+
+    def jobs(self) -> list[Job]:
+        """All runs, seed by seed, each after the one that it needs."""
+        return [job for seed in range(self.seeds) for job in self._of_seed(seed)]
+
+    def _of_seed(self, seed: int) -> list[Job]:
+        last = {name: f"{self.work}/{name}/seed{seed}/last" for name in TUNED}
+        seeds = [f"training.seed={seed}", f"data.seed={seed}"]
+        jobs = [
+            self.job(f"{name}/seed{seed}", *seeds, *_schedule(self.steps), *overrides)
+            for name, overrides in TUNED.items()
+        ]
+        named = f"multitask_names/seed{seed}"
+        jobs.append(
+            self.job(f"multitask_names_in_both/seed{seed}", *named_prompts(),
+                     model=last["multitask_names"], needs=named)
+        )  # fmt: skip
+        for name, benchmark in DOWNSTREAM.items():
+            only = [f"data.sets={{{name}: {{}}}}", f"evaluation.benchmarks=[{benchmark}]"]
+            settings = [*seeds, *_schedule(self.finetune_steps), *only]
+            jobs += [
+                self.job(f"blip2_finetuned_{name}/seed{seed}", *settings,
+                         "model.instruction_aware=false"),
+                self.job(f"instructblip_finetuned_{name}/seed{seed}", *settings,
+                         f"model.start={last['instructblip']}", needs=f"instructblip/seed{seed}"),
+            ]  # fmt: skip
+        return jobs
+
+
+def _schedule(steps: int) -> Sequence[str]:
+    return f"training.steps={steps}", f"training.warmup_steps={max(1, steps // 10)}"
