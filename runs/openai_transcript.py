@@ -38,9 +38,12 @@ print([model.id for model in client.models.list()])
 """,
     """picture = base64.b64encode(Path("asked.png").read_bytes()).decode()
 url = {"url": f"data:image/png;base64,{picture}"}
+
+
 def asking(text):
     parts = [{"type": "text", "text": text}, {"type": "image_url", "image_url": url}]
     return [{"role": "user", "content": parts}]
+
 
 reply = client.chat.completions.create(
     model="instructblip", messages=asking("A short image description.")
