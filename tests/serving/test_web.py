@@ -118,9 +118,9 @@ def test_attention_is_what_the_layer_uses(engines: dict[str, Engine]) -> None:
 
 
 def test_overlays_are_bright_where_the_query_looks() -> None:
-    attention = torch.zeros(1, 17)
-    attention[0, 1 + 5] = 1  # second row, second column of four
+    attention = torch.zeros(2, 17)
+    attention[:, 1 + 5] = 1  # second row, second column of four
     shown = overlays(Image.new("RGB", (30, 20), "grey"), attention, side=40)
-    assert [name for _, name in shown] == ["all", "1"]
+    assert [name for _, name in shown] == ["1-2", "1", "2"]
     bright = shown[1][0].convert("L")
     assert bright.getpixel((15, 15)) > bright.getpixel((35, 35))  # type: ignore[operator]
