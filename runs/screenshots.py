@@ -2,7 +2,8 @@
 
     python runs/screenshots.py [--model starter] [--before starter] [--out docs/pictures]
 
-Serves the models on a free port, asks the second example and takes page_en.png and page_zh.png.
+Serves the models on a free port, asks the second example and takes page_en.png and page_zh.png;
+where one of them draws, also draw_en.png and draw_zh.png.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import uvicorn
 from playwright.sync_api import Page, sync_playwright
 
 from instructblip.serving.api import create_app
-from instructblip.serving.web import PATH, mount_page
+from instructblip.serving.web import EN, PATH, ZH, mount_page
 from instructblip.stages_use import load_engine
 
 
@@ -68,6 +69,15 @@ def ask_example(page: Page, address: str, number: int) -> None:
     page.wait_for_timeout(1000)
 
 
+def draw_example(page: Page, address: str, words: dict[str, str]) -> None:
+    """Open the tab that draws and draw what stands there; returns when the pictures are there."""
+    page.goto(address + PATH)
+    page.get_by_role("tab", name=words["draw_tab"]).click()
+    page.locator("#draw-button").click()
+    page.locator("#drawn img").first.wait_for()
+    page.wait_for_timeout(500)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="starter")
@@ -84,6 +94,9 @@ def main() -> None:
             with browser_page(locale) as page:
                 ask_example(page, address, number=1)
                 page.screenshot(path=str(args.out / f"page_{language}.png"), full_page=True)
+                if any(engine.can_draw for engine in engines.values()):
+                    draw_example(page, address, {"en": EN, "zh": ZH}[language])
+                    page.screenshot(path=str(args.out / f"draw_{language}.png"), full_page=True)
 
 
 if __name__ == "__main__":

@@ -277,9 +277,12 @@ def report(
     baseline: Annotated[
         str | None, typer.Option(help="Name of the folder the others are held to; the first.")
     ] = None,
+    drawn: Annotated[
+        Path | None, typer.Option(help="Folder of pictures from benchmarks/draw.py --out.")
+    ] = None,
 ) -> None:
     """Write tables, charts, a gallery of answers and curves into one offline HTML file."""
-    print(stages.report(folders, out, run or [], baseline))
+    print(stages.report(folders, out, run or [], baseline, drawn))
 
 
 app.add_typer(use)

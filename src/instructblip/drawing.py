@@ -12,7 +12,7 @@ from instructblip.text_to_image.batches import DrawLoader, Interleaved
 from instructblip.text_to_image.config import TextToImageConfig
 from instructblip.text_to_image.measure import KINDS, fresh_prompts, measure
 from instructblip.text_to_image.model import TextToImage
-from instructblip.text_to_image.pretrained import save_pretrained
+from instructblip.text_to_image.pretrained import from_pretrained, save_pretrained
 from instructblip.text_to_image.sample import Painter
 from instructblip.text_to_image.tasks import (
     CaptionedPictures,
@@ -27,15 +27,19 @@ __all__ = ["make_batches", "make_model", "make_validation", "save_pretrained"]
 
 
 def make_model(recipe: Recipe) -> TextToImage:
-    """The InstructBLIP of the recipe with a fresh conditioner and the recipe's decoder."""
+    """The InstructBLIP of the recipe with a conditioner and a decoder, fresh or begun before."""
     drawing = _drawing(recipe)
     understood = recipe.model_copy(
         update={"training": recipe.training.model_copy(update={"trainable": ("qformer",)})}
     )
     instructblip = assembly.make_model(understood)
     torch.manual_seed(recipe.training.seed)
-    config = TextToImageConfig(conditioner=drawing.conditioner, decoder=drawing.decoder)
-    model = TextToImage(instructblip, config).set_trainable(recipe.training.trainable)
+    if drawing.start is None:
+        config = TextToImageConfig(conditioner=drawing.conditioner, decoder=drawing.decoder)
+        model = TextToImage(instructblip, config)
+    else:
+        model = from_pretrained(drawing.start, instructblip).train()
+    model.set_trainable(recipe.training.trainable)
     half = torch.bfloat16 if recipe.training.precision == "bf16" else None
     frozen = half if resolve_device(recipe.training.device).type == "cuda" else None
     return model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=half)
@@ -105,11 +109,12 @@ def make_validation(
     if not any(entry.kind in ("scenes", "subjects") for entry in drawing.sets.values()):
         return None
     tokens, transform = assembly.read_assets(recipe, model.instructblip)
+    number = drawing.validation_prompts
 
     def validate(_model: TextToImage) -> dict[str, float]:
         painter = Painter(model, tokens, transform)
         scores = {
-            kind: measure(painter, fresh_prompts(kind, drawing.validation_prompts))[0].objects
+            kind: measure(painter, kind, fresh_prompts(kind, number)).figures.objects
             for kind in KINDS
         }
         return {"score": sum(scores.values()) / len(scores), **scores}

@@ -195,6 +195,9 @@ class DrawingConfig(_Section):
 
     sets: dict[str, DrawingSet] = Field(min_length=1)
     """Name to set: what the decoder is trained on."""
+    start: str | None = None
+    """A directory that draws, to go on from its conditioner and decoder: the two below are then its
+    own. It must have been trained with the Q-Former of ``model.start``; null begins anew."""
     conditioner: ConditionerConfig = ConditionerConfig()
     """From the Q-Former to the condition."""
     decoder: NativeConfig | DiffusersConfig = Field(default=NativeConfig(), discriminator="kind")

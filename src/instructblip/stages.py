@@ -273,10 +273,14 @@ def recipe_of(model: str) -> str:
 
 
 def report(
-    folders: Sequence[Path], out: Path, runs: Sequence[Path] = (), baseline: str | None = None
+    folders: Sequence[Path],
+    out: Path,
+    runs: Sequence[Path] = (),
+    baseline: str | None = None,
+    drawn: Path | None = None,
 ) -> Path:
     """Write one offline HTML file: tables and charts against ``baseline`` (the first), a gallery
-    of answers, the curves of ``runs``."""
+    of answers, drawn pictures, the curves of ``runs``."""
     from instructblip import __version__
     from instructblip.evaluation.report import write_report
 
@@ -286,6 +290,7 @@ def report(
         baseline=baseline,
         curves={run.name: run / "metrics.jsonl" for run in runs},
         facts={"version": __version__},
+        drawn=drawn,
     )
 
 

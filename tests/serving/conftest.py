@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import uvicorn
 
+from instructblip.model.instructblip import InstructBlip
 from instructblip.serving.engine import Engine
+from instructblip.text_to_image.model import TextToImage
+from instructblip.text_to_image.pretrained import FOLDER, save_addition
 from tests.data.tiny import write_picture
 from tests.serving.test_engine import write_model
+from tests.text_to_image.conftest import CONFIG
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +75,14 @@ def running(app: Any, **options: Any) -> Iterator[str]:
         server.should_exit = True
         thread.join(timeout=20)
         assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def drawing_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with an untrained decoder that draws 16 x 16 pixels."""
+    folder = write_model(tmp_path_factory.mktemp("drawing"), "instructblip")
+    torch.manual_seed(0)
+    model = TextToImage(InstructBlip.from_pretrained(folder), CONFIG)
+    torch.nn.init.normal_(model.decoder.patch_output.weight, std=0.1)
+    save_addition(model, folder / FOLDER)
+    return folder

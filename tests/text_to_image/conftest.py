@@ -33,8 +33,10 @@ def model(directory: Path) -> TextToImage:
     blip = InstructBlip.from_pretrained(directory)
     torch.manual_seed(0)
     model = TextToImage(blip, CONFIG)
-    with torch.no_grad():  # the last layer starts at zero: give it something to say
+    with torch.no_grad():  # what starts at zero gets something to say
         model.decoder.patch_output.weight.normal_(std=0.1)
+        for layer in model.conditioner.connector.layers:
+            layer.convolution.weight.normal_(std=0.2)
     return model
 
 

@@ -80,8 +80,9 @@ def test_loss_of_a_batch_is_the_sum_of_its_pictures(model: TextToImage, loader: 
 @pytest.mark.parametrize("predict", ["picture", "velocity"])
 def test_the_true_picture_has_no_loss_and_is_where_euler_ends(predict: str, monkeypatch):
     config = NativeConfig(
-        image_size=8, patch_size=4, width=8, num_heads=2, condition_width=8, predict=predict
-    )
+        image_size=8, patch_size=4, width=8, num_heads=2, condition_width=8, predict=predict,
+        noise_levels=1,
+    )  # fmt: skip
     decoder = NativeDecoder(config)
     picture, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
     truth = picture if predict == "picture" else noise - picture
@@ -97,6 +98,29 @@ def test_the_true_picture_has_no_loss_and_is_where_euler_ends(predict: str, monk
             noisy, decoder.predict(noisy, level, nothing, nothing), place, levels
         )
     torch.testing.assert_close(noisy, picture, atol=1e-5, rtol=1e-4)
+
+
+def test_one_condition_serves_several_noise_levels():
+    torch.manual_seed(0)
+    decoder = NativeDecoder(CONFIG.decoder)  # type: ignore[arg-type]
+    torch.nn.init.normal_(decoder.patch_output.weight)
+    noisy, level = torch.randn(6, 3, 16, 16), torch.rand(6)
+    condition, mask = torch.randn(2, 5, 16), torch.rand(2, 5) < 0.7
+    mask[:, 0] = True
+    shared = decoder(noisy, level, condition, mask)
+    rows = torch.arange(6) // 3
+    torch.testing.assert_close(shared, decoder(noisy, level, condition[rows], mask[rows]))
+    assert not torch.allclose(shared, decoder(noisy, level, condition[1 - rows], mask[1 - rows]))
+
+
+def test_noise_levels_of_a_picture_are_spread():
+    torch.manual_seed(0)
+    config = CONFIG.decoder.model_copy(update={"noise_levels": 4})
+    logit = NativeDecoder(config)._random_levels(5000).logit().unflatten(0, (-1, 4))
+    assert isinstance(config, NativeConfig)
+    assert logit.mean().item() == pytest.approx(config.noise_mean, abs=0.05)
+    assert logit.std().item() == pytest.approx(config.noise_std, abs=0.05)
+    assert (logit[:, :-1].amax(0) <= logit[:, 1:].amin(0) + 1e-4).all()  # one of each quarter
 
 
 def test_only_what_was_chosen_trains(model: TextToImage, loader: DrawLoader, tmp_path: Path):

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from instructblip import drawing, stages
 from instructblip.data.scenes.official import write_scenes
 from instructblip.recipe import load_recipe
+from instructblip.text_to_image.pretrained import from_pretrained
 from instructblip.text_to_image.sample import Painter
 
 SMALL = [
@@ -29,8 +31,23 @@ def test_the_recipe_trains_and_its_run_draws(directory: Path, tmp_path: Path):
     assert pictures[0].size == (64, 64)
 
 
+def test_a_run_goes_on_from_another(directory: Path, tmp_path: Path):
+    recipe = load_recipe("draw", [f"model.start={directory}", *SMALL])
+    stages.train(recipe, tmp_path / "run")
+    more = load_recipe(
+        "draw", [f"model.start={directory}", f"drawing.start={tmp_path / 'run'}", *SMALL[2:]]
+    )
+    first, second = from_pretrained(tmp_path / "run"), drawing.make_model(more)
+    assert second.config.decoder == first.config.decoder  # sizes come with the weights
+    for name, value in first.conditioner.state_dict().items():
+        assert torch.equal(value, second.conditioner.state_dict()[name])
+    assert any(name.startswith("decoder.") for name, _ in second.trainable_parameters())
+    assert second.training
+    assert stages.train(more, tmp_path / "more").step == 4
+
+
 def test_understanding_is_interleaved_while_the_qformer_trains(directory: Path, tmp_path: Path):
-    write_scenes(tmp_path / "scenes", scale=0.02, sets=("coco_caption",))
+    write_scenes(tmp_path / "scenes", scale=0.02, sets=tuple(load_recipe("draw").data.sets))
     recipe = load_recipe(
         "draw",
         [

@@ -165,9 +165,10 @@ def test_measuring_rendered_pictures_gives_full_marks():
         def draw_examples(self, examples, generator, **settings):
             return [e.target() for e in examples]
 
-    figures, pictures, _ = measure(Renderer(), examples)  # type: ignore[arg-type]
+    found = measure(Renderer(), "two_objects", examples)  # type: ignore[arg-type]
+    figures, pictures = found.figures, found.pictures
     assert (figures.objects, figures.exact, figures.pictures) == (100, 100, 10)
     swapped = [pictures[-1], *pictures[:-1]]
     Renderer.draw_examples = lambda self, examples, generator, **settings: swapped
-    assert measure(Renderer(), examples)[0].objects < 20  # type: ignore[arg-type]
+    assert measure(Renderer(), "two_objects", examples).figures.objects < 20  # type: ignore[arg-type]
     assert np.asarray(pictures[0]).shape == (64, 64, 3)

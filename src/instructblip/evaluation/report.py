@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from instructblip.evaluation.charts import Radar, radar_chart, training_charts
 from instructblip.evaluation.compare import ROLES, Comparison, Row, compare
-from instructblip.evaluation.gallery import make_cards
+from instructblip.evaluation.gallery import make_cards, thumbnail
 from instructblip.evaluation.result import Result
 
 TEMPLATE = "report.html.j2"
@@ -30,6 +30,7 @@ def write_report(
     curves: Mapping[str, Path] | None = None,
     facts: Mapping[str, str] | None = None,
     samples_per_set: int = 24,
+    drawn: Path | None = None,
 ) -> Path:
     """Write the report of ``models`` to ``path``, whole or not at all.
 
@@ -40,6 +41,7 @@ def write_report(
         curves: name of a run -> its metrics.jsonl.
         facts: label -> value, for the foot of the page (seconds, recipe, version, ...).
         samples_per_set: cards in the gallery per benchmark; 0 leaves it out.
+        drawn: a folder of pictures that ``benchmarks/draw.py --out`` wrote; a section of its own.
     """
     path = Path(path)
     if baseline is not None and baseline in models:
@@ -71,6 +73,7 @@ def write_report(
             charts=charts,
             cards=make_cards(models, samples_per_set) if samples_per_set else [],
             settings=_settings(models),
+            drawn=_drawn(drawn) if drawn else [],
             facts=dict(facts or {}),
         )
     )
@@ -94,6 +97,30 @@ class Tile:
 
 def _tiles(comparison: Comparison, subject: str) -> list[Tile]:
     return [Tile(ROLES[row.role], row) for row in comparison.means if subject in row.cells]
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnCard:
+    """A drawn picture and its subject as data addresses."""
+
+    prompt: str
+    picture: str
+    subject: str | None
+    right: bool
+
+
+def _drawn(folder: Path) -> list[tuple[str, Any, list[DrawnCard]]]:
+    """Title, figures and cards of each kind of prompt."""
+    from instructblip.text_to_image.gallery import read_drawings
+
+    def card(drawing: Any) -> DrawnCard:
+        subject = drawing.subject and thumbnail(drawing.subject, folder)
+        return DrawnCard(drawing.prompt, thumbnail(drawing.picture, folder), subject, drawing.right)
+
+    return [
+        (kind.kind.replace("_", " "), kind.figures, [card(each) for each in kind.drawings])
+        for kind in read_drawings(folder)
+    ]
 
 
 def _radars(comparison: Comparison) -> list[Radar]:

@@ -1,4 +1,4 @@
-"""The server: OpenAI's chat completions over pictures, ranking, health and metrics.
+"""The server: OpenAI's chat completions over pictures, drawing, ranking, health and metrics.
 
 ``create_app`` is the whole of it as an ASGI application; ``instructblip serve`` runs it. One
 ``Batcher`` a model answers; handlers only check, decode pictures and wait.
@@ -23,6 +23,7 @@ from instructblip.serving.completions import chat_job, response_of, stream_event
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.engine import Engine
 from instructblip.serving.guard import Guard, error_body
+from instructblip.serving.images import add_images
 from instructblip.serving.incoming import BadPicture
 from instructblip.serving.schema import (
     ChatRequest,
@@ -140,6 +141,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         ]
         best = max(ranked, key=lambda candidate: candidate.log_likelihood)
         return RankResponse(model=name, best=best.text, candidates=ranked)
+
+    add_images(app, service, guarded)
 
 
 def _add_errors(app: FastAPI) -> None:

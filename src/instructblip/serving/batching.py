@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from instructblip.model.candidates import Normalization
@@ -45,7 +46,7 @@ class Job:
 
     The result is an ``Answer``, of which ``on_text`` hears the pieces from the model's thread;
     with ``candidates`` their log-likelihoods, a list of floats; with ``look`` the attention of the
-    queries to the picture [F, Q, P].
+    queries to the picture [F, Q, P]; with ``drawing``, the settings of ``Engine.draw``, pictures.
     """
 
     pixels: tuple[Tensor, ...]
@@ -54,6 +55,7 @@ class Job:
     candidates: tuple[str, ...] | None = None
     normalization: Normalization = "sum"
     look: bool = False
+    drawing: dict[str, Any] | None = None
     deadline: float = math.inf
     on_text: Callable[[str], None] | None = None
     future: "Future[Any]" = field(default_factory=Future)
@@ -61,7 +63,9 @@ class Job:
 
     @property
     def key(self) -> Hashable:
-        """Jobs with equal keys can stand in one batch."""
+        """Jobs with equal keys can stand in one batch; a drawing has noise of its own seed."""
+        if self.drawing is not None:
+            return "draw", id(self)
         if self.look:
             return "look", len(self.pixels)
         if self.candidates is not None:
@@ -172,6 +176,8 @@ class Batcher:
 
     def _results(self, jobs: Sequence[Job]) -> Sequence[Any]:
         engine = self.engine
+        if jobs[0].drawing is not None:
+            return [_draw(engine, job) for job in jobs]
         samples = [
             engine.sample(
                 tuple(f"{number}.{frame}" for frame in range(len(job.pixels))),
@@ -201,6 +207,14 @@ class Batcher:
             Answer(engine.tokens.decode(own), len(sample.prompt_ids), len(own), len(own) >= most)
             for sample, own in zip(samples, ids, strict=True)
         ]
+
+
+def _draw(engine: Engine, job: Job) -> list[Image.Image]:
+    def on_step() -> None:
+        if job.gone:
+            raise InterruptedError
+
+    return engine.draw(job.instruction, **(job.drawing or {}), on_step=on_step)
 
 
 def _tell(job: Job, piece: str) -> None:

@@ -5,6 +5,7 @@ pixels and the same Q-Former; there is no second path. The instruction is taken 
 and read twice, by the Q-Former and by the language model; no template is put around it.
 """
 
+import functools
 import hashlib
 import inspect
 import threading
@@ -90,7 +91,6 @@ class Engine:
         }
         self.fingerprint = fingerprint
         self.batch_size = batch_size
-        self._painter: Painter | None = None  # loaded when something is to be drawn
 
     @classmethod
     def from_pretrained(
@@ -265,20 +265,30 @@ class Engine:
     ) -> list[Image.Image]:
         """Pictures of what ``instruction`` says; ``image`` is the subject it speaks of.
 
-        ``settings`` are those of ``Painter.draw``: steps, guidance, image_guidance. Raises
+        ``settings`` are those of ``Painter.draw``: steps, guidance, image_guidance, on_step. Raises
         FileNotFoundError where the model's directory holds no decoder.
         """
-        if self._painter is None:
-            from instructblip.text_to_image.pretrained import from_pretrained
-            from instructblip.text_to_image.sample import Painter
+        return self.painter.draw(instruction, image, num_images, seed, **settings)
 
-            if self.model.assets is None:
-                raise ValueError("a model that was not loaded from a directory has no decoder")
-            shared = self.model if self.model.config.instruction_aware else None
-            drawing = from_pretrained(self.model.assets, shared).requires_grad_(False)
-            tokens = Tokens.from_pretrained(self.model.assets)
-            self._painter = Painter(drawing.to(self.device), tokens, self.pictures.transform)
-        return self._painter.draw(instruction, image, num_images, seed, **settings)
+    @property
+    def can_draw(self) -> bool:
+        """Whether there is a decoder in the model's directory."""
+        from instructblip.text_to_image.pretrained import holds_decoder
+
+        return self.model.assets is not None and holds_decoder(self.model.assets)
+
+    @functools.cached_property
+    def painter(self) -> "Painter":
+        """The decoder around this model's Q-Former, loaded when it is first asked for."""
+        from instructblip.text_to_image.pretrained import from_pretrained
+        from instructblip.text_to_image.sample import Painter
+
+        if self.model.assets is None:
+            raise ValueError("a model that was not loaded from a directory has no decoder")
+        shared = self.model if self.model.config.instruction_aware else None
+        drawing = from_pretrained(self.model.assets, shared).requires_grad_(False)
+        tokens = Tokens.from_pretrained(self.model.assets)
+        return Painter(drawing.to(self.device), tokens, self.pictures.transform)
 
     def answer_examples(
         self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path, **decoding: Any

@@ -1,4 +1,4 @@
-"""What the server reads and writes: OpenAI's chat completions, and ranking.
+"""What the server reads and writes: OpenAI's chat completions and images, and ranking.
 
 Unknown fields are refused: a setting that is silently ignored is an answer to another question.
 """
@@ -84,6 +84,23 @@ class RankRequest(_Body):
     normalization: Literal["sum", "mean"] = "sum"
 
 
+class ImageRequest(_Body):
+    """A subset of OpenAI's request; the last five fields are this project's own."""
+
+    prompt: Text = Field(description="What to draw.")
+    model: str | None = Field(None, max_length=200, description="One that draws; the first.")
+    n: int | None = Field(1, ge=1, le=10)
+    size: str | None = Field(None, max_length=20, description="auto, or the decoder's own.")
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    user: str | None = Field(None, max_length=200)
+    image: str | None = Field(None, description="URL as in a chat: the subject to draw from.")
+    seed: int | None = Field(None, ge=0, lt=1 << 63, description="The same draws the same.")
+    steps: int = Field(20, ge=1, le=100)
+    guidance: float = Field(2.0, ge=0, le=30, description="How strictly to follow; 1 is plain.")
+    image_guidance: float | None = Field(None, ge=0, le=30, description="None: as guidance.")
+
+
 class AnswerMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
@@ -124,6 +141,17 @@ class RankResponse(BaseModel):
     model: str
     best: str
     candidates: list[RankedCandidate]
+
+
+class DrawnImage(BaseModel):
+    b64_json: str
+
+
+class ImageResponse(BaseModel):
+    created: int
+    data: list[DrawnImage]
+    output_format: str
+    size: str
 
 
 class ModelCard(BaseModel):

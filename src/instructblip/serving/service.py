@@ -27,9 +27,10 @@ class Service:
             name: Batcher(engine, config.max_batch, config.max_queue, self.metrics.batch)
             for name, engine in engines.items()
         }
+        self.painters = {n: b for n, b in self.batchers.items() if b.engine.can_draw}
         self.metrics.follow_queue(lambda: self.waiting)
         self.created = int(time.time())
-        self._decoders = asyncio.Semaphore(4)  # decoded pictures are large: few at a time
+        self.decoders = asyncio.Semaphore(4)  # decoded pictures are large: few at a time
 
     @property
     def waiting(self) -> int:
@@ -54,7 +55,7 @@ class Service:
 
         found = []
         for number, url in enumerate(urls):
-            async with self._decoders:
+            async with self.decoders:
                 found.append(await run_in_threadpool(load, url, f"{where}, picture {number + 1}"))
         return tuple(found)
 

@@ -1,4 +1,4 @@
-"""The page: a picture, an instruction, and what the models say to it side by side.
+"""The page: a picture, an instruction, and what the models say to it side by side; and drawing.
 
 Mounted in the server, it asks the same batchers under the same limits. Labels follow the language
 of the browser, English or Chinese.
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from instructblip.data.scenes.world import render, sample_scene
 from instructblip.serving.batching import Job, QueueFull, TooLate
+from instructblip.serving.draw_tab import draw_tab
 from instructblip.serving.incoming import BadPicture, decode_picture
 from instructblip.serving.service import Service, probabilities
 
@@ -49,6 +50,15 @@ EN = {
     "looks": "Where each query token looks, under this instruction",
     "history": "History",
     "examples": "Examples",
+    "ask_tab": "Ask",
+    "draw_tab": "Draw",
+    "what": "What to draw (choose one or write your own)",
+    "subject": "A picture to take from (may be empty)",
+    "number": "Pictures",
+    "seed": "Seed: the same draws the same (-1: another every time)",
+    "guidance": "How strictly to follow the instruction",
+    "draw": "Draw",
+    "drawn": "Drawn",
 }
 ZH = {
     "title": "# 看图问答",
@@ -62,6 +72,15 @@ ZH = {
     "looks": "在该指令下，每个查询向量关注的位置",
     "history": "历史记录",
     "examples": "示例",
+    "ask_tab": "提问",
+    "draw_tab": "绘图",
+    "what": "要画什么（可选择，也可自己写）",
+    "subject": "参考图片（可为空）",
+    "number": "张数",
+    "seed": "随机种子：相同则结果相同（-1：每次不同）",
+    "guidance": "遵循指令的程度",
+    "draw": "绘图",
+    "drawn": "结果",
 }
 NAMES = {"instructblip": "InstructBLIP", "blip2": "BLIP-2"}
 CSS = """
@@ -95,61 +114,73 @@ def mount_page(app: FastAPI) -> FastAPI:
 
 
 def make_page(service: Service, words: Any) -> gr.Blocks:
-    """The layout; what happens on a click is ``ask``."""
+    """The layout: a tab to ask and, where a model holds a decoder, one to draw."""
+    with gr.Blocks(title="InstructBLIP", analytics_enabled=False) as page:
+        if not service.painters:
+            ask_tab(service, words)
+            return page
+        with gr.Tabs():
+            with gr.Tab(words("ask_tab"), id="ask"):
+                ask_tab(service, words)
+            with gr.Tab(words("draw_tab"), id="draw", elem_id="draw-tab"):
+                draw_tab(service, words)
+    return page
+
+
+def ask_tab(service: Service, words: Any) -> None:
+    """Picture, instruction and candidates; what happens on a click is ``ask``."""
     models = {name: NAMES.get(name, name) for name in service.batchers}
     examples = draw_examples()
-    with gr.Blocks(title="InstructBLIP", analytics_enabled=False) as page:
-        history = gr.State([])
-        gr.Markdown(words("title"), elem_id="title")
-        gr.Markdown(words("about"))
-        with gr.Row():
-            with gr.Column(scale=2):
-                picture = gr.Image(
-                    type="filepath",
-                    label=words("picture"),
-                    sources=["upload", "clipboard"],
-                    height=260,
-                    elem_id="picture",
-                )
-                instruction = gr.Dropdown(
-                    choices=INSTRUCTIONS,
-                    value=INSTRUCTIONS[0],
-                    allow_custom_value=True,
-                    label=words("instruction"),
-                    elem_id="instruction",
-                )
-                candidates = gr.Textbox(label=words("candidates"))
-                button = gr.Button(words("ask"), variant="primary", elem_id="ask")
-                thumbnails = gr.Dataset(
-                    components=["image"],
-                    samples=[[file] for file, *_ in examples],
-                    type="index",
-                    label=words("examples"),
-                    elem_id="examples",
-                )
-            with gr.Column(scale=3):
-                answers, rankings = _answers(models, words)
-                gr.Markdown(words("looks"), elem_id="looks-title")
-                looks = gr.Gallery(
-                    show_label=False, columns=6, height="auto", elem_id="looks", buttons=[]
-                )
-        table = gr.Dataframe(
-            headers=["#", "Instruction / 指令", *models.values()],
-            label=words("history"),
-            elem_id="history",
-            interactive=False,
-            wrap=True,
-        )
-        asked = [picture, instruction, candidates]
-        thumbnails.click(examples.__getitem__, thumbnails, asked, api_visibility="private")
-        button.click(
-            lambda *values: ask(service, *values),
-            [*asked, history],
-            [*answers, *rankings, looks, history, table],
-            concurrency_limit=4,
-            api_visibility="private",
-        )
-    return page
+    history = gr.State([])
+    gr.Markdown(words("title"), elem_id="title")
+    gr.Markdown(words("about"))
+    with gr.Row():
+        with gr.Column(scale=2):
+            picture = gr.Image(
+                type="filepath",
+                label=words("picture"),
+                sources=["upload", "clipboard"],
+                height=260,
+                elem_id="picture",
+            )
+            instruction = gr.Dropdown(
+                choices=INSTRUCTIONS,
+                value=INSTRUCTIONS[0],
+                allow_custom_value=True,
+                label=words("instruction"),
+                elem_id="instruction",
+            )
+            candidates = gr.Textbox(label=words("candidates"))
+            button = gr.Button(words("ask"), variant="primary", elem_id="ask")
+            thumbnails = gr.Dataset(
+                components=["image"],
+                samples=[[file] for file, *_ in examples],
+                type="index",
+                label=words("examples"),
+                elem_id="examples",
+            )
+        with gr.Column(scale=3):
+            answers, rankings = _answers(models, words)
+            gr.Markdown(words("looks"), elem_id="looks-title")
+            looks = gr.Gallery(
+                show_label=False, columns=6, height="auto", elem_id="looks", buttons=[]
+            )
+    table = gr.Dataframe(
+        headers=["#", "Instruction / 指令", *models.values()],
+        label=words("history"),
+        elem_id="history",
+        interactive=False,
+        wrap=True,
+    )
+    asked = [picture, instruction, candidates]
+    thumbnails.click(examples.__getitem__, thumbnails, asked, api_visibility="private")
+    button.click(
+        lambda *values: ask(service, *values),
+        [*asked, history],
+        [*answers, *rankings, looks, history, table],
+        concurrency_limit=4,
+        api_visibility="private",
+    )
 
 
 def _answers(models: dict[str, str], words: Any) -> tuple[list[gr.Textbox], list[gr.Label]]:

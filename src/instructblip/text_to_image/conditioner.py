@@ -4,6 +4,11 @@ The generation queries go through the SAME Q-Former as the query tokens of the l
 they read the instruction and, in every second layer, the picture. Where there is no picture they
 read a learned null image. A connector then gives the tokens the width and the scale of what the
 decoder was built for (compare BLIP-Diffusion, section 3.2; MetaQuery, section 3).
+
+Two things are taken as they are best read (docs/log.md has the figures). Of the queries, what
+instruction and picture change: 99 % of the energy of their states is the same for every prompt. Of
+the instruction, the embeddings that the Q-Former reads: its last layer has mixed the words until
+place and colour can be told from their mean in 60 % of the cases only.
 """
 
 import torch
@@ -14,16 +19,28 @@ from instructblip.model.qformer import QFormer
 from instructblip.text_to_image.blocks import MLP, Attention
 from instructblip.text_to_image.config import ConditionerConfig
 
+REACH = 7
+"""Tokens that a convolution spans: "red circle at the top left" has six words."""
+
 
 class ConnectorLayer(nn.Module):
-    """A pre-norm transformer layer in which all tokens see each other."""
+    """A pre-norm transformer layer in which all tokens see each other, behind a convolution.
+
+    Which colour belongs to which shape is a matter of neighbours: a short convolution tells each
+    word its phrase, where attention needs thousands of steps to find it (docs/log.md).
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
+        self.norm0 = nn.LayerNorm(width)
+        self.convolution = nn.Conv1d(width, width, REACH, padding=REACH // 2, groups=width)
+        nn.init.zeros_(self.convolution.weight)
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, num_heads)
         self.norm2, self.mlp = nn.LayerNorm(width), MLP(width)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        words = self.norm0(hidden) * mask[:, :, None]
+        hidden = hidden + self.convolution(words.mT).mT
         hidden = hidden + self.attention(self.norm1(hidden), mask=mask)
         return hidden + self.mlp(self.norm2(hidden))
 
@@ -33,7 +50,9 @@ class Connector(nn.Module):
 
     def __init__(self, config: ConditionerConfig, qformer_width: int, out_width: int) -> None:
         super().__init__()
-        self.input = nn.Linear(qformer_width, config.width)
+        self.query_input = nn.Linear(qformer_width, config.width)
+        self.text_input = nn.Linear(qformer_width, config.width)
+        self.query_embedding = nn.Parameter(torch.randn(1, config.num_queries, config.width) / 2)
         self.layers = nn.ModuleList(
             ConnectorLayer(config.width, config.num_heads) for _ in range(config.num_layers)
         )
@@ -43,12 +62,22 @@ class Connector(nn.Module):
         nn.init.constant_(self.norm.weight, config.gain)
 
     def forward(
-        self, tokens: Float[Tensor, "B K D"], mask: Bool[Tensor, "B K"]
+        self,
+        queries: Float[Tensor, "B Q D"],
+        text: Float[Tensor, "B I D"],
+        mask: Bool[Tensor, "B K"],
     ) -> Float[Tensor, "B K C"]:
-        hidden = self.input(tokens)
+        """Either may have no tokens; K is Q + I. Both are brought to a root mean square of 1."""
+        seen = self.query_input(_even(queries)) + self.query_embedding[:, : queries.shape[1]]
+        hidden = torch.cat([seen, self.text_input(_even(text))], dim=1)
         for layer in self.layers:
             hidden = layer(hidden, mask)
         return self.norm(self.output(nn.functional.gelu(self.hidden(hidden))))
+
+
+def _even(tokens: Tensor) -> Tensor:
+    """Every token at a root mean square of 1; what is zero stays so."""
+    return nn.functional.rms_norm(tokens, tokens.shape[-1:], eps=1e-6)
 
 
 class Conditioner(nn.Module):
@@ -87,14 +116,29 @@ class Conditioner(nn.Module):
             null = self.null_image.to(features).expand(-1, features.shape[1], -1)
             index = torch.where(image_index < 0, len(features), image_index)
             features = torch.cat([features, null])
-        queries = self.generation_queries.expand(len(qformer_ids), -1, -1)
-        seen, text = qformer.hidden_states(queries, features, qformer_ids, qformer_mask, index)
-        assert seen is not None
+        text = qformer.embeddings(None, qformer_ids)
+        seen = self._seen(qformer, features, index, qformer_ids, qformer_mask)
+        if self.config.tokens == "queries":
+            text, qformer_mask = text[:, :0], qformer_mask[:, :0]
         present = torch.ones(seen.shape[:2], dtype=torch.bool, device=seen.device)
-        parts = {"queries": (seen, present), "text": (text, qformer_mask.bool())}
-        chosen = parts.values() if self.config.tokens == "both" else [parts[self.config.tokens]]
-        tokens, masks = zip(*chosen, strict=True)
-        mask = torch.cat(masks, dim=1)
+        mask = torch.cat([present, qformer_mask.bool()], dim=1)
         if self.config.tokens == "text":  # attention over nothing has no value: keep [CLS]
             mask = mask | (torch.arange(mask.shape[1], device=mask.device) == 0)
-        return self.connector(torch.cat(tokens, dim=1), mask), mask
+        return self.connector(seen, text, mask), mask
+
+    def _seen(
+        self,
+        qformer: QFormer,
+        features: Float[Tensor, "N P V"],
+        index: Int[Tensor, " B"],
+        qformer_ids: Int[Tensor, "B I"],
+        qformer_mask: Int[Tensor, "B I"],
+    ) -> Float[Tensor, "B Q D"]:
+        """How far instruction and picture move the queries from where nothing leaves them."""
+        if self.config.tokens == "text":
+            return self.generation_queries[:, :0].expand(len(index), -1, -1)
+        queries = self.generation_queries.expand(len(index), -1, -1)
+        moved = qformer(queries, features, qformer_ids, qformer_mask, index)
+        silent = torch.zeros_like(qformer_mask[:1])
+        rest = qformer(self.generation_queries, self.null_image, qformer_ids[:1], silent)
+        return moved - rest

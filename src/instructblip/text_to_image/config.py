@@ -24,7 +24,8 @@ class ConditionerConfig(_Config):
         default=16, gt=0, description="Generation queries beside the query tokens."
     )
     tokens: Literal["queries", "text", "both"] = Field(
-        default="both", description="Which outputs of the Q-Former condition the decoder."
+        default="both",
+        description="What conditions the decoder: the queries' states, the words, or both.",
     )
     num_layers: int = Field(default=2, ge=0, description="Bidirectional layers of the connector.")
     width: int = Field(default=192, gt=0, description="Width inside the connector.")
@@ -57,6 +58,11 @@ class NativeConfig(_Config):
     predict: Literal["picture", "velocity"] = Field(
         default="picture",
         description="What the last layer gives; the loss is the velocity's either way.",
+    )
+    noise_levels: int = Field(
+        default=4,
+        gt=0,
+        description="Noise levels at which a picture is learned in a step, under one condition.",
     )
     noise_mean: float = Field(
         default=1.5,

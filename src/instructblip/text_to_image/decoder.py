@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from instructblip.text_to_image.blocks import MLP, Attention
 from instructblip.text_to_image.config import NativeConfig
 
-MIN_NOISE = 0.1
-"""Below this noise level the velocity's error is not weighted any higher."""
+MIN_NOISE = 0.5
+"""Below this noise level the velocity's error is not weighted any higher: at 0.1 the few samples
+with little noise had most of the gradient (compare Hang et al. 2023, "Min-SNR weighting")."""
 
 
 class Decoder(Protocol):
@@ -72,12 +73,14 @@ class NativeLayer(nn.Module):
         self.modulation_bias = nn.Parameter(torch.zeros(6, width))
 
     def forward(self, hidden: Tensor, modulation: Tensor, condition: Tensor, mask: Tensor):
-        """``modulation`` [B, 6, W] is shared by the layers; each adds its own bias."""
+        """``modulation`` [N, 6, W] is shared by the layers; each adds its own bias. N is a multiple
+        of the conditions' B: the noise levels of one picture share its keys and values."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             (modulation + self.modulation_bias[None]).unsqueeze(2).unbind(1)
-        )  # 6 of [B, 1, W]
+        )  # 6 of [N, 1, W]
         hidden = hidden + (1 + gate1) * self.attention(self.norm1(hidden) * (1 + scale1) + shift1)
-        hidden = hidden + self.condition(self.norm2(hidden), condition, mask)
+        asking = self.norm2(hidden).reshape(len(condition), -1, hidden.shape[2])  # [B, N/B X, W]
+        hidden = hidden + self.condition(asking, condition, mask).reshape(hidden.shape)
         return hidden + (1 + gate2) * self.mlp(self.norm3(hidden) * (1 + scale2) + shift2)
 
 
@@ -91,13 +94,17 @@ class NativeDecoder(nn.Module):
         side, width = config.image_size // config.patch_size, config.width
         pixels = 3 * config.patch_size**2
         self.patch_input = nn.Linear(pixels, width)
-        self.position_embedding = nn.Parameter(torch.randn(1, side * side, width) * 0.02)
+        rows, columns = torch.randn(2, side, width) / math.sqrt(2)  # "top left" names one of each
+        places = (rows[:, None] + columns[None]).flatten(0, 1)
+        self.position_embedding = nn.Parameter(places[None])
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.pooled = nn.Linear(config.condition_width, width)
         self.modulation = nn.Linear(width, 6 * width)
         self.layers = nn.ModuleList(NativeLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
-        self.patch_output = nn.Linear(width, pixels)
+        # what a patch can show has more dimensions than the width: the last step is not linear
+        self.patch_hidden = nn.Linear(width, 2 * width)
+        self.patch_output = nn.Linear(2 * width, pixels)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -106,27 +113,31 @@ class NativeDecoder(nn.Module):
             if isinstance(module, Attention | MLP):  # the residual stream starts quiet
                 last = module.output if isinstance(module, Attention) else module.down
                 nn.init.normal_(last.weight, std=0.02 / math.sqrt(config.num_layers))
+        nn.init.xavier_uniform_(self.patch_input.weight, gain=0.4)  # noise below the position
         nn.init.normal_(self.modulation.weight, std=0.002)
         nn.init.zeros_(self.patch_output.weight)
 
     def forward(
         self,
-        noisy: Float[Tensor, "B 3 G G"],
-        level: Float[Tensor, " B"],
+        noisy: Float[Tensor, "N 3 G G"],
+        level: Float[Tensor, " N"],
         condition: Float[Tensor, "B K C"],
         mask: Bool[Tensor, "B K"],
-    ) -> Float[Tensor, "B 3 G G"]:
-        """What ``config.predict`` says: the clean picture or the velocity."""
+    ) -> Float[Tensor, "N 3 G G"]:
+        """What ``config.predict`` says: the clean picture or the velocity. N is a multiple of B:
+        as many pictures as that in a row have the same condition."""
         patch = self.config.patch_size
         hidden = self.patch_input(nn.functional.pixel_unshuffle(noisy, patch).flatten(2).mT)
         hidden = hidden + self.position_embedding
         present = mask[:, :, None].to(condition)
         pooled = (condition * present).sum(1) / present.sum(1)
-        moment = self.time(time_features(level)) + self.pooled(pooled)
+        pooled = self.pooled(pooled).repeat_interleave(len(noisy) // len(condition), dim=0)
+        moment = self.time(time_features(level)) + pooled
         modulation = self.modulation(nn.functional.silu(moment)).unflatten(1, (6, -1))
         for layer in self.layers:
             hidden = layer(hidden, modulation, condition, mask)
-        patches = self.patch_output(self.norm(hidden)).mT  # [B, 3 patch^2, patches]
+        hidden = nn.functional.gelu(self.patch_hidden(self.norm(hidden)))
+        patches = self.patch_output(hidden).mT  # [N, 3 patch^2, patches]
         side = self.config.image_size // patch
         return nn.functional.pixel_shuffle(patches.unflatten(2, (side, side)), patch)
 
@@ -136,16 +147,27 @@ class NativeDecoder(nn.Module):
         condition: Float[Tensor, "B K C"],
         mask: Bool[Tensor, "B K"],
     ) -> Float[Tensor, " B"]:
-        """Squared error of the velocity, a mean over pixels, at one random noise level each."""
-        logit = torch.randn(len(pictures), device=pictures.device)
-        level = torch.sigmoid(self.config.noise_mean + self.config.noise_std * logit)
+        """Squared error of the velocity, a mean over pixels and ``config.noise_levels``."""
+        levels = self.config.noise_levels
+        level = self._random_levels(len(pictures)).to(pictures.device)
+        pictures = pictures.repeat_interleave(levels, dim=0)
         noise = torch.randn_like(pictures)
         t = level[:, None, None, None]
         noisy = (1 - t) * pictures + t * noise
         given = self(noisy, level, condition, mask).float()
         if self.config.predict == "velocity":
-            return (given - (noise - pictures)).square().mean((1, 2, 3))
-        return (given - pictures).square().mean((1, 2, 3)) / level.clamp(min=MIN_NOISE).square()
+            error = (given - (noise - pictures)).square().mean((1, 2, 3))
+        else:
+            error = (given - pictures).square().mean((1, 2, 3))
+            error = error / level.clamp(min=MIN_NOISE).square()
+        return error.unflatten(0, (-1, levels)).mean(1)
+
+    def _random_levels(self, number: int) -> Float[Tensor, " N"]:
+        """``noise_levels`` for each of ``number`` pictures, one from each quantile of as many."""
+        levels = self.config.noise_levels
+        quantile = (torch.rand(number, levels) + torch.arange(levels)) / levels
+        logit = torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4)).flatten()
+        return torch.sigmoid(self.config.noise_mean + self.config.noise_std * logit)
 
     def start(
         self, number: int, generator: torch.Generator | None = None

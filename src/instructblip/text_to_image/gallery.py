@@ -1,11 +1,16 @@
-"""Drawn pictures beside their prompts, as one picture file and as cards of the report."""
+"""Drawn pictures beside their prompts: one picture file, and a folder that the report reads."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import wrap
 
 from PIL import Image, ImageDraw, ImageFont
+from pydantic import TypeAdapter, ValidationError
 
+from instructblip.model.weights import sync
+from instructblip.text_to_image.measure import Figures, Measured
 from instructblip.text_to_image.sample import save_picture
 
 SIDE, TEXT, MARGIN = 128, 64, 8
@@ -39,3 +44,66 @@ def write_gallery(
         draw.multiline_text((x, y + SIDE + 4), "\n".join(wrap(prompt, 22)[:4]), INK, font=font)
     save_picture(grid, path)
     return path
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A picture, its prompt, the picture it was drawn from or none, and the checker's verdict.
+    Pictures are named relative to the folder."""
+
+    prompt: str
+    picture: str
+    subject: str | None
+    right: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnKind:
+    """The figures of one kind of prompt and some of its pictures."""
+
+    kind: str
+    figures: Figures
+    drawings: tuple[Drawing, ...]
+
+
+INDEX = "drawn.json"
+_INDEX: TypeAdapter[tuple[DrawnKind, ...]] = TypeAdapter(tuple[DrawnKind, ...])
+
+
+def write_drawings(folder: Path, measured: Sequence[Measured], shown: int = 24) -> Path:
+    """``shown`` pictures of each kind, a grid of them, and ``drawn.json`` for the report."""
+    kinds = []
+    for each in measured:
+        examples, own = each.examples[:shown], []
+        subjects = [e.image() if e.image else None for e in examples]
+        for number, (example, subject) in enumerate(zip(examples, subjects, strict=True)):
+            picture, reference = f"{each.kind}/{number}.png", f"{each.kind}/{number}_subject.png"
+            save_picture(each.pictures[number], folder / picture)
+            if subject is not None:
+                save_picture(subject, folder / reference)
+            right = each.verdicts[number].exact
+            name = None if subject is None else reference
+            own.append(Drawing(example.instruction, picture, name, right))
+        kinds.append(DrawnKind(each.kind, each.figures, tuple(own)))
+        prompts, right = [d.prompt for d in own], [d.right for d in own]
+        grid = folder / f"{each.kind}.png"
+        write_gallery(grid, each.pictures[:shown], prompts, right, subjects)
+    text = json.dumps([asdict(kind) for kind in kinds], indent=1, ensure_ascii=False)
+    fresh = folder / f".{INDEX}.new"
+    fresh.write_text(text + "\n", encoding="utf-8")
+    sync(fresh)
+    return fresh.replace(folder / INDEX)
+
+
+def read_drawings(folder: Path) -> tuple[DrawnKind, ...]:
+    """What ``write_drawings`` wrote. Raises FileNotFoundError or ValueError naming the file."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no drawings: {INDEX} is missing; write them with "
+            f"`python benchmarks/draw.py --out {folder}`"
+        )
+    try:
+        return _INDEX.validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,5 +1,6 @@
 """The figures of drawing on Scenes: the checker over fresh prompts, by kind of prompt."""
 
+import functools
 import random
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from PIL import Image
 
 from instructblip.data.order import mix
 from instructblip.data.scenes.language import join, phrase
-from instructblip.data.scenes.world import sample_scene
+from instructblip.data.scenes.world import render, sample_scene
 from instructblip.text_to_image.checker import Verdict, check_picture
 from instructblip.text_to_image.sample import Painter
 from instructblip.text_to_image.tasks import DrawExample, SubjectDrawings
@@ -31,6 +32,17 @@ class Figures:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One kind of prompt: what was asked for, drawn and found."""
+
+    kind: str
+    figures: Figures
+    examples: list[DrawExample]
+    pictures: list[Image.Image]
+    verdicts: list[Verdict]
+
+
 def fresh_prompts(kind: str, number: int, seed: int = 1_000_003) -> list[DrawExample]:
     """Prompts never seen in training, which has other seeds. Unseen pairs: one object each."""
     if kind == "subject":
@@ -41,19 +53,24 @@ def fresh_prompts(kind: str, number: int, seed: int = 1_000_003) -> list[DrawExa
     examples = []
     for index in range(number):
         rng = random.Random(mix(seed, KINDS.index(kind), index))
-        things = list(sample_scene(rng, shapes=shapes, pairs=pairs).things)
+        scene = sample_scene(rng, shapes=shapes, pairs=pairs)
+        things = list(scene.things)
         rng.shuffle(things)
         sized = rng.random() < 0.5
         text = join([phrase(t, size=sized, place=True) for t in things])
         asked = things if sized else [replace(t, size="") for t in things]
-        examples.append(DrawExample(f"draw {text}", None, None, tuple(asked)))
+        target = functools.partial(render, scene)
+        examples.append(DrawExample(f"draw {text}", target, None, tuple(asked)))
     return examples
 
 
 def measure(
-    painter: Painter, examples: Sequence[DrawExample], seed: int = 0, **settings
-) -> tuple[Figures, list[Image.Image], list[Verdict]]:
-    """Draw each example once and hold the pictures to what was asked for."""
+    painter: Painter, kind: str, examples: Sequence[DrawExample], seed: int = 0, **settings
+) -> Measured:
+    """Draw each example once and hold the pictures to what was asked for.
+
+    Seconds are a picture's share of a batch of ``painter.batch_size``.
+    """
     began = time.monotonic()
     pictures = painter.draw_examples(examples, torch.Generator().manual_seed(seed), **settings)
     seconds = (time.monotonic() - began) / len(examples)
@@ -62,7 +79,8 @@ def measure(
     def percent(values: list[bool]) -> float:
         return round(100 * sum(values) / len(values), 1)
 
-    return (
+    return Measured(
+        kind,
         Figures(
             objects=percent([r for v in verdicts for r in v.right]),
             exact=percent([v.exact for v in verdicts]),
@@ -72,6 +90,7 @@ def measure(
             pictures=len(examples),
             seconds=round(seconds, 4),
         ),
+        list(examples),
         pictures,
         verdicts,
     )

@@ -43,6 +43,11 @@ def save_addition(model: TextToImage, folder: Path, dtype: torch.dtype = torch.f
         write_weights(kept, directory / "model.safetensors")
 
 
+def holds_decoder(directory: Path) -> bool:
+    """Whether a model directory has what text to image adds."""
+    return (directory / FOLDER / "config.json").is_file()
+
+
 def from_pretrained(path: str | Path, instructblip: InstructBlip | None = None) -> TextToImage:
     """Load a directory that ``save_pretrained`` wrote, a run directory, or "starter", in fp32.
 
@@ -51,7 +56,7 @@ def from_pretrained(path: str | Path, instructblip: InstructBlip | None = None) 
     """
     directory = model_directory(path)
     folder = directory / FOLDER
-    if not (folder / "config.json").is_file():
+    if not holds_decoder(directory):
         raise FileNotFoundError(
             f"{directory} cannot draw: it has no folder {FOLDER}/. Train a decoder for it with "
             "`instructblip train draw model.start=...`, or draw with the starter"

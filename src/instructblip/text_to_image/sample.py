@@ -1,6 +1,6 @@
 """From an instruction, and a picture or none, to pictures: guided sampling, and the painter."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ def sample(
     guidance: float = 2.0,
     image_guidance: float | None = None,
     generator: torch.Generator | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> Float[Tensor, "B 3 G G"]:
     """Pictures in [-1, 1] for a batch of instructions.
 
@@ -40,7 +41,8 @@ def sample(
         none + image_guidance (picture - none) + guidance (picture and instruction - picture)
 
     ``image_guidance`` None guides both by ``guidance``: two passes a step instead of three. A scale
-    of 1 leaves the condition as it is.
+    of 1 leaves the condition as it is. ``on_step`` is called before each step and ends it all by
+    raising.
     """
     decoder: Decoder = model.decoder
     weighted = _conditions(model, batch, guidance, image_guidance)
@@ -49,6 +51,8 @@ def sample(
     noisy = decoder.start(len(batch), generator)
     levels = decoder.schedule(steps)
     for place, level in enumerate(levels):
+        if on_step is not None:
+            on_step()
         with model.precision():
             given = decoder.predict(
                 noisy.repeat(len(scales), *[1] * (noisy.ndim - 1)), level, condition, mask
@@ -130,6 +134,7 @@ class Painter:
         steps: int = 20,
         guidance: float = 2.0,
         image_guidance: float | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> list[Image.Image]:
         """``num_images`` pictures of what ``instruction`` says, given ``image`` as the subject.
 
@@ -137,7 +142,7 @@ class Painter:
         for an instruction that is empty or longer than the Q-Former reads, for numbers out of
         range, and for a picture that cannot be read.
         """
-        self._check(instruction, num_images, steps)
+        self.check(instruction, num_images, steps)
         reference = None
         if image is not None:
             loaded = to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
@@ -154,6 +159,7 @@ class Painter:
             steps=steps,
             guidance=guidance,
             image_guidance=image_guidance,
+            on_step=on_step,
         )
 
     def draw_examples(
@@ -177,7 +183,8 @@ class Painter:
             pictures += to_pictures(pixels)
         return pictures
 
-    def _check(self, instruction: str, num_images: int, steps: int) -> None:
+    def check(self, instruction: str, num_images: int = 1, steps: int = 20) -> None:
+        """Raise the ValueError that ``draw`` would; what it says names no file."""
         if not instruction.strip():
             raise ValueError(
                 'the instruction is empty; say what to draw: "draw a red circle at the left"'

@@ -1,0 +1,192 @@
+"""Drawing over HTTP and on the page: what the engine draws, OpenAI's form, clear refusals."""
+
+import base64
+import io
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from instructblip.serving.api import create_app
+from instructblip.serving.batching import Batcher, Job, TooLate
+from instructblip.serving.draw_tab import paint
+from instructblip.serving.engine import Engine
+from instructblip.serving.web import EN, ZH, mount_page
+from runs.screenshots import browser_page, draw_example
+from tests.serving.conftest import data_url, greedy_engine, running
+
+ROUTE = "/v1/images/generations"
+ASKED = {"prompt": "what is red?", "steps": 2}
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def client(drawing_folder: Path, model_folder: Path) -> Iterator[TestClient]:
+    engines = {"answers": greedy_engine(model_folder), "draws": greedy_engine(drawing_folder)}
+    with TestClient(create_app(engines), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def engine(drawing_folder: Path) -> Engine:
+    return greedy_engine(drawing_folder)
+
+
+def decoded(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def same(left: Image.Image, right: Image.Image) -> bool:
+    return np.array_equal(np.asarray(left), np.asarray(right))
+
+
+def drawn(client: TestClient, **request: Any) -> list[Image.Image]:
+    response = client.post(ROUTE, json={**ASKED, **request})
+    assert response.status_code == 200, response.text
+    return [decoded(each["b64_json"]) for each in response.json()["data"]]
+
+
+def test_the_openai_client_draws(drawing_folder: Path, engine: Engine) -> None:
+    with running(create_app({"draws": greedy_engine(drawing_folder)})) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
+        answer = client.images.generate(
+            prompt="what is red?",
+            model="draws",
+            n=2,
+            size="16x16",  # type: ignore[call-overload]
+            response_format="b64_json",
+            extra_body={"seed": 3, "steps": 2},
+        )
+    assert (answer.size, answer.output_format) == ("16x16", "png")
+    assert abs(answer.created - time.time()) < 60
+    expected = engine.draw("what is red?", num_images=2, seed=3, steps=2)
+    assert answer.data is not None
+    for each, picture in zip(answer.data, expected, strict=True):
+        assert each.b64_json is not None
+        assert same(decoded(each.b64_json), picture)
+
+
+def test_settings_and_subject_reach_the_decoder(
+    client: TestClient, engine: Engine, png: list[Path]
+) -> None:
+    settings = {"seed": 1, "guidance": 4.0, "image_guidance": 1.5}
+    found = drawn(client, image=data_url(png[0]), **settings)
+    assert same(found[0], engine.draw(ASKED["prompt"], png[0], steps=2, **settings)[0])
+    for other in ({"image": data_url(png[1])}, {"guidance": 1.0}, {"seed": 2}, {"steps": 3}):
+        changed = {"image": data_url(png[0]), **settings, **other}
+        assert not same(found[0], drawn(client, **changed)[0])
+    assert not same(*drawn(client, n=2))  # one seed, two pictures
+    assert not same(drawn(client)[0], drawn(client)[0])  # no seed
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_formats(client: TestClient, kind: str) -> None:
+    pictures = [drawn(client, seed=1, output_format=each)[0] for each in ("png", kind)]
+    assert pictures[1].format == kind.upper()
+    if kind != "jpeg":
+        assert same(pictures[0], pictures[1].convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "message"),
+    [
+        ({"prompt": " "}, 400, "prompt: the instruction is empty"),
+        ({"prompt": "red " * 600}, 400, "2400 characters, at most 2000"),
+        ({"prompt": "red " * 100}, 400, "tokens and the Q-Former reads at most"),
+        ({"size": "1024x1024"}, 400, "this model draws 16x16; ask for that or for auto"),
+        ({"model": "answers"}, 404, "this model does not draw; ask one of draws"),
+        ({"model": "nothing"}, 404, "no model of that name; there are answers, draws"),
+        ({"image": "file:///etc/passwd"}, 400, "image: expected data:image/"),
+        ({"image": "data:image/png;base64,AAAA"}, 400, "image: not a picture"),
+        ({"n": 11}, 422, "less than or equal to 10"),
+        ({"steps": 101}, 422, "less than or equal to 100"),
+        ({"response_format": "url"}, 422, "b64_json"),
+        ({"style": "vivid"}, 422, "style: Extra inputs are not permitted"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(
+    client: TestClient, request_: dict[str, Any], status: int, message: str
+) -> None:
+    response = client.post(ROUTE, json={**ASKED, **request_})
+    assert response.status_code == status, response.text
+    assert message in response.json()["error"]["message"]
+
+
+def test_a_server_without_a_decoder_says_so(model_folder: Path) -> None:
+    with TestClient(create_app({"answers": greedy_engine(model_folder)})) as client:
+        response = client.post(ROUTE, json=ASKED)
+        assert response.status_code == 404
+        assert "does not draw here" in response.json()["error"]["message"]
+        assert client.post("/v1/images/generations", json={}).status_code == 422
+
+
+def test_a_decoder_that_does_not_fit_stops_the_server(drawing_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(drawing_folder, tmp_path / "other")
+    config = other / "text_to_image" / "config.json"
+    text = config.read_text()
+    start = text.index('"qformer": "') + 12
+    config.write_text(text[:start] + "0" * 16 + text[start + 16 :])
+    with pytest.raises(ValueError, match="another Q-Former"):
+        create_app({"other": greedy_engine(other)})
+
+
+def test_whoever_left_is_not_drawn_for(engine: Engine) -> None:
+    batcher = Batcher(engine)
+    try:
+        late = Job(pixels=(), instruction="red", drawing={"steps": 100}, deadline=time.monotonic())
+        with pytest.raises(TooLate):
+            batcher.submit(late).result(10)
+        settings = {"steps": 1000, "num_images": 64}
+        job = Job(pixels=(), instruction="red", drawing=settings, deadline=time.monotonic() + 0.3)
+        began = time.monotonic()
+        with pytest.raises(TooLate):
+            batcher.submit(job).result(60)
+        assert time.monotonic() - began < 5  # of more than a minute
+    finally:
+        batcher.close()
+
+
+def test_the_tab_shows_what_the_engine_draws(
+    drawing_folder: Path, engine: Engine, png: list[Path]
+) -> None:
+    with TestClient(create_app({"draws": greedy_engine(drawing_folder)})) as client:
+        service = client.app.state.service  # type: ignore[attr-defined]
+        shown = paint(service, "what is red?", str(png[0]), 2, 3.0, 5)
+        expected = engine.draw("what is red?", png[0], 2, seed=5, guidance=3.0)
+        assert [p.size for p in shown] == [(256, 256)] * 2
+        for large, picture in zip(shown, expected, strict=True):
+            assert same(large.resize(picture.size, Image.Resampling.NEAREST), picture)
+        with pytest.raises(Exception, match="instruction is empty"):
+            paint(service, "", None, 1, 2.0, 0)
+        bad = png[0].with_suffix(".txt")
+        bad.write_text("no picture")
+        with pytest.raises(Exception, match="not a picture"):
+            paint(service, "red", str(bad), 1, 2.0, 0)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize(("locale", "words"), [("en-GB", EN), ("zh-CN", ZH)])
+def test_the_tab_in_a_browser(drawing_folder: Path, locale: str, words: dict[str, str]) -> None:
+    app = mount_page(create_app({"instructblip": greedy_engine(drawing_folder)}))
+    with running(app) as address, browser_page(locale) as page:
+        draw_example(page, address, words)
+        text = page.locator("body").inner_text()
+        assert all(words[key] in text for key in ("what", "subject", "seed", "drawn"))
+        assert page.locator("#drawn img").count() >= 4
+        source = page.locator("#drawn img").first.get_attribute("src")
+        assert source is not None
+        picture = Image.open(io.BytesIO(httpx.get(source).content))
+        assert picture.size == (256, 256)
+
+
+def test_no_tab_where_no_model_draws(model_folder: Path) -> None:
+    with TestClient(mount_page(create_app({"a": greedy_engine(model_folder)}))) as client:
+        assert "draw-button" not in client.get("/page/config").text

@@ -1,0 +1,89 @@
+"""Drawn pictures in a folder, and in the report."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from instructblip.evaluation.report import write_report
+from instructblip.text_to_image.gallery import INDEX, read_drawings, write_drawings
+from instructblip.text_to_image.measure import Measured, fresh_prompts, measure
+from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
+
+HOSTILE = '<img src="https://evil.example/x.png" onerror="alert(1)">'
+
+
+class Renderer:
+    """Draws what was asked for; of two pictures the second is the first once more."""
+
+    def draw_examples(self, examples, generator, **settings):
+        pictures = [each.target() for each in examples]
+        return [pictures[i - i % 2] for i in range(len(pictures))]
+
+
+@pytest.fixture
+def measured() -> list[Measured]:
+    return [
+        measure(Renderer(), kind, fresh_prompts(kind, 6))  # type: ignore[arg-type]
+        for kind in ("one_object", "subject")
+    ]
+
+
+def test_what_is_written_is_read(measured: list[Measured], tmp_path: Path):
+    assert write_drawings(tmp_path, measured, shown=4) == tmp_path / INDEX
+    one, subject = read_drawings(tmp_path)
+    assert one.figures == measured[0].figures
+    assert [d.prompt for d in one.drawings] == [e.instruction for e in measured[0].examples[:4]]
+    assert [d.right for d in one.drawings][::2] == [True, True]
+    assert not all(d.right for d in one.drawings)
+    assert all(d.subject is None for d in one.drawings)
+    for drawing in (*one.drawings, *subject.drawings):
+        assert (tmp_path / drawing.picture).is_file()
+    assert all(d.subject and (tmp_path / d.subject).is_file() for d in subject.drawings)
+    assert (tmp_path / "subject.png").is_file()
+
+
+def test_a_folder_without_drawings_says_how_to_get_them(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"drawn\.json is missing.*benchmarks/draw\.py"):
+        read_drawings(tmp_path)
+    (tmp_path / INDEX).write_text('[{"kind": "one"}]')
+    with pytest.raises(ValueError, match=r"(?s)drawn\.json.*figures"):
+        read_drawings(tmp_path)
+
+
+def test_the_report_shows_them(measured: list[Measured], tmp_path: Path):
+    index = write_drawings(tmp_path, measured, shown=4)
+    kinds = json.loads(index.read_text())
+    kinds[0]["drawings"][0]["prompt"] = HOSTILE
+    index.write_text(json.dumps(kinds))
+    results = [evaluated(tmp_path)]
+    page = write_report(tmp_path / "with.html", {"a": results}, drawn=tmp_path).read_text()
+    assert page.count('<div class="yes"><img') + page.count('<div class="no"><img') == 8
+    assert page.count('class="subject" src="data:image/png;base64,') == 4
+    assert '<th scope="row">one object</th>' in page
+    assert f"<td>{measured[0].figures.objects:.1f}</td>" in page
+    assert HOSTILE not in page
+    assert "&lt;img src=" in page
+    without = write_report(tmp_path / "without.html", {"a": results}).read_text()
+    assert "Drawn pictures" not in without
+
+
+def test_pictures_outside_the_folder_are_refused(measured: list[Measured], tmp_path: Path):
+    index = write_drawings(tmp_path / "drawn", measured, shown=1)
+    kinds = json.loads(index.read_text())
+    kinds[0]["drawings"][0]["picture"] = "../secret.png"
+    measured[0].pictures[0].save(tmp_path / "secret.png")
+    index.write_text(json.dumps(kinds))
+    with pytest.raises(ValueError, match="secret"):
+        write_report(tmp_path / "r.html", {"a": [evaluated(tmp_path)]}, drawn=tmp_path / "drawn")
+
+
+def evaluated(folder: Path):
+    from instructblip.evaluation.evaluate import evaluate
+    from tests.data.tiny import write_picture
+
+    questions = colour_questions(4)
+    for example in questions.examples:
+        write_picture(folder / "images" / example.images[0], seed=1)
+    questions.image_root = folder / "images"
+    return evaluate(FakeEngine(), benchmark(), questions)
