@@ -1,10 +1,11 @@
 """Malformed requests: no 5xx, no path or trace in an answer, memory back to where it was.
 
-    python benchmarks/fuzz_server.py [--requests 10000] [--model starter]
+    python benchmarks/fuzz_server.py [--requests 10000] [--seconds 300] [--start 0]
 
-Half of them are drawn by schemathesis from the OpenAPI description, the other half are good
-requests with something broken: cut and flipped pictures, decompression bombs, wrong types,
-half characters, huge bodies.
+In rounds of 200: half of them are drawn by schemathesis from the OpenAPI description, the other
+half are good requests with something broken: cut and flipped pictures, decompression bombs, wrong
+types, half characters, huge bodies. After ``--seconds`` it stops and names the round to ``--start``
+from; a round's requests depend on its number alone.
 """
 
 import argparse
@@ -13,11 +14,13 @@ import copy
 import gc
 import io
 import json
+import math
 import random
 import re
 import resource
 import struct
 import sys
+import time
 import warnings
 import zlib
 from collections import Counter
@@ -33,6 +36,7 @@ from PIL import Image
 LEAK = re.compile(
     r"Traceback|site-packages|\.py\b|/(home|usr|tmp|work|root|src|etc)/|0x[0-9a-f]{8}"
 )
+ROUND = 200
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1.5, 10**30, "", "x" * 20_000, "\ud800", "\x00", [], [[]], {}, {"a": {}},
 )  # fmt: skip
@@ -165,6 +169,11 @@ def fuzz_bodies(client: TestClient, requests: int, watch: Watch, seed: int) -> N
         watch.see(f"request {number}", response.status_code, response.text)
 
 
+def fuzz_round(client: TestClient, watch: Watch, number: int) -> None:
+    fuzz_schema(client, ROUND // 2, watch, seed=number)
+    fuzz_bodies(client, ROUND // 2, watch, seed=number)
+
+
 def resident_mb() -> float:
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -173,28 +182,32 @@ def resident_mb() -> float:
 
 def main() -> None:
     from instructblip.serving.api import create_app
-    from instructblip.stages import load_engine
+    from instructblip.stages_use import load_engine
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--model", default="starter")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=math.inf)
     args = parser.parse_args()
-    watch = Watch()
+    watch, until = Watch(), time.monotonic() + args.seconds
     app = create_app({"model": load_engine(args.model, device="cpu")})
-    half = args.requests // 2
+    rounds = args.requests // ROUND
     with TestClient(app, raise_server_exceptions=False) as client:
-        fuzz_bodies(client, half // 5, Watch(), args.seed + 1)  # buffers and caches fill once
-        before = resident_mb()
-        fuzz_schema(client, half, watch, args.seed)
-        fuzz_bodies(client, half, watch, args.seed)
-        after = resident_mb()
+        fuzz_round(client, Watch(), rounds)  # buffers and caches fill once
+        memory, number = [resident_mb()], args.start
+        while number < rounds and time.monotonic() < until:
+            fuzz_round(client, watch, number)
+            memory.append(resident_mb())
+            number += 1
     print("| status | answers |\n|---|---|")
     for status, count in sorted(watch.codes.items()):
         print(f"| {status} | {count} |")
     print(f"{watch.codes.total()} requests, {len(watch.problems)} problems")
-    print(f"memory before {before:.0f} MB, after {after:.0f} MB")
+    print("MB after each round:", *(f"{value:.0f}" for value in memory))
     print("\n".join(watch.problems[:20]))
+    if number < rounds:
+        print(f"stopped; go on with --start {number}")
     sys.exit(bool(watch.problems))
 
 

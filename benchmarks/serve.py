@@ -4,7 +4,8 @@
 
 Starts `instructblip serve` twice, with batches of up to 32 and with one request at a time, and asks
 both the same questions. Prints requests/s, latencies, refusals and differing answers; exit code 1
-for any error other than 429 or any answer that differs from ``Engine.answer`` of that one request.
+for any error other than 429, broken connections too, or any answer that differs from
+``Engine.answer`` of that one request.
 ``CPU ms`` is what the server's process spends on an answer: that ratio holds on a busy machine too.
 """
 
@@ -26,7 +27,7 @@ from typing import Any
 import httpx
 
 from instructblip.data.scenes.world import render, sample_scene
-from instructblip.stages import load_engine
+from instructblip.stages_use import load_engine
 
 INSTRUCTIONS = ("A short image description.", "Question: how many shapes are there? Short answer:")
 
@@ -90,7 +91,11 @@ async def load(address: str, asked: list, clients: int, seconds: float) -> dict[
         while time.monotonic() < end:
             request, expected = next(order)
             began = time.monotonic()
-            reply = await client.post(address + "/v1/chat/completions", json=request)
+            try:
+                reply = await client.post(address + "/v1/chat/completions", json=request)
+            except httpx.TransportError:
+                codes[0] = codes.get(0, 0) + 1
+                continue
             codes[reply.status_code] = codes.get(reply.status_code, 0) + 1
             if reply.status_code == 200:
                 latencies.append(time.monotonic() - began)

@@ -22,7 +22,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from instructblip.serving.api import create_app
 from instructblip.serving.web import EN, PATH, ZH, mount_page
-from instructblip.stages import load_engine
+from instructblip.stages_use import load_engine
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def ask_example(page: Page, address: str, number: int) -> None:
     """Open the page, take an example and ask it; returns when the answers are there."""
     page.goto(address + PATH)
     page.locator("#ask").wait_for()
-    page.locator("tr.tr-body, .gallery-item").nth(number).click()
+    page.locator("#examples .gallery-item").nth(number).click()
     page.locator("#picture img").first.wait_for()
     page.locator("#ask").click()
     page.locator("#looks img").first.wait_for()

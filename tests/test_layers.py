@@ -25,7 +25,9 @@ FLOORS = {
     "memory": 4,
     "drawing": 4,
     "stages": 5,
+    "stages_use": 5,
     "cli": 6,
+    "cli_use": 6,
     "__main__": 7,
 }
 APART = [{"data", "model", "training"}]

@@ -11,6 +11,8 @@ from typing import Annotated, cast, get_args
 import typer
 
 from instructblip import stages
+from instructblip.cli_use import Model
+from instructblip.cli_use import app as use
 
 app = typer.Typer(
     name="instructblip",
@@ -146,6 +148,19 @@ def train(
     stages.train(resolved, out or Path("out") / Path(recipe).stem, resume)
 
 
+@app.command()
+def tune(
+    root: Annotated[Path, typer.Argument(help="Folder of pictures with captions or questions.")],
+    overrides: Overrides = None,
+    model: Model = "starter",
+    out: Annotated[Path, typer.Option(help="Folder of run, results and report.")] = Path(
+        "out/tuned"
+    ),
+) -> None:
+    """Tune a model on a folder of your own: check, split, tune, evaluate before and after."""
+    stages.tune(root, model, out, overrides or [])
+
+
 Benchmarks = Annotated[
     str | None, typer.Option(help="Benchmarks or groups, with commas; else the recipe's.")
 ]
@@ -161,6 +176,22 @@ def _evaluation_overrides(
         "batch_size": batch_size,
     }
     return [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    stage: Annotated[int, typer.Option(min=1, max=2, help="1: see; 2: tell.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Run directory.")] = None,
+    resume: Resume = False,
+) -> None:
+    """Run a stage of BLIP-2's pre-training for a new pair of image encoder and language model."""
+    from instructblip.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    folder = out or Path("out") / f"{Path(recipe).stem}_stage{stage}"
+    stages.pretrain(resolved, stage, folder, resume)
 
 
 @app.command()
@@ -199,24 +230,6 @@ def evaluate(
     recipe = load_recipe(names[0] if len(names) == 2 else stages.recipe_of(model), overrides)
     folder = out or Path("out/results") / (Path(model).name + ("_blind" if blind else ""))
     stages.evaluate(recipe, model, folder, blind_seed=0 if blind else None)
-
-
-@app.command()
-def draw(
-    instruction: Annotated[str, typer.Argument(help="What to draw.")],
-    out: Annotated[Path, typer.Option(help="The picture file.")] = Path("drawn.png"),
-    image: Annotated[Path | None, typer.Option(help="A picture to take from.")] = None,
-    model: Annotated[str, typer.Option(help="A directory that draws, or `starter`.")] = "starter",
-    num_images: Annotated[int, typer.Option(help="Number of pictures.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="The same seed draws the same.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps from noise to picture.")] = 20,
-    guidance: Annotated[float, typer.Option(help="How strictly to follow; 1 is plain.")] = 2.0,
-    image_guidance: Annotated[
-        float | None, typer.Option(help="The same for --image; by default as --guidance.")
-    ] = None,
-) -> None:
-    """Draw what an instruction says, on its own or about a picture."""
-    stages.draw(instruction, out, model, image, num_images, seed, steps, guidance, image_guidance)
 
 
 Folders = Annotated[list[Path], typer.Argument(help="Result folders of `evaluate`.")]
@@ -272,218 +285,7 @@ def report(
     print(stages.report(folders, out, run or [], baseline, drawn))
 
 
-Model = Annotated[
-    str, typer.Option("--model", help="A run or model directory, hf://OWNER/NAME, or `starter`.")
-]
-Images = Annotated[
-    list[Path] | None, typer.Option("--image", help="A picture; several are frames of a video.")
-]
-Beams = Annotated[int | None, typer.Option(help="Beams; 5 in the paper.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Tokens of an answer at most; 256.")]
-MinTokens = Annotated[int | None, typer.Option(help="Tokens of an answer at least; 1.")]
-LengthPenalty = Annotated[float | None, typer.Option(help="Above 0 beams favour length; 1.")]
-Repetition = Annotated[float | None, typer.Option(help="Above 1 repeats less; 1.5.")]
-Temperature = Annotated[float | None, typer.Option(help="Draw at this temperature; else search.")]
-TopP = Annotated[float | None, typer.Option(help="Share of the likeliest tokens to draw from.")]
-
-
-def _decoding(
-    num_beams: int | None,
-    max_new_tokens: int | None,
-    min_new_tokens: int | None,
-    length_penalty: float | None,
-    repetition_penalty: float | None,
-    temperature: float | None,
-    top_p: float | None,
-) -> stages.Decoding:
-    """What was given; the rest is as the model's directory says, then as in the paper."""
-    given = {name: value for name, value in locals().items() if value is not None}
-    if temperature is None and top_p is None:
-        return given
-    return {"num_beams": 1, **given, "do_sample": True}
-
-
-@app.command()
-def answer(
-    image: Images = None,
-    instruction: Annotated[str | None, typer.Option(help="What to ask.")] = None,
-    batch: Annotated[
-        Path | None, typer.Option(help="A folder of pictures, or a JSONL of requests.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Where the answers of --batch go.")] = Path(
-        "out/answers.jsonl"
-    ),
-    model: Model = "starter",
-    num_beams: Beams = None,
-    max_new_tokens: MaxTokens = None,
-    min_new_tokens: MinTokens = None,
-    length_penalty: LengthPenalty = None,
-    repetition_penalty: Repetition = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-) -> None:
-    """Answer an instruction about a picture, or about every picture of a folder or a JSONL."""
-    decoding = _decoding(
-        num_beams,
-        max_new_tokens,
-        min_new_tokens,
-        length_penalty,
-        repetition_penalty,
-        temperature,
-        top_p,
-    )
-    if (batch is None) == (image is None):
-        raise ValueError("give either --image PICTURE or --batch FOLDER_OR_JSONL")
-    if batch is not None:
-        raise typer.Exit(1 if stages.answer_many(model, batch, instruction, out, decoding) else 0)
-    if not instruction:
-        raise ValueError("say with --instruction what to ask")
-    stages.answer(model, image or [], instruction, decoding)
-
-
-@app.command()
-def chat(
-    image: Images = None,
-    model: Model = "starter",
-    num_beams: Beams = None,
-    max_new_tokens: MaxTokens = None,
-    min_new_tokens: MinTokens = None,
-    length_penalty: LengthPenalty = None,
-    repetition_penalty: Repetition = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-) -> None:
-    """Ask about pictures in the terminal, over several turns."""
-    decoding = _decoding(
-        num_beams,
-        max_new_tokens,
-        min_new_tokens,
-        length_penalty,
-        repetition_penalty,
-        temperature,
-        top_p,
-    )
-    stages.chat(model, image or [], decoding)
-
-
-@app.command()
-def pretrain(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    stage: Annotated[int, typer.Option(min=1, max=2, help="1: see; 2: tell.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Run directory.")] = None,
-    resume: Resume = False,
-) -> None:
-    """Run a stage of BLIP-2's pre-training for a new pair of image encoder and language model."""
-    from instructblip.recipe import load_recipe
-
-    resolved = load_recipe(recipe, overrides or [])
-    folder = out or Path("out") / f"{Path(recipe).stem}_stage{stage}"
-    stages.pretrain(resolved, stage, folder, resume)
-
-
-@app.command()
-def tune(
-    root: Annotated[Path, typer.Argument(help="Folder of pictures with captions or questions.")],
-    overrides: Overrides = None,
-    model: Model = "starter",
-    out: Annotated[Path, typer.Option(help="Folder of run, results and report.")] = Path(
-        "out/tuned"
-    ),
-) -> None:
-    """Tune a model on a folder of your own: check, split, tune, evaluate before and after."""
-    stages.tune(root, model, out, overrides or [])
-
-
-@app.command()
-def inspect(
-    path: Annotated[str, typer.Argument(help="A model or run directory, `starter`, or a .pth.")],
-) -> None:
-    """Tell what a checkpoint is: its sizes, what is trainable, what is missing."""
-    stages.inspect(path)
-
-
-@app.command(name="import")
-def import_(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pth of the official code (LAVIS).")],
-    vision: Annotated[Path, typer.Option(help="eva_vit_g.pth, or weights of an image encoder.")],
-    language: Annotated[Path, typer.Option(help="transformers directory of the language model.")],
-    out: Annotated[Path, typer.Option(help="Directory to write.")],
-    qformer_tokenizer: Annotated[
-        Path | None, typer.Option(help="Directory of BERT's tokenizer; none for a BLIP-2.")
-    ] = None,
-) -> None:
-    """Bring a checkpoint of the official code into a directory that transformers reads too."""
-    stages.import_checkpoint(checkpoint, vision, language, qformer_tokenizer, out)
-
-
-@app.command()
-def combine(
-    vision: Annotated[Path, typer.Option(help="CLIP, SigLIP, or a BLIP-2 with its EVA-CLIP.")],
-    language: Annotated[Path, typer.Option(help="A Llama, Qwen, Gemma, OPT or T5 directory.")],
-    qformer_tokenizer: Annotated[Path, typer.Option(help="Directory of BERT's tokenizer.")],
-    out: Annotated[Path, typer.Option(help="Directory to write.")],
-    queries: Annotated[int, typer.Option(help="Query tokens.")] = 32,
-    layers: Annotated[int, typer.Option(help="Layers of the Q-Former.")] = 12,
-) -> None:
-    """Put an image encoder and a language model together, with a fresh Q-Former between them."""
-    stages.combine(vision, language, qformer_tokenizer, out, queries, layers)
-
-
-@app.command()
-def export(
-    model: Annotated[str, typer.Argument(help="A run or model directory, or `starter`.")],
-    out: Annotated[Path, typer.Argument(help="Directory, or .pth file, to write.")],
-    form: Annotated[str, typer.Option("--format", help="transformers or lavis.")] = "transformers",
-    results: Annotated[
-        list[Path] | None, typer.Option(help="Result folder whose figures the card shows.")
-    ] = None,
-    image_encoder: Annotated[
-        bool, typer.Option("--image-encoder", help="lavis: with the image encoder.")
-    ] = False,
-) -> None:
-    """Write a model for others, with its card."""
-    if form not in get_args(stages.ModelForm):
-        expected = " or ".join(get_args(stages.ModelForm))
-        raise ValueError(f"--format {form}: expected {expected}")
-    stages.export(model, out, cast("stages.ModelForm", form), results or [], image_encoder)
-
-
-@app.command()
-def serve(
-    model: Model = "starter",
-    before: Annotated[
-        str | None, typer.Option(help="A BLIP-2 to answer beside it, as model `blip2`.")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-    page: Annotated[bool, typer.Option(help="Whether to show the page at /page.")] = True,
-    api_keys: Annotated[
-        Path | None, typer.Option(help="File of API keys, one a line; none: open to all.")
-    ] = None,
-    image_host: Annotated[
-        list[str] | None, typer.Option(help="Host that pictures may be fetched from; none.")
-    ] = None,
-    max_batch: Annotated[int, typer.Option(help="Requests answered together.")] = 32,
-    max_queue: Annotated[int, typer.Option(help="Requests that wait; beyond them 429.")] = 128,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
-    timeout: Annotated[float, typer.Option(help="Seconds of a request.")] = 60.0,
-) -> None:
-    """Serve a model over HTTP: OpenAI's chat completions, ranking, metrics and a page."""
-    from instructblip.serving.config import ServeConfig
-
-    keys = tuple(api_keys.read_text().split()) if api_keys else ()
-    if api_keys and not keys:
-        raise ValueError(f"{api_keys} holds no keys; expected one a line")
-    config = ServeConfig(
-        max_batch=max_batch,
-        max_queue=max_queue,
-        max_tokens=max_tokens,
-        timeout_s=timeout,
-        api_keys=keys,
-        image_hosts=tuple(name.lower() for name in image_host or ()),
-    )
-    stages.serve(model, before, host, port, config, page)
+app.add_typer(use)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -492,6 +294,8 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     if not debug:
         warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
+        # the paper's penalty is on the answer's own tokens alone, which transformers warns of
+        warnings.filterwarnings("ignore", "Passing `repetition_penalty` with `inputs_embeds`")
     try:
         app(args=[a for a in arguments if a != "--debug"], prog_name="instructblip")
     except (ValueError, OSError) as error:

@@ -3,14 +3,13 @@
 Stages import what they need when they run, so that `instructblip --help` stays fast.
 """
 
-import functools
 import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,15 +17,11 @@ if TYPE_CHECKING:
     from instructblip.data.export import Form as DataForm
     from instructblip.evaluation.result import Result
     from instructblip.recipe import Recipe
-    from instructblip.serving.config import ServeConfig
-    from instructblip.serving.engine import Engine
     from instructblip.training.train import TrainResult
 
-Decoding = dict[str, int | float | bool]
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
 Form = Literal["table", "markdown", "latex", "json"]
-ModelForm = Literal["transformers", "lavis"]
 
 
 def scenes(root: Path, seed: int = 0, scale: float = 1.0) -> None:
@@ -142,35 +137,6 @@ def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
             export=model.save_pretrained,
             notes={RECIPE_FILE: recipe.to_yaml(), TEMPLATES_FILE: templates_note()},
         )
-
-
-def draw(
-    instruction: str,
-    out: Path,
-    model: str = "starter",
-    image: Path | None = None,
-    num_images: int = 1,
-    seed: int | None = None,
-    steps: int = 20,
-    guidance: float = 2.0,
-    image_guidance: float | None = None,
-) -> list[Path]:
-    """Draw ``instruction`` into ``out``; several pictures get a number each: x_0.png, x_1.png."""
-    from instructblip.text_to_image.sample import Painter, save_picture
-
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--out {out}: expected a file that ends in .png, .jpg or .webp")
-    pictures = Painter.from_pretrained(model).draw(
-        instruction, image, num_images, seed,
-        steps=steps, guidance=guidance, image_guidance=image_guidance,
-    )  # fmt: skip
-    names = [out] if num_images == 1 else [
-        out.with_stem(f"{out.stem}_{i}") for i in range(num_images)
-    ]  # fmt: skip
-    for picture, name in zip(pictures, names, strict=True):
-        save_picture(picture, name)
-        print(name)
-    return names
 
 
 def cache(recipe: "Recipe") -> None:
@@ -328,51 +294,6 @@ def report(
     )
 
 
-def answer(model: str, images: Sequence[Path], instruction: str, decoding: Decoding) -> str:
-    """Print the answer as it comes; several pictures are the frames of a video."""
-    engine = load_engine(model)
-    said = ""
-    for piece in engine.stream(list(images), instruction, **decoding):
-        print(piece, end="", flush=True)
-        said += piece
-    print()
-    return said
-
-
-def answer_many(
-    model: str, source: Path, instruction: str | None, out: Path, decoding: Decoding
-) -> int:
-    """Answer a folder or a JSONL into a JSONL; returns how many pictures could not be read."""
-    from rich.progress import Progress
-
-    from instructblip.serving.requests import answer_requests, read_requests
-
-    requests = read_requests(source, instruction)
-    engine = load_engine(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    bad = 0
-    with Progress() as progress, part.open("w", encoding="utf-8") as file:
-        bar = progress.add_task("answering", total=len(requests))
-        for records in answer_requests(engine, requests, **decoding):
-            for record in records:
-                bad += "error" in record
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            progress.advance(bar, len(records))
-    part.replace(out)
-    print(f"{len(requests) - bad} answers in {out}" + (f"; {bad} with an error" if bad else ""))
-    return bad
-
-
-def chat(model: str, images: Sequence[Path], decoding: Decoding) -> None:
-    """Ask about pictures in the terminal, turn by turn."""
-    from instructblip.serving.chat import Conversation, run_chat
-
-    engine = load_engine(model)
-    show = functools.partial(print, end="", flush=True)
-    run_chat(engine, Conversation(list(images)), lambda: input("> "), show, **decoding)
-
-
 def pretrain(recipe: "Recipe", stage: int, out: Path, resume: bool = False) -> "TrainResult":
     """One of BLIP-2's two stages on the captions of a recipe."""
     from instructblip.pretraining import pretrain as run_pretraining
@@ -389,93 +310,6 @@ def tune(root: Path, start: str, out: Path, overrides: Sequence[str] = ()) -> No
     refuse_existing(out / "run")
     page = run_tuning(root, start, out, overrides)
     print(f"\nOpen {page}. To try the model:\n  instructblip serve --model {out / 'run'}")
-
-
-def inspect(path: str) -> None:
-    """Print what a checkpoint is, its sizes, what is trainable and what is missing."""
-    from instructblip.model.inspection import inspect_checkpoint
-
-    print(inspect_checkpoint(path).describe())
-
-
-def import_checkpoint(
-    checkpoint: Path, vision: Path, language: Path, qformer_tokenizer: Path | None, out: Path
-) -> None:
-    """Write a checkpoint of the official code as a directory that transformers reads too."""
-    from instructblip.data.images import ImageTransform
-    from instructblip.model.lavis import import_lavis, language_tokenizer
-    from instructblip.serving.checkpoints import write_imported
-
-    model = import_lavis(checkpoint, vision, language)
-    transform = ImageTransform(image_size=model.config.vision.image_size)
-    write_imported(model, language_tokenizer(language), qformer_tokenizer, transform, out)
-    inspect(str(out))
-
-
-def combine(
-    vision: Path, language: Path, qformer_tokenizer: Path, out: Path, queries: int, layers: int
-) -> None:
-    """Write a model of two frozen parts and a fresh Q-Former, ready to be trained."""
-    from instructblip.data.images import ImageTransform
-    from instructblip.data.tokens import load_tokenizer
-    from instructblip.model.parts import combine as combine_parts
-    from instructblip.serving.checkpoints import write_imported
-
-    transform, tokenizer = ImageTransform.from_pretrained(vision), load_tokenizer(language)
-    model = combine_parts(vision, language, {"num_hidden_layers": layers}, queries)
-    write_imported(model, tokenizer, qformer_tokenizer, transform, out)
-    inspect(str(out))
-
-
-def export(
-    model: str, out: Path, form: ModelForm, results: Sequence[Path], image_encoder: bool
-) -> None:
-    """Write a model for others: a transformers directory with its card, or a LAVIS file."""
-    from instructblip.model.lavis import export_lavis
-    from instructblip.model.lora import merge_lora
-    from instructblip.model.pretrained import from_pretrained, model_directory
-    from instructblip.serving.checkpoints import write_exported
-
-    loaded = from_pretrained(model)
-    merge_lora(loaded.language_model)
-    if form == "lavis":
-        export_lavis(loaded, out, image_encoder)
-    else:
-        found = [result for own in load_results(results).values() for result in own]
-        write_exported(loaded, out, model_directory(model), found)
-    inspect(str(out))
-
-
-def serve(
-    model: str, before: str | None, host: str, port: int, config: "ServeConfig", page: bool
-) -> None:
-    """Answer over HTTP until the process is told to stop; requests under way are finished."""
-    try:
-        import uvicorn
-
-        from instructblip.serving.api import create_app
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is missing: pip install 'instructblip[serve]'") from error
-
-    engines = {"instructblip": load_engine(model)}
-    if before is not None:
-        engines["blip2"] = load_engine(before, instruction_aware=False)
-    app = create_app(engines, config)
-    if page:
-        from instructblip.serving.web import mount_page
-
-        app = mount_page(app)
-    grace = int(config.timeout_s) + 1
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=grace, server_header=False)
-
-
-def load_engine(model: str, **options: Any) -> "Engine":
-    """A model ready to answer: the paper's decoding, below what its directory stores."""
-    from instructblip.serving.engine import PAPER_DECODING, Engine
-
-    engine = Engine.from_pretrained(model, **options)
-    engine.decoding = {**PAPER_DECODING, **engine.decoding}
-    return engine
 
 
 def load_results(folders: Sequence[Path]) -> "dict[str, list[Result]]":

@@ -291,3 +291,18 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="hf://OWNER/NAME for a model of the Hub"):
         model_directory(tmp_path / "owner" / "name")
     assert len(asked) == 2
+
+
+def test_hub_names_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def download(*_args: Any, **_options: Any) -> str:
+        raise LocalEntryNotFoundError("no network and no copy on the disk\nand a long story")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(FileNotFoundError) as error:
+        model_directory("hf://owner/name")
+    assert str(error.value) == (
+        "hf://owner/name could not be fetched: no network and no copy on the disk"
+    )

@@ -1,5 +1,7 @@
 """Directories that transformers wrote are read, and what is written here transformers reads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -9,6 +11,7 @@ from transformers import (
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
     InstructBlipForConditionalGeneration,
+    InstructBlipVideoForConditionalGeneration,
 )
 
 from instructblip.model.instructblip import InstructBlip
@@ -67,6 +70,29 @@ def test_saved_directory_loads_in_transformers_with_the_same_loss(tmp_path, lang
     torch.testing.assert_close(mean_loss(ours, batch), expected, rtol=1e-5, atol=1e-5)
     ours_again = InstructBlip.from_pretrained(tmp_path / "ours")
     torch.testing.assert_close(mean_loss(ours_again, batch), mean_loss(ours, batch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_instructblip_video_is_the_same_weights(tmp_path, language):
+    """Four frames a sample, as transformers' processor gives it; read, written and read again."""
+    theirs = tiny_transformers(language, kind="instructblipvideo")
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = InstructBlip.from_pretrained(tmp_path / "theirs")
+    batch = tiny_batch(theirs.config)
+    frames = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 1]])
+    batch = replace(batch, image_index=frames)
+    build = transformers_inputs if language == "llama" else seq2seq_inputs
+    inputs = build(batch, 4 * theirs.config.num_query_tokens)
+    inputs["pixel_values"] = batch.pixel_values[frames]
+    torch.testing.assert_close(mean_loss(ours, batch), theirs(**inputs).loss, rtol=1e-5, atol=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    again, info = InstructBlipVideoForConditionalGeneration.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert again.config.video_token_index == IMAGE_TOKEN
+    assert torch.equal(again.eval()(**inputs).loss, theirs(**inputs).loss)
 
 
 def test_untied_t5_head_survives_both_ways(tmp_path):

@@ -9,6 +9,8 @@ from transformers import (
     Blip2ForConditionalGeneration,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
+    InstructBlipVideoConfig,
+    InstructBlipVideoForConditionalGeneration,
 )
 
 from instructblip.batch import Batch
@@ -121,6 +123,9 @@ def tiny_transformers(
     arguments = tiny_config(language, shape)
     if kind == "instructblip":
         model = InstructBlipForConditionalGeneration(InstructBlipConfig(**arguments))
+    elif kind == "instructblipvideo":
+        arguments["video_token_index"] = arguments.pop("image_token_index")
+        model = InstructBlipVideoForConditionalGeneration(InstructBlipVideoConfig(**arguments))
     else:
         model = Blip2ForConditionalGeneration(Blip2Config(**arguments))
     with torch.no_grad():

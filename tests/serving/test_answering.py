@@ -9,9 +9,9 @@ import pytest
 from instructblip import cli
 from instructblip.serving.chat import Conversation, instruction_of, run_chat
 from instructblip.serving.engine import PAPER_DECODING, Engine
-from instructblip.serving.requests import answer_requests, read_requests
+from instructblip.serving.requests import answer_requests, open_pictures, read_requests
 from instructblip.serving.streaming import TextStream
-from instructblip.stages import load_engine
+from instructblip.stages_use import load_engine
 from tests.data.tiny import write_picture
 from tests.serving.test_engine import QUESTION, write_model
 
@@ -181,6 +181,28 @@ def test_chat_remembers_turns_and_pictures(engine: Engine, pictures: list[Path])
     for expected in told:
         place = text.index(expected, place)
     assert conversation.turns == [("what?", first)]
+
+
+def test_a_video_is_four_of_its_frames(engine: Engine, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    from tests.data.test_video import write_video
+
+    clip = tmp_path / "a clip.mp4"
+    write_video(clip, [(250, 20, 20)] * 20 + [(20, 20, 250)] * 20)
+    frames = open_pictures([clip])
+    reds = [image.getpixel((30, 20))[0] for image in frames]  # type: ignore[union-attr]
+    assert [red > 128 for red in reds] == [True, True, False, False]
+    decoding: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 6}
+    (expected,) = engine.answer([frames], QUESTION, **decoding)
+    ((record,),) = answer_requests(engine, read_requests(tmp_path, QUESTION), **decoding)
+    assert record["answer"] == expected
+    lines = iter([f"/image '{clip}'", QUESTION, "/quit"])
+    said: list[str] = []
+    run_chat(engine, Conversation(), lambda: next(lines), said.append, **decoding)
+    assert expected in "".join(said)
+    clip.write_bytes(b"no video")
+    ((record,),) = answer_requests(engine, read_requests(tmp_path, QUESTION))
+    assert "a clip.mp4: cannot be decoded" in record["error"]
 
 
 def test_history_is_written_as_in_the_data() -> None:

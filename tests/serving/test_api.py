@@ -17,9 +17,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from instructblip import cli
 from instructblip.serving import incoming
 from instructblip.serving.api import create_app
 from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
@@ -465,6 +467,36 @@ def test_pictures_of_a_listed_host(monkeypatch: pytest.MonkeyPatch, png: list[Pa
         with pytest.raises(incoming.BadPicture, match="not fetched from there"):
             incoming.fetch(url, config, "here")
     server.shutdown()
+
+
+def test_the_command_serves_what_it_was_told(
+    model_folder: Path, blip2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: ran.append((app, options)))
+    keys = tmp_path / "keys.txt"
+    keys.write_text("first\n\nsecond\n")
+    options = "--port 8123 --max-queue 5 --max-batch 2 --timeout 9 --image-host A.example --no-page"
+    models = ["--model", str(model_folder), "--before", str(blip2_folder)]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["serve", *models, "--api-keys", str(keys), *options.split(), "--debug"])
+    assert not stop.value.code
+    ((app, told),) = ran
+    assert (told["host"], told["port"], told["timeout_graceful_shutdown"]) == (
+        "127.0.0.1",
+        8123,
+        10,
+    )
+    service = app.state.service
+    assert list(service.batchers) == ["instructblip", "blip2"]
+    assert not service.batchers["blip2"].engine.model.config.instruction_aware
+    config = service.config
+    assert (config.max_queue, config.max_batch, config.timeout_s) == (5, 2, 9.0)
+    assert (config.api_keys, config.image_hosts) == (("first", "second"), ("a.example",))
+    assert not [route for route in app.routes if getattr(route, "path", "") == "/page"]
+    keys.write_text(" \n")
+    with pytest.raises(ValueError, match=r"keys\.txt holds no keys; expected one a line"):
+        cli.main(["serve", "--api-keys", str(keys), "--debug"])
 
 
 def test_stream_is_sse(client: TestClient, png: list[Path]) -> None:

@@ -32,9 +32,10 @@ from tests.parity.tiny import tiny_config
 QUESTION = "Question: what is red? Short answer:"
 
 
-def write_model(folder: Path, kind: str) -> Path:
+def write_model(folder: Path, kind: str, rows: int = 260) -> Path:
     """A model directory as transformers writes one, with tokenizers and settings."""
-    config = tiny_config("llama", vocab_size=260, eos_token_id=259, bos_token_id=None)
+    config = tiny_config("llama", vocab_size=rows, eos_token_id=259, bos_token_id=None)
+    config["image_token_index"] = rows - 1
     config["qformer_config"] |= {"vocab_size": 90, "max_position_embeddings": 64}
     torch.manual_seed(0)
     if kind == "instructblip":

@@ -35,18 +35,26 @@ def address(engines: dict[str, Engine]) -> Iterator[str]:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize(("locale", "words"), [("en-GB", EN), ("zh-CN", ZH)])
 def test_the_page_in_a_browser(address: str, locale: str, words: dict[str, str]) -> None:
+    asked: list[str] = []
     with browser_page(locale) as page:
+        page.on("request", lambda request: asked.append(request.url))
         ask_example(page, address, number=1)
         text = page.locator("body").inner_text()
-        for key in ("title", "ask", "history", "looks"):
-            assert words[key] in text, key
+        for key in ("title", "ask", "history", "looks", "examples"):
+            assert words[key].removeprefix("# ") in text, key
+        assert "__" not in text, "a label that was not translated"
+        shown = page.locator("#picture img").first
+        assert shown.evaluate("image => image.naturalWidth") > 0
         for name in ("instructblip", "blip2"):
             assert page.locator(f"#answer-{name} textarea").input_value() != ""
             bars = page.locator(f"#ranking-{name}").inner_text()
             assert "purple" in bars
             assert "%" in bars
         assert page.locator("#looks img").count() >= 4  # the mean and three queries
-        assert "what colour is the circle?" in page.locator("#history").inner_text()
+        assert "what color is the circle?" in page.locator("#history").inner_text()
+    assert len(asked) > 20
+    outside = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    assert not outside, "the page works without a network"
 
 
 def test_what_the_page_shows_is_what_the_engines_say(
@@ -110,9 +118,9 @@ def test_attention_is_what_the_layer_uses(engines: dict[str, Engine]) -> None:
 
 
 def test_overlays_are_bright_where_the_query_looks() -> None:
-    attention = torch.zeros(1, 17)
-    attention[0, 1 + 5] = 1  # second row, second column of four
+    attention = torch.zeros(2, 17)
+    attention[:, 1 + 5] = 1  # second row, second column of four
     shown = overlays(Image.new("RGB", (30, 20), "grey"), attention, side=40)
-    assert [name for _, name in shown] == ["all", "1"]
+    assert [name for _, name in shown] == ["1-2", "1", "2"]
     bright = shown[1][0].convert("L")
     assert bright.getpixel((15, 15)) > bright.getpixel((35, 35))  # type: ignore[operator]

@@ -25,6 +25,13 @@ from instructblip.batch import Example
 from instructblip.data.sources.records import image_name
 from instructblip.data.templates import Rendered
 
+PREPROCESSORS = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
+"""Where transformers' processors keep size and normalisation; the second is InstructBlipVideo's."""
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 1 << 26
@@ -169,16 +176,16 @@ class ImageTransform:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ImageTransform":
-        """Reads ``preprocessor_config.json``, else ``processor_config.json``, of a directory."""
-        file = Path(path) / "preprocessor_config.json"
-        if not file.is_file():
-            file = Path(path) / "processor_config.json"
-        if not file.is_file():
+        """Reads ``preprocessor_config.json``, else another of ``PREPROCESSORS``, of a directory."""
+        for file in (Path(path) / name for name in PREPROCESSORS):
+            config: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
+            config = config.get("image_processor", config.get("video_processor", config))
+            if config.keys() & {"size", "image_mean", "image_processor_type"}:
+                break
+        else:
             raise FileNotFoundError(
                 f"no preprocessor_config.json in {path}; expected a model directory"
             )
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        config = config.get("image_processor", config)
         size = config.get("size", 224)
         if isinstance(size, dict):
             size = size.get("height", size.get("shortest_edge"))

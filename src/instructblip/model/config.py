@@ -10,6 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu"]
 
+READERS = {
+    "instructblip": "InstructBlip",
+    "instructblipvideo": "InstructBlipVideo",
+    "blip-2": "Blip2",
+}
+"""model_type -> how the names of transformers' classes begin."""
+
+TOKEN_KEYS = ("image_token_index", "image_token_id", "video_token_index", "video_token_id")
+
 OTHER_TOWER = "-other-tower"
 """Ends the model_type of a model with an image encoder that transformers' InstructBLIP has not, so
 that transformers refuses it instead of loading it wrong."""
@@ -136,6 +145,10 @@ class InstructBlipConfig(_Config):
         default=None,
         description="Id that transformers' processor uses as a placeholder for a query.",
     )
+    video: bool = Field(
+        default=False,
+        description="Whether transformers reads it as InstructBlipVideo; the weights are the same.",
+    )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "InstructBlipConfig":
@@ -148,14 +161,14 @@ class InstructBlipConfig(_Config):
 
     @classmethod
     def from_transformers(cls, config: dict[str, Any]) -> "InstructBlipConfig":
-        """Read a ``config.json`` of model_type "instructblip" or "blip-2".
+        """Read a ``config.json`` of a model_type among ``READERS``.
 
         Raises ValueError for any other model_type and for values that our parts cannot express.
         """
         kind = config.get("model_type")
-        if str(kind).removesuffix(OTHER_TOWER) not in ("instructblip", "blip-2"):
+        if str(kind).removesuffix(OTHER_TOWER) not in READERS:
             raise ValueError(
-                f"model_type must be 'instructblip' or 'blip-2'; got {kind!r}. Give a directory "
+                f"model_type must be one of {', '.join(READERS)}; got {kind!r}. Give a directory "
                 "that transformers' InstructBlip or Blip2 wrote, or one of this project's own."
             )
         vision = _select(VisionConfig, config.get("vision_config") or {})
@@ -172,31 +185,43 @@ class InstructBlipConfig(_Config):
             language={"model_type": "opt", **(config.get("text_config") or {})},
             num_query_tokens=config.get("num_query_tokens", 32),
             instruction_aware=str(kind).startswith("instructblip"),
-            image_token_id=config.get("image_token_index", config.get("image_token_id")),
+            image_token_id=next((config[key] for key in TOKEN_KEYS if key in config), None),
+            video=str(kind).startswith("instructblipvideo"),
         )
 
+    @property
+    def kind(self) -> str:
+        """transformers' model_type."""
+        if not self.instruction_aware:
+            return "blip-2"
+        return "instructblipvideo" if self.video else "instructblip"
+
+    @property
+    def reader(self) -> str:
+        """transformers' class that loads the model."""
+        return READERS[self.kind] + "ForConditionalGeneration"
+
     def to_transformers(self) -> dict[str, Any]:
-        """The ``config.json`` that transformers reads; Blip2's where there is no text branch."""
-        prefix, name = (
-            ("instructblip", "InstructBlip") if self.instruction_aware else ("blip_2", "Blip2")
-        )
+        """The ``config.json`` that ``reader`` reads."""
         language = dict(self.language)
         # transformers 5 writes T5's untied head as (tie_word_embeddings=True,
         # scale_decoder_outputs=False); only tie_word_embeddings=False means it in 4 and 5 alike.
         if language.get("scale_decoder_outputs") is False:
             language["tie_word_embeddings"] = False
-        kind = "instructblip" if self.instruction_aware else "blip-2"
+        kind, prefix = self.kind, self.kind.replace("-", "_")
         vision = self.vision.model_dump(exclude_none=True)
         if self.vision.in_transformers:
             vision = {k: v for k, v in vision.items() if k not in ("class_token", "pre_layernorm")}
         return {
             "model_type": kind if self.vision.in_transformers else kind + OTHER_TOWER,
-            "architectures": [f"{name}ForConditionalGeneration"],
+            "architectures": [self.reader],
             "vision_config": {"model_type": f"{prefix}_vision_model", **vision},
             "qformer_config": {"model_type": f"{prefix}_qformer", **self.qformer.model_dump()},
             "text_config": language,
             "num_query_tokens": self.num_query_tokens,
-            "image_token_index": self.image_token_id,
+            "video_token_index" if kind == "instructblipvideo" else "image_token_index": (
+                self.image_token_id
+            ),
         }
 
 

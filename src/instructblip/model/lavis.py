@@ -138,7 +138,8 @@ def import_lavis(
         checkpoint: a trimmed or whole ``.pth`` of an InstructBLIP or a BLIP-2.
         vision: ``eva_vit_g.pth``, or a directory or file that holds the encoder under our names.
         language: a transformers directory of the language model.
-        vision_heads, qformer_heads: no tensor tells them; the official ones by default.
+        vision_heads: no tensor tells the number of heads; the official one by default.
+        qformer_heads: likewise.
     """
     given = from_lavis(read_nested(checkpoint, "model"))
     tower = read_nested(vision, "model") if vision.is_file() else read_weights(vision)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from instructblip import distributed
 from instructblip.model import lora
-from instructblip.model.config import InstructBlipConfig
+from instructblip.model.config import READERS, InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import untie_head
 from instructblip.model.quantize import quantized_names
@@ -50,6 +50,7 @@ HARMLESS = re.compile(
 ASSETS = (
     "generation_config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -117,7 +118,8 @@ def save_pretrained(model: InstructBlip, path: str | Path) -> None:
     Raises OSError when the disk is full; what stood at ``path`` is then untouched.
     """
     with new_directory(Path(path)) as directory:
-        _copy_assets(model.assets, directory, model.config.vision.image_size)
+        if model.assets is not None:
+            _copy_assets(model.assets, directory, model.config)
         config = model.config.to_transformers()
         dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
         config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
@@ -347,17 +349,22 @@ def _read_generation_settings(model: InstructBlip, file: Path) -> None:
             setattr(model.language_model.generation_config, name, model.generation_settings[name])
 
 
-def _copy_assets(source: Path | None, target: Path, image_size: int) -> None:
-    """Tokenizers and settings; the picture size in them follows the model's."""
-    if source is None:
-        return
-    for pattern in ASSETS:
+def _copy_assets(source: Path, target: Path, config: InstructBlipConfig) -> None:
+    """Tokenizers and settings; what they say of the model follows the model."""
+    patterns = ASSETS if config.instruction_aware else (*ASSETS, TEXT_BRANCH_FILE)
+    for pattern in patterns:
         for found in sorted(source.glob(pattern)):
             copy = shutil.copytree if found.is_dir() else shutil.copyfile
             copy(found, target / found.name)
-    file = target / "preprocessor_config.json"
-    if file.is_file():
+    # transformers' processor puts as many placeholders as this says in front of a prompt
+    processor = target / "processor_config.json"
+    values = read_json(processor) if processor.is_file() else {}
+    values["processor_class"] = READERS[config.kind] + "Processor"
+    values["num_query_tokens"] = config.num_query_tokens
+    processor.write_text(json.dumps(values), encoding="utf-8")
+    side = {"height": config.vision.image_size, "width": config.vision.image_size}
+    for file in target.glob("*processor_config.json"):
         values = read_json(file)
-        side = {"height": image_size, "width": image_size}
-        values.update({key: side for key in ("size", "crop_size") if key in values})
+        for part in (values, values.get("image_processor", {}), values.get("video_processor", {})):
+            part.update({key: side for key in ("size", "crop_size") if key in part})
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -4,12 +4,8 @@
 ``Batcher`` a model answers; handlers only check, decode pictures and wait.
 """
 
-import asyncio
 import hmac
-import json
-import math
 import time
-import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -23,28 +19,24 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from instructblip import __version__
 from instructblip.serving.batching import Answer, Job
-from instructblip.serving.chat import instruction_of
+from instructblip.serving.completions import chat_job, response_of, stream_events
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.engine import Engine
 from instructblip.serving.guard import Guard, error_body
 from instructblip.serving.images import add_images
 from instructblip.serving.incoming import BadPicture
 from instructblip.serving.schema import (
-    AnswerMessage,
     ChatRequest,
     ChatResponse,
-    Choice,
     ErrorBody,
     Health,
-    Message,
     ModelCard,
     ModelList,
     RankedCandidate,
     RankRequest,
     RankResponse,
-    Usage,
 )
-from instructblip.serving.service import Service
+from instructblip.serving.service import Service, probabilities
 
 STATUS = {400: "bad picture or message", 401: "no valid API key", 403: "host not allowed"}
 STATUS |= {404: "no such model", 408: "the request came too slowly", 413: "too large"}
@@ -115,23 +107,15 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def chat_completions(body: ChatRequest) -> Any:
         """Answer the last message about the pictures of all messages."""
         name, batcher = service.choose(body.model)
-        job = await _chat_job(service, body, batcher.engine)
+        job = await chat_job(service, body, batcher.engine)
         if body.stream:
-            events = _stream(service, name, job, body)
+            events = stream_events(service, name, job, body)
             service.submit(batcher, job)
             return StreamingResponse(events, media_type="text/event-stream")
         service.submit(batcher, job)
         answer: Answer = await service.result(job)
         service.metrics.tokens.inc(answer.tokens)
-        return ChatResponse(
-            id=f"chatcmpl-{uuid.uuid4().hex}",
-            created=int(time.time()),
-            model=name,
-            choices=[
-                Choice(message=AnswerMessage(content=answer.text), finish_reason=_finish(answer))
-            ],
-            usage=_usage(answer),
-        )
+        return response_of(name, answer)
 
     @app.post("/v1/rank", tags=["ranking"], **guarded)
     async def rank(body: RankRequest) -> RankResponse:
@@ -159,120 +143,6 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         return RankResponse(model=name, best=best.text, candidates=ranked)
 
     add_images(app, service, guarded)
-
-
-def probabilities(scores: list[float]) -> list[float]:
-    """Log-likelihoods in nats as shares that sum to 1."""
-    top = max(scores)
-    weights = [math.exp(score - top) for score in scores]
-    return [weight / sum(weights) for weight in weights]
-
-
-async def _chat_job(service: Service, body: ChatRequest, engine: Engine) -> Job:
-    arrived = time.monotonic()
-    instruction = instruction_of_messages(body.messages)
-    urls = [url for message in body.messages for url in message.urls]
-    if not urls:
-        raise HTTPException(400, "messages: no picture; give one as a part of type image_url")
-    return Job(
-        pixels=await service.pixels(urls, engine, "messages"),
-        instruction=instruction,
-        decoding=_decoding(body, engine, service.config),
-        deadline=arrived + service.config.timeout_s,
-    )
-
-
-def instruction_of_messages(messages: list[Message]) -> str:
-    """System texts, then earlier turns as the data writes them, then the last user message."""
-    if messages[-1].role != "user":
-        raise HTTPException(400, "messages: the last one must be of the user")
-    system = [message.text for message in messages if message.role == "system"]
-    turns: list[tuple[str, str]] = []
-    asked: list[str] = []
-    for message in messages:
-        if message.role == "user":
-            asked.append(message.text)
-        elif message.role == "assistant":
-            turns.append((" ".join(asked), message.text))
-            asked = []
-    question = " ".join(text for text in asked if text)
-    if not question.strip():
-        raise HTTPException(400, "messages: the last one has no text")
-    return " ".join([*system, instruction_of(question, turns)])
-
-
-def _decoding(body: ChatRequest, engine: Engine, config: ServeConfig) -> dict[str, Any]:
-    """The settings of a request over the model's own, within the server's limit of tokens."""
-    wanted = body.max_completion_tokens or body.max_tokens
-    most = min(
-        wanted or engine.decoding.get("max_new_tokens", config.max_tokens), config.max_tokens
-    )
-    given = {
-        "max_new_tokens": most,
-        "min_new_tokens": body.min_tokens,
-        "num_beams": body.num_beams,
-        "repetition_penalty": body.repetition_penalty,
-        "length_penalty": body.length_penalty,
-    }
-    decoding = {name: value for name, value in given.items() if value is not None}
-    if decoding.get("min_new_tokens", 0) > most:
-        raise HTTPException(400, f"min_tokens is above the most tokens of an answer, {most}")
-    if body.temperature:
-        decoding |= {"do_sample": True, "temperature": body.temperature, "num_beams": 1}
-        decoding["top_p"] = body.top_p or 1.0
-    return decoding
-
-
-def _stream(service: Service, name: str, job: Job, body: ChatRequest) -> AsyncIterator[str]:
-    """Server-sent events with the pieces of the answer; ends with ``[DONE]``."""
-    loop = asyncio.get_running_loop()
-    pieces: asyncio.Queue[str | None] = asyncio.Queue()
-
-    def put(piece: str | None) -> None:
-        loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-    job.on_text = put
-    job.future.add_done_callback(lambda _: put(None))
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk"}
-    head |= {"created": int(time.time()), "model": name}
-
-    def event(delta: dict[str, str], finish: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
-
-    async def events() -> AsyncIterator[str]:
-        try:
-            yield event({"role": "assistant", "content": ""})
-            async with asyncio.timeout(max(0.0, job.deadline - time.monotonic())):
-                while (piece := await pieces.get()) is not None:
-                    yield event({"content": piece})
-            answer: Answer = await service.result(job)
-            service.metrics.tokens.inc(answer.tokens)
-            yield event({}, _finish(answer))
-            if body.stream_options and body.stream_options.include_usage:
-                usage = {**head, "choices": [], "usage": _usage(answer).model_dump()}
-                yield f"data: {json.dumps(usage)}\n\n"
-        except (TimeoutError, HTTPException):
-            yield f"data: {json.dumps(error_body(504, 'the answer took too long'))}\n\n"
-        except Exception:
-            yield f"data: {json.dumps(error_body(500, 'internal error'))}\n\n"
-        finally:
-            job.left = True
-        yield "data: [DONE]\n\n"
-
-    return events()
-
-
-def _finish(answer: Answer) -> Any:
-    return "length" if answer.cut else "stop"
-
-
-def _usage(answer: Answer) -> Usage:
-    return Usage(
-        prompt_tokens=answer.prompt_tokens,
-        completion_tokens=answer.tokens,
-        total_tokens=answer.prompt_tokens + answer.tokens,
-    )
 
 
 def _add_errors(app: FastAPI) -> None:

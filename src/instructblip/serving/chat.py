@@ -1,17 +1,19 @@
 """Several turns about the same pictures, and the questions in a terminal."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from instructblip.batch import Example
-from instructblip.data.images import load_image
 from instructblip.data.templates import render_prompt
 from instructblip.serving.engine import Engine, Picture
+from instructblip.serving.requests import open_pictures
 
 HELP = """\
 Type a question. Commands:
-  /image PATH [PATH ...]   look at these pictures from now on; several are read in order, as a video
+  /image PATH [PATH ...]   look at these from now on: pictures, read in order, or a video file
   /reset                   forget the turns so far
   /help                    this text
   /quit                    leave (so does the end of the input)"""
@@ -87,12 +89,10 @@ def run_chat(
             elif command == "/reset":
                 conversation.turns.clear()
             elif command == "/image":
-                paths = rest.split()
+                paths = [Path(path) for path in shlex.split(rest)]
                 if not paths:
                     raise ValueError("/image needs a path")
-                for path in paths:
-                    load_image(path)
-                conversation.pictures = paths
+                conversation.pictures = open_pictures(paths)
             elif command.startswith("/"):
                 raise ValueError(f"no command {command}; /help lists them")
             elif line:

@@ -63,4 +63,4 @@ def write_exported(
     for name, parameter in model.named_parameters():
         parts[part_of(name)] += parameter.numel()
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
-    write_card(out, out.name, model.config.instruction_aware, dict(parts), text, results)
+    write_card(out, model.config.reader, parts, text, results)

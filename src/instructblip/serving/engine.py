@@ -335,7 +335,7 @@ class Engine:
         return samples
 
     def sample(self, keys: tuple[str, ...], pixels: tuple[torch.Tensor, ...], text: str) -> Sample:
-        """What the model reads: frames [F][3, S, S] with a key for each, and the instruction."""
+        """What the model reads: frames, each [3, S, S] and with a key, and the instruction."""
         qformer_ids, prompt_ids, _ = self.tokens.tokenize(Rendered(text, text))
         return Sample(
             image_keys=keys, pixels=pixels, qformer_ids=qformer_ids, prompt_ids=prompt_ids

@@ -1,20 +1,24 @@
 """Many pictures at once: a folder or a JSONL of requests in, a JSONL of answers out.
 
 A line of requests is ``{"image": "a.jpg", "instruction": "What is this?"}``; ``image`` may be a
-list (the frames of a video), further keys are copied to the answer's line.
+video file, or a list (the frames of a video); further keys are copied to the answer's line.
 """
 
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from instructblip.data.images import load_image
+from instructblip.data.sources.frames import VIDEOS, extract_frames
 from instructblip.data.sources.records import image_name
-from instructblip.serving.engine import Engine
+from instructblip.serving.engine import Engine, Picture
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FRAMES = 4
+"""Frames that stand for a video, evenly spaced, as in the paper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +54,9 @@ def read_requests(path: Path, instruction: str | None = None) -> list[Request]:
 def _of_folder(folder: Path, instruction: str | None) -> list[Request]:
     if instruction is None:
         raise ValueError(f"{folder} is a folder: say with --instruction what to ask its pictures")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (*PICTURES, *VIDEOS))
     if not files:
-        raise ValueError(f"{folder} holds no pictures; expected {', '.join(PICTURES)}")
+        raise ValueError(f"{folder} holds no pictures; expected {', '.join(PICTURES)}, or videos")
     return [Request((p,), instruction, {"image": p.name}) for p in files]
 
 
@@ -81,25 +85,44 @@ def answer_requests(
     with ``error`` in place of ``answer``: one bad file does not cost the answers of the rest."""
     for start in range(0, len(requests), engine.batch_size):
         chunk = requests[start : start + engine.batch_size]
-        problems = [_problem(request) for request in chunk]
-        good = [r for r, problem in zip(chunk, problems, strict=True) if problem is None]
+        seen = [_pictures_or_problem(request) for request in chunk]
+        good = [i for i, found in enumerate(seen) if not isinstance(found, str)]
         answers = iter(())
         if good:
-            said = engine.answer(
-                [r.images for r in good], [r.instruction for r in good], **decoding
-            )
-            answers = iter(said)
+            texts = [chunk[i].instruction for i in good]
+            answers = iter(engine.answer([seen[i] for i in good], texts, **decoding))
         yield [
             {**request.record, "instruction": request.instruction}
-            | ({"answer": next(answers)} if problem is None else {"error": problem})
-            for request, problem in zip(chunk, problems, strict=True)
+            | ({"error": found} if isinstance(found, str) else {"answer": next(answers)})
+            for request, found in zip(chunk, seen, strict=True)
         ]
 
 
-def _problem(request: Request) -> str | None:
+def _pictures_or_problem(request: Request) -> list[Picture] | str:
     try:
-        for image in request.images:
-            load_image(image)
+        return open_pictures(request.images)
     except (ValueError, FileNotFoundError) as error:
         return str(error)
-    return None
+
+
+def open_pictures(paths: Sequence[Path]) -> list[Picture]:
+    """The pictures to look at together: of a video file its frames, else the paths themselves.
+
+    Raises ValueError or FileNotFoundError, naming the file, for what cannot be decoded.
+    """
+    found: list[Picture] = []
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        if path.suffix.lower() in VIDEOS:
+            found += _frames(path)
+        else:
+            load_image(path)
+            found.append(path)
+    return found
+
+
+def _frames(video: Path) -> list[Picture]:
+    with tempfile.TemporaryDirectory() as folder:
+        files = extract_frames(video, Path(folder) / "frames", FRAMES)
+        return [load_image(file) for file in sorted(files.iterdir())]

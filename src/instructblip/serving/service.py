@@ -1,6 +1,7 @@
-"""What the handlers of the server share: a batcher for each model, the limits and the counters."""
+"""What the handlers and the page share: a batcher for each model, the limits and the counters."""
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -77,3 +78,10 @@ class Service:
 
 def too_busy() -> HTTPException:
     return HTTPException(429, "too many requests wait; try again", headers={"Retry-After": "1"})
+
+
+def probabilities(scores: list[float]) -> list[float]:
+    """Log-likelihoods in nats as shares that sum to 1."""
+    top = max(scores)
+    weights = [math.exp(score - top) for score in scores]
+    return [weight / sum(weights) for weight in weights]

@@ -16,17 +16,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from instructblip.batch import Example
 from instructblip.data.images import load_image
 from instructblip.data.sources.video import evenly_spaced
+from instructblip.model.config import READERS
 from instructblip.model.weights import read_json
 from instructblip.serving.engine import fingerprint
-
-OWN_TYPES = ("blip-2", "instructblip")
-"""Model types that ``Engine`` runs."""
 
 
 def is_baseline(directory: Path) -> bool:
     """Whether ``directory`` holds a transformers model that is none of ours."""
     config = directory / "config.json"
-    return config.is_file() and read_json(config).get("model_type") not in OWN_TYPES
+    return config.is_file() and read_json(config).get("model_type") not in READERS
 
 
 class TransformersModel:

@@ -18,30 +18,32 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.data.scenes.world import render, sample_scene
-from instructblip.serving.api import probabilities
 from instructblip.serving.batching import Job, QueueFull, TooLate
 from instructblip.serving.draw_tab import draw_tab
 from instructblip.serving.incoming import BadPicture, decode_picture
-from instructblip.serving.service import Service
+from instructblip.serving.service import Service, probabilities
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
 import gradio as gr
 from gradio.themes import Default
 
 PATH = "/page"
-INSTRUCTIONS = (
-    "A short image description.",
-    "Question: what colour is the circle? Short answer:",
-    "Question: how many shapes are there? Short answer:",
-    "Describe the picture in detail.",
+COLOURS = "red, green, blue, yellow, purple, orange"
+# seed of a picture of the embedded world, what to ask, and candidates
+EXAMPLES = (
+    (36, "A short image description.", ""),
+    (30, "Question: what color is the circle? Short answer:", COLOURS),
+    (24, "Question: how many shapes are there? Short answer:", "1, 2, 3, 4"),
+    (26, "Question: what shape is red? Short answer:", "circle, square, triangle, star, heart"),
 )
-CANDIDATES = "red, green, blue, yellow, purple, orange"
+INSTRUCTIONS = [*(text for _, text, _ in EXAMPLES), "Describe the picture in detail."]
 
 EN = {
-    "title": "Ask about a picture",
+    "title": "# Ask about a picture",
+    "about": "Drop a picture or take an example, choose an instruction or write one, and compare.",
     "picture": "Picture",
-    "instruction": "Instruction (choose one or write your own)",
-    "candidates": "Answers to rank, separated by commas (may be empty)",
+    "instruction": "Instruction",
+    "candidates": "Answers to rank, with commas (may be empty)",
     "ask": "Ask",
     "answer_of": "Answer",
     "ranking_of": "Ranking",
@@ -59,9 +61,10 @@ EN = {
     "drawn": "Drawn",
 }
 ZH = {
-    "title": "看图问答",
+    "title": "# 看图问答",
+    "about": "拖入一张图片或选一个示例，选择或填写指令，对比两个模型的回答。",
     "picture": "图片",
-    "instruction": "指令（可选择，也可自己写）",
+    "instruction": "指令",
     "candidates": "候选答案，用逗号分隔（可为空）",
     "ask": "提问",
     "answer_of": "回答",
@@ -80,6 +83,10 @@ ZH = {
     "drawn": "结果",
 }
 NAMES = {"instructblip": "InstructBLIP", "blip2": "BLIP-2"}
+CSS = """
+.gradio-container {max-width: 1240px !important; margin: 0 auto !important}
+#title h1 {margin-bottom: 0}
+"""
 
 
 def mount_page(app: FastAPI) -> FastAPI:
@@ -90,7 +97,8 @@ def mount_page(app: FastAPI) -> FastAPI:
     service: Service = app.state.service
     keys = service.config.api_keys
     i18n = gr.I18n(en=EN, zh=ZH, **{"zh-CN": ZH, "zh-TW": ZH})
-    theme = Default(font=("system-ui", "sans-serif"), font_mono=("monospace",))
+    # fonts of the reader's machine: the page asks no other address for anything
+    theme = Default(primary_hue="blue", font=("system-ui", "sans-serif"), font_mono=("monospace",))
     return gr.mount_gradio_app(
         app,
         make_page(service, i18n),
@@ -98,6 +106,7 @@ def mount_page(app: FastAPI) -> FastAPI:
         auth=(lambda _user, password: password in keys) if keys else None,
         max_file_size=service.config.max_picture_bytes,
         theme=theme,
+        css=CSS,
         i18n=i18n,
         footer_links=[],
         ssr_mode=False,
@@ -120,63 +129,87 @@ def make_page(service: Service, words: Any) -> gr.Blocks:
 
 def ask_tab(service: Service, words: Any) -> None:
     """Picture, instruction and candidates; what happens on a click is ``ask``."""
-    models = list(service.batchers)
+    models = {name: NAMES.get(name, name) for name in service.batchers}
+    examples = draw_examples()
     history = gr.State([])
     gr.Markdown(words("title"), elem_id="title")
+    gr.Markdown(words("about"))
     with gr.Row():
-        with gr.Column(scale=1):
+        with gr.Column(scale=2):
             picture = gr.Image(
                 type="filepath",
                 label=words("picture"),
                 sources=["upload", "clipboard"],
+                height=260,
                 elem_id="picture",
             )
             instruction = gr.Dropdown(
-                choices=list(INSTRUCTIONS),
+                choices=INSTRUCTIONS,
                 value=INSTRUCTIONS[0],
                 allow_custom_value=True,
                 label=words("instruction"),
                 elem_id="instruction",
             )
-            candidates = gr.Textbox(value=CANDIDATES, label=words("candidates"))
+            candidates = gr.Textbox(label=words("candidates"))
             button = gr.Button(words("ask"), variant="primary", elem_id="ask")
-        with gr.Column(scale=2), gr.Row():
-            answers, rankings = [], []
-            for name in models:
-                with gr.Column():
-                    gr.Markdown(f"### {NAMES.get(name, name)}")
-                    answers.append(
-                        gr.Textbox(label=words("answer_of"), elem_id=f"answer-{name}", lines=3)
-                    )
-                    rankings.append(gr.Label(label=words("ranking_of"), elem_id=f"ranking-{name}"))
-    looks = gr.Gallery(label=words("looks"), columns=9, height=260, elem_id="looks")
+            thumbnails = gr.Dataset(
+                components=["image"],
+                samples=[[file] for file, *_ in examples],
+                type="index",
+                label=words("examples"),
+                elem_id="examples",
+            )
+        with gr.Column(scale=3):
+            answers, rankings = _answers(models, words)
+            gr.Markdown(words("looks"), elem_id="looks-title")
+            looks = gr.Gallery(
+                show_label=False, columns=6, height="auto", elem_id="looks", buttons=[]
+            )
     table = gr.Dataframe(
-        headers=["#", "instruction", *(NAMES.get(name, name) for name in models)],
+        headers=["#", "Instruction / 指令", *models.values()],
         label=words("history"),
         elem_id="history",
         interactive=False,
         wrap=True,
     )
-    gr.Examples(draw_examples(), [picture, instruction, candidates], label=words("examples"))
+    asked = [picture, instruction, candidates]
+    thumbnails.click(examples.__getitem__, thumbnails, asked, api_visibility="private")
     button.click(
         lambda *values: ask(service, *values),
-        [picture, instruction, candidates, history],
+        [*asked, history],
         [*answers, *rankings, looks, history, table],
         concurrency_limit=4,
         api_visibility="private",
     )
 
 
-def draw_examples() -> list[list[str]]:
-    """Three pictures of the embedded world with an instruction and candidates each."""
+def _answers(models: dict[str, str], words: Any) -> tuple[list[gr.Textbox], list[gr.Label]]:
+    """Side by side for each model: its name, its answer and its ranking."""
+    answers, rankings = [], []
+    with gr.Row():
+        for name, title in models.items():
+            with gr.Column():
+                gr.Markdown(f"### {title}")
+                answers.append(
+                    gr.Textbox(label=words("answer_of"), elem_id=f"answer-{name}", lines=2)
+                )
+                rankings.append(
+                    gr.Label(
+                        label=words("ranking_of"), show_heading=False, elem_id=f"ranking-{name}"
+                    )
+                )
+    return answers, rankings
+
+
+def draw_examples() -> list[tuple[str, str, str]]:
+    """Files with pictures of the embedded world; what to ask of each, and candidates."""
     folder = Path(tempfile.mkdtemp(prefix="instructblip-examples-"))
-    rows = []
-    for number, text in enumerate(INSTRUCTIONS[:3]):
-        file = folder / f"{number}.png"
-        render(sample_scene(random.Random(number)), 192).save(file)
-        options = "0, 1, 2, 3, 4" if "how many" in text else CANDIDATES
-        rows.append([str(file), text, options])
-    return rows
+    found = []
+    for seed, text, candidates in EXAMPLES:
+        file = folder / f"{seed}.png"
+        render(sample_scene(random.Random(seed)), 256).save(file)
+        found.append((str(file), text, candidates))
+    return found
 
 
 def ask(
@@ -237,15 +270,16 @@ def overlays(picture: Image.Image, attention: Tensor, side: int = 160) -> list[t
     base = np.asarray(picture.resize((side, side))).astype(np.float32)
     grid = math.isqrt(attention.shape[1])
     patches = attention[:, -grid * grid :]  # without the class token, where there is one
-    maps = [("all", patches.mean(0)), *((str(i + 1), one) for i, one in enumerate(patches))]
+    count = len(patches)
+    maps = [(f"1-{count}", patches.mean(0)), *((str(i + 1), one) for i, one in enumerate(patches))]
     return [(_heat(base, one.unflatten(0, (grid, grid)).numpy()), name) for name, one in maps]
 
 
 def _heat(base: np.ndarray, weights: np.ndarray) -> Image.Image:
-    """Bright and warm where the weight is, dark where it is not."""
+    """Lit where the weight is, in the dark where it is not."""
     weights = weights / max(float(weights.max()), 1e-9)
     small = Image.fromarray((weights * 255).astype(np.uint8))
     heat = np.asarray(small.resize(base.shape[:2], Image.Resampling.BICUBIC), np.float32) / 255
-    warm = np.stack([255 * heat, 140 * heat, 0 * heat], axis=-1)
-    mixed = base * (0.35 + 0.35 * heat[..., None]) + 0.5 * warm
+    glow = np.stack([64 * heat, 36 * heat, 0 * heat], axis=-1)
+    mixed = base * (0.25 + 0.75 * heat[..., None]) + glow
     return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
