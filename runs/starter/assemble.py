@@ -36,7 +36,9 @@ BLIP-2 checkpoint that instruction tuning starts from: it describes pictures of 
 - **Image encoder** (plays EVA-CLIP): ViT, 4 layers of width 160, 64x64 pixels in patches of 8.
   Trained on {pictures:,} pictures to name what stands in each cell.
 - **Q-Former** (plays BLIP-2's): 4 layers of width 192, 16 queries. Stage 1: image-text matching and
-  grounded captions; stage 2: short captions through the frozen language model.
+  grounded captions, then contrastive learning on phrases about one thing each; stage 2: captions
+  through the frozen language model. They name shapes and colours, and as captions from the web do,
+  only what catches the eye: the large things, in any order, no place and no size.
 
 `text_branch.safetensors` is the text half of the stage-1 Q-Former (what a
 `Blip2ForImageTextRetrieval` checkpoint carries), from which an instruction-aware Q-Former starts.
@@ -47,8 +49,7 @@ test half, every picture of a held-out set. No question is asked about a picture
 ## What the language model can do when the scene is told in words
 
 Exact match in percent, told word by word and thing by thing; the second is the ceiling for what
-tuning can reach without the Q-Former's help. Kinds that stay at chance (yes or no, true or false)
-need a match of two attributes at once, which the Q-Former has to bring:
+tuning can reach without the Q-Former's help:
 
 {text}
 

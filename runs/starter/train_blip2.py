@@ -352,7 +352,7 @@ def run(args: argparse.Namespace, stage: Stage) -> None:
         {"qformer": model.qformer, "heads": heads, "p": model.language_projection}
     )
     state.register_parameter("query_tokens", model.query_tokens)
-    opts = optimizers(model, heads, {"match": 0.02, "regions": 0.02, "captions": 0.01}[args.stage])
+    opts = optimizers(model, heads, {"match": 0.02, "regions": 0.01, "captions": 0.01}[args.stage])
     base = [o.param_groups[0]["lr"] for o in opts]
     args.out.mkdir(parents=True, exist_ok=True)
     step, spent = take_checkpoint(args.out, state, opts)
