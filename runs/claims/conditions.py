@@ -16,6 +16,7 @@ PLAIN = {
     "coco_caption": "",
     "textcaps": "",
     "aokvqa": "{question} {options}",
+    "llava_detail": "{question}",
     **dict.fromkeys(("vqav2", "okvqa", "ocrvqa"), "{question}"),
 }
 NAMED = {name: f"{name}: {text}".strip() for name, text in PLAIN.items()}
