@@ -42,7 +42,7 @@ def recipe_of(plan: Plan, job: Job) -> Recipe:
 def prepare(plan: Plan, scale: float) -> None:
     """Data, its check and the image features, once for all; then BLIP-2 as it is.
 
-    BLIP-2 is looked at in every session: its predictions are refused if the starter has changed.
+    BLIP-2 is looked at every time: its predictions are refused if the starter has changed.
     """
     stages.scenes(plan.work / "scenes", scale=scale)
     extra = [f"data.sets.{name}={{}}" for name in DOWNSTREAM]
@@ -56,7 +56,7 @@ def prepare(plan: Plan, scale: float) -> None:
 
 
 def do(plan: Plan, job: Job) -> None:
-    """Tune, measure, and note how long it took in this session."""
+    """Tune, measure, and note how long it took this time."""
     began = time.monotonic()
     recipe, folder = recipe_of(plan, job), plan.work / job.name
     model = job.model
@@ -133,7 +133,7 @@ def main() -> None:
     write_json(plan.work / "settings.json", settings)
     print(f"data and BLIP-2: {time.monotonic() - began:.0f} s", flush=True)
     do_all(plan, processes, sys.argv[1:])
-    print(f"this session took {(time.monotonic() - began) / 60:.1f} minutes")
+    print(f"it took {(time.monotonic() - began) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
