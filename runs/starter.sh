@@ -16,7 +16,7 @@ for term in 1 2; do
 done
 [ -f "$work/vision/vision_accuracy.json" ] || stage train_vision "$work/vision" --minutes 20
 start=()
-for step in "match 35" "regions 10" "captions 12"; do
+for step in "match 35" "regions 16" "captions 12"; do
     read -r name minutes <<<"$step"
     [ -f "$work/$name/qformer.pt" ] || stage train_blip2 "$name" --vision "$work/vision" \
         --language "$work/language" "${start[@]}" --out "$work/$name" --minutes "$minutes"

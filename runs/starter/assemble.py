@@ -31,14 +31,17 @@ BLIP-2 checkpoint that instruction tuning starts from: it describes pictures of 
 
 - **Language model** (plays Vicuna): Llama, width 192, byte-level BPE of its own. Trained on text
   alone for {steps} steps in two terms (single attributes, then two at once): scenes told in words
-  and questions of every kind about them. Half of the scenes are told word by word, half with the
-  words of each thing summed into one position, which is the form in which a Q-Former speaks.
+  and questions of every kind about them. Half of the scenes (in the second term 15 %) are told word
+  by word, the others with the words of each thing summed into one position, which is the form in
+  which a Q-Former speaks.
 - **Image encoder** (plays EVA-CLIP): ViT, 4 layers of width 160, 64x64 pixels in patches of 8.
   Trained on {pictures:,} pictures to name what stands in each cell.
 - **Q-Former** (plays BLIP-2's): 4 layers of width 192, 16 queries. Stage 1: image-text matching and
   grounded captions, then contrastive learning on phrases about one thing each; stage 2: captions
   through the frozen language model. They name shapes and colours, and as captions from the web do,
-  only what catches the eye: the large things, in any order, no place and no size.
+  only what catches the eye: the large things, in any order, no place and no size. Beside the
+  captions, for every thing one query is drawn to the phrase that names its colour and shape, in
+  the language model's space.
 
 `text_branch.safetensors` is the text half of the stage-1 Q-Former (what a
 `Blip2ForImageTextRetrieval` checkpoint carries), from which an instruction-aware Q-Former starts.

@@ -1,8 +1,8 @@
 """Step 3: BLIP-2 pre-training of the starter's Q-Former, on pictures of the training world.
 
     python runs/starter/train_blip2.py match --vision DIR --language DIR --out DIR --minutes 35
-    python runs/starter/train_blip2.py regions ... --start DIR_OF_MATCH --minutes 10
-    python runs/starter/train_blip2.py captions ... --start DIR_OF_REGIONS --minutes 10
+    python runs/starter/train_blip2.py regions ... --start DIR_OF_MATCH --minutes 16
+    python runs/starter/train_blip2.py captions ... --start DIR_OF_REGIONS --minutes 12
 
 ``match`` and ``regions`` are stage 1 (BLIP-2, section 3.2): matching, with a negative that differs
 in one word, and grounded captions; then contrastive learning on phrases, each about one thing.
@@ -330,19 +330,14 @@ def main() -> None:
 KEPT = ("query_tokens", "qformer", "language_projection")
 
 
-def assemble(language: Path | None, tokens: Tokens) -> InstructBlip:
-    """The model around a trained language model, or around a stand-in where stage 1 needs none."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def assemble(language: Path, tokens: Tokens) -> InstructBlip:
+    """The model around a trained language model."""
+    from transformers import LlamaForCausalLM
 
-    loaded = LlamaForCausalLM.from_pretrained(str(language)) if language else None
-    config = loaded.config if loaded else LlamaConfig(
-        vocab_size=64, hidden_size=192, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=6,
-    )  # fmt: skip
+    loaded = LlamaForCausalLM.from_pretrained(str(language))
     vocab = -(-len(tokens.qformer) // 8) * 8  # type: ignore[arg-type]
-    model = build(config.to_dict(), vocab, image_token_id=len(tokens.language))
-    if loaded:
-        model.language_model.load_state_dict(loaded.state_dict())
+    model = build(loaded.config.to_dict(), vocab, image_token_id=len(tokens.language))
+    model.language_model.load_state_dict(loaded.state_dict())
     return model
 
 

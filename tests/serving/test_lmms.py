@@ -14,36 +14,10 @@ import datasets
 from PIL import Image
 
 from instructblip.serving.engine import Engine
+from runs.lmms import TASK, UTILS
 from tests.data.tiny import write_picture
 from tests.serving.test_engine import write_model
 
-TASK = """
-dataset_path: {data}
-dataset_kwargs: {{load_from_disk: True}}
-task: {name}
-test_split: test
-output_type: {kind}
-doc_to_visual: !function utils.visual
-doc_to_text: !function utils.text
-doc_to_target: {target}
-{more}
-metric_list:
-  - metric: {metric}
-    aggregation: mean
-    higher_is_better: true
-"""
-UTILS = """
-def visual(doc):
-    return [doc["image"].convert("RGB")]
-
-
-def text(doc):
-    return doc["question"]
-
-
-def choices(doc):
-    return doc["choices"]
-"""
 QUESTION = "Question: what is red? Short answer:"
 CHOICES = ["red", "blue", "the cat"]
 
@@ -59,7 +33,7 @@ def test_lmms_eval_runs_us(tmp_path: Path) -> None:
     records = [
         {
             "image": Image.open(picture),
-            "question": QUESTION,
+            "prompt": QUESTION,
             "choices": CHOICES,
             "answer": answer if i else "something else",
             "label": right if i else (right + 1) % 3,
