@@ -3,7 +3,9 @@
     python runs/starter/train_vision.py OUT --minutes 20
 
 Dense supervision: a throw-away head reads the tokens around each of the nine cells and names what
-stands there (colour, shape, size, printed word, handwritten digit). Only the tower is kept.
+stands there (colour, shape, size, printed word, handwritten digit), and every token names its own
+row and column: nothing else would keep a patch from being the same wherever it stands, and then no
+Q-Former can tell where things are. Only the tower is kept.
 Pictures of the training world alone: no held-out colour-shape pair, no digit kept for tests.
 """
 
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from muon import Muon
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from starter_io import save_checkpoint, take_checkpoint
 from torch import Tensor, nn
 
@@ -67,6 +69,21 @@ class CellReader(nn.Module):
         cells = F.adaptive_avg_pool2d(patches, 3).flatten(2).transpose(1, 2)  # [N, 9, V]
         hidden = self.mlp(cells)
         return [head(hidden) for head in self.heads]
+
+
+class PlaceReader(nn.Module):
+    """Row and column of each patch, from its token alone: [N, P, V] -> logits [N P, rows], twice."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.side = config.image_size // config.patch_size
+        self.head = nn.Linear(config.hidden_size, 2 * self.side)
+
+    def loss(self, features: Tensor) -> Tensor:
+        wanted = torch.cartesian_prod(torch.arange(self.side), torch.arange(self.side))
+        wanted = wanted.repeat(len(features), 1).flatten()  # row, column, row, ...
+        logits = self.head(features[:, 1:]).unflatten(2, (2, self.side)).flatten(0, 2)
+        return F.cross_entropy(logits, wanted)
 
 
 def targets(scene: Scene) -> np.ndarray:
@@ -119,17 +136,21 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--start", type=Path, help="go on from the tower in this folder")
     args = parser.parse_args()
     torch.manual_seed(0)
     tower, reader = VisionModel(CONFIG), CellReader(CONFIG.hidden_size)
-    model = nn.ModuleDict({"tower": tower, "reader": reader})
+    where = PlaceReader(CONFIG)
+    if args.start:
+        tower.load_state_dict(load_file(args.start / "vision.safetensors"))
+    model = nn.ModuleDict({"tower": tower, "reader": reader, "where": where})
     matrices = [
         p for n, p in tower.named_parameters() if p.ndim == 2 and "encoder" in n and "weight" in n
     ]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     opts: list[torch.optim.Optimizer] = [
-        Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+        Muon(matrices, lr=0.01 if args.start else 0.02, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     base = [o.param_groups[0]["lr"] for o in opts]
@@ -139,9 +160,11 @@ def main() -> None:
     while (elapsed := time.monotonic() - start) < 60 * args.minutes:
         factor = min(1.0, (step + 1) / 50, (1 - elapsed / (60 * args.minutes)) / 0.4)
         pixels, wanted = batch(random.Random(step), PICTURES)
-        logits = reader(tower(pixels))
-        loss = sum(F.cross_entropy(x.flatten(0, 1), wanted[..., k].flatten())
-                   for k, x in enumerate(logits))  # fmt: skip
+        features = tower(pixels)
+        looks = sum(F.cross_entropy(x.flatten(0, 1), wanted[..., k].flatten())
+                    for k, x in enumerate(reader(features)))  # fmt: skip
+        places = where.loss(features)
+        loss = looks + places
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, lr in zip(opts, base, strict=True):
@@ -151,7 +174,8 @@ def main() -> None:
         step += 1
         if step % 100 == 0:
             scores = accuracy(tower, reader)
-            print(f"{step} {elapsed:.0f}s loss {loss.item():.4f} {scores}", flush=True)
+            told = f"loss {looks.item():.4f}, of the places {places.item():.4f}"
+            print(f"{step} {elapsed:.0f}s {told} {scores}", flush=True)
         if time.monotonic() - last > 120:
             save_checkpoint(args.out, model, opts, step, elapsed)
             last = time.monotonic()

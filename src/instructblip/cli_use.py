@@ -206,9 +206,13 @@ def export(
     image_encoder: Annotated[
         bool, typer.Option("--image-encoder", help="lavis: with the image encoder.")
     ] = False,
+    keep_lora: Annotated[
+        bool, typer.Option("--keep-lora", help="Leave a LoRA adapter apart, in PEFT's files.")
+    ] = False,
 ) -> None:
     """Write a model for others, with its card."""
     if form not in get_args(stages.ModelForm):
         expected = " or ".join(get_args(stages.ModelForm))
         raise ValueError(f"--format {form}: expected {expected}")
-    stages.export(model, out, cast("stages.ModelForm", form), results or [], image_encoder)
+    chosen = cast("stages.ModelForm", form)
+    stages.export(model, out, chosen, results or [], image_encoder, keep_lora)

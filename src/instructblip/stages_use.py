@@ -162,22 +162,37 @@ def combine(
 
 
 def export(
-    model: str, out: Path, form: ModelForm, results: Sequence[Path], image_encoder: bool
+    model: str,
+    out: Path,
+    form: ModelForm,
+    results: Sequence[Path],
+    image_encoder: bool,
+    keep_lora: bool = False,
 ) -> None:
-    """Write a model for others: a transformers directory with its card, or a LAVIS file."""
+    """Write a model for others: a transformers directory with its card, or a LAVIS file.
+
+    A LoRA adapter is merged, or with ``keep_lora`` left apart in PEFT's files.
+    """
     from instructblip.model.lavis import export_lavis
-    from instructblip.model.lora import merge_lora
+    from instructblip.model.lora import FOLDER, adapters, merge_lora
     from instructblip.model.pretrained import from_pretrained, model_directory
     from instructblip.serving.checkpoints import write_exported
 
     loaded = from_pretrained(model)
-    merge_lora(loaded.language_model)
+    if keep_lora and form == "lavis":
+        raise ValueError("a LAVIS file has no place for an adapter: leave out --keep-lora")
+    if keep_lora and not adapters(loaded.language_model):
+        raise ValueError(f"{model} has no LoRA adapter to keep apart: leave out --keep-lora")
+    if not keep_lora:
+        merge_lora(loaded.language_model)
     if form == "lavis":
         export_lavis(loaded, out, image_encoder)
     else:
         found = [result for own in load_results(results).values() for result in own]
         write_exported(loaded, out, model_directory(model), found)
     inspect(str(out))
+    if keep_lora:
+        print(f"adapter in PEFT's files: {out / FOLDER}")
 
 
 def load_engine(model: str, **options: Any) -> "Engine":

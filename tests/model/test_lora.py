@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from instructblip import cli
 from instructblip.model.config import LoraConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.lora import FOLDER, adapters, add_lora, load_lora, merge_lora
@@ -69,6 +70,29 @@ def test_saved_loaded_and_merged_are_one_model(loaded: InstructBlip, tmp_path: P
     torch.testing.assert_close(loss_of(again), expected, rtol=1e-5, atol=1e-4)
     again.save_pretrained(tmp_path / "merged")
     assert not (tmp_path / "merged" / FOLDER).exists()
+
+
+def test_export_merges_or_keeps_apart(tmp_path: Path):
+    tiny_transformers("llama").save_pretrained(tmp_path / "start")
+    model = adapted(from_pretrained(tmp_path / "start"))
+    expected = loss_of(model)
+    model.save_pretrained(tmp_path / "saved")
+    for out, options in (("apart", ["--keep-lora"]), ("merged", [])):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["export", str(tmp_path / "saved"), str(tmp_path / out), *options, "--debug"])
+        assert not stop.value.code
+    assert (tmp_path / "apart" / FOLDER / "adapter_config.json").is_file()
+    apart = from_pretrained(tmp_path / "apart")
+    assert adapters(apart.language_model)
+    assert torch.equal(loss_of(apart), expected)
+    assert not (tmp_path / "merged" / FOLDER).exists()
+    merged = from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(loss_of(merged), expected, rtol=1e-5, atol=1e-4)
+    keep = ["export", "--keep-lora", "--debug"]
+    with pytest.raises(ValueError, match="no place for an adapter"):
+        cli.main([*keep, str(tmp_path / "saved"), str(tmp_path / "x.pth"), "--format", "lavis"])
+    with pytest.raises(ValueError, match="no LoRA adapter to keep apart"):
+        cli.main([*keep, str(tmp_path / "merged"), str(tmp_path / "x")])
 
 
 def test_files_are_those_of_peft(tmp_path: Path):
