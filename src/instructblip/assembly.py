@@ -35,7 +35,8 @@ from instructblip.data.sources.own_files import Own
 from instructblip.data.templates import check_template, templates_of
 from instructblip.data.tokens import Tokens
 from instructblip.data.view import DatasetView
-from instructblip.evaluation.benchmarks import Benchmark, select_benchmarks
+from instructblip.evaluation.benchmarks import select_benchmarks
+from instructblip.evaluation.benchmarks.benchmark import Benchmark
 from instructblip.evaluation.evaluate import Answerer, evaluate, pick
 from instructblip.evaluation.owners import OWNERS
 from instructblip.model.config import InstructBlipConfig

@@ -12,7 +12,7 @@ from instructblip.batch import Example
 from instructblip.data.pictures import Examples
 from instructblip.data.templates import render_prompt, template_hash
 from instructblip.evaluation.batching import Batches, BatchSize
-from instructblip.evaluation.benchmarks import Benchmark
+from instructblip.evaluation.benchmarks.benchmark import Benchmark
 from instructblip.evaluation.predictions import PredictionLog
 from instructblip.evaluation.ptb import Tokenizer
 from instructblip.evaluation.result import Result, make_result
