@@ -30,7 +30,8 @@ from train_vision import pixels_of, training_scene
 from transformers import AutoTokenizer
 
 from instructblip.batch import Batch
-from instructblip.data.scenes.language import ALL_PLACES, CAPTIONS, at, detail, phrase
+from instructblip.data.scenes.language import CAPTIONS, at, detail, phrase
+from instructblip.data.scenes.questions import ALL_PLACES
 from instructblip.data.scenes.world import (
     COLOURS,
     HELD_OUT_PAIRS,
