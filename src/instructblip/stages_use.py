@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from instructblip.stages import load_results
+from instructblip.stages_measure import load_results
 
 if TYPE_CHECKING:
     from instructblip.serving.config import ServeConfig
