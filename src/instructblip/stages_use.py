@@ -197,7 +197,8 @@ def export(
 
 def load_engine(model: str, **options: Any) -> "Engine":
     """A model ready to answer: the paper's decoding, below what its directory stores."""
-    from instructblip.serving.engine import PAPER_DECODING, Engine
+    from instructblip.serving.decoding import PAPER_DECODING
+    from instructblip.serving.engine import Engine
 
     engine = Engine.from_pretrained(model, **options)
     engine.decoding = {**PAPER_DECODING, **engine.decoding}
