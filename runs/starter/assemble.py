@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from instructblip.data.images import ImageTransform
 from instructblip.data.tokens import Tokens
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.pretrained import save_text_branch
+from instructblip.model.text_branch import save_text_branch
 
 CARD = """# The starter: a small BLIP-2 of the embedded world
 

@@ -15,10 +15,10 @@ from instructblip.data.prepared import PreparedDataset
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.evaluate import Answerer, evaluate
 from instructblip.model.config import InstructBlipConfig
+from instructblip.model.directory import model_directory
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import checkpoint_layers, stacks_of
 from instructblip.model.lora import adapters, add_lora
-from instructblip.model.pretrained import model_directory
 from instructblip.model.quantize import quantize_linears
 from instructblip.model.weights import read_json
 from instructblip.preparing import (

@@ -14,7 +14,7 @@ from instructblip.data.check import (
 from instructblip.data.prepared import PreparedDataset
 from instructblip.data.tokens import Tokens
 from instructblip.data.view import DatasetView
-from instructblip.model.pretrained import model_directory
+from instructblip.model.directory import model_directory
 from instructblip.recipe import Recipe
 
 

@@ -29,6 +29,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[A.B=C]...", help="Settings in place of the recipe's."),
 ]
+Scale = Annotated[float, typer.Option(help="Size of the data sets; 1 for all.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue where an earlier run stopped.")]
 
 
@@ -46,7 +47,7 @@ def quickstart(
         "out/quickstart"
     ),
     resume: Resume = False,
-    scale: Annotated[float, typer.Option(help="Size of the data sets; 1 for all.")] = 1.0,
+    scale: Scale = 1.0,
 ) -> None:
     """Tune a small BLIP-2 on the embedded world and compare before and after: minutes, offline."""
     stages.quickstart(out, overrides or [], resume, scale)
@@ -56,7 +57,7 @@ def quickstart(
 def scenes(
     root: Annotated[Path, typer.Argument(help="Folder to write to.")] = Path("data/scenes"),
     seed: Annotated[int, typer.Option(help="Another seed is another world.")] = 0,
-    scale: Annotated[float, typer.Option(help="Size of the data sets; 1 for all.")] = 1.0,
+    scale: Scale = 1.0,
 ) -> None:
     """Write the embedded world in the official file formats."""
     stages.scenes(root, seed, scale)

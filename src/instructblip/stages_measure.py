@@ -25,7 +25,7 @@ def evaluate(
     """Answer the recipe's benchmarks with ``model``; one folder of ``out`` for each."""
     from instructblip import assembly, distributed, preparing
     from instructblip.evaluation.evaluate import evaluate as run_benchmark
-    from instructblip.model.pretrained import model_directory
+    from instructblip.model.directory import model_directory
 
     model_directory(model)  # a wrong path is told before any data is read
     settings = recipe.evaluation

@@ -173,9 +173,10 @@ def export(
 
     A LoRA adapter is merged, or with ``keep_lora`` left apart in PEFT's files.
     """
+    from instructblip.model.directory import model_directory
     from instructblip.model.lavis import export_lavis
     from instructblip.model.lora import FOLDER, adapters, merge_lora
-    from instructblip.model.pretrained import from_pretrained, model_directory
+    from instructblip.model.pretrained import from_pretrained
     from instructblip.serving.checkpoints import write_exported
 
     loaded = from_pretrained(model)
