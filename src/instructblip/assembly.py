@@ -121,7 +121,7 @@ def make_loader(
             recipe,
             model,
             pictures,
-            ((names, d.image_root) for d in datasets.values() for names in d.images()),
+            ((dataset, dataset.images()) for dataset in datasets.values()),
             reads=0 if resumed else training.steps * training.batch_size,
         )
     return Loader(

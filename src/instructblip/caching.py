@@ -3,12 +3,12 @@
 import shutil
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from instructblip import distributed
+from instructblip.data.facts import PictureFact
 from instructblip.data.features import (
     TYPES,
     Encode,
@@ -23,8 +23,10 @@ from instructblip.data.features import (
 from instructblip.data.images import ImageTransform
 from instructblip.data.pictures import Pictures
 from instructblip.data.prepared import PreparedDataset
+from instructblip.data.view import DatasetView
 from instructblip.evaluation.evaluate import pick
 from instructblip.model.instructblip import InstructBlip, part_of
+from instructblip.preparing import TrainingSet
 from instructblip.recipe import Recipe
 from instructblip.serving.engine import Engine
 from instructblip.training.train import resolve_device
@@ -38,13 +40,10 @@ def use_features(
     times: int,
 ) -> None:
     """Let ``engine`` answer from stored features where that is exact; ``times`` over the sets."""
-    images = [
-        (dataset[i].images, dataset.image_root)
-        for dataset in datasets
-        for i in pick(len(dataset), limit)
-    ]
+    images = [(d, [d[i].images for i in pick(len(d), limit)]) for d in datasets]
+    reads = times * sum(len(frames) for _, frames in images)
     engine.pictures.features = make_features(
-        recipe, engine.model, engine.pictures, images, reads=times * len(images), exact=True
+        recipe, engine.model, engine.pictures, images, reads, exact=True
     )
 
 
@@ -52,12 +51,12 @@ def make_features(
     recipe: Recipe,
     model: InstructBlip,
     pictures: Pictures,
-    images: Iterable[tuple[tuple[str, ...], Path]],
+    images: Iterable[tuple[TrainingSet, Iterable[tuple[str, ...]]]],
     reads: int,
     exact: bool = False,
 ) -> Features | None:
-    """Stored features of ``images`` (frames and their root), computed where they are missing; None
-    where the recipe does not want them or, with ``cache: auto``, where they would not pay.
+    """Stored features of ``images`` (of each set, ``Example.images``), computed where they are
+    missing; None where the recipe does not want them or, with ``cache: auto``, they would not pay.
 
     ``reads`` is how often a sample will be read; ``exact`` refuses a store that rounds. All ranks
     call this together.
@@ -72,10 +71,14 @@ def make_features(
     if exact and kind != "fp32" and TYPES[kind] != own:
         return None
     root = settings.root or recipe.data.root / "features"
-    paths = {path for names, place in images for path in pictures.paths(names, place)}
+    paths: set[str] = set()
+    known: dict[str, PictureFact] = {}
+    for dataset, names in images:
+        paths |= {path for frames in names for path in pictures.paths(frames, dataset.image_root)}
+        known |= _facts_of(dataset)
     features = Features(
         FeatureStore(root / store_name(transform, model.encoder_fingerprint(), kind), kind),
-        hash_pictures(paths, root / "pictures.json"),
+        hash_pictures(paths, known),
         views=settings.views if transform.train else 1,
     )
     if settings.cache == "auto":
@@ -88,6 +91,11 @@ def make_features(
         seconds = time.monotonic() - began
         print(f"image features: {count:,} computed in {seconds:.0f} s, kept in {root}")
     return features
+
+
+def _facts_of(dataset: TrainingSet) -> dict[str, PictureFact]:
+    whole = dataset.dataset if isinstance(dataset, DatasetView) else dataset
+    return whole.facts() if isinstance(whole, PreparedDataset) else {}
 
 
 def _wanted(recipe: Recipe, model: InstructBlip, transform: ImageTransform) -> bool:
