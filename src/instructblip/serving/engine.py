@@ -21,10 +21,11 @@ from instructblip.data.pictures import Pictures, make_sample
 from instructblip.data.templates import Rendered, warn_of_other_templates
 from instructblip.data.tokens import Tokens
 from instructblip.model.attention import cross_attention
+from instructblip.model.candidates import Normalization
 from instructblip.model.directory import model_directory
+from instructblip.model.generation import OnTokens
 from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import Normalization, OnTokens
 from instructblip.serving.decoding import DECODING, check_decoding
 from instructblip.serving.fingerprint import fingerprint
 from instructblip.serving.inputs import Picture, batches_of, broadcast, key_of

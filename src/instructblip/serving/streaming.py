@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator
 from queue import Queue
 from typing import Protocol
 
-from instructblip.model.language import OnTokens
+from instructblip.model.generation import OnTokens
 
 
 class Decoder(Protocol):
