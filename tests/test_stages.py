@@ -183,6 +183,9 @@ def test_a_benchmark_without_its_data_says_what_to_get(out: Path, overrides: lis
     assert "https://shannon.cs.illinois.edu/DenotationGraph/" in text
     assert str(out / "scenes" / "ivqa") in text
     assert "scenes_gqa" not in text
+    elsewhere = recipe_of(out, ["data.root=nowhere"], "evaluation.benchmarks=[scenes_gqa]")
+    with pytest.raises(FileNotFoundError, match="`instructblip scenes nowhere` draws it"):
+        stages_measure.evaluate(elsewhere, str(out / "run"), out / "missing")
 
 
 def test_prepare_prints_the_mixture(

@@ -13,7 +13,7 @@ from instructblip.data.sources.own import own_source
 from instructblip.data.sources.own_files import Own
 from instructblip.data.templates import check_template, templates_of
 from instructblip.data.view import DatasetView
-from instructblip.evaluation.benchmarks import select_benchmarks
+from instructblip.evaluation.benchmarks import groups_of, select_benchmarks
 from instructblip.evaluation.benchmarks.benchmark import Benchmark
 from instructblip.evaluation.owners import OWNERS
 from instructblip.recipe import DataSet, Recipe
@@ -81,15 +81,22 @@ def prepare_benchmarks(
         try:
             found[benchmark.name] = prepare_split(recipe, benchmark.source, benchmark.split)
         except FileNotFoundError as error:
-            files = source_of(benchmark.source).files.format(split=benchmark.split)
-            owner = OWNERS[benchmark.source]
-            missing.append(
-                f"{benchmark.name}: {error}. Get {files}, and the pictures, from {owner}; they go "
-                f"into annotations/ and images/ of {recipe.data.root_of(benchmark.source)}"
-            )
+            missing.append(f"{benchmark.name}: {error}. {_remedy(recipe, benchmark)}")
     if missing:
         raise FileNotFoundError("benchmarks without their data:\n  " + "\n  ".join(missing))
     return found
+
+
+def _remedy(recipe: Recipe, benchmark: Benchmark) -> str:
+    """Where the files of a benchmark come from, and where they go."""
+    if "scenes" in groups_of(benchmark):
+        return f"`instructblip scenes {recipe.data.root}` draws it"
+    files = source_of(benchmark.source).files.format(split=benchmark.split)
+    root = recipe.data.root_of(benchmark.source)
+    return (
+        f"Get {files}, and the pictures, from {OWNERS[benchmark.source]}; they go into "
+        f"annotations/ and images/ of {root}"
+    )
 
 
 def vocabulary_of(recipe: Recipe, benchmark: Benchmark) -> list[str] | None:
