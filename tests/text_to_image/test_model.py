@@ -9,7 +9,7 @@ import torch
 from instructblip.model.instructblip import InstructBlip
 from instructblip.text_to_image.batches import DrawLoader
 from instructblip.text_to_image.config import ConditionerConfig, NativeConfig
-from instructblip.text_to_image.decoder import NativeDecoder
+from instructblip.text_to_image.decoder import EVEN_WEIGHT, NativeDecoder
 from instructblip.text_to_image.model import TextToImage
 from instructblip.training.config import TrainingConfig
 from instructblip.training.train import train
@@ -98,6 +98,20 @@ def test_the_true_picture_has_no_loss_and_is_where_euler_ends(predict: str, monk
             noisy, decoder.predict(noisy, level, nothing, nothing), place, levels
         )
     torch.testing.assert_close(noisy, picture, atol=1e-5, rtol=1e-4)
+
+
+def test_a_wrong_background_weighs_less_than_what_stands_on_it(monkeypatch):
+    picture, error = torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 0.4)
+    error[1, :, ::2] *= -1  # as large, but even over nothing
+    monkeypatch.setattr(NativeDecoder, "forward", lambda self, *_: error)
+    config = NativeConfig(
+        image_size=8, patch_size=4, width=8, num_heads=2, condition_width=8, noise_levels=1,
+        noise_mean=20,
+    )  # fmt: skip
+    nothing = torch.zeros(0)
+    even, uneven = NativeDecoder(config).loss(picture, nothing, nothing)
+    assert uneven.item() == pytest.approx(0.16, rel=1e-3)
+    assert even.item() == pytest.approx(EVEN_WEIGHT * 0.16, rel=1e-3)
 
 
 def test_one_condition_serves_several_noise_levels():
@@ -199,7 +213,7 @@ def test_it_learns_two_pictures(directory: Path, painter, loader: DrawLoader, tm
         DrawExample(text, lambda c=c: Image.new("RGB", (16, 16), c)) for text, c in colours.items()
     ]
     loader.sets, loader.names, loader._orders = [examples], ["two"], {}
-    config = settings(steps=150, learning_rate=1e-2, save_every=1000, batch_size=6)
+    config = settings(steps=300, learning_rate=1e-2, save_every=1000, batch_size=6)
     train(painter.model, loader, None, config, tmp_path)
     painter.model.eval()
     for text, colour in colours.items():

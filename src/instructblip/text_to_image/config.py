@@ -65,10 +65,10 @@ class NativeConfig(_Config):
         description="Noise levels at which a picture is learned in a step, under one condition.",
     )
     noise_mean: float = Field(
-        default=1.5,
+        default=3.0,
         description="Mean of the logit of the noise level in training; above 0 favours noise.",
     )
-    noise_std: float = Field(default=1.5, gt=0, description="Deviation of that logit.")
+    noise_std: float = Field(default=2.0, gt=0, description="Deviation of that logit.")
     shift: float = Field(
         default=4.0,
         gt=0,

@@ -21,6 +21,10 @@ MIN_NOISE = 0.5
 """Below this noise level the velocity's error is not weighted any higher: at 0.1 the few samples
 with little noise had most of the gradient (compare Hang et al. 2023, "Min-SNR weighting")."""
 
+EVEN_WEIGHT = 0.05
+"""Weight of the error of a picture's mean colour. No prompt names the background: near pure noise
+its three numbers had nine tenths of the loss, and what is drawn upon it the rest."""
+
 
 class Decoder(Protocol):
     """A picture decoder. ``predict`` must be linear in what guidance combines."""
@@ -156,10 +160,9 @@ class NativeDecoder(nn.Module):
         noisy = (1 - t) * pictures + t * noise
         given = self(noisy, level, condition, mask).float()
         if self.config.predict == "velocity":
-            error = (given - (noise - pictures)).square().mean((1, 2, 3))
+            error = _uneven(given - (noise - pictures))
         else:
-            error = (given - pictures).square().mean((1, 2, 3))
-            error = error / level.clamp(min=MIN_NOISE).square()
+            error = _uneven(given - pictures) / level.clamp(min=MIN_NOISE).square()
         return error.unflatten(0, (-1, levels)).mean(1)
 
     def _random_levels(self, number: int) -> Float[Tensor, " N"]:
@@ -196,6 +199,15 @@ class NativeDecoder(nn.Module):
 
     def pixels(self, clean: Tensor) -> Float[Tensor, "B 3 G G"]:
         return clean.clamp(-1, 1)
+
+
+def _uneven(error: Float[Tensor, "N 3 G G"]) -> Float[Tensor, " N"]:
+    """Mean square of an error, that of each channel's mean counted ``EVEN_WEIGHT`` times.
+
+    The two parts are orthogonal, so the best prediction stays the same.
+    """
+    even = error.mean((2, 3))  # [N, 3]
+    return error.square().mean((1, 2, 3)) - (1 - EVEN_WEIGHT) * even.square().mean(1)
 
 
 def time_features(level: Float[Tensor, " B"], width: int = 64) -> Float[Tensor, "B 64"]:
