@@ -28,7 +28,7 @@ from instructblip.data.pictures import Pictures
 from instructblip.data.prepare import prepare
 from instructblip.data.prepared import PreparedDataset
 from instructblip.data.tokens import Tokens
-from instructblip.model.pretrained import model_directory
+from instructblip.model.directory import model_directory
 
 PICTURES = 20_000
 DIFFERENT = 200

@@ -20,7 +20,8 @@ from PIL import Image
 from instructblip.batch import Example
 from instructblip.data.prepare import prepare
 from instructblip.data.templates import render_prompt
-from instructblip.evaluation.benchmarks import BENCHMARKS, Benchmark
+from instructblip.evaluation.benchmarks import BENCHMARKS
+from instructblip.evaluation.benchmarks.benchmark import Benchmark
 from instructblip.evaluation.evaluate import evaluate, pick
 from instructblip.serving.engine import Engine
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from instructblip import assembly, checking, cli
+from instructblip import checking, cli, preparing
 from instructblip.data.scenes.official import write_scenes
 from instructblip.recipe import Recipe, load_recipe
 
@@ -63,7 +63,7 @@ def test_check_says_what_it_found(root: Path, capsys: pytest.CaptureFixture[str]
 
 def test_training_needs_a_check(root: Path, capsys: pytest.CaptureFixture[str]):
     recipe = recipe_of(root, "data.check=required")
-    datasets = assembly.prepare_training(recipe)
+    datasets = preparing.prepare_training(recipe)
     with pytest.raises(ValueError, match=r"vqav2 was never checked\n.*instructblip check"):
         checking.checked_training(recipe, datasets)
     assert checking.checked_training(recipe_of(root, "data.check=skip"), datasets) == datasets
@@ -85,8 +85,8 @@ def test_bad_examples_are_left_out_within_the_rate(root: Path):
     picture(root, 5).write_bytes(b"")
     strict, lax = recipe_of(root), recipe_of(root, "data.max_bad_rate=0.2")
     with pytest.raises(ValueError, match=r"vqav2 train: 3 of 27 examples are bad.*max_bad_rate 0"):
-        checking.checked_training(strict, assembly.prepare_training(strict))
-    kept = checking.checked_training(lax, assembly.prepare_training(lax))["vqav2"]
+        checking.checked_training(strict, preparing.prepare_training(strict))
+    kept = checking.checked_training(lax, preparing.prepare_training(lax))["vqav2"]
     assert len(kept) == 24
     name = picture(root, 5).name
     assert name not in {image for i in range(len(kept)) for image in kept[i].images}
@@ -97,5 +97,5 @@ def test_leaked_pictures_are_left_out_on_request(root: Path):
     picture(root, 5).write_bytes(leaked.read_bytes())
     for setting, count in (("false", 27), ("true", 24)):
         recipe = recipe_of(root, f"data.drop_leaked={setting}", "data.max_bad_rate=0.2")
-        kept = checking.checked_training(recipe, assembly.prepare_training(recipe))
+        kept = checking.checked_training(recipe, preparing.prepare_training(recipe))
         assert len(kept["vqav2"]) == count

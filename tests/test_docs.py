@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from instructblip import cli, stages, stages_use
+from instructblip import cli, stages, stages_measure, stages_use
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -27,7 +27,9 @@ def commands() -> list[tuple[str, str]]:
 
 def test_there_are_commands() -> None:
     shown = {line.split()[1] for _, line in commands()}
-    registered = [*cli.app.registered_commands, *cli.use.registered_commands]
+    registered = [
+        command for app in (cli.app, cli.measure, cli.use) for command in app.registered_commands
+    ]
     names = {command.name or command.callback.__name__ for command in registered}
     assert not names - shown, "a command that no page shows"
 
@@ -48,7 +50,7 @@ def test_commands_reach_their_stage(
 
         return record
 
-    for module in (stages, stages_use):
+    for module in (stages, stages_measure, stages_use):
         for name, stage in vars(module).copy().items():
             own = inspect.isfunction(stage) and stage.__module__ == module.__name__
             if own and name != "recipe_of":

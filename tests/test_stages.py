@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from instructblip import assembly, cli, stages
+from instructblip import assembly, cli, preparing, stages, stages_measure
 from instructblip.recipe import Recipe, load_recipe
 from tests.serving.test_engine import write_model
 
@@ -121,16 +121,16 @@ def test_torchrun_answers_as_one_process_does(out: Path, tmp_path: Path):
 
 def test_compare_and_evaluate(out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]):
     folders = [out / "results" / "blip2", out / "results" / "instructblip"]
-    stages.compare(folders)
+    stages_measure.compare(folders)
     assert "mean of 2 held-in sets" in capsys.readouterr().out
-    stages.compare(folders, "json")
+    stages_measure.compare(folders, "json")
     assert json.loads(capsys.readouterr().out)["models"] == ["blip2", "instructblip"]
     for form, sign in (("markdown", "| held-in | choices |"), ("latex", r"\begin{tabular}")):
-        cli_form: stages.Form = form  # type: ignore[assignment]
-        stages.compare(folders, cli_form)
+        cli_form: stages_measure.Form = form  # type: ignore[assignment]
+        stages_measure.compare(folders, cli_form)
         assert sign in capsys.readouterr().out
     recipe = recipe_of(out, overrides, "evaluation.benchmarks=[scenes_vsr]")
-    (result,) = stages.evaluate(recipe, str(out / "run"), out / "again")
+    (result,) = stages_measure.evaluate(recipe, str(out / "run"), out / "again")
     stored = json.loads((out / "results.json").read_text())["models"]["instructblip"]
     assert result.value == stored["datasets"]["scenes_vsr"]
 
@@ -157,13 +157,13 @@ def test_evaluate_takes_a_model_alone_and_goes_on(
 def test_folders_of_one_name_are_told_apart(out: Path, tmp_path: Path):
     first, second = out / "results" / "blip2", tmp_path / "blip2"
     shutil.copytree(first, second)
-    assert list(stages.load_results([first, second])) == [str(first), str(second)]
-    assert list(stages.load_results([first])) == ["blip2"]
+    assert list(stages_measure.load_results([first, second])) == [str(first), str(second)]
+    assert list(stages_measure.load_results([first])) == ["blip2"]
 
 
 def test_a_recipe_may_ask_otherwise(out: Path, overrides: list[str]):
     own = "evaluation.prompts={scenes_vsr: 'is it so? {question}'}"
-    (changed,) = assembly.benchmarks_of(recipe_of(out, overrides, own), ["scenes_vsr"])
+    (changed,) = preparing.benchmarks_of(recipe_of(out, overrides, own), ["scenes_vsr"])
     assert changed.prompt == "is it so? {question}"
     for wrong, message in (
         ("{scenes_vrs: a}", "scenes_vsr"),
@@ -171,18 +171,21 @@ def test_a_recipe_may_ask_otherwise(out: Path, overrides: list[str]):
     ):
         recipe = recipe_of(out, overrides, f"evaluation.prompts={wrong}")
         with pytest.raises(ValueError, match=message):
-            assembly.benchmarks_of(recipe, ["scenes_vsr"])
+            preparing.benchmarks_of(recipe, ["scenes_vsr"])
 
 
 def test_a_benchmark_without_its_data_says_what_to_get(out: Path, overrides: list[str]):
     recipe = recipe_of(out, overrides, "evaluation.benchmarks=[scenes_gqa, flickr30k, ivqa]")
     with pytest.raises(FileNotFoundError) as error:
-        stages.evaluate(recipe, str(out / "run"), out / "missing")
+        stages_measure.evaluate(recipe, str(out / "run"), out / "missing")
     text = str(error.value)
     assert "flickr30k_test.json" in text
     assert "https://shannon.cs.illinois.edu/DenotationGraph/" in text
     assert str(out / "scenes" / "ivqa") in text
     assert "scenes_gqa" not in text
+    elsewhere = recipe_of(out, ["data.root=nowhere"], "evaluation.benchmarks=[scenes_gqa]")
+    with pytest.raises(FileNotFoundError, match="`instructblip scenes nowhere` draws it"):
+        stages_measure.evaluate(elsewhere, str(out / "run"), out / "missing")
 
 
 def test_prepare_prints_the_mixture(

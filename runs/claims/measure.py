@@ -16,10 +16,10 @@ import time
 from collections import deque
 from pathlib import Path
 
-from instructblip import stages
+from instructblip import stages, stages_measure
 from instructblip.evaluation.predictions import write_json
 from instructblip.recipe import Recipe, differences, load_recipe
-from instructblip.stages import RECIPE_FILE
+from instructblip.stages_measure import RECIPE_FILE
 from runs.claims.conditions import BASE, DOWNSTREAM, Job, Plan
 
 DONE = "done.json"
@@ -50,7 +50,9 @@ def prepare(plan: Plan, scale: float) -> None:
     job = plan.baseline()
     began = time.monotonic()
     folder = plan.work / job.name
-    stages.evaluate(recipe_of(plan, job), plan.start, folder / "results", instruction_aware=False)
+    stages_measure.evaluate(
+        recipe_of(plan, job), plan.start, folder / "results", instruction_aware=False
+    )
     if not (folder / DONE).is_file():
         write_json(folder / DONE, {"seconds": round(time.monotonic() - began, 1)})
 
@@ -65,7 +67,7 @@ def do(plan: Plan, job: Job) -> None:
         if stopped == "terminated":
             raise SystemExit(f"{job.name}: told to stop; it goes on from its checkpoint")
         model = f"{folder}/last"
-    stages.evaluate(recipe, model, folder / "results")
+    stages_measure.evaluate(recipe, model, folder / "results")
     write_json(folder / DONE, {"seconds": round(time.monotonic() - began, 1)})
 
 

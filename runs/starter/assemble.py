@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from instructblip.data.images import ImageTransform
 from instructblip.data.tokens import Tokens
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.pretrained import save_text_branch
+from instructblip.model.text_branch import save_text_branch
 
 CARD = """# The starter: a small BLIP-2 of the embedded world
 
@@ -35,7 +35,8 @@ BLIP-2 checkpoint that instruction tuning starts from: it describes pictures of 
   by word, the others with the words of each thing summed into one position, which is the form in
   which a Q-Former speaks.
 - **Image encoder** (plays EVA-CLIP): ViT, 4 layers of width 160, 64x64 pixels in patches of 8.
-  Trained on {pictures:,} pictures to name what stands in each cell.
+  Trained on {pictures:,} pictures to name what stands in each cell; each patch also names its row
+  and column.
 - **Q-Former** (plays BLIP-2's): 4 layers of width 192, 16 queries. Stage 1: image-text matching and
   grounded captions, then contrastive learning on phrases about one thing each; stage 2: captions
   through the frozen language model. They name shapes and colours, and as captions from the web do,

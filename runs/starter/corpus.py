@@ -10,19 +10,10 @@ import random
 from dataclasses import dataclass, replace
 
 from instructblip.batch import Example
-from instructblip.data.scenes.language import (
-    DESCRIPTIONS,
-    FRUIT,
-    HELD_IN_KINDS,
-    QUESTIONS,
-    Question,
-    at,
-    captions,
-    describe,
-    detail,
-)
-from instructblip.data.scenes.official import motion_questions, walk
+from instructblip.data.scenes.language import DESCRIPTIONS, at, captions, describe, detail
+from instructblip.data.scenes.questions import FRUIT, HELD_IN_KINDS, QUESTIONS, Question
 from instructblip.data.scenes.world import COLOURS, SHAPES, Scene, Thing, sample_scene
+from instructblip.data.scenes.writers.video import motion_questions, walk
 from instructblip.data.templates import TEMPLATES, render_instruction
 
 PLAIN = {

@@ -7,7 +7,8 @@
 ``match`` and ``regions`` are stage 1 (BLIP-2, section 3.2): matching, with a negative that differs
 in one word, and grounded captions; then contrastive learning on phrases, each about one thing.
 ``captions`` is stage 2 (section 3.3): captions through the frozen language model, in the form
-"instruction, then caption" that it knows, then, as in BLIP-2, of the picture alone. No instruction
+"instruction, then caption" that it knows, then, as in BLIP-2, of the picture alone. The phrases go
+on beside them: captions by themselves let the queries forget where things stand. No instruction
 reaches the Q-Former here, and no question is asked: the result describes pictures and follows
 instructions poorly, as BLIP-2 does.
 """
@@ -30,7 +31,8 @@ from train_vision import pixels_of, training_scene
 from transformers import AutoTokenizer
 
 from instructblip.batch import Batch
-from instructblip.data.scenes.language import ALL_PLACES, CAPTIONS, at, detail, phrase
+from instructblip.data.scenes.language import CAPTIONS, at, detail, phrase
+from instructblip.data.scenes.questions import ALL_PLACES
 from instructblip.data.scenes.world import (
     COLOURS,
     HELD_OUT_PAIRS,
@@ -208,17 +210,19 @@ class Stage:
         wanted = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
         return F.cross_entropy(self.heads.words(hidden[:, :-1]).flatten(0, 1), wanted.flatten())
 
-    def regions(self, features: Tensor, scenes: list[Scene], rng: random.Random) -> Tensor:
+    def look(self, features: Tensor) -> Tensor:
+        """[pictures, Q, D] the queries behind the Q-Former, which reads no text."""
+        none = torch.zeros(len(features), 0, dtype=torch.long)
+        queries = self.model.query_tokens.expand(len(features), -1, -1)
+        return self.model.qformer(queries, features, none, none)
+
+    def regions(self, looked: Tensor, scenes: list[Scene], rng: random.Random) -> Tensor:
         """Contrastive: for the phrase of each thing, against the same with one attribute changed
         and against the phrases of other pictures. As in BLIP-2 the similarity is the greatest over
         the queries."""
         rows = [i for i, s in enumerate(scenes) for _ in s.things]
         things = [t for s in scenes for t in s.things]
-        none = torch.zeros(len(scenes), 0, dtype=torch.long)
-        queries = self.model.query_tokens.expand(len(scenes), -1, -1)
-        hidden = F.normalize(
-            self.heads.region(self.model.qformer(queries, features, none, none)), dim=-1
-        )
+        hidden = F.normalize(self.heads.region(looked), dim=-1)
         own = self._text([_region(t) for t in things])
         logits = (hidden.flatten(0, 1) @ own.T).unflatten(0, hidden.shape[:2]).amax(1)[rows]
         index = torch.tensor(rows)
@@ -255,14 +259,12 @@ class Stage:
         return torch.stack([embed(torch.tensor(row)).sum(0) / len(row) ** 0.5 for row in ids])
 
     def caption(
-        self, features: Tensor, scenes: list[Scene], rng: random.Random, bare: bool
+        self, looked: Tensor, scenes: list[Scene], rng: random.Random, bare: bool
     ) -> tuple[Tensor, Tensor]:
         """Stage 2: the frozen language model tells the caption; the Q-Former reads no text."""
         prompts = ["" if bare else rng.choice(TEMPLATES["caption"]) for _ in scenes]
         wanted = [rng.choice(SHORT_CAPTIONS)(salient(scene, rng)) for scene in scenes]
         none = torch.zeros(len(scenes), 0, dtype=torch.long)
-        queries = self.model.query_tokens.expand(len(scenes), -1, -1)
-        hidden = self.model.qformer(queries, features, none, none)
         prompt_ids, prompt_mask = _pad([self.tokens.prompt(p) for p in prompts])
         response_ids, response_mask = _pad([self.tokens.response(w) for w in wanted])
         batch = Batch(
@@ -274,7 +276,7 @@ class Stage:
             response_ids=response_ids,
             response_mask=response_mask,
         )
-        projected = self.model.project_queries(hidden)
+        projected = self.model.project_queries(looked)
         joined = self.model.language.join(projected, batch)
         return self.model.language.loss(joined).mean(), self.align(projected, scenes)
 
@@ -347,7 +349,7 @@ def run(args: argparse.Namespace, stage: Stage) -> None:
         {"qformer": model.qformer, "heads": heads, "p": model.language_projection}
     )
     state.register_parameter("query_tokens", model.query_tokens)
-    opts = optimizers(model, heads, {"match": 0.02, "regions": 0.01, "captions": 0.01}[args.stage])
+    opts = optimizers(model, heads, 0.02 if args.stage == "match" else 0.004)
     base = [o.param_groups[0]["lr"] for o in opts]
     args.out.mkdir(parents=True, exist_ok=True)
     step, spent = take_checkpoint(args.out, state, opts)
@@ -364,10 +366,11 @@ def run(args: argparse.Namespace, stage: Stage) -> None:
             losses["match"], hits = stage.match(features, scenes, rng)
             losses["told"] = stage.tell_grounded(features, scenes)
         elif args.stage == "regions":
-            losses["regions"] = stage.regions(features, scenes, rng)
+            losses["regions"] = stage.regions(stage.look(features), scenes, rng)
         else:
-            bare = elapsed > 60 * args.minutes * BARE_FROM
-            losses["caption"], losses["align"] = stage.caption(features, scenes, rng, bare)
+            looked, bare = stage.look(features), elapsed > 60 * args.minutes * BARE_FROM
+            losses["caption"], losses["align"] = stage.caption(looked, scenes, rng, bare)
+            losses["regions"] = stage.regions(looked, scenes, rng)
         torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_([p for o in opts for p in o.param_groups[0]["params"]], 1.0)
         for optimizer, lr in zip(opts, base, strict=True):

@@ -24,7 +24,8 @@ from starter_io import save_checkpoint, take_checkpoint
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from instructblip.data.scenes.language import QUESTIONS, describe
+from instructblip.data.scenes.language import describe
+from instructblip.data.scenes.questions import QUESTIONS
 from instructblip.data.scenes.world import sample_scene
 
 SCENES = 24  # documents a step

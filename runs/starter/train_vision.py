@@ -72,7 +72,7 @@ class CellReader(nn.Module):
 
 
 class PlaceReader(nn.Module):
-    """Row and column of each patch, from its token alone: [N, P, V] -> row logits, column logits."""
+    """Row and column of each patch, from its token alone."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from instructblip import assembly
+from instructblip import preparing
 from instructblip.data.check import (
     Diagnosis,
     check_dataset,
@@ -14,7 +14,7 @@ from instructblip.data.check import (
 from instructblip.data.prepared import PreparedDataset
 from instructblip.data.tokens import Tokens
 from instructblip.data.view import DatasetView
-from instructblip.model.pretrained import model_directory
+from instructblip.model.directory import model_directory
 from instructblip.recipe import Recipe
 
 
@@ -27,7 +27,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
     evaluated = []
     for name, split in evaluation_sets(recipe):
         try:
-            dataset = assembly.prepare_split(recipe, name, split)
+            dataset = preparing.prepare_split(recipe, name, split)
         except FileNotFoundError:
             continue
         except ValueError as error:
@@ -37,9 +37,9 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
         yield check_dataset(dataset, decode=decode)
     pictures = evaluated_pictures(evaluated)
     tokens = _tokens(recipe)
-    for name in assembly.training_names(recipe):
+    for name in preparing.training_names(recipe):
         try:
-            dataset = assembly.prepare_entry(recipe, name)
+            dataset = preparing.prepare_entry(recipe, name)
         except (FileNotFoundError, ValueError) as error:
             yield str(error)
             continue
@@ -60,7 +60,7 @@ def passes(recipe: Recipe, diagnosis: Diagnosis) -> bool:
 
 def checked_training(
     recipe: Recipe, datasets: Mapping[str, PreparedDataset]
-) -> Mapping[str, assembly.TrainingSet]:
+) -> Mapping[str, preparing.TrainingSet]:
     """The training sets without their bad examples, as the last check found them.
 
     Raises ValueError for a set that was not checked as it is now, or that has too many bad
@@ -91,8 +91,8 @@ def checked_training(
 def evaluation_sets(recipe: Recipe) -> list[tuple[str, str]]:
     """(source, split) of everything the recipe is measured on, each once."""
     settings = recipe.evaluation
-    validation = assembly.benchmarks_of(recipe, settings.validation)
-    final = assembly.benchmarks_of(recipe, settings.benchmarks)
+    validation = preparing.benchmarks_of(recipe, settings.validation)
+    final = preparing.benchmarks_of(recipe, settings.benchmarks)
     chosen = [*(replace(b, split="val") for b in validation), *final]
     return list(dict.fromkeys((b.source, b.split) for b in chosen))
 
@@ -105,13 +105,13 @@ def _present(recipe: Recipe) -> list[str]:
     found = []
     for name, split in evaluation_sets(recipe):
         try:
-            found.append(key(assembly.prepare_split(recipe, name, split)))
+            found.append(key(preparing.prepare_split(recipe, name, split)))
         except FileNotFoundError:
             continue
     return found
 
 
-def without_bad(dataset: PreparedDataset, max_bad_rate: float) -> assembly.TrainingSet:
+def without_bad(dataset: PreparedDataset, max_bad_rate: float) -> preparing.TrainingSet:
     """The examples that the last check did not find bad; ValueError if those were too many."""
     bad = left_out(dataset)
     if len(bad) > max_bad_rate * len(dataset):

@@ -6,11 +6,12 @@ A mistake of the user's is one line and exit code 2; `--debug` shows where it wa
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated, cast
 
 import typer
 
 from instructblip import stages
+from instructblip.cli_measure import app as measure
 from instructblip.cli_use import Model
 from instructblip.cli_use import app as use
 
@@ -28,6 +29,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[A.B=C]...", help="Settings in place of the recipe's."),
 ]
+Scale = Annotated[float, typer.Option(help="Size of the data sets; 1 for all.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue where an earlier run stopped.")]
 
 
@@ -45,7 +47,7 @@ def quickstart(
         "out/quickstart"
     ),
     resume: Resume = False,
-    scale: Annotated[float, typer.Option(help="Size of the data sets; 1 for all.")] = 1.0,
+    scale: Scale = 1.0,
 ) -> None:
     """Tune a small BLIP-2 on the embedded world and compare before and after: minutes, offline."""
     stages.quickstart(out, overrides or [], resume, scale)
@@ -55,7 +57,7 @@ def quickstart(
 def scenes(
     root: Annotated[Path, typer.Argument(help="Folder to write to.")] = Path("data/scenes"),
     seed: Annotated[int, typer.Option(help="Another seed is another world.")] = 0,
-    scale: Annotated[float, typer.Option(help="Size of the data sets; 1 for all.")] = 1.0,
+    scale: Scale = 1.0,
 ) -> None:
     """Write the embedded world in the official file formats."""
     stages.scenes(root, seed, scale)
@@ -161,23 +163,6 @@ def tune(
     stages.tune(root, model, out, overrides or [])
 
 
-Benchmarks = Annotated[
-    str | None, typer.Option(help="Benchmarks or groups, with commas; else the recipe's.")
-]
-Limit = Annotated[int | None, typer.Option(help="Samples of each set; all if absent.")]
-
-
-def _evaluation_overrides(
-    benchmarks: str | None, limit: int | None, batch_size: str | None = None
-) -> list[str]:
-    given = {
-        "benchmarks": benchmarks and f"[{benchmarks}]",
-        "limit": limit,
-        "batch_size": batch_size,
-    }
-    return [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
-
-
 @app.command()
 def pretrain(
     recipe: RecipeName,
@@ -194,97 +179,7 @@ def pretrain(
     stages.pretrain(resolved, stage, folder, resume)
 
 
-@app.command()
-def evaluate(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[RECIPE] MODEL [A.B=C]...",
-            help="A run or model directory, or `starter`; before it a recipe, if not the model's.",
-        ),
-    ],
-    benchmarks: Benchmarks = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Result folder; out/results/<model> by default.")
-    ] = None,
-    limit: Limit = None,
-    batch_size: Annotated[
-        str | None, typer.Option(help="Samples at a time, or `auto`; changes no answer.")
-    ] = None,
-    blind: Annotated[
-        bool, typer.Option("--blind", help="Swap the pictures between samples: the control.")
-    ] = False,
-) -> None:
-    """Answer benchmarks with a model, sample by sample on disk; a stopped run goes on there.
-
-    Under torchrun all ranks share the samples.
-    """
-    from instructblip.recipe import load_recipe
-
-    names = [text for text in arguments if "=" not in text]
-    overrides = [text for text in arguments if "=" in text]
-    if len(names) not in (1, 2):
-        raise ValueError(f"expected [RECIPE] MODEL [A.B=C]...; got {' '.join(names) or 'no model'}")
-    model = names[-1]
-    overrides += _evaluation_overrides(benchmarks, limit, batch_size)
-    recipe = load_recipe(names[0] if len(names) == 2 else stages.recipe_of(model), overrides)
-    folder = out or Path("out/results") / (Path(model).name + ("_blind" if blind else ""))
-    stages.evaluate(recipe, model, folder, blind_seed=0 if blind else None)
-
-
-Folders = Annotated[list[Path], typer.Argument(help="Result folders of `evaluate`.")]
-
-
-@app.command()
-def compare(
-    models: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="FOLDER... [A.B=C]...",
-            help="Result folders of `evaluate`, or models, which are evaluated first.",
-        ),
-    ],
-    form: Annotated[
-        str, typer.Option("--format", help="table, markdown, latex or json.")
-    ] = "table",
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe for models; else the model's own.")
-    ] = None,
-    benchmarks: Benchmarks = None,
-    limit: Limit = None,
-    out: Annotated[Path, typer.Option(help="Where results of models go.")] = Path("out/results"),
-    intervals: Annotated[
-        bool, typer.Option("--intervals", help="95 % intervals in the terminal's table as well.")
-    ] = False,
-) -> None:
-    """Put the figures of two or more models side by side, each held to the first.
-
-    A model is a run, a BLIP-2, an InstructBLIP or any transformers image-text-to-text directory.
-    """
-    if form not in get_args(stages.Form):
-        raise ValueError(f"--format {form}: expected one of {', '.join(get_args(stages.Form))}")
-    names = [path for path in models if "=" not in str(path)]
-    overrides = [str(path) for path in models if "=" in str(path)]
-    overrides += _evaluation_overrides(benchmarks, limit)
-    stages.compare(names, cast("stages.Form", form), recipe, overrides, out, intervals)
-
-
-@app.command()
-def report(
-    folders: Folders,
-    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("out/report.html"),
-    run: Annotated[list[Path] | None, typer.Option(help="Run directory: its curves.")] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="Name of the folder the others are held to; the first.")
-    ] = None,
-    drawn: Annotated[
-        Path | None, typer.Option(help="Folder of pictures from benchmarks/draw.py --out.")
-    ] = None,
-) -> None:
-    """Write tables, charts, a gallery of answers and curves into one offline HTML file."""
-    print(stages.report(folders, out, run or [], baseline, drawn))
-
-
+app.add_typer(measure)
 app.add_typer(use)
 
 

@@ -1,10 +1,11 @@
 """From a recipe with a section ``drawing`` to the objects that its run needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
-from instructblip import assembly, distributed
+from instructblip import assembly, distributed, preparing
 from instructblip.data.prepare import prepare
 from instructblip.data.sources import SOURCES
 from instructblip.recipe import DrawingConfig, DrawingSet, Recipe
@@ -21,9 +22,23 @@ from instructblip.text_to_image.tasks import (
     SceneDrawings,
     SubjectDrawings,
 )
-from instructblip.training.train import Batches, resolve_device
+from instructblip.training.train import Batches, TrainResult, resolve_device
+from instructblip.training.train import train as run_training
 
-__all__ = ["make_batches", "make_model", "make_validation", "save_pretrained"]
+
+def train(recipe: Recipe, out: Path, resume: bool, notes: Mapping[str, str]) -> TrainResult:
+    """Train the recipe's drawing model into ``out``; ``notes`` go beside its checkpoints."""
+    model = make_model(recipe)
+    return run_training(
+        model,
+        make_batches(recipe, model),
+        make_validation(recipe, model),
+        recipe.training,
+        out,
+        resume=resume,
+        export=lambda path: save_pretrained(model, path),
+        notes=notes,
+    )
 
 
 def make_model(recipe: Recipe) -> TextToImage:
@@ -66,8 +81,8 @@ def make_batches(recipe: Recipe, model: TextToImage) -> Batches:
     )
     if not mixed:
         return loader
-    with assembly.main_first():
-        datasets = assembly.prepare_training(recipe)
+    with distributed.main_first():
+        datasets = preparing.prepare_training(recipe)
     micro = training.model_copy(
         update={"batch_size": training.batch_size // training.accumulate, "accumulate": 1}
     )

@@ -15,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from instructblip.assembly import shape_language
 from instructblip.batch import Batch
 from instructblip.model.config import InstructBlipConfig
+from instructblip.model.directory import model_directory
 from instructblip.model.head import LOSS_CHUNK
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import Joined, stacks_of
+from instructblip.model.joined import Joined
+from instructblip.model.language import stacks_of
 from instructblip.model.packing import Packing, packs
-from instructblip.model.pretrained import model_directory
 from instructblip.model.quantize import QuantizedLinear
 from instructblip.model.weights import NoRandomWeights, read_json
 from instructblip.recipe import Recipe

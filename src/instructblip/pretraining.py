@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from instructblip import assembly
+from instructblip import assembly, preparing
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
 from instructblip.model.instructblip import ALIASES
@@ -35,7 +35,7 @@ def pretrain(recipe: Recipe, stage: int, out: Path, resume: bool = False) -> Tra
 
     Stage 1 trains the Q-Former against captions, stage 2 what the language model reads of it.
     """
-    datasets = assembly.prepare_training(recipe)
+    datasets = preparing.prepare_training(recipe)
     model = assembly.make_model(recipe)
     loader = assembly.make_loader(recipe, datasets, model)
     kind = CaptionTokens if stage == 1 else SilentTokens

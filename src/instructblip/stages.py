@@ -9,19 +9,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from instructblip.stages_measure import RECIPE_FILE, compare, evaluate, report
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from instructblip.data.export import Form as DataForm
     from instructblip.evaluation.result import Result
     from instructblip.recipe import Recipe
     from instructblip.training.train import TrainResult
 
-RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
-Form = Literal["table", "markdown", "latex", "json"]
 
 
 def scenes(root: Path, seed: int = 0, scale: float = 1.0) -> None:
@@ -39,16 +37,16 @@ def prepare(
     out: Path = Path("out"),
 ) -> None:
     """Read, verify and index the recipe's data sets; print the mixture, or export the samples."""
-    from instructblip import assembly
+    from instructblip import preparing
     from instructblip.data.export import export
     from instructblip.data.prepare import prepare_all
 
-    names = assembly.training_names(recipe)
-    found = prepare_all([assembly.job_of(recipe, name) for name in names], workers)
+    names = preparing.training_names(recipe)
+    found = prepare_all([preparing.job_of(recipe, name) for name in names], workers)
     datasets = dict(zip(names, found, strict=True))
     if form is None:
         print("".join(f"{dataset.describe()}\n" for dataset in found))
-        print(assembly.describe_mixture(recipe, assembly.make_mixture(recipe, datasets)))
+        print(preparing.describe_mixture(recipe, preparing.make_mixture(recipe, datasets)))
         return
     data = recipe.data
     for name, dataset in datasets.items():
@@ -80,10 +78,10 @@ def show(recipe: "Recipe", count: int, page: Path | None = None) -> None:
     """Print ``count`` training samples of each data set as the model gets them, or write a page."""
     from rich.console import Console
 
-    from instructblip import assembly, checking
+    from instructblip import assembly, checking, preparing
     from instructblip.data import show as showing
 
-    prepared = assembly.prepare_training(recipe)
+    prepared = preparing.prepare_training(recipe)
     rate = recipe.data.max_bad_rate
     datasets = {name: checking.without_bad(dataset, rate) for name, dataset in prepared.items()}
     loader = assembly.make_loader(recipe, datasets, assembly.read_start(recipe))
@@ -100,7 +98,7 @@ def show(recipe: "Recipe", count: int, page: Path | None = None) -> None:
 
 def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
     """Tune the recipe's model; checkpoints, metrics, curves and the model itself go to ``out``."""
-    from instructblip import assembly, checking, distributed
+    from instructblip import assembly, checking, distributed, preparing
     from instructblip.data.templates import TEMPLATES_FILE, templates_note
     from instructblip.training.train import train as run_training
 
@@ -110,21 +108,11 @@ def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
         if recipe.drawing is not None:
             from instructblip import drawing
 
-            model = drawing.make_model(recipe)
-            return run_training(
-                model,
-                drawing.make_batches(recipe, model),
-                drawing.make_validation(recipe, model),
-                recipe.training,
-                out,
-                resume=resume,
-                export=lambda path: drawing.save_pretrained(model, path),
-                notes={RECIPE_FILE: recipe.to_yaml()},
-            )
-        with assembly.main_first():
-            datasets = checking.checked_training(recipe, assembly.prepare_training(recipe))
+            return drawing.train(recipe, out, resume, {RECIPE_FILE: recipe.to_yaml()})
+        with distributed.main_first():
+            datasets = checking.checked_training(recipe, preparing.prepare_training(recipe))
         if distributed.is_main():
-            print(assembly.describe_mixture(recipe, assembly.make_mixture(recipe, datasets)))
+            print(preparing.describe_mixture(recipe, preparing.make_mixture(recipe, datasets)))
         model = assembly.make_model(recipe)
         resumed = resume and any((out / "checkpoints").glob("step_*"))
         return run_training(
@@ -141,13 +129,13 @@ def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
 
 def cache(recipe: "Recipe") -> None:
     """Compute and keep the image features that training and validation will read."""
-    from instructblip import assembly, checking, distributed
+    from instructblip import assembly, checking, distributed, preparing
 
     settings = recipe.features.model_copy(update={"cache": "on"})
     recipe = recipe.model_copy(update={"features": settings})
     with distributed.process_group():
-        with assembly.main_first():
-            datasets = checking.checked_training(recipe, assembly.prepare_training(recipe))
+        with distributed.main_first():
+            datasets = checking.checked_training(recipe, preparing.prepare_training(recipe))
         model = assembly.make_model(recipe)
         assembly.make_loader(recipe, datasets, model)
         assembly.make_validation(recipe, model)
@@ -169,131 +157,6 @@ def memory(recipe: "Recipe", world_size: int = 1, gigabytes: float | None = None
         print(advise(found, available, recipe, world_size))
 
 
-def evaluate(
-    recipe: "Recipe",
-    model: str,
-    out: Path,
-    blind_seed: int | None = None,
-    instruction_aware: bool | None = None,
-) -> "list[Result]":
-    """Answer the recipe's benchmarks with ``model``; one folder of ``out`` for each."""
-    from instructblip import assembly, distributed
-    from instructblip.evaluation.evaluate import evaluate as run_benchmark
-    from instructblip.model.pretrained import model_directory
-
-    model_directory(model)  # a wrong path is told before any data is read
-    settings = recipe.evaluation
-    benchmarks = assembly.benchmarks_of(recipe, settings.benchmarks)
-    results = []
-    with distributed.process_group():
-        with assembly.main_first():
-            datasets = assembly.prepare_benchmarks(recipe, benchmarks)
-            vocabularies = {b.name: assembly.vocabulary_of(recipe, b) for b in benchmarks}
-        engine = assembly.make_answerer(recipe, model, datasets.values(), instruction_aware)
-        if distributed.is_main():
-            out.mkdir(parents=True, exist_ok=True)
-            (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        for benchmark in benchmarks:
-            result = run_benchmark(
-                engine,
-                benchmark,
-                datasets[benchmark.name],
-                limit=settings.limit,
-                batch_size=settings.batch_size,
-                blind_seed=blind_seed,
-                out=out / benchmark.name,
-                vocabulary=vocabularies[benchmark.name],
-                tokenizer=settings.tokenizer,
-            )
-            if distributed.is_main():
-                print(result.describe(), flush=True)
-            results.append(result)
-    return results
-
-
-def compare(
-    models: Sequence[Path],
-    form: Form = "table",
-    recipe: str | None = None,
-    overrides: Sequence[str] = (),
-    out: Path = Path("out/results"),
-    intervals: bool = False,
-) -> None:
-    """Print the figures of result folders or models, each held to the first.
-
-    A model (ours, or a transformers directory) is evaluated first, into a folder of ``out``; the
-    recipe is the first model's own unless given.
-    """
-    from instructblip.evaluation import compare as comparing
-    from instructblip.evaluation import tables
-
-    folders = [_evaluated(path, recipe, overrides, out) for path in models]
-    comparison = comparing.compare(load_results(folders))
-    if form == "table":
-        _print_tables(tables.to_rich(comparison, intervals), tables.measured_with(comparison))
-    elif form == "json":
-        print(json.dumps(tables.to_json(comparison), indent=2))
-    else:
-        print(tables.to_latex(comparison) if form == "latex" else tables.to_markdown(comparison))
-
-
-def _evaluated(path: Path, recipe: str | None, overrides: Sequence[str], out: Path) -> Path:
-    """A folder of results: ``path`` itself, or that of the model which ``path`` is."""
-    from instructblip.recipe import load_recipe
-
-    is_model = str(path) == "starter" or any(
-        (folder / "config.json").is_file() for folder in (path, path / "best", path / "last")
-    )
-    if not is_model:
-        return path
-    folder = out / path.name
-    evaluate(load_recipe(recipe or recipe_of(str(path)), overrides), str(path), folder)
-    return folder
-
-
-def _print_tables(shown: "Sequence[Table]", notes: Sequence[str]) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(160, console.width))
-    for table in shown:
-        console.print(table)
-    for note in notes:
-        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
-
-
-def recipe_of(model: str) -> str:
-    """The recipe that lies beside a model; else that of Scenes for the starter, the paper's for
-    any other."""
-    beside = [folder / RECIPE_FILE for folder in (Path(model), Path(model) / "best")]
-    found = next((path for path in beside if path.is_file()), None)
-    default = "scenes" if model == "starter" else "instructblip_vicuna7b"
-    return str(found) if found else default
-
-
-def report(
-    folders: Sequence[Path],
-    out: Path,
-    runs: Sequence[Path] = (),
-    baseline: str | None = None,
-    drawn: Path | None = None,
-) -> Path:
-    """Write one offline HTML file: tables and charts against ``baseline`` (the first), a gallery
-    of answers, drawn pictures, the curves of ``runs``."""
-    from instructblip import __version__
-    from instructblip.evaluation.report import write_report
-
-    return write_report(
-        out,
-        load_results(folders),
-        baseline=baseline,
-        curves={run.name: run / "metrics.jsonl" for run in runs},
-        facts={"version": __version__},
-        drawn=drawn,
-    )
-
-
 def pretrain(recipe: "Recipe", stage: int, out: Path, resume: bool = False) -> "TrainResult":
     """One of BLIP-2's two stages on the captions of a recipe."""
     from instructblip.pretraining import pretrain as run_pretraining
@@ -310,22 +173,6 @@ def tune(root: Path, start: str, out: Path, overrides: Sequence[str] = ()) -> No
     refuse_existing(out / "run")
     page = run_tuning(root, start, out, overrides)
     print(f"\nOpen {page}. To try the model:\n  instructblip serve --model {out / 'run'}")
-
-
-def load_results(folders: Sequence[Path]) -> "dict[str, list[Result]]":
-    """The results of each folder that `evaluate` wrote, by the folder's name, or by its path where
-    two have the same name."""
-    from instructblip.evaluation.result import Result
-
-    found = {}
-    names = [folder.name for folder in folders]
-    for folder in folders:
-        paths = sorted(folder.glob("*/result.json"))
-        if not paths:
-            raise FileNotFoundError(f"{folder} holds no results: run `instructblip evaluate` first")
-        name = folder.name if names.count(folder.name) == 1 else str(folder)
-        found[name] = [Result.load(path.parent) for path in paths]
-    return found
 
 
 def quickstart(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from instructblip.stages import load_results
+from instructblip.stages_measure import load_results
 
 if TYPE_CHECKING:
     from instructblip.serving.config import ServeConfig
@@ -173,9 +173,10 @@ def export(
 
     A LoRA adapter is merged, or with ``keep_lora`` left apart in PEFT's files.
     """
+    from instructblip.model.directory import model_directory
     from instructblip.model.lavis import export_lavis
     from instructblip.model.lora import FOLDER, adapters, merge_lora
-    from instructblip.model.pretrained import from_pretrained, model_directory
+    from instructblip.model.pretrained import from_pretrained
     from instructblip.serving.checkpoints import write_exported
 
     loaded = from_pretrained(model)
@@ -197,7 +198,8 @@ def export(
 
 def load_engine(model: str, **options: Any) -> "Engine":
     """A model ready to answer: the paper's decoding, below what its directory stores."""
-    from instructblip.serving.engine import PAPER_DECODING, Engine
+    from instructblip.serving.decoding import PAPER_DECODING
+    from instructblip.serving.engine import Engine
 
     engine = Engine.from_pretrained(model, **options)
     engine.decoding = {**PAPER_DECODING, **engine.decoding}

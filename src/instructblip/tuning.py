@@ -12,7 +12,7 @@ from instructblip.data.folder import FolderSet, read_folder, split_by_picture
 from instructblip.data.loader import Loader
 from instructblip.data.mixture import Mixture
 from instructblip.data.pictures import Pictures
-from instructblip.evaluation.benchmarks import Benchmark
+from instructblip.evaluation.benchmarks.benchmark import Benchmark
 from instructblip.evaluation.compare import compare
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.evaluation.report import write_report

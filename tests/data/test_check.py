@@ -66,7 +66,7 @@ def test_unreadable_pictures(tmp_path: Path):
         ("cut.png", "truncated"),
         ("half.jpg", "truncated"),
         ("empty.jpg", "empty file"),
-        ("text.jpg", "cannot identify"),
+        ("text.jpg", "not a picture"),
         ("bomb.png", f"9000 x 9000 pixels; at most {MAX_PIXELS}"),
         ("folder.png", "directory"),
         ("later.png", "does not exist"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from instructblip import distributed
 from instructblip.data import features as features_module
+from instructblip.data.facts import gather_facts
 from instructblip.data.features import (
     Costs,
     Features,
@@ -53,9 +54,7 @@ def stored(
 ) -> tuple[Features, Encoder]:
     transform = TRANSFORM if views == 1 else TRANSFORM.for_training()
     encoder = Encoder()
-    features = Features(
-        FeatureStore(folder / "store", kind), hash_pictures(paths, folder / "pictures.json"), views
-    )
+    features = Features(FeatureStore(folder / "store", kind), hash_pictures(paths, {}), views)
     fill(features, transform, encoder, batch_size=2, workers=0)
     return features, encoder
 
@@ -132,9 +131,7 @@ def test_a_kill_loses_the_shard_in_work_and_nothing_else(
 ):
     monkeypatch.setattr(features_module, "SHARD_BYTES", 1)  # a shard for each batch
     encoder = Encoder()
-    features = Features(
-        FeatureStore(tmp_path / "store", "fp32"), hash_pictures(paths, tmp_path / "index.json")
-    )
+    features = Features(FeatureStore(tmp_path / "store", "fp32"), hash_pictures(paths, {}))
 
     def dies(pixels: Tensor) -> Tensor:
         if encoder.seen:
@@ -207,21 +204,21 @@ def test_costs_decide(tmp_path: Path, paths: list[str]):
     assert dear.saving(missing=10, reads=10) < 0 < dear.saving(missing=10, reads=40)
     cheap = Costs(load=1, encode=1, write=1, read=2, nbytes=1)
     assert cheap.saving(missing=1, reads=10**6) < 0
-    features = Features(
-        FeatureStore(tmp_path / "store", "fp32"), hash_pictures(paths, tmp_path / "index.json")
-    )
+    features = Features(FeatureStore(tmp_path / "store", "fp32"), hash_pictures(paths, {}))
     costs = measure(features, TRANSFORM, Encoder(), 3)
     assert min(costs.load, costs.encode, costs.write, costs.read) > 0
     assert costs.nbytes >= 2 * 4 * 4
     assert not (tmp_path / "store").exists() or not list((tmp_path / "store").iterdir())
 
 
-def test_an_unchanged_picture_is_not_read_again(tmp_path: Path, paths: list[str]):
-    first = hash_pictures(paths, tmp_path / "index.json")
+def test_an_unchanged_picture_is_not_read_again(paths: list[str]):
+    known = dict(gather_facts(paths, Path(), {}))
+    first = hash_pictures(paths, known)
+    assert first == hash_pictures(paths, {})
     path = Path(paths[0])
     status = path.stat()
     path.write_bytes(bytes(status.st_size))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert hash_pictures(paths, tmp_path / "index.json") == first
+    assert hash_pictures(paths, known) == first
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert hash_pictures(paths, tmp_path / "index.json")[paths[0]] != first[paths[0]]
+    assert hash_pictures(paths, known)[paths[0]] != first[paths[0]]

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from instructblip import assembly
+from instructblip import preparing
 from instructblip.batch import Example
 from instructblip.data.check import check_dataset
 from instructblip.data.export import export
@@ -298,13 +298,13 @@ def test_recipe_reads_own_data_from_anywhere(root: Path):
         "data:\n  root: " + str(root) + "\n  sets:\n    mine:\n      format: table\n"
         "      root: memory://mine\n      columns: {image: file, answer: text}\n"
     )
-    dataset = assembly.prepare_training(load_recipe(recipe))["mine"]
+    dataset = preparing.prepare_training(load_recipe(recipe))["mine"]
     assert dataset[0].answers == ("A cup.",)
     assert (dataset.image_root / dataset[0].images[0]).is_file()
     assert not check_dataset(dataset).left_out
     with pytest.raises(ValueError, match="this name is taken"):
-        assembly.prepare_training(
+        preparing.prepare_training(
             load_recipe(recipe, ["data.sets={vqav2: {format: table, root: x}}"])
         )
     with pytest.raises(FileNotFoundError, match="there is no file"):
-        assembly.prepare_training(load_recipe(recipe, ["data.sets.mine.root=memory://other"]))
+        preparing.prepare_training(load_recipe(recipe, ["data.sets.mine.root=memory://other"]))

@@ -19,6 +19,7 @@ from instructblip.data import partial as partial_module
 from instructblip.data import prepare as prepare_module
 from instructblip.data.check import check_dataset, unchecked
 from instructblip.data.facts import read_facts, summary
+from instructblip.data.features import hash_pictures
 from instructblip.data.partial import claim
 from instructblip.data.prepare import Job, prepare, prepare_all
 from instructblip.data.prepared import PreparedDataset
@@ -246,6 +247,9 @@ def test_hashes_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert data.manifest["images"] == summary(facts)
     monkeypatch.setattr(facts_module, "picture_fault", None)  # read by prepare: not read again
     check_dataset(data)
+    paths = [str(root / "images" / name) for name in facts]
+    digests = hash_pictures(paths, data.facts())  # nor by a store of features
+    assert digests == {path: facts[Path(path).name].sha256.hex() for path in paths}
     monkeypatch.undo()
     write_picture(root / "images" / "COCO_train2014_000000000001.jpg", seed=99)
     check_dataset(data)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instructblip.data.scenes.language import CAPTIONS, HELD_IN_KINDS, QUESTIONS, sides
+from instructblip.data.scenes.language import CAPTIONS
 from instructblip.data.scenes.official import SCENE_SETS, write_scenes
+from instructblip.data.scenes.questions import HELD_IN_KINDS, QUESTIONS, sides
 from instructblip.data.scenes.world import (
     COLOURS,
     HELD_OUT_PAIRS,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.batch import Example
-from instructblip.evaluation.benchmarks import Benchmark
+from instructblip.evaluation.benchmarks.benchmark import Benchmark
 
 
 @dataclass

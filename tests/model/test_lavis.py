@@ -14,6 +14,7 @@ from torch import Tensor
 from instructblip import cli
 from instructblip.data.tokens import Tokens
 from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
+from instructblip.model.directory import model_directory
 from instructblip.model.inspection import inspect_checkpoint
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import build_language_model
@@ -25,7 +26,7 @@ from instructblip.model.lavis import (
     language_tokenizer,
     to_lavis,
 )
-from instructblip.model.pretrained import from_pretrained, model_directory, save_pretrained
+from instructblip.model.pretrained import from_pretrained, save_pretrained
 from instructblip.model.weights import write_weights
 from tests.data.tiny import llama_like, t5_like, wordpiece
 from tests.parity.tiny import LANGUAGES, tiny_batch

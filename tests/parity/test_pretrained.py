@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.pretrained import save_text_branch
+from instructblip.model.text_branch import save_text_branch
 from tests.parity.tiny import (
     IMAGE_TOKEN,
     seq2seq_inputs,

@@ -8,7 +8,8 @@ import pytest
 
 from instructblip import cli
 from instructblip.serving.chat import Conversation, instruction_of, run_chat
-from instructblip.serving.engine import PAPER_DECODING, Engine
+from instructblip.serving.decoding import PAPER_DECODING
+from instructblip.serving.engine import Engine
 from instructblip.serving.requests import answer_requests, open_pictures, read_requests
 from instructblip.serving.streaming import TextStream
 from instructblip.stages_use import load_engine

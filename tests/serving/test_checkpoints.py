@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
 
-from instructblip.model.pretrained import TEXT_BRANCH_FILE, from_pretrained
+from instructblip.model.pretrained import from_pretrained
+from instructblip.model.text_branch import TEXT_BRANCH_FILE
 from instructblip.serving.checkpoints import write_exported
 from instructblip.serving.engine import Engine
 from tests.data.tiny import write_picture

@@ -24,7 +24,8 @@ from instructblip.batch import Example
 from instructblip.data.images import ImageTransform
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.evaluate import evaluate
-from instructblip.serving.engine import Engine, fingerprint
+from instructblip.serving.engine import Engine
+from instructblip.serving.fingerprint import fingerprint
 from tests.data.tiny import byte_level, wordpiece, write_picture
 from tests.evaluation.fakes import ListDataset, benchmark
 from tests.parity.tiny import tiny_config

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from instructblip.data.order import mix
 from instructblip.data.pictures import Examples
 from instructblip.data.templates import Language, render_instruction
+from instructblip.data.writing import replacing
 
 Form = Literal["llava", "sharegpt", "messages", "parquet"]
 FORMS: tuple[str, ...] = get_args(Form)
@@ -65,15 +66,11 @@ def export(
     rows = _rows(dataset, name, image_root, seed, templates, language)
     path = folder / (name + {"messages": ".jsonl", "parquet": ".parquet"}.get(form, ".json"))
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         if form == "parquet":
             _write_parquet(temporary, rows)
         else:
             _write_json(temporary, map(_RECORDS[form], rows), lines=form == "messages")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -143,8 +140,6 @@ def _write_json(path: Path, records: Iterable[dict[str, Any]], lines: bool) -> N
             file.write(between + json.dumps(record, ensure_ascii=False))
             between = "\n" if lines else ",\n"
         file.write("\n" if lines else "\n]\n" if between == ",\n" else "[]\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:

@@ -20,6 +20,7 @@ from instructblip.data.progress import progress_bar
 from instructblip.data.writing import replacing
 
 FACTS_FILE = "pictures.arrow"
+MISSING = "does not exist"
 _SCHEMA = pa.schema(
     [
         ("name", pa.string()),
@@ -36,7 +37,8 @@ _PARTS_AHEAD = 64
 
 
 class PictureFact(NamedTuple):
-    """One picture file. ``fault`` is empty when it opens; ``sha256`` is of the file's bytes."""
+    """One picture file. ``fault`` is empty when it opens; ``sha256`` is of the file's bytes, empty
+    where they could not be read."""
 
     size: int
     modified_ns: int
@@ -169,7 +171,7 @@ def _look_at(path: Path, known: PictureFact | None, decode: bool) -> PictureFact
             return PictureFact(size, modified, b"", f"has more than {MAX_FILE_BYTES} bytes")
         data = path.read_bytes()
     except FileNotFoundError:
-        return PictureFact(0, 0, b"", "does not exist")
+        return PictureFact(0, 0, b"", MISSING)
     except OSError as error:
         return PictureFact(0, 0, b"", f"cannot be read: {error.strerror or error}")
     fault = picture_fault(data, decode) or ""

@@ -22,7 +22,6 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +34,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from instructblip import distributed
+from instructblip.data.facts import MISSING, PictureFact, gather_facts
 from instructblip.data.images import ImageTransform, load_image
+from instructblip.data.writing import replacing
 
 FeatureType = Literal["fp32", "bf16", "int8"]
 TYPES: dict[FeatureType, torch.dtype] = {
@@ -118,14 +119,10 @@ class FeatureStore:
             tensors = {"features": features.to(TYPES[self.kind])}
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:24]
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
         try:
-            save_file(tensors, temporary, metadata={"keys": json.dumps(list(keys))})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(self.folder / f"{name}.safetensors")
+            with replacing(self.folder / f"{name}.safetensors") as temporary:
+                save_file(tensors, temporary, metadata={"keys": json.dumps(list(keys))})
         except (SafetensorError, OSError) as error:
-            temporary.unlink(missing_ok=True)
             raise OSError(
                 f"features could not be written to {self.folder}: {error}. Free some space, take "
                 "features.dtype=int8, set features.root to another disk, or features.cache=off"
@@ -192,40 +189,24 @@ def store_name(transform: ImageTransform, encoder: str, kind: FeatureType) -> st
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def hash_pictures(paths: Iterable[str], index: Path) -> dict[str, str]:
-    """sha256 of the bytes of each picture, by path; every rank hashes a part, all get the whole.
+def hash_pictures(paths: Iterable[str], known: Mapping[str, PictureFact]) -> dict[str, str]:
+    """sha256 of the bytes of each picture, by path; every rank looks at a part, all get the whole.
 
-    ``index`` remembers size and time of each file, so that an unchanged one is not read again.
+    What is ``known`` of a picture by its path (``PreparedDataset.facts``) stands while its size and
+    date do: the file is then not read. Raises FileNotFoundError or ValueError for a picture that
+    cannot be read any more.
     """
-    known: dict[str, list[Any]] = {}
-    if index.is_file():
-        known = json.loads(index.read_text(encoding="utf-8"))
     own = sorted(set(paths))[distributed.rank() :: distributed.world_size()]
-
-    def look(path: str) -> list[Any]:
-        try:
-            status = Path(path).stat()
-            stamp = [status.st_size, status.st_mtime_ns]
-            if known.get(path, [])[:2] == stamp:
-                return known[path]
-            with Path(path).open("rb") as file:
-                return [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
-        except FileNotFoundError:
+    found = dict(gather_facts(own, Path(), known, workers=8))  # mostly waiting for the disk
+    for path, fact in found.items():
+        if fact.fault == MISSING:
             raise FileNotFoundError(
                 f"picture {path} does not exist any more; put it back, or prepare the data again"
-            ) from None
-
-    with ThreadPoolExecutor(8) as pool:  # mostly waiting for the disk
-        found = dict(zip(own, pool.map(look, own), strict=True))
-    found = {
-        path: entry for part in distributed.gather_objects(found) for path, entry in part.items()
-    }
-    if distributed.is_main() and any(known.get(path) != entry for path, entry in found.items()):
-        index.parent.mkdir(parents=True, exist_ok=True)
-        temporary = index.with_name(f".{index.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(known | found), encoding="utf-8")
-        temporary.replace(index)
-    return {path: entry[2] for path, entry in found.items()}
+            )
+        if not fact.sha256:
+            raise ValueError(f"picture {path} {fact.fault}; repair it, or prepare the data again")
+    shared = distributed.gather_objects({path: fact.sha256.hex() for path, fact in found.items()})
+    return {path: digest for part in shared for path, digest in part.items()}
 
 
 def fill(

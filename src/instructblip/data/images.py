@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from instructblip.batch import Example
@@ -77,7 +77,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "empty file" if not data else str(error) or type(error).__name__
+        reason = "empty file" if not data else _fault(error)
         raise ValueError(
             f"picture {where}: cannot be decoded: {reason}; download it again or remove its "
             "annotations"
@@ -98,7 +98,7 @@ def picture_fault(data: bytes, decode: bool = False) -> str | None:
             with Image.open(io.BytesIO(data)) as image:
                 width, height, kind = image.width, image.height, image.format or ""
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        return str(error) or type(error).__name__
+        return _fault(error)
     if width * height > MAX_PIXELS:
         return f"{width} x {height} pixels; at most {MAX_PIXELS}"
     if not decode and _ENDS.get(kind, _never)(data):
@@ -108,6 +108,12 @@ def picture_fault(data: bytes, decode: bool = False) -> str | None:
     except ValueError as error:
         return str(error).removeprefix("picture : cannot be decoded: ").partition(";")[0]
     return None
+
+
+def _fault(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own words name a place in memory
+        return "not a picture in any format that Pillow reads"
+    return str(error) or type(error).__name__
 
 
 def _never(_data: bytes) -> bool:

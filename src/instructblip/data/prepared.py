@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from instructblip.batch import Example
+from instructblip.data.facts import FACTS_FILE, PictureFact, read_facts
 
 FORMAT_VERSION = 2
 DATA_FILE = "data.arrow"
@@ -85,6 +86,11 @@ class PreparedDataset:
     def images(self) -> set[tuple[str, ...]]:
         """The distinct ``Example.images``, without reading anything else."""
         return {tuple(names) for names in self.column("images")}
+
+    def facts(self) -> dict[str, PictureFact]:
+        """What was last found out about the picture files, by path."""
+        known = read_facts(self.path / FACTS_FILE)
+        return {str(self.image_root / name): fact for name, fact in known.items()}
 
     def describe(self) -> str:
         """``vqav2 train: 9,000 examples, 3,000 pictures of 12.3 MB; CC BY 4.0``."""

@@ -21,6 +21,7 @@ from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.order import CYCLE
 from instructblip.data.templates import Rendered
+from instructblip.data.writing import replacing
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -162,9 +163,8 @@ def write_page(path: Path, shown: Iterable[Shown], facts: Mapping[str, str]) -> 
         sets.setdefault(one.name, []).append(one)
     page = environment.get_template("show.html.j2").render(sets=sets, facts=facts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 

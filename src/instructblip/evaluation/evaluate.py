@@ -12,7 +12,7 @@ from instructblip.batch import Example
 from instructblip.data.pictures import Examples
 from instructblip.data.templates import render_prompt, template_hash
 from instructblip.evaluation.batching import Batches, BatchSize
-from instructblip.evaluation.benchmarks import Benchmark
+from instructblip.evaluation.benchmarks.benchmark import Benchmark
 from instructblip.evaluation.predictions import PredictionLog
 from instructblip.evaluation.ptb import Tokenizer
 from instructblip.evaluation.result import Result, make_result
@@ -87,10 +87,7 @@ def evaluate(
     }
     folder = None if out is None else Path(out)
     with PredictionLog(folder, settings) as log:
-        todo = [i for i, example in enumerate(examples) if example.id not in log.done]
-        # Longest first: what does not fit into memory fails at once, and batches are even.
-        todo.sort(key=lambda i: (-len(examples[i].images), -len(prompts[i]), examples[i].images))
-        share = todo if together else todo[distributed.rank() :: distributed.world_size()]
+        share = _share(examples, prompts, log, together)
         with _progress(len(share), benchmark.name, progress) as advance:
 
             def answer(batch: Sequence[int]) -> None:
@@ -106,6 +103,16 @@ def evaluate(
     if folder is not None and distributed.is_main():
         result.save(folder)
     return result
+
+
+def _share(
+    examples: Sequence[Example], prompts: Sequence[str], log: PredictionLog, together: bool
+) -> list[int]:
+    """What is left to answer for this rank, longest first: what does not fit into memory fails at
+    once, and batches are even."""
+    todo = [i for i, example in enumerate(examples) if example.id not in log.done]
+    todo.sort(key=lambda i: (-len(examples[i].images), -len(prompts[i]), examples[i].images))
+    return todo if together else todo[distributed.rank() :: distributed.world_size()]
 
 
 def pick(count: int, limit: int | None) -> list[int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from instructblip import distributed
+from instructblip.data.writing import replacing
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "settings.json"
@@ -116,18 +117,11 @@ class PredictionLog:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all: a temporary file, then a rename."""
+    """Write whole or not at all; ValueError for what is not JSON, as NaN."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, ensure_ascii=False, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _part(folder: Path) -> Path:

@@ -5,14 +5,14 @@ policy in the page forbids any request. Texts of data sets and models are escape
 engine; none is ever put into script or style.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from instructblip.data.writing import replacing
 from instructblip.evaluation.charts import Radar, radar_chart, training_charts
 from instructblip.evaluation.compare import ROLES, Comparison, Row, compare
 from instructblip.evaluation.gallery import make_cards, thumbnail
@@ -47,44 +47,41 @@ def write_report(
     if baseline is not None and baseline in models:
         models = {baseline: models[baseline], **models}  # first in tables, charts and gallery
     comparison = compare(models, baseline)
-    blind = {
-        model
-        for model, results in models.items()
-        if any(r.settings.get("blind_seed") is not None for r in results)
-    }
+    blind = _blind(models)
     subject = next(
         (m for m in reversed(comparison.models) if m not in blind), comparison.models[-1]
     )
     charts = [c for name, file in (curves or {}).items() for c in training_charts(Path(file), name)]
-    text = (
-        _environment()
-        .get_template(TEMPLATE)
-        .render(
-            title=title,
-            lead=lead,
-            comparison=comparison,
-            roles=ROLES,
-            subject=subject,
-            blind=blind,
-            colours={model: place for place, model in enumerate(comparison.models)},
-            tiles=_tiles(comparison, subject),
-            scale=_scale(comparison),
-            radars=_radars(comparison),
-            charts=charts,
-            cards=make_cards(models, samples_per_set) if samples_per_set else [],
-            settings=_settings(models),
-            drawn=_drawn(drawn) if drawn else [],
-            facts=dict(facts or {}),
-        )
+    text = _template().render(
+        title=title,
+        lead=lead,
+        comparison=comparison,
+        roles=ROLES,
+        subject=subject,
+        blind=blind,
+        colours={model: place for place, model in enumerate(comparison.models)},
+        tiles=_tiles(comparison, subject),
+        scale=_scale(comparison),
+        radars=_radars(comparison),
+        charts=charts,
+        cards=make_cards(models, samples_per_set) if samples_per_set else [],
+        settings=_settings(models),
+        drawn=_drawn(drawn) if drawn else [],
+        facts=dict(facts or {}),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
+
+
+def _blind(models: Mapping[str, Sequence[Result]]) -> set[str]:
+    """The models that are blind controls."""
+    return {
+        model
+        for model, results in models.items()
+        if any(result.settings.get("blind_seed") is not None for result in results)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +171,7 @@ def _settings(models: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _environment() -> Environment:
+def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -185,7 +182,7 @@ def _environment() -> Environment:
     environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.1f}"
     environment.filters["signed"] = _signed
     environment.filters["percent"] = lambda value: f"{100 * value:.0f} %"
-    return environment
+    return environment.get_template(TEMPLATE)
 
 
 def _signed(value: float) -> str:

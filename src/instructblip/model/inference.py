@@ -7,8 +7,8 @@ from torch import Tensor
 
 from instructblip.batch import Batch
 from instructblip.model.candidates import Normalization
+from instructblip.model.generation import OnTokens
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import OnTokens
 from instructblip.model.ranking import rank
 
 

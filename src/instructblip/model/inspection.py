@@ -9,9 +9,11 @@ import torch
 from safetensors import safe_open
 
 from instructblip.model.config import InstructBlipConfig
+from instructblip.model.directory import model_directory
 from instructblip.model.instructblip import InstructBlip, part_of
 from instructblip.model.lavis import from_lavis, is_lavis
-from instructblip.model.pretrained import HARMLESS, TEXT_BRANCH_FILE, model_directory
+from instructblip.model.pretrained import HARMLESS
+from instructblip.model.text_branch import TEXT_BRANCH_FILE
 from instructblip.model.weights import read_json, read_nested, read_weights
 
 TIED = re.compile(r"language_model\.(lm_head|(.*\.)?embed_tokens)\.weight")

@@ -7,7 +7,6 @@ with a fresh LayerNorm and a random text branch; here both are an error or a cho
 """
 
 import contextlib
-import importlib.resources
 import json
 import re
 import shutil
@@ -20,26 +19,19 @@ from torch import Tensor, nn
 from instructblip import distributed
 from instructblip.model import lora
 from instructblip.model.config import READERS, InstructBlipConfig
+from instructblip.model.directory import model_directory
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import untie_head
 from instructblip.model.quantize import quantized_names
+from instructblip.model.text_branch import TEXT_BRANCH_FILE, find_text_branch, in_text_branch
 from instructblip.model.vision import interpolate_positions
 from instructblip.model.weights import (
     NoRandomWeights,
-    existing,
     new_directory,
     read_json,
     read_weights,
     write_weights,
 )
-
-HUB = "hf://"
-TEXT_BRANCH_FILE = "text_branch.safetensors"
-TEXT_BRANCH = re.compile(
-    r"embeddings\.(word|position)_embeddings\.weight"
-    r"|encoder\.layer\.\d+\.(intermediate|output)\.(dense|LayerNorm)\.(weight|bias)"
-)
-"""Names of the text branch inside the Q-Former, whole."""
 
 HARMLESS = re.compile(
     r".*\.(position_ids|rotary_emb\.inv_freq|masked_bias)"
@@ -89,14 +81,14 @@ def from_pretrained(
     weights = {name: value for name, value in weights.items() if not HARMLESS.fullmatch(name)}
     aware = config.instruction_aware if instruction_aware is None else instruction_aware
     if not aware:
-        weights = {name: v for name, v in weights.items() if not _in_text_branch(name)}
+        weights = {name: v for name, v in weights.items() if not in_text_branch(name)}
     elif not config.instruction_aware:
-        weights |= _find_text_branch(directory, text_branch)
+        weights |= find_text_branch(directory, text_branch)
     config = _fit_config(config, weights, aware, image_size)
     with contextlib.nullcontext() if text_branch == "random" else NoRandomWeights():
         model = InstructBlip(config)
     if aware and text_branch == "random":
-        weights |= {n: v for n, v in model.state_dict().items() if _in_text_branch(n)}
+        weights |= {n: v for n, v in model.state_dict().items() if in_text_branch(n)}
     positions = "vision_model.embeddings.position_embedding"
     if image_size is not None and positions in weights:
         weights[positions] = interpolate_positions(weights[positions], config.vision.num_tokens)
@@ -147,60 +139,6 @@ def _kept_elsewhere(model: InstructBlip) -> dict[str, Tensor]:
     assert model.assets is not None, "such a model was loaded from a directory"
     stored = read_weights(model.assets)
     return {name: stored[name] for name in names}
-
-
-def save_text_branch(model: InstructBlip, file: str | Path) -> None:
-    """Write the text branch alone, to stand beside a BLIP-2 as ``text_branch.safetensors``."""
-    branch = {n: v for n, v in model.qformer.state_dict().items() if TEXT_BRANCH.fullmatch(n)}
-    if not branch:
-        raise ValueError("the model has no text branch to save: it is not instruction-aware")
-    write_weights(branch, Path(file))
-
-
-def model_directory(path: str | Path) -> Path:
-    """The directory with config.json that ``path`` stands for.
-
-    "starter" is the model in the package; a run directory stands for its ``best``, else ``last``;
-    ``hf://OWNER/NAME[@REVISION]`` is fetched from the Hub: that name alone ever asks a network.
-    """
-    if str(path).startswith(HUB):
-        return _from_hub(str(path).removeprefix(HUB))
-    if str(path) == "starter":
-        starter = Path(str(importlib.resources.files("instructblip"))) / "starter"
-        if not (starter / "config.json").is_file():
-            raise FileNotFoundError(
-                f"the starter model is not in this installation ({starter}); rebuild it with "
-                "runs/starter.sh, or give the path of a BLIP-2 directory"
-            )
-        return starter
-    directory = existing(Path(path))
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"{path} is not a directory; give a model directory, a run directory, 'starter', or "
-            f"{HUB}OWNER/NAME for a model of the Hub"
-        )
-    for candidate in (directory, existing(directory / "best"), existing(directory / "last")):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise FileNotFoundError(
-        f"{path} holds no model: neither config.json nor best/config.json nor last/config.json"
-    )
-
-
-def _from_hub(name: str) -> Path:
-    """A snapshot of a repository in the Hub's cache: configs, tokenizers, safetensors, no code."""
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = name.partition("@")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
-        raise ValueError(f"{HUB}{name}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION")
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "qformer_tokenizer/*"]
-    try:
-        found = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"{HUB}{name} could not be fetched: {reason}") from error
-    return Path(found)
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str) -> None:
@@ -263,57 +201,6 @@ def _rename_blip2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         (new + name.removeprefix(old) if name.startswith(old) else name): value
         for name, value in weights.items()
     }
-
-
-def _in_text_branch(name: str) -> bool:
-    return TEXT_BRANCH.fullmatch(name.removeprefix("qformer.")) is not None and (
-        name.startswith("qformer.")
-    )
-
-
-def _find_text_branch(directory: Path, text_branch: str | Path | None) -> dict[str, Tensor]:
-    """The text branch for a BLIP-2 directory, by Q-Former names; empty when it is to be random."""
-    if text_branch == "random":
-        return {}
-    source = directory / TEXT_BRANCH_FILE if text_branch is None else Path(text_branch)
-    if not source.exists():
-        raise ValueError(
-            f"{directory} is a BLIP-2, whose Q-Former has no text branch, and {source} does not "
-            "exist. Give text_branch= one of: a Blip2ForImageTextRetrieval directory, a BERT "
-            f"directory, a {TEXT_BRANCH_FILE} of this project, or 'random' to train it from "
-            "scratch; or load with instruction_aware=False."
-        )
-    if source.is_dir() and (source / TEXT_BRANCH_FILE).is_file():
-        source = source / TEXT_BRANCH_FILE
-    branch = read_text_branch(source)
-    if not branch:
-        raise ValueError(
-            f"{source} holds no text branch: expected word and position embeddings and text "
-            "feed-forwards under the names of this project, Blip2ForImageTextRetrieval or BERT"
-        )
-    return branch
-
-
-def read_text_branch(source: Path) -> dict[str, Tensor]:
-    """Tensors of a text branch as ``qformer.*``, from any of the three formats.
-
-    BERT's vocabulary gets one row more, for the [DEC] token that BLIP-2's tokenizer adds; nothing
-    reads it in instruction tuning, so it is the mean of the others.
-    """
-    weights = read_weights(source)
-    is_bert = any("token_type_embeddings" in name for name in weights)
-    branch = {}
-    for name, value in weights.items():
-        name = name.removeprefix("bert." if is_bert else "qformer.")
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        if TEXT_BRANCH.fullmatch(name):
-            branch[f"qformer.{name}"] = value
-    words = "qformer.embeddings.word_embeddings.weight"
-    if is_bert and words in branch:
-        mean = branch[words].float().mean(0, keepdim=True).to(branch[words].dtype)
-        branch[words] = torch.cat([branch[words], mean])
-    return branch
 
 
 def _fit_config(

@@ -1,11 +1,13 @@
 """Ranking: the likelihoods of many candidates behind one prompt that is computed once."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
 from instructblip.batch import Batch
 from instructblip.model.candidates import (
@@ -77,3 +79,26 @@ def rank(
             logits = torch.cat([logits, language.proceed(prefix, layout)])
         scores.append(forest.scores(logits, normalization))
     return by_sample(pairs, scores, candidates, queries)
+
+
+def of_samples(values: Tensor, sample: Int[Tensor, " r"]) -> Tensor:
+    """``values[sample]``; without a copy where all rows are of one sample."""
+    if len(sample) > 1 and bool((sample == sample[0]).all()):
+        return values[sample[:1]].expand(len(sample), *values.shape[1:])
+    return values[sample]
+
+
+def expanded(cache: Any, sample: Int[Tensor, " r"]) -> Any:
+    """A cache with row ``sample[i]`` of ``cache`` as its row i; ``cache`` itself stays as it is."""
+    if isinstance(cache, EncoderDecoderCache):
+        own, cross = cache.self_attention_cache, cache.cross_attention_cache
+        return EncoderDecoderCache(expanded(own, sample), expanded(cross, sample))
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in chosen.layers:
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+            layer.keys = of_samples(layer.keys, sample)
+            layer.values = of_samples(layer.values, sample)
+        else:  # a state of another kind
+            layer.batch_select_indices(sample)
+    return chosen

@@ -69,12 +69,16 @@ def create_app(engines: Mapping[str, Engine], config: ServeConfig | None = None)
     app.state.service = service
     app.add_middleware(Guard, config=config, metrics=service.metrics)
     _add_errors(app)
-    _add_routes(app, service)
+    guarded = _guarded(config)
+    _add_operation(app, service, guarded)
+    _add_chat(app, service, guarded)
+    _add_ranking(app, service, guarded)
+    add_images(app, service, guarded)
     return app
 
 
-def _add_routes(app: FastAPI, service: Service) -> None:
-    config = service.config
+def _guarded(config: ServeConfig) -> dict[str, Any]:
+    """What routes are declared with that ask for an API key, where there are any."""
     bearer = HTTPBearer(auto_error=False)
 
     async def allowed(
@@ -85,7 +89,11 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         if config.api_keys and not any(right):
             raise HTTPException(401, "give an API key as `Authorization: Bearer KEY`")
 
-    guarded: dict[str, Any] = {"dependencies": [Depends(allowed)], "responses": ERRORS}
+    return {"dependencies": [Depends(allowed)], "responses": ERRORS}
+
+
+def _add_operation(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
+    """Health and metrics."""
 
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> Health:
@@ -96,6 +104,10 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """Counters in the text format of Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _add_chat(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
+    """Models and chat completions, as OpenAI has them."""
 
     @app.get("/v1/models", tags=["OpenAI"], **guarded)
     async def models() -> ModelList:
@@ -116,6 +128,10 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         answer: Answer = await service.result(job)
         service.metrics.tokens.inc(answer.tokens)
         return response_of(name, answer)
+
+
+def _add_ranking(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
+    config = service.config
 
     @app.post("/v1/rank", tags=["ranking"], **guarded)
     async def rank(body: RankRequest) -> RankResponse:
@@ -141,8 +157,6 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         ]
         best = max(ranked, key=lambda candidate: candidate.log_likelihood)
         return RankResponse(model=name, best=best.text, candidates=ranked)
-
-    add_images(app, service, guarded)
 
 
 def _add_errors(app: FastAPI) -> None:

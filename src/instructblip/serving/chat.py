@@ -8,7 +8,8 @@ from typing import Any
 
 from instructblip.batch import Example
 from instructblip.data.templates import render_prompt
-from instructblip.serving.engine import Engine, Picture
+from instructblip.serving.engine import Engine
+from instructblip.serving.inputs import Picture
 from instructblip.serving.requests import open_pictures
 
 HELP = """\

@@ -13,7 +13,7 @@ from instructblip.evaluation.card import write_card
 from instructblip.evaluation.result import Result
 from instructblip.model.instructblip import InstructBlip, part_of
 from instructblip.model.pretrained import save_pretrained
-from instructblip.serving.engine import PAPER_DECODING
+from instructblip.serving.decoding import PAPER_DECODING
 
 RECIPE_FILE = "recipe.yaml"
 

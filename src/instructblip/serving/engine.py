@@ -6,13 +6,9 @@ and read twice, by the Q-Former and by the language model; no template is put ar
 """
 
 import functools
-import hashlib
-import inspect
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from queue import Queue
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -25,33 +21,18 @@ from instructblip.data.pictures import Pictures, make_sample
 from instructblip.data.templates import Rendered, warn_of_other_templates
 from instructblip.data.tokens import Tokens
 from instructblip.model.attention import cross_attention
+from instructblip.model.candidates import Normalization
+from instructblip.model.directory import model_directory
+from instructblip.model.generation import OnTokens
 from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import Normalization, OnTokens
-from instructblip.model.pretrained import model_directory
-from instructblip.model.weights import WEIGHT_FILES
-from instructblip.serving.streaming import TextStream
+from instructblip.serving.decoding import DECODING, check_decoding
+from instructblip.serving.fingerprint import fingerprint
+from instructblip.serving.inputs import Picture, batches_of, broadcast, key_of
+from instructblip.serving.streaming import TextStream, stream_text
 
 if TYPE_CHECKING:
     from instructblip.text_to_image.sample import Painter
-
-Picture = Image.Image | str | Path
-"""A Pillow image or the path of one."""
-
-DECODING = tuple(inspect.signature(generate_responses).parameters)[3:]
-"""Names of the decoding settings: those of ``generate_responses``."""
-
-PAPER_DECODING: dict[str, Any] = {
-    "num_beams": 5,
-    "max_new_tokens": 256,
-    "min_new_tokens": 1,
-    "length_penalty": 1.0,
-    "repetition_penalty": 1.5,
-}
-"""How the official code answers an instruction unless told otherwise (``generate`` of LAVIS)."""
-
-_HASH_WHOLE = 1 << 28
-"""Weights up to this many bytes are hashed whole; of larger ones size and date must do."""
 
 
 class Engine:
@@ -156,10 +137,10 @@ class Engine:
         in the model's directory.
         """
         single = isinstance(images, Picture) and isinstance(instructions, str)
-        videos, texts = _broadcast(images, instructions)
+        videos, texts = broadcast(images, instructions)
         samples = self._samples(videos, texts)
         found: dict[int, str] = {}
-        for places in self._batches(samples):
+        for places in batches_of(samples, self.batch_size):
             ids = self.respond([samples[i] for i in places], **decoding)
             found |= {i: self.tokens.decode(own) for i, own in zip(places, ids, strict=True)}
         said = [found[i] for i in range(len(samples))]
@@ -174,34 +155,10 @@ class Engine:
         """
         frames = [image] if isinstance(image, Picture) else list(image)
         (sample,) = self._samples([frames], [instruction])
-        pieces: Queue[str | Exception | None] = Queue()
-        text = TextStream(self.tokens, self.ends)
-        stopped = threading.Event()
-
-        def on_tokens(tokens: list[int]) -> None:
-            if stopped.is_set():
-                raise InterruptedError
-            pieces.put(text.add(tokens[0]))
-
-        def run() -> None:
-            try:
-                (ids,) = self.respond([sample], on_tokens, **decoding)
-                pieces.put(text.rest(ids))
-                pieces.put(None)
-            except Exception as error:
-                pieces.put(error)
-
-        worker = threading.Thread(target=run, daemon=True)
-        worker.start()
-        try:
-            while (piece := pieces.get()) is not None:
-                if isinstance(piece, Exception):
-                    raise piece
-                if piece:
-                    yield piece
-        finally:
-            stopped.set()
-            worker.join()
+        yield from stream_text(
+            TextStream(self.tokens, self.ends),
+            lambda on_tokens: self.respond([sample], on_tokens, **decoding)[0],
+        )
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -215,11 +172,7 @@ class Engine:
     ) -> list[list[int]]:
         """Token ids of the answer to each sample, as one batch, with the stored settings below
         ``decoding``. All samples must have as many frames. See ``generate_responses``."""
-        unknown = sorted(set(decoding) - set(DECODING))
-        if unknown:
-            raise ValueError(
-                f"unknown decoding setting {', '.join(unknown)}; expected {', '.join(DECODING)}"
-            )
+        check_decoding(decoding)
         batch = self._collate(list(samples))
         return generate_responses(self.model, batch, on_tokens, **{**self.decoding, **decoding})
 
@@ -327,7 +280,7 @@ class Engine:
         pixels: dict[str, torch.Tensor] = {}
         samples = []
         for frames, text in zip(videos, texts, strict=True):
-            keys = tuple(_key(frame) for frame in frames)
+            keys = tuple(key_of(frame) for frame in frames)
             for key, frame in zip(keys, frames, strict=True):
                 if key not in pixels:
                     pixels[key] = self._pixels(frame, key)
@@ -346,25 +299,6 @@ class Engine:
             return self.pictures.transform(to_rgb(picture))
         return self.pictures.load(key, None, flip=False)
 
-    def _batches(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Indices of samples that go together: as many frames, and about as long."""
-        order = sorted(
-            range(len(samples)),
-            key=lambda i: (len(samples[i].image_keys), len(samples[i].prompt_ids)),
-        )
-        batches: list[list[int]] = []
-        for i in order:
-            fits = (
-                batches
-                and len(batches[-1]) < self.batch_size
-                and len(samples[batches[-1][0]].image_keys) == len(samples[i].image_keys)
-            )
-            if fits:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
-        return batches
-
     def _collate(self, samples: list[Sample]) -> Batch:
         return collate(samples).to(self.device)
 
@@ -374,51 +308,7 @@ def load(path: str | Path, **options: Any) -> Engine:
     return Engine.from_pretrained(path, **options)
 
 
-def fingerprint(directory: Path, instruction_aware: bool) -> str:
-    """Name and hash of a model directory: its config, its weights, and how it is read."""
-    digest = hashlib.sha256(b"aware" if instruction_aware else b"plain")
-    files = [directory / "config.json", *(directory / name for name in WEIGHT_FILES)]
-    files += sorted(directory.glob("model-*.safetensors")) + sorted(directory.glob("tokenizer*"))
-    for file in files:
-        if not file.is_file():
-            continue
-        digest.update(file.name.encode())
-        status = file.stat()
-        if status.st_size <= _HASH_WHOLE:
-            digest.update(file.read_bytes())
-        else:
-            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
-
-
 def _device(device: str | torch.device) -> torch.device:
     if device != "auto":
         return torch.device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _key(picture: Picture) -> str:
-    # Alive as long as the list that holds it, so that the id is not given twice.
-    return f"image {id(picture)}" if isinstance(picture, Image.Image) else str(picture)
-
-
-def _broadcast(
-    images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]],
-    instructions: str | Sequence[str],
-) -> tuple[list[list[Picture]], list[str]]:
-    """As many lists of frames as instructions."""
-    texts = [instructions] if isinstance(instructions, str) else list(instructions)
-    given = [images] if isinstance(images, Picture) else list(images)
-    videos = [[one] if isinstance(one, Picture) else list(one) for one in given]
-    if isinstance(images, Picture):
-        videos *= len(texts)
-    if isinstance(instructions, str):
-        texts *= len(videos)
-    if len(videos) != len(texts):
-        raise ValueError(
-            f"got {len(videos)} pictures and {len(texts)} instructions; expected as many of one as "
-            "of the other, or one of either"
-        )
-    if not all(videos):
-        raise ValueError("a video without frames")
-    return videos, texts

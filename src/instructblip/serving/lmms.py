@@ -12,7 +12,8 @@ from lmms_eval.api.instance import GenerationResult, Instance  # pyright: ignore
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
-from instructblip.serving.engine import Engine, Picture
+from instructblip.serving.engine import Engine
+from instructblip.serving.inputs import Picture
 
 MODEL_ID = "instructblip_engine"
 """Not "instructblip", which is lmms-eval's own adapter of transformers' class."""

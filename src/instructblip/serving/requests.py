@@ -14,7 +14,8 @@ from typing import Any
 from instructblip.data.images import load_image
 from instructblip.data.sources.frames import VIDEOS, extract_frames
 from instructblip.data.sources.records import image_name
-from instructblip.serving.engine import Engine, Picture
+from instructblip.serving.engine import Engine
+from instructblip.serving.inputs import Picture
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FRAMES = 4

@@ -1,7 +1,11 @@
 """Token ids that come one by one -> pieces of text that never have to be taken back."""
 
-from collections.abc import Collection
+import threading
+from collections.abc import Callable, Collection, Iterator
+from queue import Queue
 from typing import Protocol
+
+from instructblip.model.generation import OnTokens
 
 
 class Decoder(Protocol):
@@ -43,3 +47,37 @@ class TextStream:
     def _give(self, text: str) -> str:
         piece, self.given = text[len(self.given) :], text
         return piece
+
+
+def stream_text(text: TextStream, respond: Callable[[OnTokens], list[int]]) -> Iterator[str]:
+    """The pieces of one answer while ``respond`` makes it, in a thread of its own.
+
+    ``respond`` tells each newest token and returns all ids at the end; closing the iterator stops
+    it at the next token.
+    """
+    pieces: Queue[str | Exception | None] = Queue()
+    stopped = threading.Event()
+
+    def on_tokens(tokens: list[int]) -> None:
+        if stopped.is_set():
+            raise InterruptedError
+        pieces.put(text.add(tokens[0]))
+
+    def run() -> None:
+        try:
+            pieces.put(text.rest(respond(on_tokens)))
+            pieces.put(None)
+        except Exception as error:
+            pieces.put(error)
+
+    worker = threading.Thread(target=run, daemon=True)
+    worker.start()
+    try:
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, Exception):
+                raise piece
+            if piece:
+                yield piece
+    finally:
+        stopped.set()
+        worker.join()

@@ -18,7 +18,7 @@ from instructblip.data.images import load_image
 from instructblip.data.sources.video import evenly_spaced
 from instructblip.model.config import READERS
 from instructblip.model.weights import read_json
-from instructblip.serving.engine import fingerprint
+from instructblip.serving.fingerprint import fingerprint
 
 
 def is_baseline(directory: Path) -> bool:

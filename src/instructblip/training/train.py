@@ -96,9 +96,8 @@ def train(
             step = progress.step
             # evaluate ------------------------------------------------------------------------
             watchdog.rest()
-            validated = False
-            if step > progress.validated_step and is_due(step, config.validate_every, config):
-                validated = validate(model, evaluate, progress, termination, log, files)
+            due = step > progress.validated_step and is_due(step, config.validate_every, config)
+            validated = due and validate(model, evaluate, progress, termination, log, files)
             # save ----------------------------------------------------------------------------
             terminated = distributed.any_rank(termination.requested, device)
             due = terminated or is_due(step, config.save_every, config)
@@ -111,35 +110,47 @@ def train(
                 break
             # step ----------------------------------------------------------------------------
             tick = time.monotonic()
-            watchdog.watch(step, "waiting for data")
-            with part("input"):
-                micro_batches = [next(stream) for _ in range(config.accumulate)]
-            watchdog.watch(step, "in the step", micro_batches)
+            micro_batches = next_batches(stream, step, config, watchdog)
             rate = learning_rate(step, config)
             torch.manual_seed(seed_of(config.seed, step, distributed.rank()))
             norm = update(
                 model, parameters, optimizer, micro_batches, rate, progress, config, files
             )
-            progress.step = step = step + 1
+            progress.step += 1
             # log -----------------------------------------------------------------------------
-            log.tick(step, time.monotonic() - tick)
-            if step % config.log_every == 0 or step == config.steps:
-                merge_windows(progress)
-                log.train(step, {**losses(progress), "lr": rate, "grad_norm": norm})
-                progress.window = {}
+            log.tick(progress.step, time.monotonic() - tick)
+            log_step(log, progress, config, lr=rate, grad_norm=norm)
             if said := profile.step():
                 log.say(said)
-        if stopped != "terminated":
-            files.export_to("last")
-            log.curves()
-        log.say(describe_end(stopped, progress))
+        finish(stopped, progress, files, log)
     return TrainResult(
-        step=step,
+        step=progress.step,
         stopped=stopped,
         best_score=progress.best_score,
         best_step=progress.best_step,
         seconds=time.monotonic() - began,
     )
+
+
+def next_batches(
+    stream: Iterator[Batch], step: int, config: TrainingConfig, watchdog: Watchdog
+) -> list[Batch]:
+    """The micro batches of ``step``. The watchdog knows what is waited for, then what they hold."""
+    watchdog.watch(step, "waiting for data")
+    with part("input"):
+        micro_batches = [next(stream) for _ in range(config.accumulate)]
+    watchdog.watch(step, "in the step", micro_batches)
+    return micro_batches
+
+
+def log_step(log: RunLog, progress: Progress, config: TrainingConfig, **figures: float) -> None:
+    """Log ``figures`` and the losses since the last time, where that is due; begin a new window."""
+    step = progress.step
+    if step % config.log_every and step != config.steps:
+        return
+    merge_windows(progress)
+    log.train(step, {**losses(progress), **figures})
+    progress.window = {}
 
 
 def update(
@@ -233,6 +244,14 @@ def reason_to_stop(progress: Progress, config: TrainingConfig, terminated: bool)
     if patience is not None and progress.validations_without_best >= patience:
         return "early"
     return None
+
+
+def finish(stopped: Stopped, progress: Progress, files: RunFiles, log: RunLog) -> None:
+    """Leave the last weights and the curves, unless the run will be resumed; say why it ended."""
+    if stopped != "terminated":
+        files.export_to("last")
+        log.curves()
+    log.say(describe_end(stopped, progress))
 
 
 def describe_end(stopped: Stopped, progress: Progress) -> str:

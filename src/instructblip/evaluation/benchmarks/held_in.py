@@ -1,0 +1,91 @@
+"""The paper, held-in: sets whose training splits are in the instruction tuning mixture."""
+
+from instructblip.evaluation.benchmarks.benchmark import Benchmark, Decoding
+from instructblip.evaluation.benchmarks.prompts import (
+    ANSWER,
+    ASK,
+    CAPTION,
+    CHOOSE,
+    DESCRIBE,
+)
+
+_GREEDY_ANSWER: Decoding = {**ANSWER, "num_beams": 1}
+
+HELD_IN: dict[str, Benchmark] = {
+    "coco_caption": Benchmark(
+        name="coco_caption",
+        title="COCO Caption",
+        source="coco_caption",
+        split="test",
+        prompt=DESCRIBE,
+        mode="generate",
+        metric="cider",
+        role="held_in",
+        decoding=CAPTION,
+    ),
+    "textcaps": Benchmark(
+        name="textcaps",
+        title="TextCaps",
+        source="textcaps",
+        split="val",
+        prompt=DESCRIBE,
+        mode="generate",
+        metric="cider",
+        role="held_in",
+        decoding=CAPTION,
+    ),
+    "vqav2": Benchmark(
+        name="vqav2",
+        title="VQAv2",
+        source="vqav2",
+        split="val",
+        prompt=ASK,
+        mode="generate",
+        metric="vqa_accuracy official_2021",
+        role="held_in",
+        decoding=ANSWER,
+    ),
+    "okvqa": Benchmark(
+        name="okvqa",
+        title="OK-VQA",
+        source="okvqa",
+        split="val",
+        prompt=ASK,
+        mode="generate",
+        metric="okvqa_accuracy official_2021",
+        role="held_in",
+        decoding=ANSWER,
+    ),
+    "aokvqa": Benchmark(
+        name="aokvqa",
+        title="A-OKVQA choices",
+        source="aokvqa",
+        split="val",
+        prompt=CHOOSE,
+        mode="rank",
+        metric="exact_match",
+        role="held_in",
+    ),
+    "aokvqa_direct": Benchmark(
+        name="aokvqa_direct",
+        title="A-OKVQA direct",
+        source="aokvqa_direct",
+        split="val",
+        prompt=ASK,
+        mode="generate",
+        metric="aokvqa_accuracy",
+        role="held_in",
+        decoding=ANSWER,
+    ),
+    "ocrvqa": Benchmark(
+        name="ocrvqa",
+        title="OCR-VQA",
+        source="ocrvqa",
+        split="test",
+        prompt=ASK,
+        mode="generate",
+        metric="exact_match",
+        role="held_in",
+        decoding=_GREEDY_ANSWER,
+    ),
+}

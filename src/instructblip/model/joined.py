@@ -1,0 +1,53 @@
+"""Rows that a language model reads: projected queries, then tokens; and where they are labelled."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instructblip.batch import Batch
+from instructblip.model.head import token_losses
+from instructblip.model.packing import Packing
+from instructblip.model.rows import compact
+from instructblip.parts import part
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What the language model reads for one training batch, and where it is held to account.
+
+    ``inputs_embeds`` [B, X, L] with ``attention_mask`` [B, X] (None: no padding), or [1, n, L] with
+    ``packing``; ``decoder_ids`` [B, R] for an encoder-decoder, else None. ``places`` [m] are the
+    positions, counted over all rows, whose output predicts ``targets`` [m]; ``rows`` [m] are their
+    samples, in order.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor | None
+    rows: Tensor
+    places: Tensor
+    targets: Tensor
+    decoder_ids: Tensor | None = None
+    packing: Packing | None = None
+
+
+def response_losses(model: Any, hidden: Tensor, joined: Joined) -> Tensor:
+    """Cross-entropy in nats [m] at the labelled places of the last hidden states."""
+    states = hidden.flatten(0, 1).index_select(0, joined.places)
+    with part("head"):
+        return token_losses(model.get_output_embeddings(), states, joined.targets)
+
+
+def behind_queries(model: Any, queries: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """[queries; tokens] as embeddings [B, K+X, L] in the model's precision, and their mask."""
+    tokens = model.get_input_embeddings()(ids)
+    ones = torch.ones(queries.shape[:2], dtype=torch.long, device=ids.device)
+    embeds = torch.cat([queries.to(tokens.dtype), tokens], dim=1)
+    return embeds, torch.cat([ones, mask.long()], dim=1)
+
+
+def prefix_of(model: Any, queries: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """[queries; prompt], padded on the right."""
+    ids, mask = compact(batch.prompt_mask.bool(), batch.prompt_ids)
+    return behind_queries(model, queries, ids, mask)
