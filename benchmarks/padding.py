@@ -9,7 +9,7 @@ a decoder with packed rows computes on padding: nothing, so only "instruction" i
 import argparse
 import json
 
-from instructblip import assembly
+from instructblip import assembly, preparing
 from instructblip.data.loader import Loader
 from instructblip.recipe import load_recipe
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, ["features.cache=off", *options.overrides])
-    datasets, start = assembly.prepare_training(recipe), assembly.read_start(recipe)
+    datasets, start = preparing.prepare_training(recipe), assembly.read_start(recipe)
     print(
         f"{'buckets':>8} {'parts':>6} {'instruction':>12} {'prompt':>8} {'response':>9} {'all':>6}"
     )
