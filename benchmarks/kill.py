@@ -131,6 +131,7 @@ def main() -> None:
             finish(recipe, out, phase)
             own = outcome(out)
             wrong += any(own[name] != expected[name] for name in expected)
+            print(f"{runs} runs, {counted.total()} kills, {wrong} runs differ", flush=True)
     for name, count in sorted(counted.items()):
         print(f"killed {name:16} {count:3}")
     print(json.dumps({"kills": counted.total(), "runs": runs, "runs_that_differ": wrong}))

@@ -135,6 +135,7 @@ def make_loader(
         world_size=distributed.world_size(),
         accumulate=training.accumulate,
         workers=training.workers,
+        bucket_steps=data.bucket_steps,
         templates={name: entry.templates for name, entry in data.sets.items() if entry.templates},
         languages={name: entry.language for name, entry in data.sets.items()},
     )

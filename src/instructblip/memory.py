@@ -152,7 +152,10 @@ def walk(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> Te
         response_ids=ones(samples, response),
         response_mask=ones(samples, response),
     )
-    queries = model.encode_queries(batch)
+    # no mask: which slots are real is a question to numbers, and there are none
+    features = model.vision_model.norm(batch.image_features)
+    seen = model.query_image(features, batch.qformer_ids, None, batch.image_index.flatten())
+    queries = model.project_queries(seen)
     seq2seq = model.language_model.config.is_encoder_decoder
     text = model.language_model.get_input_embeddings()(
         ones(samples, prompt if seq2seq else prompt + response)
@@ -161,7 +164,8 @@ def walk(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> Te
     packing = None
     if packs(model.language_model):
         slots = ones(samples * embeds.shape[1])
-        packing = Packing(ones(*embeds.shape[:2]), slots, slots[None])
+        # as one long sample: attention keeps the same tensors, in fewer calls
+        packing = Packing(ones(*embeds.shape[:2]), slots, slots[None], [len(slots)])
         embeds = embeds.flatten(0, 1).index_select(0, slots)[None]
     joined = Joined(
         inputs_embeds=embeds,

@@ -100,6 +100,9 @@ class DataConfig(_Section):
     """Sets are drawn in proportion to size ** temperature: 0.5 is the paper's square root."""
     seed: NonNegativeInt = 0
     """Decides order, templates, answers and crops."""
+    bucket_steps: NonNegativeInt = 0
+    """Steps whose samples are sorted by length together, so that a batch has less padding; 0 keeps
+    the order drawn, 1 sorts within each step over its ranks and micro batches."""
     augment: bool = True
     """Whether training pictures are cropped and flipped at random."""
     num_frames: PositiveInt = 4

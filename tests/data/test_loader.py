@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,49 @@ def test_ranks_and_micro_batches_share_the_same_samples(
         assert torch.equal(torch.cat([of_samples(p) for p in parts]), of_samples(whole))
     with pytest.raises(ValueError, match="does not divide into 3 ranks"):
         make(sets, tokens, world_size=3)
+
+
+def test_buckets_hold_what_their_window_would_have_held(
+    sets: dict[str, Examples], tokens: Tokens
+) -> None:
+    plain, loader = make(sets, tokens), make(sets, tokens, bucket_steps=4)
+    windows = [[loader.slots(step) for step in range(start, start + 4)] for start in (0, 4)]
+    for number, window in enumerate(windows):
+        drawn = sorted(slot for batch in window for slot in batch)
+        assert drawn == list(range(number * 32, number * 32 + 32))
+    lengths = [[loader._length(slot) for slot in batch] for batch in windows[1]]
+    assert all(own == sorted(own) for own in lengths)
+    by_length = sorted(lengths)
+    assert lengths != by_length  # the batches are shuffled
+    assert all(a[-1] <= b[0] for a, b in pairwise(by_length))
+    assert all(loader.step_of(s) == 4 + i for i, batch in enumerate(windows[1]) for s in batch)
+    assert plain.step_of(17) == 2
+    late = make(sets, tokens, bucket_steps=4)
+    assert same(late.batch(6), loader.batch(6))  # resumed in the middle of a window
+    assert same(next(make(sets, tokens, bucket_steps=4).iterate(6)), loader.batch(6))
+    assert loader.slots(6) != make(sets, tokens, bucket_steps=4, seed=6).slots(6)
+    assert padding(loader, 4) < padding(plain, 4)
+
+
+def padding(loader: Loader, steps: int) -> float:
+    batches = [loader.batch(step) for step in range(steps)]
+    masks = [(b.prompt_mask, b.response_mask) for b in batches]
+    slots = sum(mask.numel() for pair in masks for mask in pair)
+    return 1 - sum(float(mask.sum()) for pair in masks for mask in pair) / slots
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_buckets_go_to_ranks_and_micro_batches_by_length(
+    sets: dict[str, Examples], tokens: Tokens, steps: int
+) -> None:
+    whole = make(sets, tokens, bucket_steps=steps)
+    if steps == 1:
+        assert sorted(whole.slots(3)) == list(make(sets, tokens).slots(3))
+    for ranks, accumulate in [(2, 1), (1, 4), (2, 2)]:
+        options = {"world_size": ranks, "accumulate": accumulate, "bucket_steps": steps}
+        loaders = [make(sets, tokens, rank=rank, **options) for rank in range(ranks)]
+        parts = [list(own.slots(3, micro)) for micro in range(accumulate) for own in loaders]
+        assert [slot for part in parts for slot in part] == list(whole.slots(3))
 
 
 def of_samples(batch: Batch) -> Tensor:

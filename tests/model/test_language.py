@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from instructblip.model.beams import BeamTree
 from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
 from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
@@ -212,6 +213,44 @@ def test_generation_options(language):
         assert all(len(row) <= 5 and ends not in row for row in rows)
         if "min_new_tokens" in options:
             assert all(len(row) == 5 for row in rows)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("language", ["llama", "opt", "gpt2", "qwen2"])
+def test_beams_in_one_row_are_those_of_transformers(
+    language: str, attention: str, monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny_model(language)
+    with torch.no_grad():  # lively enough that beams change places
+        model.language_projection.weight.mul_(10)
+        model.language_model.get_input_embeddings().weight.mul_(5)
+    model.language_model.set_attn_implementation(attention)
+    batch = tiny_batch(model.config)
+    everything = [
+        {"num_beams": 4},
+        {"num_beams": 3, "length_penalty": -1.0, "repetition_penalty": 1.5},
+        {"num_beams": 2, "min_new_tokens": 8},
+    ]
+    moved: list[bool] = []
+    reorder = BeamTree.reorder_cache
+
+    def note(tree: BeamTree, beams: torch.Tensor) -> None:
+        moved.append(not torch.equal(beams, torch.arange(len(beams))))
+        reorder(tree, beams)
+
+    monkeypatch.setattr(BeamTree, "reorder_cache", note)
+    rows = [generate_responses(model, batch, max_new_tokens=8, **o) for o in everything]
+    assert any(moved)
+    replaced: list[int] = []
+
+    def plain(tree: BeamTree) -> object:
+        replaced.append(tree.beams)
+        return tree.language.model
+
+    monkeypatch.setattr(BeamTree, "model", plain)
+    for options, own in zip(everything, rows, strict=True):
+        assert generate_responses(model, batch, max_new_tokens=8, **options) == own
+    assert replaced == [4, 3, 2]
 
 
 def test_answer_is_cut_at_the_end_token():

@@ -9,22 +9,27 @@ import torch
 from torch import multiprocessing
 
 from instructblip import distributed
+from instructblip.training.checkpoint import load_latest
 from instructblip.training.log import read_metrics, without_timings
 from instructblip.training.train import train
+from tests.training.test_train import stop_at
 from tests.training.toy import Toy, ToyBatches, toy_config, toy_score
 
 CHANGES = {"steps": 9, "warmup_steps": 2, "validate_every": 4, "save_every": 2, "log_every": 3}
 
 
-def run(folder: Path) -> Toy:
+def run(folder: Path, stop: int | None = None, resume: bool = False) -> Toy:
     config = toy_config(**CHANGES)
     model = Toy(dropout=0.0)
     batches = ToyBatches(config, distributed.rank(), distributed.world_size())
-    train(model, batches, toy_score, config, folder, export=model.save_pretrained)
+    if stop is not None:
+        batches = stop_at(stop, batches)
+    export = model.save_pretrained
+    train(model, batches, toy_score, config, folder, resume=resume, export=export)
     return model
 
 
-def worker(rank: int, ranks: int, port: int, folder: str) -> None:
+def worker(rank: int, ranks: int, port: int, folder: str, stop: int | None, resume: bool) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -32,29 +37,58 @@ def worker(rank: int, ranks: int, port: int, folder: str) -> None:
         assert (distributed.rank(), distributed.world_size()) == (rank, ranks)
         assert distributed.gather_objects(rank) == list(range(ranks))
         assert distributed.any_rank(rank == 1, torch.device("cpu"))
-        model = run(Path(folder))
+        model = run(Path(folder), stop, resume)
         torch.save(model.state_dict(), Path(folder) / f"rank{rank}.pt")
+
+
+def run_ranks(ranks: int, folder: Path, stop: int | None = None, resume: bool = False) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder.mkdir(exist_ok=True)
+    # forked, for a spawned rank would import torch again
+    multiprocessing.start_processes(
+        worker,
+        args=(ranks, port, str(folder), stop, resume),
+        nprocs=ranks,
+        start_method="fork",
+    )
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_equal_one(tmp_path: Path, ranks: int):
     whole = run(tmp_path / "whole")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     folder = tmp_path / "many"
-    folder.mkdir()
-    # forked, for a spawned rank would import torch again
-    multiprocessing.start_processes(
-        worker, args=(ranks, port, str(folder)), nprocs=ranks, start_method="fork"
-    )
+    run_ranks(ranks, folder)
     states = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
     for name, value in whole.state_dict().items():
         assert all(torch.equal(states[0][name], state[name]) for state in states), name
         torch.testing.assert_close(states[0][name], value, rtol=1e-4, atol=1e-6)
+    assert_equal_records(tmp_path / "whole", folder)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_what_two_ranks_saved_goes_on_with_another_number(tmp_path: Path, ranks: int):
+    whole = run(tmp_path / "whole")
+    folder = tmp_path / "cut"
+    run_ranks(2, folder, stop=4)
+    last = load_latest(folder / "checkpoints")
+    assert last is not None
+    assert last.step == 5
+    if ranks == 1:
+        weights = run(folder, resume=True).state_dict()
+    else:
+        run_ranks(ranks, folder, resume=True)
+        weights = torch.load(folder / "rank3.pt", weights_only=True)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
+    assert_equal_records(tmp_path / "whole", folder)
+
+
+def assert_equal_records(whole: Path, many: Path) -> None:
     one, two = (
-        [without_timings(line) for line in read_metrics(tmp_path / name / "metrics.jsonl")]
-        for name in ("whole", "many")
+        [without_timings(line) for line in read_metrics(folder / "metrics.jsonl")]
+        for folder in (whole, many)
     )
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for left, right in zip(one, two, strict=True):

@@ -3,6 +3,10 @@
 Which examples (``order.py``), which template and answer, which crop: all follow from the number
 of the slot. So resuming at step s needs s and nothing else, workers only fetch ahead, and W ranks
 together see what one rank with the whole batch sees.
+
+With ``bucket_steps`` the slots of so many steps are sorted by length together, cut into batches,
+and the batches shuffled: a step has samples of like length, and all steps of such a window together
+those that they would have had.
 """
 
 import random
@@ -26,7 +30,8 @@ class Loader:
     ``batch_size`` counts the samples of one optimiser step over all ranks and micro batches:
     rank r of W takes the r-th of W equal parts, in ``accumulate`` micro batches. ``templates``
     overrides the templates of single data sets; ``languages`` says which
-    are instructed in Chinese. Raises ValueError when a number does not divide.
+    are instructed in Chinese. ``bucket_steps`` 0 keeps the order drawn; 1 sorts the samples of a
+    step over its parts and changes no step. Raises ValueError when a number does not divide.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Loader:
         world_size: int = 1,
         accumulate: int = 1,
         workers: int = 0,
+        bucket_steps: int = 0,
         templates: Mapping[str, Sequence[str]] | None = None,
         languages: Mapping[str, Language] | None = None,
     ) -> None:
@@ -56,6 +62,8 @@ class Loader:
         self.tokens, self.pictures = tokens, pictures
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.bucket_steps = bucket_steps
+        self._window: tuple[int, list[list[int]]] = (-1, [])
         self.templates = dict(templates or {})
         self.languages: dict[str, Language] = dict(languages or {})
         for template in (text for own in self.templates.values() for text in own):
@@ -69,11 +77,40 @@ class Loader:
         """This rank's micro batch ``micro`` of the global batch of ``step``."""
         return collate([self.sample(slot) for slot in self.slots(step, micro)])
 
-    def slots(self, step: int, micro: int = 0) -> range:
-        """Slot numbers of a micro batch; they run on over micro batches, ranks and steps."""
+    def slots(self, step: int, micro: int = 0) -> Sequence[int]:
+        """Slot numbers of a micro batch. In the order drawn they run on over micro batches, ranks
+        and steps; sorted by length they run on over ranks first, so that no rank waits long."""
         size = self.batch_size // (self.world_size * self.accumulate)
+        if self.bucket_steps:
+            batch = self._batches(step // self.bucket_steps)[step % self.bucket_steps]
+            start = (micro * self.world_size + self.rank) * size
+            return batch[start : start + size]
         start = step * self.batch_size + (self.rank * self.accumulate + micro) * size
         return range(start, start + size)
+
+    def step_of(self, slot: int) -> int:
+        """The step that trains on a slot."""
+        if not self.bucket_steps:
+            return slot // self.batch_size
+        window = slot // (self.bucket_steps * self.batch_size)
+        place = next(i for i, batch in enumerate(self._batches(window)) if slot in batch)
+        return window * self.bucket_steps + place
+
+    def _batches(self, window: int) -> list[list[int]]:
+        """The slots of each step of a window, short to long within a step."""
+        if self._window[0] != window:
+            count = self.bucket_steps * self.batch_size
+            slots = range(window * count, (window + 1) * count)
+            ordered = sorted(slots, key=self._length)
+            batches = [ordered[i : i + self.batch_size] for i in range(0, count, self.batch_size)]
+            random.Random(mix(self.seed, 5, window)).shuffle(batches)
+            self._window = (window, batches)
+        return self._window[1]
+
+    def _length(self, slot: int) -> int:
+        """Characters of a sample: close to its tokens, and no tokenizer has to run for them."""
+        rendered = self.rendered(slot)[1]
+        return len(rendered.prompt) + len(rendered.response)
 
     def sample(self, slot: int) -> Sample:
         """The sample of a slot, with its crop, template and answer."""

@@ -77,7 +77,7 @@ def _show(loader: Loader, name: str, slot: int) -> Shown:
     tokens = loader.tokens
     return Shown(
         name=name,
-        step=slot // loader.batch_size,
+        step=loader.step_of(slot),
         example=example,
         rendered=rendered,
         pictures=tuple(_picture(frame.numpy(), transform) for frame in sample.pixels),

@@ -4,10 +4,11 @@ import inspect
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from instructblip.batch import Batch
+from instructblip.model.beams import BeamTree
 from instructblip.model.candidates import Forest, Layout
 from instructblip.model.generation import OnTokens, generate
 from instructblip.model.joined import Joined, behind_queries, prefix_of, response_losses
@@ -69,7 +70,14 @@ class CausalLanguage:
     ) -> list[list[int]]:
         """Ids of each response, its end token cut off. Prompts are padded on the left."""
         embeds, mask = pad_left(*prefix_of(self.model, queries, batch))
-        return generate(self.model, on_tokens, decoding, inputs_embeds=embeds, attention_mask=mask)
+        beams = decoding.get("num_beams", 1)
+        model = BeamTree(self, beams).model() if beams > 1 and self._packs else self.model
+        return generate(model, on_tokens, decoding, inputs_embeds=embeds, attention_mask=mask)
+
+    def run(self, position_ids: Tensor, **inputs: Any) -> Tensor:
+        """Last hidden states of a call that fills a cache."""
+        own = self._positions(position_ids)
+        return self.model.base_model(use_cache=True, **inputs, **own).last_hidden_state
 
     def prefill(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Prefix:
         """Run [queries; prompt] once; padded on the left, so that all rows end together."""
@@ -80,7 +88,7 @@ class CausalLanguage:
             use_cache=True,
             **self._positions((mask.cumsum(1) - 1).clamp(min=0)),
         )
-        first = self._logits(output.last_hidden_state[:, -1])
+        first = self.logits(output.last_hidden_state[:, -1])
         return Prefix(first, output.past_key_values, mask)
 
     def layout(self, forest: Forest, device: torch.device) -> Layout:
@@ -91,15 +99,17 @@ class CausalLanguage:
         """Logits at every node of the layout, the prefix's keys and values taken as they are."""
         known = prefix.mask[layout.sample]
         positions = known.sum(1, keepdim=True) + layout.depth
-        embeds = self.model.get_input_embeddings()(layout.ids)
-        hidden = self.model.base_model(
-            inputs_embeds=embeds,
-            attention_mask=self._tree_mask(known, layout, embeds.dtype),
+        if self._packs:
+            mask = self.tree_mask(known, layout.visible)
+        else:  # plain rows
+            mask = torch.cat([known, layout.real.to(known.dtype)], dim=1)
+        hidden = self.run(
+            positions,
+            inputs_embeds=self.model.get_input_embeddings()(layout.ids),
+            attention_mask=mask,
             past_key_values=expanded(prefix.cache, layout.sample),
-            use_cache=True,
-            **self._positions(positions),
-        ).last_hidden_state
-        return self._logits(hidden.flatten(0, 1)[layout.place])
+        )
+        return self.logits(hidden.flatten(0, 1)[layout.place])
 
     @property
     def _packs(self) -> bool:
@@ -110,17 +120,17 @@ class CausalLanguage:
             "eager",
         )
 
-    def _tree_mask(self, known: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """Plain rows: [r, K+T+w], 1 on tokens. Trees: [r, 1, w, K+T+w], who sees whom."""
-        if not self._packs:
-            return torch.cat([known, layout.real.to(known.dtype)], dim=1)
-        before = known.bool()[:, None].expand(-1, layout.ids.shape[1], -1)
-        visible = torch.cat([before, layout.visible], dim=2)[:, None]
+    def tree_mask(self, known: Int[Tensor, "r X"], visible: Bool[Tensor, "r w w2"]) -> Tensor:
+        """[r, 1, w, X+w2]: w tokens that see what is ``known``, and each other by ``visible``."""
+        before = known.bool()[:, None].expand(-1, visible.shape[1], -1)
+        mask = torch.cat([before, visible], dim=2)[:, None]
         if self.model.config._attn_implementation != "eager":
-            return visible
-        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+            return mask
+        dtype = self.model.get_input_embeddings().weight.dtype
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the head says, in fp32."""
         return self.model.get_output_embeddings()(hidden).float()
 
     def _positions(self, position_ids: Tensor) -> dict[str, Tensor]:

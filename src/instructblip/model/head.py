@@ -25,9 +25,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
         losses, slopes = [], []
         for states, own in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
             scores = F.linear(states, head.weight, head.bias).float()  # [c, vocabulary]
-            total = scores.logsumexp(1, keepdim=True)
-            losses.append((total - scores.gather(1, own[:, None]))[:, 0])
-            slope = scores.sub_(total).exp_()  # softmax, in the memory of the logits
+            scores -= scores.amax(1, keepdim=True)
+            right = scores.gather(1, own[:, None])
+            total = scores.exp_().sum(1, keepdim=True)
+            losses.append((total.log() - right)[:, 0])
+            slope = scores.div_(total)  # softmax, in the memory of the logits
             slope[torch.arange(len(own), device=own.device), own] -= 1
             slopes.append((slope.to(head.weight.dtype) @ head.weight).to(hidden.dtype))
         ctx.save_for_backward(torch.cat(slopes))

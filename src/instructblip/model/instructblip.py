@@ -138,11 +138,11 @@ class InstructBlip(nn.Module):
         self,
         features: Float[Tensor, "N P V"],
         qformer_ids: Int[Tensor, "M I"],
-        qformer_mask: Int[Tensor, "M I"],
+        qformer_mask: Int[Tensor, "M I"] | None,
         image_index: Int[Tensor, " M"] | None = None,
     ) -> Float[Tensor, "M Q D"]:
         """Ask M instructions about pictures: ``image_index`` names the picture of each (None: row i
-        asks picture i). ``features`` are behind the last LayerNorm."""
+        asks picture i). ``features`` are behind the last LayerNorm; no mask: no padding."""
         rows = len(features) if image_index is None else len(image_index)
         query_embeds = self.query_tokens.expand(rows, -1, -1)
         with self._precision(self.qformer):
@@ -165,12 +165,14 @@ class InstructBlip(nn.Module):
             assert batch.pixel_values is not None
             features = self.encode_image(batch.pixel_values, norm=False)
         samples, frames = batch.image_index.shape
+        index = batch.image_index.flatten()
+        own = torch.equal(index, torch.arange(len(features), device=index.device))
         with part("q-former"):
             queries = self.query_image(
                 self.vision_model.norm(features),
                 batch.qformer_ids.repeat_interleave(frames, dim=0),
                 batch.qformer_mask.repeat_interleave(frames, dim=0),
-                batch.image_index.flatten(),
+                None if own else index,  # nothing to pick where each row has a picture of its own
             )
             projected = self.project_queries(queries)
         return projected.flatten(0, 1).unflatten(0, (samples, -1))  # [B, F*Q, L]

@@ -18,6 +18,9 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "instructblip_packed"
 """Name of the attention below; without ``packing`` it is transformers' "sdpa"."""
 
+ONE_BY_ONE = ("cpu",)
+"""Devices that attend to one sample after the other, without padding and without a copy."""
+
 PACKED_TYPES = ("llama", "opt", "gpt2", "qwen2")
 """Decoders whose positions and mask can be given freely. ALiBi, convolutions and the like tie a
 token to its neighbours: these keep padded rows."""
@@ -28,13 +31,15 @@ class Packing:
     """Where n packed tokens stand in B rows that are padded on the right to X slots.
 
     ``index`` [B, X] names the token of each slot (padding: any), ``slots`` [n] the slot of each
-    token, ``positions`` [1, n] its place within its own row. Rows of 2 and 1 tokens:
-    index [[0, 1], [2, 0]], slots [0, 1, 2], positions [[0, 1, 0]].
+    token, ``positions`` [1, n] its place within its own row, ``lengths`` the number of tokens of
+    each row. Rows of 2 and 1 tokens: index [[0, 1], [2, 0]], slots [0, 1, 2], positions
+    [[0, 1, 0]], lengths [2, 1].
     """
 
     index: Int[Tensor, "B X"]
     slots: Int[Tensor, " n"]
     positions: Int[Tensor, "1 n"]
+    lengths: list[int]
 
     @classmethod
     def of(cls, mask: Bool[Tensor, "B X"]) -> "Packing":
@@ -42,7 +47,8 @@ class Packing:
         slots = mask.flatten().nonzero()[:, 0]
         index = torch.zeros_like(mask, dtype=torch.long).flatten()
         index[slots] = torch.arange(len(slots), device=mask.device)
-        return cls(index.view(mask.shape), slots, (slots % mask.shape[1])[None])
+        positions = (slots % mask.shape[1])[None]
+        return cls(index.view(mask.shape), slots, positions, mask.sum(1).tolist())
 
     def unpack(self, states: Tensor) -> Tensor:
         """[1, heads, n, d] -> [B, heads, X, d]."""
@@ -69,10 +75,15 @@ def attend(
     packing: Packing | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each packed sample. Padding stands behind all tokens of its row, where no
-    causal attention looks, so the rows need no mask."""
+    """Attention within each packed sample: one by one where a call costs little, else in padded
+    rows. Padding stands behind all tokens of its row, where no causal attention looks, so the rows
+    need no mask."""
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    if query.device.type in ONE_BY_ONE:
+        samples = zip(*(x.split(packing.lengths, 2) for x in (query, key, value)), strict=True)
+        contexts = [sdpa_attention_forward(module, *own, None, **settings)[0] for own in samples]
+        return torch.cat(contexts, 1), None
     query, key, value = (packing.unpack(states) for states in (query, key, value))
     context, _ = sdpa_attention_forward(module, query, key, value, None, **settings)
     return packing.pack(context), None

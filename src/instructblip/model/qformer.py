@@ -4,7 +4,12 @@ Queries come first, then the text; both share the self-attention. Every second l
 and only they, attend to the picture. Queries and text have feed-forwards of their own
 (InstructBLIP, section 2.3 and figure 3; BLIP-2, section 3.1). Names of parameters are those of
 transformers' InstructBlipQFormerModel; without a text branch the module is BLIP-2's Q-Former.
+
+Between the layers stands a list of tokens without padding: the queries of all rows, then the words
+of all rows. Attention alone looks at it row by row.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +18,39 @@ from torch import Tensor, nn
 
 from instructblip.model.config import QFormerConfig
 from instructblip.model.vision import ACTIVATIONS
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where n tokens stand in M rows [queries; text] of X slots, the text padded.
+
+    ``index`` [M, X] names the token of each slot (padding: any), ``slots`` [n] the slot of each
+    token. One query a row and texts of two words and one: index [[0, 2, 3], [1, 4, 0]], slots
+    [0, 3, 1, 2, 4].
+    """
+
+    index: Int[Tensor, "M X"]
+    slots: Int[Tensor, " n"]
+
+    @classmethod
+    def of(
+        cls, embeds: Float[Tensor, "M X D"], num_queries: int, text_mask: Int[Tensor, "M I"] | None
+    ) -> "Rows":
+        """The layout of padded rows; no mask: none of their text is padding."""
+        count = embeds.shape[0] * embeds.shape[1]
+        places = torch.arange(count, device=embeds.device).unflatten(0, embeds.shape[:2])
+        text = places[:, num_queries:]
+        text = text.flatten() if text_mask is None else text[text_mask.bool()]
+        slots = torch.cat([places[:, :num_queries].flatten(), text])
+        index = torch.zeros_like(places).flatten()
+        index[slots] = torch.arange(len(slots), device=embeds.device)
+        return cls(index.view_as(places), slots)
+
+    def unpack(self, tokens: Float[Tensor, "n D"]) -> Float[Tensor, "M X D"]:
+        return tokens.index_select(0, self.index.flatten()).unflatten(0, tuple(self.index.shape))
+
+    def pack(self, rows: Float[Tensor, "M X D"]) -> Float[Tensor, "n D"]:
+        return rows.flatten(0, 1).index_select(0, self.slots)
 
 
 class MultiHeadAttention(nn.Module):
@@ -28,21 +66,27 @@ class MultiHeadAttention(nn.Module):
 
     def forward(
         self,
-        hidden: Float[Tensor, "M X D"],
-        states: Float[Tensor, "N Y W"],
+        hidden: Float[Tensor, "M X D"] | Float[Tensor, "n D"],
+        states: Float[Tensor, "N Y W"] | Float[Tensor, "n W"],
         mask: Bool[Tensor, "#M 1 #X Y"] | None = None,
         index: Int[Tensor, " M"] | None = None,
-    ) -> Float[Tensor, "M X D"]:
-        """``index`` says which of the N states each row of ``hidden`` reads; None: its own."""
+        rows: Rows | None = None,
+    ) -> Float[Tensor, "M X D"] | Float[Tensor, "n D"]:
+        """``index`` says which of the N states each row of ``hidden`` reads; None: its own.
+        ``rows`` says how ``states``, and ``hidden`` where it has two dimensions, are packed."""
         query, key, value = self.query(hidden), self.key(states), self.value(states)
         if index is not None:  # after the projection: a picture that M rows share is projected once
-            key, value = key[index], value[index]
+            key, value = key.index_select(0, index), value.index_select(0, index)
+        if rows is not None:
+            key, value = rows.unpack(key), rows.unpack(value)
+            query = rows.unpack(query) if query.ndim == 2 else query
         query, key, value = (
             x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)
         )
         dropout = self.dropout if self.training else 0.0
         context = F.scaled_dot_product_attention(query, key, value, mask, dropout)
-        return context.transpose(1, 2).flatten(2)
+        context = context.transpose(1, 2).flatten(2)
+        return rows.pack(context) if rows is not None and hidden.ndim == 2 else context
 
 
 class AddNorm(nn.Module):
@@ -72,8 +116,9 @@ class Attention(nn.Module):
         states: Tensor,
         mask: Tensor | None = None,
         index: Tensor | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
-        return self.output(self.attention(hidden, states, mask, index), hidden)
+        return self.output(self.attention(hidden, states, mask, index, rows=rows), hidden)
 
 
 class Intermediate(nn.Module):
@@ -107,31 +152,37 @@ class QFormerLayer(nn.Module):
 
     def forward(
         self,
-        hidden: Float[Tensor, "M X D"],
+        hidden: Float[Tensor, "n D"],
         num_queries: int,
+        rows: Rows,
         mask: Tensor | None,
         image_features: Tensor | None,
         image_index: Tensor | None,
         keep_text: bool = True,
-    ) -> Float[Tensor, "M _ D"]:
-        """[M, Q+I, D] -> the same; -> [M, Q, D] when ``keep_text`` is False: then the text gives
-        keys and values and nothing is computed that nobody reads."""
-        rows = hidden
+    ) -> Float[Tensor, "_ D"]:
+        """All tokens to all tokens, or to those of the M * Q queries when ``keep_text`` is False:
+        then the text gives keys and values and nothing is computed that nobody reads."""
+        count = len(rows.index) * num_queries
+        read = hidden
         if not keep_text:
-            rows = hidden[:, :num_queries]
+            read = hidden[:count].unflatten(0, (-1, num_queries))
             if mask is not None and mask.shape[2] > 1:
                 mask = mask[:, :, :num_queries]
-        attended = self.attention(rows, hidden, mask)
-        queries, text = attended[:, :num_queries], attended[:, num_queries:]
+        attended = self.attention(read, hidden, mask, rows=rows)
+        if not keep_text:
+            attended = attended.flatten(0, 1)
+        queries, text = attended[:count], attended[count:]
         outputs = []
         if num_queries:
             if self.crossattention is not None:
                 assert image_features is not None
+                queries = queries.unflatten(0, (-1, num_queries))
                 queries = self.crossattention(queries, image_features, None, image_index)
+                queries = queries.flatten(0, 1)
             outputs.append(self.output_query(self.intermediate_query(queries), queries))
-        if text.shape[1]:
+        if len(text):
             outputs.append(self.output(self.intermediate(text), text))
-        return torch.cat(outputs, dim=1)
+        return torch.cat(outputs)
 
 
 class QFormerEmbeddings(nn.Module):
@@ -253,17 +304,19 @@ class QFormer(nn.Module):
             ids = mask = None
         elif ids is None:
             raise ValueError("an instruction-aware Q-Former needs qformer_ids and qformer_mask")
-        hidden = self.embeddings(query_embeds, ids)
+        hidden = self.embeddings(query_embeds, ids)  # [M, Q+I, D]
         num_queries = 0 if query_embeds is None else query_embeds.shape[1]
-        allowed = None
-        if ids is not None and mask is not None:
-            allowed = _attention_mask(mask, num_queries, causal_text)
+        allowed = None if mask is None else _attention_mask(mask, num_queries, causal_text)
+        rows = Rows.of(hidden, num_queries, mask)
+        tokens = rows.pack(hidden)
         last = len(self.encoder.layer) - 1
         for depth, layer in enumerate(self.encoder.layer):
             keep = keep_text or depth < last
-            hidden = layer(hidden, num_queries, allowed, image_features, image_index, keep)
-        queries = hidden[:, :num_queries] if num_queries else None
-        return queries, hidden[:, num_queries:] if keep_text else None
+            tokens = layer(tokens, num_queries, rows, allowed, image_features, image_index, keep)
+        queries = None
+        if num_queries:
+            queries = tokens[: len(hidden) * num_queries].unflatten(0, (-1, num_queries))
+        return queries, rows.unpack(tokens)[:, num_queries:] if keep_text else None
 
 
 def _attention_mask(
