@@ -153,6 +153,7 @@ def walk(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> Te
         response_mask=ones(samples, response),
     )
     # no mask: which slots are real is a question to numbers, and there are none
+    assert batch.image_features is not None
     features = model.vision_model.norm(batch.image_features)
     seen = model.query_image(features, batch.qformer_ids, None, batch.image_index.flatten())
     queries = model.project_queries(seen)

@@ -82,7 +82,9 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     if query.device.type in ONE_BY_ONE:
         samples = zip(*(x.split(packing.lengths, 2) for x in (query, key, value)), strict=True)
-        contexts = [sdpa_attention_forward(module, *own, None, **settings)[0] for own in samples]
+        contexts = [
+            sdpa_attention_forward(module, q, k, v, None, **settings)[0] for q, k, v in samples
+        ]
         return torch.cat(contexts, 1), None
     query, key, value = (packing.unpack(states) for states in (query, key, value))
     context, _ = sdpa_attention_forward(module, query, key, value, None, **settings)
