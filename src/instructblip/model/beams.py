@@ -43,7 +43,8 @@ class BeamTree:
     ) -> CausalLMOutputWithPast:
         """Logits [B*beams, 1, vocabulary] behind the prompt, or behind the beams' newest tokens."""
         if inputs_embeds is not None:
-            assert attention_mask is not None
+            if attention_mask is None:  # transformers leaves out a mask of ones
+                attention_mask = torch.ones_like(inputs_embeds[:, :, 0], dtype=torch.long)
             self.cache = past_key_values
             logits = self._start(inputs_embeds[:: self.beams], attention_mask[:: self.beams])
         else:
