@@ -25,11 +25,11 @@ def main() -> None:
     parser.add_argument("quickstart", type=Path)
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
-    figure, places = plt.subplots(2, 4, figsize=(13, 7.4))
+    figure, places = plt.subplots(2, 4, figsize=(13, 8.6))
     for name, place in zip(SETS, places.flat, strict=True):
         folders = [args.quickstart / "results" / m / f"scenes_{name}" for m in MODELS]
         draw(place, [Result.load(folder) for folder in folders])
-    figure.tight_layout(h_pad=1.5, w_pad=1.0)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.89, bottom=0.09, wspace=0.15, hspace=0.62)
     figure.savefig(args.picture, dpi=110)
 
 
@@ -53,18 +53,25 @@ def draw(place: Axes, results: list[Result]) -> None:
     place.text(
         0, 1.03, textwrap.fill(prompt, 48), transform=place.transAxes, fontsize=8.5, color=INK
     )
-    for i, (model, sample) in enumerate(zip(MODELS.values(), pair, strict=True)):
-        right = sample["score"] >= 0.5
-        text = textwrap.shorten(f"{model}: {sample['prediction']}", 60)
+    caption = results[0].metric == "rouge_l"  # neither right nor wrong
+    height = -0.05
+    for model, sample in zip(MODELS.values(), pair, strict=True):
+        score = sample["score"]
+        if caption:
+            mark, colour = f"ROUGE-L {100 * score:.0f}", INK
+        else:
+            mark, colour = ("✓", RIGHT) if score >= 0.5 else ("✗", WRONG)
+        answer = textwrap.fill(f"{mark} {model}: {sample['prediction']}", 46, max_lines=2)
         place.text(
             0,
-            -0.07 - 0.09 * i,
-            f"{'✓' if right else '✗'} {text}",
+            height,
+            answer,
             transform=place.transAxes,
             fontsize=9,
-            color=RIGHT if right else WRONG,
+            color=colour,
             va="top",
         )
+        height -= 0.08 * (1 + answer.count("\n"))
 
 
 if __name__ == "__main__":
