@@ -42,7 +42,8 @@ BLIP-2 checkpoint that instruction tuning starts from: it describes pictures of 
   through the frozen language model. They name shapes and colours, and as captions from the web do,
   only what catches the eye: the large things, in any order, no place and no size. Beside the
   captions, for every thing one query is drawn to the phrase that names its colour and shape, in
-  the language model's space.
+  the language model's space, and the phrases of stage 1, which name size and place too, go on in a
+  space of their own: captions by themselves let the queries forget where things stand.
 
 `text_branch.safetensors` is the text half of the stage-1 Q-Former (what a
 `Blip2ForImageTextRetrieval` checkpoint carries), from which an instruction-aware Q-Former starts.
