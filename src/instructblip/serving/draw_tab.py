@@ -39,7 +39,7 @@ def draw_tab(service: Service, words: Any) -> None:
                 height=240,
                 elem_id="subject",
             )
-            number = gr.Slider(1, 8, value=4, step=1, label=words("number"))
+            number = gr.Slider(1, 8, value=4, step=1, label=words("how_many"))
             guidance = gr.Slider(1, 5, value=2, step=0.5, label=words("guidance"))
             seed = gr.Number(value=0, precision=0, label=words("seed"))
             button = gr.Button(words("draw"), variant="primary", elem_id="draw-button")
