@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from muon import Muon
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from starter_io import save_checkpoint, take_checkpoint
 from torch import Tensor, nn
 
@@ -136,13 +136,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--start", type=Path, help="go on from the tower in this folder")
     args = parser.parse_args()
     torch.manual_seed(0)
     tower, reader = VisionModel(CONFIG), CellReader(CONFIG.hidden_size)
     where = PlaceReader(CONFIG)
-    if args.start:
-        tower.load_state_dict(load_file(args.start / "vision.safetensors"))
     model = nn.ModuleDict({"tower": tower, "reader": reader, "where": where})
     matrices = [
         p for n, p in tower.named_parameters() if p.ndim == 2 and "encoder" in n and "weight" in n
@@ -150,7 +147,7 @@ def main() -> None:
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     opts: list[torch.optim.Optimizer] = [
-        Muon(matrices, lr=0.01 if args.start else 0.02, momentum=0.95, weight_decay=0.01),
+        Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     base = [o.param_groups[0]["lr"] for o in opts]
