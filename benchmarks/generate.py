@@ -1,60 +1,64 @@
 """Answers with 5 beams, ours and transformers' InstructBLIP side by side on the same weights.
 
-Theirs is called as its documentation shows, a batch padded on the left. Random weights end no
-answer early: both generate all tokens.
+Theirs is called as its documentation shows, a batch padded on the left (T5: on the right, where its
+relative positions are those of training). Random weights end no answer early: both generate all
+tokens.
 
     python benchmarks/generate.py --size cpu-mid --threads 2
+    python benchmarks/generate.py --size flant5xl --device cuda --dtype bf16
 """
 
-import argparse
 import json
 
 import torch
-from side_by_side import QUERIES, SIZES, alternate, build, make_batch
+from side_by_side import (
+    DTYPES,
+    IMAGE_TOKEN,
+    QUERIES,
+    alternate,
+    autocast,
+    build,
+    is_seq2seq,
+    make_batch,
+    parse,
+)
+from torch.nn.utils.rnn import pad_sequence
 
 from instructblip.model.inference import generate_responses
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="cpu-mid")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--beams", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    ours, theirs = build(options.size)
+    options = parse(
+        __doc__,
+        beams={"type": int, "default": 5},
+        tokens={"type": int, "default": 10},
+        rounds={"type": int, "default": 2},
+    )
+    ours, theirs = build(options.size, options.device, DTYPES[options.dtype])
     ours.eval()
     theirs.eval()
-    batch, inputs = make_batch(0, options.batch)
+    batch, inputs = make_batch(0, options.batch, options.size, device=options.device)
     prompts = [
         ids[mask.bool()] for ids, mask in zip(batch.prompt_ids, batch.prompt_mask, strict=True)
     ]
-    width = max(map(len, prompts))
-    left = {
+    inputs = {
         name: inputs[name]
         for name in ("pixel_values", "qformer_input_ids", "qformer_attention_mask")
-    }
-    queries = inputs["input_ids"][0, :QUERIES]
-    pads = [torch.zeros(width - len(p), dtype=torch.long) for p in prompts]
-    left["input_ids"] = torch.stack(
-        [torch.cat([e, queries, p]) for e, p in zip(pads, prompts, strict=True)]
-    )
-    left["attention_mask"] = (left["input_ids"] != 0).long()
+    } | rows_of(prompts, left=not is_seq2seq(options.size))
     length = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens}
     said = generate_responses(ours, batch, num_beams=options.beams, **length)
-    theirs_said = theirs.generate(**left, num_beams=options.beams, do_sample=False, **length)
+
+    def their_answers() -> torch.Tensor:
+        with autocast(options):
+            return theirs.generate(**inputs, num_beams=options.beams, do_sample=False, **length)
+
+    theirs_said = their_answers()
     equal = sum(
         ids == row[-options.tokens :].tolist() for ids, row in zip(said, theirs_said, strict=True)
     )
     seconds = alternate(
         {
-            "transformers": lambda _: theirs.generate(
-                **left, num_beams=options.beams, do_sample=False, **length
-            ),
+            "transformers": lambda _: their_answers(),
             "ours": lambda _: generate_responses(ours, batch, num_beams=options.beams, **length),
         },
         options.rounds,
@@ -70,12 +74,23 @@ def main() -> None:
                 "ratio": ratio,
                 "equal": equal,
                 "of": options.batch,
+                "size": options.size,
+                "device": options.device,
+                "dtype": options.dtype,
                 "clock": options.clock,
                 "threads": options.threads,
                 "seconds": seconds,
             }
         )
     )
+
+
+def rows_of(prompts: list[torch.Tensor], left: bool) -> dict[str, torch.Tensor]:
+    """[image tokens; prompt] of each sample, padded on the left or on the right."""
+    queries = torch.full_like(prompts[0][:1], IMAGE_TOKEN).expand(QUERIES)
+    rows = [torch.cat([queries, prompt]) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_side="left" if left else "right")
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
 if __name__ == "__main__":

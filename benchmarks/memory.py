@@ -1,13 +1,14 @@
 """Peak memory of one training step, ours and transformers' InstructBLIP side by side.
 
-Both models are built once; each step runs in a forked process, whose high-water mark is reset
-before it (Linux). Weights, optimiser and allocator are alike, so the difference is what forward and
-backward keep. Ours is also held to what `instructblip memory` counts.
+Both models are built once; on a CPU each step runs in a forked process, whose high-water mark is
+reset before it (Linux), on a GPU PyTorch's own peak is read. Weights, optimiser and allocator are
+alike, so the difference is what forward and backward keep. Ours is also held to what
+`instructblip memory` counts.
 
     python benchmarks/memory.py --size cpu-mid
+    python benchmarks/memory.py --size flant5xl --device cuda --dtype bf16
 """
 
-import argparse
 import json
 import os
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import SIZES, build, make_batch
+from side_by_side import DTYPES, autocast, build, make_batch, parse
 
 from instructblip.memory import passing_bytes, saved_bytes
 from instructblip.training.config import TrainingConfig
@@ -23,19 +24,14 @@ from instructblip.training.optim import make_optimizer, trainable_parameters
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="cpu-mid")
-    parser.add_argument("--batch", type=int, default=8)
-    options = parser.parse_args()
-    torch.set_num_threads(1)  # a forked process has no other threads
-    ours, theirs = build(options.size)
-    batch, inputs = make_batch(0, options.batch)
-    names = set(trainable_parameters(ours))
-    for name, parameter in theirs.named_parameters():
-        parameter.requires_grad_(name in names)
+    options = parse(__doc__)
+    if options.device == "cpu":
+        torch.set_num_threads(1)  # a forked process has no other threads
+    ours, theirs = build(options.size, options.device, DTYPES[options.dtype])
+    batch, inputs = make_batch(0, options.batch, options.size, device=options.device)
     ours.train()
     theirs.train()
-    config = TrainingConfig(learning_rate=1e-5, precision="fp32")
+    config = TrainingConfig(learning_rate=1e-5, precision=options.dtype)
 
     def step(model: Any, loss: Callable[[], torch.Tensor]) -> None:
         optimizer = make_optimizer(trainable_parameters(model), config)
@@ -48,8 +44,13 @@ def main() -> None:
         output = ours.loss(batch)
         return output.loss_sum / output.num_tokens
 
+    def their_loss() -> torch.Tensor:
+        with autocast(options):
+            return theirs(**inputs).loss
+
+    peak_of = gpu_peak_of if options.device == "cuda" else cpu_peak_of
     peaks = {
-        "transformers": peak_of(lambda: step(theirs, lambda: theirs(**inputs).loss)),
+        "transformers": peak_of(lambda: step(theirs, their_loss)),
         "ours": peak_of(lambda: step(ours, our_loss)),
     }
     trained = sum(p.nbytes for p in trainable_parameters(ours).values())
@@ -64,13 +65,25 @@ def main() -> None:
                 "ratio": round(peaks["ours"] / peaks["transformers"], 3),
                 "predicted_over_measured": round(known / peaks["ours"], 3),
                 "size": options.size,
+                "device": options.device,
+                "dtype": options.dtype,
                 "bytes": peaks,
             }
         )
     )
 
 
-def peak_of(work: Callable[[], None]) -> int:
+def gpu_peak_of(work: Callable[[], None]) -> int:
+    """Bytes of tensors on the GPU at most while it works, above those before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    peak = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    return peak
+
+
+def cpu_peak_of(work: Callable[[], None]) -> int:
     """Bytes by which a forked process grows at most while it works."""
     read, write = os.pipe()
     pid = os.fork()

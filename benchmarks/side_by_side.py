@@ -1,5 +1,7 @@
 """What the benchmarks share: one model twice, ours and transformers', and the same batches."""
 
+import argparse
+import contextlib
 import statistics
 import tempfile
 import time
@@ -12,55 +14,90 @@ from transformers import InstructBlipConfig, InstructBlipForConditionalGeneratio
 
 from instructblip.batch import Batch
 from instructblip.model.instructblip import InstructBlip
+from instructblip.training.optim import trainable_parameters
 
 LLAMA = {"model_type": "llama", "vocab_size": 32_001, "pad_token_id": 0}
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {  # to see that a program runs; its ratios mean nothing
-        "vision": (2, 64, 2, 128),
-        "qformer": (2, 64, 2, 128),
-        "language": {
-            **LLAMA,
-            "num_hidden_layers": 2,
-            "hidden_size": 64,
-            "num_attention_heads": 2,
-            "intermediate_size": 128,
-        },
-    },
-    "cpu-mid": {
-        "vision": (12, 384, 6, 1536),
-        "qformer": (6, 384, 6, 1536),
-        "language": {
-            **LLAMA,
-            "num_hidden_layers": 8,
-            "hidden_size": 512,
-            "num_attention_heads": 8,
-            "intermediate_size": 1408,
-        },
-    },
-    "vicuna7b": {
-        "vision": (39, 1408, 16, 6144),
-        "qformer": (12, 768, 12, 3072),
-        "language": {
-            **LLAMA,
-            "num_hidden_layers": 32,
-            "hidden_size": 4096,
-            "num_attention_heads": 32,
-            "intermediate_size": 11_008,
-        },
-    },
+T5 = {  # as Flan-T5: two matrices for input and head, gated feed-forwards
+    "model_type": "t5",
+    "vocab_size": 32_128,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
 }
+CPU_MID = {"vision": (12, 384, 6, 1536), "qformer": (6, 384, 6, 1536)}
+TINY = {"vision": (2, 64, 2, 128), "qformer": (2, 64, 2, 128)}
+PAPER = {"vision": (39, 1408, 16, 6144), "qformer": (12, 768, 12, 3072)}
+
+
+def layer_sizes(layers: int, width: int, heads: int, inner: int) -> dict[str, int]:
+    """As the config of a vision model, a Q-Former or a LLaMA names them."""
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    return dict(zip(names, (layers, width, heads, inner), strict=True))
+
+
+def t5(layers: int, width: int, heads: int, inner: int) -> dict[str, Any]:
+    """``layers`` in the encoder and as many in the decoder."""
+    names = ("num_layers", "d_model", "num_heads", "d_ff", "d_kv")
+    values = (layers, width, heads, inner, width // heads)
+    return {**T5, **dict(zip(names, values, strict=True))}
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    # to see that a program runs; the ratios of these two mean nothing
+    "tiny": {**TINY, "language": {**LLAMA, **layer_sizes(2, 64, 2, 128)}},
+    "tiny-t5": {**TINY, "language": t5(2, 64, 2, 128)},
+    "cpu-mid": {**CPU_MID, "language": {**LLAMA, **layer_sizes(8, 512, 8, 1408)}},
+    "cpu-t5": {**CPU_MID, "language": t5(8, 512, 8, 1408)},
+    "vicuna7b": {
+        **PAPER,
+        "language": {**LLAMA, **layer_sizes(32, 4096, 32, 11_008)},
+        "paper_batch": 128,
+    },
+    "flant5xl": {**PAPER, "language": t5(24, 2048, 32, 5120), "paper_batch": 192},
+}
+"""Layers, width, heads and inner width of each part; ``paper_batch`` is the paper's batch size."""
+
+PAPER_STEPS = 60_000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IMAGE_TOKEN = 32_000
 QUERIES = 32
 
 
-def build(size: str) -> tuple[InstructBlip, Any]:
-    """Ours and transformers' model with the same random weights, nothing dropped out."""
-    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+def parse(description: str | None, **more: dict[str, Any]) -> argparse.Namespace:
+    """The options that all programs have, and some of their own; sets the number of threads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--size", choices=SIZES, default="cpu-mid")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    for name, settings in more.items():
+        parser.add_argument(f"--{name}", **settings)
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU; leave it out to run on the CPU")
+    if options.device == "cuda" and options.clock == "cpu":
+        parser.error("--clock cpu does not count what a GPU does; leave it out")
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def build(
+    size: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[InstructBlip, Any]:
+    """Ours and transformers' model with the same random weights, nothing dropped out.
+
+    What trains is fp32 in both, what is frozen is ``dtype``: a step wants `autocast` around theirs.
+    """
     shape = SIZES[size]
     config = InstructBlipConfig(
-        vision_config=dict(zip(names, shape["vision"], strict=True)),
+        vision_config=layer_sizes(*shape["vision"]),
         qformer_config={
-            **dict(zip(names, shape["qformer"], strict=True)),
+            **layer_sizes(*shape["qformer"]),
             "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0,
         },
@@ -69,17 +106,45 @@ def build(size: str) -> tuple[InstructBlip, Any]:
         image_token_index=IMAGE_TOKEN,
     )
     torch.manual_seed(0)
-    theirs = InstructBlipForConditionalGeneration(config)
+    with torch.device(device):
+        theirs = InstructBlipForConditionalGeneration(config)
+    theirs.to(dtype)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = InstructBlip.from_pretrained(folder)
+    half = None if dtype == torch.float32 else dtype
+    ours.to_training_dtypes(frozen_dtype=half, compute_dtype=half).to(device)
+    names = set(trainable_parameters(ours))
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(name in names)
+        if name in names:
+            parameter.data = parameter.data.float()
+    assert {n for n, p in theirs.named_parameters() if p.requires_grad} == names
     return ours, theirs
 
 
-def make_batch(seed: int, samples: int) -> tuple[Batch, dict[str, torch.Tensor]]:
+def autocast(options: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """What a user's loop puts around a model whose trained weights are fp32."""
+    if options.dtype == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(options.device, dtype=DTYPES[options.dtype])
+
+
+def is_seq2seq(size: str) -> bool:
+    return SIZES[size]["language"]["model_type"] == "t5"
+
+
+def make_batch(
+    seed: int,
+    samples: int,
+    size: str = "cpu-mid",
+    answer: int | None = None,
+    device: str = "cpu",
+) -> tuple[Batch, dict[str, torch.Tensor]]:
     """The same samples in both layouts: lengths vary, so that about 30 % of the slots are padding.
 
     Every sample has a picture of its own; theirs is padded on the right, as a collator would.
+    ``answer`` asks for responses of so many tokens each.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -88,21 +153,9 @@ def make_batch(seed: int, samples: int) -> tuple[Batch, dict[str, torch.Tensor]]
         lengths[0] = high
         return [torch.randint(4, top, (int(n),), generator=generator) for n in lengths]
 
-    prompts, responses = rows(4, 34, 32_000), rows(4, 30, 32_000)
+    prompts, responses = rows(4, 34, 32_000), rows(answer or 4, answer or 30, 32_000)
     instructions = rows(8, 34, 30_000)
     pixels = torch.randn(samples, 3, 224, 224, generator=generator)
-
-    def padded(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = pad_sequence([torch.ones_like(v) for v in values], batch_first=True)
-        return pad_sequence(values, batch_first=True), mask
-
-    queries = torch.full((QUERIES,), IMAGE_TOKEN)
-    text = [torch.cat([queries, p, r]) for p, r in zip(prompts, responses, strict=True)]
-    labels = [
-        torch.cat([torch.full((QUERIES + len(p),), -100), r])
-        for p, r in zip(prompts, responses, strict=True)
-    ]
-    input_ids, attention_mask = padded(text)
     qformer_ids, qformer_mask = padded(instructions)
     prompt_ids, prompt_mask = padded(prompts)
     response_ids, response_mask = padded(responses)
@@ -120,11 +173,36 @@ def make_batch(seed: int, samples: int) -> tuple[Batch, dict[str, torch.Tensor]]
         "pixel_values": pixels,
         "qformer_input_ids": qformer_ids,
         "qformer_attention_mask": qformer_mask,
+        **their_text(prompts, responses, is_seq2seq(size)),
+    }
+    return ours.to(device), {name: value.to(device) for name, value in theirs.items()}
+
+
+def their_text(
+    prompts: list[torch.Tensor], responses: list[torch.Tensor], seq2seq: bool
+) -> dict[str, torch.Tensor]:
+    """What transformers' model reads: image tokens, prompt and, but for T5, the response."""
+    queries = torch.full((QUERIES,), IMAGE_TOKEN)
+    read = [torch.cat([queries, prompt]) for prompt in prompts]
+    labels = responses
+    if not seq2seq:
+        labels = [
+            torch.cat([torch.full_like(before, -100), response])
+            for before, response in zip(read, responses, strict=True)
+        ]
+        read = [torch.cat(pair) for pair in zip(read, responses, strict=True)]
+    input_ids, attention_mask = padded(read)
+    return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
     }
-    return ours, theirs
+
+
+def padded(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of one length, and their mask."""
+    mask = pad_sequence([torch.ones_like(v) for v in values], batch_first=True)
+    return pad_sequence(values, batch_first=True), mask
 
 
 def alternate(works: dict[str, Callable[[int], Any]], rounds: int, clock: str) -> dict[str, float]:
@@ -146,8 +224,9 @@ def alternate(works: dict[str, Callable[[int], Any]], rounds: int, clock: str) -
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def matrix_peak(clock: str) -> float:
-    """FLOP per second of a large fp32 matrix product on this machine."""
-    a = torch.randn(1024, 1024)
+def matrix_peak(clock: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """FLOP per second of a large matrix product on this machine."""
+    side = 8192 if device == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=dtype)
     seconds = alternate({"matmul": lambda _: a @ a}, 4, clock)["matmul"]
-    return 2 * 1024**3 / seconds
+    return 2 * side**3 / seconds

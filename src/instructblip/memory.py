@@ -134,9 +134,6 @@ def walk(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> Te
     instruction, prompt, response = lengths
     vision = model.config.vision
 
-    def ones(*shape: int) -> Tensor:
-        return torch.ones(shape, dtype=torch.long)
-
     batch = Batch(
         image_features=torch.empty(
             samples,
@@ -162,23 +159,38 @@ def walk(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> Te
         ones(samples, prompt if seq2seq else prompt + response)
     )
     embeds = torch.cat([queries.to(text.dtype), text], dim=1)
-    packing = None
+    packing = decoder_packing = None
+    decoder_ids = ones(samples, response) if seq2seq else None
     if packs(model.language_model):
-        slots = ones(samples * embeds.shape[1])
-        # as one long sample: attention keeps the same tensors, in fewer calls
-        packing = Packing(ones(*embeds.shape[:2]), slots, slots[None], [len(slots)])
-        embeds = embeds.flatten(0, 1).index_select(0, slots)[None]
+        packing = _full(samples, embeds.shape[1], seq2seq)
+        embeds = packing.row(embeds)
+        if decoder_ids is not None:
+            decoder_packing = _full(samples, response, seq2seq)
+            decoder_ids = decoder_packing.row(decoder_ids)
     joined = Joined(
         inputs_embeds=embeds,
         attention_mask=None,
         rows=ones(samples * response),
         places=ones(samples * response),
         targets=ones(samples * response),
-        decoder_ids=ones(samples, response) if seq2seq else None,
+        decoder_ids=decoder_ids,
         packing=packing,
+        decoder_packing=decoder_packing,
     )
     with model.language_precision():
         return model.language.loss(joined).sum()
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.long)
+
+
+def _full(samples: int, width: int, apart: bool) -> Packing:
+    """Rows without padding; as one long sample unless they must stand ``apart``, as under T5's
+    bias: a causal attention without one keeps the same tensors, in fewer calls."""
+    slots = ones(samples * width)
+    lengths = [width] * samples if apart else [len(slots)]
+    return Packing(ones(samples, width), slots, slots[None], lengths)
 
 
 def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:

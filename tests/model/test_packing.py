@@ -1,17 +1,20 @@
 """One packed row gives the losses and gradients of padded rows."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from transformers.models.t5.modeling_t5 import T5Attention
 
+from instructblip.batch import Batch
 from instructblip.model import head, packing
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.packing import ATTENTION, Packing, packs
 from instructblip.model.qformer import Rows
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
-from tests.parity.tiny import tiny_batch
+from tests.parity.tiny import padded, tiny_batch
 
 
 def test_slots_tokens_and_positions_name_each_other():
@@ -26,12 +29,14 @@ def test_slots_tokens_and_positions_name_each_other():
 
 
 @pytest.mark.parametrize("devices", [(), ("cpu",)])
-@pytest.mark.parametrize("language", ["llama", "opt", "gpt2", "qwen2"])
+@pytest.mark.parametrize("language", ["llama", "opt", "gpt2", "qwen2", "t5", "t5-scaled"])
 def test_packed_equals_padded(
     language: str, devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(packing, "ONE_BY_ONE", devices)
     model = tiny_model(language)
+    if language == "t5":  # its table of distances too
+        model.set_trainable(("qformer", "language_model"))
     batch = tiny_batch(model.config)
     assert packs(model.language_model)
     joined = model.language.join(model.encode_queries(batch), batch)
@@ -45,6 +50,75 @@ def test_packed_equals_padded(
     torch.testing.assert_close(packed.sample_losses, padded.sample_losses, rtol=1e-5, atol=1e-5)
     for name, value in gradients(model, batch).items():
         torch.testing.assert_close(slopes[name], value, rtol=1e-4, atol=1e-5)
+
+
+def ragged(samples: int, prompt: int, response: int, seed: int) -> Batch:
+    """A batch of rows up to these lengths, the first of them whole."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(name: str, longest: int) -> dict[str, torch.Tensor]:
+        lengths = torch.randint(1, longest + 1, (samples,), generator=generator)
+        lengths[0] = longest
+        ids = [torch.randint(4, 30, (int(n),), generator=generator).tolist() for n in lengths]
+        return padded(name, ids)
+
+    return Batch(
+        pixel_values=torch.randn(samples, 3, 16, 16, generator=generator),
+        image_index=torch.arange(samples)[:, None],
+        **rows("qformer", 6),
+        **rows("prompt", prompt),
+        **rows("response", response),
+    )
+
+
+@pytest.mark.parametrize("devices", [(), ("cpu",)])
+@pytest.mark.parametrize(
+    ("samples", "prompt", "response"), [(6, 150, 40), (4, 20, 1), (1, 9, 5), (1, 1, 1)]
+)
+def test_t5_packed_equals_padded(
+    samples: int,
+    prompt: int,
+    response: int,
+    devices: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Long prompts reach all of T5's distances; what trains in the paper's run gets its slope."""
+    monkeypatch.setattr(packing, "ONE_BY_ONE", devices)
+    model = tiny_model("t5").double()  # so that what differs is not rounding
+    batch = ragged(samples, prompt, response, seed=samples)
+    batch = replace(batch, pixel_values=batch.pixel_values.double())
+    joined = model.language.join(model.encode_queries(batch), batch)
+    queries = model.config.num_query_tokens
+    assert joined.inputs_embeds.shape[1] == samples * queries + int(batch.prompt_mask.sum())
+    assert joined.decoder_ids is not None
+    assert joined.decoder_ids.shape == (1, int(batch.response_mask.sum()))
+    packed, slopes = model.loss(batch), gradients(model, batch)
+    model.language_model.set_attn_implementation("sdpa")
+    padded_loss = model.loss(batch)
+    torch.testing.assert_close(
+        packed.sample_losses, padded_loss.sample_losses, rtol=1e-5, atol=1e-5
+    )
+    expected = gradients(model, batch)
+    assert expected["query_tokens"].abs().max() > 1e-4
+    for name, value in expected.items():
+        torch.testing.assert_close(slopes[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_t5_makes_its_bias_for_one_sample(monkeypatch: pytest.MonkeyPatch):
+    """Not for all pairs of columns of the row that holds the batch."""
+    model = tiny_model("t5")
+    batch = ragged(5, 12, 7, seed=0)
+    made = []
+    original = T5Attention.compute_bias
+
+    def compute_bias(self: T5Attention, rows: int, columns: int, **settings: Any):
+        made.append((rows, columns))
+        return original(self, rows, columns, **settings)
+
+    monkeypatch.setattr(T5Attention, "compute_bias", compute_bias)
+    model.loss(batch)
+    longest = model.config.num_query_tokens + 12
+    assert made == [(longest, longest), (7, 7)]
 
 
 def test_rows_of_the_qformer_name_their_tokens():

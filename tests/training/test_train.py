@@ -3,10 +3,12 @@
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from instructblip.batch import Batch
 from instructblip.training.log import read_metrics, without_timings
 from instructblip.training.train import NonFiniteLossError, TrainResult, train
 from tests.training.toy import Toy, ToyBatches, toy_config, toy_score
@@ -209,3 +211,33 @@ def test_checkpoints_are_bounded(tmp_path: Path):
     _, result = run(tmp_path, steps=60, keep_last=2)
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == sorted({"step_000057", "step_000060", f"step_{result.best_step:06d}"})
+
+
+def test_says_how_long_it_waited_for_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    now = 0.0
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr("instructblip.training.train.time", clock)
+
+    class Slow(Toy):
+        def loss(self, batch: Batch):
+            nonlocal now
+            now += 3.0
+            return super().loss(batch)
+
+    class Late(ToyBatches):
+        def iterate(self, step: int):
+            nonlocal now
+            for number, batch in enumerate(super().iterate(step)):
+                now += 1.0 if number else 97.0  # the first one starts the workers
+                yield batch
+
+    config = toy_config(steps=10, log_every=10, validate_every=None)
+    result = train(Slow(), Late(config), None, config, tmp_path)
+    assert result.waited_for_data == pytest.approx(0.25)
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["waited_for_data"] == pytest.approx(106 / 136, abs=1e-4)
+    said = capsys.readouterr().out
+    assert "77.9% waiting" in said
+    assert "waited for data 25.0% of the time of the steps" in said

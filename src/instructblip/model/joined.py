@@ -18,7 +18,8 @@ class Joined:
     """What the language model reads for one training batch, and where it is held to account.
 
     ``inputs_embeds`` [B, X, L] with ``attention_mask`` [B, X] (None: no padding), or [1, n, L] with
-    ``packing``; ``decoder_ids`` [B, R] for an encoder-decoder, else None. ``places`` [m] are the
+    ``packing``; for an encoder-decoder ``decoder_ids`` [B, R], or [1, m] with ``decoder_packing``,
+    else None. ``places`` [m] are the
     positions, counted over all rows, whose output predicts ``targets`` [m]; ``rows`` [m] are their
     samples, in order.
     """
@@ -30,6 +31,7 @@ class Joined:
     targets: Tensor
     decoder_ids: Tensor | None = None
     packing: Packing | None = None
+    decoder_packing: Packing | None = None
 
 
 def response_losses(model: Any, hidden: Tensor, joined: Joined) -> Tensor:

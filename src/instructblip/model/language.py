@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from instructblip.model import relative
 from instructblip.model.causal import CausalLanguage
 from instructblip.model.packing import allow_packing
 from instructblip.model.seq2seq import SEQ2SEQ_TYPES, Seq2SeqLanguage
@@ -35,7 +36,9 @@ def build_language_model(config: dict[str, Any]) -> Any:
     if "dense_act_fn" in values:  # T5's config derives it from another field and forgets this one
         text_config.dense_act_fn = values["dense_act_fn"]
     if kind in SEQ2SEQ_TYPES:
-        return AutoModelForSeq2SeqLM.from_config(text_config)
+        model = AutoModelForSeq2SeqLM.from_config(text_config)
+        relative.allow_packing(model)
+        return model
     if getattr(text_config, "is_encoder_decoder", False):
         raise ValueError(
             f"encoder-decoder language models must be one of {SEQ2SEQ_TYPES}; got {kind!r}"

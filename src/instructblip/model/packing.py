@@ -59,11 +59,20 @@ class Packing:
         """[B, X, heads, d] -> [1, n, heads, d]."""
         return states.flatten(0, 1).index_select(0, self.slots)[None]
 
+    def row(self, values: Tensor) -> Tensor:
+        """[B, X, ...] -> [1, n, ...]."""
+        return values.flatten(0, 1).index_select(0, self.slots)[None]
+
     def arguments(self) -> dict[str, Any]:
         """What a decoder is called with. The mask of four dimensions says that nothing is left for
         transformers to mask; its content is not read."""
         nothing = self.index.new_zeros(1, 1, 1, 1)
         return {"attention_mask": nothing, "position_ids": self.positions, "packing": self}
+
+
+def one_by_one(states: Tensor) -> bool:
+    """Whether samples are attended to one after the other."""
+    return states.device.type in ONE_BY_ONE
 
 
 def attend(
@@ -73,21 +82,33 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     packing: Packing | None = None,
+    memory: Packing | None = None,
+    position_bias: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each packed sample: one by one where a call costs little, else in padded
     rows. Padding stands behind all tokens of its row, where no causal attention looks, so the rows
-    need no mask."""
+    need no mask.
+
+    ``memory`` says where the encoder's tokens stand, for a decoder's attention that is not causal;
+    ``position_bias`` [1 or B, heads or 1, X or 1, X or 1] is added to the scores of each sample
+    (`relative`) and then masks what has to be.
+    """
     if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    if query.device.type in ONE_BY_ONE:
-        samples = zip(*(x.split(packing.lengths, 2) for x in (query, key, value)), strict=True)
-        contexts = [
-            sdpa_attention_forward(module, q, k, v, None, **settings)[0] for q, k, v in samples
-        ]
+        own = {} if position_bias is None else {"position_bias": position_bias}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **own, **settings)
+    keys = packing if memory is None or module.is_causal else memory
+    if one_by_one(query):
+        seen = (x.split(keys.lengths, 2) for x in (key, value))
+        contexts = []
+        for q, k, v in zip(query.split(packing.lengths, 2), *seen, strict=True):
+            bias = position_bias
+            if bias is not None:
+                bias = bias[..., : q.shape[2], : k.shape[2]]
+            contexts.append(sdpa_attention_forward(module, q, k, v, bias, **settings)[0])
         return torch.cat(contexts, 1), None
-    query, key, value = (packing.unpack(states) for states in (query, key, value))
-    context, _ = sdpa_attention_forward(module, query, key, value, None, **settings)
+    query, key, value = packing.unpack(query), keys.unpack(key), keys.unpack(value)
+    context, _ = sdpa_attention_forward(module, query, key, value, position_bias, **settings)
     return packing.pack(context), None
 
 

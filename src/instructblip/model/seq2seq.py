@@ -11,7 +11,9 @@ from instructblip.batch import Batch
 from instructblip.model.candidates import Forest, Layout
 from instructblip.model.generation import OnTokens, generate
 from instructblip.model.joined import Joined, prefix_of, response_losses
+from instructblip.model.packing import Packing, packs
 from instructblip.model.ranking import Prefix, expanded, of_samples
+from instructblip.model.rows import compact
 
 SEQ2SEQ_TYPES = ("t5", "mt5")
 
@@ -28,23 +30,47 @@ class Seq2SeqLanguage:
             )
 
     def join(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Joined:
-        """Encoder rows [queries; prompt; padding], decoder rows [start; response but its end]."""
+        """Encoder rows [queries; prompt; padding], decoder rows [start; response but its end]; both
+        as one row without padding where the attention allows."""
         embeds, attention_mask = prefix_of(self.model, queries, batch)
-        rows, columns = batch.response_mask.nonzero(as_tuple=True)
+        ids, mask = compact(batch.response_mask.bool(), batch.response_ids)
+        decoder_ids = self._shift(ids)
+        rows, columns = mask.nonzero(as_tuple=True)
+        targets = ids[rows, columns]
+        if not packs(self.model):
+            places = rows * ids.shape[1] + columns
+            return Joined(embeds, attention_mask, rows, places, targets, decoder_ids)
+        packing, decoder_packing = Packing.of(attention_mask.bool()), Packing.of(mask)
         return Joined(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
+            inputs_embeds=packing.row(embeds),
+            attention_mask=None,
             rows=rows,
-            places=rows * batch.response_ids.shape[1] + columns,
-            targets=batch.response_ids[rows, columns],
-            decoder_ids=self._shift(batch.response_ids),
+            places=torch.arange(len(rows), device=rows.device),
+            targets=targets,
+            decoder_ids=decoder_packing.row(decoder_ids),
+            packing=packing,
+            decoder_packing=decoder_packing,
         )
 
     def loss(self, joined: Joined) -> Float[Tensor, " n"]:
         """Cross-entropy in nats of each response token, computed in fp32."""
-        assert joined.decoder_ids is not None
-        states = self._encode(joined.inputs_embeds, joined.attention_mask)
-        hidden = self._decode(joined.decoder_ids, states, joined.attention_mask)
+        mask, packing, decoder_packing = (
+            joined.attention_mask,
+            joined.packing,
+            joined.decoder_packing,
+        )
+        reads: dict[str, Any] = {"attention_mask": mask}
+        says: dict[str, Any] = {"encoder_attention_mask": mask}
+        if packing is not None and decoder_packing is not None:
+            reads, says = packing.arguments(), decoder_packing.arguments()
+            says |= {"encoder_attention_mask": reads["attention_mask"], "memory": packing}
+        states = self.model.get_encoder()(inputs_embeds=joined.inputs_embeds, **reads)
+        hidden = self.model.get_decoder()(
+            input_ids=joined.decoder_ids,
+            encoder_hidden_states=states.last_hidden_state,
+            use_cache=False,
+            **says,
+        ).last_hidden_state
         return response_losses(self.model, self._scaled(hidden), joined)
 
     def generate(
@@ -94,17 +120,9 @@ class Seq2SeqLanguage:
         ).last_hidden_state
         return self._logits(hidden.flatten(0, 1)[layout.place])
 
-    def _encode(self, embeds: Tensor, mask: Tensor | None) -> Tensor:
+    def _encode(self, embeds: Tensor, mask: Tensor) -> Tensor:
         encoder = self.model.get_encoder()
         return encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
-
-    def _decode(self, ids: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
-        return self.model.get_decoder()(
-            input_ids=ids,
-            encoder_hidden_states=states,
-            encoder_attention_mask=mask,
-            use_cache=False,
-        ).last_hidden_state
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(self._scaled(hidden)).float()

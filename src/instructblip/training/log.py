@@ -12,7 +12,7 @@ from instructblip.training.config import TrainingConfig
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
-TIMINGS = ("seconds_per_step", "samples_per_second")
+TIMINGS = ("seconds_per_step", "samples_per_second", "waited_for_data")
 """Keys of a line that differ between two otherwise identical runs."""
 
 
@@ -34,6 +34,8 @@ class RunLog:
         self.folder, self.steps, self.active = folder, config.steps, active
         self._samples = config.batch_size
         self._seconds: deque[float] = deque(maxlen=max(config.log_every, 20))
+        self._waits: deque[float] = deque(maxlen=self._seconds.maxlen)
+        self._ticks, self._sum, self._sum_of_waits = 0, 0.0, 0.0
         self._file = None
         self._bar = _bar(config.steps, start) if active and sys.stderr.isatty() else None
         if active:
@@ -52,9 +54,14 @@ class RunLog:
         if self._file:
             self._file.close()
 
-    def tick(self, step: int, seconds: float) -> None:
-        """Note that ``step`` steps are done, the last of them in ``seconds``."""
+    def tick(self, step: int, seconds: float, waited: float) -> None:
+        """Note that ``step`` steps are done, the last of them in ``seconds``, of which the loop
+        ``waited`` for its batch."""
         self._seconds.append(seconds)
+        self._waits.append(waited)
+        if self._ticks:
+            self._sum, self._sum_of_waits = self._sum + seconds, self._sum_of_waits + waited
+        self._ticks += 1
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=step)
 
@@ -64,7 +71,9 @@ class RunLog:
             return
         per_step = sum(self._seconds) / max(1, len(self._seconds))
         rate = self._samples / max(per_step, 1e-9)
-        timings = {"seconds_per_step": round(per_step, 5), "samples_per_second": round(rate, 2)}
+        waited = sum(self._waits) / max(sum(self._seconds), 1e-9)
+        figures = (round(per_step, 5), round(rate, 2), round(waited, 5))
+        timings = dict(zip(TIMINGS, figures, strict=True))
         self._write({"step": step, **metrics, **timings})
         if self._bar:
             shown = {
@@ -77,8 +86,14 @@ class RunLog:
         left = _clock(per_step * (self.steps - step))
         self.say(
             f"step {step}/{self.steps}  loss {metrics['loss']:.3f}  lr {metrics['lr']:.1e}  "
-            f"{rate:.0f} samples/s  {left} left"
+            f"{rate:.0f} samples/s  {waited:.1%} waiting  {left} left"
         )
+
+    @property
+    def waited_for_data(self) -> float | None:
+        """Share of the time of the steps in which the loop waited for its batch; None before the
+        second step. The first one, in which the workers start, is left out."""
+        return self._sum_of_waits / max(self._sum, 1e-9) if self._ticks > 1 else None
 
     def validation(self, step: int, scores: Mapping[str, float], best: bool) -> None:
         """One line about a validation, and the curves drawn anew."""

@@ -43,13 +43,15 @@ class NonFiniteLossError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """How a run ended. ``best_score`` is None without validation; ``seconds`` is wall time."""
+    """How a run ended. ``best_score`` is None without validation; ``seconds`` is wall time;
+    ``waited_for_data`` is `RunLog.waited_for_data` of this rank."""
 
     step: int
     stopped: Stopped
     best_score: float | None
     best_step: int | None
     seconds: float
+    waited_for_data: float | None
 
 
 def train(
@@ -111,6 +113,7 @@ def train(
             # step ----------------------------------------------------------------------------
             tick = time.monotonic()
             micro_batches = next_batches(stream, step, config, watchdog)
+            waited = time.monotonic() - tick
             rate = learning_rate(step, config)
             torch.manual_seed(seed_of(config.seed, step, distributed.rank()))
             norm = update(
@@ -118,7 +121,7 @@ def train(
             )
             progress.step += 1
             # log -----------------------------------------------------------------------------
-            log.tick(progress.step, time.monotonic() - tick)
+            log.tick(progress.step, time.monotonic() - tick, waited)
             log_step(log, progress, config, lr=rate, grad_norm=norm)
             if said := profile.step():
                 log.say(said)
@@ -129,6 +132,7 @@ def train(
         best_score=progress.best_score,
         best_step=progress.best_step,
         seconds=time.monotonic() - began,
+        waited_for_data=log.waited_for_data,
     )
 
 
@@ -252,6 +256,8 @@ def finish(stopped: Stopped, progress: Progress, files: RunFiles, log: RunLog) -
         files.export_to("last")
         log.curves()
     log.say(describe_end(stopped, progress))
+    if log.waited_for_data is not None:
+        log.say(f"waited for data {log.waited_for_data:.1%} of the time of the steps")
 
 
 def describe_end(stopped: Stopped, progress: Progress) -> str:
