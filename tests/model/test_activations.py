@@ -6,10 +6,12 @@ import torch
 from instructblip.batch import Batch
 from instructblip.memory import saved_bytes
 from instructblip.model import head, pretrained
+from instructblip.model import language as language_module
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import checkpoint_layers
 from instructblip.model.pretrained import from_pretrained
 from instructblip.model.weights import NoRandomWeights
+from tests.model.test_language import tiny_model
 from tests.parity.tiny import tiny_batch, tiny_transformers
 
 
@@ -86,3 +88,17 @@ def test_loading_draws_no_weights_and_loads_them_all(tmp_path, monkeypatch: pyte
     assert entered
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("language", ["t5", "gpt2"])
+def test_gelu_is_one_operation(language: str, monkeypatch: pytest.MonkeyPatch):
+    fused = tiny_model(language)
+    batch = tiny_batch(fused.config)
+    with monkeypatch.context() as patch:
+        patch.setattr(language_module, "_fuse_activations", lambda model: None)
+        plain = tiny_model(language)
+    expected = gradients(plain, batch)
+    for name, value in gradients(fused, batch).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+    kept, before = (saved_bytes(lambda m=m: m.loss(batch).loss_sum, m) for m in (fused, plain))
+    assert kept < 0.9 * before

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from instructblip.model import relative
@@ -37,6 +38,7 @@ def build_language_model(config: dict[str, Any]) -> Any:
         text_config.dense_act_fn = values["dense_act_fn"]
     if kind in SEQ2SEQ_TYPES:
         model = AutoModelForSeq2SeqLM.from_config(text_config)
+        _fuse_activations(model)
         relative.allow_packing(model)
         return model
     if getattr(text_config, "is_encoder_decoder", False):
@@ -44,8 +46,18 @@ def build_language_model(config: dict[str, Any]) -> Any:
             f"encoder-decoder language models must be one of {SEQ2SEQ_TYPES}; got {kind!r}"
         )
     model = AutoModelForCausalLM.from_config(text_config)
+    _fuse_activations(model)
     allow_packing(model)
     return model
+
+
+def _fuse_activations(model: nn.Module) -> None:
+    """The GELU of T5 and GPT-2 as one operation. transformers writes its tanh approximation as
+    eight, and the backward pass keeps what most of them return."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def untie_head(model: Any) -> None:

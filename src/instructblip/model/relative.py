@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from instructblip.model.packing import ATTENTION, Packing, one_by_one
 
@@ -20,10 +19,9 @@ OWN_BIAS, CROSS_BIAS = 2, 5
 
 def allow_packing(model: Any) -> None:
     """Give both stacks of a T5 the attention for packed rows, and a bias that fits it."""
-    for module in model.modules():  # each stack has a config of its own
-        if isinstance(module, PreTrainedModel):
-            module.set_attn_implementation(ATTENTION)
+    model.set_attn_implementation(ATTENTION)
     for stack in (model.get_encoder(), model.get_decoder()):
+        stack.set_attn_implementation(ATTENTION)  # each has a config of its own
         stack.block[0].register_forward_pre_hook(_give_bias, with_kwargs=True)
 
 

@@ -121,8 +121,13 @@ class Seq2SeqLanguage:
         return self._logits(hidden.flatten(0, 1)[layout.place])
 
     def _encode(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """[B, X, L], padded on the right as ``embeds`` are; at padding stands any state."""
         encoder = self.model.get_encoder()
-        return encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        if not packs(self.model):
+            return encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        packing = Packing.of(mask.bool())
+        states = encoder(inputs_embeds=packing.row(embeds), **packing.arguments())
+        return states.last_hidden_state[0][packing.index]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(self._scaled(hidden)).float()
