@@ -108,6 +108,8 @@ def build(
     torch.manual_seed(0)
     with torch.device(device):
         theirs = InstructBlipForConditionalGeneration(config)
+    if is_seq2seq(size):  # drawn as T5 draws it, its softmax would underflow: slow, and no model's
+        theirs.get_output_embeddings().weight.data *= shape["language"]["d_model"] ** -0.5
     theirs.to(dtype)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
