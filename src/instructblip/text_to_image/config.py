@@ -83,6 +83,8 @@ class NativeConfig(_Config):
                 f"image_size must be a multiple of patch_size; got {self.image_size} and "
                 f"{self.patch_size}"
             )
+        if self.image_size % 2:
+            raise ValueError(f"image_size must be even; got {self.image_size}")
         return _heads_divide(self)
 
 
