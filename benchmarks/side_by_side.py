@@ -91,7 +91,8 @@ def build(
 ) -> tuple[InstructBlip, Any]:
     """Ours and transformers' model with the same random weights, nothing dropped out.
 
-    What trains is fp32 in both, what is frozen is ``dtype``: a step wants `autocast` around theirs.
+    Image encoder and language model are ``dtype``, all the rest is fp32, as our training has it: a
+    step wants `autocast` around theirs.
     """
     shape = SIZES[size]
     config = InstructBlipConfig(
@@ -116,11 +117,11 @@ def build(
         ours = InstructBlip.from_pretrained(folder)
     half = None if dtype == torch.float32 else dtype
     ours.to_training_dtypes(frozen_dtype=half, compute_dtype=half).to(device)
+    dtypes = {name: parameter.dtype for name, parameter in ours.named_parameters()}
     names = set(trainable_parameters(ours))
     for name, parameter in theirs.named_parameters():
         parameter.requires_grad_(name in names)
-        if name in names:
-            parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(dtypes[name])
     assert {n for n, p in theirs.named_parameters() if p.requires_grad} == names
     return ours, theirs
 
