@@ -86,6 +86,7 @@ def test_t5_packed_equals_padded(
     monkeypatch.setattr(packing, "ONE_BY_ONE", devices)
     model = tiny_model("t5").double()  # so that what differs is not rounding
     batch = ragged(samples, prompt, response, seed=samples)
+    assert batch.pixel_values is not None
     batch = replace(batch, pixel_values=batch.pixel_values.double())
     joined = model.language.join(model.encode_queries(batch), batch)
     queries = model.config.num_query_tokens
