@@ -45,7 +45,8 @@ class Seq2SeqLanguage:
         assert joined.decoder_ids is not None
         states = self._encode(joined.inputs_embeds, joined.attention_mask)
         hidden = self._decode(joined.decoder_ids, states, joined.attention_mask)
-        return response_losses(self.model, self._scaled(hidden), joined)
+        states = self._scaled(hidden).flatten(0, 1).index_select(0, joined.places)
+        return response_losses(self.model, states, joined.targets)
 
     def generate(
         self,
