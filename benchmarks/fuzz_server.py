@@ -73,8 +73,12 @@ def broken_picture(rng: random.Random) -> bytes:
 
 def good(rng: random.Random, content: bytes) -> tuple[str, dict[str, Any]]:
     url = "data:image/png;base64," + base64.b64encode(content).decode()
-    if rng.random() < 0.3:
+    kind = rng.random()
+    if kind < 0.3:
         return "/v1/rank", {"images": [url], "instruction": "what?", "candidates": ["a", "b c"]}
+    if kind < 0.5:
+        more = {"image": url} if rng.random() < 0.5 else {"n": 2, "seed": 1}
+        return "/v1/images/generations", {"prompt": "draw a star", "steps": 2, **more}
     parts = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": url}}]
     more = {"max_tokens": 2, "stream": rng.random() < 0.3}
     return "/v1/chat/completions", {"messages": [{"role": "user", "content": parts}], **more}

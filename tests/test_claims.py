@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from instructblip.batch import Example
 from instructblip.data.mixture import Mixture
 from instructblip.data.templates import render_instruction
 from instructblip.evaluation.benchmarks import select_benchmarks
 from instructblip.evaluation.evaluate import evaluate
+from instructblip.model.directory import model_directory
+from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe import differences, load_recipe
 from runs.claims import judge, measure, write
-from runs.claims.conditions import BASE, DOWNSTREAM, SETS, TUNED, Job, Plan
+from runs.claims.conditions import BASE, DOWNSTREAM, FEW_QUERIES, SETS, TUNED, Job, Plan
 from tests.evaluation.fakes import COLOURS, FakeEngine, ListDataset, benchmark, colour_questions
 
 
@@ -57,7 +60,11 @@ def test_jobs_are_recipes_and_come_after_what_they_need(tmp_path: Path) -> None:
     plan = Plan(tmp_path, seeds=2, steps=40, finetune_steps=10, overrides=("data.augment=true",))
     jobs = plan.jobs()
     names = [job.name for job in jobs]
-    assert len(set(names)) == len(names) == 2 * (len(TUNED) + 1 + 2 * len(DOWNSTREAM))
+    assert (
+        len(set(names))
+        == len(names)
+        == 2 * (len(TUNED) + len(FEW_QUERIES) + 1 + 2 * len(DOWNSTREAM))
+    )
     for place, job in enumerate(jobs):
         recipe = measure.recipe_of(plan, job)
         assert recipe.data.augment
@@ -73,6 +80,16 @@ def test_jobs_are_recipes_and_come_after_what_they_need(tmp_path: Path) -> None:
     asked = by_name["multitask_names_in_both/seed0"].evaluation.prompts
     assert set(asked) == {one.name for one in select_benchmarks(["scenes"])}
     assert asked["scenes_gqa"] == "gqa: {question}"
+
+
+def test_few_queries_are_the_first_ones(tmp_path: Path) -> None:
+    measure.keep_queries("starter", 2, tmp_path / "few")
+    few = InstructBlip.from_pretrained(tmp_path / "few")
+    whole = InstructBlip.from_pretrained(model_directory("starter"))
+    assert few.config.num_query_tokens == 2
+    assert torch.equal(few.query_tokens, whole.query_tokens[:, :2])
+    recipe = measure.recipe_of(plan := Plan(tmp_path), plan.jobs()[len(TUNED)])
+    assert recipe.model.start == str(plan.few_queries)
 
 
 def test_intervals_know_seeds_and_samples() -> None:

@@ -48,6 +48,13 @@ TUNED: dict[str, list[str]] = {
 }
 """Condition -> what its tuning changes."""
 
+FEW = 2
+FEW_QUERIES: dict[str, list[str]] = {
+    "few_queries": [],
+    "few_queries_no_instruction": TUNED["no_instruction_in_qformer"],
+}
+"""Asks why: two of them, begun from a BLIP-2 with the first ``FEW`` of its query tokens alone."""
+
 DOWNSTREAM = {"scienceqa": "scenes_scienceqa", "okvqa": "scenes_okvqa"}
 """Set to fine-tune on -> its benchmark. The first was held out from tuning, the second was not."""
 
@@ -96,6 +103,11 @@ class Plan:
     def job(self, name: str, *overrides: str, **how: str) -> Job:
         return Job(name, (*self.common, *self.overrides, *overrides), **how)
 
+    @property
+    def few_queries(self) -> Path:
+        """The BLIP-2 with ``FEW`` query tokens."""
+        return self.work / f"start_{FEW}_queries"
+
     def baseline(self) -> Job:
         return self.job("blip2/seed0", model=self.start)
 
@@ -106,9 +118,11 @@ class Plan:
     def _of_seed(self, seed: int) -> list[Job]:
         last = {name: f"{self.work}/{name}/seed{seed}/last" for name in TUNED}
         seeds = [f"training.seed={seed}", f"data.seed={seed}"]
+        few = [f"model.start={self.few_queries}"]
+        tuned = TUNED | {name: [*own, *few] for name, own in FEW_QUERIES.items()}
         jobs = [
             self.job(f"{name}/seed{seed}", *seeds, *_schedule(self.steps), *overrides)
-            for name, overrides in TUNED.items()
+            for name, overrides in tuned.items()
         ]
         named = f"multitask_names/seed{seed}"
         jobs.append(

@@ -16,11 +16,15 @@ import time
 from collections import deque
 from pathlib import Path
 
+import torch
+
 from instructblip import stages, stages_measure
 from instructblip.evaluation.predictions import write_json
+from instructblip.model.directory import model_directory
+from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe import Recipe, differences, load_recipe
 from instructblip.stages_measure import RECIPE_FILE
-from runs.claims.conditions import BASE, DOWNSTREAM, Job, Plan
+from runs.claims.conditions import BASE, DOWNSTREAM, FEW, Job, Plan
 
 DONE = "done.json"
 
@@ -40,13 +44,15 @@ def recipe_of(plan: Plan, job: Job) -> Recipe:
 
 
 def prepare(plan: Plan, scale: float) -> None:
-    """Data, its check and the image features, once for all; then BLIP-2 as it is.
+    """Data, its check, the image features and the start with few queries, once for all; then BLIP-2
+    as it is.
 
     BLIP-2 is looked at every time: its predictions are refused if the starter has changed.
     """
     stages.scenes(plan.work / "scenes", scale=scale)
     extra = [f"data.sets.{name}={{}}" for name in DOWNSTREAM]
     stages.cache(load_recipe(BASE, [*plan.common, *extra, "data.check=run"]))
+    keep_queries(plan.start, FEW, plan.few_queries)
     job = plan.baseline()
     began = time.monotonic()
     folder = plan.work / job.name
@@ -55,6 +61,14 @@ def prepare(plan: Plan, scale: float) -> None:
     )
     if not (folder / DONE).is_file():
         write_json(folder / DONE, {"seconds": round(time.monotonic() - began, 1)})
+
+
+def keep_queries(start: str, number: int, out: Path) -> None:
+    """Write the model ``start`` with the first ``number`` of its query tokens."""
+    model = InstructBlip.from_pretrained(model_directory(start))
+    model.config = model.config.model_copy(update={"num_query_tokens": number})
+    model.query_tokens = torch.nn.Parameter(model.query_tokens.detach()[:, :number].clone())
+    model.save_pretrained(out)
 
 
 def do(plan: Plan, job: Job) -> None:

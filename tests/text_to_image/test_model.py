@@ -9,7 +9,7 @@ import torch
 from instructblip.model.instructblip import InstructBlip
 from instructblip.text_to_image.batches import DrawLoader
 from instructblip.text_to_image.config import ConditionerConfig, NativeConfig
-from instructblip.text_to_image.decoder import EVEN_WEIGHT, NativeDecoder
+from instructblip.text_to_image.decoder import EVEN_WEIGHT, Details, NativeDecoder
 from instructblip.text_to_image.model import TextToImage
 from instructblip.training.config import TrainingConfig
 from instructblip.training.train import train
@@ -125,6 +125,26 @@ def test_one_condition_serves_several_noise_levels():
     rows = torch.arange(6) // 3
     torch.testing.assert_close(shared, decoder(noisy, level, condition[rows], mask[rows]))
     assert not torch.allclose(shared, decoder(noisy, level, condition[1 - rows], mask[1 - rows]))
+
+
+def test_details_begin_as_the_identity_and_look_beyond_a_patch():
+    torch.manual_seed(0)
+    details = Details(8)
+    picture, noisy, level = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 16), torch.rand(1)
+    assert torch.equal(details(picture, noisy, level), picture)
+    torch.nn.init.normal_(details.output.weight)
+    before = details(picture, noisy, level)
+    noisy[:, :, 8, 8] += 1  # the first pixel of a patch of 4 or 8
+    moved = (details(picture, noisy, level) - before).abs().amax((0, 1)) > 0
+    assert moved[7, 7]
+    assert not moved[:2].any()
+    assert not moved[:, :2].any()
+    assert (details(picture, noisy, level + 0.1) != details(picture, noisy, level)).any()
+
+
+def test_a_picture_has_an_even_side():
+    with pytest.raises(ValueError, match="image_size must be even; got 9"):
+        NativeConfig(image_size=9, patch_size=3)
 
 
 def test_noise_levels_of_a_picture_are_spread():

@@ -55,6 +55,7 @@ class NativeConfig(_Config):
     num_layers: int = Field(default=6, gt=0, description="Number of transformer layers.")
     num_heads: int = Field(default=6, gt=0, description="Attention heads of a layer.")
     condition_width: int = Field(default=192, gt=0, description="Width of the condition's tokens.")
+    detail_width: int = Field(default=32, gt=0, description="Channels of the last convolutions.")
     predict: Literal["picture", "velocity"] = Field(
         default="picture",
         description="What the last layer gives; the loss is the velocity's either way.",
@@ -82,6 +83,8 @@ class NativeConfig(_Config):
                 f"image_size must be a multiple of patch_size; got {self.image_size} and "
                 f"{self.patch_size}"
             )
+        if self.image_size % 2:
+            raise ValueError(f"image_size must be even; got {self.image_size}")
         return _heads_divide(self)
 
 

@@ -88,6 +88,32 @@ class NativeLayer(nn.Module):
         return hidden + (1 + gate2) * self.mlp(self.norm3(hidden) * (1 + scale2) + shift2)
 
 
+class Details(nn.Module):
+    """Corrects a picture by its neighbourhoods, which the borders of patches do not cut: three
+    convolutions over squares of 2 x 2 pixels of the picture and the noisy one, and the noise level.
+    It begins as the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.input = nn.Conv2d(25, width, 3, padding=1)
+        self.hidden = nn.Conv2d(width, width, 3, padding=1)
+        self.output = nn.Conv2d(width, 12, 3, padding=1)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(
+        self,
+        picture: Float[Tensor, "N 3 G G"],
+        noisy: Float[Tensor, "N 3 G G"],
+        level: Float[Tensor, " N"],
+    ) -> Float[Tensor, "N 3 G G"]:
+        seen = nn.functional.pixel_unshuffle(torch.cat([picture, noisy], dim=1), 2)
+        plane = level[:, None, None, None].expand(-1, 1, *seen.shape[2:]).to(seen)
+        seen = torch.cat([seen, plane], dim=1).contiguous(memory_format=torch.channels_last)
+        hidden = self.input(seen).relu()
+        return picture + nn.functional.pixel_shuffle(self.output(self.hidden(hidden).relu()), 2)
+
+
 class NativeDecoder(nn.Module):
     """The native decoder; needs nothing but torch."""
 
@@ -109,6 +135,7 @@ class NativeDecoder(nn.Module):
         # what a patch can show has more dimensions than the width: the last step is not linear
         self.patch_hidden = nn.Linear(width, 2 * width)
         self.patch_output = nn.Linear(2 * width, pixels)
+        self.details = Details(config.detail_width)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -143,7 +170,8 @@ class NativeDecoder(nn.Module):
         hidden = nn.functional.gelu(self.patch_hidden(self.norm(hidden)))
         patches = self.patch_output(hidden).mT  # [N, 3 patch^2, patches]
         side = self.config.image_size // patch
-        return nn.functional.pixel_shuffle(patches.unflatten(2, (side, side)), patch)
+        picture = nn.functional.pixel_shuffle(patches.unflatten(2, (side, side)), patch)
+        return self.details(picture, noisy, level)
 
     def loss(
         self,
