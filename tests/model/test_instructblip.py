@@ -240,6 +240,29 @@ def test_trained_language_model_keeps_fp32_masters(model):
     model.loss(tiny_batch(model.config)).loss_sum.backward()
 
 
+def test_the_last_norm_trains_without_a_gradient_of_the_features(model):
+    """Its scale and shift stand in the weights behind it, and all slopes are those of autograd."""
+    model.eval()
+    norm = model.vision_model.post_layernorm
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    torch.nn.init.normal_(norm.bias)
+    batch = tiny_batch(model.config)
+    features = model.encode_image(batch.pixel_values)
+    index = batch.image_index[:, 0]
+    plain = model.query_image(features, batch.qformer_ids, batch.qformer_mask, index)
+    plain = model.project_queries(plain)
+    queries = model.encode_queries(batch)
+    torch.testing.assert_close(queries, plain, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(model.encode_queries(batch), plain)
+    names, trained = zip(*model.trainable_parameters(), strict=True)
+    outer = torch.randn_like(plain)
+    expected = torch.autograd.grad(plain, trained, outer, allow_unused=True)
+    slopes = torch.autograd.grad(queries, trained, outer, allow_unused=True)
+    for name, got, value in zip(names, slopes, expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 # --- the Q-Former by itself ----------------------------------------------------------------------
 
 

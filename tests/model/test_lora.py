@@ -37,10 +37,11 @@ def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> InstructBlip:
 
 
 def test_begins_as_nothing_and_learns(loaded: InstructBlip):
-    before = loss_of(loaded)
-    add_lora(loaded.language_model, LoraConfig(rank=2))
+    with torch.no_grad():  # else the last norm of the image encoder, where it trains, is folded
+        before = loss_of(loaded)
+        add_lora(loaded.language_model, LoraConfig(rank=2))
+        assert torch.equal(loss_of(loaded), before)
     loaded.set_trainable(("lora",)).eval()
-    assert torch.equal(loss_of(loaded), before)
     trained = dict(loaded.trainable_parameters())
     assert trained
     assert all(name.endswith((".lora.A", ".lora.B")) for name in trained)

@@ -1,6 +1,7 @@
 """Decoder-only language models: queries, prompt and response in one row."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from instructblip.model.beams import BeamTree
 from instructblip.model.candidates import Forest, Layout
 from instructblip.model.generation import OnTokens, generate
 from instructblip.model.joined import Joined, behind_queries, prefix_of, response_losses
+from instructblip.model.llama import reads_last
 from instructblip.model.packing import ATTENTION, PACKED_TYPES, Packing, packs
 from instructblip.model.ranking import Prefix, expanded
 from instructblip.model.rows import compact, pad_left
@@ -48,8 +50,11 @@ class CausalLanguage:
         if not packs(self.model):
             return Joined(embeds, attention_mask, rows, rows * embeds.shape[1] + columns, targets)
         packing = Packing.of(attention_mask.bool())
+        places = packing.index[rows, columns]
+        if reads_last(self.model):
+            packing = replace(packing, read=places)
         packed = embeds.flatten(0, 1).index_select(0, packing.slots)[None]
-        return Joined(packed, None, rows, packing.index[rows, columns], targets, packing=packing)
+        return Joined(packed, None, rows, places, targets, packing=packing)
 
     def loss(self, joined: Joined) -> Float[Tensor, " n"]:
         """Cross-entropy in nats of each response token, computed in fp32."""
@@ -59,7 +64,10 @@ class CausalLanguage:
             use_cache=False,
             **(packing.arguments() if packing else {"attention_mask": joined.attention_mask}),
         ).last_hidden_state
-        return response_losses(self.model, hidden, joined)
+        states = hidden.flatten(0, 1)
+        if packing is None or packing.read is None:
+            states = states.index_select(0, joined.places)
+        return response_losses(self.model, states, joined.targets)
 
     def generate(
         self,

@@ -29,9 +29,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
             right = scores.gather(1, own[:, None])
             total = scores.exp_().sum(1, keepdim=True)
             losses.append((total.log() - right)[:, 0])
-            slope = scores.div_(total)  # softmax, in the memory of the logits
-            slope[torch.arange(len(own), device=own.device), own] -= 1
-            slopes.append((slope.to(head.weight.dtype) @ head.weight).to(hidden.dtype))
+            mean = (scores.to(head.weight.dtype) @ head.weight) / total  # softmax @ W
+            slopes.append((mean - head.weight[own]).to(hidden.dtype))
         ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(losses)
 

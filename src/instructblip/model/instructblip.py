@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from instructblip.batch import Batch
 from instructblip.model.config import InstructBlipConfig
@@ -140,14 +141,17 @@ class InstructBlip(nn.Module):
         qformer_ids: Int[Tensor, "M I"],
         qformer_mask: Int[Tensor, "M I"] | None,
         image_index: Int[Tensor, " M"] | None = None,
+        weights: dict[str, Tensor] | None = None,
     ) -> Float[Tensor, "M Q D"]:
         """Ask M instructions about pictures: ``image_index`` names the picture of each (None: row i
-        asks picture i). ``features`` are behind the last LayerNorm; no mask: no padding."""
+        asks picture i). ``features`` are behind the last LayerNorm; no mask: no padding;
+        ``weights`` stand in for the Q-Former's own."""
         rows = len(features) if image_index is None else len(image_index)
         query_embeds = self.query_tokens.expand(rows, -1, -1)
         with self._precision(self.qformer):
             features = features.to(self.query_tokens.dtype)
-            return self.qformer(query_embeds, features, qformer_ids, qformer_mask, image_index)
+            inputs = (query_embeds, features, qformer_ids, qformer_mask, image_index)
+            return functional_call(self.qformer, weights or {}, inputs)
 
     def project_queries(self, queries: Float[Tensor, "M Q D"]) -> Float[Tensor, "M Q L"]:
         """From the width of the Q-Former to that of the language model."""
@@ -167,15 +171,28 @@ class InstructBlip(nn.Module):
         samples, frames = batch.image_index.shape
         index = batch.image_index.flatten()
         own = torch.equal(index, torch.arange(len(features), device=index.device))
+        norm = self.vision_model.post_layernorm
+        folds = torch.is_grad_enabled() and norm.weight.requires_grad
         with part("q-former"):
             queries = self.query_image(
-                self.vision_model.norm(features),
+                self.vision_model.norm(features, affine=not folds),
                 batch.qformer_ids.repeat_interleave(frames, dim=0),
                 batch.qformer_mask.repeat_interleave(frames, dim=0),
                 None if own else index,  # nothing to pick where each row has a picture of its own
+                self._behind_norm() if folds else None,
             )
             projected = self.project_queries(queries)
         return projected.flatten(0, 1).unflatten(0, (samples, -1))  # [B, F*Q, L]
+
+    def _behind_norm(self) -> dict[str, Tensor]:
+        """Weights for features without the last LayerNorm's scale s and shift t, which train here:
+        W (s x + t) + b = (W s) x + (W t + b), and the many features x need no gradient."""
+        norm, folded = self.vision_model.post_layernorm, {}
+        for name, layer in self.qformer.named_modules():
+            if name.endswith(("crossattention.attention.key", "crossattention.attention.value")):
+                folded[f"{name}.weight"] = layer.weight * norm.weight
+                folded[f"{name}.bias"] = torch.addmv(layer.bias, layer.weight, norm.bias)
+        return folded
 
     def loss(self, batch: Batch) -> LossOutput:
         """Language-modelling loss of the responses; prompt and padding carry none."""

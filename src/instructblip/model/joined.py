@@ -34,11 +34,10 @@ class Joined:
     decoder_packing: Packing | None = None
 
 
-def response_losses(model: Any, hidden: Tensor, joined: Joined) -> Tensor:
-    """Cross-entropy in nats [m] at the labelled places of the last hidden states."""
-    states = hidden.flatten(0, 1).index_select(0, joined.places)
+def response_losses(model: Any, states: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats [m] of the last hidden states [m, L] at the labelled places."""
     with part("head"):
-        return token_losses(model.get_output_embeddings(), states, joined.targets)
+        return token_losses(model.get_output_embeddings(), states, targets)
 
 
 def behind_queries(model: Any, queries: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from instructblip.model.llama import speed_up
+
 ATTENTION = "instructblip_packed"
 """Name of the attention below; without ``packing`` it is transformers' "sdpa"."""
 
@@ -33,13 +35,15 @@ class Packing:
     ``index`` [B, X] names the token of each slot (padding: any), ``slots`` [n] the slot of each
     token, ``positions`` [1, n] its place within its own row, ``lengths`` the number of tokens of
     each row. Rows of 2 and 1 tokens: index [[0, 1], [2, 0]], slots [0, 1, 2], positions
-    [[0, 1, 0]], lengths [2, 1].
+    [[0, 1, 0]], lengths [2, 1]. ``read`` [m] are the tokens whose last hidden states are asked for
+    (None: all).
     """
 
     index: Int[Tensor, "B X"]
     slots: Int[Tensor, " n"]
     positions: Int[Tensor, "1 n"]
     lengths: list[int]
+    read: Int[Tensor, " m"] | None = None
 
     @classmethod
     def of(cls, mask: Bool[Tensor, "B X"]) -> "Packing":
@@ -117,10 +121,11 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def allow_packing(model: Any) -> None:
-    """Give a decoder the attention above where its rows may be packed."""
+    """Give a decoder the attention above, and faster layers, where its rows may be packed."""
     config = model.config
     if config.model_type in PACKED_TYPES and not getattr(config, "use_sliding_window", False):
         model.set_attn_implementation(ATTENTION)
+        speed_up(model)
 
 
 def packs(model: Any) -> bool:

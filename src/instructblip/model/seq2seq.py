@@ -54,24 +54,21 @@ class Seq2SeqLanguage:
 
     def loss(self, joined: Joined) -> Float[Tensor, " n"]:
         """Cross-entropy in nats of each response token, computed in fp32."""
-        mask, packing, decoder_packing = (
-            joined.attention_mask,
-            joined.packing,
-            joined.decoder_packing,
-        )
+        mask = joined.attention_mask
         reads: dict[str, Any] = {"attention_mask": mask}
         says: dict[str, Any] = {"encoder_attention_mask": mask}
-        if packing is not None and decoder_packing is not None:
-            reads, says = packing.arguments(), decoder_packing.arguments()
-            says |= {"encoder_attention_mask": reads["attention_mask"], "memory": packing}
-        states = self.model.get_encoder()(inputs_embeds=joined.inputs_embeds, **reads)
+        if joined.packing is not None and joined.decoder_packing is not None:
+            reads, says = joined.packing.arguments(), joined.decoder_packing.arguments()
+            says |= {"encoder_attention_mask": reads["attention_mask"], "memory": joined.packing}
+        encoded = self.model.get_encoder()(inputs_embeds=joined.inputs_embeds, **reads)
         hidden = self.model.get_decoder()(
             input_ids=joined.decoder_ids,
-            encoder_hidden_states=states.last_hidden_state,
+            encoder_hidden_states=encoded.last_hidden_state,
             use_cache=False,
             **says,
         ).last_hidden_state
-        return response_losses(self.model, self._scaled(hidden), joined)
+        states = self._scaled(hidden).flatten(0, 1).index_select(0, joined.places)
+        return response_losses(self.model, states, joined.targets)
 
     def generate(
         self,

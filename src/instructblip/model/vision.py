@@ -142,9 +142,14 @@ class VisionModel(nn.Module):
             )
         return self.encoder(self.embeddings(pixel_values))
 
-    def norm(self, features: Float[Tensor, "N P V"]) -> Float[Tensor, "N P V"]:
-        """The last LayerNorm, in its own precision (it may be trained in fp32 on a bf16 body)."""
-        return self.post_layernorm(features.to(self.post_layernorm.weight.dtype))
+    def norm(self, features: Float[Tensor, "N P V"], affine: bool = True) -> Float[Tensor, "N P V"]:
+        """The last LayerNorm, in its own precision (it may be trained in fp32 on a bf16 body);
+        ``affine=False`` leaves its scale and shift out."""
+        norm = self.post_layernorm
+        features = features.to(norm.weight.dtype)
+        if affine:
+            return norm(features)
+        return F.layer_norm(features, norm.normalized_shape, eps=norm.eps)
 
     def forward(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
         return self.norm(self.body(pixel_values))

@@ -98,8 +98,8 @@ class Details(nn.Module):
         self.input = nn.Conv2d(25, width, 3, padding=1)
         self.hidden = nn.Conv2d(width, width, 3, padding=1)
         self.output = nn.Conv2d(width, 12, 3, padding=1)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        for parameter in self.output.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self,

@@ -1,0 +1,62 @@
+"""Faster layers over packed rows give the numbers and the slopes of transformers' own."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from instructblip.model.llama import _FrozenRMSNorm, _Rotation
+from tests.model.test_activations import gradients
+from tests.model.test_language import tiny_model
+from tests.parity.tiny import tiny_batch
+
+
+def slope(result: Tensor, states: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    outer = torch.randn(result.shape, generator=generator).to(result.dtype)
+    return torch.autograd.grad(result, states, outer)[0]
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_frozen_norm(dtype: torch.dtype, apart: float):
+    theirs = LlamaRMSNorm(16, eps=0.1).to(dtype).requires_grad_(False)
+    theirs.weight.uniform_(0.5, 1.5)
+    states = torch.randn(1, 5, 16, dtype=dtype, requires_grad=True)
+    expected, got = theirs(states), _FrozenRMSNorm.apply(states, theirs.weight, 0.1)
+    torch.testing.assert_close(got, expected, rtol=apart, atol=apart)
+    torch.testing.assert_close(slope(got, states), slope(expected, states), rtol=apart, atol=apart)
+
+
+def test_rotation():
+    angles = torch.rand(1, 5, 4)
+    cos, sin = (torch.cat([x, x], -1) for x in (angles.cos(), angles.sin()))
+    states = torch.randn(1, 5, 2, 8, requires_grad=True)
+    expected, _ = apply_rotary_pos_emb(states, states, cos, sin, unsqueeze_dim=2)
+    got = _Rotation.apply(states, angles.cos()[:, :, None], angles.sin()[:, :, None])
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(slope(got, states), slope(expected, states))
+
+
+@pytest.mark.parametrize("language", ["llama", "qwen2"])
+def test_a_language_model_that_trains_has_the_slopes_of_padded_rows(language: str):
+    model = tiny_model(language).set_trainable(("qformer", "language_model"))
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    batch = tiny_batch(model.config)
+    packed = gradients(model, batch)
+    model.language_model.set_attn_implementation("sdpa")
+    padded = gradients(model, batch)
+    assert packed.keys() == padded.keys()
+    for name, value in padded.items():
+        torch.testing.assert_close(packed[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_layer_goes_on_with_what_is_read():
+    model = tiny_model("llama")
+    batch = tiny_batch(model.config)
+    counts = []
+    for layer in model.language_model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].shape[1]))
+    model.loss(batch)
+    assert counts[-1] == int(batch.response_mask.sum()) < counts[0]
