@@ -63,7 +63,7 @@ def test_jobs_are_recipes_and_come_after_what_they_need(tmp_path: Path) -> None:
     assert (
         len(set(names))
         == len(names)
-        == 2 * (len(TUNED) + len(FEW_QUERIES) + 1 + 2 * len(DOWNSTREAM))
+        == 2 * (len(TUNED) + len(FEW_QUERIES) + 3 + 2 * len(DOWNSTREAM))
     )
     for place, job in enumerate(jobs):
         recipe = measure.recipe_of(plan, job)
@@ -80,6 +80,10 @@ def test_jobs_are_recipes_and_come_after_what_they_need(tmp_path: Path) -> None:
     asked = by_name["multitask_names_in_both/seed0"].evaluation.prompts
     assert set(asked) == {one.name for one in select_benchmarks(["scenes"])}
     assert asked["scenes_gqa"] == "gqa: {question}"
+    unread = {job.name for job in (plan.baseline(), *jobs) if job.unread}
+    assert unread == {"blip2/seed0"} | {
+        f"{name}_unread/seed{seed}" for name in ("instructblip", "few_queries") for seed in (0, 1)
+    }
 
 
 def test_few_queries_are_the_first_ones(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from instructblip.evaluation.benchmarks import select_benchmarks
 from instructblip.recipe import load_recipe
@@ -63,13 +64,15 @@ DOWNSTREAM = {"scienceqa": "scenes_scienceqa", "okvqa": "scenes_okvqa"}
 class Job:
     """One model, tuned and measured, in ``WORK/<name>``; ``model`` is measured without tuning.
 
-    ``needs`` is the job whose model this one starts from or measures.
+    ``needs`` is the job whose model this one starts from or measures; ``unread`` withholds the
+    instruction from the Q-Former of what is measured.
     """
 
     name: str
     overrides: tuple[str, ...]
     model: str | None = None
     needs: str | None = None
+    unread: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Plan:
             "training.keep_last=1",
         ]
 
-    def job(self, name: str, *overrides: str, **how: str) -> Job:
+    def job(self, name: str, *overrides: str, **how: Any) -> Job:
         return Job(name, (*self.common, *self.overrides, *overrides), **how)
 
     @property
@@ -109,17 +112,17 @@ class Plan:
         return self.work / f"start_{FEW}_queries"
 
     def baseline(self) -> Job:
-        return self.job("blip2/seed0", model=self.start)
+        return self.job("blip2/seed0", model=self.start, unread=True)
 
     def jobs(self) -> list[Job]:
         """All runs, seed by seed, each after the one that it needs."""
         return [job for seed in range(self.seeds) for job in self._of_seed(seed)]
 
     def _of_seed(self, seed: int) -> list[Job]:
-        last = {name: f"{self.work}/{name}/seed{seed}/last" for name in TUNED}
         seeds = [f"training.seed={seed}", f"data.seed={seed}"]
         few = [f"model.start={self.few_queries}"]
         tuned = TUNED | {name: [*own, *few] for name, own in FEW_QUERIES.items()}
+        last = {name: f"{self.work}/{name}/seed{seed}/last" for name in tuned}
         jobs = [
             self.job(f"{name}/seed{seed}", *seeds, *_schedule(self.steps), *overrides)
             for name, overrides in tuned.items()
@@ -129,6 +132,11 @@ class Plan:
             self.job(f"multitask_names_in_both/seed{seed}", *named_prompts(),
                      model=last["multitask_names"], needs=named)
         )  # fmt: skip
+        jobs += [
+            self.job(f"{name}_unread/seed{seed}", model=last[name], needs=f"{name}/seed{seed}",
+                     unread=True)
+            for name in ("instructblip", "few_queries")
+        ]  # fmt: skip
         for name, benchmark in DOWNSTREAM.items():
             only = [f"data.sets={{{name}: {{}}}}", f"evaluation.benchmarks=[{benchmark}]"]
             settings = [*seeds, *_schedule(self.finetune_steps), *only]

@@ -56,9 +56,7 @@ def prepare(plan: Plan, scale: float) -> None:
     job = plan.baseline()
     began = time.monotonic()
     folder = plan.work / job.name
-    stages_measure.evaluate(
-        recipe_of(plan, job), plan.start, folder / "results", instruction_aware=False
-    )
+    answer(plan, job, plan.start)
     if not (folder / DONE).is_file():
         write_json(folder / DONE, {"seconds": round(time.monotonic() - began, 1)})
 
@@ -71,6 +69,13 @@ def keep_queries(start: str, number: int, out: Path) -> None:
     model.save_pretrained(out)
 
 
+def answer(plan: Plan, job: Job, model: str) -> None:
+    """Ask ``model`` the benchmarks of a job."""
+    results = plan.work / job.name / "results"
+    aware = False if job.unread else None  # None: as the model is
+    stages_measure.evaluate(recipe_of(plan, job), model, results, instruction_aware=aware)
+
+
 def do(plan: Plan, job: Job) -> None:
     """Tune, measure, and note how long it took this time."""
     began = time.monotonic()
@@ -81,7 +86,7 @@ def do(plan: Plan, job: Job) -> None:
         if stopped == "terminated":
             raise SystemExit(f"{job.name}: told to stop; it goes on from its checkpoint")
         model = f"{folder}/last"
-    stages_measure.evaluate(recipe, model, folder / "results")
+    answer(plan, job, model)
     write_json(folder / DONE, {"seconds": round(time.monotonic() - began, 1)})
 
 

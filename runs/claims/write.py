@@ -63,15 +63,20 @@ PARTS = (
         ),
     ),
     Part(
-        "Why the instruction in the Q-Former matters or not: what the query tokens can carry",
-        "Asked after the figures above were known. The starter has 16 query tokens for pictures of "
-        "one to four things, and learned to put one thing into one of them: what every question "
-        "could ask for reaches the language model, and nothing has to be chosen. A photograph "
-        "under 32 queries is another matter. So here all but two of the query tokens are taken "
-        "away before tuning; nothing else is changed.",
+        "Why the Q-Former's instruction may not matter here",
+        "Asked after the figures above were known, of two possible reasons. First, nothing has to "
+        "be chosen: the starter has 16 query tokens for pictures of one to four things and learned "
+        "to put one thing into one of them, so that all a question could ask for reaches the "
+        "language model. Then it should matter where all but two query tokens are taken away "
+        "before tuning. Second, the tuned Q-Former hardly reads: then its instruction can be "
+        "withheld after tuning without loss.",
         tuple(
-            Claim(f"instruction-aware Q-Former, two queries, {role.replace('_', '-')}",
-                  "few_queries", "few_queries_no_instruction", role)
+            Claim(f"{what}, {role.replace('_', '-')}", better, worse, role)
+            for what, better, worse in (
+                ("instruction-aware, two queries", "few_queries", "few_queries_no_instruction"),
+                ("instruction read after tuning", "instructblip", "instructblip_unread"),
+                ("the same, two queries", "few_queries", "few_queries_unread"),
+            )
             for role in ("held_out", "held_in")
         ),
     ),
@@ -266,7 +271,8 @@ Each is a list of overrides of the recipe `quickstart`, in `runs/claims/conditio
 "No balancing" draws all sets equally often, without weights by hand. "Multitask plain" trains on
 inputs without an instruction, "multitask names" puts the name of the data set in its place; both
 are asked with instructions, "multitask names in both" is asked by name as well. "Few queries" keeps
-two of the sixteen query tokens.
+two of the sixteen query tokens; "unread" withholds the instruction
+from the Q-Former of the tuned model.
 
 ![Held-in and held-out means of every condition](claims_conditions.svg)
 

@@ -188,10 +188,11 @@ class InstructBlip(nn.Module):
         """Weights for features without the last LayerNorm's scale s and shift t, which train here:
         W (s x + t) + b = (W s) x + (W t + b), and the many features x need no gradient."""
         norm, folded = self.vision_model.post_layernorm, {}
-        for name, layer in self.qformer.named_modules():
-            if name.endswith(("crossattention.attention.key", "crossattention.attention.value")):
-                folded[f"{name}.weight"] = layer.weight * norm.weight
-                folded[f"{name}.bias"] = torch.addmv(layer.bias, layer.weight, norm.bias)
+        own = dict(self.qformer.named_parameters())
+        for key in filter(re.compile(r"crossattention\.attention\.(key|value)\.w").search, own):
+            bias = key.removesuffix("weight") + "bias"
+            folded[key] = own[key] * norm.weight
+            folded[bias] = torch.addmv(own[bias], own[key], norm.bias)
         return folded
 
     def loss(self, batch: Batch) -> LossOutput:

@@ -19,9 +19,8 @@ class Joined:
 
     ``inputs_embeds`` [B, X, L] with ``attention_mask`` [B, X] (None: no padding), or [1, n, L] with
     ``packing``; for an encoder-decoder ``decoder_ids`` [B, R], or [1, m] with ``decoder_packing``,
-    else None. ``places`` [m] are the
-    positions, counted over all rows, whose output predicts ``targets`` [m]; ``rows`` [m] are their
-    samples, in order.
+    else None. ``places`` [m] are the positions, counted over all rows, whose output predicts
+    ``targets`` [m]; ``rows`` [m] are their samples, in order.
     """
 
     inputs_embeds: Tensor
