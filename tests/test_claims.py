@@ -236,5 +236,5 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / job.name / "recipe.yaml").write_text(recipe.to_yaml())
     assert measure.recipe_of(plan, job) == recipe
     longer = replace(plan, steps=plan.steps + 1)
-    with pytest.raises(ValueError, match=r"training.steps: 250 -> 251.*another work folder"):
+    with pytest.raises(ValueError, match=r"training.steps: 150 -> 151.*another work folder"):
         measure.recipe_of(longer, longer.jobs()[0])

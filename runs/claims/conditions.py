@@ -81,9 +81,9 @@ class Plan:
 
     work: Path
     seeds: int = 5
-    steps: int = 250
+    steps: int = 150
     finetune_steps: int = 60
-    limit: int = 200
+    limit: int = 100
     start: str = "starter"
     overrides: tuple[str, ...] = ()
 
