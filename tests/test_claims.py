@@ -63,7 +63,7 @@ def test_jobs_are_recipes_and_come_after_what_they_need(tmp_path: Path) -> None:
     assert (
         len(set(names))
         == len(names)
-        == 2 * (len(TUNED) + len(FEW_QUERIES) + 3 + 2 * len(DOWNSTREAM))
+        == 2 * (len(TUNED) + 2 * len(FEW_QUERIES) + 4 + 2 * len(DOWNSTREAM))
     )
     for place, job in enumerate(jobs):
         recipe = measure.recipe_of(plan, job)
@@ -71,7 +71,9 @@ def test_jobs_are_recipes_and_come_after_what_they_need(tmp_path: Path) -> None:
         assert job.needs is None or job.needs in names[:place]
         if job.model is None:
             assert recipe.training.seed == recipe.data.seed == int(job.name[-1])
-            assert recipe.training.steps == (10 if "finetuned" in job.name else 40)
+            steps = {"finetuned": 10, "long": 120}
+            known = (steps[word] for word in steps if word in job.name)
+            assert recipe.training.steps == next(known, 40)
     by_name = {job.name: measure.recipe_of(plan, job) for job in jobs}
     tuned = by_name["instructblip_finetuned_scienceqa/seed1"]
     assert tuned.model.start == str(tmp_path / "instructblip/seed1/last")
@@ -82,7 +84,9 @@ def test_jobs_are_recipes_and_come_after_what_they_need(tmp_path: Path) -> None:
     assert asked["scenes_gqa"] == "gqa: {question}"
     unread = {job.name for job in (plan.baseline(), *jobs) if job.unread}
     assert unread == {"blip2/seed0"} | {
-        f"{name}_unread/seed{seed}" for name in ("instructblip", "few_queries") for seed in (0, 1)
+        f"{name}_unread/seed{seed}"
+        for name in ("instructblip", "few_queries", "few_queries_long")
+        for seed in (0, 1)
     }
 
 

@@ -54,7 +54,9 @@ FEW_QUERIES: dict[str, list[str]] = {
     "few_queries": [],
     "few_queries_no_instruction": TUNED["no_instruction_in_qformer"],
 }
-"""Asks why: two of them, begun from a BLIP-2 with the first ``FEW`` of its query tokens alone."""
+"""Asks why: two of them, begun from a BLIP-2 with the first ``FEW`` of its query tokens alone; once
+as long as the others, and once ("..._long") ``LONG`` times as long."""
+LONG = 3
 
 DOWNSTREAM = {"scienceqa": "scenes_scienceqa", "okvqa": "scenes_okvqa"}
 """Set to fine-tune on -> its benchmark. The first was held out from tuning, the second was not."""
@@ -120,12 +122,13 @@ class Plan:
 
     def _of_seed(self, seed: int) -> list[Job]:
         seeds = [f"training.seed={seed}", f"data.seed={seed}"]
-        few = [f"model.start={self.few_queries}"]
-        tuned = TUNED | {name: [*own, *few] for name, own in FEW_QUERIES.items()}
+        few = {name: [*own, f"model.start={self.few_queries}"] for name, own in FEW_QUERIES.items()}
+        tuned = {name: (own, self.steps) for name, own in (TUNED | few).items()}
+        tuned |= {f"{name}_long": (own, LONG * self.steps) for name, own in few.items()}
         last = {name: f"{self.work}/{name}/seed{seed}/last" for name in tuned}
         jobs = [
-            self.job(f"{name}/seed{seed}", *seeds, *_schedule(self.steps), *overrides)
-            for name, overrides in tuned.items()
+            self.job(f"{name}/seed{seed}", *seeds, *_schedule(steps), *overrides)
+            for name, (overrides, steps) in tuned.items()
         ]
         named = f"multitask_names/seed{seed}"
         jobs.append(
@@ -135,7 +138,7 @@ class Plan:
         jobs += [
             self.job(f"{name}_unread/seed{seed}", model=last[name], needs=f"{name}/seed{seed}",
                      unread=True)
-            for name in ("instructblip", "few_queries")
+            for name in ("instructblip", "few_queries", "few_queries_long")
         ]  # fmt: skip
         for name, benchmark in DOWNSTREAM.items():
             only = [f"data.sets={{{name}: {{}}}}", f"evaluation.benchmarks=[{benchmark}]"]

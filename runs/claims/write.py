@@ -69,13 +69,17 @@ PARTS = (
         "to put one thing into one of them, so that all a question could ask for reaches the "
         "language model. Then it should matter where all but two query tokens are taken away "
         "before tuning. Second, the tuned Q-Former hardly reads: then its instruction can be "
-        "withheld after tuning without loss.",
+        "withheld after tuning without loss. The last rows tune three times as long.",
         tuple(
             Claim(f"{what}, {role.replace('_', '-')}", better, worse, role)
             for what, better, worse in (
                 ("instruction-aware, two queries", "few_queries", "few_queries_no_instruction"),
                 ("instruction read after tuning", "instructblip", "instructblip_unread"),
                 ("the same, two queries", "few_queries", "few_queries_unread"),
+                ("instruction-aware, two queries, long", "few_queries_long",
+                 "few_queries_no_instruction_long"),
+                ("read after tuning, two queries, long", "few_queries_long",
+                 "few_queries_long_unread"),
             )
             for role in ("held_out", "held_in")
         ),
@@ -271,8 +275,8 @@ Each is a list of overrides of the recipe `quickstart`, in `runs/claims/conditio
 "No balancing" draws all sets equally often, without weights by hand. "Multitask plain" trains on
 inputs without an instruction, "multitask names" puts the name of the data set in its place; both
 are asked with instructions, "multitask names in both" is asked by name as well. "Few queries" keeps
-two of the sixteen query tokens; "unread" withholds the instruction
-from the Q-Former of the tuned model.
+two of the sixteen query tokens, "long" is three times as many steps; "unread" withholds the
+instruction from the Q-Former of the tuned model.
 
 ![Held-in and held-out means of every condition](claims_conditions.svg)
 
