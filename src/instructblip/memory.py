@@ -163,10 +163,10 @@ def walk(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> Te
     decoder_ids = ones(samples, response) if seq2seq else None
     if packs(model.language_model):
         packing = _full(samples, embeds.shape[1], seq2seq)
-        embeds = packing.row(embeds)
+        embeds = packing.pack(embeds)
         if decoder_ids is not None:
             decoder_packing = _full(samples, response, seq2seq)
-            decoder_ids = decoder_packing.row(decoder_ids)
+            decoder_ids = decoder_packing.pack(decoder_ids)
     joined = Joined(
         inputs_embeds=embeds,
         attention_mask=None,

@@ -26,8 +26,10 @@ from instructblip.serving import incoming
 from instructblip.serving.api import create_app
 from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
 from instructblip.serving.chat import instruction_of
+from instructblip.serving.completions import stream_events
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.engine import Engine
+from instructblip.serving.schema import ChatRequest
 from tests.serving.conftest import body, data_url, greedy_engine, running
 
 CHAT = "/v1/chat/completions"
@@ -376,6 +378,28 @@ def test_429_and_504_over_http(engine: Engine, model_folder: Path, png: list[Pat
         assert say(client, body(png[0])) == engine.answer(png[0], TEXT)
         refused = [f.result() for f in sent if f.result().status_code == 429]
         assert refused[0].headers["retry-after"] == "1"
+
+
+def test_a_stream_whose_time_is_up_while_the_client_reads_says_so(
+    engine: Engine, png: list[Path]
+) -> None:
+    (job,) = jobs_of(engine, png[:1], deadline=time.monotonic() + 0.2)
+
+    async def read() -> list[str]:
+        service: Any = None  # is asked for the answer alone, which never comes
+        said = []
+        async for event in stream_events(service, "tuned", job, ChatRequest(**body(png[0]))):
+            if len(said) == 1:
+                await asyncio.sleep(0.4)
+            said.append(event)
+            assert job.on_text is not None
+            job.on_text("more")
+        return said
+
+    said = asyncio.run(read())
+    assert "took too long" in said[-2]
+    assert said[-1] == "data: [DONE]\n\n"
+    assert job.left
 
 
 def test_unexpected_errors_tell_nothing(model_folder: Path, png: list[Path]) -> None:

@@ -59,11 +59,7 @@ class Packing:
         rows = states[0].transpose(0, 1).index_select(0, self.index.flatten())
         return rows.unflatten(0, tuple(self.index.shape)).transpose(1, 2)
 
-    def pack(self, states: Tensor) -> Tensor:
-        """[B, X, heads, d] -> [1, n, heads, d]."""
-        return states.flatten(0, 1).index_select(0, self.slots)[None]
-
-    def row(self, values: Tensor) -> Tensor:
+    def pack(self, values: Tensor) -> Tensor:
         """[B, X, ...] -> [1, n, ...]."""
         return values.flatten(0, 1).index_select(0, self.slots)[None]
 

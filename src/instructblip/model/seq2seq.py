@@ -42,12 +42,12 @@ class Seq2SeqLanguage:
             return Joined(embeds, attention_mask, rows, places, targets, decoder_ids)
         packing, decoder_packing = Packing.of(attention_mask.bool()), Packing.of(mask)
         return Joined(
-            inputs_embeds=packing.row(embeds),
+            inputs_embeds=packing.pack(embeds),
             attention_mask=None,
             rows=rows,
             places=torch.arange(len(rows), device=rows.device),
             targets=targets,
-            decoder_ids=decoder_packing.row(decoder_ids),
+            decoder_ids=decoder_packing.pack(decoder_ids),
             packing=packing,
             decoder_packing=decoder_packing,
         )
@@ -123,7 +123,7 @@ class Seq2SeqLanguage:
         if not packs(self.model):
             return encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         packing = Packing.of(mask.bool())
-        states = encoder(inputs_embeds=packing.row(embeds), **packing.arguments())
+        states = encoder(inputs_embeds=packing.pack(embeds), **packing.arguments())
         return states.last_hidden_state[0][packing.index]
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -98,12 +98,15 @@ def stream_events(service: Service, name: str, job: Job, body: ChatRequest) -> A
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
 
+    async def following() -> str | None:
+        # a timeout around a `yield` would fire in whoever reads the events
+        return await asyncio.wait_for(pieces.get(), max(0.0, job.deadline - time.monotonic()))
+
     async def events() -> AsyncIterator[str]:
         try:
             yield event({"role": "assistant", "content": ""})
-            async with asyncio.timeout(max(0.0, job.deadline - time.monotonic())):
-                while (piece := await pieces.get()) is not None:
-                    yield event({"content": piece})
+            while (piece := await following()) is not None:
+                yield event({"content": piece})
             answer: Answer = await service.result(job)
             service.metrics.tokens.inc(answer.tokens)
             yield event({}, _finish(answer))
