@@ -44,7 +44,9 @@ def draw_tab(service: Service, words: Any) -> None:
             seed = gr.Number(value=0, precision=0, label=words("seed"))
             button = gr.Button(words("draw"), variant="primary", elem_id="draw-button")
         with gr.Column(scale=2):
-            drawn = gr.Gallery(label=words("drawn"), columns=4, elem_id="drawn", format="png")
+            drawn = gr.Gallery(
+                label=words("drawn"), show_label=False, columns=4, elem_id="drawn", format="png"
+            )
     button.click(
         lambda *values: paint(service, *values),
         [instruction, subject, number, guidance, seed],
