@@ -98,42 +98,47 @@ def main() -> None:
     peak = matrix_peak(options.clock, options.device, dtype)
     masks = [text_masks(inputs) for _, inputs in pairs[1:]]
     padding = 1 - torch.cat(masks).float().mean().item()
-    shares = {name: value / seconds[name] / peak for name, value in flops.items()}
     print(
         f"{options.size}, {options.device}, {options.dtype}, batch {options.batch}, "
         f"{options.threads} threads, {options.clock} clock, median of {options.rounds}; "
         f"{padding:.0%} of the language model's slots are padding"
     )
+    shares = {name: value / seconds[name] / peak for name, value in flops.items()}
+    report(options, seconds, shares)
+    print(f"measured {options.dtype} matrix peak {peak / 1e12:.2f} TFLOP/s")
+    print("ours by part, ms: " + ", ".join(f"{n} {v * 1000:.1f}" for n, v in parts.items()))
+    print(json.dumps(result(options, seconds, shares, apart)))
+
+
+def report(options: Any, seconds: dict[str, float], shares: dict[str, float]) -> None:
+    """The table, and the hours of the paper's run at full shapes."""
     print(f"{'':14} {'ms/step':>9} {'samples/s':>10} {'ratio':>6} {'of peak':>8}")
     for name, value in seconds.items():
         ratio = seconds["transformers"] / value
         share = f"{shares[name]:8.0%}" if name in shares else ""
         print(f"{name:14} {value * 1000:9.1f} {options.batch / value:10.2f} {ratio:6.2f} {share}")
-    print(f"measured {options.dtype} matrix peak {peak / 1e12:.2f} TFLOP/s")
-    print("ours by part, ms: " + ", ".join(f"{n} {v * 1000:.1f}" for n, v in parts.items()))
-    hours = paper_hours(options, seconds)
-    for name, value in hours.items():
+    for name, value in paper_hours(options, seconds).items():
         print(f"the paper's {PAPER_STEPS:,} steps, by arithmetic: {name} {value:.1f} hours")
-    print(
-        json.dumps(
-            {
-                "ratio": round(seconds["transformers"] / seconds["ours"], 3),
-                "ratio_cached": round(seconds["transformers"] / seconds["ours_cached"], 3),
-                "size": options.size,
-                "device": options.device,
-                "dtype": options.dtype,
-                "threads": options.threads,
-                "clock": options.clock,
-                "loss_difference": apart,
-                "seconds": {name: round(value, 4) for name, value in seconds.items()},
-                "samples_per_second": {
-                    name: round(options.batch / value, 2) for name, value in seconds.items()
-                },
-                "share_of_peak": {name: round(value, 4) for name, value in shares.items()},
-                "paper_hours": {name: round(value, 2) for name, value in hours.items()},
-            }
-        )
-    )
+
+
+def result(
+    options: Any, seconds: dict[str, float], shares: dict[str, float], apart: float
+) -> dict[str, Any]:
+    """What the last line says."""
+    rates = {name: round(options.batch / value, 2) for name, value in seconds.items()}
+    hours = paper_hours(options, seconds)
+    return {
+        "ratio": round(seconds["transformers"] / seconds["ours"], 3),
+        "ratio_cached": round(seconds["transformers"] / seconds["ours_cached"], 3),
+        **{
+            name: getattr(options, name) for name in ("size", "device", "dtype", "threads", "clock")
+        },
+        "loss_difference": apart,
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "samples_per_second": rates,
+        "share_of_peak": {name: round(value, 4) for name, value in shares.items()},
+        "paper_hours": {name: round(value, 2) for name, value in hours.items()},
+    }
 
 
 def text_masks(inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -6,7 +6,7 @@ what autograd would keep is counted tensor by tensor.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from instructblip.model.head import LOSS_CHUNK
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.joined import Joined
 from instructblip.model.language import stacks_of
+from instructblip.model.llama import reads_last
 from instructblip.model.packing import Packing, packs
 from instructblip.model.quantize import QuantizedLinear
 from instructblip.model.weights import NoRandomWeights, read_json
@@ -167,11 +168,14 @@ def walk(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> Te
         if decoder_ids is not None:
             decoder_packing = _full(samples, response, seq2seq)
             decoder_ids = decoder_packing.pack(decoder_ids)
+    places = ones(samples * response)
+    if packing is not None and reads_last(model.language_model):
+        packing = replace(packing, read=places)
     joined = Joined(
         inputs_embeds=embeds,
         attention_mask=None,
         rows=ones(samples * response),
-        places=ones(samples * response),
+        places=places,
         targets=ones(samples * response),
         decoder_ids=decoder_ids,
         packing=packing,

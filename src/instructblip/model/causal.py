@@ -53,8 +53,7 @@ class CausalLanguage:
         places = packing.index[rows, columns]
         if reads_last(self.model):
             packing = replace(packing, read=places)
-        packed = embeds.flatten(0, 1).index_select(0, packing.slots)[None]
-        return Joined(packed, None, rows, places, targets, packing=packing)
+        return Joined(packing.pack(embeds), None, rows, places, targets, packing=packing)
 
     def loss(self, joined: Joined) -> Float[Tensor, " n"]:
         """Cross-entropy in nats of each response token, computed in fp32."""
