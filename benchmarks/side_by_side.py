@@ -96,7 +96,8 @@ def build(
     """
     shape = SIZES[size]
     config = InstructBlipConfig(
-        vision_config=layer_sizes(*shape["vision"]),
+        # transformers would draw its weights at 1e-10: no picture could change a loss
+        vision_config={**layer_sizes(*shape["vision"]), "initializer_range": 0.02},
         qformer_config={
             **layer_sizes(*shape["qformer"]),
             "hidden_dropout_prob": 0.0,
@@ -152,7 +153,8 @@ def make_batch(
     generator = torch.Generator().manual_seed(seed)
 
     def rows(low: int, high: int, top: int) -> list[torch.Tensor]:
-        lengths = torch.randint(low, high + 1, (samples,), generator=generator)
+        share = torch.rand(samples, generator=generator) ** 1.5  # more are short than long
+        lengths = (low + (high - low) * share).round().long()
         lengths[0] = high
         return [torch.randint(4, top, (int(n),), generator=generator) for n in lengths]
 

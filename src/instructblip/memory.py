@@ -153,11 +153,11 @@ def walk(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> Te
     # no mask: which slots are real is a question to numbers, and there are none
     assert batch.image_features is not None
     features = model.vision_model.norm(batch.image_features)
-    seen = model.query_image(features, batch.qformer_ids, None, batch.image_index.flatten())
+    seen = model.query_image(features, batch.qformer_ids, None)  # a picture a row
     queries = model.project_queries(seen)
     seq2seq = model.language_model.config.is_encoder_decoder
     text = model.language_model.get_input_embeddings()(
-        ones(samples, prompt if seq2seq else prompt + response)
+        ones(samples, prompt if seq2seq else prompt + response - 1)
     )
     embeds = torch.cat([queries.to(text.dtype), text], dim=1)
     packing = decoder_packing = None

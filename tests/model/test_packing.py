@@ -52,6 +52,26 @@ def test_packed_equals_padded(
         torch.testing.assert_close(slopes[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_decoder_does_not_read_the_last_token_of_a_row(packed: bool):
+    """It is predicted, and predicts nothing."""
+    model = tiny_model("llama")
+    if not packed:
+        model.language_model.set_attn_implementation("sdpa")
+    batch = ragged(4, 5, 3, seed=0)
+    joined = model.language.join(model.encode_queries(batch), batch)
+    text = batch.prompt_mask.sum(1) + batch.response_mask.sum(1)
+    lengths = model.config.num_query_tokens + text - 1
+    if packed:
+        assert joined.packing is not None
+        assert joined.packing.lengths == lengths.tolist()
+    else:
+        assert joined.attention_mask is not None
+        assert joined.attention_mask.sum(1).tolist() == lengths.tolist()
+        assert joined.inputs_embeds.shape[1] == lengths.max()
+    assert len(joined.targets) == batch.num_response_tokens
+
+
 def ragged(samples: int, prompt: int, response: int, seed: int) -> Batch:
     """A batch of rows up to these lengths, the first of them whole."""
     generator = torch.Generator().manual_seed(seed)

@@ -36,15 +36,17 @@ class CausalLanguage:
                 )
 
     def join(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Joined:
-        """Rows [queries; prompt; response; padding] and the positions that predict the response."""
+        """Rows [queries; prompt; response but for its last token; padding] and the positions that
+        predict the response."""
         ids = torch.cat([batch.prompt_ids, batch.response_ids], dim=1)
         mask = torch.cat([batch.prompt_mask, batch.response_mask], dim=1).bool()
         is_response = torch.zeros_like(mask)
         is_response[:, batch.prompt_ids.shape[1] :] = batch.response_mask.bool()
         ids, is_response, mask = compact(mask, ids, is_response)
-        embeds, attention_mask = behind_queries(self.model, queries, ids, mask)
         rows, columns = is_response.nonzero(as_tuple=True)
         targets = ids[rows, columns]
+        # Nothing is predicted from the last token of a row, and no other token sees it.
+        embeds, attention_mask = behind_queries(self.model, queries, ids[:, :-1], mask[:, 1:])
         # Token j of a row sits behind K queries and is predicted one position earlier.
         columns = columns + queries.shape[1] - 1
         if not packs(self.model):

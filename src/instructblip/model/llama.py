@@ -62,8 +62,8 @@ def _layer(
     )
     if last and packing.read is not None:
         hidden, context = (x.index_select(1, packing.read) for x in (hidden, context))
-    hidden = hidden + attention.o_proj(context.flatten(2))
-    return hidden + layer.mlp(_norm(layer.post_attention_layernorm, hidden))
+    hidden = attention.o_proj(context.flatten(2)).add_(hidden)
+    return layer.mlp(_norm(layer.post_attention_layernorm, hidden)).add_(hidden)
 
 
 def _norm(module: Any, hidden: Tensor) -> Tensor:

@@ -89,6 +89,43 @@ class MultiHeadAttention(nn.Module):
         return rows.pack(context) if rows is not None and hidden.ndim == 2 else context
 
 
+class CrossAttention(MultiHeadAttention):
+    """Queries that read a picture, in fewer products: a picture has more tokens than queries.
+
+    (x K)(q)' = x (q K')': rather than project every token of the picture to keys and values, each
+    head takes its queries to the width of the picture, and what they saw from there into its own.
+    With H heads, Q queries, Y tokens of widths D and W that is H Q Y W + Q D W multiplications for
+    the scores in place of Y W D + Q Y D, so it pays where queries are fewer than a head is wide
+    (32 against 64 in the paper) and no two rows share the keys and values of one picture.
+    """
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "M Q D"],
+        states: Float[Tensor, "N Y W"],
+        mask: Bool[Tensor, "#M 1 #Q Y"] | None = None,
+        index: Int[Tensor, " M"] | None = None,
+        rows: Rows | None = None,
+    ) -> Float[Tensor, "M Q D"]:
+        count, heads = hidden.shape[1], self.num_heads
+        width = hidden.shape[2] // heads
+        if count >= width or index is not None or mask is not None or rows is not None:
+            return super().forward(hidden, states, mask, index, rows)
+        key, value = (x.weight.unflatten(0, (heads, -1)) for x in (self.key, self.value))
+        query = self.query(hidden).unflatten(2, (heads, -1)) * width**-0.5
+        query = query.permute(2, 0, 1, 3).flatten(1, 2)  # [heads, M*Q, D/heads]
+        query = (query @ key).unflatten(1, (-1, count)).transpose(0, 1)  # [M, heads, Q, W]
+        scores = query.flatten(1, 2) @ states.transpose(1, 2)  # [M, heads*Q, Y]
+        shares = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        context = (shares @ states).unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
+        context = (context @ value.mT).unflatten(1, (-1, count))  # [heads, M, Q, D/heads]
+        # Shares sum to one, but for dropout. The key's bias moves all scores of a query alike,
+        # which softmax ignores: its slope is zero, yet there.
+        total = shares.sum(2).unflatten(1, (heads, -1)).transpose(0, 1)[..., None]
+        context = context + total * self.value.bias.view(heads, 1, 1, -1) + 0 * self.key.bias.sum()
+        return context.permute(1, 2, 0, 3).flatten(2)
+
+
 class AddNorm(nn.Module):
     """Dense layer, dropout, residual, LayerNorm: the end of each sub-layer (post-norm, as BERT)."""
 
@@ -99,15 +136,15 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
+        return self.LayerNorm(self.dropout(self.dense(hidden)).add_(residual))
 
 
 class Attention(nn.Module):
     """Attention and its residual."""
 
-    def __init__(self, config: QFormerConfig, width: int) -> None:
+    def __init__(self, config: QFormerConfig, attention: MultiHeadAttention) -> None:
         super().__init__()
-        self.attention = MultiHeadAttention(config, width)
+        self.attention = attention
         self.output = AddNorm(config, config.hidden_size)
 
     def forward(
@@ -138,9 +175,9 @@ class QFormerLayer(nn.Module):
 
     def __init__(self, config: QFormerConfig, depth: int, text: bool) -> None:
         super().__init__()
-        self.attention = Attention(config, config.hidden_size)
+        self.attention = Attention(config, MultiHeadAttention(config, config.hidden_size))
         self.crossattention = (
-            Attention(config, config.encoder_hidden_size)
+            Attention(config, CrossAttention(config, config.encoder_hidden_size))
             if depth % config.cross_attention_frequency == 0
             else None
         )

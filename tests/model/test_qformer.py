@@ -1,0 +1,93 @@
+"""The cross-attention by fewer products against the plain one."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from instructblip.model.config import QFormerConfig
+from instructblip.model.qformer import CrossAttention, MultiHeadAttention
+
+CONFIG = QFormerConfig(
+    vocab_size=8,
+    hidden_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=3,
+    intermediate_size=8,
+    encoder_hidden_size=10,
+    attention_probs_dropout_prob=0.5,
+)
+ROWS, TOKENS, HEADS = 4, 9, CONFIG.num_attention_heads
+WIDTH = CONFIG.hidden_size // HEADS
+
+
+@pytest.fixture
+def attention() -> CrossAttention:
+    torch.manual_seed(0)
+    return CrossAttention(CONFIG, CONFIG.encoder_hidden_size).double()
+
+
+def run(call: Callable, attention: CrossAttention, queries: int) -> dict[str, torch.Tensor]:
+    """Result and gradients of queries [4, queries, 24] that look at states [4, 9, 10]."""
+    torch.manual_seed(1)
+    hidden = torch.randn(ROWS, queries, CONFIG.hidden_size).double().requires_grad_()
+    states = torch.randn(ROWS, TOKENS, CONFIG.encoder_hidden_size).double().requires_grad_()
+    context = call(attention, hidden, states)
+    inputs = {"hidden": hidden, "states": states, **dict(attention.named_parameters())}
+    slopes = torch.autograd.grad((context * torch.randn_like(context)).sum(), [*inputs.values()])
+    return {"context": context, **dict(zip(inputs, slopes, strict=True))}
+
+
+@pytest.mark.parametrize("queries", [1, WIDTH - 1, WIDTH])
+def test_equals_the_plain_attention(
+    attention: CrossAttention, queries: int, monkeypatch: pytest.MonkeyPatch
+):
+    attention.eval()
+    seen = run(CrossAttention.forward, attention, queries)
+    if queries < WIDTH:  # and not because it went the plain way
+        monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+        run(CrossAttention.forward, attention, queries)
+        monkeypatch.undo()
+    for name, value in run(MultiHeadAttention.forward, attention, queries).items():
+        torch.testing.assert_close(seen[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_shares_drop_as_in_the_plain_attention(
+    attention: CrossAttention, monkeypatch: pytest.MonkeyPatch
+):
+    """With shares that no longer sum to one, values keep their bias for what is left."""
+    dropped = torch.rand(ROWS, HEADS, 3, TOKENS).double().round() * 2  # each share, or nothing
+
+    def plain(attention: CrossAttention, hidden: torch.Tensor, states: torch.Tensor):
+        query, key, value = (
+            part(x).unflatten(2, (HEADS, WIDTH)).transpose(1, 2)
+            for part, x in (
+                (attention.query, hidden),
+                (attention.key, states),
+                (attention.value, states),
+            )
+        )
+        shares = (query @ key.mT * WIDTH**-0.5).softmax(-1) * dropped
+        return (shares @ value).transpose(1, 2).flatten(2)
+
+    def drop(shares: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
+        assert (rate, training) == (0.5, True)
+        return shares * dropped.flatten(1, 2)
+
+    monkeypatch.setattr(F, "dropout", drop)
+    seen = run(CrossAttention.forward, attention.train(), 3)
+    for name, value in run(plain, attention, 3).items():
+        torch.testing.assert_close(seen[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_rows_that_share_a_picture_project_it_once(attention: CrossAttention):
+    """The plain way: keys and values are made for 2 pictures, not for 4 rows."""
+    made: list[tuple[int, ...]] = []
+    attention.key.register_forward_hook(lambda *args: made.append(tuple(args[2].shape)))
+    index = torch.tensor([0, 1, 1, 0])
+    hidden, states = torch.randn(ROWS, 2, 24).double(), torch.randn(2, TOKENS, 10).double()
+    attention.eval()
+    shared = attention(hidden, states, None, index)
+    assert made == [(2, TOKENS, 24)]
+    torch.testing.assert_close(shared, attention(hidden, states[index]), rtol=1e-6, atol=1e-7)
