@@ -1,9 +1,9 @@
 """Peak memory of one training step, ours and transformers' InstructBLIP side by side.
 
-Both models are built once; on a CPU each step runs in a forked process, whose high-water mark is
-reset before it (Linux), on a GPU PyTorch's own peak is read. Weights, optimiser and allocator are
-alike, so the difference is what forward and backward keep. Ours is also held to what
-`instructblip memory` counts.
+Weights, optimiser and allocator are alike, so the difference is what forward and backward keep. On
+a GPU PyTorch's own peak is read; on a CPU the bytes of tensors are summed as they come and go, and
+what the process grows by is shown too: each step runs in a forked process, whose high-water mark is
+reset before it (Linux). Ours is also held to what `instructblip memory` counts.
 
     python benchmarks/memory.py --size cpu-mid
     python benchmarks/memory.py --size flant5xl --device cuda --dtype bf16
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from side_by_side import DTYPES, autocast, build, make_batch, parse
 
-from instructblip.memory import passing_bytes, saved_bytes
+from instructblip.memory import Memory, encoder_bytes, logits_bytes, saved_bytes, tensor_peak
 from instructblip.training.config import TrainingConfig
 from instructblip.training.optim import make_optimizer, trainable_parameters
 
@@ -48,29 +48,38 @@ def main() -> None:
         with autocast(options):
             return theirs(**inputs).loss
 
-    peak_of = gpu_peak_of if options.device == "cuda" else cpu_peak_of
-    peaks = {
-        "transformers": peak_of(lambda: step(theirs, their_loss)),
-        "ours": peak_of(lambda: step(ours, our_loss)),
+    works = {
+        "transformers": lambda: step(theirs, their_loss),
+        "ours": lambda: step(ours, our_loss),
     }
+    on_cpu = options.device == "cpu"
+    # first, while no heap has been used yet that a forked process would find
+    grown = {name: process_peak_of(work) for name, work in works.items()} if on_cpu else {}
+    peak_of = tensor_peak if on_cpu else gpu_peak_of
+    peaks = {name: peak_of(work) for name, work in works.items()}
     trained = sum(p.nbytes for p in trainable_parameters(ours).values())
-    lengths = tuple(x.shape[1] for x in (batch.qformer_ids, batch.prompt_ids, batch.response_ids))
-    known = 3 * trained + saved_bytes(our_loss, ours) + passing_bytes(ours, options.batch, lengths)
+    counted = Memory(
+        frozen=0,
+        trained=0,
+        optimizer=2 * trained,
+        gradients=trained,
+        activations=saved_bytes(our_loss, ours),
+        passing=logits_bytes(ours, batch.num_response_tokens),
+        encoder=encoder_bytes(ours, options.batch),
+    ).peak
     for name, value in peaks.items():
-        print(f"{name:14} {value / 2**20:9.0f} MiB above the weights")
-    print(f"{'counted':14} {known / 2**20:9.0f} MiB: gradients, moments, kept and passing tensors")
-    print(
-        json.dumps(
-            {
-                "ratio": round(peaks["ours"] / peaks["transformers"], 3),
-                "predicted_over_measured": round(known / peaks["ours"], 3),
-                "size": options.size,
-                "device": options.device,
-                "dtype": options.dtype,
-                "bytes": peaks,
-            }
-        )
-    )
+        print(f"{name:14} {value / 2**20:7.0f} MiB of tensors above the weights")
+    print(f"{'counted':14} {counted / 2**20:7.0f} MiB: moments, and the fullest moment of a step")
+    result = {
+        "ratio": round(peaks["ours"] / peaks["transformers"], 3),
+        "predicted_over_measured": round(counted / peaks["ours"], 3),
+        **{name: getattr(options, name) for name in ("size", "device", "dtype")},
+        "bytes": peaks,
+    }
+    for name, value in grown.items():
+        print(f"{name:14} {value / 2**20:7.0f} MiB by which the process grows")
+        result["process_bytes"] = grown
+    print(json.dumps(result))
 
 
 def gpu_peak_of(work: Callable[[], None]) -> int:
@@ -83,7 +92,7 @@ def gpu_peak_of(work: Callable[[], None]) -> int:
     return peak
 
 
-def cpu_peak_of(work: Callable[[], None]) -> int:
+def process_peak_of(work: Callable[[], None]) -> int:
     """Bytes by which a forked process grows at most while it works."""
     read, write = os.pipe()
     pid = os.fork()

@@ -1,12 +1,14 @@
 """Predicted memory against what a real step keeps, and the advice drawn from it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from instructblip.memory import Memory, advise, predict_memory, saved_bytes
+from instructblip.memory import Memory, advise, predict_memory, saved_bytes, tensor_peak
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe import Recipe, load_recipe
+from instructblip.training.optim import make_optimizer, trainable_parameters
 from tests.model.test_activations import full_batch
 from tests.serving.test_engine import write_model
 
@@ -33,6 +35,29 @@ def test_prediction_is_what_a_real_step_keeps(start: Path):
     assert predicted.activations == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "more", [(), ("training.trainable=[qformer, vision_tower]",), ("training.accumulate=3",)]
+)
+def test_prediction_is_the_peak_of_a_real_step(start: Path, more: tuple[str, ...]):
+    recipe = recipe_of(start, "training.batch_size=24", *more)
+    predicted = predict_memory(recipe)
+    model = InstructBlip.from_pretrained(start)
+    model.set_trainable(recipe.training.trainable).train()
+    accumulate = recipe.training.accumulate
+    batch = full_batch(model, 24 // accumulate, (10, 12, 8))
+    optimizer = make_optimizer(trainable_parameters(model), recipe.training)
+
+    def step() -> None:
+        for _ in range(accumulate):
+            model.loss(batch).loss_sum.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes the moments
+    moving = predicted.peak - predicted.frozen - predicted.trained - predicted.optimizer
+    assert moving == pytest.approx(tensor_peak(step), rel=0.1)
+
+
 def test_checkpoints_and_micro_batches_need_less(start: Path):
     whole = predict_memory(recipe_of(start))
     less = predict_memory(recipe_of(start, "training.checkpoint_activations=true"))
@@ -48,15 +73,21 @@ def test_advice(start: Path):
     needs = Memory(
         frozen=10 * gib,
         trained=gib,
-        gradients=gib,
         optimizer=2 * gib,
+        gradients=gib,
         activations=20 * gib,
         passing=0,
+        encoder=2 * gib,
     )
+    # each in its turn: the encoder's pass, activations, and gradients as these go
+    assert needs.peak == 33 * gib
+    assert replace(needs, encoder=22 * gib).peak == 35 * gib
+    assert replace(needs, gradients=21 * gib).peak == 34 * gib
+    assert replace(needs, accumulates=True).peak == 34 * gib
     recipe = recipe_of(start)
-    assert advise(needs, 40 * gib, recipe) == "fits: 34.0 of 40.0 GiB"
+    assert advise(needs, 40 * gib, recipe) == "fits: 33.0 of 40.0 GiB"
     said = advise(needs, 24 * gib, recipe)
-    assert "does not fit: 34.0 GiB of 24.0" in said
+    assert "does not fit: 33.0 GiB of 24.0" in said
     assert "checkpoint_activations=true" in said
     assert "training.accumulate=2" in said
     said = advise(needs, 12 * gib, recipe)

@@ -6,14 +6,16 @@ what autograd would keep is counted tensor by tensor.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
 from instructblip.assembly import shape_language
-from instructblip.batch import Batch
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.directory import model_directory
 from instructblip.model.head import LOSS_CHUNK
@@ -36,17 +38,26 @@ class Memory:
     """Weights that do not train."""
     trained: int
     """Weights that do, in fp32."""
-    gradients: int
     optimizer: int
     """Two moments of AdamW."""
+    gradients: int
     activations: int
     """What the forward pass keeps for the backward pass."""
     passing: int
-    """What exists for a moment only: a pass of the image encoder, or logits and their gradient."""
+    """What exists for a moment beside the activations: a chunk of logits, or a layer's weights."""
+    encoder: int
+    """A pass of the image encoder, gone before there are activations."""
+    accumulates: bool = False
+    """Whether the gradients of earlier micro batches lie there all the time. Else they come as the
+    activations go."""
 
     @property
-    def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+    def peak(self) -> int:
+        fixed = self.frozen + self.trained + self.optimizer
+        moment = max(self.encoder, self.activations + self.passing)
+        if self.accumulates:
+            return fixed + self.gradients + moment
+        return fixed + max(self.gradients, moment)
 
 
 def predict_memory(recipe: Recipe, world_size: int = 1) -> Memory:
@@ -88,10 +99,12 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
     return Memory(
         frozen=frozen,
         trained=trained,
-        gradients=trained,
         optimizer=2 * trained,
+        gradients=trained,
         activations=activations,
-        passing=passing + passing_bytes(model, samples, lengths),
+        passing=max(passing, logits_bytes(model, samples * data.max_response)),
+        encoder=encoder_bytes(model, samples),
+        accumulates=training.accumulate > 1,
     )
 
 
@@ -133,28 +146,10 @@ def retype(part: nn.Module, dtype: torch.dtype) -> None:
 def walk(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> Tensor:
     """The loss of a batch of full rows; ``lengths`` of instruction, prompt and response."""
     instruction, prompt, response = lengths
-    vision = model.config.vision
-
-    batch = Batch(
-        image_features=torch.empty(
-            samples,
-            vision.num_tokens,
-            vision.hidden_size,
-            dtype=model.vision_model.embeddings.patch_embedding.weight.dtype,
-        ),
-        image_index=ones(samples, 1),
-        qformer_ids=ones(samples, instruction),
-        qformer_mask=ones(samples, instruction),
-        prompt_ids=ones(samples, prompt),
-        prompt_mask=ones(samples, prompt),
-        response_ids=ones(samples, response),
-        response_mask=ones(samples, response),
-    )
+    size = model.config.vision.image_size
+    features = model.encode_image(torch.empty(samples, 3, size, size), norm=False)
     # no mask: which slots are real is a question to numbers, and there are none
-    assert batch.image_features is not None
-    features = model.vision_model.norm(batch.image_features)
-    seen = model.query_image(features, batch.qformer_ids, None)  # a picture a row
-    queries = model.project_queries(seen)
+    queries = model.ask_features(features, ones(samples, instruction), None)
     seq2seq = model.language_model.config.is_encoder_decoder
     text = model.language_model.get_input_embeddings()(
         ones(samples, prompt if seq2seq else prompt + response - 1)
@@ -213,27 +208,48 @@ def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def passing_bytes(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> int:
-    """The larger of two moments: the widest layer of the image encoder, or one chunk of logits."""
+def tensor_peak(work: Callable[[], None]) -> int:
+    """Bytes of tensors on the CPU that exist at most while it works, above those before.
+
+    What the process holds beyond them is the C library's: blocks it keeps for later, and holes.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    assert seen.profiler is not None
+    assert seen.profiler.kineto_results is not None
+    events: list[Any] = seen.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0))
+
+
+def encoder_bytes(model: InstructBlip, pictures: int) -> int:
+    """The widest layer of the image encoder: a feed-forward before and behind its activation."""
     vision = model.config.vision
     size = model.vision_model.embeddings.patch_embedding.weight.element_size()
-    pictures = min(samples, model.image_chunk) * vision.num_tokens
-    encoder = pictures * size * (2 * vision.intermediate_size + 2 * vision.hidden_size)
-    vocabulary = model.language_model.get_output_embeddings().weight.shape[0]
-    # logits in the model's type, in fp32, and the gradient in fp32
-    logits = min(samples * lengths[2], LOSS_CHUNK) * vocabulary * (size + 8)
-    return max(encoder, logits)
+    tokens = min(pictures, model.image_chunk) * vision.num_tokens
+    return tokens * size * (2 * vision.intermediate_size + 2 * vision.hidden_size)
+
+
+def logits_bytes(model: InstructBlip, tokens: int) -> int:
+    """One chunk of logits: in fp32, and in the head's own type where that is another."""
+    head = model.language_model.get_output_embeddings()
+    size = head.weight.element_size()
+    width = 4 if size == 4 else 4 + size
+    if any(p.requires_grad for p in head.parameters()):
+        width = size + 8  # and the gradient
+    return min(tokens, LOSS_CHUNK) * head.weight.shape[0] * width
 
 
 def advise(memory: Memory, available: int, recipe: Recipe, world_size: int = 1) -> str:
     """Whether it fits into ``available`` bytes, or what to change, the cheapest change first."""
-    if memory.total <= available:
-        return f"fits: {memory.total / 2**30:.1f} of {available / 2**30:.1f} GiB"
+    if memory.peak <= available:
+        return f"fits: {memory.peak / 2**30:.1f} of {available / 2**30:.1f} GiB"
     changes = []
     training = recipe.training
     if not training.checkpoint_activations:
         changes.append("training.checkpoint_activations=true")
-    fixed = memory.total - memory.activations - memory.passing
+    fixed = memory.frozen + memory.trained + memory.optimizer + memory.gradients
     if fixed < available and training.micro_batch_size(world_size) > 1:
         parts = (memory.activations + memory.passing) / (available - fixed)
         wanted = training.accumulate * parts
@@ -245,4 +261,4 @@ def advise(memory: Memory, available: int, recipe: Recipe, world_size: int = 1) 
     if fixed >= available and recipe.model.quantize is None:
         changes.append("model.quantize=nf4")
     remedy = " or ".join(changes) or "a larger device, or a smaller language model"
-    return f"does not fit: {memory.total / 2**30:.1f} GiB of {available / 2**30:.1f}; set {remedy}"
+    return f"does not fit: {memory.peak / 2**30:.1f} GiB of {available / 2**30:.1f}; set {remedy}"

@@ -148,7 +148,8 @@ def memory(recipe: "Recipe", world_size: int = 1, gigabytes: float | None = None
     from instructblip.memory import advise, predict_memory
 
     found = predict_memory(recipe, world_size)
-    for name in ("frozen", "trained", "gradients", "optimizer", "activations", "passing", "total"):
+    shares = ("frozen", "trained", "optimizer", "gradients", "activations", "passing", "encoder")
+    for name in (*shares, "peak"):
         print(f"{name:12} {getattr(found, name) / 2**30:9.3f} GiB")
     available = None if gigabytes is None else int(gigabytes * 2**30)
     if available is None and torch.cuda.is_available():

@@ -171,18 +171,29 @@ class InstructBlip(nn.Module):
         samples, frames = batch.image_index.shape
         index = batch.image_index.flatten()
         own = torch.equal(index, torch.arange(len(features), device=index.device))
+        projected = self.ask_features(
+            features,
+            batch.qformer_ids.repeat_interleave(frames, dim=0),
+            batch.qformer_mask.repeat_interleave(frames, dim=0),
+            None if own else index,  # nothing to pick where each row has a picture of its own
+        )
+        return projected.flatten(0, 1).unflatten(0, (samples, -1))  # [B, F*Q, L]
+
+    def ask_features(
+        self,
+        features: Float[Tensor, "N P V"],
+        qformer_ids: Int[Tensor, "M I"],
+        qformer_mask: Int[Tensor, "M I"] | None,
+        image_index: Int[Tensor, " M"] | None = None,
+    ) -> Float[Tensor, "M Q L"]:
+        """Projected queries; as ``query_image``, but of features before the last LayerNorm."""
         norm = self.vision_model.post_layernorm
         folds = torch.is_grad_enabled() and norm.weight.requires_grad
         with part("q-former"):
-            queries = self.query_image(
-                self.vision_model.norm(features, affine=not folds),
-                batch.qformer_ids.repeat_interleave(frames, dim=0),
-                batch.qformer_mask.repeat_interleave(frames, dim=0),
-                None if own else index,  # nothing to pick where each row has a picture of its own
-                self._behind_norm() if folds else None,
-            )
-            projected = self.project_queries(queries)
-        return projected.flatten(0, 1).unflatten(0, (samples, -1))  # [B, F*Q, L]
+            seen = self.vision_model.norm(features, affine=not folds)
+            weights = self._behind_norm() if folds else None
+            queries = self.query_image(seen, qformer_ids, qformer_mask, image_index, weights)
+            return self.project_queries(queries)
 
     def _behind_norm(self) -> dict[str, Tensor]:
         """Weights for features without the last LayerNorm's scale s and shift t, which train here:
