@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from instructblip.model.llama import _FrozenRMSNorm, _Rotation
+from instructblip.model.llama import _FrozenLinears, _FrozenRMSNorm, _project, _Rotation
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
 from tests.parity.tiny import tiny_batch
@@ -37,6 +37,34 @@ def test_rotation():
     torch.testing.assert_close(slope(got, states), slope(expected, states))
 
 
+def linears(*biases: bool) -> list[torch.nn.Linear]:
+    return [torch.nn.Linear(16, 8 + i, bias).requires_grad_(False) for i, bias in enumerate(biases)]
+
+
+@pytest.mark.parametrize("layers", [linears(False, False), linears(True, False, True)])
+def test_frozen_linears(layers: list[torch.nn.Linear]):
+    states = torch.randn(1, 5, 16, requires_grad=True)
+    got = _project(states, *layers)
+    assert type(got[0].grad_fn).__name__ == f"{_FrozenLinears.__name__}Backward"
+    expected = [layer(states) for layer in layers]
+    torch.testing.assert_close(list(got), expected)
+    results = [torch.cat(list(x), dim=2) for x in (got, expected)]
+    torch.testing.assert_close(slope(results[0], states), slope(results[1], states))
+
+
+def test_linears_that_train_or_change_types_are_called_one_by_one():
+    states = torch.randn(1, 5, 16, requires_grad=True)
+    layers = linears(True, True)
+    layers[1].requires_grad_(True)
+    sum(x.sum() for x in _project(states, *layers)).backward()
+    assert layers[1].weight.grad is not None
+    layers[1].requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = _project(states, *layers)
+    assert first.dtype == second.dtype == torch.bfloat16
+    slope(first + second[..., :8], states)
+
+
 @pytest.mark.parametrize("language", ["llama", "qwen2"])
 def test_a_language_model_that_trains_has_the_slopes_of_padded_rows(language: str):
     model = tiny_model(language).set_trainable(("qformer", "language_model"))
@@ -57,6 +85,8 @@ def test_the_last_layer_goes_on_with_what_is_read():
     batch = tiny_batch(model.config)
     counts = []
     for layer in model.language_model.model.layers:
-        layer.mlp.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].shape[1]))
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _, inputs: counts.append(inputs[0].shape[1])
+        )
     model.loss(batch)
     assert counts[-1] == int(batch.response_mask.sum()) < counts[0]

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -48,8 +49,8 @@ def _layer(
     cos, sin = (x[:, :, None, : attention.head_dim // 2] for x in position_embeddings)
     normed = _norm(layer.input_layernorm, hidden)
     query, key, value = (
-        project(normed).unflatten(2, (-1, attention.head_dim))  # [1, n, heads, d]
-        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        states.unflatten(2, (-1, attention.head_dim))  # [1, n, heads, d]
+        for states in _project(normed, attention.q_proj, attention.k_proj, attention.v_proj)
     )
     query, key = _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)
     context, _ = AttentionInterface()[attention.config._attn_implementation](
@@ -63,7 +64,39 @@ def _layer(
     if last and packing.read is not None:
         hidden, context = (x.index_select(1, packing.read) for x in (hidden, context))
     hidden = attention.o_proj(context.flatten(2)).add_(hidden)
-    return layer.mlp(_norm(layer.post_attention_layernorm, hidden)).add_(hidden)
+    normed, mlp = _norm(layer.post_attention_layernorm, hidden), layer.mlp
+    gate, up = _project(normed, mlp.gate_proj, mlp.up_proj)
+    return mlp.down_proj(mlp.act_fn(gate) * up).add_(hidden)
+
+
+def _project(states: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+    """What several linear layers make of the same states."""
+    plain = all(type(x) is nn.Linear and not x._forward_hooks for x in layers)
+    frozen = not any(p.requires_grad for layer in layers for p in layer.parameters())
+    if not plain or not frozen or torch.is_autocast_enabled(states.device.type):
+        return tuple(layer(states) for layer in layers)
+    weights, biases = [x.weight for x in layers], [x.bias for x in layers]
+    return _FrozenLinears.apply(states, biases, *weights)
+
+
+class _FrozenLinears(torch.autograd.Function):
+    """Linear layers of one input, whose slopes are summed by the products that make them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, biases: list[Tensor | None], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*weights)
+        pairs = zip(weights, biases, strict=True)
+        return tuple(F.linear(states, weight, bias) for weight, bias in pairs)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        weights = ctx.saved_tensors
+        slope = outer[0][0] @ weights[0]
+        for above, weight in zip(outer[1:], weights[1:], strict=True):
+            slope.addmm_(above[0], weight)
+        return slope[None], None, *[None] * len(weights)
 
 
 def _norm(module: Any, hidden: Tensor) -> Tensor:
