@@ -81,6 +81,18 @@ def test_shares_drop_as_in_the_plain_attention(
         torch.testing.assert_close(seen[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_half_precision_goes_the_plain_way(attention: CrossAttention):
+    attention.float().eval()
+    hidden, states = torch.randn(ROWS, 2, 24), torch.randn(ROWS, TOKENS, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = attention(hidden, states)
+        assert torch.equal(seen, MultiHeadAttention.forward(attention, hidden, states))
+    attention.bfloat16()
+    hidden, states = hidden.bfloat16(), states.bfloat16()
+    seen = attention(hidden, states)
+    assert torch.equal(seen, MultiHeadAttention.forward(attention, hidden, states))
+
+
 def test_rows_that_share_a_picture_project_it_once(attention: CrossAttention):
     """The plain way: keys and values are made for 2 pictures, not for 4 rows."""
     made: list[tuple[int, ...]] = []

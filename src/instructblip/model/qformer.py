@@ -96,7 +96,8 @@ class CrossAttention(MultiHeadAttention):
     head takes its queries to the width of the picture, and what they saw from there into its own.
     With H heads, Q queries, Y tokens of widths D and W that is H Q Y W + Q D W multiplications for
     the scores in place of Y W D + Q Y D, so it pays where queries are fewer than a head is wide
-    (32 against 64 in the paper) and no two rows share the keys and values of one picture.
+    (32 against 64 in the paper) and no two rows share the keys and values of one picture. In half
+    precision it is left alone: fused kernels keep scores in fp32, and a product rounds them.
     """
 
     def forward(
@@ -109,7 +110,8 @@ class CrossAttention(MultiHeadAttention):
     ) -> Float[Tensor, "M Q D"]:
         count, heads = hidden.shape[1], self.num_heads
         width = hidden.shape[2] // heads
-        if count >= width or index is not None or mask is not None or rows is not None:
+        half = torch.is_autocast_enabled(hidden.device.type) or hidden.dtype.itemsize < 4
+        if half or count >= width or index is not None or mask is not None or rows is not None:
             return super().forward(hidden, states, mask, index, rows)
         key, value = (x.weight.unflatten(0, (heads, -1)) for x in (self.key, self.value))
         query = self.query(hidden).unflatten(2, (heads, -1)) * width**-0.5
