@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from instructblip.model.llama import _FrozenLinears, _FrozenRMSNorm, _project, _Rotation
+from instructblip.memory import saved_bytes
+from instructblip.model.llama import (
+    _FrozenLinears,
+    _FrozenRMSNorm,
+    _project,
+    _Rotation,
+    _SiluTimes,
+)
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
 from tests.parity.tiny import tiny_batch
@@ -35,6 +42,28 @@ def test_rotation():
     got = _Rotation.apply(states, angles.cos()[:, :, None], angles.sin()[:, :, None])
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(slope(got, states), slope(expected, states))
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_gate(dtype: torch.dtype, apart: float):
+    gate, up = (torch.randn(1, 5, 16, dtype=dtype, requires_grad=True) for _ in range(2))
+    for states in (gate, up):
+        expected, got = torch.nn.functional.silu(gate) * up, _SiluTimes.apply(gate, up)
+        torch.testing.assert_close(got, expected, rtol=apart, atol=apart)
+        slopes = (slope(result, states) for result in (got, expected))
+        torch.testing.assert_close(*slopes, rtol=apart, atol=apart)
+    kept = saved_bytes(lambda: _SiluTimes.apply(gate, up), torch.nn.Identity())
+    assert kept == gate.nbytes + up.nbytes  # no activation beside them
+
+
+@pytest.mark.parametrize("language", ["llama", "qwen2"])
+def test_layers_use_it(language: str, monkeypatch: pytest.MonkeyPatch):
+    calls: list[int] = []
+    apply = _SiluTimes.apply
+    monkeypatch.setattr(_SiluTimes, "apply", lambda *xs: calls.append(1) or apply(*xs))
+    model = tiny_model(language)
+    model.loss(tiny_batch(model.config))
+    assert len(calls) == len(model.language_model.model.layers)
 
 
 def linears(*biases: bool) -> list[torch.nn.Linear]:

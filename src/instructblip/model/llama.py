@@ -1,9 +1,9 @@
 """Layers of Llama and Qwen2 over packed rows: transformers' numbers in fewer passes over memory.
 
 Between its matrix products a layer of transformers walks over the hidden states dozens of times.
-Here a norm and a rotation bring backward passes of their own, and the last layer goes on after its
-attention with those tokens alone that the head will read. Wherever rows are not packed (a cache,
-generation, ranking) transformers' own layer runs.
+Here a norm and a rotation bring backward passes of their own, a gate's activation is not kept, and
+the last layer goes on after its attention with those tokens alone that the head will read. Wherever
+rows are not packed (a cache, generation, ranking) transformers' own layer runs.
 """
 
 import functools
@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 TYPES = ("llama", "qwen2")
+SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
 def speed_up(model: Any) -> None:
@@ -66,7 +68,25 @@ def _layer(
     hidden = attention.o_proj(context.flatten(2)).add_(hidden)
     normed, mlp = _norm(layer.post_attention_layernorm, hidden), layer.mlp
     gate, up = _project(normed, mlp.gate_proj, mlp.up_proj)
-    return mlp.down_proj(mlp.act_fn(gate) * up).add_(hidden)
+    silu = isinstance(mlp.act_fn, SILU)
+    product = _SiluTimes.apply(gate, up) if silu else mlp.act_fn(gate) * up
+    return mlp.down_proj(product).add_(hidden)
+
+
+class _SiluTimes(torch.autograd.Function):
+    """silu(gate) * up. The activation is made again in the backward pass rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        above = outer[0]
+        slope = torch.ops.aten.silu_backward(above * up, gate)
+        return slope, F.silu(gate).mul_(above)
 
 
 def _project(states: Tensor, *layers: Any) -> tuple[Tensor, ...]:
