@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from instructblip.assembly import shape_language
 from instructblip.memory import Memory, advise, predict_memory, saved_bytes, tensor_peak
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe import Recipe, load_recipe
@@ -36,13 +37,21 @@ def test_prediction_is_what_a_real_step_keeps(start: Path):
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("training.trainable=[qformer, vision_tower]",), ("training.accumulate=3",)]
+    "more",
+    [
+        (),
+        ("training.trainable=[qformer, vision_tower]",),
+        ("training.accumulate=3",),
+        ("training.checkpoint_activations=true",),
+        ("model.quantize=nf4",),
+    ],
 )
 def test_prediction_is_the_peak_of_a_real_step(start: Path, more: tuple[str, ...]):
     recipe = recipe_of(start, "training.batch_size=24", *more)
     predicted = predict_memory(recipe)
     model = InstructBlip.from_pretrained(start)
-    model.set_trainable(recipe.training.trainable).train()
+    shape_language(model, recipe)
+    model.train()
     accumulate = recipe.training.accumulate
     batch = full_batch(model, 24 // accumulate, (10, 12, 8))
     optimizer = make_optimizer(trainable_parameters(model), recipe.training)

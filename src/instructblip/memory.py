@@ -5,6 +5,7 @@ lengths that the recipe allows walks through it. So a 7-billion model takes seco
 what autograd would keep is counted tensor by tensor.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -44,7 +45,8 @@ class Memory:
     activations: int
     """What the forward pass keeps for the backward pass."""
     passing: int
-    """What exists for a moment beside the activations: a chunk of logits, or a layer's weights."""
+    """What exists for a moment beside the activations: a chunk of logits, or of a layer its weights
+    in full or what it keeps while it runs again."""
     encoder: int
     """A pass of the image encoder, gone before there are activations."""
     accumulates: bool = False
@@ -95,7 +97,10 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         data.max_prompt,
         data.max_response,
     )
-    activations = saved_bytes(lambda: walk(model, samples, lengths), model)
+    forward = functools.partial(walk, model, samples, lengths)
+    activations = saved_bytes(forward, model)
+    if training.checkpoint_activations:
+        passing += rerun_bytes(forward, model) - activations
     return Memory(
         frozen=frozen,
         trained=trained,
@@ -206,6 +211,17 @@ def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def rerun_bytes(forward: Callable[[], Tensor], model: InstructBlip) -> int:
+    """As `saved_bytes`, while one of the layers that keep their input alone runs again."""
+    found = []
+    for _, layers in stacks_of(model.language_model):
+        checkpointed = layers[0].forward
+        layers[0].forward = checkpointed.args[0]
+        found.append(saved_bytes(forward, model))
+        layers[0].forward = checkpointed
+    return max(found)
 
 
 def tensor_peak(work: Callable[[], None]) -> int:
