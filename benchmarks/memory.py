@@ -75,10 +75,10 @@ def main() -> None:
         "predicted_over_measured": round(counted / peaks["ours"], 3),
         **{name: getattr(options, name) for name in ("size", "device", "dtype")},
         "bytes": peaks,
+        "process_bytes": grown,
     }
     for name, value in grown.items():
         print(f"{name:14} {value / 2**20:7.0f} MiB by which the process grows")
-        result["process_bytes"] = grown
     print(json.dumps(result))
 
 

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from instructblip.assembly import shape_language
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.directory import model_directory
-from instructblip.model.head import LOSS_CHUNK
+from instructblip.model.head import LOSS_CHUNK, is_frozen_linear
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.joined import Joined
 from instructblip.model.language import stacks_of
@@ -252,7 +252,7 @@ def logits_bytes(model: InstructBlip, tokens: int) -> int:
     head = model.language_model.get_output_embeddings()
     size = head.weight.element_size()
     width = 4 if size == 4 else 4 + size
-    if any(p.requires_grad for p in head.parameters()):
+    if not is_frozen_linear(head):
         width = size + 8  # and the gradient
     return min(tokens, LOSS_CHUNK) * head.weight.shape[0] * width
 

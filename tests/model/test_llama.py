@@ -119,3 +119,20 @@ def test_the_last_layer_goes_on_with_what_is_read():
         )
     model.loss(batch)
     assert counts[-1] == int(batch.response_mask.sum()) < counts[0]
+
+
+@pytest.mark.parametrize("language", ["llama", "qwen2"])
+def test_sums_stay_in_fp32_where_products_do_not(language: str):
+    """What runs from layer to layer is not rounded to the type of the products."""
+    model = tiny_model(language).to_training_dtypes(compute_dtype=torch.bfloat16)
+    kinds: dict[str, set[torch.dtype]] = {"q-former": set(), "language": set()}
+
+    def note(name: str, module: torch.nn.Module) -> None:
+        module.register_forward_pre_hook(lambda _, inputs: kinds[name].add(inputs[0].dtype))
+
+    for name, module in model.qformer.named_modules():
+        if name.endswith("LayerNorm"):
+            note("q-former", module)
+    note("language", model.language_model.model.norm)
+    model.loss(tiny_batch(model.config))
+    assert kinds == {name: {torch.float32} for name in kinds}

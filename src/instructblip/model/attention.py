@@ -6,7 +6,7 @@ from torch import Tensor
 
 from instructblip.batch import Batch
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.qformer import MultiHeadAttention
+from instructblip.model.qformer import CrossAttention
 
 
 @torch.no_grad()
@@ -18,9 +18,7 @@ def cross_attention(model: InstructBlip, batch: Batch) -> Float[Tensor, "B F Q P
     what goes into the layer.
     """
     attention = [
-        module
-        for name, module in model.qformer.named_modules()
-        if isinstance(module, MultiHeadAttention) and "crossattention" in name
+        module for module in model.qformer.modules() if isinstance(module, CrossAttention)
     ][-1]
     seen: list[Tensor] = []
     handle = attention.register_forward_pre_hook(
@@ -35,7 +33,7 @@ def cross_attention(model: InstructBlip, batch: Batch) -> Float[Tensor, "B F Q P
 
 
 def _weights(
-    attention: MultiHeadAttention,
+    attention: CrossAttention,
     hidden: Tensor,
     states: Tensor,
     mask: Tensor | None,

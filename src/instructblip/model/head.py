@@ -12,6 +12,12 @@ LOSS_CHUNK = 1024
 """Response tokens whose logits exist at a time: 131 MB in fp32 with a vocabulary of 32,000."""
 
 
+def is_frozen_linear(layer: nn.Module) -> bool:
+    """Whether a layer is its weights alone, with no adapter beside them, and they do not train."""
+    plain = type(layer) is nn.Linear and not layer._forward_hooks
+    return plain and not any(p.requires_grad for p in layer.parameters())
+
+
 class _FrozenHeadLoss(torch.autograd.Function):
     """Losses, and at once the slope of each of them in its own hidden state.
 
@@ -45,9 +51,7 @@ def token_losses(
 ) -> Float[Tensor, " n"]:
     """Cross-entropy of each token in nats, in fp32; logits are made again in the backward pass of
     a head that trains, where there is more than one chunk of them."""
-    frozen = not any(p.requires_grad for p in head.parameters())
-    plain = type(head) is nn.Linear and not head._forward_hooks  # no adapter beside it
-    if frozen and plain and len(targets):
+    if is_frozen_linear(head) and len(targets):
         return _FrozenHeadLoss.apply(hidden, targets, head)
 
     def loss(states: Tensor, own: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from transformers import AttentionInterface
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from instructblip.model.head import is_frozen_linear
+
 TYPES = ("llama", "qwen2")
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
@@ -65,12 +67,12 @@ def _layer(
     )
     if last and packing.read is not None:
         hidden, context = (x.index_select(1, packing.read) for x in (hidden, context))
-    hidden = attention.o_proj(context.flatten(2)).add_(hidden)
+    hidden = hidden + attention.o_proj(context.flatten(2))
     normed, mlp = _norm(layer.post_attention_layernorm, hidden), layer.mlp
     gate, up = _project(normed, mlp.gate_proj, mlp.up_proj)
     silu = isinstance(mlp.act_fn, SILU)
     product = _SiluTimes.apply(gate, up) if silu else mlp.act_fn(gate) * up
-    return mlp.down_proj(product).add_(hidden)
+    return hidden + mlp.down_proj(product)
 
 
 class _SiluTimes(torch.autograd.Function):
@@ -91,9 +93,7 @@ class _SiluTimes(torch.autograd.Function):
 
 def _project(states: Tensor, *layers: Any) -> tuple[Tensor, ...]:
     """What several linear layers make of the same states."""
-    plain = all(type(x) is nn.Linear and not x._forward_hooks for x in layers)
-    frozen = not any(p.requires_grad for layer in layers for p in layer.parameters())
-    if not plain or not frozen or torch.is_autocast_enabled(states.device.type):
+    if not all(map(is_frozen_linear, layers)) or torch.is_autocast_enabled(states.device.type):
         return tuple(layer(states) for layer in layers)
     weights, biases = [x.weight for x in layers], [x.bias for x in layers]
     return _FrozenLinears.apply(states, biases, *weights)

@@ -138,7 +138,7 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden)).add_(residual))
+        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
 
 
 class Attention(nn.Module):

@@ -98,8 +98,8 @@ class VisionLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Float[Tensor, "N P V"]) -> Float[Tensor, "N P V"]:
-        hidden = self.self_attn(self.layer_norm1(hidden)).add_(hidden)
-        return self.mlp(self.layer_norm2(hidden)).add_(hidden)
+        hidden = hidden + self.self_attn(self.layer_norm1(hidden))
+        return hidden + self.mlp(self.layer_norm2(hidden))
 
 
 class VisionEncoder(nn.Module):
