@@ -39,7 +39,7 @@ def test_rotation():
     cos, sin = (torch.cat([x, x], -1) for x in (angles.cos(), angles.sin()))
     states = torch.randn(1, 5, 2, 8, requires_grad=True)
     expected, _ = apply_rotary_pos_emb(states, states, cos, sin, unsqueeze_dim=2)
-    got = _Rotation.apply(states, angles.cos()[:, :, None], angles.sin()[:, :, None])
+    got = _Rotation.apply(states, cos[:, :, None], angles.sin()[:, :, None])
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(slope(got, states), slope(expected, states))
 

@@ -50,7 +50,8 @@ def _layer(
     if packing is None:
         return theirs(hidden, position_embeddings=position_embeddings, **settings)
     attention = layer.self_attn
-    cos, sin = (x[:, :, None, : attention.head_dim // 2] for x in position_embeddings)
+    cos, sin = (x[:, :, None] for x in position_embeddings)
+    sin = sin[..., : attention.head_dim // 2]
     normed = _norm(layer.input_layernorm, hidden)
     query, key, value = (
         states.unflatten(2, (-1, attention.head_dim))  # [1, n, heads, d]
@@ -145,8 +146,8 @@ class _FrozenRMSNorm(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """Rotary positions of [1, n, heads, d]; ``cos`` and ``sin`` are [1, n, 1, d/2]. The slope is
-    turned back by the same angles."""
+    """Rotary positions of [1, n, heads, d]; ``cos`` is [1, n, 1, d], ``sin`` [1, n, 1, d/2]. The
+    slope is turned back by the same angles."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -161,8 +162,8 @@ class _Rotation(torch.autograd.Function):
 
 def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.to(states.dtype), sin.to(states.dtype)
-    rotated = torch.empty_like(states)
+    rotated = states * cos
     (x, y), (out_x, out_y) = states.chunk(2, -1), rotated.chunk(2, -1)
-    torch.mul(x, cos, out=out_x).addcmul_(y, sin, value=-1)
-    torch.mul(y, cos, out=out_y).addcmul_(x, sin)
+    out_x.addcmul_(y, sin, value=-1)
+    out_y.addcmul_(x, sin)
     return rotated

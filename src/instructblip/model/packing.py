@@ -5,7 +5,9 @@ long row; attention alone looks at the samples apart, each with positions of its
 through transformers' attention interface, so the language models stay as transformers wrote them.
 """
 
+import functools
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from instructblip.model import varlen
 from instructblip.model.llama import speed_up
 
 ATTENTION = "instructblip_packed"
@@ -28,7 +31,7 @@ PACKED_TYPES = ("llama", "opt", "gpt2", "qwen2")
 token to its neighbours: these keep padded rows."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Packing:
     """Where n packed tokens stand in B rows that are padded on the right to X slots.
 
@@ -53,6 +56,12 @@ class Packing:
         index[slots] = torch.arange(len(slots), device=mask.device)
         positions = (slots % mask.shape[1])[None]
         return cls(index.view(mask.shape), slots, positions, mask.sum(1).tolist())
+
+    @functools.cached_property
+    def offsets(self) -> Int[Tensor, " B1"]:
+        """Where each row begins among the n tokens, and where the last one ends; int32."""
+        ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+        return ends.to(self.index.device)
 
     def unpack(self, states: Tensor) -> Tensor:
         """[1, heads, n, d] -> [B, heads, X, d]."""
@@ -86,9 +95,9 @@ def attend(
     position_bias: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each packed sample: one by one where a call costs little, else in padded
-    rows. Padding stands behind all tokens of its row, where no causal attention looks, so the rows
-    need no mask.
+    """Attention within each packed sample: one by one where a call costs little, by a kernel that
+    knows where samples end where there is one (`varlen`), else in padded rows. Padding stands
+    behind all tokens of its row, where no causal attention looks, so the rows need no mask.
 
     ``memory`` says where the encoder's tokens stand, for a decoder's attention that is not causal;
     ``position_bias`` [1 or B, heads or 1, X or 1, X or 1] is added to the scores of each sample
@@ -107,6 +116,10 @@ def attend(
                 bias = bias[..., : q.shape[2], : k.shape[2]]
             contexts.append(sdpa_attention_forward(module, q, k, v, bias, **settings)[0])
         return torch.cat(contexts, 1), None
+    plain = position_bias is None and module.is_causal and not settings.get("dropout")
+    if plain and varlen.works_on(query):
+        longest, scale = max(packing.lengths), settings.get("scaling")
+        return varlen.attend_causally(query, key, value, packing.offsets, longest, scale), None
     query, key, value = packing.unpack(query), keys.unpack(key), keys.unpack(value)
     context, _ = sdpa_attention_forward(module, query, key, value, position_bias, **settings)
     return packing.pack(context), None
