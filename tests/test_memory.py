@@ -4,13 +4,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from instructblip.assembly import shape_language
-from instructblip.memory import Memory, advise, predict_memory, saved_bytes, tensor_peak
+from instructblip.memory import (
+    Memory,
+    advise,
+    encoder_bytes,
+    predict_memory,
+    saved_bytes,
+    tensor_peak,
+)
+from instructblip.model.config import VisionConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe import Recipe, load_recipe
 from instructblip.training.optim import make_optimizer, trainable_parameters
 from tests.model.test_activations import full_batch
+from tests.model.test_language import tiny_model
 from tests.serving.test_engine import write_model
 
 
@@ -65,6 +75,23 @@ def test_prediction_is_the_peak_of_a_real_step(start: Path, more: tuple[str, ...
     step()  # makes the moments
     moving = predicted.peak - predicted.frozen - predicted.trained - predicted.optimizer
     assert moving == pytest.approx(tensor_peak(step), rel=0.1)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "quick_gelu"])
+def test_image_encoder_alone(activation: str):
+    vision = VisionConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        hidden_act=activation,
+    )
+    config = tiny_model("llama").config.model_copy(update={"vision": vision})
+    model = InstructBlip(config)
+    pictures = torch.randn(16, 3, 56, 56)
+    peak = tensor_peak(lambda: model.encode_image(pictures, norm=False))
+    assert encoder_bytes(model, 16) == pytest.approx(peak, rel=0.02)
 
 
 def test_checkpoints_and_micro_batches_need_less(start: Path):

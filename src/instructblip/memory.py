@@ -240,11 +240,14 @@ def tensor_peak(work: Callable[[], None]) -> int:
 
 
 def encoder_bytes(model: InstructBlip, pictures: int) -> int:
-    """The widest layer of the image encoder: a feed-forward before and behind its activation."""
+    """The widest layer of the image encoder: a feed-forward at its activation, with as many inner
+    states as that makes of one, or behind it."""
     vision = model.config.vision
     size = model.vision_model.embeddings.patch_embedding.weight.element_size()
     tokens = min(pictures, model.image_chunk) * vision.num_tokens
-    return tokens * size * (2 * vision.intermediate_size + 2 * vision.hidden_size)
+    inner, hidden = vision.intermediate_size, vision.hidden_size
+    copies = {"gelu": 1, "quick_gelu": 3}.get(vision.hidden_act, 2)
+    return tokens * size * max(copies * inner + 2 * hidden, inner + 3 * hidden)
 
 
 def logits_bytes(model: InstructBlip, tokens: int) -> int:
