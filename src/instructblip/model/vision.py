@@ -86,8 +86,10 @@ class VisionMLP(nn.Module):
     def forward(self, hidden: Float[Tensor, "N P V"]) -> Float[Tensor, "N P V"]:
         inner = self.fc1(hidden)
         if torch.is_grad_enabled() or self.activation is not F.gelu:
-            return self.fc2(self.activation(inner))
-        return self.fc2(torch.ops.aten.gelu_(inner))
+            inner = self.activation(inner)
+        else:
+            torch.ops.aten.gelu_(inner)
+        return self.fc2(inner)
 
 
 class VisionLayer(nn.Module):
