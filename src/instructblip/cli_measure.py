@@ -53,14 +53,14 @@ def evaluate(
     """
     from instructblip.recipe import load_recipe
 
-    names = [text for text in arguments if "=" not in text]
-    overrides = [text for text in arguments if "=" in text]
+    overrides = [text for text in arguments if "=" in text and not Path(text).exists()]
+    names = [text for text in arguments if text not in overrides]
     if len(names) not in (1, 2):
         raise ValueError(f"expected [RECIPE] MODEL [A.B=C]...; got {' '.join(names) or 'no model'}")
     model = names[-1]
     overrides += _evaluation_overrides(benchmarks, limit, batch_size)
     recipe = load_recipe(names[0] if len(names) == 2 else stages.recipe_of(model), overrides)
-    folder = out or Path("out/results") / (Path(model).name + ("_blind" if blind else ""))
+    folder = out or Path("out/results") / (Path(model).resolve().name + ("_blind" if blind else ""))
     stages.evaluate(recipe, model, folder, blind_seed=0 if blind else None)
 
 

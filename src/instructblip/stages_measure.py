@@ -73,7 +73,11 @@ def compare(
     from instructblip.evaluation import compare as comparing
     from instructblip.evaluation import tables
 
-    folders = [_evaluated(path, recipe, overrides, out) for path in models]
+    names = [path.name for path in models]
+    folders = [
+        _evaluated(path, recipe, overrides, out / _name_of(path, names.count(path.name) > 1))
+        for path in models
+    ]
     comparison = comparing.compare(load_results(folders))
     if form == "table":
         _print_tables(tables.to_rich(comparison, intervals), tables.measured_with(comparison))
@@ -83,8 +87,13 @@ def compare(
         print(tables.to_latex(comparison) if form == "latex" else tables.to_markdown(comparison))
 
 
-def _evaluated(path: Path, recipe: str | None, overrides: Sequence[str], out: Path) -> Path:
-    """A folder of results: ``path`` itself, or that of the model which ``path`` is."""
+def _name_of(path: Path, whole: bool) -> str:
+    """What a model's results are called: the name of its folder, or its whole path in one word."""
+    return "_".join(part for part in path.resolve().parts[1:]) if whole else path.resolve().name
+
+
+def _evaluated(path: Path, recipe: str | None, overrides: Sequence[str], folder: Path) -> Path:
+    """A folder of results: ``path`` itself, or ``folder`` with those of the model it is."""
     from instructblip.recipe import load_recipe
 
     is_model = str(path) == "starter" or any(
@@ -92,7 +101,6 @@ def _evaluated(path: Path, recipe: str | None, overrides: Sequence[str], out: Pa
     )
     if not is_model:
         return path
-    folder = out / path.name
     evaluate(load_recipe(recipe or recipe_of(str(path)), overrides), str(path), folder)
     return folder
 
@@ -130,6 +138,9 @@ def report(
     from instructblip import __version__
     from instructblip.evaluation.report import write_report
 
+    for run in runs:
+        if not (run / "metrics.jsonl").is_file():
+            raise FileNotFoundError(f"{run} holds no metrics.jsonl: give the folder of a run")
     return write_report(
         out,
         load_results(folders),

@@ -149,6 +149,13 @@ def test_what_cannot_be_compared_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="same samples"):
         compare({"one": results(None), "two": [short]})
+    own = colour_questions()
+    asked = benchmark(name="a_in", title="colours")
+    first = evaluate(FakeEngine(), asked, own)
+    for change in ({"answers": ("pink",)}, {"question": "which?"}, {"images": ("red_9.png",)}):
+        other = ListDataset([replace(own[0], **change), *own.examples[1:]])
+        with pytest.raises(ValueError, match="same samples"):
+            compare({"one": [first], "two": [evaluate(FakeEngine(), asked, other)]})
     with pytest.raises(ValueError, match="none of the models"):
         compare({"one": results(None)}, baseline="two")
     with pytest.raises(ValueError, match="no model"):

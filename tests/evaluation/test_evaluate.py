@@ -178,7 +178,34 @@ def test_predictions_of_other_settings_are_not_continued(tmp_path: Path) -> None
         evaluate(FakeEngine(), benchmark(prompt="{question}"), dataset, out=tmp_path)
     with pytest.raises(ValueError, match="blind_seed"):
         evaluate(FakeEngine(), benchmark(), dataset, out=tmp_path, blind_seed=1)
+    for change in (
+        {"answers": ("pink",)},
+        {"question": "which colour?"},
+        {"images": ("red_99.png",)},
+        {"choices": ("red", "pink")},
+    ):
+        others = ListDataset([replace(dataset[0], **change), *dataset.examples[1:]])
+        with pytest.raises(ValueError, match="another data"):
+            evaluate(FakeEngine(), benchmark(), others, out=tmp_path)
     assert (tmp_path / PREDICTIONS).read_bytes() == before
+
+
+def test_another_vocabulary_is_other_data(tmp_path: Path) -> None:
+    ranking = benchmark(mode="rank", vocabulary=True, decoding={})
+    evaluate(FakeEngine(), ranking, colour_questions(), out=tmp_path, vocabulary=COLOURS)
+    with pytest.raises(ValueError, match="another data"):
+        evaluate(FakeEngine(), ranking, colour_questions(), out=tmp_path, vocabulary=COLOURS[:2])
+    evaluate(FakeEngine(), ranking, colour_questions(), out=tmp_path, vocabulary=COLOURS)
+
+
+def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
+    evaluate(FakeEngine(), benchmark(), colour_questions(), out=tmp_path)
+    file = tmp_path / "result.json"
+    whole = file.read_text()
+    for text in ("no json", "{}", whole.replace('"n":', '"m":')):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"{tmp_path} is damaged"):
+            Result.load(tmp_path)
 
 
 def test_missing_and_repeated_predictions_are_named(tmp_path: Path) -> None:

@@ -176,6 +176,39 @@ def test_a_card_holds_frames_candidates_and_the_change(tmp_path: Path) -> None:
     assert options[0].expected
 
 
+def test_of_ranks_the_first_alone_is_right(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    options = {"choices": ("no", "yes"), "extra": {}}
+    data.examples = [replace(e, **options, answers=("yes",)) for e in data.examples]
+    second = evaluate(FakeEngine(), benchmark(mode="rank", metric="mrr", decoding={}), data)
+    assert {p["score"] for p in second.predictions} == {0.5}
+    assert not any(card.right for card in make_cards({"m": [second]}, 4))
+
+
+def test_the_change_is_against_the_baseline(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    names = ("one", "two")
+    first, second = (evaluate(FakeEngine(), benchmark(name=name), data) for name in names)
+    changes = {
+        card.benchmark: card.change
+        for card in make_cards({"base": [first], "old": [first, second], "new": [first, second]}, 1)
+    }
+    assert changes == {"one": "same", "two": None}
+    models = {"base": [first], "old": [first, second], "new": [first, second]}
+    text = write_report(tmp_path / "r.html", models).read_text()
+    assert "right, and base wrong" in text
+    assert "right, and old wrong" not in text
+
+
+def test_a_picture_that_is_gone_leaves_the_figures(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "here")
+    result = evaluate(FakeEngine(), benchmark(), data)
+    gone = replace(result, image_root=str(tmp_path / "elsewhere"))
+    text = write_report(tmp_path / "r.html", {"m": [gone]}).read_text()
+    assert text.count('class="gone"') == 12
+    assert "100.0" in text
+
+
 def test_chart_ticks_hold_the_data() -> None:
     chart = line_chart("loss", {"a": [(0, 0.31), (100, 2.2)], "b": [(50, math.nan)]})
     assert chart is not None

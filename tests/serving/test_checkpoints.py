@@ -2,15 +2,19 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
 
+from instructblip.evaluation.evaluate import evaluate
 from instructblip.model.pretrained import from_pretrained
 from instructblip.model.text_branch import TEXT_BRANCH_FILE
 from instructblip.serving.checkpoints import write_exported
 from instructblip.serving.engine import Engine
+from instructblip.serving.fingerprint import fingerprint
 from tests.data.tiny import write_picture
+from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
 from tests.serving.test_engine import QUESTION, write_model
 
 
@@ -32,6 +36,30 @@ def test_transformers_model_and_processor_answer_as_the_engine(tmp_path: Path) -
     said = model.generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=6)[0]
     answer = engine.tokens.decode(said[len(inputs["input_ids"][0]) :].tolist())
     assert answer == engine.answer(file, QUESTION, num_beams=1, max_new_tokens=6)
+
+
+def test_figures_of_another_model_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", "instructblip")
+    model = from_pretrained(source)
+    own = FakeEngine(fingerprint=fingerprint(source, True))
+    result = evaluate(own, benchmark(), colour_questions())
+    other = evaluate(FakeEngine(), benchmark(), colour_questions())
+    with pytest.raises(ValueError, match="results of toy are another model's"):
+        write_exported(model, tmp_path / "out", source, [other])
+    assert not (tmp_path / "out").exists()
+    write_exported(model, tmp_path / "out", source, [result])
+    assert "| toy | 100.0 [" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_fingerprint_knows_all_that_answers_depend_on(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", "instructblip")
+    found = {fingerprint(source, True), fingerprint(source, False)}
+    for name in ("preprocessor_config.json", "qformer_tokenizer/tokenizer.json", "config.json"):
+        file = source / name
+        assert file.is_file(), name
+        file.write_text(file.read_text() + " ")
+        found.add(fingerprint(source, True))
+    assert len(found) == 5
 
 
 def test_a_blip2_keeps_the_text_branch_beside_it(tmp_path: Path) -> None:

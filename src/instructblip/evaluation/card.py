@@ -1,14 +1,14 @@
 """The model card: what a model is, what it was tuned on and how, and its figures."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from instructblip import __version__
 from instructblip.data.sources import SOURCES
-from instructblip.evaluation.result import Result, summarise
+from instructblip.evaluation.result import Result, describe_how, summarise
 
 CARD = """---
 library_name: transformers
@@ -39,25 +39,33 @@ with `instructblip.load("{name}")`.
 """
 
 
-def write_card(
-    directory: Path,
+def card(
+    name: str,
     reader: str,
     parts: Mapping[str, int],
     recipe: str | None = None,
     results: Sequence[Result] = (),
-) -> Path:
-    """Write ``README.md`` into a model directory; what is not known is said to be unknown.
+) -> str:
+    """The ``README.md`` of a model directory; what is not known is said to be unknown.
 
     Args:
-        directory: its name is the model's.
+        name: of the model, as its directory's.
         reader: transformers' class that loads it.
         parts: parameters by part of the model.
         recipe: the YAML that it was tuned with. Folders of this machine stay out of the card.
-        results: what ``evaluate`` found.
+        results: what ``evaluate`` found, one for each benchmark, with the pictures.
+
+    Raises ValueError for a blind control and for two results of one benchmark.
     """
+    for result in results:
+        if result.settings.get("blind_seed") is not None:
+            raise ValueError(f"{result.benchmark}: a blind control, not what the model can do")
+    repeated = [name for name, count in Counter(r.benchmark for r in results).items() if count > 1]
+    if repeated:
+        raise ValueError(f"two results of {', '.join(repeated)}: give one folder for each")
     settings = yaml.safe_load(recipe) if recipe else None
-    text = CARD.format(
-        name=directory.name,
+    return CARD.format(
+        name=name,
         kind="A BLIP-2" if reader.startswith("Blip2") else "An InstructBLIP",
         version=__version__,
         reader=reader,
@@ -66,9 +74,6 @@ def write_card(
         figures=_figures(results) if results else "Not evaluated.",
         recipe=f"```yaml\n{_recipe(settings)}\n```" if settings else "Not known.",
     )
-    file = directory / "README.md"
-    file.write_text(text, encoding="utf-8")
-    return file
 
 
 def _data(sets: Mapping[str, dict[str, Any]]) -> str:
@@ -93,11 +98,18 @@ def _recipe(settings: Any) -> str:
 
 
 def _figures(results: Sequence[Result]) -> str:
-    lines = ["| benchmark | figure, 0 to 100 |", "|---|---|"]
+    """Each figure with its 95 % bootstrap interval, how many samples, and how they were asked."""
+    lines = ["| benchmark | figure, 0 to 100 | samples | how |", "|---|---|---|---|"]
     for result in results:
-        value = "-" if result.value is None else f"{result.value:.1f}"
-        lines.append(f"| {result.benchmark} | {value} |")
-    for role, mean in summarise(results).items():
-        value = "-" if mean.value is None else f"{mean.value:.1f}"
-        lines.append(f"| mean, {role.replace('_', '-')} | {value} |")
+        bounds, asked = result.interval, f"{result.n:,} of {result.settings['of']:,}"
+        figure = "not defined: one class only"
+        if bounds is not None:
+            figure = f"{result.value:.1f} [{bounds.low:.1f}, {bounds.high:.1f}]"
+        how = describe_how(result.how).replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {result.benchmark} | {figure} | {asked} | {how} |")
+    for role, mean in summarise([r for r in results if r.value is not None]).items():
+        low, high = mean.interval.low, mean.interval.high
+        sets = f"{len(mean.datasets)} set{'s' if len(mean.datasets) > 1 else ''}"
+        name = f"mean, {role.replace('_', '-')}"
+        lines.append(f"| {name} | {mean.value:.1f} [{low:.1f}, {high:.1f}] | {sets} | |")
     return "\n".join(lines)

@@ -101,11 +101,18 @@ def _check_pair(first: Result, second: Result) -> None:
             f"{first.benchmark}: scored with the tokenizers {first.tokenizer} and "
             f"{second.tokenizer}; use one"
         )
-    if [p["id"] for p in first.predictions] != [p["id"] for p in second.predictions]:
+    blind = any(result.settings.get("blind_seed") is not None for result in (first, second))
+    if _samples(first, not blind) != _samples(second, not blind):
         raise ValueError(
             f"{first.benchmark}: the models did not answer the same samples ({first.n} and "
             f"{second.n}); evaluate both with the same data and limit"
         )
+
+
+def _samples(result: Result, seeing: bool) -> list[list[Any]]:
+    """What was asked; a blind control saw other pictures."""
+    names = ("id", "prompt", "answers", "candidates", *(["images"] if seeing else []))
+    return [[prediction.get(name) for name in names] for prediction in result.predictions]
 
 
 Found = Mapping[str, Mapping[str, Result]]

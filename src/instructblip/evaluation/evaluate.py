@@ -1,5 +1,7 @@
 """Answer a benchmark with a model: batch by batch, sample by sample on disk, then the figure."""
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,6 +86,7 @@ def evaluate(
         "limit": limit,
         "blind_seed": blind_seed,
         "templates": template_hash(),
+        "data": _data_hash(examples, prompts, vocabulary if benchmark.vocabulary else None),
     }
     folder = None if out is None else Path(out)
     with PredictionLog(folder, settings) as log:
@@ -103,6 +106,19 @@ def evaluate(
     if folder is not None and distributed.is_main():
         result.save(folder)
     return result
+
+
+def _data_hash(
+    examples: Sequence[Example], prompts: Sequence[str], vocabulary: Sequence[str] | None
+) -> str:
+    """Changes with the samples, their references and the answers to choose from; the pictures
+    count by name."""
+    own = [
+        [_describe(example, prompt), example.choices]
+        for example, prompt in zip(examples, prompts, strict=True)
+    ]
+    text = json.dumps([own, vocabulary], ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _share(

@@ -14,6 +14,8 @@ from instructblip.evaluation.result import Result
 THUMBNAIL = 288
 RIGHT_FROM = 0.5
 """A score from here on counts as right: full marks of accuracies, a close caption."""
+RANKS = ("mrr",)
+"""Metrics whose score is one over a rank: right is the first alone."""
 MAX_FRAMES = 4
 MAX_CANDIDATES = 5
 
@@ -42,16 +44,18 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One sample. ``change`` compares the last model with the first: gained, lost or same."""
+    """One sample. ``change`` compares the last model with the baseline, the first one of all:
+    gained, lost or same; None where the baseline has no answer or is the last model itself.
+    ``pictures`` are data addresses, None for a picture that could not be read."""
 
     benchmark: str
     title: str
     id: str
-    pictures: tuple[str, ...]
+    pictures: tuple[str | None, ...]
     prompt: str
     references: tuple[tuple[str, int], ...]
     answers: tuple[Answer, ...]
-    change: str
+    change: str | None
 
     @property
     def right(self) -> bool:
@@ -72,11 +76,12 @@ def make_cards(models: Mapping[str, Sequence[Result]], per_set: int) -> list[Car
     if not seeing:
         return []
     colours = {model: place for place, model in enumerate(models)}
+    baseline = next(iter(models))
     cards = []
     for name, result in next(reversed(seeing.values())).items():
         own = {model: results[name] for model, results in seeing.items() if name in results}
         for index in _choose(result, per_set):
-            cards.append(_card(result, index, own, colours))
+            cards.append(_card(result, index, own, colours, baseline))
     return cards
 
 
@@ -87,26 +92,34 @@ def _choose(result: Result, count: int) -> list[int]:
         return hashlib.sha256(str(result.predictions[index]["id"]).encode()).hexdigest()
 
     order = sorted(range(result.n), key=key)
-    right = [i for i in order if _is_right(result.predictions[i])]
-    wrong = [i for i in order if not _is_right(result.predictions[i])]
+    marks = [_is_right(prediction, result.metric) for prediction in result.predictions]
+    right = [i for i in order if marks[i]]
+    wrong = [i for i in order if not marks[i]]
     half = count // 2
     few_wrong = min(len(wrong), max(half, count - len(right)))
     return sorted(right[: count - few_wrong] + wrong[:few_wrong])
 
 
-def _is_right(prediction: Mapping[str, Any]) -> bool:
-    return prediction["score"] >= RIGHT_FROM
+def _is_right(prediction: Mapping[str, Any], metric: str) -> bool:
+    return prediction["score"] >= (1.0 if metric in RANKS else RIGHT_FROM)
 
 
 def _card(
-    result: Result, index: int, own: Mapping[str, Result], colours: Mapping[str, int]
+    result: Result,
+    index: int,
+    own: Mapping[str, Result],
+    colours: Mapping[str, int],
+    baseline: str,
 ) -> Card:
     sample = result.predictions[index]
     answers = tuple(
-        _answer(model, colours[model], one.predictions[index]) for model, one in own.items()
+        _answer(model, colours[model], one.predictions[index], result.metric)
+        for model, one in own.items()
     )
-    before, after = answers[0].right, answers[-1].right
-    change = "same" if before == after else "gained" if after else "lost"
+    change = None
+    if answers[0].model == baseline and len(answers) > 1:
+        before, after = answers[0].right, answers[-1].right
+        change = "same" if before == after else "gained" if after else "lost"
     names = sample["images"]
     if len(names) > MAX_FRAMES:
         names = [names[i * len(names) // MAX_FRAMES] for i in range(MAX_FRAMES)]
@@ -114,7 +127,7 @@ def _card(
         benchmark=result.benchmark,
         title=result.title,
         id=str(sample["id"]),
-        pictures=tuple(thumbnail(name, Path(result.image_root)) for name in names),
+        pictures=tuple(_picture(name, Path(result.image_root)) for name in names),
         prompt=sample["prompt"],
         references=tuple(_count(sample["answers"])),
         answers=answers,
@@ -122,7 +135,7 @@ def _card(
     )
 
 
-def _answer(model: str, colour: int, prediction: Mapping[str, Any]) -> Answer:
+def _answer(model: str, colour: int, prediction: Mapping[str, Any], metric: str) -> Answer:
     options: list[Option] = []
     if "candidates" in prediction:
         expected = set(prediction["answers"])
@@ -136,7 +149,7 @@ def _answer(model: str, colour: int, prediction: Mapping[str, Any]) -> Answer:
         colour,
         prediction["prediction"],
         prediction["score"],
-        _is_right(prediction),
+        _is_right(prediction, metric),
         tuple(options),
     )
 
@@ -147,6 +160,14 @@ def _count(answers: Sequence[str]) -> Iterator[tuple[str, int]]:
     for answer in answers:
         counted[answer] = counted.get(answer, 0) + 1
     yield from sorted(counted.items(), key=lambda pair: -pair[1])
+
+
+def _picture(name: str, root: Path) -> str | None:
+    """Results may have left the machine with the pictures: their figures are shown all the same."""
+    try:
+        return thumbnail(name, root)
+    except (OSError, ValueError):
+        return None
 
 
 def thumbnail(name: str, root: Path) -> str:

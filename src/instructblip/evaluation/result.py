@@ -101,16 +101,19 @@ class Result:
                 f"{folder} holds no {RESULT}: the evaluation has not finished; run it again with "
                 "the same settings and it goes on where it stopped"
             )
-        stored = json.loads(file.read_text(encoding="utf-8"))
         by_id = read_predictions(folder / PREDICTIONS)
-        by_id.sort(key=lambda prediction: prediction["index"])
-        if len(by_id) != stored["n"]:
-            raise ValueError(
-                f"{folder}: {RESULT} is about {stored['n']} samples, {PREDICTIONS} holds "
-                f"{len(by_id)}; evaluate again"
-            )
-        return make_result(
-            stored["settings"], by_id, stored["tokenizer"] or "python", stored["image_root"]
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            by_id.sort(key=lambda prediction: prediction["index"])
+            if len(by_id) == stored["n"]:
+                tokenizer = stored["tokenizer"] or "python"
+                return make_result(stored["settings"], by_id, tokenizer, stored["image_root"])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{folder} is damaged ({what}); evaluate again") from None
+        raise ValueError(
+            f"{folder}: {RESULT} is about {stored['n']} samples, {PREDICTIONS} holds "
+            f"{len(by_id)}; evaluate again"
         )
 
 

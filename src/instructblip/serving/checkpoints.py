@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.data.images import ImageTransform
-from instructblip.evaluation.card import write_card
+from instructblip.evaluation.card import card
 from instructblip.evaluation.result import Result
 from instructblip.model.instructblip import InstructBlip, part_of
 from instructblip.model.pretrained import save_pretrained
 from instructblip.serving.decoding import PAPER_DECODING
+from instructblip.serving.fingerprint import fingerprint
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -56,11 +57,22 @@ def write_imported(
 def write_exported(
     model: InstructBlip, out: Path, source: Path, results: Sequence[Result] = ()
 ) -> None:
-    """A transformers directory with a card: the recipe beside ``source`` and the figures given."""
-    save_pretrained(model, out)
+    """A transformers directory with a card: the recipe beside ``source`` and the figures given.
+
+    Raises ValueError, before anything is written, for figures that are not this model's.
+    """
+    own = fingerprint(source, model.config.instruction_aware)
+    for result in results:
+        if result.settings["model"] != own:
+            raise ValueError(
+                f"the results of {result.benchmark} are another model's, or older than {source}; "
+                f"run `instructblip evaluate` with {source}"
+            )
     recipe = source / RECIPE_FILE
     parts = Counter[str]()
     for name, parameter in model.named_parameters():
         parts[part_of(name)] += parameter.numel()
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
-    write_card(out, model.config.reader, parts, text, results)
+    readme = card(out.name, model.config.reader, parts, text, results)
+    save_pretrained(model, out)
+    (out / "README.md").write_text(readme, encoding="utf-8")

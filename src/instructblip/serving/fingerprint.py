@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from instructblip.data.images import PREPROCESSORS
 from instructblip.model.weights import WEIGHT_FILES
 
 _HASH_WHOLE = 1 << 28
@@ -10,14 +11,17 @@ _HASH_WHOLE = 1 << 28
 
 
 def fingerprint(directory: Path, instruction_aware: bool) -> str:
-    """Name and hash of a model directory: its config, its weights, and how it is read."""
+    """Hash of a model directory: its config, its weights, its tokenizers, what its pictures and
+    answers go through, and whether its Q-Former reads the instruction."""
     digest = hashlib.sha256(b"aware" if instruction_aware else b"plain")
     files = [directory / "config.json", *(directory / name for name in WEIGHT_FILES)]
-    files += sorted(directory.glob("model-*.safetensors")) + sorted(directory.glob("tokenizer*"))
+    files += [directory / name for name in (*PREPROCESSORS, "generation_config.json")]
+    for pattern in ("model-*.safetensors", "tokenizer*", "qformer_tokenizer/*"):
+        files += sorted(directory.glob(pattern))
     for file in files:
         if not file.is_file():
             continue
-        digest.update(file.name.encode())
+        digest.update(file.relative_to(directory).as_posix().encode())
         status = file.stat()
         if status.st_size <= _HASH_WHOLE:
             digest.update(file.read_bytes())
