@@ -1,5 +1,6 @@
 """Predicted memory against what a real step keeps, and the advice drawn from it."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from instructblip.recipe import Recipe, load_recipe
 from instructblip.training.optim import make_optimizer, trainable_parameters
 from tests.model.test_activations import full_batch
 from tests.model.test_language import tiny_model
+from tests.model.test_lora import adapted
 from tests.serving.test_engine import write_model
 
 
@@ -102,6 +104,16 @@ def test_checkpoints_and_micro_batches_need_less(start: Path):
     for parts in ("training.accumulate=3", None):
         part = predict_memory(recipe_of(start, *([parts] if parts else [])), 1 if parts else 3)
         assert part.activations == pytest.approx(whole.activations / 3, rel=0.1)
+
+
+def test_the_starts_adapter_goes_on_and_other_settings_are_told(start: Path):
+    model = adapted(InstructBlip.from_pretrained(start), rank=3)
+    recipe = recipe_of(start, "model.lora={rank: 3}", "training.trainable=[qformer, lora]")
+    with pytest.warns(UserWarning, match=r"its own, which goes on: rank 3, whatever"):
+        shape_language(model, recipe_of(start, "model.lora={rank: 5}", "training.trainable=[lora]"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shape_language(model, recipe)
 
 
 def test_advice(start: Path):

@@ -1,5 +1,6 @@
 """From a recipe to the objects that a run needs: model, loader, validation, engine."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from instructblip.data.pictures import Pictures
 from instructblip.data.prepared import PreparedDataset
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.evaluate import Answerer, evaluate
-from instructblip.model.config import InstructBlipConfig
+from instructblip.model.config import InstructBlipConfig, LoraConfig
 from instructblip.model.directory import model_directory
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import checkpoint_layers, stacks_of
@@ -80,13 +81,27 @@ def shape_language(model: InstructBlip, recipe: Recipe) -> None:
                 f"model.lora trains as a part of its own, and training.trainable is "
                 f"{list(recipe.training.trainable)}: add lora to it"
             )
-        if not adapters(language):  # else the start has one, and it goes on
+        if own := adapters(language):
+            _tell_unused(adapter, next(iter(own.values())).config)
+        else:
             add_lora(language, adapter)
     model.set_trainable(recipe.training.trainable)
     if recipe.model.quantize is not None:
         quantize_linears(language, recipe.model.quantize)
     if recipe.training.checkpoint_activations:
         checkpoint_layers(language)
+
+
+def _tell_unused(asked: LoraConfig, own: LoraConfig) -> None:
+    """Warn where the start's adapter, which goes on, is another than the recipe asks for."""
+    names = [name for name in type(asked).model_fields if name != "targets" or asked.targets]
+    other = [n for n in names if getattr(asked, n) != getattr(own, n)]
+    if other:
+        told = ", ".join(f"{n} {getattr(own, n)!r}" for n in other)
+        warnings.warn(
+            f"the start has an adapter of its own, which goes on: {told}, whatever model.lora says",
+            stacklevel=2,
+        )
 
 
 def shard_language(model: InstructBlip, recipe: Recipe) -> None:

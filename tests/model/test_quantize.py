@@ -9,9 +9,12 @@ from torch import nn
 
 from instructblip.memory import saved_bytes
 from instructblip.model.instructblip import InstructBlip
+from instructblip.model.lora import adapters
 from instructblip.model.pretrained import from_pretrained
 from instructblip.model.quantize import NF4, Kind, QuantizedLinear, quantize_linears
 from tests.model.test_activations import gradients
+from tests.model.test_language import tiny_model
+from tests.model.test_lora import adapted
 from tests.parity.tiny import tiny_batch, tiny_transformers
 
 ERRORS: dict[Kind, float] = {"int8": 0.01, "fp8": 0.035, "nf4": 0.11}
@@ -80,9 +83,37 @@ def test_model_in_8_bits(language: str, tmp_path: Path):
         assert torch.equal(stored[name], value), name
 
 
-def test_what_trains_is_not_quantized():
-    from tests.model.test_language import tiny_model
+@pytest.mark.parametrize("language", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ERRORS)
+def test_adapters_stay_beside_quantized_weights(language: str, kind: Kind, tmp_path: Path):
+    tiny_transformers(language).save_pretrained(tmp_path / "start")
+    plain = from_pretrained(tmp_path / "start")
+    batch = tiny_batch(plain.config)
+    quantize_linears(plain.language_model, kind)
+    model = adapted(from_pretrained(tmp_path / "start"))
+    before = adapters(model.language_model)
+    quantize_linears(model.language_model, kind)
+    assert adapters(model.language_model) == before
+    assert model.loss(batch).loss_sum != plain.loss(batch).loss_sum
+    slopes = gradients(model, batch)
+    named = [name for name in slopes if name.endswith("lora.B")]
+    assert len(named) == len(before)
+    assert all(slopes[name].abs().max() > 0 for name in named)
+    model.save_pretrained(tmp_path / "saved")
+    kept = adapters(from_pretrained(tmp_path / "saved").language_model)
+    for name, adapter in kept.items():
+        assert torch.equal(adapter.B, before[name].B)
+    for adapter in before.values():
+        adapter.B.data.zero_()
+    torch.testing.assert_close(model.loss(batch).loss_sum, plain.loss(batch).loss_sum)
 
+
+def test_a_model_without_linear_layers_is_told():
+    with pytest.raises(ValueError, match="gpt2 has no linear layers"):
+        quantize_linears(tiny_model("gpt2").language_model, "int8")
+
+
+def test_what_trains_is_not_quantized():
     model: InstructBlip = tiny_model("llama").set_trainable(("language_model",))
     with pytest.raises(ValueError, match=r"model.quantize=nf4 needs a frozen.*q_proj trains"):
         quantize_linears(model.language_model, "nf4")

@@ -146,6 +146,35 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path):
     assert_same(weights(model), weights(again))
 
 
+def test_an_error_in_a_validation_costs_no_step(tmp_path: Path):
+    def broken(_model: Toy) -> dict[str, float]:
+        raise RuntimeError("no memory")
+
+    whole, _ = run(tmp_path / "whole")
+    config, folder = toy_config(), tmp_path / "cut"
+    with pytest.raises(RuntimeError, match="no memory"):
+        train(Toy(), ToyBatches(config), broken, config, folder)
+    kept = max(p.name for p in (folder / "checkpoints").iterdir())
+    assert kept == f"step_{config.validate_every:06d}"
+    resumed, _ = run(folder, model=wiped(), resume=True)
+    assert_same(weights(whole), weights(resumed))
+    assert lines(folder) == lines(tmp_path / "whole")
+
+
+def test_a_resumed_run_takes_the_recipes_weight_decay(tmp_path: Path):
+    plain, _ = run(tmp_path / "plain")
+    config, folder = toy_config(), tmp_path / "cut"
+    train(Toy(), stop_at(7, ToyBatches(config)), toy_score, config, folder)
+    decayed, _ = run(folder, model=wiped(), resume=True, weight_decay=5.0)
+    assert decayed.hidden.weight.norm() < 0.99 * plain.hidden.weight.norm()
+
+
+def test_resuming_with_another_optimizer_is_an_error(tmp_path: Path):
+    run(tmp_path)
+    with pytest.raises(ValueError, match=r"another training\.optimizer than Muon"):
+        run(tmp_path, model=wiped(), resume=True, optimizer="muon", steps=30)
+
+
 def test_resuming_with_another_trainable_set_is_an_error(tmp_path: Path):
     run(tmp_path)
     other = Toy()

@@ -101,11 +101,11 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize_linears(model: Any, kind: Kind) -> None:
-    """Quantize every linear layer of a language model but its head.
+    """Quantize every linear layer of a language model but its head; adapters beside them stay.
 
-    Raises ValueError if any of them trains.
+    Raises ValueError if any of them trains, or if there is none.
     """
-    head = model.get_output_embeddings()
+    head, found = model.get_output_embeddings(), False
     for name, parent in list(model.named_modules()):
         for child, layer in list(parent.named_children()):
             if not isinstance(layer, nn.Linear) or layer is head:
@@ -115,7 +115,16 @@ def quantize_linears(model: Any, kind: Kind) -> None:
                     f"model.quantize={kind} needs a frozen language model, and {name}.{child} "
                     "trains: take language_model out of training.trainable, or add model.lora"
                 )
-            setattr(parent, child, QuantizedLinear(layer, kind))
+            quantized = QuantizedLinear(layer, kind)
+            if "lora" in layer._modules:  # the adapter, and the hook that adds what it says
+                quantized.lora, quantized._forward_hooks = layer.lora, layer._forward_hooks
+            setattr(parent, child, quantized)
+            found = True
+    if not found:
+        raise ValueError(
+            f"model.quantize={kind}: a {model.config.model_type} has no linear layers that could "
+            "be quantized; leave it out"
+        )
 
 
 def quantized_names(model: nn.Module) -> list[str]:

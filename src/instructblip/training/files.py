@@ -158,10 +158,26 @@ def _apply(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
-    optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+    _load_moments(checkpoint, optimizer)
     torch.set_rng_state(checkpoint.optimizer["rng"])
     known = {f.name for f in fields(Progress)}
     progress = Progress(**{k: v for k, v in checkpoint.progress.items() if k in known})
     if not distributed.is_main():
         progress.window = {}  # the first rank holds the sum over all of them
     return progress
+
+
+def _load_moments(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+    """The optimiser's state; its settings, such as weight decay, are those of the recipe."""
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    saved = checkpoint.optimizer["optimizer"]
+    if [len(g["params"]) for g in saved["param_groups"]] != [
+        len(g["params"]) for g in optimizer.param_groups
+    ]:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} was written by another training.optimizer than "
+            f"{type(optimizer).__name__}; resume with the recipe stored beside it"
+        )
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)

@@ -1,8 +1,9 @@
 """THE loop. It drives anything with ``.loss(batch)`` and reads from top to bottom.
 
 Each turn keeps one order: evaluate, save, stop, step, log. The turn at ``step`` looks at the model
-after ``step`` finished updates. Batches and dropout are functions of (seed, step, rank), so a run
-that resumes from a checkpoint goes on bit for bit.
+after ``step`` finished updates. What is evaluated is saved first, so that an error in there costs no
+step. Batches and dropout are functions of (seed, step, rank), so a run that resumes from a
+checkpoint goes on bit for bit.
 """
 
 import math
@@ -99,6 +100,9 @@ def train(
             # evaluate ------------------------------------------------------------------------
             watchdog.rest()
             due = step > progress.validated_step and is_due(step, config.validate_every, config)
+            if due and evaluate is not None and step > files.saved_step:
+                log.flush()
+                files.save(parameters, optimizer, progress)
             validated = due and validate(model, evaluate, progress, termination, log, files)
             # save ----------------------------------------------------------------------------
             terminated = distributed.any_rank(termination.requested, device)
