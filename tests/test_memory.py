@@ -106,6 +106,20 @@ def test_checkpoints_and_micro_batches_need_less(start: Path):
         assert part.activations == pytest.approx(whole.activations / 3, rel=0.1)
 
 
+def test_frames_of_videos_count(start: Path):
+    more = ["data.sets={msvdqa: {}}", "data.num_frames=3"]
+    predicted = predict_memory(recipe_of(start, *more))
+    model = InstructBlip.from_pretrained(start).train()
+    stills = full_batch(model, 18, (10, 12, 8))
+    assert stills.image_features is not None
+    texts = full_batch(model, 6, (10, 12, 8))
+    batch = replace(
+        texts, image_features=stills.image_features, image_index=torch.arange(18).view(6, 3)
+    )
+    measured = saved_bytes(lambda: model.loss(batch).loss_sum, model)
+    assert predicted.activations == pytest.approx(measured, rel=0.1)
+
+
 def test_the_starts_adapter_goes_on_and_other_settings_are_told(start: Path):
     model = adapted(InstructBlip.from_pretrained(start), rank=3)
     recipe = recipe_of(start, "model.lora={rank: 3}", "training.trainable=[qformer, lora]")

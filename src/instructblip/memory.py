@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from instructblip.assembly import shape_language
+from instructblip.data.sources import VIDEOS
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.directory import model_directory
 from instructblip.model.head import LOSS_CHUNK, is_frozen_linear
@@ -97,7 +98,9 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         data.max_prompt,
         data.max_response,
     )
-    forward = functools.partial(walk, model, samples, lengths)
+    videos = {entry.source or name for name, entry in data.sets.items()} & VIDEOS
+    frames = data.num_frames if videos else 1
+    forward = functools.partial(walk, model, samples, lengths, frames)
     activations = saved_bytes(forward, model)
     if training.checkpoint_activations:
         passing += rerun_bytes(forward, model) - activations
@@ -108,7 +111,7 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         gradients=trained,
         activations=activations,
         passing=max(passing, logits_bytes(model, samples * data.max_response)),
-        encoder=encoder_bytes(model, samples),
+        encoder=encoder_bytes(model, samples * frames),
         accumulates=training.accumulate > 1,
     )
 
@@ -148,13 +151,17 @@ def retype(part: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, made[old])
 
 
-def walk(model: InstructBlip, samples: int, lengths: tuple[int, int, int]) -> Tensor:
-    """The loss of a batch of full rows; ``lengths`` of instruction, prompt and response."""
+def walk(
+    model: InstructBlip, samples: int, lengths: tuple[int, int, int], frames: int = 1
+) -> Tensor:
+    """The loss of a batch of full rows, each with so many ``frames``; ``lengths`` of instruction,
+    prompt and response."""
     instruction, prompt, response = lengths
-    size = model.config.vision.image_size
-    features = model.encode_image(torch.empty(samples, 3, size, size), norm=False)
+    size, pictures = model.config.vision.image_size, samples * frames
+    features = model.encode_image(torch.empty(pictures, 3, size, size), norm=False)
     # no mask: which slots are real is a question to numbers, and there are none
-    queries = model.ask_features(features, ones(samples, instruction), None)
+    queries = model.ask_features(features, ones(pictures, instruction), None)
+    queries = queries.flatten(0, 1).unflatten(0, (samples, -1))
     seq2seq = model.language_model.config.is_encoder_decoder
     text = model.language_model.get_input_embeddings()(
         ones(samples, prompt if seq2seq else prompt + response - 1)

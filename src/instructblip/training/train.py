@@ -1,8 +1,8 @@
 """THE loop. It drives anything with ``.loss(batch)`` and reads from top to bottom.
 
 Each turn keeps one order: evaluate, save, stop, step, log. The turn at ``step`` looks at the model
-after ``step`` finished updates. What is evaluated is saved first, so that an error in there costs no
-step. Batches and dropout are functions of (seed, step, rank), so a run that resumes from a
+after ``step`` finished updates. What is evaluated is saved first, so that an error in there costs
+no step. Batches and dropout are functions of (seed, step, rank), so a run that resumes from a
 checkpoint goes on bit for bit.
 """
 

@@ -121,3 +121,6 @@ SOURCES: dict[str, Source] = {
     "msrvttqa": Source(msrvttqa, "vqa", OWN_TERMS, "{split}_qa.json; frames in images/<video>/"),
     "ivqa": Source(ivqa, "vqa", "Apache-2.0", "{split}.csv; frames in images/<video_id>/"),
 }
+
+VIDEOS = {"msvdqa", "msrvttqa", "ivqa"}
+"""Those whose examples show frames."""
