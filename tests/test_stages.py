@@ -174,7 +174,9 @@ def test_a_recipe_may_ask_otherwise(out: Path, overrides: list[str]):
             preparing.benchmarks_of(recipe, ["scenes_vsr"])
 
 
-def test_a_benchmark_without_its_data_says_what_to_get(out: Path, overrides: list[str]):
+def test_a_benchmark_without_its_data_says_what_to_get(
+    out: Path, overrides: list[str], tmp_path: Path
+):
     recipe = recipe_of(out, overrides, "evaluation.benchmarks=[scenes_gqa, flickr30k, ivqa]")
     with pytest.raises(FileNotFoundError) as error:
         stages_measure.evaluate(recipe, str(out / "run"), out / "missing")
@@ -186,6 +188,10 @@ def test_a_benchmark_without_its_data_says_what_to_get(out: Path, overrides: lis
     elsewhere = recipe_of(out, ["data.root=nowhere"], "evaluation.benchmarks=[scenes_gqa]")
     with pytest.raises(FileNotFoundError, match="`instructblip scenes nowhere` draws it"):
         stages_measure.evaluate(elsewhere, str(out / "run"), out / "missing")
+    (tmp_path / "vqav2" / "images").mkdir(parents=True)  # real data: not a place to draw
+    real = recipe_of(out, [f"data.root={tmp_path}"], "evaluation.benchmarks=[scenes_gqa]")
+    with pytest.raises(FileNotFoundError, match=r"not beside other data such as .*vqav2: draw"):
+        stages_measure.evaluate(real, str(out / "run"), out / "missing")
 
 
 def test_prepare_prints_the_mixture(

@@ -8,6 +8,7 @@ from instructblip.data.mixture import Mixture
 from instructblip.data.prepare import Job, prepare
 from instructblip.data.prepared import PreparedDataset
 from instructblip.data.remote import fetch_tree, is_remote
+from instructblip.data.scenes.official import SCENE_SETS, other_data
 from instructblip.data.sources import SOURCES, source_of
 from instructblip.data.sources.own import own_source
 from instructblip.data.sources.own_files import Own
@@ -90,6 +91,11 @@ def prepare_benchmarks(
 def _remedy(recipe: Recipe, benchmark: Benchmark) -> str:
     """Where the files of a benchmark come from, and where they go."""
     if "scenes" in groups_of(benchmark):
+        if taken := other_data(recipe.data.root, SCENE_SETS):
+            return (
+                f"`instructblip scenes` draws it, but not beside other data such as {taken[0]}: "
+                "draw it elsewhere and set data.root"
+            )
         return f"`instructblip scenes {recipe.data.root}` draws it"
     files = source_of(benchmark.source).files.format(split=benchmark.split)
     root = recipe.data.root_of(benchmark.source)

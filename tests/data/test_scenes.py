@@ -3,6 +3,7 @@
 import filecmp
 import itertools
 import json
+import math
 import random
 
 import numpy as np
@@ -175,16 +176,45 @@ def test_same_seed_same_bytes_and_another_seed_other_pictures(tmp_path, world):
     assert (other / "images" / name).read_bytes() != (world["vqav2"] / "images" / name).read_bytes()
 
 
-def test_finished_folder_is_left_alone_and_a_torn_one_is_written_again(tmp_path):
+def test_finished_folder_is_left_alone_and_one_of_other_settings_is_written_again(tmp_path):
     folder = write_scenes(tmp_path, scale=0.02, sets=("vsr",))["vsr"]
     note = folder / "note.txt"
     note.write_text("mine")
     write_scenes(tmp_path, scale=0.02, sets=("vsr",))
     assert note.exists()
-    (folder / "scenes.json").unlink()
-    write_scenes(tmp_path, scale=0.02, sets=("vsr",))
+    write_scenes(tmp_path, seed=1, scale=0.02, sets=("vsr",))
     assert not note.exists()
     assert (folder / "annotations" / "test.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "link to an empty folder", "file"])
+def test_other_data_is_never_replaced(kind, tmp_path):
+    real, root = tmp_path / "real", tmp_path / "root"
+    taken = root / "gqa"
+    root.mkdir()
+    if kind == "file":
+        taken.write_text("mine")
+    elif kind == "folder":
+        (taken / "annotations").mkdir(parents=True)
+    else:
+        (real if "empty" in kind else real / "annotations").mkdir(parents=True)
+        taken.symlink_to(real)
+    with pytest.raises(ValueError, match=rf"{taken}: .*did not write this.*another ROOT"):
+        write_scenes(root, scale=0.02, sets=("vsr", "gqa"))
+    assert [path.name for path in root.iterdir()] == ["gqa"]  # nothing was written
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "vsr").mkdir()
+    folder = write_scenes(tmp_path, scale=0.02, sets=("vsr",))["vsr"]
+    assert (folder / "annotations").is_dir()
+
+
+@pytest.mark.parametrize("scale", [-1, 0, math.nan, math.inf])
+def test_a_scale_is_a_size(scale, tmp_path):
+    with pytest.raises(ValueError, match=r"scale .*expected a number above 0"):
+        write_scenes(tmp_path / "root", scale=scale)
+    assert not (tmp_path / "root").exists()
 
 
 def test_unknown_set_is_named(tmp_path):

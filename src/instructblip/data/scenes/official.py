@@ -8,12 +8,15 @@ the vocabulary that its test ranks, and ScienceQA's train split is for fine-tuni
 """
 
 import json
+import math
+import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from instructblip.data.scenes.writers.captions import coco_caption, nocaps, textcaps
 from instructblip.data.scenes.writers.choices import aokvqa, iconqa, scienceqa
@@ -25,6 +28,8 @@ from instructblip.data.scenes.writers.video import msvdqa
 from instructblip.data.scenes.writers.vqa import gqa, okvqa, vizwiz, vqav2
 
 FORMAT_VERSION = 2
+MARKER = "scenes.json"
+"""The file of settings that makes a folder one of ours."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +48,51 @@ def write_scenes(
 
     ``scale`` multiplies every size. The same seed and scale give the same bytes. A folder that a
     finished run of the same settings wrote is left as it is; an unfinished one never shows, since
-    each set is written aside and renamed. Raises ValueError for an unknown set.
+    each set is written aside and renamed. Raises ValueError, before anything is written, for an
+    unknown set, for a scale that is no size, and for other data where a set would go.
     """
     root = Path(root)
     chosen = tuple(SCENE_SETS) if sets is None else sets
     if unknown := [name for name in chosen if name not in SCENE_SETS]:
         raise ValueError(f"no scene set {unknown}; expected some of {', '.join(SCENE_SETS)}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale {scale:g}; expected a number above 0, such as 0.1")
+    settings = {"format": FORMAT_VERSION, "seed": seed, "scale": scale}
+    due = [name for name in chosen if _settings_of(root / name) != settings]
+    if taken := other_data(root, due):
+        raise ValueError(
+            f"{', '.join(map(str, taken))}: `instructblip scenes` did not write this and would "
+            f"replace it; choose another ROOT than {root}"
+        )
     root.mkdir(parents=True, exist_ok=True)
-    for name in chosen:
-        settings = {"format": FORMAT_VERSION, "seed": seed, "scale": scale}
-        marker = root / name / "scenes.json"
-        if marker.is_file() and json.loads(marker.read_text()) == settings:
-            continue
+    for name in due:
         aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
         for split, size in SCENE_SETS[name].sizes.items():
             rng = random.Random(f"{seed}/{name}/{split}")
             SCENE_SETS[name].write(SetFolder(aside, split, rng), max(8, round(size * scale)))
-        (aside / "scenes.json").write_text(json.dumps(settings))
+        (aside / MARKER).write_text(json.dumps(settings))
         shutil.rmtree(root / name, ignore_errors=True)
         aside.replace(root / name)
     return {name: root / name for name in chosen}
+
+
+def other_data(root: Path, sets: Iterable[str]) -> list[Path]:
+    """What stands below ``root`` where ``sets`` would be written and is not the embedded world's:
+    links, files, and folders that hold something but no marker."""
+    folders = [root / name for name in sets]
+    return [f for f in folders if os.path.lexists(f) and not _may_be_replaced(f)]
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return (folder / MARKER).is_file() or not any(folder.iterdir())
+
+
+def _settings_of(folder: Path) -> Any:
+    """What a finished set was written with, or None."""
+    marker = folder / MARKER
+    return json.loads(marker.read_text()) if marker.is_file() else None
 
 
 SCENE_SETS: dict[str, SceneSet] = {
