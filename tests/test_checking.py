@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from instructblip import checking, cli, preparing
+from instructblip.data.prepare import prepare_all
 from instructblip.data.scenes.official import write_scenes
 from instructblip.recipe import Recipe, load_recipe
+from tests.data.tiny import write_vqa
 
 SETTINGS = [
     "model.start=nowhere",
@@ -99,3 +101,18 @@ def test_leaked_pictures_are_left_out_on_request(root: Path):
         recipe = recipe_of(root, f"data.drop_leaked={setting}", "data.max_bad_rate=0.2")
         kept = checking.checked_training(recipe, preparing.prepare_training(recipe))
         assert len(kept["vqav2"]) == count
+
+
+def test_entries_of_one_source_may_have_roots_of_their_own(tmp_path: Path):
+    write_vqa(tmp_path / "vqa_a", 4)
+    write_vqa(tmp_path / "vqa_b", 6)
+    sets = "{a: {source: vqav2, root: vqa_a}, b: {source: vqav2, root: vqa_b}}"
+    recipe = recipe_of(tmp_path, f"data.sets={sets}")
+    names = preparing.training_names(recipe)
+    found = [
+        preparing.prepare_training(recipe).values(),
+        prepare_all([preparing.job_of(recipe, name) for name in names]),
+        checking.checked_training(recipe, preparing.prepare_training(recipe)).values(),
+    ]
+    assert [[len(dataset) for dataset in datasets] for datasets in found] == [[4, 6]] * 3
+    assert [dataset.name for dataset in found[1]] == ["vqav2", "vqav2@b"]

@@ -126,6 +126,10 @@ def test_roots_of_sources():
         Path("d/gqa"),
         Path("d/vsr"),
     ]
+    twice = Recipe.model_validate(
+        {"data": {"root": "d", "sets": {"vqav2": {}, "more": {"source": "vqav2", "root": "x"}}}}
+    ).data
+    assert twice.root_of("vqav2") == Path("d/vqav2")  # the first entry's
 
 
 def test_a_bare_on_or_off_is_a_word_not_a_boolean():

@@ -38,7 +38,11 @@ def prepare_entry(recipe: Recipe, name: str) -> PreparedDataset:
 
 
 def job_of(recipe: Recipe, name: str) -> Job:
-    """How an entry of ``data.sets`` is prepared. A root that is a URL is fetched first."""
+    """How an entry of ``data.sets`` is prepared. A root that is a URL is fetched first.
+
+    It is prepared under its source's name; one whose root is not that of the source's first entry
+    under a name of its own, ``source@entry``.
+    """
     data = recipe.data
     entry = data.sets[name]
     own = entry.format is not None
@@ -49,7 +53,8 @@ def job_of(recipe: Recipe, name: str) -> Job:
     else:
         root = data.root / where
     reader = own_source(_own(name, entry, root)) if own else source_of(source)
-    return Job(source, root, entry.split, data.prepared_root, reader, data.max_bad_rate)
+    folder = source if own or where == data.where_of(source) else f"{source}@{name}"
+    return Job(folder, root, entry.split, data.prepared_root, reader, data.max_bad_rate)
 
 
 def _own(name: str, entry: DataSet, root: Path) -> Own:

@@ -125,14 +125,15 @@ class DataConfig(_Section):
     def source_of(self, name: str) -> str:
         return self.sets[name].source or name
 
+    def where_of(self, source: str) -> str:
+        """Folder or URL of a source, as benchmarks need it: its first entry's, else its name."""
+        for name, entry in self.sets.items():
+            if self.source_of(name) == source and not entry.format:
+                return entry.root or source
+        return source
+
     def root_of(self, source: str) -> Path:
-        """The folder of a source: the one that an entry of ``sets`` gives it, else its name's."""
-        own = (
-            entry.root
-            for name, entry in self.sets.items()
-            if self.source_of(name) == source and not entry.format
-        )
-        return self.root / next((root for root in own if root is not None), source)
+        return self.root / self.where_of(source)
 
     @property
     def prepared_root(self) -> Path:
