@@ -62,8 +62,9 @@ def _own(name: str, entry: DataSet, root: Path) -> Own:
     if name in SOURCES:
         raise ValueError(f"data.sets.{name}: this name is taken; give data of your own another one")
     images = entry.images
-    if images is None:
-        images = "images" if (root / "images").is_dir() else "."
+    if images is None:  # an imagefolder's paths start beside its metadata, wherever that is
+        below = entry.format != "imagefolder" and (root / "images").is_dir()
+        images = "images" if below else "."
     if entry.task is not None:
         templates_of(entry.task)
     columns = tuple(sorted(entry.columns.items()))

@@ -4,6 +4,7 @@ Read with ``load_recipe(name_or_file, ["training.steps=100", ...])``. Unknown ke
 name the nearest known one. The resolved recipe is written beside every checkpoint and result.
 """
 
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -80,11 +82,19 @@ class DataSet(_Section):
     path: str | None = None
     """File or pattern of your own data below its root, such as ``{split}.jsonl``; null for all."""
     images: str | None = None
-    """Folder below the root that the paths of its pictures are relative to; null finds it."""
+    """Folder below the root that the paths of its pictures are relative to; null for ``images``
+    if there is one, else the root. An imagefolder is looked for there: null for the root."""
     columns: dict[str, str] = Field(default_factory=dict)
     """For tables: which column holds the image, question, answer, choices, context, id."""
     task: str | None = None
     """Task of your own data, which decides its templates; null guesses from the columns."""
+
+
+def _plain(name: str) -> str:
+    # it becomes the name of a folder
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise ValueError("expected a name of letters, digits and . _ - without a dot in front")
+    return name
 
 
 class DataConfig(_Section):
@@ -94,7 +104,7 @@ class DataConfig(_Section):
     """Folder that holds one folder for each source."""
     prepared: Path | None = None
     """Folder of the prepared data sets; null for ``root/prepared``."""
-    sets: dict[str, DataSet] = Field(min_length=1)
+    sets: dict[Annotated[str, AfterValidator(_plain)], DataSet] = Field(min_length=1)
     """Name to data set: what the model is tuned on."""
     temperature: Fraction = 0.5
     """Sets are drawn in proportion to size ** temperature: 0.5 is the paper's square root."""

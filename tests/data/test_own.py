@@ -14,6 +14,7 @@ from instructblip import preparing
 from instructblip.batch import Example
 from instructblip.data.check import check_dataset
 from instructblip.data.export import export
+from instructblip.data.folder import read_folder
 from instructblip.data.prepare import prepare
 from instructblip.data.sources.own import own_source
 from instructblip.data.sources.own_files import Own
@@ -163,6 +164,19 @@ def test_imagefolder_with_metadata(root: Path):
     (root / "train" / "deep" / "metadata.csv").write_text("file_name,text\n../../0.png,A cup.\n")
     with pytest.raises(ValueError, match=r"metadata\.csv:line 2: image name '../../0.png'"):
         read(root, "imagefolder")
+
+
+def test_imagefolder_with_metadata_beside_its_pictures(root: Path):
+    for i in range(2):
+        (root / "images").mkdir(exist_ok=True)
+        (root / f"{i}.png").rename(root / "images" / f"{i}.png")
+    (root / "2.png").unlink()
+    (root / "metadata.csv").write_text("file_name,text\nimages/0.png,A cup.\nimages/1.png,A dog.\n")
+    recipe = root / "own.yaml"
+    recipe.write_text(f"data: {{root: {root}, sets: {{mine: {{format: imagefolder, root: .}}}}}}")
+    dataset = preparing.prepare_training(load_recipe(recipe))["mine"]
+    assert [e.images for e in dataset] == [("images/0.png",), ("images/1.png",)]
+    assert [e.images for e in read_folder(root).examples] == [e.images for e in dataset]
 
 
 def test_hf_dataset(root: Path):
