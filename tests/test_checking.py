@@ -9,7 +9,7 @@ from instructblip import checking, cli, preparing
 from instructblip.data.prepare import prepare_all
 from instructblip.data.scenes.official import write_scenes
 from instructblip.recipe import Recipe, load_recipe
-from tests.data.tiny import write_vqa
+from tests.data.tiny import write_picture, write_vqa
 
 SETTINGS = [
     "model.start=nowhere",
@@ -116,3 +116,19 @@ def test_entries_of_one_source_may_have_roots_of_their_own(tmp_path: Path):
     ]
     assert [[len(dataset) for dataset in datasets] for datasets in found] == [[4, 6]] * 3
     assert [dataset.name for dataset in found[1]] == ["vqav2", "vqav2@b"]
+
+
+def test_data_prepared_inside_their_own_folder_stay_checked(tmp_path: Path):
+    for i in range(2):
+        write_picture(tmp_path / f"{i}.png", seed=i).with_suffix(".txt").write_text(f"picture {i}")
+    own = "data.sets={own: {format: imagefolder, root: .}}"
+    recipe = recipe_of(tmp_path, own, "data.check=required")
+    assert not any(isinstance(found, str) for found in checking.check_recipe(recipe))
+    for _ in range(2):
+        datasets = checking.checked_training(recipe, preparing.prepare_training(recipe))
+        assert len(datasets["own"]) == 2
+    around = recipe_of(tmp_path, own, f"data.prepared={tmp_path}")  # not inside: all files count
+    assert len(preparing.prepare_training(around)["own"]) == 2
+    (tmp_path / "0.txt").write_text("another picture")
+    for recipe_now in (recipe, around):
+        assert preparing.prepare_training(recipe_now)["own"][0].answers == ("another picture",)

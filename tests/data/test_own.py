@@ -166,6 +166,32 @@ def test_imagefolder_with_metadata(root: Path):
         read(root, "imagefolder")
 
 
+def test_captions_that_change_places_are_noticed(root: Path):
+    (root / "2.png").unlink()
+    for i, caption in enumerate(("A cup.", "A dog.")):
+        (root / f"{i}.txt").write_text(caption)
+    assert [e.answers[0] for e in read(root, "imagefolder")] == ["A cup.", "A dog."]
+    (root / "0.txt").rename(root / "kept")
+    (root / "1.txt").rename(root / "0.txt")
+    (root / "kept").rename(root / "1.txt")
+    assert [e.answers[0] for e in read(root, "imagefolder")] == ["A dog.", "A cup."]
+
+
+def test_links_that_lead_in_circles_are_followed_once(root: Path):
+    write_picture(root / "deep" / "a.png")
+    for path in root.rglob("*.png"):
+        path.with_suffix(".txt").write_text("A cup.")
+    for loop in (root / "loop", root / "deep" / "back"):
+        loop.symlink_to(root)
+    elsewhere = write_picture(root.parent / f"{root.name}_more" / "b.png")
+    elsewhere.with_suffix(".txt").write_text("A dog.")
+    (root / "more").symlink_to(elsewhere.parent)
+    names = [e.images[0] for e in read(root, "imagefolder")]
+    assert names == ["0.png", "1.png", "2.png", "deep/a.png", "more/b.png"]
+    elsewhere.with_suffix(".txt").write_text("A red dog.")
+    assert read(root, "imagefolder")[-1].answers == ("A red dog.",)
+
+
 def test_imagefolder_with_metadata_beside_its_pictures(root: Path):
     for i in range(2):
         (root / "images").mkdir(exist_ok=True)

@@ -185,7 +185,7 @@ def _write(
         "bytes": (folder / DATA_FILE).stat().st_size,
         "licence": source.licence,
         "annotations": [
-            stamp | {"sha256": sha256_of(root / stamp["file"])}
+            stamp | {"sha256": sha256_of(root / stamp["file"], _out_of(target))}
             for stamp in rows.files["annotations"]
         ],
         "absent": rows.files["absent"],
@@ -197,12 +197,12 @@ def _read(
     folder: Path, name: str, source: Source, root: Path, split: str, progress: bool
 ) -> Partial:
     """Reads all rows into ``folder``, or those that an interrupted preparation had not reached."""
-    image_root = root / source.images
+    image_root, out = root / source.images, _out_of(folder)
     key = {"version": FORMAT_VERSION, "root": str(root), "settings": source.settings}
     rows = Partial(folder, key)
     check = _Check(image_root, split, rows)
     repaired = any(not name or check.there(name) for name in rows.missing)
-    if repaired or not same_files(rows.files, root, by_content=False):
+    if repaired or not same_files(rows.files, root, out, by_content=False):
         rows.restart()
     with (
         note_files() as files,
@@ -214,9 +214,9 @@ def _read(
             rows.append(examples)
             advance(*files.position())
             if rows.due():
-                rows.save(stamps_of(files, root))
+                rows.save(stamps_of(files, root, out))
         if not rows.ended:
-            rows.save(stamps_of(files, root), ended=True)
+            rows.save(stamps_of(files, root, out), ended=True)
     rows.close()
     return rows
 
@@ -285,8 +285,13 @@ def _unchanged(target: Path, root: Path, source: Source, max_bad_rate: float) ->
         and manifest["settings"] == source.settings
         and manifest["max_bad_rate"] == max_bad_rate
         and (target / DATA_FILE).is_file()
-        and same_files(manifest, root, by_content=True)
+        and same_files(manifest, root, _out_of(target), by_content=True)
     )
+
+
+def _out_of(target: Path) -> Path:
+    """The folder of all prepared data, in which ``target`` is ``<name>/<split>``."""
+    return target.parents[1].resolve()
 
 
 def _replace(folder: Path, target: Path) -> None:

@@ -56,14 +56,26 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def walk_files(folder: Path) -> list[Path]:
-    """All files below a folder, sorted; ValueError for a folder that cannot be read."""
+    """All files below a folder, sorted; ValueError for a folder that cannot be read.
+
+    Links to folders are followed, but no folder is entered twice: a link may lead in a circle.
+    """
 
     def stop(error: OSError) -> None:
         # Path.rglob passes over such a folder, and whatever it holds would be lost silently.
         raise _unreadable(error)
 
-    walked = os.walk(folder, onerror=stop, followlinks=True)
-    return sorted(Path(top, name) for top, _, names in walked for name in names)
+    entered: set[tuple[int, int]] = set()
+    found = []
+    for top, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        status = Path(top).stat()
+        if (place := (status.st_dev, status.st_ino)) in entered:
+            folders.clear()
+            continue
+        entered.add(place)
+        folders.sort()  # of two links to one folder it is always the same that is followed
+        found += [Path(top, name) for name in names]
+    return sorted(found)
 
 
 def matching_files(folder: Path, pattern: str) -> list[Path]:
