@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from instructblip import assembly, cli, preparing, stages, stages_measure
+from instructblip.model.directory import model_directory
 from instructblip.recipe import Recipe, load_recipe
+from tests.data.tiny import write_picture
 from tests.serving.test_engine import write_model
 
 SMALL = [
@@ -223,3 +225,24 @@ def test_show(out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str
     stages.show(recipe, 2, out / "show.html")
     articles = (out / "show.html").read_text(encoding="utf-8").count("<article>")
     assert articles == 2 * len(recipe.data.sets)
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_own_data_alone_train_without_validation(overrides: list[str], tmp_path: Path):
+    """The recipe of docs/data.md, read from there."""
+    text = (DOCS / "data.md").read_text().split("## Data of your own")[1]
+    (tmp_path / "own.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    for i in range(4):
+        write_picture(tmp_path / "photos" / "pictures" / f"{i}.png", seed=i)
+    rows = [{"file": f"{i}.png", "ask": "what is it?", "reply": "a cup"} for i in range(4)]
+    (tmp_path / "photos" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = [one for one in overrides if not one.startswith("evaluation.")]
+    recipe = load_recipe(tmp_path / "own.yaml", [f"data.root={tmp_path}", *settings])
+    assert stages.check(recipe)
+    result = stages.train(recipe, tmp_path / "run")
+    assert (result.step, result.best_step) == (4, None)
+    assert model_directory(tmp_path / "run") == tmp_path / "run" / "last"
+    assert stages.train(recipe, tmp_path / "run", resume=True).step == 4
+    stages.cache(recipe)

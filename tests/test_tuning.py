@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from instructblip import cli
+from instructblip import cli, stages
 from instructblip.data.folder import read_folder, split_by_picture
-from instructblip.tuning import MEASURES, measures_of
+from instructblip.recipe import load_recipe
+from instructblip.tuning import MEASURES, measures_of, write_recipe
 from tests.data.tiny import write_picture
 from tests.serving.test_engine import write_model
 
@@ -113,3 +114,18 @@ def test_worked_examples(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "<html" in (out / "report.html").read_text()
     for side in ("before", "after"):
         assert list((out / "results" / side).glob("own_*/result.json"))
+
+
+def test_the_recipe_that_tune_writes_trains(tmp_path: Path) -> None:
+    """Hugging Face's layout: metadata.csv beside images/."""
+    for number in range(5):
+        write_picture(tmp_path / "own" / "images" / f"{number}.png", seed=number)
+    rows = [f"images/{number}.png,a cup" for number in range(5)]
+    (tmp_path / "own" / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    start = write_model(tmp_path / "blip2", "blip2")
+    short = ["training.steps=2", "model.text_branch=random", "training.batch_size=2"]
+    write_recipe(tmp_path / "own", str(start), tmp_path / "own" / "tuned", 4, short)
+    recipe = load_recipe(tmp_path / "own" / "tuned" / "recipe.yaml")
+    assert stages.check(recipe)
+    for run in ("first", "second"):
+        assert stages.train(recipe, tmp_path / run).step == 2

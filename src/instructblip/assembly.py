@@ -158,12 +158,14 @@ def make_loader(
 
 def make_validation(
     recipe: Recipe, model: InstructBlip
-) -> Callable[[InstructBlip], dict[str, float]]:
+) -> Callable[[InstructBlip], dict[str, float]] | None:
     """Scores of a model, 0 to 100, and their mean over the held-in sets: the ``score``.
 
     Held-out sets, if named, are scored for the curves of the report and choose nothing, unless
-    there are no others.
+    there are no others. None where the recipe names no set at all: no weights are the best then.
     """
+    if not recipe.evaluation.validation:
+        return None
     chosen = [
         replace(b, split="val") if b.role == "held_in" else b
         for b in benchmarks_of(recipe, recipe.evaluation.validation)

@@ -172,7 +172,8 @@ class EvaluationConfig(_Section):
     """What the model is measured on: during training, and after it."""
 
     validation: tuple[str, ...] = ("held_in",)
-    """Benchmarks scored during training; the mean of the held-in ones picks the best weights."""
+    """Benchmarks scored during training; the mean of the held-in ones picks the best weights. An
+    empty list validates nothing: the last weights are then the result."""
     validation_limit: PositiveInt | None = None
     """Samples of each set in a validation, spread evenly; null for all."""
     benchmarks: tuple[str, ...] = ("held_in", "held_out")

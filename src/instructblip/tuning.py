@@ -98,7 +98,8 @@ def write_recipe(
             "workers": 0,
             "precision": "fp32" if small else "bf16",
         },
-        "evaluation": {"validation_limit": 64},
+        # what is held back validates here; who trains by this recipe has no such set
+        "evaluation": {"validation": [], "validation_limit": 64},
     }
     out.mkdir(parents=True, exist_ok=True)
     file = out / "recipe.yaml"
