@@ -137,9 +137,11 @@ def import_checkpoint(
 ) -> None:
     """Write a checkpoint of the official code as a directory that transformers reads too."""
     from instructblip.data.images import ImageTransform
+    from instructblip.model.directory import check_output
     from instructblip.model.lavis import import_lavis, language_tokenizer
     from instructblip.serving.checkpoints import write_imported
 
+    check_output(out)
     model = import_lavis(checkpoint, vision, language)
     transform = ImageTransform(image_size=model.config.vision.image_size)
     write_imported(model, language_tokenizer(language), qformer_tokenizer, transform, out)
@@ -152,9 +154,11 @@ def combine(
     """Write a model of two frozen parts and a fresh Q-Former, ready to be trained."""
     from instructblip.data.images import ImageTransform
     from instructblip.data.tokens import load_tokenizer
+    from instructblip.model.directory import check_output
     from instructblip.model.parts import combine as combine_parts
     from instructblip.serving.checkpoints import write_imported
 
+    check_output(out)
     transform, tokenizer = ImageTransform.from_pretrained(vision), load_tokenizer(language)
     model = combine_parts(vision, language, {"num_hidden_layers": layers}, queries)
     write_imported(model, tokenizer, qformer_tokenizer, transform, out)
@@ -171,14 +175,16 @@ def export(
 ) -> None:
     """Write a model for others: a transformers directory with its card, or a LAVIS file.
 
-    A LoRA adapter is merged, or with ``keep_lora`` left apart in PEFT's files.
+    A LoRA adapter is merged, or with ``keep_lora`` left apart in PEFT's files. Raises ValueError
+    for an ``out`` that is in use.
     """
-    from instructblip.model.directory import model_directory
+    from instructblip.model.directory import check_output, model_directory
     from instructblip.model.lavis import export_lavis
     from instructblip.model.lora import FOLDER, adapters, merge_lora
     from instructblip.model.pretrained import from_pretrained
     from instructblip.serving.checkpoints import write_exported
 
+    check_output(out, file=form == "lavis")
     loaded = from_pretrained(model)
     if keep_lora and form == "lavis":
         raise ValueError("a LAVIS file has no place for an adapter: leave out --keep-lora")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from instructblip import cli
+from instructblip import cli, stages_use
 from instructblip.data.tokens import Tokens
 from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
-from instructblip.model.directory import model_directory
+from instructblip.model.directory import check_output, model_directory
 from instructblip.model.inspection import inspect_checkpoint
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import build_language_model
@@ -236,6 +236,46 @@ def test_commands(parts: dict[str, Path], tmp_path: Path, capsys: pytest.Capture
     assert "| language_projection" in card or "| projection" in card
     with pytest.raises(ValueError, match="expected transformers or lavis"):
         cli.main(["export", out, out, "--format", "onnx", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("existing", "form"),
+    [
+        ("notes/keep.txt", "transformers"),
+        ("best/config.json", "transformers"),
+        ("picture.png", "transformers"),
+        ("new.pth", "transformers"),
+        ("old.pth", "lavis"),
+        ("notes/keep.txt", "lavis"),
+    ],
+)
+def test_nothing_that_stands_at_out_is_lost(
+    tmp_path: Path, existing: str, form: stages_use.ModelForm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instructblip.model.pretrained.from_pretrained", pytest.fail)
+    file = tmp_path / "tuned" / existing
+    if file.name != "new.pth":
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+    out = tmp_path / "tuned" / Path(existing).parts[0]
+    match = "--format lavis" if file.name == "new.pth" else f"{out} exists"
+    with pytest.raises(ValueError, match=match):
+        stages_use.export("starter", out, form, [], image_encoder=False)
+    if file.name != "new.pth":
+        assert file.read_text() == "mine"
+
+
+def test_import_and_combine_take_no_directory_in_use(tmp_path: Path) -> None:
+    used = tmp_path / "used"
+    used.mkdir()
+    for _ in range(2):
+        check_output(used)  # an empty one will do
+    (used / "config.json").write_text("{}")
+    none = tmp_path / "none"
+    with pytest.raises(ValueError, match="exists"):
+        stages_use.import_checkpoint(none, none, none, None, used)
+    with pytest.raises(ValueError, match="exists"):
+        stages_use.combine(none, none, none, used, 32, 12)
 
 
 def test_inspect_names_what_is_missing(parts: dict[str, Path], tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Which directory a model's name stands for: a path, a run, the starter, or the Hub."""
+"""Which directory a model's name stands for: a path, a run, the starter, or the Hub; and which
+may be written."""
 
 import importlib.resources
 import re
@@ -37,6 +38,23 @@ def model_directory(path: str | Path) -> Path:
     raise FileNotFoundError(
         f"{path} holds no model: neither config.json nor best/config.json nor last/config.json"
     )
+
+
+def check_output(out: Path, file: bool = False) -> None:
+    """Raise ValueError unless a model can be written to ``out`` and nothing there is lost.
+
+    A directory must be new or empty, a LAVIS ``file`` new.
+    """
+    if not file and out.suffix in (".pth", ".pt"):
+        raise ValueError(
+            f"{out}: a directory is written here; --format lavis of `instructblip export` writes a "
+            f"{out.suffix} file"
+        )
+    if out.exists() and (file or not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"{out} exists, and all of it would be replaced: choose another name, or remove it "
+            "first"
+        )
 
 
 def _from_hub(name: str) -> Path:
