@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from instructblip.stages_measure import load_results
+from instructblip.stages_measure import RECIPE_FILE, load_results
 
 if TYPE_CHECKING:
     from instructblip.serving.config import ServeConfig
@@ -176,30 +176,42 @@ def export(
     """Write a model for others: a transformers directory with its card, or a LAVIS file.
 
     A LoRA adapter is merged, or with ``keep_lora`` left apart in PEFT's files. Raises ValueError
-    for an ``out`` that is in use.
+    for an ``out`` that is in use, and where a LAVIS file would leave out what was trained.
     """
     from instructblip.model.directory import check_output, model_directory
-    from instructblip.model.lavis import export_lavis
+    from instructblip.model.lavis import export_lavis, refuse_loss
     from instructblip.model.lora import FOLDER, adapters, merge_lora
     from instructblip.model.pretrained import from_pretrained
     from instructblip.serving.checkpoints import write_exported
 
     check_output(out, file=form == "lavis")
+    source = model_directory(model)
+    if form == "lavis":
+        if keep_lora:
+            raise ValueError("a LAVIS file has no place for an adapter: leave out --keep-lora")
+        refuse_loss(_trained(source), image_encoder)
+        export_lavis(from_pretrained(model), out, image_encoder)
+        inspect(str(out))
+        return
     loaded = from_pretrained(model)
-    if keep_lora and form == "lavis":
-        raise ValueError("a LAVIS file has no place for an adapter: leave out --keep-lora")
     if keep_lora and not adapters(loaded.language_model):
         raise ValueError(f"{model} has no LoRA adapter to keep apart: leave out --keep-lora")
     if not keep_lora:
         merge_lora(loaded.language_model)
-    if form == "lavis":
-        export_lavis(loaded, out, image_encoder)
-    else:
-        found = [result for own in load_results(results).values() for result in own]
-        write_exported(loaded, out, model_directory(model), found)
+    found = [result for own in load_results(results).values() for result in own]
+    write_exported(loaded, out, source, found)
     inspect(str(out))
     if keep_lora:
         print(f"adapter in PEFT's files: {out / FOLDER}")
+
+
+def _trained(directory: Path) -> list[str]:
+    """The parts that the recipe beside a model says were trained; none without a recipe."""
+    import yaml
+
+    file = directory / RECIPE_FILE
+    recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return list(recipe.get("training", {}).get("trainable", ()))
 
 
 def load_engine(model: str, **options: Any) -> "Engine":

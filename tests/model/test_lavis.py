@@ -13,7 +13,12 @@ from torch import Tensor
 
 from instructblip import cli, stages_use
 from instructblip.data.tokens import Tokens
-from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
+from instructblip.model.config import (
+    InstructBlipConfig,
+    LoraConfig,
+    QFormerConfig,
+    VisionConfig,
+)
 from instructblip.model.directory import check_output, model_directory
 from instructblip.model.inspection import inspect_checkpoint
 from instructblip.model.instructblip import InstructBlip
@@ -26,10 +31,11 @@ from instructblip.model.lavis import (
     language_tokenizer,
     to_lavis,
 )
+from instructblip.model.lora import add_lora
 from instructblip.model.pretrained import from_pretrained, save_pretrained
 from instructblip.model.weights import write_weights
 from tests.data.tiny import llama_like, t5_like, wordpiece
-from tests.parity.tiny import LANGUAGES, tiny_batch
+from tests.parity.tiny import LANGUAGES, tiny_batch, tiny_transformers
 
 
 def official(
@@ -193,6 +199,56 @@ def test_vicuna_begins_with_its_end_token_and_has_a_row_for_padding(
     assert tokens.prompt("red")[0] == 2, "</s>, not <s>"
     assert tokens.response("red")[-1] == 2
     assert 2 not in tokens.response("red")[:-1]
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_language_model_in_the_file_is_the_one_taken(parts: dict[str, Path], rows: int) -> None:
+    """Trained with the official code, which has given it the row of [PAD], or merged outside it."""
+    size = json.loads((parts["vicuna"] / "config.json").read_text())["vocab_size"]
+    content = torch.load(parts["ib.pth"], weights_only=True)
+    head, gate = torch.randn(size + rows, 24), torch.randn(40, 24)
+    content["model"] |= {
+        "llm_model.lm_head.weight": head,
+        "llm_model.model.layers.0.mlp.gate_proj.weight": gate,
+        "llm_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3),
+    }
+    torch.save(content, parts["ib.pth"])
+    language = import_lavis(parts["ib.pth"], parts["eva.pth"], parts["vicuna"], 2, 2).language_model
+    assert torch.equal(language.model.layers[0].mlp.gate_proj.weight, gate)
+    assert language.lm_head.weight.shape == (size + 1, 24)
+    assert torch.equal(language.lm_head.weight[: size + rows], head)
+    own = build_language_model(language_parts(parts["vicuna"])[0])
+    own.load_state_dict(language_parts(parts["vicuna"])[1])
+    assert torch.equal(language.model.norm.weight, own.model.norm.weight)
+
+
+def test_files_that_are_no_parts_are_named(parts: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"ib\.pth holds no image encoder.*eva_vit_g\.pth"):
+        import_lavis(parts["ib.pth"], parts["ib.pth"], parts["vicuna"])
+    with pytest.raises(ValueError, match=r"eva\.pth holds no Q-Former"):
+        import_lavis(parts["eva.pth"], parts["eva.pth"], parts["vicuna"])
+
+
+def test_a_lavis_file_that_would_lose_what_was_trained_is_refused(tmp_path: Path) -> None:
+    def export_trained(trainable: list[str], image_encoder: bool = False) -> None:
+        recipe = {"training": {"trainable": trainable}}
+        (tmp_path / "model" / "recipe.yaml").write_text(json.dumps(recipe))
+        out = tmp_path / f"{len(trainable)}.pth"
+        stages_use.export(str(tmp_path / "model"), out, "lavis", [], image_encoder)
+
+    tiny_transformers("llama").save_pretrained(tmp_path / "model")
+    for part in ("lora", "language_model"):
+        with pytest.raises(ValueError, match=rf"\['{part}'\] .* no place .*--format transformers"):
+            export_trained(["qformer", part])
+    with pytest.raises(ValueError, match=r"\['vision_tower'\].*--image-encoder"):
+        export_trained(["qformer", "vision_tower"])
+    export_trained(["qformer"])
+    (tmp_path / "model" / "recipe.yaml").unlink()
+    model = from_pretrained(tmp_path / "model")
+    add_lora(model.language_model, LoraConfig())
+    model.save_pretrained(tmp_path / "adapted")
+    with pytest.raises(ValueError, match="'lora'"):
+        stages_use.export(str(tmp_path / "adapted"), tmp_path / "x.pth", "lavis", [], False)
 
 
 def test_flan_t5_uses_the_exact_gelu(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ dict) and language model (a transformers directory) stand beside it. What differ
 """
 
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from transformers import AutoTokenizer
 
 from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.pretrained import load_weights
+from instructblip.model.lora import adapters
+from instructblip.model.pretrained import HARMLESS, load_weights
 from instructblip.model.weights import read_json, read_nested, read_weights, write_pickle
 
 LN_VISION_EPS = 1e-5
@@ -53,6 +55,12 @@ NAMES = (
     ("attention.self.", "attention.attention."),
 )
 """Parts of names: official, ours. From left to right one after the other; back in reverse."""
+VISION_NAMES = (
+    "vision_model.embeddings.patch_embedding.weight",
+    "vision_model.embeddings.position_embedding",
+    "vision_model.encoder.layers.0.mlp.fc1.bias",
+)
+QFORMER_NAMES = ("query_tokens", "qformer.encoder.layer.0.intermediate_query.dense.bias")
 FAMILIES = ("llm", "t5", "opt")
 """``llm_proj`` and ``llm_model``, and so on, are one family of language models each."""
 
@@ -134,6 +142,10 @@ def import_lavis(
 ) -> InstructBlip:
     """The whole model from its three parts, in fp32; `import` writes it with its tokenizers.
 
+    Where ``checkpoint`` holds weights of the image encoder or the language model, as one that
+    trained them does, these are taken. Raises ValueError for a file that is not the part it is
+    given for.
+
     Args:
         checkpoint: a trimmed or whole ``.pth`` of an InstructBLIP or a BLIP-2.
         vision: ``eva_vit_g.pth``, or a directory or file that holds the encoder under our names.
@@ -142,14 +154,18 @@ def import_lavis(
         qformer_heads: likewise.
     """
     given = from_lavis(read_nested(checkpoint, "model"))
+    given = {name: value for name, value in given.items() if not HARMLESS.fullmatch(name)}
     tower = read_nested(vision, "model") if vision.is_file() else read_weights(vision)
     tower = from_lavis(tower) if is_lavis(tower) else tower
     encoder = {n: v for n, v in tower.items() if n.startswith("vision_model.")}
     encoder.pop("vision_model.post_layernorm.weight", None)
     encoder.pop("vision_model.post_layernorm.bias", None)
     weights = {**encoder, **given}
-    text, own = language_parts(language)
-    weights |= {f"language_model.{name}": value for name, value in own.items()}
+    prefix = "language_model."
+    trained = {n.removeprefix(prefix): v for n, v in given.items() if n.startswith(prefix)}
+    text, own = language_parts(language, trained)
+    weights |= {prefix + name: value for name, value in own.items()}
+    _check_parts(weights, vision, checkpoint)
     config = _config_of(weights, text, vision_heads, qformer_heads)
     _drop_spare_blocks(weights, config.vision.num_hidden_layers)
     model = InstructBlip(config)
@@ -157,15 +173,30 @@ def import_lavis(
     return model.eval()
 
 
-def language_parts(language: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and weights of a language model as the official code changes them."""
+def _check_parts(weights: dict[str, Tensor], vision: Path, checkpoint: Path) -> None:
+    """Raise ValueError naming the file without the tensors that ``_config_of`` measures."""
+    for file, what, names in (
+        (vision, "image encoder: expected eva_vit_g.pth or weights under our names", VISION_NAMES),
+        (checkpoint, "Q-Former: expected a .pth of an InstructBLIP or a BLIP-2", QFORMER_NAMES),
+    ):
+        if absent := [name for name in names if name not in weights]:
+            raise ValueError(f"{file} holds no {what} ({absent[0]} is missing)")
+
+
+def language_parts(
+    language: Path, trained: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and weights of a language model as the official code changes them; ``trained`` take
+    the place of its own, with the row of [PAD] or without."""
     text, weights = read_json(language / "config.json"), read_weights(language)
+    weights |= trained or {}
     if text.get("model_type") in ("t5", "mt5"):
         text["dense_act_fn"] = "gelu"
         return text, weights
     if text.get("model_type") == "llama" and text.get("pad_token_id") != text["vocab_size"] - 1:
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            if name in weights:  # the row of [PAD]: masked wherever it stands, never trained
+            # the row of [PAD]: masked wherever it stands, never trained
+            if name in weights and len(weights[name]) == text["vocab_size"]:
                 mean = weights[name].float().mean(0, keepdim=True).to(weights[name].dtype)
                 weights[name] = torch.cat([weights[name], mean])
         text |= {"vocab_size": text["vocab_size"] + 1, "pad_token_id": text["vocab_size"]}
@@ -240,8 +271,28 @@ def _drop_spare_blocks(weights: dict[str, Tensor], blocks: int) -> None:
             del weights[name]
 
 
+def refuse_loss(trained: Collection[str], image_encoder: bool) -> None:
+    """Raise ValueError where ``trained``, parts of a model, would be left out of a trimmed file."""
+    lost = sorted({"language_model", "lora"}.intersection(trained))
+    if lost:
+        raise ValueError(
+            f"{lost} was trained, and a LAVIS file has no place for a language model: export with "
+            "--format transformers"
+        )
+    if "vision_tower" in trained and not image_encoder:
+        raise ValueError(
+            "['vision_tower'] was trained, and a LAVIS file holds the image encoder on demand "
+            "alone: add --image-encoder"
+        )
+
+
 def export_lavis(model: InstructBlip, file: Path, image_encoder: bool = False) -> None:
-    """Write a trimmed ``.pth`` that the official code loads; see ``to_lavis``."""
+    """Write a trimmed ``.pth`` that the official code loads; see ``to_lavis``.
+
+    It holds no language model, which stands beside it: ValueError for one with an adapter.
+    """
+    if adapters(model.language_model):
+        refuse_loss(["lora"], image_encoder)
     kind = str(model.config.language.get("model_type"))
     projection = {"t5": "t5_proj", "opt": "opt_proj"}.get(kind, "llm_proj")
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
