@@ -3,7 +3,11 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import gradio.processing_utils
+import gradio.routes
+import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -13,7 +17,7 @@ from instructblip.model.attention import cross_attention
 from instructblip.serving.api import create_app
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.engine import Engine
-from instructblip.serving.web import EN, ZH, ask, mount_page, overlays
+from instructblip.serving.web import EN, EXAMPLES, ZH, ask, mount_page, overlays
 from runs.screenshots import ask_example, browser_page
 from tests.model.test_instructblip import tiny_batch
 from tests.serving.conftest import greedy_engine, running
@@ -27,9 +31,19 @@ def engines(model_folder: Path, blip2_folder: Path) -> dict[str, Engine]:
 
 
 @pytest.fixture(scope="module")
-def address(engines: dict[str, Engine]) -> Iterator[str]:
-    with running(mount_page(create_app(engines))) as address:
-        yield address
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where gradio keeps the files of visitors."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def address(engines: dict[str, Engine], cache: Path) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(cache))
+        with running(mount_page(create_app(engines))) as address:
+            yield address
+        left = [file.name for file in cache.rglob("*") if file.is_file()]
+        assert len(left) == len(EXAMPLES), "visitors' files outlive the server"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -57,13 +71,21 @@ def test_the_page_in_a_browser(address: str, locale: str, words: dict[str, str])
     assert not outside, "the page works without a network"
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page_fits_a_phone(address: str) -> None:
+    with browser_page("zh-CN") as page:
+        page.set_viewport_size({"width": 390, "height": 844})
+        ask_example(page, address, number=1)
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
 def test_what_the_page_shows_is_what_the_engines_say(
     model_folder: Path, blip2_folder: Path, png: list[Path]
 ) -> None:
     served = {"instructblip": greedy_engine(model_folder), "blip2": greedy_engine(blip2_folder)}
     with TestClient(create_app(served)) as client:
         service = client.app.state.service  # type: ignore[attr-defined]
-        said = ask(service, str(png[0]), "what?", "red, blue,red", [])
+        said = ask(service, str(png[0]), "what?", "red, blue，red、", [])
         tuned, before = greedy_engine(model_folder), greedy_engine(blip2_folder)
         assert said[:2] == (tuned.answer(png[0], "what?"), before.answer(png[0], "what?"))
         scores = torch.tensor(tuned.rank(png[0], "what?", ["red", "blue"]))
@@ -90,6 +112,87 @@ def test_the_page_asks_for_a_key(model_folder: Path) -> None:
         right = client.post("/page/login", data={"username": "a", "password": "secret"})
         assert right.status_code == 200
         assert client.get("/page/config").status_code == 200
+
+
+def press(address: str, file: Any, route: str, instruction: str = "what?") -> str:
+    """Press the page's button without a browser; what came back, whatever it is."""
+    with httpx.Client(base_url=f"{address}/page/gradio_api", timeout=30) as client:
+        functions = client.get(f"{address}/page/config").json()["dependencies"]
+        number = next(f["id"] for f in functions if len(f["inputs"]) == 4)
+        data = [file, instruction, "red, blue", None]
+        call = {"data": data, "fn_index": number, "session_hash": "visitor"}
+        joined = client.post(route, json=call).text
+        if route != "queue/join":
+            return joined
+        with client.stream("GET", "queue/data", params={"session_hash": "visitor"}) as events:
+            lines = []
+            for line in events.iter_lines():
+                lines.append(line)
+                if "process_completed" in line or "close_stream" in line:
+                    break
+        return joined + "".join(lines)
+
+
+def file_of(path: str) -> dict[str, Any]:
+    """A file as the page's JavaScript names it."""
+    return {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+
+ROUTES = pytest.mark.parametrize("route", ["run/predict", "queue/join"])
+
+
+@ROUTES
+@pytest.mark.parametrize("where", ["picture", "instruction"])
+def test_no_file_of_the_server_is_given_away(
+    address: str, cache: Path, tmp_path: Path, png: list[Path], route: str, where: str
+) -> None:
+    secret = tmp_path / "instructblip-secret.png"
+    secret.write_bytes(png[0].read_bytes())
+    for path in ("/etc/passwd", str(secret)):
+        given: Any = file_of(path)
+        if where == "picture":
+            said = press(address, given, route)
+        else:
+            said = press(address, None, route, given)
+        assert "root:" not in said
+        assert "error" in said.lower()
+        assert not list(cache.glob(f"*/{Path(path).name}"))
+        read = httpx.get(f"{address}/page/gradio_api/file={path}")
+        assert read.status_code == 403
+
+
+@ROUTES
+@pytest.mark.parametrize("where", ["picture", "instruction"])
+def test_the_page_fetches_nothing(
+    address: str, monkeypatch: pytest.MonkeyPatch, route: str, where: str
+) -> None:
+    asked = []
+
+    async def fetch(url: str, *_more: Any) -> None:
+        asked.append(url)
+        raise ConnectionError
+
+    monkeypatch.setattr(gradio.processing_utils, "async_ssrf_protected_get", fetch)
+    monkeypatch.setattr(gradio.routes, "secure_url_stream_response", fetch)
+    for url in ("http://pictures.example/a.png", "https://pictures.example/a.png"):
+        given: Any = file_of(url)
+        if where == "picture":
+            said = press(address, given, route)
+        else:
+            said = press(address, None, route, given)
+        assert "error" in said.lower()
+        assert httpx.get(f"{address}/page/gradio_api/file={url}").status_code == 403
+    assert not asked
+
+
+@ROUTES
+def test_an_uploaded_picture_is_answered(
+    address: str, engines: dict[str, Engine], png: list[Path], route: str
+) -> None:
+    with png[0].open("rb") as file:
+        sent = httpx.post(f"{address}/page/gradio_api/upload", files={"files": file})
+    (path,) = sent.json()
+    assert engines["instructblip"].answer(png[0], "what?") in press(address, file_of(path), route)
 
 
 def test_attention_is_what_the_layer_uses(engines: dict[str, Engine]) -> None:

@@ -34,6 +34,7 @@ def draw_tab(service: Service, words: Any) -> None:
             )
             subject = gr.Image(
                 type="filepath",
+                image_mode=None,
                 label=words("subject"),
                 sources=["upload", "clipboard"],
                 height=240,

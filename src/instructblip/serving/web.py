@@ -7,13 +7,13 @@ of the browser, English or Chinese.
 import math
 import os
 import random
-import tempfile
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from PIL import Image
 from torch import Tensor
 
@@ -22,10 +22,13 @@ from instructblip.serving.batching import Job, QueueFull, TooLate
 from instructblip.serving.draw_tab import draw_tab
 from instructblip.serving.incoming import BadPicture, decode_picture
 from instructblip.serving.service import Service, probabilities
+from instructblip.serving.words import EN, ZH
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # it would talk to a hub
 import gradio as gr
 from gradio.themes import Default
+from gradio_client.utils import traverse
 
 PATH = "/page"
 COLOURS = "red, green, blue, yellow, purple, orange"
@@ -38,55 +41,43 @@ EXAMPLES = (
 )
 INSTRUCTIONS = [*(text for _, text, _ in EXAMPLES), "Describe the picture in detail."]
 
-EN = {
-    "title": "# Ask about a picture",
-    "about": "Drop a picture or take an example, choose an instruction or write one, and compare.",
-    "picture": "Picture",
-    "instruction": "Instruction",
-    "candidates": "Answers to rank, with commas (may be empty)",
-    "ask": "Ask",
-    "answer_of": "Answer",
-    "ranking_of": "Ranking",
-    "looks": "Where each query token looks, under this instruction",
-    "history": "History",
-    "examples": "Examples",
-    "ask_tab": "Ask",
-    "draw_tab": "Draw",
-    "what": "What to draw (choose one or write your own)",
-    "subject": "A picture to take from (may be empty)",
-    "how_many": "Pictures",
-    "seed": "Seed: the same draws the same (-1: another every time)",
-    "guidance": "How strictly to follow the instruction",
-    "draw": "Draw",
-    "drawn": "Drawn",
-}
-ZH = {
-    "title": "# 看图问答",
-    "about": "拖入一张图片或选一个示例，选择或填写指令，对比两个模型的回答。",
-    "picture": "图片",
-    "instruction": "指令",
-    "candidates": "候选答案，用逗号分隔（可为空）",
-    "ask": "提问",
-    "answer_of": "回答",
-    "ranking_of": "候选排序",
-    "looks": "在该指令下，每个查询向量关注的位置",
-    "history": "历史记录",
-    "examples": "示例",
-    "ask_tab": "提问",
-    "draw_tab": "绘图",
-    "what": "要画什么（可选择，也可自己写）",
-    "subject": "参考图片（可为空）",
-    "how_many": "张数",
-    "seed": "随机种子：相同则结果相同（-1：每次不同）",
-    "guidance": "遵循指令的程度",
-    "draw": "绘图",
-    "drawn": "结果",
-}
 NAMES = {"instructblip": "InstructBLIP", "blip2": "BLIP-2"}
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto !important}
 #title h1 {margin-bottom: 0}
+.gradio-container, .gradio-container main, .gradio-container .main, .gradio-container .column {
+  min-width: 0 !important; max-width: 100vw}
+.gradio-container .row > .column {min-width: min(320px, 100%) !important}
+#history {max-width: 100%; overflow-x: auto}
 """
+
+
+class Page(gr.Blocks):
+    """Blocks that look at what was uploaded and at nothing else.
+
+    gradio itself would fetch a file whose path is a URL, and before ``has_launched``, which only
+    its own ``launch`` sets, would take any file of this machine.
+    """
+
+    def __init__(self) -> None:
+        # what visitors upload and get is deleted after an hour, and when the server ends
+        super().__init__(title="InstructBLIP", analytics_enabled=False, delete_cache=(600, 3600))
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *more: Any, **options: Any):
+        """As in gradio, once no input names a file elsewhere."""
+        traverse(inputs, _refuse, _is_elsewhere)
+        return await super().preprocess_data(block_fn, inputs, *more, **options)
+
+
+def _is_elsewhere(value: Any) -> bool:
+    """Whether this is a file that was not uploaded but has its content behind or in a URL."""
+    return isinstance(value, dict) and (
+        "://" in str(value.get("path")) or str(value.get("url")).startswith("data:")
+    )
+
+
+def _refuse(_file: Any) -> None:
+    raise gr.Error("a picture has to be uploaded, not named by a URL / 请上传图片，不能用网址")
 
 
 def mount_page(app: FastAPI) -> FastAPI:
@@ -99,9 +90,16 @@ def mount_page(app: FastAPI) -> FastAPI:
     i18n = gr.I18n(en=EN, zh=ZH, **{"zh-CN": ZH, "zh-TW": ZH})
     # fonts of the reader's machine: the page asks no other address for anything
     theme = Default(primary_hue="blue", font=("system-ui", "sans-serif"), font_mono=("monospace",))
+    page = make_page(service, i18n)
+    page.has_launched = True
+
+    @app.get(PATH + "/gradio_api/file=http{rest:path}", include_in_schema=False)
+    async def elsewhere(rest: str) -> None:  # gradio would fetch it
+        raise HTTPException(403, "the page fetches nothing")
+
     return gr.mount_gradio_app(
         app,
-        make_page(service, i18n),
+        page,
         path=PATH,
         auth=(lambda _user, password: password in keys) if keys else None,
         max_file_size=service.config.max_picture_bytes,
@@ -113,9 +111,9 @@ def mount_page(app: FastAPI) -> FastAPI:
     )
 
 
-def make_page(service: Service, words: Any) -> gr.Blocks:
+def make_page(service: Service, words: Any) -> Page:
     """The layout: a tab to ask and, where a model holds a decoder, one to draw."""
-    with gr.Blocks(title="InstructBLIP", analytics_enabled=False) as page:
+    with Page() as page:
         if not service.painters:
             ask_tab(service, words)
             return page
@@ -138,6 +136,8 @@ def ask_tab(service: Service, words: Any) -> None:
         with gr.Column(scale=2):
             picture = gr.Image(
                 type="filepath",
+                format="png",
+                image_mode=None,  # as it was uploaded: gradio forgets the copies that it converts
                 label=words("picture"),
                 sources=["upload", "clipboard"],
                 height=260,
@@ -152,9 +152,10 @@ def ask_tab(service: Service, words: Any) -> None:
             )
             candidates = gr.Textbox(label=words("candidates"))
             button = gr.Button(words("ask"), variant="primary", elem_id="ask")
+            # files of their own, which stay when a chosen example is deleted with the uploads
             thumbnails = gr.Dataset(
-                components=["image"],
-                samples=[[file] for file, *_ in examples],
+                components=[gr.Image(format="png", render=False)],
+                samples=[[shown.resize((128, 128))] for shown, *_ in examples],
                 type="index",
                 label=words("examples"),
                 elem_id="examples",
@@ -201,15 +202,12 @@ def _answers(models: dict[str, str], words: Any) -> tuple[list[gr.Textbox], list
     return answers, rankings
 
 
-def draw_examples() -> list[tuple[str, str, str]]:
-    """Files with pictures of the embedded world; what to ask of each, and candidates."""
-    folder = Path(tempfile.mkdtemp(prefix="instructblip-examples-"))
-    found = []
-    for seed, text, candidates in EXAMPLES:
-        file = folder / f"{seed}.png"
-        render(sample_scene(random.Random(seed)), 256).save(file)
-        found.append((str(file), text, candidates))
-    return found
+def draw_examples() -> list[tuple[Image.Image, str, str]]:
+    """Pictures of the embedded world; what to ask of each, and candidates."""
+    return [
+        (render(sample_scene(random.Random(seed)), 256), text, candidates)
+        for seed, text, candidates in EXAMPLES
+    ]
 
 
 def ask(
@@ -218,7 +216,8 @@ def ask(
     """Every model's answer and ranking, the attention of the first, and the longer history."""
     if not file or not (instruction or "").strip():
         raise gr.Error("a picture and an instruction are needed / 需要图片和指令")
-    options = tuple(dict.fromkeys(c.strip() for c in (candidates or "").split(",") if c.strip()))
+    parts = (part.strip() for part in re.split("[,，、]", candidates or ""))
+    options = tuple(dict.fromkeys(part for part in parts if part))
     options = options[: service.config.max_candidates]
     try:
         picture = decode_picture(Path(file).read_bytes(), service.config, "the picture")
