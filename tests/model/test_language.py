@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from instructblip.model.beams import BeamTree
+from instructblip.model.candidates import Forest, in_chunks, scored_tokens
 from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
 from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
@@ -177,6 +178,19 @@ def test_what_candidates_share_is_computed_once(language):
         assert seen == {"encoder": [(1, prefix)], "decoder": [(1, 1), (3, 4)]}
     else:
         assert seen == {"base_model": [(1, prefix), (1, 8)]}  # 5 6 7 8 9 and 10 6 7
+
+
+def test_a_chunk_ends_where_its_trees_would_be_too_wide():
+    long = [[i % 7, i, *[8] * 190, 2] for i in range(100, 356)]
+    pairs = scored_tokens([long, FAMILY, [[9] * 5000]], True, 3)
+    chunks = list(in_chunks(pairs, 256))
+    assert [pair for chunk in chunks for pair in chunk] == pairs
+    sizes = [len(Forest.of(chunk)) for chunk in chunks]
+    assert sizes.pop() == 4999  # one candidate is never cut
+    assert all(1800 < size <= 2000 for size in sizes[:-1])
+    family = scored_tokens([FAMILY] * 60, True, 60)
+    assert [len(chunk) for chunk in in_chunks(family, 256)] == [256, 164]
+    assert list(in_chunks([], 256)) == []
 
 
 def _size(kwargs):

@@ -135,6 +135,8 @@ def test_rank(client: TestClient, engine: Engine, png: list[Path]) -> None:
     assert found["best"] == candidates[scores.index(max(scores))]
     many = client.post("/v1/rank", json={**request, "candidates": ["a"] * 300})
     assert "300 candidates; at most 256" in error_of(many, 413)
+    long = client.post("/v1/rank", json={**request, "candidates": ["a" * 1000] * 33})
+    assert "33000 characters in all; at most 32000" in error_of(long, 413)
 
 
 def test_health_metrics_and_description(client: TestClient, png: list[Path]) -> None:
@@ -339,6 +341,29 @@ def test_time_is_up_for_what_waits_and_for_what_runs(engine: Engine, png: list[P
         waits.future.result(10)
     slow.free.set()
     assert stays.future.result(10).text == engine.answer(png[2], "what?")
+    batcher.close()
+
+
+def test_ranking_stops_when_no_one_waits(engine: Engine, png: list[Path]) -> None:
+    begun = []
+
+    class Counting(Slow):
+        def rank_samples(self, *arguments: Any) -> Any:
+            *given, on_chunk = arguments
+
+            def late() -> None:
+                begun.append(1)
+                job.left = True
+                on_chunk()
+
+            return self.engine.rank_samples(*given, late)
+
+    counting: Any = Counting(engine)
+    batcher = Batcher(counting)
+    (job,) = jobs_of(engine, png[:1], candidates=tuple(f"{i}" + " word" * 50 for i in range(90)))
+    with pytest.raises(TooLate):
+        batcher.submit(job).result(10)
+    assert begun == [1]
     batcher.close()
 
 

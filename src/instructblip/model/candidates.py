@@ -12,6 +12,7 @@ An edge is one token of one candidate, and the logits at its parent predict it: 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 import torch
@@ -186,12 +187,32 @@ def scored_tokens(candidates: Candidates, include_end: bool, num_samples: int) -
     )
 
 
+MAX_NODES = 2000
+"""Nodes of a chunk: a row of them costs their square."""
+
+
 def in_chunks(pairs: Sequence[Pair], size: int) -> Iterator[Sequence[Pair]]:
-    """``size`` candidates at a time."""
+    """``size`` candidates at a time, and fewer where their trees would pass ``MAX_NODES``."""
     if size < 1:
         raise ValueError(f"chunk must be at least 1; got {size}")
-    for start in range(0, len(pairs), size):
-        yield pairs[start : start + size]
+    start = nodes = 0
+    for end, pair in enumerate(pairs):
+        own = _new_nodes(pairs[end - 1] if end > start else None, pair)
+        if end - start == size or (end > start and nodes + own > MAX_NODES):
+            yield pairs[start:end]
+            start, nodes, own = end, 0, _new_nodes(None, pair)
+        nodes += own
+    if start < len(pairs):
+        yield pairs[start:]
+
+
+def _new_nodes(before: Pair | None, pair: Pair) -> int:
+    """Nodes that a candidate adds to a forest whose newest, in order, is ``before``."""
+    nodes = pair[2][:-1]  # nothing follows the last token
+    if before is None or before[0] != pair[0]:
+        return len(nodes)
+    shared = zip(nodes, before[2][:-1], strict=False)
+    return len(nodes) - sum(1 for _ in takewhile(lambda two: two[0] == two[1], shared))
 
 
 def by_sample(

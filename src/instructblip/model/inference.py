@@ -1,6 +1,6 @@
 """Answers by generation and by ranking candidates. Both walk the same steps as the loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,13 +61,15 @@ def rank_candidates(
     normalization: Normalization = "sum",
     include_end: bool = True,
     chunk: int = 256,
+    on_chunk: Callable[[], None] | None = None,
 ) -> list[Tensor]:
     """Log-likelihoods in nats [C] of the candidates of each sample, to be compared by argmax.
 
     ``candidates[b][c]`` are token ids that end with the end token; ``include_end=False`` leaves the
     end token out of the score. "sum" adds up the tokens, "mean" divides by their number. Picture
-    and prompt are encoded once; ``chunk`` candidates run at a time as a prefix tree: it bounds
-    memory and changes no score. Raises ValueError for a candidate without a token to score.
+    and prompt are encoded once; at most ``chunk`` candidates run at a time as a prefix tree, fewer
+    where they are long: it bounds memory and changes no score. What ``on_chunk``, called before
+    each chunk, raises stops the run. Raises ValueError for a candidate without a token to score.
     """
     training = model.training
     model.eval()
@@ -75,7 +77,14 @@ def rank_candidates(
         queries = model.encode_queries(batch)
         with model.language_precision():
             return rank(
-                model.language, queries, batch, candidates, normalization, include_end, chunk
+                model.language,
+                queries,
+                batch,
+                candidates,
+                normalization,
+                include_end,
+                chunk,
+                on_chunk,
             )
     finally:
         model.train(training)

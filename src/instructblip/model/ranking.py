@@ -1,6 +1,7 @@
 """Ranking: the likelihoods of many candidates behind one prompt that is computed once."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,11 +61,13 @@ def rank(
     normalization: Normalization = "sum",
     include_end: bool = True,
     chunk: int = 256,
+    on_chunk: Callable[[], None] | None = None,
 ) -> list[Tensor]:
     """Log-likelihood in nats of every candidate [C] of each sample.
 
     The prefix runs once per sample. ``chunk`` candidates at a time continue from its keys and
     values as a prefix tree, so what a candidate costs are the tokens it has for itself.
+    ``on_chunk`` is called before each chunk and ends it all by raising.
     """
     pairs = scored_tokens(candidates, include_end, len(batch))
     if not pairs:
@@ -72,6 +75,8 @@ def rank(
     prefix = language.prefill(queries, batch)
     scores = []
     for part in in_chunks(pairs, chunk):
+        if on_chunk is not None:
+            on_chunk()
         forest = Forest.of(part)
         logits = prefix.first[torch.tensor(forest.samples, device=queries.device)]
         if len(forest):

@@ -137,9 +137,7 @@ def _add_ranking(app: FastAPI, service: Service, guarded: dict[str, Any]) -> Non
     async def rank(body: RankRequest) -> RankResponse:
         """Log-likelihoods of the candidates as the answer, end token included."""
         name, batcher = service.choose(body.model)
-        if len(body.candidates) > config.max_candidates:
-            count, most = len(body.candidates), config.max_candidates
-            raise HTTPException(413, f"{count} candidates; at most {most}")
+        service.check_candidates(body.candidates)
         job = Job(
             pixels=await service.pixels(body.images, batcher.engine, "images"),
             instruction=body.instruction,

@@ -5,6 +5,7 @@ can stand in the same batch (same kind, same decoding, as many frames), oldest f
 bounded: what does not fit is refused at once instead of being answered too late.
 """
 
+import functools
 import math
 import threading
 import time
@@ -190,12 +191,12 @@ class Batcher:
             return list(engine.look(samples))
         if jobs[0].candidates is not None:
             candidates = [job.candidates or () for job in jobs]
-            return engine.rank_samples(samples, candidates, jobs[0].normalization)
+            going_on = functools.partial(_going_on, jobs)
+            return engine.rank_samples(samples, candidates, jobs[0].normalization, going_on)
         texts = [TextStream(engine.tokens, engine.ends) for _ in jobs]
 
         def on_tokens(tokens: list[int]) -> None:
-            if all(job.gone for job in jobs):
-                raise InterruptedError
+            _going_on(jobs)
             for job, text, token in zip(jobs, texts, tokens, strict=True):
                 _tell(job, text.add(token))
 
@@ -210,11 +211,14 @@ class Batcher:
 
 
 def _draw(engine: Engine, job: Job) -> list[Image.Image]:
-    def on_step() -> None:
-        if job.gone:
-            raise InterruptedError
+    going_on = functools.partial(_going_on, [job])
+    return engine.draw(job.instruction, **(job.drawing or {}), on_step=going_on)
 
-    return engine.draw(job.instruction, **(job.drawing or {}), on_step=on_step)
+
+def _going_on(jobs: Sequence[Job]) -> None:
+    """InterruptedError once no one waits for any of the jobs."""
+    if all(job.gone for job in jobs):
+        raise InterruptedError
 
 
 def _tell(job: Job, piece: str) -> None:

@@ -24,6 +24,8 @@ class ServeConfig(BaseModel):
     """Tokens of an answer."""
     max_candidates: PositiveInt = 256
     """Candidates to rank."""
+    max_candidate_characters: PositiveInt = 32_000
+    """Characters of all candidates together."""
     timeout_s: PositiveFloat = 60.0
     """Seconds from a request's arrival to its answer, waiting included; beyond them it is 504."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)

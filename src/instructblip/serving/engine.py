@@ -6,7 +6,7 @@ and read twice, by the Q-Former and by the language model; no template is put ar
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -197,11 +197,12 @@ class Engine:
         samples: Sequence[Sample],
         candidates: Sequence[Sequence[str]],
         normalization: Normalization = "sum",
+        on_chunk: Callable[[], None] | None = None,
     ) -> list[list[float]]:
-        """Log-likelihoods of each sample's candidates, as one batch."""
+        """Log-likelihoods of each sample's candidates, as one batch. See ``rank_candidates``."""
         ids = [self.tokens.candidates(list(texts)) for texts in candidates]
         batch = self._collate(list(samples))
-        scores = rank_candidates(self.model, batch, ids, normalization=normalization)
+        scores = rank_candidates(self.model, batch, ids, normalization, on_chunk=on_chunk)
         return [own.tolist() for own in scores]
 
     def look(self, samples: Sequence[Sample]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import HTTPException
@@ -42,6 +42,17 @@ class Service:
             known = ", ".join(self.batchers)
             raise HTTPException(404, f"no model of that name; there are {known}")
         return name, self.batchers[name]
+
+    def check_candidates(self, candidates: Sequence[str]) -> None:
+        """HTTPException where there are too many, or they are too long together."""
+        count, most = len(candidates), self.config.max_candidates
+        if count > most:
+            raise HTTPException(413, f"{count} candidates; at most {most}")
+        length, longest = sum(map(len, candidates)), self.config.max_candidate_characters
+        if length > longest:
+            raise HTTPException(
+                413, f"candidates of {length} characters in all; at most {longest}: send fewer"
+            )
 
     async def pixels(self, urls: list[str], engine: Engine, where: str) -> tuple[Tensor, ...]:
         """Decoded and resized pictures, off the event loop."""

@@ -218,8 +218,8 @@ def ask(
         raise gr.Error("a picture and an instruction are needed / 需要图片和指令")
     parts = (part.strip() for part in re.split("[,，、]", candidates or ""))
     options = tuple(dict.fromkeys(part for part in parts if part))
-    options = options[: service.config.max_candidates]
     try:
+        service.check_candidates(options)
         picture = decode_picture(Path(file).read_bytes(), service.config, "the picture")
         jobs = {
             name: _jobs(service, name, picture, instruction, options) for name in service.batchers
@@ -227,6 +227,8 @@ def ask(
         found = {name: [_wait(job) for job in own] for name, own in jobs.items()}
     except BadPicture as error:
         raise gr.Error(str(error)) from None
+    except HTTPException as error:
+        raise gr.Error(error.detail) from None
     except QueueFull:
         raise gr.Error("the server is busy; try again / 服务器繁忙，请重试") from None
     except (TooLate, TimeoutError):
