@@ -103,6 +103,29 @@ def test_resume_is_exact_through_the_real_parts(out: Path, overrides: list[str],
         assert torch.equal(value, resumed[name]), name
 
 
+def test_a_resumed_run_names_changed_data(
+    out: Path, overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    recipe = recipe_of(out, overrides)
+    stages.train(recipe, tmp_path)
+    stages.train(recipe, tmp_path, resume=True)
+    assert "resuming with other data" not in capsys.readouterr().out
+    known = json.loads((tmp_path / "data.json").read_text())
+    known["vqav2"] = known["vqav2"].replace(" ", "0 ")
+    (tmp_path / "data.json").write_text(json.dumps(known))
+    stages.train(recipe, tmp_path, resume=True)
+    assert "resuming with other data: vqav2 changed" in capsys.readouterr().out
+
+
+def test_unknown_decoding_is_told_before_the_first_step(
+    out: Path, overrides: list[str], tmp_path: Path
+):
+    recipe = recipe_of(out, overrides, "evaluation.decoding={num_beems: 5}")
+    with pytest.raises(ValueError, match="unknown decoding setting num_beems"):
+        stages.train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_torchrun_answers_as_one_process_does(out: Path, tmp_path: Path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "instructblip", "evaluate", str(out / "run/last")]

@@ -18,6 +18,7 @@ from instructblip.evaluation.benchmarks import groups_of, select_benchmarks
 from instructblip.evaluation.benchmarks.benchmark import Benchmark
 from instructblip.evaluation.owners import OWNERS
 from instructblip.recipe import DataSet, Recipe
+from instructblip.serving.decoding import check_decoding
 
 TrainingSet = PreparedDataset | DatasetView
 """A prepared set, or what is left of it without its bad examples."""
@@ -121,8 +122,10 @@ def vocabulary_of(recipe: Recipe, benchmark: Benchmark) -> list[str] | None:
 
 def benchmarks_of(recipe: Recipe, names: Iterable[str]) -> list[Benchmark]:
     """The benchmarks called ``names``, with the recipe's decoding and prompts for their own.
-    ValueError for a prompt of an unknown benchmark or with an unknown place."""
+    ValueError for an unknown setting of decoding, and for a prompt of an unknown benchmark or with
+    an unknown place."""
     own, prompts = recipe.evaluation.decoding, recipe.evaluation.prompts
+    check_decoding(own)
     select_benchmarks(prompts)
     asked = [
         replace(b, prompt=check_template(prompts.get(b.name, b.prompt)))

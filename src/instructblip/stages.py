@@ -99,6 +99,7 @@ def show(recipe: "Recipe", count: int, page: Path | None = None) -> None:
 def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
     """Tune the recipe's model; checkpoints, metrics, curves and the model itself go to ``out``."""
     from instructblip import assembly, checking, distributed, preparing
+    from instructblip.data.check import fingerprint
     from instructblip.data.templates import TEMPLATES_FILE, templates_note
     from instructblip.training.train import train as run_training
 
@@ -110,8 +111,15 @@ def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
 
             return drawing.train(recipe, out, resume, {RECIPE_FILE: recipe.to_yaml()})
         with distributed.main_first():
-            datasets = checking.checked_training(recipe, preparing.prepare_training(recipe))
+            prepared = preparing.prepare_training(recipe)
+            datasets = checking.checked_training(recipe, prepared)
         if distributed.is_main():
+            counts = {name: len(dataset) for name, dataset in datasets.items()}
+            _store_data(
+                {name: f"{counts[name]} {fingerprint(prepared[name])}" for name in counts},
+                out,
+                resume,
+            )
             print(preparing.describe_mixture(recipe, preparing.make_mixture(recipe, datasets)))
         model = assembly.make_model(recipe)
         resumed = resume and any((out / "checkpoints").glob("step_*"))
@@ -260,3 +268,17 @@ def _store_recipe(recipe: "Recipe", out: Path, resume: bool) -> None:
             print(f"resuming with a changed recipe: {change}")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(recipe.to_yaml(), encoding="utf-8")
+
+
+def _store_data(fingerprints: dict[str, str], out: Path, resume: bool) -> None:
+    """Note which data the run reads; name the sets that a resumed run finds changed."""
+    path = out / "data.json"
+    if resume and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in fingerprints if before.get(name) != fingerprints[name]]
+        if changed:
+            print(
+                f"resuming with other data: {', '.join(changed)} changed or were prepared anew; "
+                "the samples that follow are not those of an uninterrupted run"
+            )
+    path.write_text(json.dumps(fingerprints, indent=2) + "\n", encoding="utf-8")
