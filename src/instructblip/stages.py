@@ -4,6 +4,7 @@ Stages import what they need when they run, so that `instructblip --help` stays 
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -42,18 +43,18 @@ def prepare(
     from instructblip.data.prepare import prepare_all
 
     names = preparing.training_names(recipe)
-    found = prepare_all([preparing.job_of(recipe, name) for name in names], workers)
+    jobs = [preparing.job_of(recipe, name) for name in names]
+    found = prepare_all(jobs, workers)
     datasets = dict(zip(names, found, strict=True))
     if form is None:
         print("".join(f"{dataset.describe()}\n" for dataset in found))
         print(preparing.describe_mixture(recipe, preparing.make_mixture(recipe, datasets)))
         return
     data = recipe.data
-    for name, dataset in datasets.items():
+    for job, (name, dataset) in zip(jobs, datasets.items(), strict=True):
         entry = data.sets[name]
-        path = export(
-            dataset, name, form, out, data.root, data.seed, entry.templates, entry.language
-        )
+        prefix = os.path.relpath(job.root / job.source.images, data.root)  # links stay links
+        path = export(dataset, name, form, out, prefix, data.seed, entry.templates, entry.language)
         print(path, flush=True)
     print(f"paths of pictures are relative to {data.root}")
 

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from instructblip import preparing
+from instructblip import preparing, stages
 from instructblip.batch import Example
 from instructblip.data.check import check_dataset
-from instructblip.data.export import export
+from instructblip.data.export import FORMS, export
 from instructblip.data.folder import read_folder
 from instructblip.data.prepare import prepare
 from instructblip.data.sources.own import own_source
@@ -304,9 +304,10 @@ def test_paths_stay_below_the_root(root: Path):
 )
 def test_export_comes_back(form: Any, reader: str, tmp_path: Path):
     data = prepare("vqav2", write_vqa(tmp_path / "vqav2", 6), "train", tmp_path / "prepared")
-    path = export(data, "vqav2", form, tmp_path / "out", tmp_path, seed=3)
+    path = export(data, "vqav2", form, tmp_path / "out", "vqav2/images", seed=3)
     first = path.read_bytes()
-    assert export(data, "vqav2", form, tmp_path / "out", tmp_path, seed=3).read_bytes() == first
+    again = export(data, "vqav2", form, tmp_path / "out", "vqav2/images", seed=3)
+    assert again.read_bytes() == first
     own = own_source(Own("mine", reader, path=f"out/{path.name}"))
     found = list(prepare("mine", tmp_path, "train", tmp_path / "prepared", source=own))
     assert len(found) == 6
@@ -316,16 +317,31 @@ def test_export_comes_back(form: Any, reader: str, tmp_path: Path):
         assert (tmp_path / after.images[0]).samefile(data.image_root / before.images[0])
 
 
+def test_export_of_a_linked_set_comes_back(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "vqav2").symlink_to(write_vqa(tmp_path / "big" / "vqav2", 4))
+    recipe = load_recipe("scenes", [f"data.root={tmp_path / 'data'}", "data.sets={vqav2: {}}"])
+    out = tmp_path / "data" / "out"
+    for form in FORMS:
+        stages.prepare(recipe, form=form, out=out)  # type: ignore[arg-type]
+    written = sorted(path.name for path in out.iterdir())
+    endings = ("llava.json", "messages.jsonl", "parquet", "sharegpt.json")
+    assert written == [f"vqav2.{ending}" for ending in endings]
+    own = own_source(Own("mine", "sharegpt", path="out/vqav2.sharegpt.json"))
+    found = prepare("mine", tmp_path / "data", "train", tmp_path / "prepared", source=own)
+    assert found[0].images[0].startswith("vqav2/images/COCO_train2014_")
+
+
 def test_export_parquet(tmp_path: Path):
     data = prepare("vqav2", write_vqa(tmp_path / "vqav2", 4), "train", tmp_path / "prepared")
     path = export(
-        data, "vqav2", "parquet", tmp_path / "out", tmp_path, templates=["Ask: {question}"]
+        data, "vqav2", "parquet", tmp_path / "out", "vqav2/images", templates=["Ask: {question}"]
     )
     rows = pq.read_table(path).to_pylist()
     assert [row["prompt"] for row in rows] == [f"Ask: what is {i}?" for i in range(4)]
     assert rows[0]["response"] in rows[0]["answers"]
     with pytest.raises(ValueError, match="export format 'xml'; expected one of llava"):
-        export(data, "vqav2", "xml", tmp_path / "out", tmp_path)  # type: ignore[arg-type]
+        export(data, "vqav2", "xml", tmp_path / "out", "vqav2/images")  # type: ignore[arg-type]
 
 
 def test_recipe_reads_own_data_from_anywhere(root: Path):

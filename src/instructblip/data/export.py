@@ -33,6 +33,12 @@ from instructblip.data.writing import replacing
 
 Form = Literal["llava", "sharegpt", "messages", "parquet"]
 FORMS: tuple[str, ...] = get_args(Form)
+_SUFFIXES = {
+    "llava": ".llava.json",
+    "sharegpt": ".sharegpt.json",
+    "messages": ".messages.jsonl",
+    "parquet": ".parquet",
+}
 _ROWS = 2048
 _TEXTS = pa.list_(pa.string())
 _SCHEMA = pa.schema(
@@ -52,19 +58,20 @@ def export(
     name: str,
     form: Form,
     folder: Path,
-    image_root: Path,
+    prefix: str,
     seed: int = 0,
     templates: Sequence[str] | None = None,
     language: Language = "en",
 ) -> Path:
-    """Writes ``folder/<name>.json``, ``.jsonl`` or ``.parquet``; nothing is left half written.
+    """Writes ``folder/<name>.<form>.json``, ``.jsonl`` or ``.parquet``; nothing is left half
+    written.
 
-    ``image_root`` is the folder that the written paths are relative to.
+    ``prefix`` leads from the folder that the written paths are relative to, to the pictures.
     """
     if form not in FORMS:
         raise ValueError(f"export format '{form}'; expected one of {', '.join(FORMS)}")
-    rows = _rows(dataset, name, image_root, seed, templates, language)
-    path = folder / (name + {"messages": ".jsonl", "parquet": ".parquet"}.get(form, ".json"))
+    rows = _rows(dataset, name, prefix, seed, templates, language)
+    path = folder / (name + _SUFFIXES[form])
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         if form == "parquet":
@@ -77,12 +84,11 @@ def export(
 def _rows(
     dataset: Examples,
     name: str,
-    image_root: Path,
+    prefix: str,
     seed: int,
     templates: Sequence[str] | None,
     language: Language,
 ) -> Iterator[dict[str, Any]]:
-    prefix = os.path.relpath(dataset.image_root, image_root.resolve())
     for i in range(len(dataset)):
         example = dataset[i]
         rng = random.Random(mix(seed, zlib.crc32(name.encode()), i))
