@@ -1,6 +1,7 @@
 """`instructblip check`, and training that asks for it, on a corner of the embedded world."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,21 @@ def test_data_prepared_inside_their_own_folder_stay_checked(tmp_path: Path):
     (tmp_path / "0.txt").write_text("another picture")
     for recipe_now in (recipe, around):
         assert preparing.prepare_training(recipe_now)["own"][0].answers == ("another picture",)
+
+
+@pytest.mark.parametrize("entry", ["vqav2: {split: val}", "more: {source: vqav2, split: val}"])
+def test_nothing_trains_on_what_it_is_measured_on(
+    entry: str, root: Path, capsys: pytest.CaptureFixture[str]
+):
+    sets = f"data.sets={{{entry}}}"
+    assert run("check", "quickstart", f"data.root={root}", *SETTINGS, sets) == 1
+    assert "vqav2 val is a set that this recipe is measured on" in capsys.readouterr().out
+    for check in ("required", "run"):
+        recipe = recipe_of(root, sets, f"data.check={check}")
+        with pytest.raises(ValueError, match=r"measured on; train on another split"):
+            checking.checked_training(recipe, preparing.prepare_training(recipe))
+    recipe = recipe_of(root, sets, "evaluation.validation=[]", "evaluation.benchmarks=[scenes_gqa]")
+    assert checking.checked_training(recipe, preparing.prepare_training(recipe))
+    shutil.copytree(root / "vqav2", root / "another")
+    sets = "data.sets={vqav2: {}, more: {source: vqav2, split: val, root: another}}"
+    assert not checking.evaluated_too(recipe_of(root, sets), "more")

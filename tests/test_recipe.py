@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from instructblip.checking import evaluated_too
 from instructblip.recipe import RECIPES, Recipe, differences, find_recipe, load_recipe
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -15,6 +16,7 @@ def test_every_shipped_recipe_reads_and_writes_itself(name: str, tmp_path: Path)
     written = tmp_path / "recipe.yaml"
     written.write_text(recipe.to_yaml())
     assert load_recipe(written) == recipe
+    assert not any(evaluated_too(recipe, name) for name in recipe.data.sets)
 
 
 def test_the_papers_recipes():

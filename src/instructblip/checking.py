@@ -38,6 +38,9 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
     pictures = evaluated_pictures(evaluated)
     tokens = _tokens(recipe)
     for name in preparing.training_names(recipe):
+        if fault := evaluated_too(recipe, name):
+            yield fault
+            continue
         try:
             dataset = preparing.prepare_entry(recipe, name)
         except (FileNotFoundError, ValueError) as error:
@@ -63,12 +66,16 @@ def checked_training(
 ) -> Mapping[str, preparing.TrainingSet]:
     """The training sets without their bad examples, as the last check found them.
 
-    Raises ValueError for a set that was not checked as it is now, or that has too many bad
-    examples. ``data.check`` may ask for the check to be made here, or for none.
+    Raises ValueError for a set that the recipe is measured on, that was not checked as it is now,
+    or that has too many bad examples. ``data.check`` may ask for the check to be made here, or for
+    none.
     """
     data = recipe.data
     if data.check == "skip":
         return datasets
+    for name in datasets:
+        if fault := evaluated_too(recipe, name):
+            raise ValueError(fault)
     against = _present(recipe)
     stale = {
         name: reason
@@ -95,6 +102,22 @@ def evaluation_sets(recipe: Recipe) -> list[tuple[str, str]]:
     final = preparing.benchmarks_of(recipe, settings.benchmarks)
     chosen = [*(replace(b, split="val") for b in validation), *final]
     return list(dict.fromkeys((b.source, b.split) for b in chosen))
+
+
+def evaluated_too(recipe: Recipe, name: str) -> str:
+    """Why an entry of ``data.sets`` is no training data: the recipe is measured on that very split
+    of it. Empty for any other; pictures that two sets share are the check's to find."""
+    data = recipe.data
+    entry, source = data.sets[name], data.source_of(name)
+    if entry.format is not None or (source, entry.split) not in evaluation_sets(recipe):
+        return ""
+    if (data.root / (entry.root or source)).resolve() != data.root_of(source).resolve():
+        return ""
+    return (
+        f"data.sets.{name}: {source} {entry.split} is a set that this recipe is measured on; train "
+        "on another split, or take its benchmark out of evaluation.validation and "
+        "evaluation.benchmarks"
+    )
 
 
 def key(dataset: PreparedDataset) -> str:
