@@ -18,6 +18,7 @@ from instructblip.data.folder import read_folder
 from instructblip.data.prepare import prepare
 from instructblip.data.sources.own import own_source
 from instructblip.data.sources.own_files import Own
+from instructblip.data.templates import render_prompt
 from instructblip.recipe import load_recipe
 from tests.data.tiny import write_json, write_picture, write_tar, write_vqa
 
@@ -131,10 +132,89 @@ def test_table_with_choices(root: Path):
         read(root, "table", path="a.jsonl")
 
 
+def test_headings_whatever_their_case(root: Path):
+    for header in ("image,Question,answer", "image, question,ANSWER", "Image ,INSTRUCTION,answer"):
+        (root / "a.csv").write_text(f"{header}\n0.png,what is it?,yes\n")
+        (found,) = read(root, "table", path="a.csv")
+        assert (found.question, found.answers) == ("what is it?", ("yes",))
+        assert found.task == ("instruct" if "INSTR" in header else "vqa")
+    write_lines(root / "a.jsonl", {"image": "0.png", "ANSWER": "a", "Answer": "b"})
+    with pytest.raises(ValueError, match=r"line 1: columns \['ANSWER', 'Answer'\] have one name"):
+        read(root, "table", path="a.jsonl")
+    (root / "a.csv").write_text("image,answer, Answer\n0.png,a,b\n")
+    with pytest.raises(ValueError, match=r"a\.csv:line 1: the header names 'answer' more than"):
+        read(root, "table", path="a.csv")
+
+
+def test_a_question_under_another_heading_is_no_caption(root: Path):
+    (root / "a.csv").write_text("image,prompt,answer\n0.png,what is it?,yes\n")
+    for columns in ((), (("question", "promt"),)):
+        with pytest.raises(ValueError, match=r"line 2: 'answer' .* 'prompt'.*\{question: prompt\}"):
+            read(root, "table", path="a.csv", columns=columns)
+    (found,) = read(root, "table", path="a.csv", columns=(("question", "Prompt"),))
+    assert (found.task, found.question) == ("vqa", "what is it?")
+    (found,) = read(root, "table", path="a.csv", task="caption")
+    assert found.answers == ("yes",)
+    (root / "a.csv").write_text("image,source,caption\n0.png,a camera,a cup\n")
+    assert read(root, "table", path="a.csv")[0].task == "caption"
+    with pytest.raises(ValueError, match=r"columns 'cntext' that .* has 'image', 'source', 'cap"):
+        read(root, "table", path="a.csv", columns=(("context", "cntext"),))
+
+
+def test_an_answer_that_counts_nothing(root: Path):
+    row = {"image": "0.png", "question": "how many dogs?", "caption": "a red square"}
+    write_lines(root / "a.jsonl", row | {"answer": 0}, row | {"answer": [0]}, row)
+    assert [e.answers[0] for e in read(root, "table", path="a.jsonl")] == ["0", "0", "a red square"]
+    own = own_source(Own("mine", "table", "a.jsonl"))
+    for nothing in ("", None, []):
+        write_lines(root / "a.jsonl", row | {"answer": nothing})
+        (found,) = own.read(root, "train")
+        assert found.answers == ()
+    write_lines(root / "a.jsonl", row | {"answer": "", "question": ""})
+    assert read(root, "table", path="a.jsonl")[0].answers == ("a red square",)
+
+
+def test_choices_in_digits(root: Path):
+    row = {"image": "0.png", "question": "how many?", "choices": ["1", "2", "3"]}
+    write_lines(root / "a.jsonl", *(row | {"answer": a} for a in (0, 1, "3", "1", [2])))
+    answers = [e.answers[0] for e in read(root, "table", path="a.jsonl")]
+    assert answers == ["1", "2", "3", "1", "3"]
+    write_lines(root / "a.jsonl", *(row | {"answer": a, "choices": [1, 2, 3]} for a in (1, 0)))
+    with pytest.raises(
+        ValueError, match=r"line 2: field 'answer' is 0, an index, but digits are the"
+    ):
+        read(root, "table", path="a.jsonl")
+    for answers, said in (((0, 2), "itself, but"), ((2, 0), "an index, but"), ((3, 1, 2), "")):
+        lines = "".join(f"0.png,how many?,1|2|3,{a}\n" for a in answers)
+        (root / "a.csv").write_text(f"image,question,choices,answer\n{lines}")
+        if said:
+            with pytest.raises(ValueError, match=rf"line 3: .* {said}.*line 2; write the choice"):
+                read(root, "table", path="a.csv")
+        else:
+            assert [e.answers[0] for e in read(root, "table", path="a.csv")] == ["3", "1", "2"]
+
+
+def test_an_instruction_with_choices_keeps_them(root: Path):
+    row = {"image": "0.png", "instruction": "Choose.", "choices": ["red", "blue"], "answer": "red"}
+    write_lines(root / "a.jsonl", row)
+    (found,) = read(root, "table", path="a.jsonl")
+    assert found.task == "multiple_choice"
+    assert "(a) red (b) blue" in render_prompt(found).prompt
+
+
+def test_json_that_goes_on_after_its_end(root: Path):
+    for more in ('[{"image": "1.png", "answer": "b"}]', "junk"):
+        (root / "a.json").write_text('[{"image": "0.png", "answer": "a"}]\n' + more)
+        with pytest.raises(ValueError, match=r"a\.json:.* the file goes on with"):
+            read(root, "table", path="a.json")
+
+
 def test_other_settings_prepare_again(root: Path):
     write_lines(root / "a.jsonl", {"image": "0.png", "text": "one", "other": "two"})
     for column, answer in (("text", "one"), ("other", "two")):
-        (found,) = read(root, "table", path="a.jsonl", columns=(("answer", column),))
+        (found,) = read(
+            root, "table", path="a.jsonl", columns=(("answer", column),), task="caption"
+        )
         assert found.answers == (answer,)
 
 
@@ -257,6 +337,12 @@ def test_webdataset(root: Path):
         ("sharegpt", "a.json", [{"image": 5, "conversations": TURNS}], "record 0: a picture is 5"),
         ("sharegpt", "a.json", [{"image": "s3://x", "conversations": TURNS}], "on the network"),
         ("sharegpt", "a.json", [{"image": "data:x,%%", "conversations": TURNS}], "not base64"),
+        (
+            "sharegpt",
+            "a.json",
+            [{"image": "data:x,é", "conversations": TURNS}],
+            "record 0: .*base64",
+        ),
         ("table", "a.json", [{"question": "x"}], "record 0: field 'image' is missing"),
         ("table", "a.json", [{"image": "../0.png", "answer": "x"}], "record 0: image name"),
         ("table", "a.json", [{"image": "0.png", "answer": {"a": 1}}], "field 'answer' is {'a': 1}"),

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from instructblip.batch import Example
-from instructblip.data.sources.own import webdataset
+from instructblip.data.sources.own import examples, webdataset
 from instructblip.data.sources.own_files import Own
 from instructblip.data.sources.records import (
     Record,
@@ -63,7 +63,8 @@ def web_capfilt(root: Path, split: str) -> Iterator[Example]:
     names = ("web_capfilt.json", "ccs_synthetic_filtered_large.json")
     names = names if split == "train" else (f"web_capfilt_{split}.json",)
     if (path := find_optional(root, *names)) is None and any(root.glob("*.tar")):
-        yield from webdataset(Own("web_capfilt", "webdataset", "*.tar", "images"), root, split)
+        own = Own("web_capfilt", "webdataset", "*.tar", "images")
+        yield from examples(webdataset, own, root, split)
         return
     for key, record in read_records(path or find_file(root, *names)):
         if "url" in record and "image" not in record:

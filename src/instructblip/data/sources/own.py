@@ -16,8 +16,7 @@ Pictures that come inside a file are written to ``extracted/`` below the image r
 sha256. A dialogue gives one example for each answer, with the turns before it.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -30,11 +29,11 @@ from instructblip.data.sources.own_files import (
     Own,
     below_root,
     files_of,
-    images_of,
     keep_picture,
     records_of,
 )
-from instructblip.data.sources.records import PICTURES, Record, Source, image_name, walk_files
+from instructblip.data.sources.own_rows import Row, examples_of
+from instructblip.data.sources.records import PICTURES, Record, Source, walk_files
 from instructblip.data.sources.shards import read_saved, read_shard
 
 
@@ -45,40 +44,25 @@ def own_source(own: Own) -> Source:
     if unknown := [role for role, _ in own.columns if role not in ROLES]:
         raise ValueError(f"{own.name}: columns {unknown}; expected some of {', '.join(ROLES)}")
     files = own.path or f"the files of a {own.format}"
-    return Source(
-        partial(FORMATS[own.format], own), own.task or "", "your own", files, own.images, repr(own)
-    )
+    read = FORMATS[own.format]
+    if read is not conversations:
+        read = partial(examples, read)
+    return Source(partial(read, own), own.task or "", "your own", files, own.images, repr(own))
 
 
-def table(own: Own, root: Path, split: str) -> Iterator[Example]:
-    """One example a row."""
+def table(own: Own, root: Path, split: str) -> Iterator[Row]:
+    """The rows of the files."""
     for path in files_of(own, root, split, TABLES):
         for key, record in records_of(path):
-            yield example_of(own, root, split, key, record)
+            yield key, record, ""
 
 
-def imagefolder(own: Own, root: Path, split: str) -> Iterator[Example]:
-    """Below ``root/<split>`` if there is such a folder, else below ``root``."""
-    for found in folder_examples(own, root, split):
-        if isinstance(found, ValueError):
-            raise found
-        yield found
-
-
-def folder_examples(own: Own, root: Path, split: str) -> Iterator[Example | ValueError]:
-    """The example of each row of an imagefolder, or what is wrong with the row."""
+def imagefolder(own: Own, root: Path, split: str) -> Iterator[Row]:
+    """Below ``root/<split>`` if there is such a folder, else below ``root``: the rows of tables,
+    and captions where no table is in the folder or in one above it."""
     base = root / own.images
     folder = base / split if (base / split).is_dir() else base
     note_file(folder)
-    for key, record, inside in _folder_rows(own, base, folder):
-        try:
-            yield example_of(own, root, split, key, _placed(own, record, inside))
-        except ValueError as error:
-            yield error
-
-
-def _folder_rows(own: Own, base: Path, folder: Path) -> Iterator[tuple[str, Record, str]]:
-    """(key, row, folder below ``base`` that its picture is in): of the tables, else of captions."""
     paths = walk_files(folder)
     listed = [path for path in paths if path.stem == "metadata" and path.suffix in TABLES]
     tables = {path.parent: path for path in listed}
@@ -87,34 +71,22 @@ def _folder_rows(own: Own, base: Path, folder: Path) -> Iterator[tuple[str, Reco
     for inside, path in tables.items():
         for key, record in records_of(path):
             yield key, record, inside.relative_to(base).as_posix()
-    for path in () if tables else paths:
-        if path.suffix.lower() in PICTURES:
+    for path in paths:
+        if path.suffix.lower() in PICTURES and tables.keys().isdisjoint(path.parents):
             inside, name = path.parent.relative_to(base).as_posix(), path.relative_to(base)
             captions = _captions(path.with_suffix(".txt"))
             yield str(name), _captioned(own, (path.name,), captions, str(name)), inside
 
 
-def _placed(own: Own, record: Record, inside: str) -> Record:
-    """The row with the paths of its pictures below the image root, not beside the table."""
-    column = own.column("image", record)
-    if column not in record:
-        record.fail("file_name", "the path of a picture beside this file")
-    value = record.data[column]
-    names = [
-        image_name(str(v), record.where) for v in (value if isinstance(value, list) else [value])
-    ]
-    return Record({**record.data, column: [f"{inside}/{name}" for name in names]}, record.where)
-
-
-def hf_dataset(own: Own, root: Path, split: str) -> Iterator[Example]:
+def hf_dataset(own: Own, root: Path, split: str) -> Iterator[Row]:
     """The split of that name in a saved ``DatasetDict``, or a saved ``Dataset``."""
     folder = root / below_root(own.path or ".")
     note_file(folder)
     for i, record in enumerate(read_saved(folder, split)):
-        yield example_of(own, root, split, str(i), record)
+        yield str(i), record, ""
 
 
-def webdataset(own: Own, root: Path, split: str) -> Iterator[Example]:
+def webdataset(own: Own, root: Path, split: str) -> Iterator[Row]:
     """Every .tar that ``path`` names (``train-*.tar``)."""
     for path in files_of(own, root, split, (".tar",)):
         note_file(path)
@@ -126,7 +98,7 @@ def webdataset(own: Own, root: Path, split: str) -> Iterator[Example]:
                 record = Record({**parts[".json"], column: images}, where)
             else:
                 record = _captioned(own, images, _lines(parts.get(".txt", "")), where)
-            yield example_of(own, root, split, key, record)
+            yield key, record, ""
 
 
 def _captioned(own: Own, images: tuple[str, ...], captions: tuple[str, ...], where: str) -> Record:
@@ -136,58 +108,19 @@ def _captioned(own: Own, images: tuple[str, ...], captions: tuple[str, ...], whe
     return Record({image: list(images), answer: list(captions)}, where)
 
 
-def example_of(own: Own, root: Path, split: str, key: str, record: Record) -> Example:
-    """An example of a row; which columns mean what is the recipe's to say."""
-    asked, told = own.column("question", record), own.column("answer", record)
-    image = own.column("image", record)
-    if image not in record:
-        record.fail(image, "the path of a picture (see `columns` of the recipe)")
-    question = _one(record, asked)
-    choices = _many(record, own.column("choices", record), split_at="|")
-    answers = _many(record, told)
-    if choices and len(answers) == 1 and answers[0].isdecimal() and answers[0] not in choices:
-        answers = (record.pick(told, choices),)
-    if choices and any(answer not in choices for answer in answers):
-        record.fail(told, "one of the choices, or its index")
-    guess = "multiple_choice" if choices else "vqa" if question else "caption"
-    return Example(
-        dataset=own.name,
-        split=split,
-        id=_one(record, own.column("id", record)) or key,
-        images=images_of(own, root, record.data[image], record.where),
-        task=own.task or ("instruct" if question and asked == "instruction" else guess),
-        question=question,
-        answers=answers,
-        choices=choices,
-        context=_one(record, own.column("context", record)),
-        ocr_tokens=_many(record, own.column("ocr_tokens", record), split_at="|"),
-        where=record.where,
-    )
+def examples(
+    read: Callable[[Own, Path, str], Iterator[Row]], own: Own, root: Path, split: str
+) -> Iterator[Example]:
+    """The example of each row that ``read`` yields; ValueError at the first that is none."""
+    for found in examples_of(own, root, split, read(own, root, split)):
+        if isinstance(found, ValueError):
+            raise found
+        yield found
 
 
-def _one(record: Record, column: str) -> str:
-    if column not in record:
-        return ""
-    return record.text(column) if isinstance(record.data[column], str) else _number(record, column)
-
-
-def _many(record: Record, column: str, split_at: str = "") -> tuple[str, ...]:
-    """A list; one text or number; or, in a table of plain text, parts between bars."""
-    if column not in record:
-        return ()
-    value = record.data[column]
-    if isinstance(value, list):
-        return record.texts(column)
-    text = _one(record, column)
-    parts = text.split(split_at) if split_at else [text]
-    return tuple(part.strip() for part in parts if part.strip())
-
-
-def _number(record: Record, column: str) -> str:
-    value = record.data[column]
-    if isinstance(value, float) and math.isfinite(value):
-        return str(value)
-    return record.identifier(column)
+def folder_examples(own: Own, root: Path, split: str) -> Iterator[Example | ValueError]:
+    """The example of each row of an imagefolder, or what is wrong with the row."""
+    yield from examples_of(own, root, split, imagefolder(own, root, split))
 
 
 def _captions(path: Path) -> tuple[str, ...]:

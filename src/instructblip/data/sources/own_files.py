@@ -1,7 +1,6 @@
 """What the readers of one's own data share: the entry of the recipe, its files, its pictures."""
 
 import base64
-import binascii
 import hashlib
 import os
 from collections.abc import Iterator
@@ -45,10 +44,41 @@ class Own:
     task: str | None = None
 
     def column(self, role: str, record: Record) -> str:
-        """The column of a role: the recipe's, else the first usual one that holds something."""
+        """The column of a role: the recipe's, else the first usual one that holds something.
+
+        An answer to a question is never taken from a caption beside an empty ``answer``. Case and
+        the white space around a heading do not count.
+        """
         named = dict(self.columns).get(role)
-        usual = (role, *ROLES[role])
-        return named or next((name for name in usual if record.data.get(name)), role)
+        usual = (named,) if named else (role, *ROLES[role])
+        found = [column for name in usual if (column := spelt(name, record)) is not None]
+        if (
+            role == "answer"
+            and spelt(role, record)
+            and holds(record, self.column("question", record))
+        ):
+            found = found[:1]
+        return next((column for column in found if holds(record, column)), usual[0])
+
+
+def spelt(name: str, record: Record) -> str | None:
+    """How a row spells the column ``name``; None without it, ValueError for two such columns."""
+    if name in record.data:
+        return name
+    found = [column for column in record.data if _plain(column) == _plain(name)]
+    if len(found) > 1:
+        raise ValueError(f"{record.where}: columns {found} have one name; rename all but one")
+    return found[0] if found else None
+
+
+def holds(record: Record, column: str) -> bool:
+    """Whether a column is there and not empty. 0 and False are values."""
+    value = record.data.get(column)
+    return not (value is None or value == [] or (isinstance(value, str) and not value.strip()))
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold()
 
 
 def files_of(own: Own, root: Path, split: str, suffixes: tuple[str, ...]) -> list[Path]:
@@ -86,13 +116,14 @@ def records_of(path: Path) -> Iterator[tuple[str, Record]]:
         yield str(i), record
 
 
-def images_of(own: Own, root: Path, value: Any, where: str) -> tuple[str, ...]:
-    """Paths below the image root, of one picture or of the frames of a video."""
+def images_of(own: Own, root: Path, value: Any, where: str, inside: str = "") -> tuple[str, ...]:
+    """Paths below the image root, of one picture or of the frames of a video; what is a path is
+    relative to the folder ``inside`` it."""
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple(_image(root / own.images, one, where) for one in values)
+    return tuple(_image(root / own.images, one, where, inside) for one in values)
 
 
-def _image(image_root: Path, value: Any, where: str) -> str:
+def _image(image_root: Path, value: Any, where: str, inside: str) -> str:
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return keep_picture(image_root, value["bytes"])
     if isinstance(value, dict):
@@ -102,7 +133,7 @@ def _image(image_root: Path, value: Any, where: str) -> str:
     if value.startswith("data:"):
         try:
             data = base64.b64decode(value.partition(",")[2], validate=True)
-        except binascii.Error:
+        except ValueError:  # binascii.Error is one; so is what a letter beyond ASCII raises
             raise ValueError(f"{where}: the picture is not base64; repair the line") from None
         return keep_picture(image_root, data)
     if "://" in value:
@@ -110,7 +141,8 @@ def _image(image_root: Path, value: Any, where: str) -> str:
             f"{where}: picture {value[:80]!r} is on the network; nothing is downloaded here: "
             "save it below the image root and write its path"
         )
-    return image_name(value, where)
+    name = image_name(value, where)
+    return image_name(f"{inside}/{name}", where) if inside else name
 
 
 def keep_picture(image_root: Path, data: bytes) -> str:

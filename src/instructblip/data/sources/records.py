@@ -26,7 +26,7 @@ MAX_LINE = 1 << 26
 MAX_NAME = 255
 """Bytes of one part of a picture's path: what file systems allow."""
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +283,12 @@ def read_table(path: Path, delimiter: str = ",") -> Iterator[Record]:
     with open_text(path, newline="") as file:
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
+            names = [name.strip().casefold() for name in rows.fieldnames or ()]
+            if repeated := {name for name in names if names.count(name) > 1}:
+                raise ValueError(
+                    f"{_line(path, 1)}: the header names {', '.join(map(repr, sorted(repeated)))} "
+                    "more than once; rename or remove all but one"
+                )
             for row in rows:
                 number = rows.line_num
                 if None in row or None in row.values():

@@ -82,6 +82,8 @@ class _Scanner:
         if self.peek() not in ("[", "{"):
             self.fail("expected an array or an object")
         yield from self.elements()
+        if not fields and (more := self.peek()):
+            self.fail(f"the file goes on with '{more}' after its end; expected one array or object")
 
     def elements(self) -> Iterator[tuple[str, Any]]:
         if self.peek() == "{":
