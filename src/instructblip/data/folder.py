@@ -57,15 +57,47 @@ def _problem(row: Example | ValueError, root: Path) -> str:
 
 
 def split_by_picture(folder: FolderSet, share: float = 0.2) -> tuple[FolderSet, FolderSet]:
-    """(training, held back). A picture is on one side only, always the same one; at least one
-    picture and at most 500 are held back. ValueError for fewer than four pictures."""
-    pictures = {example.images for example in folder.examples}
-    order = sorted(pictures, key=lambda names: hashlib.sha256("\0".join(names).encode()).digest())
-    if len(order) < 4:
-        raise ValueError(f"{folder.image_root}: {len(order)} pictures; expected at least 4")
-    held = set(order[: max(1, min(500, round(len(order) * share)))])
+    """(training, held back). Examples that have a picture in common are on one side, whatever the
+    picture's name. A hash of the picture decides which, so that more pictures move no others; where
+    it leaves a side empty, the nearest go there. ValueError for fewer than four pictures, or where
+    all examples hang together."""
+    digests = {
+        name: _sha256((folder.image_root / name).read_bytes())
+        for example in folder.examples
+        for name in example.images
+    }
+    if (count := len({*digests.values()})) < 4:
+        raise ValueError(f"{folder.image_root}: {count} pictures; expected at least 4")
+    groups = _groups([[digests[name] for name in example.images] for example in folder.examples])
+    order = sorted({*groups}, key=_sha256)
+    if len(order) < 2:
+        raise ValueError(
+            f"{folder.image_root}: all rows hang together by pictures that they share, so none can "
+            "be held back; expected at least two rows without a common picture"
+        )
+    below = sum(_sha256(group)[:8] < int(share * 2**64).to_bytes(8) for group in order)
+    held = {*order[: min(max(1, below), len(order) - 1)]}
     sides = ([], [])
-    for example in folder.examples:
-        sides[example.images in held].append(example)
+    for example, group in zip(folder.examples, groups, strict=True):
+        sides[group in held].append(example)
     training = replace(folder, examples=sides[0])
     return training, replace(folder, examples=[replace(e, split="val") for e in sides[1]])
+
+
+def _groups(rows: list[list[bytes]]) -> list[bytes]:
+    """For each row of pictures the least of all that hang together with it."""
+    less: dict[bytes, bytes] = {}
+
+    def least(picture: bytes) -> bytes:
+        while picture in less:
+            picture = less[picture]
+        return picture
+
+    for pictures in rows:
+        found = {least(picture) for picture in pictures}
+        less.update((picture, min(found)) for picture in found - {min(found)})
+    return [least(pictures[0]) for pictures in rows]
+
+
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
