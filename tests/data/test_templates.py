@@ -57,6 +57,14 @@ def test_one_answer_by_its_frequency() -> None:
         render_instruction(replace(EXAMPLE, answers=()), rng)
 
 
+def test_an_empty_answer_is_never_drawn() -> None:
+    silent = Example(dataset="d", split="train", id="1", images=(), task="caption")
+    mostly = replace(silent, answers=("",) * 8 + ("red", " "))
+    assert {render_instruction(mostly, random.Random(i)).response for i in range(50)} == {"red"}
+    with pytest.raises(ValueError, match="no answer to train on"):
+        render_instruction(replace(silent, answers=("", " ")), random.Random(0))
+
+
 def test_the_same_code_renders_training_and_evaluation() -> None:
     for template in TEMPLATES["vqa"]:
         trained = render_instruction(EXAMPLE, random.Random(0), template)

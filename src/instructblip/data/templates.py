@@ -67,13 +67,15 @@ def render_instruction(
     """Picks one template of the task (unless given) and ONE answer; the only place that does.
 
     ``answers`` holds an answer as often as annotators gave it, so a uniform choice weights
-    answers by their frequency. Raises ValueError for an example without answers.
+    answers by their frequency. Empty ones teach nothing and are never drawn. Raises ValueError for
+    an example without another answer.
     """
-    if not example.answers:
+    answers = [answer for answer in example.answers if answer.strip()]
+    if not answers:
         raise ValueError(f"{example.where}: no answer to train on; run the data check")
     chosen = template if template is not None else rng.choice(templates_of(example.task, language))
     prompt = _fill(example, chosen)
-    return Rendered(instruction=prompt, prompt=prompt, response=rng.choice(example.answers))
+    return Rendered(instruction=prompt, prompt=prompt, response=rng.choice(answers))
 
 
 def render_prompt(example: Example, template: str | None = None) -> Rendered:
