@@ -106,6 +106,21 @@ def test_buckets_hold_what_their_window_would_have_held(
     assert padding(loader, 4) < padding(plain, 4)
 
 
+def test_buckets_keep_pictures_and_videos_apart(
+    sets: dict[str, Examples], tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make(sets, tokens, bucket_steps=4)
+    plain = loader.rendered
+
+    def some_videos(slot: int) -> Any:
+        example, rendered = plain(slot)
+        return (replace(example, images=example.images * 2) if slot % 4 == 0 else example), rendered
+
+    monkeypatch.setattr(loader, "rendered", some_videos)
+    kinds = [{slot % 4 == 0 for slot in loader.slots(step)} for step in range(4)]
+    assert sorted(map(sorted, kinds)) == [[False], [False], [False], [True]]
+
+
 def padding(loader: Loader, steps: int) -> float:
     batches = [loader.batch(step) for step in range(steps)]
     masks = [(b.prompt_mask, b.response_mask) for b in batches]
@@ -268,9 +283,16 @@ def test_collate_encodes_equal_pictures_once() -> None:
     assert batch.num_response_tokens == 3
 
 
+def test_a_batch_of_pictures_and_videos_repeats_frames() -> None:
+    batch = collate([sample("a"), sample("bacd"), sample("de")])
+    assert batch.pixel_values is not None
+    assert len(batch.pixel_values) == 5
+    assert batch.image_index.tolist() == [[0] * 4, [1, 0, 2, 3], [3, 3, 4, 4]]
+
+
 def test_collate_refuses_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="d bcd: 3 frames, others in the batch have 1"):
-        collate([sample("a"), sample("bcd")])
+    with pytest.raises(ValueError, match="d : no picture, others in the batch have 3"):
+        collate([sample("bcd"), sample("")])
     with pytest.raises(ValueError, match="some samples bring pixels and some features"):
         collate([sample("a"), replace(sample("b"), pixels=None, features=(torch.ones(1, 2),))])
     with pytest.raises(ValueError, match="2 image keys and 1 pictures"):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from instructblip.batch import Batch, Sample
+from instructblip.data.sources.frames import repeated
 
 PAD_ID = 0
 """Written where the mask is 0. Any valid id would do: no one reads it."""
@@ -13,13 +14,16 @@ def collate(samples: list[Sample]) -> Batch:
     """B samples with F frames each; ValueError when they cannot stand in one batch.
 
     Two samples with the keys ("a", "b") and ("b", "c") give N = 3 pictures and
-    ``image_index`` [[0, 1], [1, 2]].
+    ``image_index`` [[0, 1], [1, 2]]. F is the most that a sample has; one with fewer repeats its
+    own in order, as a short video does. Each is still encoded once, but the language model then
+    reads F * Q query tokens where it would read fewer for that sample alone.
     """
     if not samples:
         raise ValueError("a batch needs at least one sample")
     cached = [sample.features is not None for sample in samples]
     if any(cached) != all(cached):
         raise ValueError("some samples bring pixels and some features; expected all alike")
+    most = max(len(sample.image_keys) for sample in samples)
     slots: dict[str, int] = {}
     pictures: list[Tensor] = []
     index = []
@@ -30,16 +34,17 @@ def collate(samples: list[Sample]) -> Batch:
                 f"{sample.dataset} {sample.id}: {len(sample.image_keys)} image keys and "
                 f"{len(frames or ())} pictures; expected as many of one as of the other"
             )
-        if len(frames) != len(samples[0].image_keys):
+        if most and not frames:
             raise ValueError(
-                f"{sample.dataset} {sample.id}: {len(frames)} frames, others in the batch have "
-                f"{len(samples[0].image_keys)}; give videos and pictures batches of their own"
+                f"{sample.dataset} {sample.id}: no picture, others in the batch have {most}; "
+                "expected one at least"
             )
         for key, picture in zip(sample.image_keys, frames, strict=True):
             if key not in slots:
                 slots[key] = len(pictures)
                 pictures.append(picture)
-        index.append([slots[key] for key in sample.image_keys])
+        own = [slots[key] for key in sample.image_keys]
+        index.append([own[i] for i in repeated(len(own), most)])
     stacked = torch.stack(pictures)
     qformer_ids, qformer_mask = pad([sample.qformer_ids for sample in samples])
     prompt_ids, prompt_mask = pad([sample.prompt_ids for sample in samples])

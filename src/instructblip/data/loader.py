@@ -4,9 +4,9 @@ Which examples (``order.py``), which template and answer, which crop: all follow
 of the slot. So resuming at step s needs s and nothing else, workers only fetch ahead, and W ranks
 together see what one rank with the whole batch sees.
 
-With ``bucket_steps`` the slots of so many steps are sorted by length together, cut into batches,
-and the batches shuffled: a step has samples of like length, and all steps of such a window together
-those that they would have had.
+With ``bucket_steps`` the slots of so many steps are sorted together, pictures before videos and
+short before long, cut into batches, and the batches shuffled: a step has samples of like length,
+and all steps of such a window together those that they would have had.
 """
 
 import random
@@ -107,10 +107,11 @@ class Loader:
             self._window = (window, batches)
         return self._window[1]
 
-    def _length(self, slot: int) -> int:
-        """Characters of a sample: close to its tokens, and no tokenizer has to run for them."""
-        rendered = self.rendered(slot)[1]
-        return len(rendered.prompt) + len(rendered.response)
+    def _length(self, slot: int) -> tuple[bool, int]:
+        """Whether a sample is a video, which should not stand among pictures (``collate``); and
+        its characters: close to its tokens, and no tokenizer has to run for them."""
+        example, rendered = self.rendered(slot)
+        return len(example.images) > 1, len(rendered.prompt) + len(rendered.response)
 
     def sample(self, slot: int) -> Sample:
         """The sample of a slot, with its crop, template and answer."""

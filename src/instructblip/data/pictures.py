@@ -13,7 +13,7 @@ from torch import Tensor
 
 from instructblip.batch import Example, Sample
 from instructblip.data.images import ImageTransform, load_image, may_flip
-from instructblip.data.sources.frames import evenly_spaced
+from instructblip.data.sources.frames import evenly_spaced, repeated
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
 
@@ -75,7 +75,7 @@ class Pictures:
         """``num_frames`` evenly spaced indices; a short video repeats some."""
         if available >= self.num_frames:
             return evenly_spaced(available, self.num_frames)
-        return [i * available // self.num_frames for i in range(self.num_frames)]
+        return repeated(available, self.num_frames)
 
     def load(self, key: str, rng: random.Random | None, flip: bool) -> Tensor:
         """[3, S, S] of the picture at path ``key``."""
