@@ -15,7 +15,7 @@ from instructblip.data.images import MAX_PIXELS, picture_fault
 from instructblip.data.prepare import prepare
 from instructblip.data.prepared import PreparedDataset
 from instructblip.data.tokens import Tokens
-from tests.data.tiny import write_json, write_picture
+from tests.data.tiny import llama_like, write_json, write_picture
 
 
 def vizwiz(root: Path, records: list[dict[str, Any]], split: str = "train") -> PreparedDataset:
@@ -123,6 +123,15 @@ def test_texts(tmp_path: Path, tokens: Tokens):
     assert f"{length} tokens; training cuts it to 256" in lines(dataset)[-1]["reason"]
     check_dataset(dataset)  # without tokens no length is known, and lines do not pile up
     assert [line["index"] for line in lines(dataset)] == [1, 1, 2, 3, 5]
+
+
+def test_prompts_that_lose_their_beginning(tmp_path: Path):
+    tokens = Tokens(llama_like(), max_prompt=64)
+    dataset = vizwiz(tmp_path, [{}, {"question": "is it red? " * 9}])
+    assert check_dataset(dataset, tokens=tokens).kinds == {"over-long prompt": 1}
+    (line,) = lines(dataset)
+    assert line["index"] == 1
+    assert "training cuts its beginning to leave 64 (data.max_prompt)" in line["reason"]
 
 
 def test_answers_may_be_missing_in_a_test_split(tmp_path: Path):

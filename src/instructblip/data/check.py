@@ -27,6 +27,7 @@ from instructblip.data.facts import (
 )
 from instructblip.data.prepare import BAD_FILE
 from instructblip.data.prepared import DATA_FILE, MANIFEST_FILE, PreparedDataset, picture_names
+from instructblip.data.templates import TEMPLATES, render_prompt
 from instructblip.data.tokens import Tokens
 from instructblip.data.writing import replacing, write_json
 
@@ -101,7 +102,8 @@ def check_dataset(
     Args:
         evaluated: sha256 of pictures in evaluation sets, and the set's name: for training sets.
         against: names of those sets, kept so that a set added later is noticed.
-        tokens: finds answers longer than ``max_response``; without them no length is checked.
+        tokens: finds answers longer than ``max_response`` and prompts longer than ``max_prompt``;
+            without them no length is checked.
         drop_leaked: counts leaked pictures as bad.
         decode: decodes every picture whole, which finds damage in the middle of a file.
     """
@@ -253,6 +255,7 @@ def _faults(
     if example.answers and all(_PLACEHOLDER.fullmatch(answer) for answer in example.answers):
         yield "placeholder", f"the answer is {example.answers[0][:80]!r}"
     if tokens is not None and example.split == "train":
+        yield from _long_prompt(example, tokens)
         for answer in example.answers:
             # A token stands for at least one byte, so short answers need no tokenizer.
             if len(answer.encode()) < tokens.max_response:
@@ -263,6 +266,20 @@ def _faults(
                     f"{length} tokens; training cuts it to {tokens.max_response} "
                     f"(data.max_response): {answer[:60]!r}...",
                 )
+
+
+def _long_prompt(example: Example, tokens: Tokens) -> Iterator[tuple[str, str]]:
+    """What training would cut off, in the first template of the task."""
+    template = None if example.task in TEMPLATES else "{question}"  # the recipe may bring its own
+    prompt = render_prompt(example, template).prompt
+    if len(prompt.encode()) + 2 <= tokens.max_prompt:  # as with answers, and two special tokens
+        return
+    if (length := tokens.prompt_length(prompt)) > tokens.max_prompt:
+        yield (
+            "over-long prompt",
+            f"{length} tokens; training cuts its beginning to leave {tokens.max_prompt} "
+            f"(data.max_prompt): {prompt[:60]!r}...",
+        )
 
 
 def _lines_of_prepare(path: Path) -> list[str]:

@@ -110,6 +110,12 @@ class Tokens:
         """Tokens of a response before it is cut to ``max_response``, its end token included."""
         return len(self._response(text)) + 1
 
+    def prompt_length(self, text: str) -> int:
+        """Tokens of a prompt before it is cut to ``max_prompt``, its special ones included."""
+        added = self._language.suffix if not self.decoder_only else ()
+        own = _encode(self.language, text)
+        return len(self._language.prefix) + len(own) + len(added)
+
     def _response(self, text: str) -> list[int]:
         ids = _continue(self.language, self._anchor, text) if self.decoder_only else None
         return _encode(self.language, text) if ids is None else ids
