@@ -128,12 +128,22 @@ _ENDS: dict[str, Callable[[bytes], bool]] = {
 }
 
 
+def _scale_of_grey(image: Image.Image) -> float:
+    """What takes grey values of more than 8 bits to 0 .. 255; Pillow itself would clip them.
+
+    Whole numbers are 16-bit, however dark the picture. Floats say no range: 0 to 1 is the custom,
+    and only what is brighter is read as 8-bit, or as 16-bit.
+    """
+    if image.mode != "F":
+        return 1 / 257
+    high = float(np.nanmax(np.asarray(image), initial=0))
+    return 255.0 if high <= 1 else 1.0 if high <= 255 else 1 / 257
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB of any mode: 16-bit scaled to 8, transparency over white, CMYK and palette converted."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        # Pillow reads 16-bit grey as "I" in some files; its own conversion would clip at 255.
-        values = values / 257 if values.max(initial=0) > 255 else values
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64)) * _scale_of_grey(image)
         image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
