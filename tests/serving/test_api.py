@@ -151,6 +151,7 @@ def test_health_metrics_and_description(client: TestClient, png: list[Path]) -> 
     assert "instructblip_batch_size_bucket" in text
     client.get("/secret/path")
     assert "secret" not in client.get("/metrics").text
+    assert client.get("/docs").status_code == 404, "its page would need a network"
     paths = client.get("/openapi.json").json()["paths"]
     assert {CHAT, "/v1/rank", "/healthz", "/metrics", "/v1/models"} <= set(paths)
 
@@ -234,6 +235,30 @@ def test_unknown_fields_and_missing_parts(client: TestClient, png: list[Path]) -
     assert "min_tokens" in error_of(client.post(CHAT, json=body(png[0], min_tokens=99)), 400)
     error_of(client.get("/nowhere"), 404)
     error_of(client.get(CHAT), 405)
+
+
+@pytest.mark.parametrize(
+    ("part", "place"),
+    [
+        ({"type": "image_url", "image_url": "data:,"}, "parts.0.image_url.image_url: Input should"),
+        ({"type": "image_url", "image_url": {"url": "a", "detail": "best"}}, "image_url.detail"),
+        ({"type": "picture"}, "parts.0: Input tag 'picture' found"),
+        ({"text": "a"}, "parts.0: Unable to extract tag"),
+        ({"type": "text", "text": "a" * 16_001}, "parts.0.text.text: String should have at most"),
+        ("a", "content.parts.0: Input should be"),
+    ],
+)
+def test_a_mistake_in_a_part_is_told_of_the_part(client: TestClient, part: Any, place: str) -> None:
+    request = {"messages": [{"role": "user", "content": [part]}]}
+    assert place in error_of(client.post(CHAT, json=request), 422)
+    for content, message in ((None, "a text or a list of parts"), ("a" * 16_001, "at most 16000")):
+        request = {"messages": [{"role": "user", "content": content}]}
+        assert message in error_of(client.post(CHAT, json=request), 422)
+
+
+def test_the_smallest_temperatures_search(client: TestClient, png: list[Path]) -> None:
+    assert say(client, body(png[0], temperature=1e-300)) == say(client, body(png[0], temperature=0))
+    say(client, body(png[0], temperature=1e-3))
 
 
 def test_large_bodies_stop_at_the_limit_whatever_their_header_says(client: TestClient) -> None:
@@ -461,6 +486,46 @@ def test_slow_bodies_are_cut_off(model_folder: Path) -> None:
 
     asyncio.run(app(scope_of(CHAT), receive, send))  # type: ignore[arg-type]
     assert sent[0]["status"] == 408
+
+
+def test_slow_bodies_keep_nobody_out(model_folder: Path, png: list[Path]) -> None:
+    config = ServeConfig(max_batch=1, max_queue=1, timeout_s=20)
+    app = create_app({"tuned": greedy_engine(model_folder)}, config)
+
+    async def slow() -> None:
+        given = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+        async def receive() -> Any:
+            return given.pop() if given else await asyncio.sleep(30)
+
+        await app(scope_of(CHAT), receive, receive)  # type: ignore[arg-type]
+
+    async def ask() -> Any:
+        others = [asyncio.create_task(slow()) for _ in range(9)]
+        await asyncio.sleep(0.05)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://a") as client:
+            answer = await client.post(CHAT, json=body(png[0]))
+        for other in others:
+            other.cancel()
+        return answer
+
+    assert asyncio.run(ask()).status_code == 200
+
+
+def test_without_a_key_no_body_is_read(model_folder: Path) -> None:
+    config = ServeConfig(api_keys=("first",))
+    app = create_app({"tuned": greedy_engine(model_folder)}, config)
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        raise AssertionError("read")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope_of(CHAT), receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 401
 
 
 PRIVATE = """127.0.0.1 10.1.2.3 169.254.169.254 192.168.0.1 0.0.0.0 224.0.0.1 100.64.0.1

@@ -4,7 +4,6 @@
 ``Batcher`` a model answers; handlers only check, decode pictures and wait.
 """
 
-import hmac
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -22,7 +21,7 @@ from instructblip.serving.batching import Answer, Job
 from instructblip.serving.completions import chat_job, response_of, stream_events
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.engine import Engine
-from instructblip.serving.guard import Guard, error_body
+from instructblip.serving.guard import NO_KEY, Guard, error_body, knows_key
 from instructblip.serving.images import add_images
 from instructblip.serving.incoming import BadPicture
 from instructblip.serving.schema import (
@@ -65,6 +64,8 @@ def create_app(engines: Mapping[str, Engine], config: ServeConfig | None = None)
         version=__version__,
         summary="Pictures and instructions in, answers out.",
         lifespan=lifespan,
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
     )
     app.state.service = service
     app.add_middleware(Guard, config=config, metrics=service.metrics)
@@ -84,10 +85,8 @@ def _guarded(config: ServeConfig) -> dict[str, Any]:
     async def allowed(
         given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
     ) -> None:
-        key = (given.credentials if given else "").encode()
-        right = [hmac.compare_digest(key, known.encode()) for known in config.api_keys]
-        if config.api_keys and not any(right):
-            raise HTTPException(401, "give an API key as `Authorization: Bearer KEY`")
+        if not knows_key(config, given.credentials if given else ""):
+            raise HTTPException(401, NO_KEY)
 
     return {"dependencies": [Depends(allowed)], "responses": ERRORS}
 

@@ -12,6 +12,7 @@ from fastapi import HTTPException
 from instructblip.serving.batching import Answer, Job
 from instructblip.serving.chat import instruction_of
 from instructblip.serving.config import ServeConfig
+from instructblip.serving.decoding import LEAST_TEMPERATURE
 from instructblip.serving.engine import Engine
 from instructblip.serving.guard import error_body
 from instructblip.serving.schema import (
@@ -75,7 +76,7 @@ def _decoding(body: ChatRequest, engine: Engine, config: ServeConfig) -> dict[st
     decoding = {name: value for name, value in given.items() if value is not None}
     if decoding.get("min_new_tokens", 0) > most:
         raise HTTPException(400, f"min_tokens is above the most tokens of an answer, {most}")
-    if body.temperature:
+    if body.temperature is not None and body.temperature >= LEAST_TEMPERATURE:
         decoding |= {"do_sample": True, "temperature": body.temperature, "num_beams": 1}
         decoding["top_p"] = body.top_p or 1.0
     return decoding

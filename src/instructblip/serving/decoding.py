@@ -6,6 +6,9 @@ from typing import Any
 
 from instructblip.model.inference import generate_responses
 
+LEAST_TEMPERATURE = 1e-3
+"""Below it drawing is no different from searching, and logits divided by it overflow."""
+
 DECODING = tuple(inspect.signature(generate_responses).parameters)[3:]
 """Names of the decoding settings: those of ``generate_responses``."""
 

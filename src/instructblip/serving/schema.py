@@ -3,9 +3,9 @@
 Unknown fields are refused: a setting that is silently ignored is an answer to another question.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Text = Annotated[str, Field(max_length=16_000)]
 
@@ -32,11 +32,26 @@ class ImagePart(_Body):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
+def _form(content: Any) -> str | None:
+    """Which of the two forms a content has, so that an error is told of that form alone."""
+    return "text" if isinstance(content, str) else "parts" if isinstance(content, list) else None
+
+
+Content = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[list[Part], Field(max_length=64), Tag("parts")],
+    Discriminator(
+        _form,
+        custom_error_type="content",
+        custom_error_message="Input should be a text or a list of parts",
+    ),
+]
+
+
 class Message(_Body):
     """Pictures of all messages are looked at together, in their order."""
 
     role: Literal["system", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(max_length=64)]
+    content: Content
 
     @property
     def text(self) -> str:
