@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from instructblip import assembly, preparing
+from instructblip import assembly, checking, distributed, preparing
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
 from instructblip.model.instructblip import ALIASES
@@ -34,9 +34,13 @@ def pretrain(recipe: Recipe, stage: int, out: Path, resume: bool = False) -> Tra
     """Stage 1 or 2 on the captions of the recipe's data sets; ``out`` is a run as of `train`.
 
     Stage 1 trains the Q-Former against captions, stage 2 what the language model reads of it.
+    Raises ValueError for a recipe that would train anything else and for data not checked.
     """
-    datasets = preparing.prepare_training(recipe)
+    _refuse_other(recipe, stage)
+    with distributed.main_first():
+        datasets = checking.checked_training(recipe, preparing.prepare_training(recipe))
     model = assembly.make_model(recipe)
+    trained = Stage1(model) if stage == 1 else model
     loader = assembly.make_loader(recipe, datasets, model)
     kind = CaptionTokens if stage == 1 else SilentTokens
     given = loader.tokens
@@ -52,7 +56,7 @@ def pretrain(recipe: Recipe, stage: int, out: Path, resume: bool = False) -> Tra
         parts = ALIASES["qformer"]
         model.set_trainable(tuple(p for p in parts if p != "qformer_text_embeddings"))
     return train(
-        Stage1(model) if stage == 1 else model,
+        trained,
         loader,
         None,
         recipe.training,
@@ -61,3 +65,17 @@ def pretrain(recipe: Recipe, stage: int, out: Path, resume: bool = False) -> Tra
         export=model.save_pretrained,
         notes={"recipe.yaml": recipe.to_yaml()},
     )
+
+
+def _refuse_other(recipe: Recipe, stage: int) -> None:
+    training = recipe.training
+    if training.trainable != ("qformer",) or recipe.model.lora is not None:
+        raise ValueError(
+            "both stages train the Q-Former alone, and the recipe asks for training.trainable "
+            f"{list(training.trainable)} and model.lora {recipe.model.lora}: leave both out"
+        )
+    if stage == 1 and training.micro_batch_size(distributed.world_size()) == 1:
+        raise ValueError(
+            "stage 1 tells two pictures apart, and each micro batch holds one sample: raise "
+            "training.batch_size or lower training.accumulate"
+        )

@@ -169,10 +169,13 @@ def memory(recipe: "Recipe", world_size: int = 1, gigabytes: float | None = None
 
 def pretrain(recipe: "Recipe", stage: int, out: Path, resume: bool = False) -> "TrainResult":
     """One of BLIP-2's two stages on the captions of a recipe."""
+    from instructblip import distributed
     from instructblip.pretraining import pretrain as run_pretraining
 
-    _store_recipe(recipe, out, resume)
-    return run_pretraining(recipe, stage, out, resume)
+    with distributed.process_group():
+        if distributed.is_main():
+            _store_recipe(recipe, out, resume)
+        return run_pretraining(recipe, stage, out, resume)
 
 
 def tune(root: Path, start: str, out: Path, overrides: Sequence[str] = ()) -> None:

@@ -1,5 +1,8 @@
 """BLIP-2's first stage: what each loss may see, hard negatives, and both stages end to end."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,22 +93,63 @@ def test_negatives_are_of_another_picture_and_hard(
     assert texts[0].tolist() == [0, 1, 0]
     assert texts[1, 1] == 0
     assert texts[1, 2] > texts[1, 0]
+
+
+def test_one_picture_has_no_negatives_and_trains_what_needs_none(stage: Stage1) -> None:
+    batch = tiny_batch(stage.model.config)
     alone = replace(batch, image_index=torch.zeros(3, 1, dtype=torch.long))
-    with pytest.raises(ValueError, match="two pictures in every batch"):
-        stage.match(features, alone, similarity)
+    with pytest.warns(RuntimeWarning, match="one picture.*batch_size"):
+        output = stage.loss(alone)
+    output.loss_sum.backward()
+    assert stage.match_head.weight.grad is None
+    assert stage.word_head.weight.grad is not None
 
 
-def test_both_stages_from_a_recipe(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of two steps on a corner of Scenes, from a tiny BLIP-2."""
     torch.set_num_threads(1)
-    write_scenes(tmp_path / "scenes", seed=0, scale=0.02)
-    start = write_model(tmp_path / "start", "blip2")
-    short = [f"data.root={tmp_path / 'scenes'}", "training.steps=2", "training.batch_size=6"]
+    folder = tmp_path_factory.mktemp("stages")
+    write_scenes(folder / "scenes", seed=0, scale=0.02)
+    start = write_model(folder / "start", "blip2")
+    short = [f"data.root={folder / 'scenes'}", "training.steps=2", "training.batch_size=6"]
     short += ["training.warmup_steps=1", "training.save_every=2", "data.max_instruction=40"]
-    first = load_recipe(
-        "pretrain_scenes", [*short, f"model.start={start}", "model.text_branch=random"]
-    )
+    short += ["evaluation.validation=[scenes_vqav2]", "evaluation.benchmarks=[scenes_vqav2]"]
+    return [*short, f"model.start={start}", "model.text_branch=random"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.trainable=[qformer, vision_norm]", r"training\.trainable .*vision_norm"),
+        ("model.lora={rank: 2}", r"model\.lora.*leave both out"),
+        ("training.accumulate=6", r"micro batch holds one .*training\.batch_size"),
+        ("data.check=required", "instructblip check"),
+    ],
+)
+def test_what_a_stage_would_not_do_is_refused(
+    short: list[str], setting: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        stages.pretrain(load_recipe("pretrain_scenes", [*short, setting]), 1, tmp_path / "one")
+
+
+def test_ranks_share_a_stage(short: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "instructblip", "pretrain", "pretrain_scenes"]
+    command += [*short, "--stage", "1", "--out", str(tmp_path / "one")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("finished at step 2") == 1
+    assert (tmp_path / "one" / "last" / "model.safetensors").is_file()
+
+
+def test_both_stages_from_a_recipe(short: list[str], tmp_path: Path) -> None:
+    first = load_recipe("pretrain_scenes", short)
     stages.pretrain(first, 1, tmp_path / "one")
-    second = load_recipe("pretrain_scenes", [*short, f"model.start={tmp_path / 'one'}"])
+    again = [f"model.start={tmp_path / 'one'}", "model.text_branch=null"]
+    second = load_recipe("pretrain_scenes", [*short, *again])
     stages.pretrain(second, 2, tmp_path / "two")
     one, two = (load_file(tmp_path / n / "last" / "model.safetensors") for n in ("one", "two"))
     moved = {name for name in one if not torch.equal(one[name], two[name])}

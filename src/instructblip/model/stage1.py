@@ -6,6 +6,7 @@ attention masks are those of ``QFormer.hidden_states``. The heads are thrown awa
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -81,11 +82,17 @@ class Stage1(nn.Module):
         self, features: Float[Tensor, "N P V"], batch: Batch, similarity: Float[Tensor, "B B"]
     ) -> Tensor:
         """Does the text fit the picture? Each pair, its text with a picture that is hard to tell
-        from its own, and its picture with such a text."""
+        from its own, and its picture with such a text. 0 where all samples show one picture."""
         pictures = batch.image_index[:, 0]
         others = ~same_picture(pictures)
-        if not others.any(1).all():
-            raise ValueError("matching needs two pictures in every batch; raise batch_size")
+        if not others.any():
+            warnings.warn(
+                "a micro batch shows one picture alone and trains no matching, which needs another "
+                "one; a larger training.batch_size makes that rare",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return similarity.new_zeros(())
         weights = similarity.masked_fill(~others, -math.inf)
         hard_text = torch.multinomial(weights.softmax(1), 1)[:, 0]
         hard_picture = torch.multinomial(weights.t().softmax(1), 1)[:, 0]
