@@ -44,6 +44,10 @@ def _decoding(
 ) -> stages.Decoding:
     """What was given; the rest is as the model's directory says, then as in the paper."""
     given = {name: value for name, value in locals().items() if value is not None}
+    if given:
+        from instructblip.serving.decoding import check_decoding
+
+        check_decoding(given)  # a wrong value is told before the model is read
     if temperature is None and top_p is None:
         return given
     return {"num_beams": 1, **given, "do_sample": True}
@@ -86,6 +90,8 @@ def answer(
     """Answer an instruction about a picture, or about every picture of a folder or a JSONL."""
     if (batch is None) == (image is None):
         raise ValueError("give either --image PICTURE or --batch FOLDER_OR_JSONL")
+    if instruction is not None and not instruction.strip():
+        raise ValueError("--instruction is empty; say what to ask")
     if batch is not None:
         raise typer.Exit(1 if stages.answer_many(model, batch, instruction, out, decoding) else 0)
     if not instruction:
@@ -112,7 +118,7 @@ def serve(
         str | None, typer.Option(help="A BLIP-2 to answer beside it, as model `blip2`.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     page: Annotated[bool, typer.Option(help="Whether to show the page at /page.")] = True,
     api_keys: Annotated[
         Path | None, typer.Option(help="File of API keys, one a line; none: open to all.")
@@ -126,19 +132,26 @@ def serve(
     timeout: Annotated[float, typer.Option(help="Seconds of a request.")] = 60.0,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions, ranking, metrics and a page."""
+    from pydantic import ValidationError
+
     from instructblip.serving.config import ServeConfig
 
     keys = tuple(api_keys.read_text().split()) if api_keys else ()
     if api_keys and not keys:
         raise ValueError(f"{api_keys} holds no keys; expected one a line")
-    config = ServeConfig(
-        max_batch=max_batch,
-        max_queue=max_queue,
-        max_tokens=max_tokens,
-        timeout_s=timeout,
-        api_keys=keys,
-        image_hosts=tuple(name.lower() for name in image_host or ()),
-    )
+    try:
+        config = ServeConfig(
+            max_batch=max_batch,
+            max_queue=max_queue,
+            max_tokens=max_tokens,
+            timeout_s=timeout,
+            api_keys=keys,
+            image_hosts=tuple(name.lower() for name in image_host or ()),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).removesuffix("_s").replace("_", "-")
+        raise ValueError(f"--{option}: {first['msg']}; got {first['input']}") from None
     stages.serve(model, before, host, port, config, page)
 
 

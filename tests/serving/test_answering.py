@@ -1,6 +1,7 @@
 """Answering from the command line, in batches, piece by piece and over several turns."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,48 @@ def test_bad_requests_are_named(tmp_path: Path, line: str, message: str) -> None
         read_requests(tmp_path / "empty", "what?")
     with pytest.raises(FileNotFoundError, match="expected a folder"):
         read_requests(tmp_path / "absent", "what?")
+
+
+def test_requests_as_editors_and_answers_write_them(tmp_path: Path) -> None:
+    file = tmp_path / "requests.jsonl"
+    line = json.dumps({"image": "a.png", "instruction": "one\u2028two"}, ensure_ascii=False)
+    file.write_text(f"\ufeff{line}\r\n{line}\n", encoding="utf-8")
+    assert [r.instruction for r in read_requests(file)] == ["one\u2028two"] * 2
+    file.write_bytes(f'{line}\n{{"image": "é.png"}}'.encode("latin-1", errors="replace"))
+    with pytest.raises(ValueError, match=r"requests\.jsonl, line 2: not UTF-8"):
+        read_requests(file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--num-beams 0", "num_beams must be 1 to 100; got 0"),
+        ("--top-p 2", "top_p must be 0 to 1; got 2"),
+        ("--length-penalty nan", "length_penalty must be -100 to 100; got nan"),
+        ("--temperature 0", "temperature must be 0.001 to 100; got 0"),
+        ("--instruction=", "--instruction is empty"),
+        ("--image .", r"\. is a folder"),
+    ],
+)
+def test_wrong_options_are_told_before_the_model_is_read(arguments: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cli.main(["answer", "--image", ".", "--instruction", "a", *arguments.split(), "--debug"])
+
+
+def test_a_prompt_that_is_cut_is_warned_of(tmp_path: Path, pictures: list[Path]) -> None:
+    engine = Engine.from_pretrained(write_model(tmp_path / "blip2", "blip2"), device="cpu")
+    with pytest.warns(UserWarning, match="more than 128 tokens: it lost its beginning"):
+        engine.answer(pictures[0], "what? " * 130)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "a prompt")
+        engine.answer(pictures[0], "what?")
+
+
+def test_a_question_that_is_no_utf8_is_answered(engine: Engine, pictures: list[Path]) -> None:
+    lines = iter(["what\udcff?", "/quit"])
+    conversation = Conversation(pictures[:1])
+    run_chat(engine, conversation, lambda: next(lines), lambda _: None, max_new_tokens=3)
+    assert [question for question, _ in conversation.turns] == ["what??"]
 
 
 def test_a_batch_of_bad_pictures_only(engine: Engine, tmp_path: Path) -> None:

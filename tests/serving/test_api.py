@@ -613,6 +613,25 @@ def test_the_command_serves_what_it_was_told(
         cli.main(["serve", "--api-keys", str(keys), "--debug"])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--max-batch 0", "--max-batch: Input should be greater than 0; got 0"),
+        ("--timeout nan", "--timeout: Input should be a finite number; got nan"),
+        ("--timeout inf", "--timeout: Input should be a finite number; got inf"),
+        ("--port 99999", "Invalid value for '--port'"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["serve", *options.split()])
+    said = capsys.readouterr().err
+    assert message in said
+    assert "http" not in said
+
+
 def test_stream_is_sse(client: TestClient, png: list[Path]) -> None:
     lines = client.post(CHAT, json=body(png[0], stream=True)).text.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]

@@ -1,6 +1,7 @@
 """Guided sampling, the painter, saving and loading, the engine and the command line."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -94,6 +95,9 @@ def test_batches_change_nothing(painter: Painter):
         ({"instruction": "red " * 2000}, "8000 characters, at most 2000"),
         ({"instruction": "red " * 100}, "tokens and the Q-Former reads at most"),
         ({"num_images": 0}, "num_images must be 1 to 64; got 0"),
+        ({"guidance": math.nan}, "guidance must be a finite number; got nan"),
+        ({"image_guidance": math.inf}, "guidance must be a finite number; got inf"),
+        ({"seed": 10**20}, "seed must be 0 to"),
         ({"steps": 0}, "steps must be 1 to 1000; got 0"),
     ],
 )

@@ -7,7 +7,6 @@ Reads ``model.safetensors``, sharded safetensors with their index, and ``pytorch
 import contextlib
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +86,9 @@ def _load(file: Path) -> Any:
         if file.suffix == ".safetensors":
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch's unpickler raises anything for bytes that are no pickle
         raise ValueError(
             f"{file} cannot be read as tensors alone: it is damaged, or it is a pickle that needs "
             f"code to run, which is refused. Fetch it again or convert it to safetensors. ({error})"

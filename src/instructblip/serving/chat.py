@@ -97,7 +97,9 @@ def run_chat(
             elif command.startswith("/"):
                 raise ValueError(f"no command {command}; /help lists them")
             elif line:
-                conversation.ask(engine, line, show, **decoding)
+                # what a terminal sends that is no UTF-8 comes as halves of characters
+                question = line.encode(errors="replace").decode()
+                conversation.ask(engine, question, show, **decoding)
         except (ValueError, FileNotFoundError) as error:
             show(str(error))
         show("\n")

@@ -22,10 +22,24 @@ PAPER_DECODING: dict[str, Any] = {
 """How the official code answers an instruction unless told otherwise (``generate`` of LAVIS)."""
 
 
+RANGES: dict[str, tuple[float, float]] = {
+    "num_beams": (1, 100),
+    "max_new_tokens": (1, 100_000),
+    "min_new_tokens": (0, 100_000),
+    "length_penalty": (-100, 100),
+    "repetition_penalty": (0.01, 100),
+    "temperature": (LEAST_TEMPERATURE, 100),
+    "top_p": (0, 1),
+}
+
+
 def check_decoding(settings: Mapping[str, Any]) -> None:
-    """ValueError for a setting that ``generate_responses`` does not know."""
+    """ValueError for a setting that ``generate_responses`` does not know, or not in its range."""
     unknown = sorted(set(settings) - set(DECODING))
     if unknown:
         raise ValueError(
             f"unknown decoding setting {', '.join(unknown)}; expected {', '.join(DECODING)}"
         )
+    for name, (low, high) in RANGES.items():
+        if name in settings and not low <= settings[name] <= high:
+            raise ValueError(f"{name} must be {low:g} to {high:g}; got {settings[name]}")

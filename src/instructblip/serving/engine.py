@@ -6,6 +6,8 @@ and read twice, by the Q-Former and by the language model; no template is put ar
 """
 
 import functools
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -286,7 +288,17 @@ class Engine:
                 if key not in pixels:
                     pixels[key] = self._pixels(frame, key)
             samples.append(self.sample(keys, tuple(pixels[key] for key in keys), text))
+            self._warn_if_cut(text, samples[-1])
         return samples
+
+    def _warn_if_cut(self, text: str, sample: Sample) -> None:
+        most = self.tokens.max_prompt
+        if len(sample.prompt_ids) < most:
+            return
+        if len(replace(self.tokens, max_prompt=sys.maxsize).prompt(text)) > most:
+            warnings.warn(
+                f"a prompt has more than {most} tokens: it lost its beginning", stacklevel=2
+            )
 
     def sample(self, keys: tuple[str, ...], pixels: tuple[torch.Tensor, ...], text: str) -> Sample:
         """What the model reads: frames, each [3, S, S] and with a key, and the instruction."""

@@ -41,7 +41,11 @@ def read_requests(path: Path, instruction: str | None = None) -> list[Request]:
         return _of_folder(path, instruction)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a folder of pictures or a JSONL of requests")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:  # a line ends at "\n" alone: a text may hold other ends of lines
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {number}: not UTF-8; save the file as UTF-8") from error
     found = [
         _of_line(line, path.parent, instruction, f"{path}, line {number}")
         for number, line in enumerate(lines, start=1)
@@ -113,6 +117,8 @@ def open_pictures(paths: Sequence[Path]) -> list[Picture]:
     """
     found: list[Picture] = []
     for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; give a picture or a video, or --batch FOLDER")
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
         if path.suffix.lower() in VIDEOS:

@@ -1,5 +1,6 @@
 """From an instruction, and a picture or none, to pictures: guided sampling, and the painter."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,14 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     fresh.replace(path)
 
 
+def _check_numbers(seed: int | None, *scales: float | None) -> None:
+    if seed is not None and not 0 <= seed < 1 << 63:
+        raise ValueError(f"the seed must be 0 to 2^63 - 1; got {seed}")
+    for scale in scales:
+        if scale is not None and not math.isfinite(scale):
+            raise ValueError(f"guidance must be a finite number; got {scale}")
+
+
 class Painter:
     """A model that draws, with its tokenizer and its picture transform."""
 
@@ -143,6 +152,7 @@ class Painter:
         range, and for a picture that cannot be read.
         """
         self.check(instruction, num_images, steps)
+        _check_numbers(seed, guidance, image_guidance)
         reference = None
         if image is not None:
             loaded = to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
