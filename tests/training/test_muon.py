@@ -1,9 +1,11 @@
 """Muon: orthogonal updates for matrices, AdamW for everything else."""
 
+import pytest
 import torch
 from torch import nn
 
 from instructblip.training.muon import Muon, orthogonalise
+from tests.model.test_language import TEXT_CONFIGS, tiny_model
 
 
 def test_updates_are_near_orthogonal():
@@ -12,6 +14,18 @@ def test_updates_are_near_orthogonal():
         values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
         assert values.min() > 0.5
         assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("language", list(TEXT_CONFIGS))
+def test_tables_and_output_heads_of_language_models_are_no_matrices(language: str):
+    model = tiny_model(language)
+    named = {n: p for n, p in model.named_parameters() if n.startswith("language_model.")}
+    muon = next(g["params"] for g in Muon(named, lr=0.01).param_groups if g["muon"])
+    chosen = {name for name, p in named.items() if any(p is other for other in muon)}
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    tables.append(model.language_model.get_output_embeddings().weight)
+    inside = {n for n, p in named.items() if p.ndim == 2 and not any(p is t for t in tables)}
+    assert chosen == inside
 
 
 def test_matrices_move_alike_in_every_direction_and_the_rest_as_in_adamw():

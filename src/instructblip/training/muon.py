@@ -7,6 +7,7 @@ scalable for LLM training"). In fp32 and with matrices of one shape at once: tor
 iterates in bfloat16, for which many CPUs have no instructions.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 MOMENTUM = 0.95
 UPDATE_RMS = 0.2
+TABLES = re.compile(r"embed|(^|\.)(shared|wte|wpe|lm_head|word_head|relative_attention_bias)\.")
+"""In the names of embeddings and of output heads: T5 has ``shared``, GPT-2 ``wte`` and ``wpe``."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Matrices are parameters of two dimensions, but for embeddings and anything called so."""
+    """Matrices are parameters of two dimensions, but for embeddings and output heads (`TABLES`)."""
 
     def __init__(
         self,
@@ -30,7 +33,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         matrices, tables, vectors = [], [], []
         for name, p in parameters.items():
-            if p.ndim == 2 and "embedding" not in name and not name.endswith("bias"):
+            if p.ndim == 2 and not TABLES.search(name) and not name.endswith("bias"):
                 matrices.append(p)
             else:
                 (tables if p.ndim >= 2 and not name.endswith("bias") else vectors).append(p)
