@@ -71,15 +71,17 @@ def make_features(
     if exact and kind != "fp32" and TYPES[kind] != own:
         return None
     root = settings.root or recipe.data.root / "features"
-    paths: set[str] = set()
+    frames: set[tuple[str, str]] = set()
     known: dict[str, PictureFact] = {}
     for dataset, names in images:
-        paths |= {path for frames in names for path in pictures.paths(frames, dataset.image_root)}
+        for shown in (pictures.paths(own, dataset.image_root) for own in names):
+            frames |= {(path, shown[0]) for path in shown}
         known |= _facts_of(dataset)
     features = Features(
         FeatureStore(root / store_name(transform, model.encoder_fingerprint(), kind), kind),
-        hash_pictures(paths, known),
+        hash_pictures({path for path, _ in frames}, known),
         views=settings.views if transform.train else 1,
+        frames=frozenset(frames if transform.train else ()),
     )
     if settings.cache == "auto":
         pays = features_pay(features, transform, encode, reads) if distributed.is_main() else None

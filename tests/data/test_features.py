@@ -126,6 +126,42 @@ def test_views_are_crops_never_mirrored(tmp_path: Path):
     assert {features.view(seed) for seed in range(100)} == set(range(6))
 
 
+def test_the_frames_of_a_video_share_each_crop(tmp_path: Path):
+    """Frames of one picture, of different bytes, are cropped alike; a still picture on its own."""
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    paths = []
+    for number in range(3):
+        pixels[0, 0, 0] = number
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(pixels).save(paths[-1])
+    shown = frozenset((path, paths[0]) for path in paths) | {(paths[1], paths[1])}
+
+    def crops(frames: frozenset[tuple[str, str]]) -> tuple[Features, list[str]]:
+        seen: list[str] = []
+
+        def encode(pixels: Tensor) -> Tensor:
+            boxes = pixels[:, :, 2:6, 2:6].flatten(1)[:, None]
+            seen.extend(str(box.tolist()) for box in boxes)
+            return boxes
+
+        store = FeatureStore(tmp_path / "store", "fp32")
+        features = Features(store, hash_pictures(paths, {}), 2, frames)
+        fill(features, TRANSFORM.for_training(), encode, batch_size=2, workers=0)
+        return features, seen
+
+    pictures, seen = crops(frozenset())
+    assert len(seen) == 6
+    features, seen = crops(shown)
+    assert len(seen) == 4, "the first frame and the still picture were stored before"
+    for view in range(2):
+        first = features(paths[0], view)
+        close = {"rtol": 0, "atol": 0.1}
+        torch.testing.assert_close(features(paths[1], view, paths[0]), first, **close)
+        torch.testing.assert_close(features(paths[2], view, paths[0]), first, **close)
+        assert (features(paths[1], view, paths[1]) - first).abs().max() > 0.5
+        assert torch.equal(features(paths[1], view, paths[1]), pictures(paths[1], view))
+
+
 def test_a_kill_loses_the_shard_in_work_and_nothing_else(
     tmp_path: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -171,7 +171,7 @@ def test_cache_is_bounded(tmp_path: Path) -> None:
 
 def test_features_replace_pixels(sets: dict[str, Examples], tokens: Tokens) -> None:
     class Stored:
-        def __call__(self, path: str, view: int) -> torch.Tensor:
+        def __call__(self, path: str, view: int, first: str) -> torch.Tensor:
             return torch.full((4, 2), float(len(path) + view))
 
         def view(self, seed: int) -> int:

@@ -2,7 +2,8 @@
 
 A store is a folder of shards. A shard is one safetensors file: ``features`` [n, P, V], with int8
 also ``scale`` [n, P], and in its metadata the key of each of the n pictures. A key is the sha256
-of the picture file's bytes and the number of its view (0 alone unless pictures are augmented); the
+of the picture file's bytes and the number of its view (0 alone unless pictures are augmented), from
+which its crop is drawn; a later frame of a video also names the first one and has its crop. The
 name of the folder is a hash of the transform, the encoder's weights and the number type. So a
 picture that moves or changes, another encoder or another size can never give stale features, and
 whatever shares bytes shares features.
@@ -140,15 +141,18 @@ class Features:
     """What `Pictures` reads instead of pixels: paths on top of a store.
 
     ``digests`` are the sha256 of the pictures' bytes, by path; ``views`` crops were stored of each.
+    ``frames`` are all (picture, first frame of its example), where pictures are cropped: the frames
+    of a video share each crop.
     """
 
     store: FeatureStore
     digests: Mapping[str, str]
     views: int = 1
+    frames: frozenset[tuple[str, str]] = frozenset()
 
-    def __call__(self, path: str, view: int) -> Float[Tensor, "P V"]:
+    def __call__(self, path: str, view: int, first: str | None = None) -> Float[Tensor, "P V"]:
         """Raises ValueError for a picture that was not stored."""
-        key = f"{self.digests.get(path)}#{view}"
+        key = self._key(path, view, first or path)
         if key not in self.store:
             raise ValueError(
                 f"picture {path} has no stored features in {self.store.folder}; run "
@@ -162,9 +166,18 @@ class Features:
 
     def missing(self) -> list[tuple[str, str, int]]:
         """(key, path, view) of all that is not stored yet; equal pictures once."""
-        paths = {digest: path for path, digest in self.digests.items()}
-        wanted = ((f"{d}#{v}", p, v) for d, p in sorted(paths.items()) for v in range(self.views))
-        return [item for item in wanted if item[0] not in self.store]
+        frames = self.frames or {(path, path) for path in self.digests}
+        wanted = {
+            self._key(path, view, first): (path, view)
+            for path, first in frames
+            for view in range(self.views)
+        }
+        return [(key, *wanted[key]) for key in sorted(wanted) if key not in self.store]
+
+    def _key(self, path: str, view: int, first: str) -> str:
+        own, leader = self.digests.get(path), self.digests.get(first)
+        video = self.frames and own != leader
+        return f"{own}@{leader}#{view}" if video else f"{own}#{view}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +279,9 @@ def quantize(features: Float[Tensor, "n P V"]) -> tuple[Tensor, Float[Tensor, "n
 
 
 class _Pixels:
-    """Pictures to encode as a map from number to pixels. A view is a crop drawn from its key;
-    never mirrored, since the text that will stand beside it may name a side."""
+    """Pictures to encode as a map from number to pixels. A view is a crop drawn from its key
+    (of a later frame from that of the first); never mirrored, since the text that will stand beside
+    it may name a side."""
 
     def __init__(self, items: Sequence[tuple[str, str, int]], transform: ImageTransform) -> None:
         self.items, self.transform = items, transform
@@ -277,7 +291,8 @@ class _Pixels:
 
     def __getitem__(self, index: int) -> Float[Tensor, "3 S S"]:
         key, path, _ = self.items[index]
-        return self.transform(load_image(path), random.Random(key), flip=False)
+        crop = random.Random(key.rpartition("@")[2])
+        return self.transform(load_image(path), crop, flip=False)
 
 
 def _pixel_batches(

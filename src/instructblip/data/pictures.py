@@ -21,8 +21,9 @@ from instructblip.data.tokens import Tokens
 class StoredFeatures(Protocol):
     """What is read in place of pixels (``features.Features``)."""
 
-    def __call__(self, path: str, view: int, /) -> Tensor:
-        """[P, V] of one stored crop of the picture at ``path``."""
+    def __call__(self, path: str, view: int, first: str, /) -> Tensor:
+        """[P, V] of one stored crop of the picture at ``path``, a frame of a video that begins with
+        ``first`` or that itself."""
         ...
 
     def view(self, seed: int) -> int:
@@ -117,8 +118,8 @@ def make_sample(
     try:
         if pictures.features is not None:
             view = pictures.features.view(seed)
-            features = tuple(pictures.features(key, view) for key in keys)
-            keys = tuple(f"{key}#{view}" for key in keys)
+            features = tuple(pictures.features(key, view, keys[0]) for key in keys)
+            keys = tuple(f"{key}@{keys[0]}#{view}" for key in keys)
         else:
             flip = may_flip(example, rendered)
             pixels = tuple(pictures.load(key, random.Random(seed), flip) for key in keys)
