@@ -360,15 +360,11 @@ def test_a_pickle_with_code_is_refused(parts: dict[str, Path]) -> None:
         inspect_checkpoint(parts["ib.pth"])
 
 
-def test_files_of_another_kind_are_named(parts: dict[str, Path], tmp_path: Path) -> None:
+def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
     text = tmp_path / "passwd"
     text.write_text("root:x:0:0:root:/root:/bin/bash\n" * 9)
     with pytest.raises(ValueError, match="passwd cannot be read as tensors"):
         inspect_checkpoint(text)
-    with pytest.raises(ValueError, match=r"ib\.pth holds no vision_model.*eva_vit_g\.pth"):
-        import_lavis(parts["ib.pth"], parts["ib.pth"], parts["vicuna"], 2, 2)
-    with pytest.raises(ValueError, match=r"eva\.pth holds no query_tokens; expected an Instruct"):
-        import_lavis(parts["eva.pth"], parts["eva.pth"], parts["vicuna"], 2, 2)
 
 
 def test_files_can_be_read_by_others(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def _config_of(
     weights: dict[str, Tensor], text: dict[str, Any], vision_heads: int, qformer_heads: int
 ) -> InstructBlipConfig:
     """Sizes are those of the tensors; the rest is as in the official code."""
-    patch = weights[PATCH]
+    patch = weights[VISION_NAMES[0]]
     grid = int((weights["vision_model.embeddings.position_embedding"].shape[1] - 1) ** 0.5)
     blocks = 1 + max(_layer(name) for name in weights if name.startswith("vision_model.encoder."))
     blocks = min(blocks, ENCODER_BLOCKS)
