@@ -77,6 +77,8 @@ def test_modes(tmp_path: Path) -> None:
     assert colour_of(saved(deep, "PNG"), tmp_path) == (156, 156, 156)
     dark = Image.fromarray(np.full((8, 8), 250, dtype=np.uint16))
     assert colour_of(saved(dark, "PNG"), tmp_path) == (1, 1, 1)
+    whole = Image.fromarray(np.full((8, 8), 100, dtype=np.int32))
+    assert colour_of(saved(whole, "TIFF"), tmp_path) == (100, 100, 100)
     for value, grey in ((0.5, 128), (0.0, 0), (200.0, 200), (40_000.0, 156), (float("nan"), 0)):
         floats = Image.fromarray(np.full((8, 8), value, dtype=np.float32))
         assert colour_of(saved(floats, "TIFF"), tmp_path) == (grey, grey, grey)

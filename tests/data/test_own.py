@@ -285,6 +285,39 @@ def test_imagefolder_with_metadata_beside_its_pictures(root: Path):
     assert [e.images for e in read_folder(root).examples] == [e.images for e in dataset]
 
 
+def test_imagefolder_with_splits_below_images(root: Path):
+    for i, split in enumerate(("train", "val")):
+        folder = root / "images" / split
+        folder.mkdir(parents=True)
+        (root / f"{i}.png").rename(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"Number {i}.")
+    for split, number in (("train", 0), ("val", 1)):
+        (found,) = read(root, "imagefolder", split, images=".")
+        assert (found.images, found.answers) == (
+            (f"images/{split}/{number}.png",),
+            (f"Number {number}.",),
+        )
+
+
+def test_pictures_that_no_table_covers_need_a_caption(root: Path):
+    (root / "x").mkdir()
+    (root / "0.png").rename(root / "x" / "0.png")
+    (root / "x" / "metadata.csv").write_text("file_name,text,,\n0.png,A cup.,,\n")
+    (root / "1.txt").write_text("A dog.")
+    found = read(root, "imagefolder", images=".")
+    assert {e.images: e.answers for e in found} == {
+        ("x/0.png",): ("A cup.",),
+        ("1.png",): ("A dog.",),
+    }
+
+
+@pytest.mark.parametrize("value", ["flickr", "http://a.b/c d", "0042 17"])
+def test_what_cannot_be_a_question_beside_a_caption(root: Path, value: str):
+    (root / "t.csv").write_text(f"image,answer,source\n0.png,a cat,{value}\n")
+    (found,) = read(root, "table", path="t.csv", images=".")
+    assert (found.task, found.answers) == ("caption", ("a cat",))
+
+
 def test_hf_dataset(root: Path):
     datasets = pytest.importorskip("datasets")
     rows = {"image": [str(root / "0.png"), str(root / "1.png")], "text": ["A cup.", "A dog."]}

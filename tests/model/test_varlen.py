@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from instructblip.model import packing, varlen
+from instructblip.model.language import checkpoint_layers
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
 from tests.parity.tiny import tiny_batch
@@ -77,6 +78,22 @@ def test_packed_rows_give_the_losses_of_padded_ones(
     torch.testing.assert_close(losses.sample_losses, padded.sample_losses, rtol=1e-5, atol=1e-5)
     for name, value in gradients(model, batch).items():
         torch.testing.assert_close(slopes[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("language", ["llama", "opt"])
+def test_the_trial_may_stand_in_a_checkpointed_layer(
+    language: str, on_cpu: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(varlen, "varlen_attn", reference)
+    monkeypatch.setattr(varlen, "WIDTHS", range(1, 257))
+    model = tiny_model(language)
+    batch = tiny_batch(model.config)
+    expected = gradients(model, batch)
+    varlen._agrees.cache_clear()
+    checkpoint_layers(model.language_model)
+    for name, value in gradients(model, batch).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+    assert varlen._agrees.cache_info().hits
 
 
 def sees_ahead(*states: Any, **settings: Any) -> Tensor:

@@ -107,6 +107,10 @@ def test_stored_settings_are_the_defaults(engine: Engine, pictures: list[Path]) 
     assert default == engine.answer(pictures, QUESTION, num_beams=2, max_new_tokens=4)
     longer = engine.answer(pictures, QUESTION, max_new_tokens=12)
     assert max(map(len, longer)) > max(map(len, default))
+    said = engine.answer(pictures[0], QUESTION, temperature=None, max_new_tokens=None)
+    assert said == engine.answer(pictures[0], QUESTION, temperature=0.0)
+    with pytest.raises(ValueError, match=r"num_beams must be 1 to 100; got '3'"):
+        engine.answer(pictures[0], QUESTION, num_beams="3")
     with pytest.raises(ValueError, match="unknown decoding setting beams"):
         engine.answer(pictures, QUESTION, beams=2)
 

@@ -61,11 +61,8 @@ def split_by_picture(folder: FolderSet, share: float = 0.2) -> tuple[FolderSet, 
     picture's name. A hash of the picture decides which, so that more pictures move no others; where
     it leaves a side empty, the nearest go there. ValueError for fewer than four pictures, or where
     all examples hang together."""
-    digests = {
-        name: _sha256((folder.image_root / name).read_bytes())
-        for example in folder.examples
-        for name in example.images
-    }
+    names = {name for example in folder.examples for name in example.images}
+    digests = {name: _sha256((folder.image_root / name).read_bytes()) for name in names}
     if (count := len({*digests.values()})) < 4:
         raise ValueError(f"{folder.image_root}: {count} pictures; expected at least 4")
     groups = _groups([[digests[name] for name in example.images] for example in folder.examples])

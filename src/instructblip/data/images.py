@@ -131,13 +131,15 @@ _ENDS: dict[str, Callable[[bytes], bool]] = {
 def _scale_of_grey(image: Image.Image) -> float:
     """What takes grey values of more than 8 bits to 0 .. 255; Pillow itself would clip them.
 
-    Whole numbers are 16-bit, however dark the picture. Floats say no range: 0 to 1 is the custom,
-    and only what is brighter is read as 8-bit, or as 16-bit.
+    16-bit numbers are 16-bit, however dark the picture. 32-bit ones and floats say no range: what
+    is no brighter is read as 8-bit; of floats, 0 to 1 is the custom.
     """
-    if image.mode != "F":
+    if image.mode.startswith("I;16"):
         return 1 / 257
     high = float(np.nanmax(np.asarray(image), initial=0))
-    return 255.0 if high <= 1 else 1.0 if high <= 255 else 1 / 257
+    if image.mode == "F" and high <= 1:
+        return 255.0
+    return 1.0 if high <= 255 else 1 / 257
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

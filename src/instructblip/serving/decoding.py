@@ -34,12 +34,17 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def check_decoding(settings: Mapping[str, Any]) -> None:
-    """ValueError for a setting that ``generate_responses`` does not know, or not in its range."""
+    """ValueError for a setting that ``generate_responses`` does not know, or not in its range. None
+    is no setting, and the temperature counts only where there is sampling."""
     unknown = sorted(set(settings) - set(DECODING))
     if unknown:
         raise ValueError(
             f"unknown decoding setting {', '.join(unknown)}; expected {', '.join(DECODING)}"
         )
     for name, (low, high) in RANGES.items():
-        if name in settings and not low <= settings[name] <= high:
-            raise ValueError(f"{name} must be {low:g} to {high:g}; got {settings[name]}")
+        value = settings.get(name)
+        unused = name == "temperature" and value == 0 and not settings.get("do_sample")
+        if value is None or unused:
+            continue
+        if not isinstance(value, int | float) or not low <= value <= high:
+            raise ValueError(f"{name} must be {low:g} to {high:g}; got {value!r}")

@@ -175,6 +175,7 @@ class Engine:
         """Token ids of the answer to each sample, as one batch, with the stored settings below
         ``decoding``. All samples must have as many frames. See ``generate_responses``."""
         check_decoding(decoding)
+        decoding = {name: value for name, value in decoding.items() if value is not None}
         batch = self._collate(list(samples))
         return generate_responses(self.model, batch, on_tokens, **{**self.decoding, **decoding})
 

@@ -58,10 +58,11 @@ def table(own: Own, root: Path, split: str) -> Iterator[Row]:
 
 
 def imagefolder(own: Own, root: Path, split: str) -> Iterator[Row]:
-    """Below ``root/<split>`` if there is such a folder, else below ``root``: the rows of tables,
-    and captions where no table is in the folder or in one above it."""
+    """Below ``root/<split>`` or ``root/images/<split>`` if there is such a folder, else below
+    ``root``: the rows of tables, and captions where no table is in the folder or in one above it.
+    Where there are tables, a picture that none of them covers counts only with a caption."""
     base = root / own.images
-    folder = base / split if (base / split).is_dir() else base
+    folder = _folder_of(base, split)
     note_file(folder)
     paths = walk_files(folder)
     listed = [path for path in paths if path.stem == "metadata" and path.suffix in TABLES]
@@ -74,8 +75,18 @@ def imagefolder(own: Own, root: Path, split: str) -> Iterator[Row]:
     for path in paths:
         if path.suffix.lower() in PICTURES and tables.keys().isdisjoint(path.parents):
             inside, name = path.parent.relative_to(base).as_posix(), path.relative_to(base)
-            captions = _captions(path.with_suffix(".txt"))
+            beside = path.with_suffix(".txt")
+            if tables and not beside.is_file():
+                continue
+            captions = _captions(beside)
             yield str(name), _captioned(own, (path.name,), captions, str(name)), inside
+
+
+def _folder_of(base: Path, split: str) -> Path:
+    """Where the pictures of a split lie; a table in ``base`` itself speaks for all below it."""
+    tabled = any((base / f"metadata{suffix}").is_file() for suffix in TABLES)
+    below = [base / split, *([] if tabled else [base / "images" / split])]
+    return next((folder for folder in below if folder.is_dir()), base)
 
 
 def hf_dataset(own: Own, root: Path, split: str) -> Iterator[Row]:

@@ -76,13 +76,19 @@ def _refuse_unread(own: Own, record: Record) -> None:
     for column, value in record.data.items():
         if column in roles.values() or column in ROLES["image"]:
             continue
-        if isinstance(value, str) and any(map(str.isalpha, value)):
+        if isinstance(value, str) and _may_ask(value):
             raise ValueError(
                 f"{record.where}: {told!r} would be learnt as a caption, and nothing reads column "
                 f"{column[:80]!r}. If that is the question, call it `question`, or say so in the "
                 f"recipe (`columns: {{question: {column[:80]}}}`); if it is none, call {told!r} "
                 "`caption`, or set `task: caption`"
             )
+
+
+def _may_ask(text: str) -> bool:
+    """Whether a text could be a question, rather than an address or one word about the row."""
+    words = not text.isascii() or len(text.split()) > 1
+    return words and "://" not in text and any(map(str.isalpha, text))
 
 
 @dataclass(slots=True)

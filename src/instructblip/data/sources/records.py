@@ -284,7 +284,7 @@ def read_table(path: Path, delimiter: str = ",") -> Iterator[Record]:
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
             names = [name.strip().casefold() for name in rows.fieldnames or ()]
-            if repeated := {name for name in names if names.count(name) > 1}:
+            if repeated := {name for name in names if name and names.count(name) > 1}:
                 raise ValueError(
                     f"{_line(path, 1)}: the header names {', '.join(map(repr, sorted(repeated)))} "
                     "more than once; rename or remove all but one"
