@@ -44,13 +44,13 @@ def _decoding(
 ) -> stages.Decoding:
     """What was given; the rest is as the model's directory says, then as in the paper."""
     given = {name: value for name, value in locals().items() if value is not None}
+    if temperature or top_p is not None:  # 0 draws nothing
+        given = {"num_beams": 1, **given, "do_sample": True}
     if given:
         from instructblip.serving.decoding import check_decoding
 
         check_decoding(given)  # a wrong value is told before the model is read
-    if temperature is None and top_p is None:
-        return given
-    return {"num_beams": 1, **given, "do_sample": True}
+    return given
 
 
 def _decodes(command: Callable[..., None]) -> Callable[..., None]:
