@@ -418,7 +418,9 @@ def test_429_and_504_over_http(engine: Engine, model_folder: Path, png: list[Pat
     slow: Any = Slow(greedy_engine(model_folder))
     config = ServeConfig(max_batch=1, max_queue=1, timeout_s=1.0)
     with TestClient(create_app({"tuned": slow}, config)) as client, ThreadPoolExecutor(6) as pool:
-        sent = [pool.submit(client.post, CHAT, json=body(png[0])) for _ in range(6)]
+        sent = [pool.submit(client.post, CHAT, json=body(png[0]))]
+        wait_for(lambda: slow.sizes)  # it runs; of the others one waits
+        sent += [pool.submit(client.post, CHAT, json=body(png[0])) for _ in range(5)]
         codes = sorted(future.result().status_code for future in sent)
         assert codes == [429, 429, 429, 429, 504, 504]
         stream = client.post(CHAT, json=body(png[0], stream=True)).text
