@@ -30,6 +30,7 @@ from instructblip.preparing import (
     vocabulary_of,
 )
 from instructblip.recipe import Recipe
+from instructblip.serving.decoding import check_decoding
 from instructblip.serving.engine import Engine
 from instructblip.serving.transformers_model import TransformersModel, is_baseline
 from instructblip.training.train import resolve_device
@@ -166,6 +167,7 @@ def make_validation(
     """
     if not recipe.evaluation.validation:
         return None
+    check_decoding(recipe.evaluation.decoding)
     chosen = [
         replace(b, split="val") if b.role == "held_in" else b
         for b in benchmarks_of(recipe, recipe.evaluation.validation)

@@ -98,8 +98,8 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         data.max_prompt,
         data.max_response,
     )
-    videos = {entry.source or name for name, entry in data.sets.items()} & VIDEOS
-    frames = data.num_frames if videos else 1
+    shows_videos = any(data.source_of(name) in VIDEOS for name in data.sets)
+    frames = data.num_frames if shows_videos else 1
     forward = functools.partial(walk, model, samples, lengths, frames)
     activations = saved_bytes(forward, model)
     if training.checkpoint_activations:

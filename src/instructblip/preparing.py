@@ -18,7 +18,6 @@ from instructblip.evaluation.benchmarks import groups_of, select_benchmarks
 from instructblip.evaluation.benchmarks.benchmark import Benchmark
 from instructblip.evaluation.owners import OWNERS
 from instructblip.recipe import DataSet, Recipe
-from instructblip.serving.decoding import check_decoding
 
 TrainingSet = PreparedDataset | DatasetView
 """A prepared set, or what is left of it without its bad examples."""
@@ -122,10 +121,8 @@ def vocabulary_of(recipe: Recipe, benchmark: Benchmark) -> list[str] | None:
 
 def benchmarks_of(recipe: Recipe, names: Iterable[str]) -> list[Benchmark]:
     """The benchmarks called ``names``, with the recipe's decoding and prompts for their own.
-    ValueError for an unknown setting of decoding, and for a prompt of an unknown benchmark or with
-    an unknown place."""
+    ValueError for a prompt of an unknown benchmark or with an unknown place."""
     own, prompts = recipe.evaluation.decoding, recipe.evaluation.prompts
-    check_decoding(own)
     select_benchmarks(prompts)
     asked = [
         replace(b, prompt=check_template(prompts.get(b.name, b.prompt)))

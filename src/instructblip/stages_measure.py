@@ -26,9 +26,11 @@ def evaluate(
     from instructblip import assembly, distributed, preparing
     from instructblip.evaluation.evaluate import evaluate as run_benchmark
     from instructblip.model.directory import model_directory
+    from instructblip.serving.decoding import check_decoding
 
     model_directory(model)  # a wrong path is told before any data is read
     settings = recipe.evaluation
+    check_decoding(settings.decoding)
     benchmarks = preparing.benchmarks_of(recipe, settings.benchmarks)
     results = []
     with distributed.process_group():
@@ -88,8 +90,8 @@ def compare(
 
 
 def _name_of(path: Path, whole: bool) -> str:
-    """What a model's results are called: the name of its folder, or its whole path in one word."""
-    return "_".join(part for part in path.resolve().parts[1:]) if whole else path.resolve().name
+    """What a model's results are called: the name of its folder, or its path in one word."""
+    return "_".join(p for p in path.parts if p.strip("./")) if whole else path.resolve().name
 
 
 def _evaluated(path: Path, recipe: str | None, overrides: Sequence[str], folder: Path) -> Path:
