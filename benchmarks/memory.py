@@ -34,7 +34,7 @@ def main() -> None:
     config = TrainingConfig(learning_rate=1e-5, precision=options.dtype)
 
     def step(model: Any, loss: Callable[[], torch.Tensor]) -> None:
-        optimizer = make_optimizer(trainable_parameters(model), config)
+        optimizer = make_optimizer(model, config)
         for _ in range(2):  # the second step has the optimiser's moments
             loss().backward()
             optimizer.step()

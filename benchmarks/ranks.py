@@ -80,7 +80,7 @@ def run(model: Any, options: Any) -> dict[str, list[float]]:
     config = TrainingConfig(learning_rate=1e-5, precision="fp32", batch_size=options.batch)
     model.train()
     parameters = trainable_parameters(model)
-    optimizer = make_optimizer(parameters, config)
+    optimizer = make_optimizer(model, config)
     told: dict[str, list[float]] = {"losses": [], "seconds": []}
     with tempfile.TemporaryDirectory() as folder:
         files = RunFiles(Path(folder), 1, None, {})

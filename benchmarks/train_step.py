@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from instructblip.batch import Batch
 from instructblip.training.config import TrainingConfig
-from instructblip.training.optim import make_optimizer, trainable_parameters
+from instructblip.training.optim import make_optimizer
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     ours, theirs = build(options.size, options.device, dtype)
     ours.train()
     theirs.train()
-    our_optimizer = make_optimizer(trainable_parameters(ours), config)
+    our_optimizer = make_optimizer(ours, config)
     their_optimizer = torch.optim.AdamW(
         [p for p in theirs.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.05, fused=True
     )

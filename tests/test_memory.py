@@ -19,7 +19,7 @@ from instructblip.memory import (
 from instructblip.model.config import VisionConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe import Recipe, load_recipe
-from instructblip.training.optim import make_optimizer, trainable_parameters
+from instructblip.training.optim import make_optimizer
 from tests.model.test_activations import full_batch
 from tests.model.test_language import tiny_model
 from tests.model.test_lora import adapted
@@ -66,7 +66,7 @@ def test_prediction_is_the_peak_of_a_real_step(start: Path, more: tuple[str, ...
     model.train()
     accumulate = recipe.training.accumulate
     batch = full_batch(model, 24 // accumulate, (10, 12, 8))
-    optimizer = make_optimizer(trainable_parameters(model), recipe.training)
+    optimizer = make_optimizer(model, recipe.training)
 
     def step() -> None:
         for _ in range(accumulate):

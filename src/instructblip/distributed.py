@@ -103,7 +103,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sum the gradients over the ranks, in flat buckets.
+    """Sum the gradients over the ranks, in flat buckets; of sparse ones the rows that they hold.
 
     A parameter without a gradient counts as zeros, so that every rank issues the same collectives
     whatever its batch held. Each micro batch is already divided by the tokens of the global
@@ -111,7 +111,12 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """
     if world_size() == 1:
         return
-    for bucket in _buckets([p for p in parameters if p.requires_grad]):
+    trained = [p for p in parameters if p.requires_grad]
+    sparse = [float(p.grad is not None and p.grad.is_sparse) for p in trained]
+    sparse = all_reduce_sum(torch.tensor(sparse, device=trained[0].device)).tolist()
+    for parameter in (p for p, ranks in zip(trained, sparse, strict=True) if ranks):
+        _sum_rows(parameter)
+    for bucket in _buckets([p for p, ranks in zip(trained, sparse, strict=True) if not ranks]):
         for parameter in bucket:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -121,6 +126,21 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
             gradients, flat.split([g.numel() for g in gradients]), strict=True
         ):
             gradient.copy_(part.view_as(gradient))
+
+
+def _sum_rows(table: Tensor) -> None:
+    """Sum a sparse gradient: first which rows any rank holds, then these."""
+    held = table.new_zeros(len(table))
+    own = None if table.grad is None else table.grad.coalesce()
+    if own is not None:
+        held[own.indices()[0]] = 1
+    rows = all_reduce_sum(held).nonzero()[:, 0]
+    values = table.new_zeros(len(rows), *table.shape[1:])
+    if own is not None:
+        values[torch.searchsorted(rows, own.indices()[0])] = own.values()
+    table.grad = torch.sparse_coo_tensor(
+        rows[None], all_reduce_sum(values), table.shape, is_coalesced=True
+    )
 
 
 def shard(stack: nn.Module, layers: list[nn.Module], device: torch.device) -> None:

@@ -29,6 +29,7 @@ from instructblip.model.packing import Packing, packs
 from instructblip.model.quantize import QuantizedLinear
 from instructblip.model.weights import NoRandomWeights, read_json
 from instructblip.recipe import Recipe
+from instructblip.training.adamw import large_tables
 from instructblip.training.train import resolve_device
 
 
@@ -43,6 +44,7 @@ class Memory:
     optimizer: int
     """Two moments of AdamW."""
     gradients: int
+    """All but those of large embedding tables, of which a step makes a few rows."""
     activations: int
     """What the forward pass keeps for the backward pass."""
     passing: int
@@ -102,13 +104,14 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
     frames = data.num_frames if shows_videos else 1
     forward = functools.partial(walk, model, samples, lengths, frames)
     activations = saved_bytes(forward, model)
+    sparse = large_tables(model) if training.optimizer == "adamw" else ()
     if training.checkpoint_activations:
         passing += rerun_bytes(forward, model) - activations
     return Memory(
         frozen=frozen,
         trained=trained,
         optimizer=2 * trained,
-        gradients=trained,
+        gradients=trained - sum(table.weight.nbytes for table in sparse),
         activations=activations,
         passing=max(passing, logits_bytes(model, samples * data.max_response)),
         encoder=encoder_bytes(model, samples * frames),

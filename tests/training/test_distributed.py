@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,10 +32,7 @@ def run(folder: Path, stop: int | None = None, resume: bool = False) -> Toy:
 
 
 def worker(rank: int, ranks: int, port: int, folder: str, stop: int | None, resume: bool) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    with distributed.process_group("gloo"):
+    with joined(rank, ranks, port):
         assert (distributed.rank(), distributed.world_size()) == (rank, ranks)
         assert distributed.gather_objects(rank) == list(range(ranks))
         assert distributed.any_rank(rank == 1, torch.device("cpu"))
@@ -41,15 +40,27 @@ def worker(rank: int, ranks: int, port: int, folder: str, stop: int | None, resu
         torch.save(model.state_dict(), Path(folder) / f"rank{rank}.pt")
 
 
-def run_ranks(ranks: int, folder: Path, stop: int | None = None, resume: bool = False) -> None:
+@contextmanager
+def joined(rank: int, ranks: int, port: int) -> Iterator[None]:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with distributed.process_group("gloo"):
+        yield
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def run_ranks(ranks: int, folder: Path, stop: int | None = None, resume: bool = False) -> None:
     folder.mkdir(exist_ok=True)
     # forked, for a spawned rank would import torch again
     multiprocessing.start_processes(
         worker,
-        args=(ranks, port, str(folder), stop, resume),
+        args=(ranks, free_port(), str(folder), stop, resume),
         nprocs=ranks,
         start_method="fork",
     )
@@ -95,6 +106,31 @@ def assert_equal_records(whole: Path, many: Path) -> None:
         assert left.get("loss", 0) == pytest.approx(right.get("loss", 0), abs=1e-6)
         assert left.get("losses", {}) == pytest.approx(right.get("losses", {}), abs=1e-5)
         assert left.get("tokens") == right.get("tokens")
+
+
+ROWS_READ = [[2, 0, 2], [5], None]
+"""By each rank; the last one has no gradient at all, which must not leave the others waiting."""
+
+
+def reader(rank: int, port: int) -> None:
+    with joined(rank, len(ROWS_READ), port):
+        table = torch.nn.Embedding(6, 2, sparse=True)
+        other = torch.nn.Parameter(torch.zeros(3))
+        if (ids := ROWS_READ[rank]) is not None:
+            (table(torch.tensor(ids)).sum() + other.sum()).backward()
+        distributed.sum_gradients([table.weight, other])
+        gradient = table.weight.grad
+        assert gradient is not None
+        assert gradient.is_sparse
+        assert gradient.indices().tolist() == [[0, 2, 5]]
+        assert gradient.values().tolist() == [[1, 1], [2, 2], [1, 1]]
+        assert other.grad is not None
+        assert other.grad.tolist() == [2, 2, 2]
+
+
+def test_rows_of_sparse_gradients_are_summed():
+    ranks = len(ROWS_READ)
+    multiprocessing.start_processes(reader, args=(free_port(),), nprocs=ranks, start_method="fork")
 
 
 def test_without_a_process_group():

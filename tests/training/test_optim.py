@@ -44,13 +44,13 @@ def test_weight_decay_groups():
     model = Toy()
     parameters = trainable_parameters(model)
     names = {id(p): name for name, p in parameters.items()}
-    optimizer = make_optimizer(parameters, TrainingConfig())
+    optimizer = make_optimizer(model, TrainingConfig())
     groups = {
         group["weight_decay"]: {names[id(p)] for p in group["params"]}
         for group in optimizer.param_groups
     }
     assert groups == {
-        0.05: {"query_tokens", "hidden.weight", "head.weight"},
+        0.05: {"query_tokens", "words.weight", "hidden.weight", "head.weight"},
         0.0: {"hidden.bias", "norm.weight", "norm.bias", "head.bias"},
     }
     assert all(group["betas"] == (0.9, 0.999) for group in optimizer.param_groups)
@@ -59,7 +59,7 @@ def test_weight_decay_groups():
 def test_nothing_to_train_is_an_error():
     model = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(ValueError, match="selects no parameter"):
-        make_optimizer(trainable_parameters(model), TrainingConfig())
+        make_optimizer(model, TrainingConfig())
 
 
 @pytest.mark.parametrize(

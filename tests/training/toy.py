@@ -29,13 +29,15 @@ class Toy(nn.Module):
         torch.manual_seed(seed)
         self.frozen = nn.Embedding(WORDS, WIDTH).requires_grad_(False)
         self.query_tokens = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.words = nn.Embedding(2 * WORDS, WIDTH, sparse=True)  # half of them in no prompt
         self.hidden = nn.Linear(WIDTH, WIDTH)
         self.norm = nn.LayerNorm(WIDTH)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(WIDTH, WORDS)
 
     def loss(self, batch: Batch) -> Output:
-        hidden = torch.tanh(self.hidden(self.frozen(batch.prompt_ids) + self.query_tokens))
+        words = self.frozen(batch.prompt_ids) + self.words(batch.prompt_ids)
+        hidden = torch.tanh(self.hidden(words + self.query_tokens))
         scores = self.head(self.dropout(self.norm(hidden)))  # [B, R, WORDS]
         each = nn.functional.cross_entropy(
             scores.transpose(1, 2), batch.response_ids, reduction="none"

@@ -43,7 +43,8 @@ class TrainingConfig(BaseModel):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's decay of the first and of the second moment."""
     weight_decay: NonNegativeFloat = 0.05
-    """AdamW's weight decay; on matrices and query tokens, never on biases and norms."""
+    """AdamW's weight decay; on matrices and query tokens, never on biases, norms and the vectors of
+    words that no batch had."""
     clip_norm: PositiveFloat | None = 1.0
     """Largest global gradient norm, above which gradients are scaled down; null for none."""
     precision: Literal["fp32", "bf16"] = "bf16"

@@ -1,10 +1,12 @@
 """AdamW with weight decay on matrices only; linear warm-up, then cosine, at every step."""
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from instructblip.training.adamw import AdamW, large_tables
 from instructblip.training.config import TrainingConfig
 from instructblip.training.muon import Muon
 
@@ -38,14 +40,15 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith("bias")
 
 
-def make_optimizer(
-    parameters: dict[str, nn.Parameter], config: TrainingConfig
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW in two groups, with decay and without, fused where the device offers it; or Muon.
+
+    For a fused AdamW the large embedding tables of ``model`` are set to sparse gradients.
 
     Raises:
         ValueError: if nothing is trainable.
     """
+    parameters = trainable_parameters(model)
     if not parameters:
         raise ValueError(
             f"nothing to train: `training.trainable` {list(config.trainable)} selects no "
@@ -64,9 +67,24 @@ def make_optimizer(
     fused = all(
         p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters.values()
     )
-    return torch.optim.AdamW(
+    if fused:
+        for table in large_tables(model):
+            table.sparse = True
+    return AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=config.betas,
         fused=fused,
     )
+
+
+def numbers_of_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients there are; of sparse ones, which are coalesced, the rows that they hold."""
+    numbers = []
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            numbers.append(parameter.grad.values())
+        elif parameter.grad is not None:
+            numbers.append(parameter.grad)
+    return numbers

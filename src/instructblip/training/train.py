@@ -22,7 +22,12 @@ from instructblip.parts import part
 from instructblip.training.config import TrainingConfig
 from instructblip.training.files import Export, Progress, RunFiles, merge_windows
 from instructblip.training.log import RunLog
-from instructblip.training.optim import learning_rate, make_optimizer, trainable_parameters
+from instructblip.training.optim import (
+    learning_rate,
+    make_optimizer,
+    numbers_of_gradients,
+    trainable_parameters,
+)
 from instructblip.training.profile import Profile
 from instructblip.training.signals import Interrupted, Termination
 from instructblip.training.watchdog import Watchdog
@@ -86,7 +91,7 @@ def train(
     device = resolve_device(config.device)
     model.to(device).train()
     parameters = trainable_parameters(model)
-    optimizer = make_optimizer(parameters, config)
+    optimizer = make_optimizer(model, config)
     files = RunFiles(folder, config.keep_last, export, notes)
     progress = files.restore(parameters, optimizer, resume)
     stream = batches.iterate(progress.step)
@@ -189,9 +194,8 @@ def update(
         (output.loss_sum / tokens).backward()
         sample_losses.append(output.sample_losses.detach().float())
     distributed.sum_gradients(parameters.values())
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
     with part("optimiser"):
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(numbers_of_gradients(parameters.values()))
     *values, norm_value = torch.cat([*sample_losses, norm.float().reshape(1)]).tolist()  # one sync
     bad = not (math.isfinite(norm_value) and all(map(math.isfinite, values)))
     if distributed.any_rank(bad, device):

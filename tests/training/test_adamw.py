@@ -1,0 +1,107 @@
+"""Rows that were read move as torch's AdamW moves them; others stay."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from instructblip.training import adamw
+from instructblip.training.adamw import AdamW, large_tables
+from instructblip.training.config import TrainingConfig
+from instructblip.training.optim import make_optimizer
+
+ROWS, WIDTH = 40, 3
+READ = [[1, 4, 4, 30], [4, 7], [1, 1, 39], [0, 12], [4, 2]]
+"""Rows that each step reads; 1 and 4 again later, 30 once, most never."""
+EVER = sorted({row for step in READ for row in step})
+
+
+def table() -> nn.Embedding:
+    torch.manual_seed(0)
+    return nn.Embedding(ROWS, WIDTH)
+
+
+def move(own: nn.Embedding, optimizer: torch.optim.Optimizer, steps: list[list[int]]) -> None:
+    for step, ids in enumerate(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / (1 + step)
+        own(torch.tensor(ids)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def moved(optimizer: type[torch.optim.Optimizer], decay: float, sparse: bool) -> Tensor:
+    own = table()
+    own.sparse = sparse
+    other = nn.Parameter(torch.ones(2))
+    made = optimizer([own.weight, other], weight_decay=decay, fused=True)  # type: ignore[call-arg]
+    move(own, made, READ)
+    return own.weight.detach()
+
+
+@pytest.mark.parametrize("together", [1024, 2])
+def test_as_torch_without_decay(monkeypatch: pytest.MonkeyPatch, together: int):
+    monkeypatch.setattr(adamw, "TOGETHER", together)
+    assert torch.equal(moved(AdamW, 0.0, True), moved(torch.optim.AdamW, 0.0, False))
+
+
+def test_decay_is_for_rows_that_were_read():
+    ours, theirs = moved(AdamW, 0.3, True), moved(torch.optim.AdamW, 0.3, False)
+    always = sorted(set(READ[0]))  # torch's has shrunk the others before they were read
+    assert torch.equal(ours[always], theirs[always])
+    never = sorted(set(range(ROWS)) - set(EVER))
+    assert torch.equal(ours[never], table().weight[never])
+    assert not torch.equal(theirs[never], table().weight[never])
+
+
+def test_dense_gradients_move_as_before():
+    assert torch.equal(moved(AdamW, 0.3, False), moved(torch.optim.AdamW, 0.3, False))
+
+
+@pytest.mark.parametrize("first", [AdamW, torch.optim.AdamW])
+def test_goes_on_from_a_saved_state(first: type[torch.optim.AdamW]):
+    """Its own, or one that torch's AdamW saved before gradients were sparse."""
+    own = table()
+    own.sparse = first is AdamW
+    begun = first([own.weight], weight_decay=0.3, fused=True)
+    move(own, begun, READ[:3])
+    copied = copy.deepcopy(own)
+    copied.sparse = own.sparse = True
+    resumed = AdamW([copied.weight], weight_decay=0.3, fused=True)
+    resumed.load_state_dict(copy.deepcopy(begun.state_dict()))
+    move(copied, resumed, READ[3:])
+    if first is AdamW:
+        move(own, begun, READ[3:])
+        assert torch.equal(copied.weight, own.weight)
+    read = resumed.state[copied.weight]["read"].nonzero()[:, 0].tolist()
+    assert read == EVER
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(2**17, 8)
+        self.head = nn.Linear(8, 2**17)
+        self.head.weight = self.embedding.weight
+
+
+def test_which_tables_are_large():
+    large, small = nn.Embedding(2**17, 8), nn.Embedding(2**17, 7)
+    frozen = nn.Embedding(2**17, 8).requires_grad_(False)
+    model = nn.ModuleList([large, small, frozen, Tied(), nn.Linear(2**17, 8)])
+    assert list(large_tables(model)) == [large]
+
+
+@pytest.mark.parametrize(("optimizer", "sparse"), [("adamw", True), ("muon", False)])
+def test_their_gradients_are_sparse(optimizer: str, sparse: bool):
+    model = nn.ModuleList([nn.Embedding(2**17, 8), nn.Linear(8, 8)])
+    made = make_optimizer(model, TrainingConfig.model_validate({"optimizer": optimizer}))
+    model[1](model[0](torch.tensor([5, 7]))).sum().backward()
+    gradient = model[0].weight.grad
+    assert isinstance(gradient, Tensor)
+    assert gradient.is_sparse == sparse
+    before = model[0].weight.detach().clone()
+    made.step()
+    changed = (before != model[0].weight).any(1).nonzero()[:, 0].tolist()
+    assert changed == [5, 7] if sparse else len(changed) > 2
