@@ -55,6 +55,11 @@ class Example:
     where: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def taught(self) -> list[str]:
+        """The answers that a model can learn: not the empty ones."""
+        return [answer for answer in self.answers if answer.strip()]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:

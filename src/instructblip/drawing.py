@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from instructblip import assembly, distributed, preparing
-from instructblip.data.prepare import prepare
-from instructblip.data.sources import SOURCES
+from instructblip.data.prepare import Job
+from instructblip.data.sources import SOURCES, source_of
 from instructblip.recipe import DrawingConfig, DrawingSet, Recipe
 from instructblip.text_to_image.batches import DrawLoader, Interleaved
 from instructblip.text_to_image.config import TextToImageConfig
@@ -109,10 +109,10 @@ def make_set(recipe: Recipe, name: str, entry: DrawingSet) -> Drawings:
             f"drawing.sets.{name}.source: got {entry.source!r}; expected one of "
             f"{', '.join(SOURCES)}"
         )
-    root = data.root / (entry.root or entry.source)
-    prepared = prepare(
-        entry.source, root, "train", data.prepared_root, max_bad_rate=data.max_bad_rate
-    )
+    where = entry.root or entry.source
+    folder = entry.source if where == data.where_of(entry.source) else f"{entry.source}@draw-{name}"
+    source, rate = source_of(entry.source), data.max_bad_rate
+    prepared = Job(folder, data.root / where, "train", data.prepared_root, source, rate).run()
     return CaptionedPictures(prepared, data.seed)
 
 

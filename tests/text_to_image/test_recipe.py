@@ -10,6 +10,7 @@ from instructblip.data.scenes.official import write_scenes
 from instructblip.recipe import load_recipe
 from instructblip.text_to_image.pretrained import from_pretrained
 from instructblip.text_to_image.sample import Painter
+from tests.data.tiny import write_json, write_picture
 
 SMALL = [
     "drawing.conditioner={num_queries: 2, num_layers: 1, width: 8, num_heads: 2}",
@@ -60,6 +61,23 @@ def test_understanding_is_interleaved_while_the_qformer_trains(directory: Path, 
     kinds = [next(batches).target_values is None for _ in range(4)]
     assert kinds == [False, True, False, True]
     assert stages.train(recipe, tmp_path / "run").step == 4
+
+
+def test_two_roots_of_one_source_are_prepared_apart(tmp_path: Path):
+    for name in ("one", "two"):
+        write_picture(tmp_path / name / "images" / "val2014" / f"{name}.png")
+        row = {"image": f"val2014/{name}.png", "caption": f"{name} cat", "image_id": "coco_1"}
+        write_json(tmp_path / name / "annotations" / "coco_karpathy_train.json", [row])
+    entries = [
+        f"drawing.sets.{n}={{kind: captions, source: coco_caption, root: {n}}}"
+        for n in ("one", "two")
+    ]
+    recipe = load_recipe("draw", [f"data.root={tmp_path}", *entries])
+    assert recipe.drawing is not None
+    for _ in range(2):
+        for name in ("one", "two"):
+            drawings = drawing.make_set(recipe, name, recipe.drawing.sets[name])
+            assert f"{name} cat" in drawings[0].instruction
 
 
 def test_missing_settings_are_named(directory: Path):

@@ -105,10 +105,11 @@ def test_captions_are_turned_round(tmp_path: Path):
     write_picture(tmp_path / "a.png", seed=1)
     example = Example(
         dataset="coco", split="train", id="1", images=("a.png",), task="caption",
-        answers=("a red cat", "one cat"),
+        answers=("a red cat", " ", "one cat", ""),
     )  # fmt: skip
     drawings = CaptionedPictures(FolderSet([example], tmp_path))
-    assert "cat" in drawings[0].instruction
+    for seed in range(8):
+        assert "cat" in CaptionedPictures(FolderSet([example], tmp_path), seed)[0].instruction
     assert drawings[0].target is not None
     assert drawings[0].target().size[0] > 0
 

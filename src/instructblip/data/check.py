@@ -246,7 +246,7 @@ def _faults(
             yield "unreadable picture", f"{root / name}: {fault}"
         elif other := evaluated.get(facts[name].sha256):
             yield LEAKED, f"{name} is also a picture of {other}"
-    if example.split == "train" and not any(answer.strip() for answer in example.answers):
+    if example.split == "train" and not example.taught:
         yield "no answer", "a training example needs an answer"
     if example.task in NEEDS_QUESTION and not example.question.strip():
         yield "no question", f"the task '{example.task}' needs one"

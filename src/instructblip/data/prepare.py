@@ -249,7 +249,7 @@ class _Check:
                 if (folder := name.rpartition("/")[0]) in self.unreadable:
                     return "unreadable folder", self.unreadable[folder]
                 return "missing picture", f"picture {self.image_root / name} does not exist"
-        if self.split == "train" and not any(answer.strip() for answer in example.answers):
+        if self.split == "train" and not example.taught:
             return "no answer", "a training example needs an answer"
         return None
 

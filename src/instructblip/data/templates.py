@@ -70,7 +70,7 @@ def render_instruction(
     answers by their frequency. Empty ones teach nothing and are never drawn. Raises ValueError for
     an example without another answer.
     """
-    answers = [answer for answer in example.answers if answer.strip()]
+    answers = example.taught
     if not answers:
         raise ValueError(f"{example.where}: no answer to train on; run the data check")
     chosen = template if template is not None else rng.choice(templates_of(example.task, language))

@@ -85,8 +85,8 @@ def iter_eval_batches(
         for example in examples:
             rendered = render_prompt(example, template)
             if with_response:
-                if not example.answers:
+                if not example.taught:
                     raise ValueError(f"{example.where}: no answer to compute a loss on")
-                rendered = replace(rendered, response=example.answers[0])
+                rendered = replace(rendered, response=example.taught[0])
             samples.append(make_sample(example, rendered, tokens, pictures, dataset.image_root))
         yield examples, collate(samples)

@@ -127,9 +127,10 @@ class CaptionedPictures:
     def __getitem__(self, index: int) -> DrawExample:
         example = self.examples[index]
         rng = random.Random(mix(self.seed, index))
-        if not example.answers:
+        captions = example.taught
+        if not captions:
             raise ValueError(f"{example.dataset} {example.where}: no caption to draw from")
-        text = rng.choice(DRAW_TEMPLATES).format(rng.choice(example.answers))
+        text = rng.choice(DRAW_TEMPLATES).format(rng.choice(captions))
         name, root = example.images[0], self.examples.image_root
         return DrawExample(text, lambda: load_image(name, root), where=example.where)
 
