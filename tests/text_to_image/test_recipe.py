@@ -68,16 +68,15 @@ def test_two_roots_of_one_source_are_prepared_apart(tmp_path: Path):
         write_picture(tmp_path / name / "images" / "val2014" / f"{name}.png")
         row = {"image": f"val2014/{name}.png", "caption": f"{name} cat", "image_id": "coco_1"}
         write_json(tmp_path / name / "annotations" / "coco_karpathy_train.json", [row])
-    entries = [
-        f"drawing.sets.{n}={{kind: captions, source: coco_caption, root: {n}}}"
-        for n in ("one", "two")
-    ]
+    captions = "kind: captions, source: coco_caption"
+    entries = [f"drawing.sets.{name}={{{captions}, root: {name}}}" for name in ("one", "two")]
     recipe = load_recipe("draw", [f"data.root={tmp_path}", *entries])
     assert recipe.drawing is not None
-    for _ in range(2):
-        for name in ("one", "two"):
-            drawings = drawing.make_set(recipe, name, recipe.drawing.sets[name])
-            assert f"{name} cat" in drawings[0].instruction
+    for name in ("one", "two"):
+        drawings = drawing.make_set(recipe, name, recipe.drawing.sets[name])
+        assert f"{name} cat" in drawings[0].instruction
+    prepared = {path.parent.parent.name for path in tmp_path.glob("prepared/*/*/manifest.json")}
+    assert prepared == {"coco_caption@draw-one", "coco_caption@draw-two"}
 
 
 def test_missing_settings_are_named(directory: Path):
