@@ -124,6 +124,20 @@ def test_turns_and_several_pictures(client: TestClient, engine: Engine, png: lis
     )
 
 
+def test_a_prompt_that_is_cut_is_told(client: TestClient, engine: Engine, png: list[Path]) -> None:
+    most = engine.tokens.max_prompt
+    for text, lost in (("a", 0), (" ".join("a" * (most + 7)), None)):
+        if lost is None:
+            lost = engine.tokens.prompt_length(text) - most
+            assert lost > 5
+        response = client.post(CHAT, json=body(png[0], text, max_tokens=3))
+        assert response.status_code == 200, response.text
+        assert response.json()["usage"]["prompt_tokens_lost"] == lost
+        request = {"images": [url_of(png[0].read_bytes())], "candidates": ["a", "b"]}
+        ranked = client.post("/v1/rank", json={**request, "instruction": text}).json()
+        assert ranked["prompt_tokens_lost"] == lost
+
+
 def test_rank(client: TestClient, engine: Engine, png: list[Path]) -> None:
     candidates = ["red", "blue", "red cat"]
     request = {"images": [data_url(png[0])], "instruction": "what?", "candidates": candidates}

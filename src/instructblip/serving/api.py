@@ -153,7 +153,8 @@ def _add_ranking(app: FastAPI, service: Service, guarded: dict[str, Any]) -> Non
             )
         ]
         best = max(ranked, key=lambda candidate: candidate.log_likelihood)
-        return RankResponse(model=name, best=best.text, candidates=ranked)
+        lost = batcher.engine.lost_tokens(body.instruction)
+        return RankResponse(model=name, best=best.text, candidates=ranked, prompt_tokens_lost=lost)
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -33,10 +33,12 @@ class TooLate(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A generated answer; ``cut`` when the limit of tokens ended it."""
+    """A generated answer; ``cut`` when the limit of tokens ended it. Of its prompt the model read
+    ``prompt_tokens``, all but ``lost`` at the beginning."""
 
     text: str
     prompt_tokens: int
+    lost: int
     tokens: int
     cut: bool
 
@@ -205,8 +207,14 @@ class Batcher:
         for job, text, own in zip(jobs, texts, ids, strict=True):
             _tell(job, text.rest(own))
         return [
-            Answer(engine.tokens.decode(own), len(sample.prompt_ids), len(own), len(own) >= most)
-            for sample, own in zip(samples, ids, strict=True)
+            Answer(
+                text=engine.tokens.decode(own),
+                prompt_tokens=len(sample.prompt_ids),
+                lost=engine.lost_tokens(job.instruction),
+                tokens=len(own),
+                cut=len(own) >= most,
+            )
+            for job, sample, own in zip(jobs, samples, ids, strict=True)
         ]
 
 

@@ -146,4 +146,5 @@ def _usage(answer: Answer) -> Usage:
         prompt_tokens=answer.prompt_tokens,
         completion_tokens=answer.tokens,
         total_tokens=answer.prompt_tokens + answer.tokens,
+        prompt_tokens_lost=answer.lost,
     )

@@ -6,7 +6,6 @@ and read twice, by the Q-Former and by the language model; no template is put ar
 """
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -67,7 +66,10 @@ class Engine:
                 "qformer_tokenizer/ in the model directory (a BLIP-2 loads without)"
             )
         self.model = model
-        self.tokens = tokens if aware else replace(tokens, qformer=None)
+        longest = min(tokens.max_instruction, model.config.qformer.max_position_embeddings)
+        self.tokens = replace(
+            tokens, qformer=tokens.qformer if aware else None, max_instruction=longest
+        )
         self.pictures = Pictures(transform)
         self.decoding = {
             k: v for k, v in (decoding or {}).items() if k in DECODING and v is not None
@@ -289,17 +291,16 @@ class Engine:
                 if key not in pixels:
                     pixels[key] = self._pixels(frame, key)
             samples.append(self.sample(keys, tuple(pixels[key] for key in keys), text))
-            self._warn_if_cut(text, samples[-1])
+            if self.lost_tokens(text):
+                most = self.tokens.max_prompt
+                warnings.warn(
+                    f"a prompt has more than {most} tokens: it lost its beginning", stacklevel=2
+                )
         return samples
 
-    def _warn_if_cut(self, text: str, sample: Sample) -> None:
-        most = self.tokens.max_prompt
-        if len(sample.prompt_ids) < most:
-            return
-        if len(replace(self.tokens, max_prompt=sys.maxsize).prompt(text)) > most:
-            warnings.warn(
-                f"a prompt has more than {most} tokens: it lost its beginning", stacklevel=2
-            )
+    def lost_tokens(self, text: str) -> int:
+        """Tokens at the beginning of a prompt that the model will not read: it is too long."""
+        return max(0, self.tokens.prompt_length(text) - self.tokens.max_prompt)
 
     def sample(self, keys: tuple[str, ...], pixels: tuple[torch.Tensor, ...], text: str) -> Sample:
         """What the model reads: frames, each [3, S, S] and with a key, and the instruction."""

@@ -131,6 +131,10 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_lost: int = Field(
+        description="Tokens at the beginning of a prompt too long for the model, which it did not "
+        "read."
+    )
 
 
 class ChatResponse(BaseModel):
@@ -156,6 +160,7 @@ class RankResponse(BaseModel):
     model: str
     best: str
     candidates: list[RankedCandidate]
+    prompt_tokens_lost: int = Field(description="As in a chat's usage.")
 
 
 class DrawnImage(BaseModel):

@@ -233,6 +233,10 @@ def ask(
         raise gr.Error("the server is busy; try again / 服务器繁忙，请重试") from None
     except (TooLate, TimeoutError):
         raise gr.Error("the answer took too long / 回答超时") from None
+    if any(results[0].lost for results in found.values()):
+        gr.Warning(
+            "the instruction is too long: its beginning was not read / 指令过长，开头未被读取"
+        )
     said = [results[0].text for results in found.values()]
     bars = [
         dict(zip(options, probabilities(results[2]), strict=True)) if options else None
