@@ -87,6 +87,6 @@ def test_train_refuses_to_overwrite_a_run(tmp_path: Path, capsys: pytest.Capture
 def test_resume_names_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from instructblip.recipe import load_recipe
 
-    stages._store_recipe(load_recipe("scenes"), tmp_path, resume=False)
-    stages._store_recipe(load_recipe("scenes", ["training.seed=5"]), tmp_path, resume=True)
+    (tmp_path / "recipe.yaml").write_text(load_recipe("scenes").to_yaml())
+    stages._tell_changes(load_recipe("scenes", ["training.seed=5"]), tmp_path, resume=True)
     assert "resuming with a changed recipe: training.seed: 0 -> 5" in capsys.readouterr().out

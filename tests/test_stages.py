@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from instructblip import assembly, cli, preparing, stages, stages_measure
+from instructblip import assembly, caching, cli, preparing, stages, stages_measure
 from instructblip.model.directory import model_directory
 from instructblip.recipe import Recipe, load_recipe
+from instructblip.training.train import TrainResult
 from tests.data.tiny import write_picture
 from tests.serving.test_engine import write_model
 
@@ -115,6 +116,46 @@ def test_a_resumed_run_names_changed_data(
     (tmp_path / "data.json").write_text(json.dumps(known))
     stages.train(recipe, tmp_path, resume=True)
     assert "resuming with other data: vqav2 changed" in capsys.readouterr().out
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(out: Path, overrides: list[str], tmp_path: Path):
+    stages.train(recipe_of(out, overrides), tmp_path)
+    (tmp_path / "data.json").write_text('{"vqav2": "what it was"}')
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for other in ("training.optimizer=adamw", "evaluation.decoding={num_beems: 5}"):
+        with pytest.raises(ValueError, match=r"another training\.optimizer|unknown decoding"):
+            stages.train(recipe_of(out, overrides, other), tmp_path, resume=True)
+        assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("began_with", [False, True])
+def test_a_resumed_run_reads_features_if_it_began_so(
+    out: Path,
+    overrides: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    began_with: bool,
+):
+    store = tmp_path / "features"
+    settings = ["features.cache=auto", "features.dtype=int8", f"features.root={store}"]
+    recipe = recipe_of(out, overrides, *settings, "evaluation.validation=[]")
+    monkeypatch.setattr(caching, "features_pay", lambda *_: began_with)
+    whole = _last_weights(stages.train(recipe, tmp_path / "run"), tmp_path)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004")
+    monkeypatch.setattr(caching, "features_pay", lambda *_: not began_with)
+    shutil.rmtree(store) if began_with else stages.cache(recipe)
+    capsys.readouterr()
+    resumed = _last_weights(stages.train(recipe, tmp_path / "run", resume=True), tmp_path)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    said = capsys.readouterr().out
+    assert (f"not read from {store}" in said) == (not began_with)
+    assert "changed recipe" not in said
+
+
+def _last_weights(result: TrainResult, folder: Path) -> dict[str, torch.Tensor]:
+    assert result.step == 4
+    return load_file(folder / "run" / "last" / "model.safetensors")
 
 
 def test_unknown_decoding_is_told_before_the_first_step(

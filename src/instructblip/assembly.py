@@ -122,12 +122,12 @@ def make_loader(
     recipe: Recipe,
     datasets: Mapping[str, TrainingSet],
     model: InstructBlip | Start,
-    resumed: bool = False,
+    began_with: bool | None = None,
 ) -> Loader:
     """This rank's training batches, with features in place of pixels where they are kept.
 
-    A ``resumed`` run measures nothing anew: it reads features if it did so before, so that it goes
-    on bit for bit.
+    ``began_with`` is whether a run that resumes began with stored features: so it goes on, bit for
+    bit. None decides now.
     """
     data, training = recipe.data, recipe.training
     tokens, transform = read_assets(recipe, model)
@@ -138,7 +138,8 @@ def make_loader(
             model,
             pictures,
             ((dataset, dataset.images()) for dataset in datasets.values()),
-            reads=0 if resumed else training.steps * training.batch_size,
+            reads=training.steps * training.batch_size,
+            began_with=began_with,
         )
     return Loader(
         datasets,

@@ -1,8 +1,10 @@
 """Stored image features in place of pixels, where a recipe wants them and they are worth it."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from instructblip.data.features import (
     store_name,
 )
 from instructblip.data.images import ImageTransform
+from instructblip.data.loader import Loader
 from instructblip.data.pictures import Pictures
 from instructblip.data.prepared import PreparedDataset
 from instructblip.data.view import DatasetView
@@ -29,7 +32,25 @@ from instructblip.model.instructblip import InstructBlip, part_of
 from instructblip.preparing import TrainingSet
 from instructblip.recipe import Recipe
 from instructblip.serving.engine import Engine
-from instructblip.training.train import resolve_device
+from instructblip.training.checkpoint import saved_steps
+from instructblip.training.train import Batches, resolve_device
+
+FEATURES_FILE = "features.json"
+"""In a run directory: whether the run reads stored features, which its resumption keeps to."""
+
+
+def features_note(batches: Batches) -> dict[str, str]:
+    """What a run that reads ``batches`` notes down for `began_with`."""
+    stored = isinstance(batches, Loader) and batches.pictures.features is not None
+    return {FEATURES_FILE: json.dumps({"stored": stored}) + "\n"}
+
+
+def began_with(run: Path, resume: bool) -> bool | None:
+    """Whether the run that resumes in ``run`` reads stored features; None if none does or knows."""
+    path = run / FEATURES_FILE
+    if not resume or not saved_steps(run / "checkpoints") or not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))["stored"]
 
 
 def use_features(
@@ -54,12 +75,13 @@ def make_features(
     images: Iterable[tuple[TrainingSet, Iterable[tuple[str, ...]]]],
     reads: int,
     exact: bool = False,
+    began_with: bool | None = None,
 ) -> Features | None:
     """Stored features of ``images`` (of each set, ``Example.images``), computed where they are
     missing; None where the recipe does not want them or, with ``cache: auto``, they would not pay.
 
-    ``reads`` is how often a sample will be read; ``exact`` refuses a store that rounds. All ranks
-    call this together.
+    ``reads`` is how often a sample will be read; ``exact`` refuses a store that rounds. With
+    ``cache: auto``, a run goes on as it ``began_with``. All ranks call this together.
     """
     settings, transform = recipe.features, pictures.transform
     if not _wanted(recipe, model, transform):
@@ -84,8 +106,15 @@ def make_features(
         frames=frozenset(frames if transform.train else ()),
     )
     if settings.cache == "auto":
-        pays = features_pay(features, transform, encode, reads) if distributed.is_main() else None
-        if not distributed.broadcast_object(pays):
+        keeps = began_with
+        if keeps is None and distributed.is_main():
+            keeps = features_pay(features, transform, encode, reads)
+        if not distributed.broadcast_object(keeps):
+            if began_with is False and distributed.is_main() and not features.missing():
+                print(
+                    f"image features: not read from {root}, as the run began without them; "
+                    "features.cache=on reads them"
+                )
             return None
     began = time.monotonic()
     count = fill(features, transform, encode, model.image_chunk, recipe.training.workers)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from instructblip import assembly, distributed, preparing
+from instructblip import assembly, caching, distributed, preparing
 from instructblip.data.prepare import Job
 from instructblip.data.sources import SOURCES, source_of
 from instructblip.recipe import DrawingConfig, DrawingSet, Recipe
@@ -22,22 +22,24 @@ from instructblip.text_to_image.tasks import (
     SceneDrawings,
     SubjectDrawings,
 )
-from instructblip.training.train import Batches, TrainResult, resolve_device
+from instructblip.training.train import TrainResult, resolve_device
 from instructblip.training.train import train as run_training
 
 
 def train(recipe: Recipe, out: Path, resume: bool, notes: Mapping[str, str]) -> TrainResult:
     """Train the recipe's drawing model into ``out``; ``notes`` go beside its checkpoints."""
     model = make_model(recipe)
+    batches = make_batches(recipe, model, caching.began_with(out, resume))
+    read = batches.understanding if isinstance(batches, Interleaved) else batches
     return run_training(
         model,
-        make_batches(recipe, model),
+        batches,
         make_validation(recipe, model),
         recipe.training,
         out,
         resume=resume,
         export=lambda path: save_pretrained(model, path),
-        notes=notes,
+        notes={**notes, **caching.features_note(read)},
     )
 
 
@@ -60,8 +62,11 @@ def make_model(recipe: Recipe) -> TextToImage:
     return model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=half)
 
 
-def make_batches(recipe: Recipe, model: TextToImage) -> Batches:
-    """This rank's batches to draw, with those of ``data`` among them as the recipe says."""
+def make_batches(
+    recipe: Recipe, model: TextToImage, began_with: bool | None = None
+) -> DrawLoader | Interleaved:
+    """This rank's batches to draw, with those of ``data`` among them as the recipe says;
+    ``began_with`` as in `assembly.make_loader`."""
     drawing, training = _drawing(recipe), recipe.training
     tokens, transform = assembly.read_assets(recipe, model.instructblip)
     mixed = drawing.understanding > 0
@@ -87,7 +92,7 @@ def make_batches(recipe: Recipe, model: TextToImage) -> Batches:
         update={"batch_size": training.batch_size // training.accumulate, "accumulate": 1}
     )
     understanding = assembly.make_loader(
-        recipe.model_copy(update={"training": micro}), datasets, model.instructblip
+        recipe.model_copy(update={"training": micro}), datasets, model.instructblip, began_with
     )
     return Interleaved(loader, understanding, drawing.understanding, training.accumulate)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from instructblip import assembly, checking, distributed, preparing
+from instructblip import assembly, caching, checking, distributed, preparing
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
 from instructblip.model.instructblip import ALIASES
@@ -41,7 +41,7 @@ def pretrain(recipe: Recipe, stage: int, out: Path, resume: bool = False) -> Tra
         datasets = checking.checked_training(recipe, preparing.prepare_training(recipe))
     model = assembly.make_model(recipe)
     trained = Stage1(model) if stage == 1 else model
-    loader = assembly.make_loader(recipe, datasets, model)
+    loader = assembly.make_loader(recipe, datasets, model, caching.began_with(out, resume))
     kind = CaptionTokens if stage == 1 else SilentTokens
     given = loader.tokens
     loader.tokens = kind(
@@ -63,7 +63,7 @@ def pretrain(recipe: Recipe, stage: int, out: Path, resume: bool = False) -> Tra
         out,
         resume=resume,
         export=model.save_pretrained,
-        notes={"recipe.yaml": recipe.to_yaml()},
+        notes={"recipe.yaml": recipe.to_yaml()} | caching.features_note(loader),
     )
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from instructblip.training.train import TrainResult
 
 RESULTS_FILE = "results.json"
+DATA_FILE = "data.json"
+"""In a run directory: number of examples and fingerprint of each data set."""
 
 
 def scenes(root: Path, seed: int = 0, scale: float = 1.0) -> None:
@@ -99,14 +101,14 @@ def show(recipe: "Recipe", count: int, page: Path | None = None) -> None:
 
 def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
     """Tune the recipe's model; checkpoints, metrics, curves and the model itself go to ``out``."""
-    from instructblip import assembly, checking, distributed, preparing
+    from instructblip import assembly, caching, checking, distributed, preparing
     from instructblip.data.check import fingerprint
     from instructblip.data.templates import TEMPLATES_FILE, templates_note
     from instructblip.training.train import train as run_training
 
     with distributed.process_group():
         if distributed.is_main():
-            _store_recipe(recipe, out, resume)
+            _tell_changes(recipe, out, resume)
         if recipe.drawing is not None:
             from instructblip import drawing
 
@@ -114,25 +116,24 @@ def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
         with distributed.main_first():
             prepared = preparing.prepare_training(recipe)
             datasets = checking.checked_training(recipe, prepared)
+        notes = {RECIPE_FILE: recipe.to_yaml(), TEMPLATES_FILE: templates_note()}
         if distributed.is_main():
             counts = {name: len(dataset) for name, dataset in datasets.items()}
-            _store_data(
-                {name: f"{counts[name]} {fingerprint(prepared[name])}" for name in counts},
-                out,
-                resume,
-            )
+            known = {name: f"{counts[name]} {fingerprint(prepared[name])}" for name in counts}
+            _tell_changed_data(known, out, resume)
+            notes[DATA_FILE] = json.dumps(known, indent=2) + "\n"
             print(preparing.describe_mixture(recipe, preparing.make_mixture(recipe, datasets)))
         model = assembly.make_model(recipe)
-        resumed = resume and any((out / "checkpoints").glob("step_*"))
+        loader = assembly.make_loader(recipe, datasets, model, caching.began_with(out, resume))
         return run_training(
             model,
-            assembly.make_loader(recipe, datasets, model, resumed),
+            loader,
             assembly.make_validation(recipe, model),
             recipe.training,
             out,
             resume=resume,
             export=model.save_pretrained,
-            notes={RECIPE_FILE: recipe.to_yaml(), TEMPLATES_FILE: templates_note()},
+            notes=notes | caching.features_note(loader),
         )
 
 
@@ -174,7 +175,7 @@ def pretrain(recipe: "Recipe", stage: int, out: Path, resume: bool = False) -> "
 
     with distributed.process_group():
         if distributed.is_main():
-            _store_recipe(recipe, out, resume)
+            _tell_changes(recipe, out, resume)
         return run_pretraining(recipe, stage, out, resume)
 
 
@@ -259,8 +260,8 @@ def _start_afresh(run: Path, results: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _store_recipe(recipe: "Recipe", out: Path, resume: bool) -> None:
-    """Write the recipe into the run directory; name what a resumed run changes."""
+def _tell_changes(recipe: "Recipe", out: Path, resume: bool) -> None:
+    """Refuse to overwrite a run; name what a resumed one changes in its recipe."""
     from instructblip.recipe import differences, load_recipe
     from instructblip.training.files import refuse_existing
 
@@ -270,13 +271,11 @@ def _store_recipe(recipe: "Recipe", out: Path, resume: bool) -> None:
     if resume and path.is_file():
         for change in differences(load_recipe(path), recipe):
             print(f"resuming with a changed recipe: {change}")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(recipe.to_yaml(), encoding="utf-8")
 
 
-def _store_data(fingerprints: dict[str, str], out: Path, resume: bool) -> None:
-    """Note which data the run reads; name the sets that a resumed run finds changed."""
-    path = out / "data.json"
+def _tell_changed_data(fingerprints: dict[str, str], out: Path, resume: bool) -> None:
+    """Name the sets that a resumed run finds changed."""
+    path = out / DATA_FILE
     if resume and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in fingerprints if before.get(name) != fingerprints[name]]
@@ -285,4 +284,3 @@ def _store_data(fingerprints: dict[str, str], out: Path, resume: bool) -> None:
                 f"resuming with other data: {', '.join(changed)} changed or were prepared anew; "
                 "the samples that follow are not those of an uninterrupted run"
             )
-    path.write_text(json.dumps(fingerprints, indent=2) + "\n", encoding="utf-8")

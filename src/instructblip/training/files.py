@@ -80,6 +80,15 @@ class RunFiles:
             prune(self.checkpoints, self.keep_last, progress.best_step)
         return progress
 
+    def write_notes(self) -> None:
+        """Put the notes into the run directory: what was refused before left those of the run."""
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for note, text in self.notes.items():
+                fresh = self.folder / f".new-{note}"
+                fresh.write_text(text, encoding="utf-8")
+                fresh.replace(self.folder / note)
+
     def save(
         self,
         parameters: dict[str, nn.Parameter],

@@ -80,7 +80,7 @@ def train(
         folder: the run directory: checkpoints/, metrics.jsonl, curves.png, best/ and last/.
         resume: go on from the newest complete checkpoint in ``folder``, if there is one.
         export: writes best/ and last/; without it there are checkpoints only.
-        notes: text files stored in each checkpoint and export, by name.
+        notes: text files stored in the run directory, each checkpoint and each export, by name.
 
     Raises:
         NonFiniteLossError: naming step and samples, before any weight is touched.
@@ -94,6 +94,7 @@ def train(
     optimizer = make_optimizer(model, config)
     files = RunFiles(folder, config.keep_last, export, notes)
     progress = files.restore(parameters, optimizer, resume)
+    files.write_notes()
     stream = batches.iterate(progress.step)
     main = distributed.is_main()
     log = RunLog(folder, config, progress.step, progress.validated_step, active=main)
