@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -235,6 +236,29 @@ def test_disk_full_keeps_what_was_saved(tmp_path: Path, monkeypatch, where: str)
     loaded = load_latest(tmp_path)
     assert loaded is not None
     assert loaded.step == 1
+
+
+@pytest.mark.parametrize("big", ["parameters", "optimizer"])
+def test_a_file_above_the_limit_is_named_like_a_full_disk(tmp_path: Path, big: str):
+    given = {"parameters": {"w": torch.zeros(2)}, "optimizer": {}, "progress": {}}
+    given[big] = {"w": torch.zeros(50_000)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"ulimit -f.*step_000002.*intact.*--resume") as error:
+            save_checkpoint(tmp_path, 2, **given)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG
+
+
+def test_a_quota_is_named_like_a_full_disk(tmp_path: Path, monkeypatch):
+    def above(*_args, **_kwargs):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr("instructblip.training.checkpoint.save_file", above)
+    with pytest.raises(OSError, match=r"quota is used up.*step_000002.*intact.*--resume"):
+        small(tmp_path, 2)
 
 
 @pytest.mark.parametrize("when", [4, 8])

@@ -27,6 +27,12 @@ MANIFEST = "manifest.json"
 PARAMETERS = "parameters.safetensors"
 OPTIMIZER = "optimizer.pt"
 PROGRESS = "progress.json"
+FULL = {
+    errno.ENOSPC: ("the disk is full", "Free some space there"),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space there"),
+    errno.EFBIG: ("a file is larger than the disk or `ulimit -f` allows", "Raise the limit"),
+}
+"""Errors of a write for which there is no room, each with what it means and the remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,14 +73,15 @@ def save_checkpoint(
     ``notes`` are further text files to store beside it, by name (the resolved recipe).
 
     Raises:
-        OSError: if it cannot be written (disk full); older checkpoints are untouched.
+        OSError: if it cannot be written (no room); older checkpoints are untouched.
     """
 
     def write(path: Path) -> None:
         # a copy of a parameter that shares memory with another one is stored as its own tensor
         tensors = {name: p.detach().cpu().contiguous().clone() for name, p in parameters.items()}
         save_file(tensors, path / PARAMETERS)
-        torch.save(optimizer, path / OPTIMIZER)
+        with (path / OPTIMIZER).open("wb") as file:  # Python's: torch's own hides why it failed
+            torch.save(optimizer, file)
         (path / PROGRESS).write_text(json.dumps({"step": step, **progress}, indent=1))
         for name, text in (notes or {}).items():
             (path / name).write_text(text)
@@ -173,7 +180,7 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
     the two leaves the old one under its temporary name, from which `recover` brings it back.
 
     Raises:
-        OSError: with the remedy, if the disk is full; the temporary directory is removed.
+        OSError: with the remedy, if there is no room; the temporary directory is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = path.parent / f".new-{path.name}", path.parent / f".old-{path.name}"
@@ -227,16 +234,25 @@ def _remedy(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch and safetensors wrap a failed write in errors of their own; ask the disk itself
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        full = full or shutil.disk_usage(path.parent).free < 2**20
-        if not full:
+        number = _why_full(error, path.parent)
+        if number is None:
             raise
+        what, remedy = FULL[number]
         raise OSError(
-            errno.ENOSPC,
-            f"the disk is full: could not write {path}; what was saved before is intact. "
-            "Free some space there and continue with --resume",
+            number,
+            f"{what}: could not write {path}; what was saved before is intact. "
+            f"{remedy} and continue with --resume",
         ) from error
+
+
+def _why_full(error: Exception, folder: Path) -> int | None:
+    """Which of ``FULL`` a failed write met, if any."""
+    # torch and safetensors wrap it in errors of their own; else ask the disk itself
+    met = {getattr(one, "errno", None) for one in (error, error.__context__)}
+    for number in FULL:
+        if number in met or os.strerror(number) in str(error):
+            return number
+    return errno.ENOSPC if shutil.disk_usage(folder).free < 2**20 else None
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
