@@ -163,6 +163,9 @@ def test_fewer_bits_and_adapters(start: Path):
     assert codes.frozen < plain.frozen
     halves = predict_memory(recipe_of(start, "training.parallel=fsdp2"), 2)
     assert halves.frozen < plain.frozen
+    for more in ("model.quantize=nf4", "training.trainable=[language_model]"):
+        with pytest.raises(ValueError, match="spreads frozen weights of full precision"):
+            predict_memory(recipe_of(start, "training.parallel=fsdp2", more), 2)
     adapter = ("model.lora={rank: 2}", "training.trainable=[qformer, lora]")
     adapted = predict_memory(recipe_of(start, *adapter))
     assert adapted.trained > plain.trained

@@ -74,7 +74,11 @@ def make_model(recipe: Recipe) -> InstructBlip:
 
 
 def shape_language(model: InstructBlip, recipe: Recipe) -> None:
-    """What the recipe wants of a loaded model: adapter, trainable set, bits, checkpoints."""
+    """What the recipe wants of a loaded model: adapter, trainable set, bits, checkpoints.
+
+    Raises ValueError for settings that do not go together.
+    """
+    _refuse_unsharded(recipe)
     language, adapter = model.language_model, recipe.model.lora
     if adapter is not None:
         if "lora" not in recipe.training.trainable:
@@ -105,14 +109,18 @@ def _tell_unused(asked: LoraConfig, own: LoraConfig) -> None:
         )
 
 
-def shard_language(model: InstructBlip, recipe: Recipe) -> None:
-    """Spread the frozen layers of the language model over the ranks."""
-    if recipe.model.quantize is not None or "language_model" in recipe.training.trainable:
+def _refuse_unsharded(recipe: Recipe) -> None:
+    changed = recipe.model.quantize is not None or "language_model" in recipe.training.trainable
+    if recipe.training.parallel == "fsdp2" and changed:
         raise ValueError(
             "training.parallel=fsdp2 spreads frozen weights of full precision: set "
             "model.quantize=null and take language_model out of training.trainable, or train "
             "with parallel=ddp"
         )
+
+
+def shard_language(model: InstructBlip, recipe: Recipe) -> None:
+    """Spread the frozen layers of the language model over the ranks."""
     device = resolve_device(recipe.training.device)
     for stack, layers in stacks_of(model.language_model):
         distributed.shard(stack, layers, device)

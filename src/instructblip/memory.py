@@ -30,7 +30,6 @@ from instructblip.model.quantize import QuantizedLinear
 from instructblip.model.weights import NoRandomWeights, read_json
 from instructblip.recipe import Recipe
 from instructblip.training.adamw import large_tables
-from instructblip.training.train import resolve_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +77,9 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
     training, data = recipe.training, recipe.data
     model = build(recipe)
     half = training.precision == "bf16"
-    on_gpu = resolve_device(training.device).type == "cuda"
+    on_gpu = training.device.startswith("cuda") or (  # also one that is not here
+        training.device == "auto" and torch.cuda.is_available()
+    )
     model.compute_dtype = torch.bfloat16 if half else None
     for part in model.children():
         stored = torch.bfloat16 if half and on_gpu and is_big(part, model) else torch.float32
