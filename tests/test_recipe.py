@@ -79,6 +79,14 @@ def test_overrides_are_yaml():
         ("training..steps=1", "expected an override"),
         ("training.steps.more=1", "steps is 2000, which has no keys"),
         ("training.steps=[1", "is not YAML"),
+        ("training={steps: 1, steps: 2}", "the key steps is there twice"),
+        ("training.device=foo", r"training.device: expected auto, cpu, .*\(got 'foo'\)"),
+        ("training.device=cuda:one", r"training.device: expected auto, cpu"),
+        ("training.seed=18446744073709551616", "training.seed: .*less than 18446744073709551616"),
+        ("data.sets.vqav2.weight=.inf", "data.sets.vqav2.weight: .*finite number"),
+        ("data.sets.vqav2.weight=.nan", "data.sets.vqav2.weight: .*finite number"),
+        ("training.learning_rate=.inf", "training.learning_rate: .*finite number"),
+        ("model.lora.alpha=.inf", "model.lora.alpha: .*finite number"),
     ],
 )
 def test_mistakes_name_the_key_and_the_remedy(override: str, message: str):
@@ -100,9 +108,20 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path):
     path.write_text("data: [\n")
     with pytest.raises(ValueError, match=r"mine.yaml is not YAML"):
         load_recipe(path)
+    path.write_text("training:\n  steps: 1\n  seed: 2\n  steps: 3\n")
+    with pytest.raises(ValueError, match=r"mine.yaml .*the key steps is there twice.* line 4"):
+        load_recipe(path)
     path.write_text("data: !!python/object/apply:os.system ['true']\n")
     with pytest.raises(ValueError, match=r"not YAML"):
         load_recipe(path)
+
+
+def test_a_recipe_may_merge_what_it_then_overrides(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    entry = "&one {weight: 2, split: val}"
+    path.write_text(f"data: {{sets: {{vqav2: {entry}, gqa: {{<<: *one, weight: 3}}}}}}\n")
+    sets = load_recipe(path).data.sets
+    assert (sets["vqav2"].weight, sets["gqa"].weight, sets["gqa"].split) == (2, 3, "val")
 
 
 def test_an_unknown_recipe_names_the_nearest():

@@ -42,7 +42,7 @@ Format = Literal[
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -262,10 +262,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: naming the file, the key and what was expected; for an unknown key the nearest.
     """
     path = find_recipe(recipe)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    values = _read_yaml(path.read_text(encoding="utf-8"), f"{path} is not YAML")
     if not isinstance(values, dict):
         sections = ", ".join(Recipe.model_fields)
         raise ValueError(f"{path}: expected the sections {sections}; got {values!r}")
@@ -302,6 +299,28 @@ def differences(left: Recipe, right: Recipe) -> list[str]:
     return [f"{key}: {mine.get(key)} -> {other.get(key)}" for key in changed]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without keys that are there twice, of which PyYAML would take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    what = f"the key {key.value} is there twice"
+                    raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def _read_yaml(text: str, complaint: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{complaint}: {' '.join(str(error).split())}") from error
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, last = key.split(".")
@@ -315,10 +334,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ValueError(f"{override}: {section} is {inner!r}, which has no keys of its own")
         place = inner
-    try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{override}: the value is not YAML: {error}") from error
+    place[last] = _read_yaml(text, f"{override}: the value is not YAML")
 
 
 def _explain(error: ValidationError) -> Iterator[str]:

@@ -25,7 +25,7 @@ that transformers refuses it instead of loading it wrong."""
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "_Config":

@@ -14,7 +14,7 @@ def _heads_divide(config: Any) -> Any:
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ConditionerConfig(_Config):

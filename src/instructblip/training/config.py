@@ -1,8 +1,10 @@
 """What a training run can be told."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -13,13 +15,20 @@ from pydantic import (
     model_validator,
 )
 
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", name):
+        raise ValueError("expected auto, cpu, cuda, mps or xpu, or one of several such as cuda:1")
+    return name
+
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingConfig(BaseModel):
     """The optimiser, its schedule, and how often the run looks up. Defaults are the paper's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     trainable: tuple[str, ...] = ("qformer",)
     """Which parts of the model move; all the rest stays bit-identical."""
@@ -55,11 +64,11 @@ class TrainingConfig(BaseModel):
     checkpoint_activations: bool = False
     """Run the language model's layers again in the backward pass instead of keeping their
     activations: a third more time in it, a fraction of the memory, the same gradients."""
-    device: str = "auto"
-    """Where to train: auto, cpu, cuda or a torch device; auto takes a GPU if there is one."""
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    """Where to train: auto, cpu, cuda, mps or xpu, or cuda:1; auto takes a GPU if there is one."""
     workers: NonNegativeInt = 2
     """Processes that prepare batches ahead of the model; 0 for the training process itself."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Decides dropout; order and templates of the samples have the data's own seed."""
     validate_every: PositiveInt | None = 3000
     """Steps between validations on the held-in sets; null for the last step only."""

@@ -300,9 +300,19 @@ def losses(progress: Progress) -> dict[str, Any]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is this rank's GPU if there is one, else the CPU."""
+    """``auto`` is this rank's GPU if there is one, else the CPU.
+
+    Raises ValueError for a device that torch does not find here.
+    """
     if name != "auto":
-        return torch.device(name)
+        device = torch.device(name)
+        found = torch.get_device_module(device).device_count()
+        if (device.index or 0) >= found:
+            raise ValueError(
+                f"training.device={name}: torch finds {found} devices of type {device.type} here; "
+                "take another, or auto"
+            )
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda", distributed.local_rank())
     return torch.device("cpu")
