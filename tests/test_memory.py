@@ -166,6 +166,8 @@ def test_fewer_bits_and_adapters(start: Path):
     for more in ("model.quantize=nf4", "training.trainable=[language_model]"):
         with pytest.raises(ValueError, match="spreads frozen weights of full precision"):
             predict_memory(recipe_of(start, "training.parallel=fsdp2", more), 2)
+    with pytest.raises(ValueError, match="image_size must hold one patch"):
+        predict_memory(recipe_of(start, "model.image_size=1"))
     adapter = ("model.lora={rank: 2}", "training.trainable=[qformer, lora]")
     adapted = predict_memory(recipe_of(start, *adapter))
     assert adapted.trained > plain.trained

@@ -79,6 +79,10 @@ def test_overrides_are_yaml():
         ("training..steps=1", "expected an override"),
         ("training.steps.more=1", "steps is 2000, which has no keys"),
         ("training.steps=[1", "is not YAML"),
+        (
+            "drawing={sets: {a: {kind: scenes}}, decoder: {kind: native, widht: 3}}",
+            r"unknown key drawing.decoder.native.widht: did you mean width\?",
+        ),
         ("training={steps: 1, steps: 2}", "the key steps is there twice"),
         ("training.device=foo", r"training.device: expected auto, cpu, .*\(got 'foo'\)"),
         ("training.device=cuda:one", r"training.device: expected auto, cpu"),

@@ -102,7 +102,9 @@ def check(
 def show(
     recipe: RecipeName,
     overrides: Overrides = None,
-    count: Annotated[int, typer.Option("-n", "--count", help="Samples of each data set.")] = 2,
+    count: Annotated[
+        int, typer.Option("-n", "--count", min=1, help="Samples of each data set.")
+    ] = 2,
     html: Annotated[Path | None, typer.Option(help="Write a page instead of printing.")] = None,
 ) -> None:
     """Show training samples as the model gets them: picture, texts, and what carries loss."""
@@ -123,7 +125,7 @@ def cache(recipe: RecipeName, overrides: Overrides = None) -> None:
 def memory(
     recipe: RecipeName,
     overrides: Overrides = None,
-    devices: Annotated[int, typer.Option(help="How many devices share a batch.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="How many devices share a batch.")] = 1,
     gigabytes: Annotated[
         float | None, typer.Option(help="GiB of each; by default those of the GPU here.")
     ] = None,

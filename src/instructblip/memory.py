@@ -126,7 +126,7 @@ def build(recipe: Recipe) -> InstructBlip:
     config = InstructBlipConfig.from_transformers(read_json(directory / "config.json"))
     vision = config.vision
     if recipe.model.image_size is not None:
-        vision = vision.model_copy(update={"image_size": recipe.model.image_size})
+        vision = type(vision)(**{**vision.model_dump(), "image_size": recipe.model.image_size})
     aware = recipe.model.instruction_aware
     config = config.model_copy(update={"vision": vision, "instruction_aware": aware})
     with NoRandomWeights():

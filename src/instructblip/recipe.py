@@ -356,11 +356,14 @@ def _fields_at(place: tuple[int | str, ...]) -> Mapping[str, Any]:
     """Names of the settings at a place of the recipe, such as ("data", "sets", "vqav2")."""
     kind: Any = Recipe
     for name in place:
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if typing.get_origin(kind) is types.UnionType:  # the name is the tag of one of several
+            options = typing.get_args(kind)
+            kind = next(o for o in options if o.model_fields["kind"].default == name)
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
             kind = kind.model_fields[str(name)].annotation
         else:  # an entry of dict[str, Section]
             kind = typing.get_args(kind)[-1]
-        if isinstance(kind, types.UnionType):
+        if type(None) in typing.get_args(kind):
             kind = next(option for option in typing.get_args(kind) if option is not type(None))
     return kind.model_fields
 

@@ -111,6 +111,8 @@ def test_stored_settings_are_the_defaults(engine: Engine, pictures: list[Path]) 
     assert said == engine.answer(pictures[0], QUESTION, temperature=0.0)
     with pytest.raises(ValueError, match=r"num_beams must be 1 to 100; got '3'"):
         engine.answer(pictures[0], QUESTION, num_beams="3")
+    with pytest.raises(ValueError, match=r"num_beams must be a whole number; got 2.5"):
+        engine.answer(pictures[0], QUESTION, num_beams=2.5)
     with pytest.raises(ValueError, match="unknown decoding setting beams"):
         engine.answer(pictures, QUESTION, beams=2)
 

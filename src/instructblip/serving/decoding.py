@@ -31,6 +31,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "temperature": (LEAST_TEMPERATURE, 100),
     "top_p": (0, 1),
 }
+COUNTS = ("num_beams", "max_new_tokens", "min_new_tokens")
 
 
 def check_decoding(settings: Mapping[str, Any]) -> None:
@@ -46,5 +47,7 @@ def check_decoding(settings: Mapping[str, Any]) -> None:
         unused = name == "temperature" and value == 0 and not settings.get("do_sample")
         if value is None or unused:
             continue
+        if name in COUNTS and isinstance(value, float):
+            raise ValueError(f"{name} must be a whole number; got {value!r}")
         if not isinstance(value, int | float) or not low <= value <= high:
             raise ValueError(f"{name} must be {low:g} to {high:g}; got {value!r}")
