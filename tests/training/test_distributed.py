@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,10 +116,13 @@ ROWS_READ = [[2, 0, 2], [5], None]
 def reader(rank: int, port: int) -> None:
     with joined(rank, len(ROWS_READ), port):
         table = torch.nn.Embedding(6, 2, sparse=True)
-        other = torch.nn.Parameter(torch.zeros(3))
+        other, unread = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
         if (ids := ROWS_READ[rank]) is not None:
             (table(torch.tensor(ids)).sum() + other.sum()).backward()
-        distributed.sum_gradients([table.weight, other])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            distributed.sum_gradients([table.weight, other, unread])
+        assert unread.grad is None  # as with one rank: the optimiser passes it over
         gradient = table.weight.grad
         assert gradient is not None
         assert gradient.is_sparse

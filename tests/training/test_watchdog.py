@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from instructblip.training.checkpoint import saved_steps
-from instructblip.training.watchdog import EXIT_CODE
+from instructblip.training.watchdog import EXIT_CODE, Watchdog
 
 ROOT = Path(__file__).parents[2]
 HANG = """
@@ -55,3 +56,10 @@ def test_names_rank_step_and_samples(tmp_path: Path, where: str, said: str):
     assert ("even/32, odd/33" in found.stderr) == (where == "step")
     assert "most recent call first" in found.stderr  # where each thread was
     assert saved_steps(tmp_path / "checkpoints") == [3]
+
+
+def test_the_thread_ends_with_the_run():
+    """One that went on into Python's end, the last to hold a batch, aborted a run that was over."""
+    with Watchdog(60.0):
+        assert "watchdog" in {thread.name for thread in threading.enumerate()}
+    assert "watchdog" not in {thread.name for thread in threading.enumerate()}

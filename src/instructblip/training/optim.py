@@ -78,13 +78,14 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     )
 
 
-def numbers_of_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The gradients there are; of sparse ones, which are coalesced, the rows that they hold."""
-    numbers = []
+def coalesce_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up what sparse gradients hold of one row: after each micro batch, or they grow."""
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
-            numbers.append(parameter.grad.values())
-        elif parameter.grad is not None:
-            numbers.append(parameter.grad)
-    return numbers
+
+
+def numbers_of_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients there are; of sparse ones, which are coalesced, the rows that they hold."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return [g.values() if g.is_sparse else g for g in gradients]

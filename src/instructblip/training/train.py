@@ -23,6 +23,7 @@ from instructblip.training.config import TrainingConfig
 from instructblip.training.files import Export, Progress, RunFiles, merge_windows
 from instructblip.training.log import RunLog
 from instructblip.training.optim import (
+    coalesce_gradients,
     learning_rate,
     make_optimizer,
     numbers_of_gradients,
@@ -193,6 +194,7 @@ def update(
     for batch in micro_batches:
         output = model.loss(batch.to(device))
         (output.loss_sum / tokens).backward()
+        coalesce_gradients(parameters.values())
         sample_losses.append(output.sample_losses.detach().float())
     distributed.sum_gradients(parameters.values())
     with part("optimiser"):

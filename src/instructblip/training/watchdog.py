@@ -28,14 +28,17 @@ class Watchdog:
         self._began: float | None = None
         self._step, self._doing, self._batches = 0, "", ()
         self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         if self.seconds is not None:
-            threading.Thread(target=self._look, name="watchdog", daemon=True).start()
+            self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._closed.set()
+        if self._thread.is_alive():  # alone it might free tensors while Python ends: an abort
+            self._thread.join()
 
     def watch(self, step: int, doing: str, batches: Sequence[Batch] = ()) -> None:
         """From now on the rank is ``doing`` something that has an end."""
