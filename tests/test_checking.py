@@ -64,6 +64,30 @@ def test_check_says_what_it_found(root: Path, capsys: pytest.CaptureFixture[str]
     assert "3 of 27 samples are bad" in capsys.readouterr().out
 
 
+def test_pictures_that_the_model_would_not_see_are_bad(root: Path):
+    row = {"image": [f"{i}.png" for i in range(6)], "question": "Which?", "answer": "red"}
+    for name in row["image"]:
+        write_picture(root / "own" / name, seed=int(name[0]))
+    rows = [row, row | {"image": ["1.png", "0.png"]}]
+    (root / "own" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = ["data.sets={own: {format: table}}", "evaluation.validation=[]", "data.check=required"]
+    more.append("evaluation.benchmarks=[]")
+    (found,) = checking.check_recipe(recipe_of(root, *more))
+    assert not isinstance(found, str)
+    assert found.left_out == (0,)
+    assert "line 1: too many pictures: 6, and the model sees 4; set data.num_frames=6" in (
+        found.describe()
+    )
+    wider = recipe_of(root, *more, "data.num_frames=6")
+    datasets = preparing.prepare_training(wider)
+    with pytest.raises(ValueError, match=r"own was checked with another data\.num_frames"):
+        checking.checked_training(wider, datasets)
+    (found,) = checking.check_recipe(wider)
+    assert not isinstance(found, str)
+    assert not found.left_out
+    assert checking.checked_training(wider, datasets) == datasets
+
+
 def test_training_needs_a_check(root: Path, capsys: pytest.CaptureFixture[str]):
     recipe = recipe_of(root, "data.check=required")
     datasets = preparing.prepare_training(recipe)

@@ -1,5 +1,6 @@
 """Predicted memory against what a real step keeps, and the advice drawn from it."""
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,10 @@ from instructblip.memory import (
 )
 from instructblip.model.config import VisionConfig
 from instructblip.model.instructblip import InstructBlip
+from instructblip.preparing import prepare_training
 from instructblip.recipe import Recipe, load_recipe
 from instructblip.training.optim import make_optimizer
+from tests.data.tiny import write_picture
 from tests.model.test_activations import full_batch
 from tests.model.test_language import tiny_model
 from tests.model.test_lora import adapted
@@ -118,6 +121,19 @@ def test_frames_of_videos_count(start: Path):
     )
     measured = saved_bytes(lambda: model.loss(batch).loss_sum, model)
     assert predicted.activations == pytest.approx(measured, rel=0.1)
+
+
+def test_pictures_of_prepared_data_of_ones_own_count(start: Path, tmp_path: Path):
+    names = [f"{i}.png" for i in range(3)]
+    for name in names:
+        write_picture(tmp_path / "own" / name)
+    row = {"image": names, "question": "Which?", "answer": "red"}
+    (tmp_path / "own" / "rows.jsonl").write_text(json.dumps(row))
+    own = recipe_of(start, f"data.root={tmp_path}", "data.sets={own: {format: table}}")
+    assert predict_memory(own) == predict_memory(recipe_of(start))
+    prepare_training(own)
+    more = ["data.sets={msvdqa: {}}", "data.num_frames=3"]
+    assert predict_memory(own) == predict_memory(recipe_of(start, *more))
 
 
 def test_the_starts_adapter_goes_on_and_other_settings_are_told(start: Path):

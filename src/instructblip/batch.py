@@ -34,10 +34,11 @@ IGNORE_INDEX = -100
 class Example:
     """One annotation of one data set, as its owner wrote it: no template, no tokens, no pixels.
 
-    ``images`` are paths relative to the image root; more than one means the frames of a video,
-    in order. ``answers`` are all accepted answers (ten for VQAv2, five references for COCO):
-    one of them is chosen when the instruction is rendered. ``history`` are the earlier turns of
-    a dialogue as (question, answer). ``where`` names file and record for error messages.
+    ``images`` are paths relative to the image root; more than one are shown together, in order:
+    the frames of a video, or several pictures. ``answers`` are all accepted answers (ten for
+    VQAv2, five references for COCO): one of them is chosen when the instruction is rendered.
+    ``history`` are the earlier turns of a dialogue as (question, answer). ``where`` names file and
+    record for error messages.
     ``extra`` holds what one metric needs and nothing else does (question type, label, ...).
     """
 

@@ -52,8 +52,16 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             against=[key(dataset) for dataset in evaluated],
             tokens=tokens,
             drop_leaked=recipe.data.drop_leaked,
+            most_pictures=most_pictures(recipe, name),
             decode=decode,
         )
+
+
+def most_pictures(recipe: Recipe, name: str) -> int | None:
+    """How many pictures a sample of an entry may have: of one's own data none is passed over,
+    while the published sets that have several show frames of videos."""
+    data = recipe.data
+    return data.num_frames if data.sets[name].format else None
 
 
 def passes(recipe: Recipe, diagnosis: Diagnosis) -> bool:
@@ -80,7 +88,7 @@ def checked_training(
     stale = {
         name: reason
         for name, dataset in datasets.items()
-        if (reason := unchecked(dataset, against, data.drop_leaked))
+        if (reason := unchecked(dataset, against, data.drop_leaked, most_pictures(recipe, name)))
     }
     if stale and data.check == "run":
         for diagnosis in check_recipe(recipe):

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from instructblip.assembly import shape_language
+from instructblip.data.prepared import MANIFEST_FILE, PreparedDataset
 from instructblip.data.sources import VIDEOS
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.directory import model_directory
@@ -28,7 +29,7 @@ from instructblip.model.llama import reads_last
 from instructblip.model.packing import Packing, packs
 from instructblip.model.quantize import QuantizedLinear
 from instructblip.model.weights import NoRandomWeights, read_json
-from instructblip.recipe import Recipe
+from instructblip.recipe import DataConfig, Recipe
 from instructblip.training.adamw import large_tables
 
 
@@ -101,8 +102,7 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         data.max_prompt,
         data.max_response,
     )
-    shows_videos = any(data.source_of(name) in VIDEOS for name in data.sets)
-    frames = data.num_frames if shows_videos else 1
+    frames = max(min(_most_pictures(data, name), data.num_frames) for name in data.sets)
     forward = functools.partial(walk, model, samples, lengths, frames)
     activations = saved_bytes(forward, model)
     sparse = large_tables(model) if training.optimizer == "adamw" else ()
@@ -118,6 +118,18 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         encoder=encoder_bytes(model, samples * frames),
         accumulates=training.accumulate > 1,
     )
+
+
+def _most_pictures(data: DataConfig, name: str) -> int:
+    """The most that an example of an entry shows. Of one's own data it is known once that is
+    prepared; until then one is assumed."""
+    entry = data.sets[name]
+    if entry.format is None:
+        return data.num_frames if data.source_of(name) in VIDEOS else 1
+    folder = data.prepared_root / name / entry.split
+    if not (folder / MANIFEST_FILE).is_file():
+        return 1
+    return max(map(len, PreparedDataset(folder).images()))
 
 
 def build(recipe: Recipe) -> InstructBlip:

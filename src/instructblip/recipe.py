@@ -116,7 +116,7 @@ class DataConfig(_Section):
     augment: bool = True
     """Whether training pictures are cropped and flipped at random."""
     num_frames: PositiveInt = 4
-    """Frames of a video, evenly spaced."""
+    """Pictures of a sample at most: of a video so many frames, evenly spaced."""
     max_instruction: PositiveInt = 128
     """Tokens of the instruction that the Q-Former reads at most."""
     max_prompt: PositiveInt = 128

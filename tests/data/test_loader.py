@@ -301,11 +301,10 @@ def test_collate_refuses_what_does_not_fit() -> None:
         collate([])
 
 
-def test_videos_give_evenly_spaced_frames(tmp_path: Path) -> None:
+def test_more_pictures_than_frames_are_sampled_and_fewer_stay(tmp_path: Path) -> None:
     pictures = Pictures(ImageTransform(image_size=4), num_frames=4)
-    assert pictures.frames(8) == [1, 3, 5, 7]
-    assert pictures.frames(4) == [0, 1, 2, 3]
-    assert pictures.frames(3) == [0, 0, 1, 2]
+    for names, seen in (("abcdefgh", "bdfh"), ("abcd", "abcd"), ("abc", "abc"), ("a", "a")):
+        assert pictures.seen(tuple(names)) == tuple(seen)
     video = Example(
         dataset="d", split="test", id="1", task="vqa", images=tuple(f"{i}.png" for i in range(8))
     )

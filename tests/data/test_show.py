@@ -21,7 +21,7 @@ def loader(tmp_path: Path, tokens: Tokens) -> Loader:
     write_vqa(tmp_path / "vqav2", 30)
     record = {"video_id": 1, "question": "<script>?", "answer": "red", "id": 1}
     write_json(tmp_path / "msvdqa" / "annotations" / "train_qa.json", [record])
-    for i in range(4):
+    for i in range(6):
         write_picture(tmp_path / "msvdqa" / "images" / "vid1" / f"{i}.png", seed=i)
     datasets = {
         name: prepare(name, tmp_path / name, "train", tmp_path / "out")
@@ -54,6 +54,16 @@ def test_pictures_are_the_model_s(loader: Loader):
     path = loader.datasets[0].image_root / one.example.images[0]
     expected = ImageTransform(image_size=16).resize(load_image(path))
     assert np.array_equal(np.asarray(one.pictures[0]), expected)
+
+
+def test_of_several_pictures_those_that_the_model_sees_are_named(loader: Loader, tmp_path: Path):
+    *_, video = training_samples(loader, 1)
+    assert video.images == tuple(f"vid1/{i}.png" for i in (0, 2, 3, 5))
+    assert len(video.pictures) == 4
+    assert f"picture    {', '.join(video.images)}\n" in to_terminal(video, colour=False).plain
+    page = write_page(tmp_path / "show.html", [video], {}).read_text(encoding="utf-8")
+    assert "vid1/5.png" in page
+    assert "vid1/1.png" not in page
 
 
 def test_terminal(loader: Loader):

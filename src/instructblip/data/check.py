@@ -32,9 +32,9 @@ from instructblip.data.tokens import Tokens
 from instructblip.data.writing import replacing, write_json
 
 CHECK_FILE = "check.json"
-CHECK_VERSION = 2
+CHECK_VERSION = 3
 
-BAD = ("unreadable picture", "no answer", "no question", "placeholder")
+BAD = ("unreadable picture", "too many pictures", "no answer", "no question", "placeholder")
 """Kinds of findings that make an example useless."""
 LEAKED = "leaked picture"
 """A training picture that an evaluation set shows as well: bad only if leaks are left out."""
@@ -95,6 +95,7 @@ def check_dataset(
     against: Sequence[str] = (),
     tokens: Tokens | None = None,
     drop_leaked: bool = False,
+    most_pictures: int | None = None,
     decode: bool = False,
 ) -> Diagnosis:
     """Checks every example and every picture once, and writes down what it found.
@@ -105,6 +106,8 @@ def check_dataset(
         tokens: finds answers longer than ``max_response`` and prompts longer than ``max_prompt``;
             without them no length is checked.
         drop_leaked: counts leaked pictures as bad.
+        most_pictures: how many of an example the model sees; None where it is shown a choice of
+            them, as of the frames of a video.
         decode: decodes every picture whole, which finds damage in the middle of a file.
     """
     facts = picture_facts(dataset, decode)
@@ -118,7 +121,7 @@ def check_dataset(
         temporary.open("w", encoding="utf-8") as file,
     ):
         file.writelines(kept)
-        for finding in _findings(dataset, facts, evaluated or {}, tokens):
+        for finding in _findings(dataset, facts, evaluated or {}, tokens, most_pictures):
             kinds[finding.kind] += 1
             if finding.kind in bad_kinds:
                 left_out[finding.index] = None
@@ -134,6 +137,7 @@ def check_dataset(
             "kinds": dict(kinds),
             "against": sorted(against),
             "drop_leaked": drop_leaked,
+            "most_pictures": most_pictures,
             "left_out": list(left_out),
         },
     )
@@ -177,11 +181,15 @@ def left_out(dataset: PreparedDataset) -> tuple[int, ...]:
 
 
 def unchecked(
-    dataset: PreparedDataset, against: Collection[str] = (), drop_leaked: bool = False
+    dataset: PreparedDataset,
+    against: Collection[str] = (),
+    drop_leaked: bool = False,
+    most_pictures: int | None = None,
 ) -> str:
     """Why the last check does not hold for the data as it is now; empty when it does.
 
-    ``against`` are the evaluation sets whose pictures it has to have been compared with.
+    ``against`` are the evaluation sets whose pictures it has to have been compared with; the rest
+    is as in ``check_dataset``.
     """
     checked = _read_check(dataset)
     if not checked:
@@ -194,6 +202,8 @@ def unchecked(
         return f"was not checked for leaked pictures against {', '.join(missing)}"
     if checked["drop_leaked"] != drop_leaked:
         return "was checked with another data.drop_leaked"
+    if checked["most_pictures"] != most_pictures:
+        return "was checked with another data.num_frames"
     changed = first_changed(dataset.image_root, read_facts(dataset.path / FACTS_FILE))
     return f"has changed since it was checked (picture {changed})" if changed else ""
 
@@ -208,9 +218,13 @@ def _findings(
     facts: Mapping[str, PictureFact],
     evaluated: Mapping[bytes, str],
     tokens: Tokens | None,
+    most_pictures: int | None,
 ) -> Iterator[Finding]:
     same, ids = _Repeats(), _Repeats()
     for i, example in enumerate(dataset):
+        if most_pictures is not None and (count := len(example.images)) > most_pictures:
+            reason = f"{count}, and the model sees {most_pictures}; set data.num_frames={count}"
+            yield Finding(i, example.where, "too many pictures", reason)
         for kind, reason in _faults(example, dataset.image_root, facts, evaluated, tokens):
             yield Finding(i, example.where, kind, reason)
         pictures = tuple(facts[name].sha256 for name in example.images)

@@ -15,8 +15,8 @@ def collate(samples: list[Sample]) -> Batch:
 
     Two samples with the keys ("a", "b") and ("b", "c") give N = 3 pictures and
     ``image_index`` [[0, 1], [1, 2]]. F is the most that a sample has; one with fewer repeats its
-    own in order, as a short video does. Each is still encoded once, but the language model then
-    reads F * Q query tokens where it would read fewer for that sample alone.
+    own in order. Each is still encoded once, but the language model then reads F * Q query tokens
+    where it would read fewer for that sample alone.
     """
     if not samples:
         raise ValueError("a batch needs at least one sample")

@@ -107,11 +107,12 @@ class Loader:
             self._window = (window, batches)
         return self._window[1]
 
-    def _length(self, slot: int) -> tuple[bool, int]:
-        """Whether a sample is a video, which should not stand among pictures (``collate``); and
+    def _length(self, slot: int) -> tuple[int, int]:
+        """The pictures of a sample, of which all in a batch should have as many (``collate``); and
         its characters: close to its tokens, and no tokenizer has to run for them."""
         example, rendered = self.rendered(slot)
-        return len(example.images) > 1, len(rendered.prompt) + len(rendered.response)
+        seen = self.pictures.seen(example.images)
+        return len(seen), len(rendered.prompt) + len(rendered.response)
 
     def sample(self, slot: int) -> Sample:
         """The sample of a slot, with its crop, template and answer."""

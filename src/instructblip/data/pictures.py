@@ -13,7 +13,7 @@ from torch import Tensor
 
 from instructblip.batch import Example, Sample
 from instructblip.data.images import ImageTransform, load_image, may_flip
-from instructblip.data.sources.frames import evenly_spaced, repeated
+from instructblip.data.sources.frames import evenly_spaced
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
 
@@ -63,20 +63,16 @@ class Pictures:
     _bytes: int = 0
 
     def keys(self, example: Example, image_root: Path) -> tuple[str, ...]:
-        """The path of each frame: one for a still picture, ``num_frames`` for a video."""
+        """The path of each picture that the model sees: at most ``num_frames``."""
         return self.paths(example.images, image_root)
 
     def paths(self, names: tuple[str, ...], image_root: Path) -> tuple[str, ...]:
         """The same for ``Example.images`` alone."""
-        if len(names) > 1:
-            names = tuple(names[i] for i in self.frames(len(names)))
-        return tuple(str(image_root / name) for name in names)
+        return tuple(str(image_root / name) for name in self.seen(names))
 
-    def frames(self, available: int) -> list[int]:
-        """``num_frames`` evenly spaced indices; a short video repeats some."""
-        if available >= self.num_frames:
-            return evenly_spaced(available, self.num_frames)
-        return repeated(available, self.num_frames)
+    def seen(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """All of them in order; of more than ``num_frames``, so many evenly spaced ones."""
+        return tuple(names[i] for i in evenly_spaced(len(names), self.num_frames))
 
     def load(self, key: str, rng: random.Random | None, flip: bool) -> Tensor:
         """[3, S, S] of the picture at path ``key``."""

@@ -40,12 +40,14 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One training sample. ``pictures`` are the frames as the model sees them, S x S."""
+    """One training sample. ``pictures`` are what the model sees, S x S, and ``images`` their names
+    in ``example.images``."""
 
     name: str
     step: int
     example: Example
     rendered: Rendered
+    images: tuple[str, ...]
     pictures: tuple[Image.Image, ...]
     qformer: tuple[Token, ...]
     language: tuple[Token, ...]
@@ -80,6 +82,7 @@ def _show(loader: Loader, name: str, slot: int) -> Shown:
         step=loader.step_of(slot),
         example=example,
         rendered=rendered,
+        images=loader.pictures.seen(example.images),
         pictures=tuple(_picture(frame.numpy(), transform) for frame in sample.pixels),
         qformer=tuple(_tokens(tokens.qformer, batch, "qformer", False)) if tokens.qformer else (),
         language=(
@@ -110,7 +113,7 @@ def to_terminal(shown: Shown, colour: bool) -> "Text":
     text = Text()
     head = f"{shown.name}  step {shown.step}  {shown.example.where}  id {shown.example.id}"
     text.append(f"{head}\n", "bold")
-    text.append(f"picture    {', '.join(shown.example.images[:4])}\n")
+    text.append(f"picture    {', '.join(shown.images)}\n")
     if colour:
         for line in _half_blocks(shown.pictures[0]):
             text.append_text(line)
