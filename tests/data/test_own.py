@@ -311,7 +311,17 @@ def test_pictures_that_no_table_covers_need_a_caption(root: Path):
     }
 
 
-@pytest.mark.parametrize("value", ["flickr", "http://a.b/c d", "0042 17"])
+@pytest.mark.parametrize("value", ["3 + 0 =", "3+0=", "color?", "Farbe？", "7?", "colour:", "5＝ "])
+def test_a_short_question_under_another_heading_is_no_caption(root: Path, value: str):
+    (root / "metadata.csv").write_text(f"file_name,aufgabe,answer\n0.png,{value},3\n")
+    with pytest.raises(ValueError, match=r"line 2: 'answer' .* 'aufgabe'.*call it `question`"):
+        read(root, "imagefolder")
+
+
+USUAL = ("flickr", "http://a.b/c?d=", "0042 17", "2024-05-01 10:30", "a1-7", "TW9uZGF5TW9y=")
+
+
+@pytest.mark.parametrize("value", USUAL)
 def test_what_cannot_be_a_question_beside_a_caption(root: Path, value: str):
     (root / "t.csv").write_text(f"image,answer,source\n0.png,a cat,{value}\n")
     (found,) = read(root, "table", path="t.csv", images=".")

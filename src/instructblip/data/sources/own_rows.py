@@ -1,6 +1,7 @@
 """A row of one's own table -> an example: which columns mean what, and when that is unclear."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 from instructblip.batch import Example
 from instructblip.data.sources.own_files import ROLES, Own, images_of, spelt
 from instructblip.data.sources.records import Record
+
+_ASKING = ("?", "？", "=", "＝", ":", "：")
+_BASE64 = re.compile(r"[\w+/-]{12,}={1,2}", re.ASCII)
+"""An identifier or a digest: its last signs ask for nothing."""
 
 Row = tuple[str, Record, str]
 """Its key, its columns, and the folder that its pictures are relative to, below their root."""
@@ -86,9 +91,13 @@ def _refuse_unread(own: Own, record: Record) -> None:
 
 
 def _may_ask(text: str) -> bool:
-    """Whether a text could be a question, rather than an address or one word about the row."""
+    """Whether a text could be a question, rather than an address, numbers or one word."""
+    if "://" in text or _BASE64.fullmatch(text):
+        return False
+    if text.rstrip().endswith(_ASKING):
+        return True
     words = not text.isascii() or len(text.split()) > 1
-    return words and "://" not in text and any(map(str.isalpha, text))
+    return words and any(map(str.isalpha, text))
 
 
 @dataclass(slots=True)
