@@ -70,6 +70,21 @@ def test_a_row_whose_question_has_another_heading(tmp_path: Path) -> None:
         read_folder(write_folder(tmp_path, rows))
 
 
+def test_placeholders_are_no_captions(tmp_path: Path) -> None:
+    said = ["nan", "TODO", "NULL", "None", "#REF!", "#N/A", "n/a", "#NAME?"]
+    rows: list[dict] = [{"file_name": "0.png", "caption": text} for text in said]
+    rows += [
+        {"file_name": "1.png", "question": "{question}", "answer": "red"},
+        {"file_name": "1.png", "question": "who?", "answer": "none"},
+        {"file_name": "1.png", "caption": "none of them"},
+        {"file_name": "1.png", "caption": ["nan", "a cat"]},
+    ]
+    with pytest.raises(ValueError, match="9 of 12 examples are bad") as error:
+        read_folder(write_folder(tmp_path, rows))
+    assert "line 2: the answer is 'TODO', a placeholder" in str(error.value)
+    assert "line 9: the question is '{question}', a placeholder" in str(error.value)
+
+
 def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
     rows: list[dict] = [
         {"file_name": "0.png"},

@@ -42,11 +42,15 @@ LEAKED = "leaked picture"
 NEEDS_QUESTION = {"vqa", "multiple_choice", "read", "statement", "ask", "dialogue", "instruct"}
 
 _PLACEHOLDER = re.compile(
+    r"#(n/a|(ref|value|div/0|num|null)!|name\?)|"
     r"\W*(null|nan|undefined|todo|tbd|fixme|unk|lorem ipsum.*|placeholder|"
     r"(insert|your|the)[ _](answer|caption|text|question|response)([ _]here)?|"
     r"[<\[{](answer|caption|text|question|response|label)[>\]}])\W*",
     re.IGNORECASE | re.DOTALL,
 )
+
+_NO_CAPTION = re.compile(r"\W*(none|n/a)\W*", re.IGNORECASE)
+"""Answers to a question, but empty cells where nothing was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,10 +268,8 @@ def _faults(
         yield "no answer", "a training example needs an answer"
     if example.task in NEEDS_QUESTION and not example.question.strip():
         yield "no question", f"the task '{example.task}' needs one"
-    if _PLACEHOLDER.fullmatch(example.question):
-        yield "placeholder", f"the question is {example.question[:80]!r}"
-    if example.answers and all(_PLACEHOLDER.fullmatch(answer) for answer in example.answers):
-        yield "placeholder", f"the answer is {example.answers[0][:80]!r}"
+    for reason in placeholders(example):
+        yield "placeholder", reason
     if tokens is not None and example.split == "train":
         yield from _long_prompt(example, tokens)
         for answer in example.answers:
@@ -280,6 +282,16 @@ def _faults(
                     f"{length} tokens; training cuts it to {tokens.max_response} "
                     f"(data.max_response): {answer[:60]!r}...",
                 )
+
+
+def placeholders(example: Example) -> Iterator[str]:
+    """What stands in the place of its question, and of all its answers; none in a good example."""
+    if _PLACEHOLDER.fullmatch(example.question):
+        yield f"the question is {example.question[:80]!r}, a placeholder"
+    empty = (_PLACEHOLDER,) if example.question.strip() else (_PLACEHOLDER, _NO_CAPTION)
+    answers = example.answers
+    if answers and all(any(one.fullmatch(answer) for one in empty) for answer in answers):
+        yield f"the answer is {answers[0][:80]!r}, a placeholder"
 
 
 def _long_prompt(example: Example, tokens: Tokens) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from instructblip.batch import Example
+from instructblip.data.check import placeholders
 from instructblip.data.images import load_image
 from instructblip.data.sources.own import folder_examples
 from instructblip.data.sources.own_files import Own
@@ -48,6 +49,8 @@ def _problem(row: Example | ValueError, root: Path) -> str:
         return str(row)
     if not row.answers:
         return f"{row.where}: no caption and no answer"
+    for reason in placeholders(row):
+        return f"{row.where}: {reason}"
     try:
         for name in row.images:
             load_image(name, root)
