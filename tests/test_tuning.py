@@ -70,6 +70,20 @@ def test_a_row_whose_question_has_another_heading(tmp_path: Path) -> None:
         read_folder(write_folder(tmp_path, rows))
 
 
+def test_a_table_without_answers_is_named_with_its_columns(tmp_path: Path) -> None:
+    write_picture(tmp_path / "0.png")
+    for name in ("metadata.csv", "Metadata.CSV"):
+        (tmp_path / name).write_text("file_name,label\n0.png,cat\n")
+        with pytest.raises(ValueError, match=rf"{name}: no row .* `caption`.*'file_name', 'label'"):
+            read_folder(tmp_path)
+        (tmp_path / name).write_text("file_name,caption\n")
+        with pytest.raises(ValueError, match=rf"{name}: no row"):
+            read_folder(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "0.TXT").write_text("a cat")
+    assert read_folder(tmp_path)[0].answers == ("a cat",)
+
+
 def test_placeholders_are_no_captions(tmp_path: Path) -> None:
     said = ["nan", "TODO", "NULL", "None", "#REF!", "#N/A", "n/a", "#NAME?"]
     rows: list[dict] = [{"file_name": "0.png", "caption": text} for text in said]

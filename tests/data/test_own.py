@@ -236,6 +236,63 @@ def test_imagefolder_with_captions_beside(root: Path):
         read(root, "imagefolder")
 
 
+def test_texts_without_a_picture_that_can_be_read_are_told(root: Path):
+    for name in ("0", "1", "2", "p", "q"):
+        (root / f"{name}.txt").write_text("A cup.")
+    for name in ("p.heic", "q.HEIC"):
+        (root / name).write_bytes(b"no picture for Pillow")
+    (root / "2.txt").rename(root / "2.TXT")
+    with pytest.warns(UserWarning, match=r"2 \.txt .* no picture .*: p\.txt, q\.txt; .*as \.png"):
+        found = read(root, "imagefolder")
+    assert [e.images for e in found] == [("0.png",), ("1.png",), ("2.png",)]
+    (root / "sub").mkdir()
+    (root / "metadata.csv").write_text("file_name,text\n0.png,A cup.\n")
+    assert len(read(root, "imagefolder")) == 1  # the table speaks for all, and nothing is told
+
+
+def test_members_that_are_passed_over_are_counted(root: Path):
+    png = (root / "0.png").read_bytes()
+    files = {"1.png": png, "1.txt": b"A cup.", "v1.0_x.png": png, "v1.0_x.txt": b"A dog."}
+    write_tar(root / "a.tar", files)
+    with pytest.warns(UserWarning, match=r"a\.tar: 2 of 4 .*: v1\.0_x\.png, .*first dot"):
+        (found,) = read(root, "webdataset")
+    assert found.answers == ("A cup.",)
+
+
+@pytest.mark.parametrize("name", ["Metadata.csv", "metadata.CSV", "METADATA.Csv"])
+def test_names_of_tables_whatever_their_case(root: Path, name: str):
+    (root / name).write_text("file_name,text\n0.png,A cup.\n")
+    assert read(root, "imagefolder")[0].answers == ("A cup.",)
+    (root / "P.CSV").write_text("image,text\n1.png,A dog.\n")
+    (root / name).unlink()
+    assert read(root, "table")[0].answers == ("A dog.",)
+
+
+def test_tables_as_spreadsheets_save_them(root: Path):
+    path, rows = root / "a.csv", "image,caption\n0.png,A cup.\n"
+    path.write_text("sep=,\n" + rows)
+    assert read(root, "table")[0].where == "a.csv:line 3"
+    for separator, said in ((";", ";"), ("\t", "tabs")):
+        path.write_text(rows.replace(",", separator))
+        with pytest.raises(ValueError, match=rf"a\.csv:line 1: .* separated by {said}.* commas"):
+            read(root, "table")
+    path.write_text(rows, encoding="utf-16")
+    with pytest.raises(ValueError, match=r"a\.csv.* is UTF-16; save it as UTF-8 \(.*CSV UTF-8"):
+        read(root, "table")
+    path.write_text(rows.replace("0.png", "a\\b\\w.webp"))
+    with pytest.raises(ValueError, match=r"line 2: .*w\.webp' .* write / for \\"):
+        read(root, "table")
+
+
+def test_nobody_else_is_the_owner_of_ones_own_table(root: Path):
+    write_json(root / "a.json", [{"image": "0.png", "conversations": [{"from": "robot"}]}])
+    for form in ("llava_json", "table"):
+        with pytest.raises(ValueError, match=r"a\.json:record 0") as error:
+            read(root, form, columns=() if form == "llava_json" else (("image", "file"),))
+        assert "owner" not in str(error.value)
+        assert "images/" not in str(error.value)
+
+
 def test_imagefolder_with_metadata(root: Path):
     write_picture(root / "train" / "deep" / "a.png")
     (root / "train" / "deep" / "metadata.csv").write_text("file_name,text\na.png,A cup.\n")

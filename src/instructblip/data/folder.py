@@ -8,8 +8,9 @@ from pathlib import Path
 from instructblip.batch import Example
 from instructblip.data.check import placeholders
 from instructblip.data.images import load_image
-from instructblip.data.sources.own import folder_examples
-from instructblip.data.sources.own_files import Own
+from instructblip.data.sources.own import folder_examples, is_metadata
+from instructblip.data.sources.own_files import Own, records_of
+from instructblip.data.sources.records import walk_files
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,29 @@ def read_folder(root: Path) -> FolderSet:
         raise FileNotFoundError(f"{root}: expected a folder of pictures")
     found = list(folder_examples(Own("own", "imagefolder"), root, "train"))
     if not any(isinstance(row, ValueError) or row.answers for row in found):
-        raise ValueError(
-            f"{root} holds no metadata.jsonl, no metadata.csv and no picture with a .txt beside it"
-        )
+        raise ValueError(_nothing_told(root))
     problems = [problem for row in found if (problem := _problem(row, root))]
     if problems:
         shown = "\n  ".join(problems[:20])
         raise ValueError(f"{len(problems)} of {len(found)} examples are bad:\n  {shown}")
     return FolderSet([row for row in found if isinstance(row, Example)], root)
+
+
+def _nothing_told(root: Path) -> str:
+    """Why a folder has no answer: what its table holds, or that there is none."""
+    table = next(filter(is_metadata, walk_files(root)), None)
+    if table is None:
+        return (
+            f"{root} holds no metadata.jsonl or metadata.csv (.json, .tsv, .parquet), and no "
+            "picture with a .txt beside it"
+        )
+    columns = next((", ".join(map(repr, record.data)) for _, record in records_of(table)), "")
+    if not columns:
+        return f"{table}: no row; expected one for each example"
+    return (
+        f"{table}: no row has an answer; expected a column `answer`, `caption` or `text`, and the "
+        f"columns are {columns}"
+    )
 
 
 def _problem(row: Example | ValueError, root: Path) -> str:

@@ -56,8 +56,7 @@ def load_image(name: str | Path, root: Path | None = None) -> Image.Image:
         data = path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"picture {path} does not exist; check that the archive was unpacked whole below "
-            "`images/`"
+            f"picture {path} does not exist; check its name, and that all pictures are there"
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"picture {path}: cannot be read: {error}") from None

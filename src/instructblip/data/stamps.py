@@ -44,7 +44,7 @@ def same_files(noted: dict[str, Any], root: Path, without: Path, by_content: boo
 
 def _files_of(folder: Path, without: Path) -> list[Path]:
     """The annotation files of a folder."""
-    files = [file for file in walk_files(folder) if file.suffix in ANNOTATION_FILES]
+    files = [file for file in walk_files(folder) if file.suffix.lower() in ANNOTATION_FILES]
     if folder not in without.parents:
         return files
     return [file for file in files if without not in file.parents]

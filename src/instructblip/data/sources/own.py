@@ -16,6 +16,7 @@ Pictures that come inside a file are written to ``extracted/`` below the image r
 sha256. A dialogue gives one example for each answer, with the turns before it.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,14 @@ from instructblip.data.sources.own_files import (
     records_of,
 )
 from instructblip.data.sources.own_rows import Row, examples_of
-from instructblip.data.sources.records import PICTURES, Record, Source, walk_files
+from instructblip.data.sources.records import (
+    PICTURES,
+    Record,
+    Source,
+    list_folder,
+    not_utf8,
+    walk_files,
+)
 from instructblip.data.sources.shards import read_saved, read_shard
 
 
@@ -65,26 +73,46 @@ def imagefolder(own: Own, root: Path, split: str) -> Iterator[Row]:
     folder = _folder_of(base, split)
     note_file(folder)
     paths = walk_files(folder)
-    listed = [path for path in paths if path.stem == "metadata" and path.suffix in TABLES]
+    listed = [path for path in paths if is_metadata(path)]
     tables = {path.parent: path for path in listed}
     if len(tables) < len(listed):
         raise ValueError(f"{', '.join(map(str, listed))}: expected one in a folder; remove others")
     for inside, path in tables.items():
         for key, record in records_of(path):
             yield key, record, inside.relative_to(base).as_posix()
-    for path in paths:
-        if path.suffix.lower() in PICTURES and tables.keys().isdisjoint(path.parents):
-            inside, name = path.parent.relative_to(base).as_posix(), path.relative_to(base)
-            beside = path.with_suffix(".txt")
-            if tables and not beside.is_file():
-                continue
-            captions = _captions(beside)
-            yield str(name), _captioned(own, (path.name,), captions, str(name)), inside
+    free = [path for path in paths if tables.keys().isdisjoint(path.parents)]
+    texts = {path.with_suffix(""): path for path in free if path.suffix.lower() == ".txt"}
+    pictures = [path for path in free if path.suffix.lower() in PICTURES]
+    _tell_unread(folder, texts, {path.with_suffix("") for path in pictures})
+    for path in pictures:
+        inside, name = path.parent.relative_to(base).as_posix(), path.relative_to(base)
+        beside = texts.get(path.with_suffix(""))
+        if tables and beside is None:
+            continue
+        captions = _lines(_text_of(beside)) if beside else ()
+        yield str(name), _captioned(own, (path.name,), captions, str(name)), inside
+
+
+def is_metadata(path: Path) -> bool:
+    """Whether a file is the table of an imagefolder."""
+    return path.stem.lower() == "metadata" and path.suffix.lower() in TABLES
+
+
+def _tell_unread(folder: Path, texts: dict[Path, Path], pictured: set[Path]) -> None:
+    """Warn of texts without a picture of the same name, which may be there in another format."""
+    alone = [str(path.relative_to(folder)) for name, path in texts.items() if name not in pictured]
+    if alone:
+        warnings.warn(
+            f"{folder}: {len(alone)} .txt files have no picture of that name beside them that can "
+            f"be read, and are passed over: {', '.join(alone[:5])}; if they are captions, save "
+            "their pictures as .png or .jpg",
+            stacklevel=2,
+        )
 
 
 def _folder_of(base: Path, split: str) -> Path:
     """Where the pictures of a split lie; a table in ``base`` itself speaks for all below it."""
-    tabled = any((base / f"metadata{suffix}").is_file() for suffix in TABLES)
+    tabled = base.is_dir() and any(map(is_metadata, list_folder(base)))
     below = [base / split, *([] if tabled else [base / "images" / split])]
     return next((folder for folder in below if folder.is_dir()), base)
 
@@ -134,14 +162,11 @@ def folder_examples(own: Own, root: Path, split: str) -> Iterator[Example | Valu
     yield from examples_of(own, root, split, imagefolder(own, root, split))
 
 
-def _captions(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        return ()
+def _text_of(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 ({error.reason})") from None
-    return _lines(text)
+        raise ValueError(f"{path.name} {not_utf8(path, error)}") from None
 
 
 def _lines(text: str) -> tuple[str, ...]:

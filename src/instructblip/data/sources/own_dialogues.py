@@ -1,10 +1,11 @@
 """Dialogues of one's own: LLaVA, ShareGPT and OpenAI messages. One example for each answer."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from instructblip.batch import Example
-from instructblip.data.sources.own_files import Own, files_of, images_of, records_of
+from instructblip.data.sources.own_files import OWN_REMEDY, Own, files_of, images_of, records_of
 from instructblip.data.sources.records import Record
 
 SPEAKERS = {
@@ -20,7 +21,7 @@ def conversations(own: Own, root: Path, split: str) -> Iterator[Example]:
     """One example for each answer of a dialogue: LLaVA, ShareGPT and OpenAI messages."""
     for path in files_of(own, root, split, (".json", ".jsonl")):
         for key, record in records_of(path):
-            yield from _dialogue(own, root, split, key, record)
+            yield from _dialogue(own, root, split, key, replace(record, remedy=OWN_REMEDY))
 
 
 def _dialogue(own: Own, root: Path, split: str, key: str, record: Record) -> Iterator[Example]:

@@ -29,6 +29,8 @@ ROLES: dict[str, tuple[str, ...]] = {
     "ocr_tokens": (),
 }
 """What a column can hold, and under which other names it is looked for."""
+OWN_REMEDY = "Repair the row, or the entry of the recipe that says how it is read"
+"""For records of one's own files."""
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -84,7 +86,7 @@ def _plain(name: str) -> str:
 def files_of(own: Own, root: Path, split: str, suffixes: tuple[str, ...]) -> list[Path]:
     """The files that ``path`` of the entry names, by default all with one of the suffixes."""
     pattern = below_root(own.path or "*").replace("{split}", split)
-    found = [path for path in matching_files(root, pattern) if path.suffix in suffixes]
+    found = [path for path in matching_files(root, pattern) if path.suffix.lower() in suffixes]
     if not found:
         raise FileNotFoundError(
             f"{own.name}: no {' or '.join(suffixes)} file matches {pattern} in {root}; set `path` "
@@ -103,15 +105,16 @@ def below_root(pattern: str) -> str:
 def records_of(path: Path) -> Iterator[tuple[str, Record]]:
     """(key, record) of a table, or of JSON."""
     note_file(path)
-    if path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         yield from read_records(path)
         return
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
         rows = read_parquet(path)
-    elif path.suffix == ".jsonl":
+    elif suffix == ".jsonl":
         rows = read_lines(path)
     else:
-        rows = read_table(path, "\t" if path.suffix == ".tsv" else ",")
+        rows = read_table(path, "\t" if suffix == ".tsv" else ",")
     for i, record in enumerate(rows):
         yield str(i), record
 

@@ -3,11 +3,11 @@
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from instructblip.batch import Example
-from instructblip.data.sources.own_files import ROLES, Own, images_of, spelt
+from instructblip.data.sources.own_files import OWN_REMEDY, ROLES, Own, images_of, spelt
 from instructblip.data.sources.records import Record
 
 _ASKING = ("?", "？", "=", "＝", ":", "：")
@@ -23,7 +23,8 @@ def examples_of(
 ) -> Iterator[Example | ValueError]:
     """The example of each row, or what is wrong with the row or, at the end, with all of them."""
     absent, present, digits = dict(own.columns), {}, _Digits()
-    for key, record, inside in rows:
+    for key, row, inside in rows:
+        record = replace(row, remedy=OWN_REMEDY)
         if absent:
             present |= dict.fromkeys(record.data)
             absent = {r: name for r, name in absent.items() if spelt(name, record) is None}

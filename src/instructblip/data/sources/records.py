@@ -10,7 +10,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -127,6 +127,7 @@ class Record:
 
     data: dict[str, Any]
     where: str
+    remedy: str = "Check that this is the owner's original file, downloaded whole"
 
     def __contains__(self, name: str) -> bool:
         return self.data.get(name) is not None
@@ -136,10 +137,7 @@ class Record:
             got = f"is {repr(self.data[name])[:80]}"
         else:
             got = f"is missing (fields present: {', '.join(map(str, list(self.data)[:20]))})"
-        raise ValueError(
-            f"{self.where}: field '{name}' {got}; expected {expected}. Check that this is the "
-            "owner's original file, downloaded whole"
-        )
+        raise ValueError(f"{self.where}: field '{name}' {got}; expected {expected}. {self.remedy}")
 
     def text(self, name: str, default: str | None = None) -> str:
         """A string without surrounding white space; ``default`` when absent or null."""
@@ -187,7 +185,9 @@ class Record:
         value = self.data.get(name)
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             self.fail(name, "a list of objects")
-        return [Record(item, f"{self.where}, {name} {i}") for i, item in enumerate(value)]
+        return [
+            Record(item, f"{self.where}, {name} {i}", self.remedy) for i, item in enumerate(value)
+        ]
 
     def pick(self, name: str, options: tuple[str, ...]) -> str:
         """The option that the index in field ``name`` points at."""
@@ -258,7 +258,15 @@ def read_text(path: Path) -> Iterator[tuple[str, str]]:
                     )
                 yield line.rstrip("\r\n"), _line(path, number)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{_line(path, number + 1)} is not UTF-8 ({error.reason})") from None
+            raise ValueError(f"{_line(path, number + 1)} {not_utf8(path, error)}") from None
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    """What is wrong with a text file that ``error`` came from, and the remedy."""
+    with path.open("rb") as file:
+        utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    got = "is UTF-16" if utf16 else f"is not UTF-8 ({error.reason})"
+    return f"{got}; save it as UTF-8 (a spreadsheet as CSV UTF-8)"
 
 
 def _line(path: Path, number: int) -> str:
@@ -279,18 +287,18 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
 
 def read_table(path: Path, delimiter: str = ",") -> Iterator[Record]:
     """The rows of a table with a header, comma-separated unless told otherwise."""
-    number = 1
+    number = before = 0
     with open_text(path, newline="") as file:
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
-            names = [name.strip().casefold() for name in rows.fieldnames or ()]
-            if repeated := {name for name in names if name and names.count(name) > 1}:
-                raise ValueError(
-                    f"{_line(path, 1)}: the header names {', '.join(map(repr, sorted(repeated)))} "
-                    "more than once; rename or remove all but one"
-                )
+            # Spreadsheets may say in a line of its own what separates the columns.
+            before = int(file.readline(8).rstrip("\r\n") == f"sep={delimiter}")
+            if not before:
+                file.seek(0)
+            _check_header(rows.fieldnames or (), _line(path, before + 1))
+            number = before + 1
             for row in rows:
-                number = rows.line_num
+                number = before + rows.line_num
                 if None in row or None in row.values():
                     raise ValueError(
                         f"{_line(path, number)} has more or fewer columns than the header "
@@ -299,11 +307,26 @@ def read_table(path: Path, delimiter: str = ",") -> Iterator[Record]:
                 yield Record(dict(row), _line(path, number))
         except csv.Error as error:
             raise ValueError(
-                f"{_line(path, max(number + 1, rows.line_num))} is not readable as CSV ({error}); "
-                "repair the line"
+                f"{_line(path, max(number + 1, before + rows.line_num))} is not readable as CSV "
+                f"({error}); repair the line"
             ) from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{_line(path, number + 1)} is not UTF-8 ({error.reason})") from None
+            raise ValueError(f"{_line(path, number + 1)} {not_utf8(path, error)}") from None
+
+
+def _check_header(header: Sequence[str], where: str) -> None:
+    names = [name.strip().casefold() for name in header]
+    if repeated := {name for name in names if name and names.count(name) > 1}:
+        raise ValueError(
+            f"{where}: the header names {', '.join(map(repr, sorted(repeated)))} more than once; "
+            "rename or remove all but one"
+        )
+    for separator, said in ((";", ";"), ("\t", "tabs"), (",", "commas")):
+        if len(header) == 1 and separator in header[0]:
+            raise ValueError(
+                f"{where}: the columns are separated by {said}: {header[0][:80]!r}; save a .csv "
+                "with commas, and a .tsv with tabs"
+            )
 
 
 def image_name(name: str, where: str) -> str:
@@ -311,9 +334,10 @@ def image_name(name: str, where: str) -> str:
     # String functions: this runs once per sample, and pathlib would take half of a reader's time.
     normal = posixpath.normpath(name) if name else "."
     if name[:1] == "/" or normal == "." or "\0" in name or "\\" in name or ".." in name.split("/"):
+        slash = "; write / for \\" if "\\" in name else ""
         raise ValueError(
             f"{where}: image name {name[:200]!r} is empty or leaves the image root; expected a "
-            "relative path below `images/`"
+            f"relative path below it{slash}"
         )
     if not name.isascii():
         _encodable(name, "image", where)

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -55,10 +56,11 @@ def read_saved(folder: Path, split: str) -> Iterator[Record]:
 def read_shard(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
     """(key, parts by extension, place) of each sample: neighbours that share a key.
 
-    ``.json`` comes as an object, ``.txt`` as text and pictures as bytes; other parts are ignored.
-    Nothing is unpacked under the name that the archive gives.
+    ``.json`` comes as an object, ``.txt`` as text and pictures as bytes; other parts are passed
+    over, with a warning. Nothing is unpacked under the name that the archive gives.
     """
     key, parts = "", {}
+    count, unread = 0, []
     if not _ends_whole(path):
         raise ValueError(
             f"{path.name}: not readable as a tar archive: its end is missing; download the shard "
@@ -82,13 +84,27 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
                 assert opened is not None
                 part = _part("." + extension.lower(), opened.read(), where)
                 parts |= part
+                count += 1
+                if not part:
+                    unread.append(member.name)
         if parts:
             yield key, parts, f"{path.name}:{key}"
+        if unread:
+            _tell_unread(path, count, unread)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(
             f"{path.name}:{key or 'start'}: not readable as a tar archive: {error}; "
             "download the shard again"
         ) from None
+
+
+def _tell_unread(path: Path, count: int, unread: list[str]) -> None:
+    warnings.warn(
+        f"{path.name}: {len(unread)} of {count} files are passed over: "
+        f"{', '.join(unread[:5])}; a key ends at the first dot of a name, and after that dot only "
+        f"json, txt and {', '.join(suffix[1:] for suffix in PICTURES)} are read",
+        stacklevel=2,
+    )
 
 
 def _ends_whole(path: Path) -> bool:
