@@ -159,7 +159,10 @@ def test_what_prepare_left_out_stays_listed(tmp_path: Path):
     (tmp_path / "images" / "a.png").unlink()
     dataset = prepare("vizwiz", tmp_path, "train", tmp_path / "new", max_bad_rate=0.5)
     for _ in range(2):
-        check_dataset(dataset)
+        said = check_dataset(dataset).describe()
+        assert "2 examples (1 left out before: 1 x missing picture), 2 pictures: 1 x pl" in said
+        assert "record 0: missing picture: picture" in said
+        assert "bad_samples.jsonl" in said
         assert [line["kind"] for line in lines(dataset)] == ["missing picture", "placeholder"]
 
 

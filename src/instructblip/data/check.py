@@ -72,24 +72,34 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What the doctor found in one data set. ``left_out`` are the indices of bad examples."""
+    """What the doctor found in one data set. ``left_out`` are the indices of bad examples;
+    ``unprepared`` counts, by kind, those that `prepare` had left out, which have none."""
 
     name: str
     split: str
     count: int
     pictures: int
     kinds: dict[str, int]
+    unprepared: dict[str, int]
     left_out: tuple[int, ...]
     first: tuple[Finding, ...]
     path: Path
 
     def describe(self) -> str:
         """``vqav2 train: 9000 examples, 3000 pictures, fine``, or what is wrong with them."""
-        found = ", ".join(f"{count} x {kind}" for kind, count in self.kinds.items()) or "fine"
-        head = f"{self.name} {self.split}: {self.count} examples, {self.pictures} pictures: {found}"
+        gone = sum(self.unprepared.values())
+        before = f" ({gone} left out before: {_counted(self.unprepared)})" if gone else ""
+        head = (
+            f"{self.name} {self.split}: {self.count} examples{before}, {self.pictures} pictures: "
+            f"{_counted(self.kinds) or 'fine'}"
+        )
         shown = [f"\n  {f.where}: {f.kind}: {f.reason}" for f in self.first]
         rest = f"\n  all in {self.path / 'bad_samples.jsonl'}" if self.first else ""
         return head + "".join(shown) + rest
+
+
+def _counted(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
 
 
 def check_dataset(
@@ -118,13 +128,17 @@ def check_dataset(
     bad_kinds = {*BAD, LEAKED} if drop_leaked else {*BAD}
     kinds: Counter[str] = Counter()
     left_out: dict[int, None] = {}
-    first: list[Finding] = []
     kept = _lines_of_prepare(dataset.path)
+    unprepared = Counter(line["kind"] for line in kept)
+    first = [
+        Finding(-1, f"{line['file']}:{line['record']}", line["kind"], line["reason"])
+        for line in kept[:5]
+    ]
     with (
         replacing(dataset.path / BAD_FILE) as temporary,
         temporary.open("w", encoding="utf-8") as file,
     ):
-        file.writelines(kept)
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
         for finding in _findings(dataset, facts, evaluated or {}, tokens, most_pictures):
             kinds[finding.kind] += 1
             if finding.kind in bad_kinds:
@@ -147,8 +161,8 @@ def check_dataset(
     )
     name, split = dataset.name, dataset.split
     return Diagnosis(
-        name, split, len(dataset), len(facts), dict(kinds), tuple(left_out), tuple(first),
-        dataset.path,
+        name, split, len(dataset), len(facts), dict(kinds), dict(unprepared), tuple(left_out),
+        tuple(first), dataset.path,
     )  # fmt: skip
 
 
@@ -308,8 +322,8 @@ def _long_prompt(example: Example, tokens: Tokens) -> Iterator[tuple[str, str]]:
         )
 
 
-def _lines_of_prepare(path: Path) -> list[str]:
+def _lines_of_prepare(path: Path) -> list[dict[str, Any]]:
     """What `prepare` had left out; lines of an earlier check carry an index and go."""
     file = path / BAD_FILE
     lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
-    return [line + "\n" for line in lines if line and "index" not in json.loads(line)]
+    return [found for line in lines if line and "index" not in (found := json.loads(line))]
