@@ -115,6 +115,11 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
         read_folder(root)
     for number in range(1, 7):
         assert f"line {number}: " in str(error.value)
+    many = [{"file_name": "absent.png", "caption": "a"}] * 23
+    write_folder(tmp_path, many)
+    with pytest.raises(ValueError, match=r"(?s)23 of 23 .*line 20: .*\n  and 3 more$") as error:
+        read_folder(root)
+    assert "line 21" not in str(error.value)
     (root / "metadata.jsonl").write_text("{")
     with pytest.raises(ValueError, match="line 1: is not JSON"):
         read_folder(root)

@@ -12,6 +12,9 @@ from instructblip.data.sources.own import folder_examples, is_metadata
 from instructblip.data.sources.own_files import Own, records_of
 from instructblip.data.sources.records import walk_files
 
+SHOWN = 20
+"""Bad examples that a message lists; of the rest it gives the number."""
+
 
 @dataclass(frozen=True)
 class FolderSet:
@@ -29,7 +32,8 @@ class FolderSet:
 
 
 def read_folder(root: Path) -> FolderSet:
-    """All examples of a folder, every picture decoded once. ValueError lists what is wrong."""
+    """All examples of a folder, every picture decoded once. ValueError lists what is wrong
+    with the first ``SHOWN``."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: expected a folder of pictures")
     found = list(folder_examples(Own("own", "imagefolder"), root, "train"))
@@ -37,8 +41,11 @@ def read_folder(root: Path) -> FolderSet:
         raise ValueError(_nothing_told(root))
     problems = [problem for row in found if (problem := _problem(row, root))]
     if problems:
-        shown = "\n  ".join(problems[:20])
-        raise ValueError(f"{len(problems)} of {len(found)} examples are bad:\n  {shown}")
+        shown = problems[:SHOWN]
+        if more := len(problems) - len(shown):
+            shown.append(f"and {more} more")
+        listed = "".join(f"\n  {line}" for line in shown)
+        raise ValueError(f"{len(problems)} of {len(found)} examples are bad:{listed}")
     return FolderSet([row for row in found if isinstance(row, Example)], root)
 
 
