@@ -1,5 +1,6 @@
 """The command line: light help, and mistakes as one line with exit code 2."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from instructblip import cli, stages
+from instructblip.evaluation.evaluate import evaluate
+from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
 
 SOURCE = Path(cli.__file__).parents[1]
 
@@ -73,6 +76,46 @@ def test_results_to_compare_must_exist(tmp_path: Path, capsys: pytest.CaptureFix
     code, _, err = call(capsys, "compare", str(tmp_path), str(tmp_path))
     assert code == 2
     assert "holds no results: run `instructblip evaluate` first" in err
+
+
+def result_folders(root: Path, *names: str) -> list[str]:
+    """Folders as `evaluate` leaves them, with the sets a_in and b_out."""
+    for name in names:
+        for asked in (benchmark(name="a_in"), benchmark(name="b_out", role="held_out")):
+            out = root / name / asked.name
+            evaluate(FakeEngine(), asked, colour_questions(), out=out, progress=False)
+    return [str(root / name) for name in names]
+
+
+def test_compare_takes_folders_with_an_equals_sign(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folders = result_folders(tmp_path, "lr=1", "plain")
+    code, out, _ = call(capsys, "compare", *folders, "--format", "json")
+    assert code == 0
+    assert json.loads(out)["models"] == ["lr=1", "plain"]
+
+
+def test_compare_shows_the_benchmarks_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["compare", *result_folders(tmp_path, "one", "two"), "--format", "json"]
+    for asked in ("b_out", "held_out", " b_out, held_out"):
+        code, out, _ = call(capsys, *command, "--benchmarks", asked)
+        assert code == 0
+        assert list(json.loads(out)["datasets"]) == ["b_out"]
+    code, _, err = call(capsys, *command, "--benchmarks", "b_out,gqa")
+    assert code == 2
+    assert "no results of gqa: there are a_in, b_out" in err
+
+
+@pytest.mark.parametrize(
+    "settings", [["--limit", "3"], ["data.seed=1"], ["--recipe", "scenes"], ["absent=1"]]
+)
+def test_what_settles_an_evaluation_is_refused_for_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str]
+):
+    code, _, err = call(capsys, "compare", *result_folders(tmp_path, "one"), *settings)
+    assert code == 2
+    assert "results stand as they were evaluated: leave out --recipe, --limit and A.B=C" in err
 
 
 def test_train_refuses_to_overwrite_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -15,15 +15,12 @@ Benchmarks = Annotated[
 Limit = Annotated[int | None, typer.Option(help="Samples of each set; all if absent.")]
 
 
-def _evaluation_overrides(
-    benchmarks: str | None, limit: int | None, batch_size: str | None = None
-) -> list[str]:
-    given = {
-        "benchmarks": benchmarks and f"[{benchmarks}]",
-        "limit": limit,
-        "batch_size": batch_size,
-    }
+def _evaluation_overrides(**given: str | int | None) -> list[str]:
     return [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
+
+
+def _is_override(text: str) -> bool:
+    return "=" in text and not Path(text).exists()  # a folder may be called lr=1
 
 
 @app.command()
@@ -53,12 +50,14 @@ def evaluate(
     """
     from instructblip.recipe import load_recipe
 
-    overrides = [text for text in arguments if "=" in text and not Path(text).exists()]
+    overrides = [text for text in arguments if _is_override(text)]
     names = [text for text in arguments if text not in overrides]
     if len(names) not in (1, 2):
         raise ValueError(f"expected [RECIPE] MODEL [A.B=C]...; got {' '.join(names) or 'no model'}")
     model = names[-1]
-    overrides += _evaluation_overrides(benchmarks, limit, batch_size)
+    overrides += _evaluation_overrides(
+        benchmarks=benchmarks and f"[{benchmarks}]", limit=limit, batch_size=batch_size
+    )
     recipe = load_recipe(names[0] if len(names) == 2 else stages.recipe_of(model), overrides)
     folder = out or Path("out/results") / (Path(model).resolve().name + ("_blind" if blind else ""))
     stages.evaluate(recipe, model, folder, blind_seed=0 if blind else None)
@@ -79,7 +78,9 @@ def compare(
     recipe: Annotated[
         str | None, typer.Option(help="Recipe for models; else the model's own.")
     ] = None,
-    benchmarks: Benchmarks = None,
+    benchmarks: Annotated[
+        str | None, typer.Option(help="Benchmarks or groups, with commas; else all there are.")
+    ] = None,
     limit: Limit = None,
     out: Annotated[Path, typer.Option(help="Where results of models go.")] = Path("out/results"),
     intervals: Annotated[
@@ -92,10 +93,11 @@ def compare(
     """
     if form not in get_args(stages.Form):
         raise ValueError(f"--format {form}: expected one of {', '.join(get_args(stages.Form))}")
-    names = [path for path in models if "=" not in str(path)]
-    overrides = [str(path) for path in models if "=" in str(path)]
-    overrides += _evaluation_overrides(benchmarks, limit)
-    stages.compare(names, cast("stages.Form", form), recipe, overrides, out, intervals)
+    names = [path for path in models if not _is_override(str(path))]
+    overrides = [str(path) for path in models if path not in names]
+    overrides += _evaluation_overrides(limit=limit)
+    chosen = [name.strip() for name in benchmarks.split(",")] if benchmarks else []
+    stages.compare(names, cast("stages.Form", form), recipe, overrides, out, intervals, chosen)
 
 
 @app.command()

@@ -96,7 +96,7 @@ def prepare_benchmarks(
 
 def _remedy(recipe: Recipe, benchmark: Benchmark) -> str:
     """Where the files of a benchmark come from, and where they go."""
-    if "scenes" in groups_of(benchmark):
+    if "scenes" in groups_of(benchmark.name, benchmark.role):
         if taken := other_data(recipe.data.root, SCENE_SETS):
             return (
                 f"`instructblip scenes` draws it, but not beside other data such as {taken[0]}: "

@@ -66,21 +66,31 @@ def compare(
     overrides: Sequence[str] = (),
     out: Path = Path("out/results"),
     intervals: bool = False,
+    benchmarks: Sequence[str] = (),
 ) -> None:
     """Print the figures of result folders or models, each held to the first.
 
     A model (ours, or a transformers directory) is evaluated first, into a folder of ``out``; the
-    recipe is the first model's own unless given.
+    recipe is the first model's own unless given. Names of sets or groups in ``benchmarks`` choose
+    what is shown.
     """
     from instructblip.evaluation import compare as comparing
     from instructblip.evaluation import tables
 
+    if (recipe or overrides) and not any(map(_is_model, models)):
+        raise ValueError(
+            "results stand as they were evaluated: leave out --recipe, --limit and A.B=C, or give "
+            "models"
+        )
+    if benchmarks:
+        overrides = [*overrides, f"evaluation.benchmarks=[{', '.join(benchmarks)}]"]
     names = [path.name for path in models]
     folders = [
         _evaluated(path, recipe, overrides, out / _name_of(path, names.count(path.name) > 1))
         for path in models
     ]
-    comparison = comparing.compare(load_results(folders))
+    results = load_results(folders)
+    comparison = comparing.compare(_chosen(results, benchmarks) if benchmarks else results)
     if form == "table":
         _print_tables(tables.to_rich(comparison, intervals), tables.measured_with(comparison))
     elif form == "json":
@@ -98,13 +108,38 @@ def _evaluated(path: Path, recipe: str | None, overrides: Sequence[str], folder:
     """A folder of results: ``path`` itself, or ``folder`` with those of the model it is."""
     from instructblip.recipe import load_recipe
 
-    is_model = str(path) == "starter" or any(
-        (folder / "config.json").is_file() for folder in (path, path / "best", path / "last")
-    )
-    if not is_model:
+    if not _is_model(path):
         return path
     evaluate(load_recipe(recipe or recipe_of(str(path)), overrides), str(path), folder)
     return folder
+
+
+def _is_model(path: Path) -> bool:
+    return str(path) == "starter" or any(
+        (folder / "config.json").is_file() for folder in (path, path / "best", path / "last")
+    )
+
+
+def _chosen(
+    results: "dict[str, list[Result]]", benchmarks: Sequence[str]
+) -> "dict[str, list[Result]]":
+    """The results of the sets or groups called ``benchmarks``; ValueError for one without any."""
+    from instructblip.evaluation.benchmarks import groups_of
+
+    names = {
+        one.benchmark: {one.benchmark, *groups_of(one.benchmark, one.role)}
+        for own in results.values()
+        for one in own
+    }
+    absent = set(benchmarks).difference(*names.values())
+    if absent:
+        raise ValueError(
+            f"no results of {', '.join(sorted(absent))}: there are {', '.join(sorted(names))}"
+        )
+    return {
+        model: [one for one in own if names[one.benchmark].intersection(benchmarks)]
+        for model, own in results.items()
+    }
 
 
 def _print_tables(shown: "Sequence[Table]", notes: Sequence[str]) -> None:

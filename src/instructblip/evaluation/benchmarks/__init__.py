@@ -29,7 +29,7 @@ def select_benchmarks(
     known = BENCHMARKS if known is None else known
     chosen: dict[str, Benchmark] = {}
     for name in names:
-        members = [b for b in known.values() if name in (b.name, *groups_of(b))]
+        members = [b for b in known.values() if name in (b.name, *groups_of(b.name, b.role))]
         if not members:
             from difflib import get_close_matches
 
@@ -40,11 +40,9 @@ def select_benchmarks(
     return list(chosen.values())
 
 
-def groups_of(benchmark: Benchmark) -> tuple[str, ...]:
-    """The groups that a benchmark belongs to."""
-    if benchmark.name.startswith("scenes_"):
-        return ("scenes", f"scenes_{benchmark.role}")
-    return (benchmark.role,)
+def groups_of(name: str, role: str) -> tuple[str, ...]:
+    """The groups that the benchmark ``name`` belongs to."""
+    return ("scenes", f"scenes_{role}") if name.startswith("scenes_") else (role,)
 
 
 BENCHMARKS: dict[str, Benchmark] = {**HELD_IN, **HELD_OUT, **FINETUNED, **SCENES}
