@@ -160,6 +160,38 @@ def test_requests_as_editors_and_answers_write_them(tmp_path: Path) -> None:
         read_requests(file)
 
 
+def test_an_earlier_answers_file_is_asked_again(
+    engine: Engine, pictures: list[Path], tmp_path: Path
+) -> None:
+    file = pictures[0].parent / "retry.jsonl"
+    line = {
+        "image": "0.png",
+        "instruction": QUESTION,
+        "error": "was busy",
+        "answer": "old",
+        "id": 3,
+    }
+    file.write_text(f"{json.dumps(line)}\n{json.dumps(line | {'image': 'absent.png'})}")
+    ((good, bad),) = answer_requests(engine, read_requests(file))
+    file.unlink()
+    assert set(good) == {"image", "instruction", "id", "answer"}
+    assert good["answer"] == engine.answer(pictures[0], QUESTION)
+    assert set(bad) == {"image", "instruction", "id", "error"}
+    assert "absent.png does not exist" in bad["error"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_read(
+    pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["answer", "--batch", str(pictures[0].parent), "--instruction", QUESTION]
+    command += ["--model", "absent"]
+    code, _, err = call(capsys, *command, "--out", str(tmp_path))
+    assert code == 2
+    assert f"'{tmp_path}' is a directory" in err
+    with pytest.raises(FileExistsError, match=r"0\.png"):
+        cli.main([*command, "--out", str(pictures[0] / "answers.jsonl"), "--debug"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,7 +1,8 @@
 """Many pictures at once: a folder or a JSONL of requests in, a JSONL of answers out.
 
 A line of requests is ``{"image": "a.jpg", "instruction": "What is this?"}``; ``image`` may be a
-video file, or a list (the frames of a video); further keys are copied to the answer's line.
+video file, or a list (the frames of a video); further keys are copied to the answer's line, but for
+the ``answer`` or ``error`` of an earlier one.
 """
 
 import json
@@ -17,6 +18,7 @@ from instructblip.data.sources.records import image_name
 from instructblip.serving.engine import Engine
 from instructblip.serving.inputs import Picture
 
+RESULT_KEYS = ("answer", "error")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FRAMES = 4
 """Frames that stand for a video, evenly spaced, as in the paper."""
@@ -24,7 +26,7 @@ FRAMES = 4
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question about one picture or video; ``record`` is what the line said."""
+    """One question about one picture or video; ``record`` is what its answer's line repeats."""
 
     images: tuple[Path, ...]
     instruction: str
@@ -80,7 +82,8 @@ def _of_line(line: str, root: Path, instruction: str | None, where: str) -> Requ
     text = record.get("instruction", instruction)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: no 'instruction'; give one there or with --instruction")
-    return Request(tuple(root / image_name(name, where) for name in names), text, record)
+    kept = {key: value for key, value in record.items() if key not in RESULT_KEYS}
+    return Request(tuple(root / image_name(name, where) for name in names), text, kept)
 
 
 def answer_requests(
