@@ -118,6 +118,32 @@ def test_what_settles_an_evaluation_is_refused_for_results(
     assert "results stand as they were evaluated: leave out --recipe, --limit and A.B=C" in err
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "kind"),
+    [
+        ("report a", "out", "directory"),
+        ("show scenes", "html", "directory"),
+        ("draw a", "out", "directory"),
+        ("evaluate starter", "out", "file"),
+        ("compare a b", "out", "file"),
+        ("train scenes", "out", "file"),
+        ("pretrain scenes", "out", "file"),
+        ("tune photos", "out", "file"),
+        ("quickstart", "out", "file"),
+        ("prepare scenes", "out", "file"),
+    ],
+)
+def test_output_of_the_wrong_kind_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, option: str, kind: str
+):
+    place = tmp_path / "there.png"
+    place.mkdir() if kind == "directory" else place.write_text("mine")
+    code, _, err = call(capsys, *command.split(), f"--{option}", str(place))
+    assert code == 2
+    assert f"'--{option}': " in err
+    assert f"'{place}' is a {kind}" in " ".join(err.split())
+
+
 def test_train_refuses_to_overwrite_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "checkpoints" / "step_000012").mkdir(parents=True)
     code, _, err = call(capsys, "train", "scenes", "--out", str(tmp_path))

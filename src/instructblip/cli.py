@@ -43,9 +43,9 @@ def _options(
 @app.command()
 def quickstart(
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Folder of data, run and results.")] = Path(
-        "out/quickstart"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder of data, run and results.", file_okay=False)
+    ] = Path("out/quickstart"),
     resume: Resume = False,
     scale: Scale = 1.0,
 ) -> None:
@@ -55,7 +55,9 @@ def quickstart(
 
 @app.command()
 def scenes(
-    root: Annotated[Path, typer.Argument(help="Folder to write to.")] = Path("data/scenes"),
+    root: Annotated[Path, typer.Argument(help="Folder to write to.", file_okay=False)] = Path(
+        "data/scenes"
+    ),
     seed: Annotated[int, typer.Option(help="Another seed is another world.")] = 0,
     scale: Scale = 1.0,
 ) -> None:
@@ -73,7 +75,9 @@ def prepare(
     export: Annotated[
         str | None, typer.Option(help="Write samples: llava, sharegpt, messages or parquet.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the export.")] = Path("out/export"),
+    out: Annotated[Path, typer.Option(help="Folder of the export.", file_okay=False)] = Path(
+        "out/export"
+    ),
 ) -> None:
     """Read, verify and index the data sets of a recipe; print its mixture."""
     from instructblip.recipe import load_recipe
@@ -105,7 +109,9 @@ def show(
     count: Annotated[
         int, typer.Option("-n", "--count", min=1, help="Samples of each data set.")
     ] = 2,
-    html: Annotated[Path | None, typer.Option(help="Write a page instead of printing.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page instead of printing.", dir_okay=False)
+    ] = None,
 ) -> None:
     """Show training samples as the model gets them: picture, texts, and what carries loss."""
     from instructblip.recipe import load_recipe
@@ -141,7 +147,7 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run directory; out/<recipe> by default.")
+        Path | None, typer.Option(help="Run directory; out/<recipe> by default.", file_okay=False)
     ] = None,
     resume: Resume = False,
 ) -> None:
@@ -157,9 +163,9 @@ def tune(
     root: Annotated[Path, typer.Argument(help="Folder of pictures with captions or questions.")],
     overrides: Overrides = None,
     model: Model = "starter",
-    out: Annotated[Path, typer.Option(help="Folder of run, results and report.")] = Path(
-        "out/tuned"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder of run, results and report.", file_okay=False)
+    ] = Path("out/tuned"),
 ) -> None:
     """Tune a model on a folder of your own: check, split, tune, evaluate before and after."""
     stages.tune(root, model, out, overrides or [])
@@ -170,7 +176,7 @@ def pretrain(
     recipe: RecipeName,
     overrides: Overrides = None,
     stage: Annotated[int, typer.Option(min=1, max=2, help="1: see; 2: tell.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Run directory.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory.", file_okay=False)] = None,
     resume: Resume = False,
 ) -> None:
     """Run a stage of BLIP-2's pre-training for a new pair of image encoder and language model."""

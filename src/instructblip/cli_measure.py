@@ -34,7 +34,8 @@ def evaluate(
     ],
     benchmarks: Benchmarks = None,
     out: Annotated[
-        Path | None, typer.Option(help="Result folder; out/results/<model> by default.")
+        Path | None,
+        typer.Option(help="Result folder; out/results/<model> by default.", file_okay=False),
     ] = None,
     limit: Limit = None,
     batch_size: Annotated[
@@ -82,7 +83,9 @@ def compare(
         str | None, typer.Option(help="Benchmarks or groups, with commas; else all there are.")
     ] = None,
     limit: Limit = None,
-    out: Annotated[Path, typer.Option(help="Where results of models go.")] = Path("out/results"),
+    out: Annotated[Path, typer.Option(help="Where results of models go.", file_okay=False)] = Path(
+        "out/results"
+    ),
     intervals: Annotated[
         bool, typer.Option("--intervals", help="95 % intervals in the terminal's table as well.")
     ] = False,
@@ -103,7 +106,9 @@ def compare(
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Result folders of `evaluate`.")],
-    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("out/report.html"),
+    out: Annotated[Path, typer.Option(help="The HTML file.", dir_okay=False)] = Path(
+        "out/report.html"
+    ),
     run: Annotated[list[Path] | None, typer.Option(help="Run directory: its curves.")] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Name of the folder the others are held to; the first.")

@@ -80,9 +80,9 @@ def answer(
     batch: Annotated[
         Path | None, typer.Option(help="A folder of pictures, or a JSONL of requests.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where the answers of --batch go.")] = Path(
-        "out/answers.jsonl"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Where the answers of --batch go.", dir_okay=False)
+    ] = Path("out/answers.jsonl"),
     model: Model = "starter",
     *,
     decoding: stages.Decoding,
@@ -158,7 +158,9 @@ def serve(
 @app.command()
 def draw(
     instruction: Annotated[str, typer.Argument(help="What to draw.")],
-    out: Annotated[Path, typer.Option(help="The picture file.")] = Path("drawn.png"),
+    out: Annotated[Path, typer.Option(help="The picture file.", dir_okay=False)] = Path(
+        "drawn.png"
+    ),
     image: Annotated[Path | None, typer.Option(help="A picture to take from.")] = None,
     model: Annotated[str, typer.Option(help="A directory that draws, or `starter`.")] = "starter",
     num_images: Annotated[int, typer.Option(help="Number of pictures.")] = 1,

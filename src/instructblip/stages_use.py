@@ -39,8 +39,8 @@ def answer_many(
     from instructblip.serving.requests import answer_requests, read_requests
 
     requests = read_requests(source, instruction)
+    out.parent.mkdir(parents=True, exist_ok=True)  # told before the model is read
     engine = load_engine(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
     bad = 0
     with Progress() as progress, part.open("w", encoding="utf-8") as file:
