@@ -72,6 +72,23 @@ def test_system_errors_are_told_without_their_number():
     assert cli.describe(ValueError("plain")) == "plain"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["answer", "--image", "", "--instruction", "a"], "--image"),
+        (["evaluate", "starter", "--benchmarks="], "--benchmarks"),
+        (["evaluate", ""], "the argument after evaluate"),
+        ([""], "the first argument"),
+    ],
+)
+def test_empty_arguments_are_named(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], name: str
+):
+    code, _, err = call(capsys, *arguments)
+    assert code == 2
+    assert err == f"instructblip: {name} is empty: give a value; is a variable unset?\n"
+
+
 def test_results_to_compare_must_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     code, _, err = call(capsys, "compare", str(tmp_path), str(tmp_path))
     assert code == 2

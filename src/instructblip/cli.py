@@ -5,6 +5,7 @@ A mistake of the user's is one line and exit code 2; `--debug` shows where it wa
 
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -200,12 +201,28 @@ def main(arguments: list[str] | None = None) -> None:
         # the paper's penalty is on the answer's own tokens alone, which transformers warns of
         warnings.filterwarnings("ignore", "Passing `repetition_penalty` with `inputs_embeds`")
     try:
+        _refuse_empty(arguments)
         app(args=[a for a in arguments if a != "--debug"], prog_name="instructblip")
     except (ValueError, OSError) as error:
         if debug:
             raise
         print(f"instructblip: {describe(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """ValueError for an argument without a character, as a script's unset variable leaves one."""
+    for before, text in pairwise(["", *arguments]):
+        option, equals, value = text.partition("=")
+        if option.startswith("--") and equals and not value:
+            name = option
+        elif text:
+            continue
+        elif before.startswith("--"):
+            name = before
+        else:
+            name = f"the argument after {before}" if before else "the first argument"
+        raise ValueError(f"{name} is empty: give a value; is a variable unset?")
 
 
 def describe(error: Exception) -> str:
