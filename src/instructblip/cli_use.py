@@ -136,7 +136,7 @@ def serve(
 
     from instructblip.serving.config import ServeConfig
 
-    keys = tuple(api_keys.read_text().split()) if api_keys else ()
+    keys = tuple(api_keys.read_text(encoding="utf-8-sig").split()) if api_keys else ()
     if api_keys and not keys:
         raise ValueError(f"{api_keys} holds no keys; expected one a line")
     try:

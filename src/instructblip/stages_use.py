@@ -2,6 +2,7 @@
 
 import functools
 import json
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -77,6 +78,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing: pip install 'instructblip[serve]'") from error
 
+    _check_address(host, port)  # told before the model is read
     engines = {"instructblip": load_engine(model)}
     if before is not None:
         engines["blip2"] = load_engine(before, instruction_aware=False)
@@ -94,6 +96,20 @@ def serve(
         timeout_keep_alive=75,  # not while a busy client is about to send its next request
         server_header=False,
     )
+
+
+def _check_address(host: str, port: int) -> None:
+    """ValueError unless a server may listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.bind((host, port))
+    except OSError as error:
+        raise ValueError(
+            f"{host}:{port} cannot be listened on: {error.strerror}; choose another with --port, "
+            "or another address with --host"
+        ) from error
 
 
 def draw(

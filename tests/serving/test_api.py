@@ -605,7 +605,7 @@ def test_the_command_serves_what_it_was_told(
     ran: list[tuple[Any, dict[str, Any]]] = []
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: ran.append((app, options)))
     keys = tmp_path / "keys.txt"
-    keys.write_text("first\n\nsecond\n")
+    keys.write_text("\ufefffirst\n\nsecond\n", encoding="utf-8")
     options = "--port 8123 --max-queue 5 --max-batch 2 --timeout 9 --image-host A.example --no-page"
     models = ["--model", str(model_folder), "--before", str(blip2_folder)]
     with pytest.raises(SystemExit) as stop:
@@ -627,6 +627,17 @@ def test_the_command_serves_what_it_was_told(
     keys.write_text(" \n")
     with pytest.raises(ValueError, match=r"keys\.txt holds no keys; expected one a line"):
         cli.main(["serve", "--api-keys", str(keys), "--debug"])
+
+
+def test_a_port_in_use_is_told_before_the_model_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["serve", "--model", "absent", "--port", str(port)])
+    said = capsys.readouterr().err
+    assert f"127.0.0.1:{port} cannot be listened on: Address already in use" in said
+    assert "choose another with --port" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
