@@ -209,15 +209,19 @@ def test_worked_examples(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert list((out / "results" / side).glob("own_*/result.json"))
 
 
-def test_the_recipe_that_tune_writes_trains(tmp_path: Path) -> None:
-    """Hugging Face's layout: metadata.csv beside images/."""
+def test_the_recipe_that_tune_writes_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hugging Face's layout: metadata.csv beside images/. From any working directory."""
     for number in range(5):
         write_picture(tmp_path / "own" / "images" / f"{number}.png", seed=number)
     rows = [f"images/{number}.png,a cup" for number in range(5)]
     (tmp_path / "own" / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
-    start = write_model(tmp_path / "blip2", "blip2")
+    write_model(tmp_path / "blip2", "blip2")
     short = ["training.steps=2", "model.text_branch=random", "training.batch_size=2"]
-    write_recipe(tmp_path / "own", str(start), tmp_path / "own" / "tuned", 4, short)
+    monkeypatch.chdir(tmp_path)
+    write_recipe(Path("own"), "blip2", Path("own/tuned"), 4, short)
+    monkeypatch.chdir(tmp_path / "own")
     recipe = load_recipe(tmp_path / "own" / "tuned" / "recipe.yaml")
     assert stages.check(recipe)
     for run in ("first", "second"):

@@ -95,9 +95,9 @@ def write_recipe(
     if asked and asked[-1].isdigit():  # the rest follows from it
         steps = int(asked[-1])
     values: dict[str, Any] = {
-        "model": {"start": start},
+        "model": {"start": _absolute(start)},
         "data": {
-            "root": str(root),
+            "root": str(root.absolute()),
             "augment": False,
             "sets": {"own": {"format": "imagefolder", "root": "."}},
         },
@@ -120,6 +120,12 @@ def write_recipe(
     recipe = load_recipe(file, overrides)
     file.write_text(recipe.to_yaml(), encoding="utf-8")
     return recipe
+
+
+def _absolute(start: str) -> str:
+    """The name of a model as it holds in any working directory."""
+    is_path = start != "starter" and Path(start).exists()
+    return str(Path(start).absolute()) if is_path else start
 
 
 def measures_of(held: FolderSet) -> list[tuple[Benchmark, FolderSet]]:
