@@ -73,6 +73,14 @@ def test_truncated_file_is_named(directory):
         InstructBlip.from_pretrained(directory)
 
 
+@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps(os.system)])
+def test_what_is_no_file_of_tensors_is_told_without_advice_to_trust_it(tmp_path, content):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.pth cannot be read as tensors alone") as error:
+        read_weights(tmp_path / "x.pth")
+    assert str(error.value).endswith("convert it to safetensors.")
+
+
 def test_broken_or_foreign_config_is_named(directory):
     config = directory / "config.json"
     values = json.loads(config.read_text())

@@ -89,9 +89,11 @@ def _load(file: Path) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch's unpickler raises anything for bytes that are no pickle
+        # what torch says of a pickle advises to trust it, so that safetensors alone gives a reason
+        reason = f" ({error})" if isinstance(error, SafetensorError) else ""
         raise ValueError(
-            f"{file} cannot be read as tensors alone: it is damaged, or it is a pickle that needs "
-            f"code to run, which is refused. Fetch it again or convert it to safetensors. ({error})"
+            f"{file} cannot be read as tensors alone{reason}: it is damaged, or it is a pickle "
+            "that needs code to run, which is refused. Fetch it again or convert it to safetensors."
         ) from error
 
 
