@@ -200,6 +200,10 @@ def test_a_place_that_cannot_be_written_is_told_before_the_model_is_read(
         ("--length-penalty nan", "length_penalty must be -100 to 100; got nan"),
         ("--temperature -1", "temperature must be 0.001 to 100; got -1"),
         ("--temperature 0 --top-p 0.9", "temperature must be 0.001 to 100; got 0"),
+        (
+            "--min-new-tokens 50 --max-new-tokens 10",
+            "min_new_tokens 50 is above max_new_tokens 10",
+        ),
         ("--instruction=", "--instruction is empty"),
         ("--image .", r"\. is a folder"),
     ],

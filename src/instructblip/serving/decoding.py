@@ -51,3 +51,6 @@ def check_decoding(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a whole number; got {value!r}")
         if not isinstance(value, int | float) or not low <= value <= high:
             raise ValueError(f"{name} must be {low:g} to {high:g}; got {value!r}")
+    least, most = settings.get("min_new_tokens"), settings.get("max_new_tokens")
+    if least is not None and most is not None and least > most:
+        raise ValueError(f"min_new_tokens {least} is above max_new_tokens {most}: lower it")
