@@ -10,6 +10,7 @@ import pytest
 
 from instructblip import cli, stages
 from instructblip.evaluation.evaluate import evaluate
+from instructblip.model.config import VisionConfig
 from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
 
 SOURCE = Path(cli.__file__).parents[1]
@@ -70,6 +71,18 @@ def test_system_errors_are_told_without_their_number():
     assert cli.describe(OSError(28, "the disk is full")) == "the disk is full"
     assert cli.describe(FileNotFoundError(2, "No such file", "a.txt")) == "No such file: a.txt"
     assert cli.describe(ValueError("plain")) == "plain"
+
+
+def test_values_that_do_not_fit_are_told_in_one_line():
+    with pytest.raises(ValueError, match="validation errors") as error:
+        VisionConfig(hidden_size=0, hidden_act="tanh")  # type: ignore[arg-type]
+    told = cli.describe(error.value)
+    assert told.startswith("VisionConfig: hidden_size: Input should be greater than 0 (got 0); ")
+    assert told.endswith(" (got 'tanh')")
+    with pytest.raises(ValueError, match="validation error") as error:
+        VisionConfig(hidden_size=20, num_attention_heads=16)
+    expected = "VisionConfig: hidden_size must be a multiple of num_attention_heads; got 20 and 16"
+    assert cli.describe(error.value) == expected
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ A mistake of the user's is one line and exit code 2; `--debug` shows where it wa
 
 import sys
 import warnings
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -210,6 +211,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
+def _problem(detail: Mapping[str, Any]) -> str:
+    """One of pydantic's: the key, what it expects, what it got; or what a check of ours said."""
+    message = detail["msg"].removeprefix("Value error, ")
+    key = ".".join(map(str, detail["loc"]))
+    return f"{key}: {message} (got {detail['input']!r})" if key else message
+
+
 def _refuse_empty(arguments: list[str]) -> None:
     """ValueError for an argument without a character, as a script's unset variable leaves one."""
     for before, text in pairwise(["", *arguments]):
@@ -229,4 +237,9 @@ def describe(error: Exception) -> str:
     """An error as one message, without the number that the system gives it."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, ValueError):
+        from pydantic import ValidationError
+
+        if isinstance(error, ValidationError):
+            return f"{error.title}: " + "; ".join(map(_problem, error.errors()))
     return str(error)

@@ -203,8 +203,8 @@ def combine(
     language: Annotated[Path, typer.Option(help="A Llama, Qwen, Gemma, OPT or T5 directory.")],
     qformer_tokenizer: Annotated[Path, typer.Option(help="Directory of BERT's tokenizer.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
-    queries: Annotated[int, typer.Option(help="Query tokens.")] = 32,
-    layers: Annotated[int, typer.Option(help="Layers of the Q-Former.")] = 12,
+    queries: Annotated[int, typer.Option(help="Query tokens.", min=1)] = 32,
+    layers: Annotated[int, typer.Option(help="Layers of the Q-Former.", min=1)] = 12,
 ) -> None:
     """Put an image encoder and a language model together, with a fresh Q-Former between them."""
     stages.combine(vision, language, qformer_tokenizer, out, queries, layers)

@@ -123,6 +123,25 @@ def test_the_tower_of_a_blip2(tmp_path: Path) -> None:
         read_vision(tmp_path / "ib")
 
 
+def test_language_models_that_are_none_are_named(tmp_path: Path) -> None:
+    write_tower(tmp_path / "tower", "clip")
+    for kind in ("blip-2", "instructblip", "no_such_model", None):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(ValueError, match=rf"{kind}.*; expected .* Llama, Qwen, Gemma") as error:
+            combine(tmp_path / "tower", tmp_path)
+        assert str(tmp_path) in str(error.value)
+        assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("option", ["--queries", "--layers"])
+def test_numbers_of_nothing_are_refused(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    names = ("vision", "language", "qformer-tokenizer", "out")
+    arguments = [word for name in names for word in (f"--{name}", "absent")]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["combine", *arguments, option, "0"])
+    assert f"Invalid value for '{option}'" in capsys.readouterr().err
+
+
 def test_command_combines_parts_and_the_result_answers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ labelled positions only.
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,27 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from instructblip.model import relative
 from instructblip.model.causal import CausalLanguage
 from instructblip.model.packing import allow_packing
 from instructblip.model.seq2seq import SEQ2SEQ_TYPES, Seq2SeqLanguage
+from instructblip.model.weights import read_json
+
+LANGUAGE_TYPES = (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *SEQ2SEQ_TYPES)
+
+
+def read_language_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a language model; ValueError for a model of another kind."""
+    config = read_json(directory / "config.json")
+    kind = config.get("model_type")
+    if kind not in LANGUAGE_TYPES:
+        raise ValueError(
+            f"{directory} holds no language model but model_type {kind!r}; expected the directory "
+            "of a Llama, Qwen, Gemma, OPT or T5"
+        )
+    return config
 
 
 def build_language_model(config: dict[str, Any]) -> Any:

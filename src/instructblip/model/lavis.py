@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 
 from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
 from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language import read_language_config
 from instructblip.model.lora import adapters
 from instructblip.model.pretrained import HARMLESS, load_weights
 from instructblip.model.weights import read_json, read_nested, read_weights, write_pickle
@@ -188,7 +189,7 @@ def language_parts(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and weights of a language model as the official code changes them; ``trained`` take
     the place of its own, with the row of [PAD] or without."""
-    text, weights = read_json(language / "config.json"), read_weights(language)
+    text, weights = read_language_config(language), read_weights(language)
     weights |= trained or {}
     if text.get("model_type") in ("t5", "mt5"):
         text["dense_act_fn"] = "gelu"

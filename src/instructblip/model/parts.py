@@ -13,6 +13,7 @@ from torch import Tensor
 
 from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
 from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language import read_language_config
 from instructblip.model.pretrained import load_weights
 from instructblip.model.weights import read_json, read_weights
 
@@ -30,7 +31,7 @@ def combine(
     ``qformer`` are fields of ``QFormerConfig``; by default BERT-base, as in the paper.
     """
     vision_config, tower = read_vision(vision)
-    text = read_json(language / "config.json")
+    text = read_language_config(language)
     config = InstructBlipConfig(
         vision=vision_config,
         qformer=QFormerConfig(
