@@ -220,9 +220,10 @@ def test_the_recipe_that_tune_writes_trains(
     write_model(tmp_path / "blip2", "blip2")
     short = ["training.steps=2", "model.text_branch=random", "training.batch_size=2"]
     monkeypatch.chdir(tmp_path)
-    write_recipe(Path("own"), "blip2", Path("own/tuned"), 4, short)
+    write_recipe(Path("own"), "blip2", Path("own/tuned"), 4, short, pictures=6)
     monkeypatch.chdir(tmp_path / "own")
     recipe = load_recipe(tmp_path / "own" / "tuned" / "recipe.yaml")
+    assert recipe.data.num_frames == 6  # a sample's pictures are all seen
     assert stages.check(recipe)
     for run in ("first", "second"):
         assert stages.train(recipe, tmp_path / run).step == 2

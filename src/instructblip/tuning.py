@@ -56,8 +56,9 @@ def tune(root: Path, start: str, out: Path, overrides: Sequence[str] = ()) -> Pa
     training, held = split_by_picture(folder)
     tasks = Counter(example.task for example in folder.examples)
     print(f"{len(folder)} examples: {dict(tasks)}; {len(held)} held back", flush=True)
-    recipe = write_recipe(root, start, out, len(training), overrides)
-    before = _measure(Engine.from_pretrained(start), held, out / "results" / "before")
+    pictures = max(len(example.images) for example in folder.examples)
+    recipe = write_recipe(root, start, out, len(training), overrides, pictures)
+    before = _measure(assembly.make_engine(recipe, start), held, out / "results" / "before")
     model = assembly.make_model(recipe)
     train(
         model,
@@ -68,7 +69,8 @@ def tune(root: Path, start: str, out: Path, overrides: Sequence[str] = ()) -> Pa
         export=model.save_pretrained,
         notes={"recipe.yaml": recipe.to_yaml()},
     )
-    after = _measure(Engine.from_pretrained(out / "run"), held, out / "results" / "after")
+    tuned = assembly.make_engine(recipe, str(out / "run"))
+    after = _measure(tuned, held, out / "results" / "after")
     results = {"before": before, "after": after}
     print(to_markdown(compare(results)))
     curves = {"run": out / "run" / "metrics.jsonl"}
@@ -82,9 +84,10 @@ def tune(root: Path, start: str, out: Path, overrides: Sequence[str] = ()) -> Pa
 
 
 def write_recipe(
-    root: Path, start: str, out: Path, examples: int, overrides: Sequence[str]
+    root: Path, start: str, out: Path, examples: int, overrides: Sequence[str], pictures: int = 1
 ) -> Recipe:
-    """Settings for so many examples, written to ``out/recipe.yaml``; ``overrides`` come on top."""
+    """Settings for so many examples, of which one shows at most so many ``pictures``, written to
+    ``out/recipe.yaml``; ``overrides`` come on top."""
     aware = from_pretrained(start)
     trainable = sum(p.numel() for _, p in aware.trainable_parameters())
     small = trainable < SMALL
@@ -99,6 +102,7 @@ def write_recipe(
         "data": {
             "root": str(root.absolute()),
             "augment": False,
+            "num_frames": max(4, pictures),
             "sets": {"own": {"format": "imagefolder", "root": "."}},
         },
         "training": {
@@ -180,6 +184,7 @@ def _loader(recipe: Recipe, training: FolderSet, model: InstructBlip) -> Loader:
 def _validation(recipe: Recipe, held: FolderSet, model: InstructBlip) -> Any:
     tokens, transform = assembly.read_assets(recipe, model)
     engine = Engine(model, tokens, transform)
+    engine.pictures = assembly.make_pictures(recipe, transform)
 
     def validate(_model: InstructBlip) -> dict[str, float]:
         results = _measure(engine, held, None, recipe.evaluation.validation_limit)

@@ -606,7 +606,10 @@ def test_the_command_serves_what_it_was_told(
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: ran.append((app, options)))
     keys = tmp_path / "keys.txt"
     keys.write_text("\ufefffirst\n\nsecond\n", encoding="utf-8")
-    options = "--port 8123 --max-queue 5 --max-batch 2 --timeout 9 --image-host A.example --no-page"
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    options = f"--port {port} --max-queue 5 --max-batch 2 --timeout 9 --image-host A.example"
+    options += " --no-page"
     models = ["--model", str(model_folder), "--before", str(blip2_folder)]
     with pytest.raises(SystemExit) as stop:
         cli.main(["serve", *models, "--api-keys", str(keys), *options.split(), "--debug"])
@@ -614,7 +617,7 @@ def test_the_command_serves_what_it_was_told(
     ((app, told),) = ran
     assert (told["host"], told["port"], told["timeout_graceful_shutdown"]) == (
         "127.0.0.1",
-        8123,
+        port,
         10,
     )
     service = app.state.service
