@@ -129,7 +129,7 @@ def _most_pictures(data: DataConfig, name: str) -> int:
     folder = data.prepared_root / name / entry.split
     if not (folder / MANIFEST_FILE).is_file():
         return 1
-    return max(map(len, PreparedDataset(folder).images()))
+    return max(map(len, PreparedDataset(folder).images()), default=1)
 
 
 def build(recipe: Recipe) -> InstructBlip:

@@ -139,6 +139,27 @@ def test_a_second_run_does_not_overwrite_the_first(tmp_path: Path):
         run(tmp_path, steps=6)
 
 
+def test_a_kill_while_notes_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before the name of one is changed: the run goes on, and the old note stands until then."""
+    config = toy_config(steps=6, warmup_steps=1)
+    train(Toy(), ToyBatches(config), None, config, tmp_path, notes={"recipe.yaml": "one"})
+
+    def killed(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    def resume() -> None:
+        notes = {"recipe.yaml": "two"}
+        train(Toy(), ToyBatches(config), None, config, tmp_path, resume=True, notes=notes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            resume()
+    assert (tmp_path / "recipe.yaml").read_text() == "one"
+    resume()
+    assert (tmp_path / "recipe.yaml").read_text() == "two"
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path):
     model, _ = run(tmp_path)
     again, result = run(tmp_path, model=wiped(), resume=True)

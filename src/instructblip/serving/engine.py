@@ -300,6 +300,8 @@ class Engine:
 
     def lost_tokens(self, text: str) -> int:
         """Tokens at the beginning of a prompt that the model will not read: it is too long."""
+        if len(text.encode(errors="surrogatepass")) + 2 <= self.tokens.max_prompt:
+            return 0  # a token stands for at least one byte; two are special
         return max(0, self.tokens.prompt_length(text) - self.tokens.max_prompt)
 
     def sample(self, keys: tuple[str, ...], pixels: tuple[torch.Tensor, ...], text: str) -> Sample:

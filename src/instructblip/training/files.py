@@ -11,6 +11,7 @@ from torch import nn
 from instructblip import distributed
 from instructblip.training.checkpoint import (
     Checkpoint,
+    flush,
     load_latest,
     prune,
     recover,
@@ -85,8 +86,9 @@ class RunFiles:
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             for note, text in self.notes.items():
-                fresh = self.folder / f".new-{note}"
+                fresh = self.folder / f".{note}.part"
                 fresh.write_text(text, encoding="utf-8")
+                flush(fresh)
                 fresh.replace(self.folder / note)
 
     def save(
