@@ -17,10 +17,19 @@ from pathlib import Path
 
 from PIL import Image
 
-from instructblip.serving.engine import Engine
+from instructblip.inference.engine import Engine
 from instructblip.text_to_image.gallery import write_drawings
-from instructblip.text_to_image.measure import KINDS, Measured, fresh_prompts, measure
-from instructblip.text_to_image.metrics import cycle_check, frechet_distance, vit_features
+from instructblip.text_to_image.measure import (
+    KINDS,
+    Measured,
+    fresh_prompts,
+    measure,
+)
+from instructblip.text_to_image.metrics import (
+    cycle_check,
+    frechet_distance,
+    vit_features,
+)
 from instructblip.text_to_image.sample import Painter
 from instructblip.text_to_image.tasks import DrawExample
 

@@ -190,8 +190,8 @@ def resident_mb() -> float:
 
 
 def main() -> None:
+    from instructblip.cli.stages_use import load_engine
     from instructblip.serving.api import create_app
-    from instructblip.stages_use import load_engine
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=10_000)

@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from instructblip.data.check import check_dataset
 from instructblip.data.images import ImageTransform, decode_image
 from instructblip.data.loader import Loader
 from instructblip.data.mixture import Mixture
-from instructblip.data.pictures import Pictures
-from instructblip.data.prepare import prepare
-from instructblip.data.prepared import PreparedDataset
+from instructblip.data.prepared.check import check_dataset
+from instructblip.data.prepared.dataset import PreparedDataset
+from instructblip.data.prepared.prepare import prepare
+from instructblip.data.samples import Pictures
 from instructblip.data.tokens import Tokens
-from instructblip.model.directory import model_directory
+from instructblip.model.checkpoints.directory import model_directory
 
 PICTURES = 20_000
 DIFFERENT = 200

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from instructblip import stages
-from instructblip.recipe import Recipe, load_recipe
+from instructblip.cli import stages
+from instructblip.recipe.schema import Recipe, load_recipe
 from instructblip.training import train as training
 from instructblip.training.checkpoint import load_latest
-from instructblip.training.files import RunFiles
 from instructblip.training.log import read_metrics, without_timings
+from instructblip.training.run_directory import RunFiles
 
 SHORT = (
     "training.steps=40",

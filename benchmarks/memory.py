@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from side_by_side import DTYPES, autocast, build, make_batch, parse
 
-from instructblip.memory import Memory, encoder_bytes, logits_bytes, saved_bytes, tensor_peak
+from instructblip.experiment.memory import (
+    Memory,
+    encoder_bytes,
+    logits_bytes,
+    saved_bytes,
+    tensor_peak,
+)
 from instructblip.training.config import TrainingConfig
 from instructblip.training.optim import make_optimizer, trainable_parameters
 

@@ -9,9 +9,10 @@ a decoder with packed rows computes on padding: nothing, so only "instruction" i
 import argparse
 import json
 
-from instructblip import assembly, preparing
 from instructblip.data.loader import Loader
-from instructblip.recipe import load_recipe
+from instructblip.experiment import build as assembly
+from instructblip.experiment import datasets as preparing
+from instructblip.recipe.schema import load_recipe
 
 
 def main() -> None:

@@ -23,11 +23,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from instructblip.batch import Batch
+from instructblip.core.batch import Batch
 from instructblip.data.collate import pad
-from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
+from instructblip.model.config import (
+    InstructBlipConfig,
+    QFormerConfig,
+    VisionConfig,
+)
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.ranking import rank
+from instructblip.model.language.ranking import rank
 
 VOCABULARY = 4000
 END = 2

@@ -22,11 +22,11 @@ import torch
 from side_by_side import SIZES, build, make_batch
 from torch import Tensor, multiprocessing
 
-from instructblip import distributed
-from instructblip.batch import Batch
+from instructblip.core import distributed
+from instructblip.core.batch import Batch
 from instructblip.training.config import TrainingConfig
-from instructblip.training.files import Progress, RunFiles
 from instructblip.training.optim import make_optimizer, trainable_parameters
+from instructblip.training.run_directory import Progress, RunFiles
 from instructblip.training.train import losses, update
 
 

@@ -26,8 +26,8 @@ from typing import Any
 
 import httpx
 
-from instructblip.data.scenes.world import render, sample_scene
-from instructblip.stages_use import load_engine
+from instructblip.cli.stages_use import load_engine
+from instructblip.scenes.world import render, sample_scene
 
 INSTRUCTIONS = ("A short image description.", "Question: how many shapes are there? Short answer:")
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
-from instructblip.batch import Batch
+from instructblip.core.batch import Batch
 from instructblip.model.instructblip import InstructBlip
 from instructblip.training.optim import trainable_parameters
 

@@ -27,7 +27,7 @@ from side_by_side import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from instructblip.batch import Batch
+from instructblip.core.batch import Batch
 from instructblip.training.config import TrainingConfig
 from instructblip.training.optim import make_optimizer
 

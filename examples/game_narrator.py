@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from instructblip import stages
+from instructblip.cli import stages
 
 SKIES = {"day": "lightblue", "night": "midnightblue"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from instructblip import stages
+from instructblip.cli import stages
 
 
 def draw(folder: Path, count: int = 240) -> None:

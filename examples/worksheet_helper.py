@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from instructblip import stages
+from instructblip.cli import stages
 
 
 def draw(folder: Path, count: int = 240) -> None:

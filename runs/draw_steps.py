@@ -8,8 +8,8 @@ Times steps of the mixture as it is at the end, and leaves a twelfth for validat
 import sys
 import time
 
-from instructblip import drawing
-from instructblip.recipe import load_recipe
+from instructblip.experiment import draw as drawing
+from instructblip.recipe.schema import load_recipe
 from instructblip.training.optim import make_optimizer
 
 TIMED = 8

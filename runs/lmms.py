@@ -17,13 +17,13 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from instructblip.batch import Example
-from instructblip.data.prepare import prepare
+from instructblip.core.batch import Example
+from instructblip.data.prepared.prepare import prepare
 from instructblip.data.templates import render_prompt
 from instructblip.evaluation.benchmarks import BENCHMARKS
 from instructblip.evaluation.benchmarks.benchmark import Benchmark
 from instructblip.evaluation.evaluate import evaluate, pick
-from instructblip.serving.engine import Engine
+from instructblip.inference.engine import Engine
 
 TASK = """
 dataset_path: {data}

@@ -12,9 +12,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from instructblip.data.scenes.world import render, sample_scene
+from instructblip.cli.stages_use import load_engine
+from instructblip.scenes.world import render, sample_scene
 from instructblip.serving.api import create_app
-from instructblip.stages_use import load_engine
 from runs.screenshots import served
 
 ADDRESS = "http://127.0.0.1:8000"

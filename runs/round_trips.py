@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from instructblip.model.lavis import export_lavis, import_lavis
-from instructblip.model.pretrained import from_pretrained, save_pretrained
+from instructblip.model.checkpoints.lavis import export_lavis, import_lavis
+from instructblip.model.checkpoints.transformers import from_pretrained, save_pretrained
 from tests.model.test_lavis import eva, official, random, write_language
 from tests.parity.tiny import tiny_transformers
 

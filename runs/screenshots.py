@@ -20,9 +20,14 @@ from typing import Any
 import uvicorn
 from playwright.sync_api import Page, sync_playwright
 
+from instructblip.cli.stages_use import load_engine
 from instructblip.serving.api import create_app
-from instructblip.serving.web import EN, PATH, ZH, mount_page
-from instructblip.stages_use import load_engine
+from instructblip.serving.page import (
+    EN,
+    PATH,
+    ZH,
+    mount_page,
+)
 
 
 @contextlib.contextmanager

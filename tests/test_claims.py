@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from instructblip.batch import Example
+from instructblip.core.batch import Example
 from instructblip.data.mixture import Mixture
 from instructblip.data.templates import render_instruction
 from instructblip.evaluation.benchmarks import select_benchmarks
 from instructblip.evaluation.evaluate import evaluate
-from instructblip.model.directory import model_directory
+from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.instructblip import InstructBlip
-from instructblip.recipe import differences, load_recipe
+from instructblip.recipe.schema import differences, load_recipe
 from runs.claims import judge, measure, write
 from runs.claims.conditions import BASE, DOWNSTREAM, FEW_QUERIES, SETS, TUNED, Job, Plan
 from tests.evaluation.fakes import COLOURS, FakeEngine, ListDataset, benchmark, colour_questions

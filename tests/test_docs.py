@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from instructblip import cli, stages, stages_measure, stages_use
+from instructblip.cli import (
+    main as cli,
+)
+from instructblip.cli import (
+    stages,
+    stages_measure,
+    stages_use,
+)
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -9,10 +9,14 @@ import torch
 from PIL import Image
 
 import instructblip
-from instructblip.data.scenes.world import Scene, Thing, render
 from instructblip.data.templates import TEMPLATES
 from instructblip.data.tokens import Tokens
 from instructblip.model.instructblip import InstructBlip
+from instructblip.scenes.world import (
+    Scene,
+    Thing,
+    render,
+)
 
 STARTER = Path(str(files("instructblip"))) / "starter"
 

@@ -18,12 +18,16 @@ from pathlib import Path
 
 import torch
 
-from instructblip import stages, stages_measure
+from instructblip.cli import stages, stages_measure
+from instructblip.cli.stages_measure import RECIPE_FILE
 from instructblip.evaluation.predictions import write_json
-from instructblip.model.directory import model_directory
+from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.instructblip import InstructBlip
-from instructblip.recipe import Recipe, differences, load_recipe
-from instructblip.stages_measure import RECIPE_FILE
+from instructblip.recipe.schema import (
+    Recipe,
+    differences,
+    load_recipe,
+)
 from runs.claims.conditions import BASE, DOWNSTREAM, FEW, Job, Plan
 
 DONE = "done.json"

@@ -19,15 +19,15 @@ from transformers import AutoTokenizer
 
 from instructblip.data.images import ImageTransform
 from instructblip.data.tokens import Tokens
+from instructblip.model.checkpoints.text_branch import save_text_branch
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.text_branch import save_text_branch
 
 CARD = """# The starter: a small BLIP-2 of the embedded world
 
 A BLIP-2 in transformers' format (`Blip2ForConditionalGeneration`), {parameters:.1f} M parameters,
 {size:.0f} MB, trained by this project's own code (`runs/starter.sh`) on two CPU cores. It plays the
 BLIP-2 checkpoint that instruction tuning starts from: it describes pictures of the world of
-`instructblip.data.scenes` and follows instructions poorly. It is of no use on photographs.
+`instructblip.scenes` and follows instructions poorly. It is of no use on photographs.
 
 - **Language model** (plays Vicuna): Llama, width 192, byte-level BPE of its own. Trained on text
   alone for {steps} steps in two terms (single attributes, then two at once): scenes told in words

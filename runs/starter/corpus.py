@@ -9,12 +9,29 @@ answer them when the scene is told in words.
 import random
 from dataclasses import dataclass, replace
 
-from instructblip.batch import Example
-from instructblip.data.scenes.language import DESCRIPTIONS, at, captions, describe, detail
-from instructblip.data.scenes.questions import FRUIT, HELD_IN_KINDS, QUESTIONS, Question
-from instructblip.data.scenes.world import COLOURS, SHAPES, Scene, Thing, sample_scene
-from instructblip.data.scenes.writers.video import motion_questions, walk
+from instructblip.core.batch import Example
 from instructblip.data.templates import TEMPLATES, render_instruction
+from instructblip.scenes.language import (
+    DESCRIPTIONS,
+    at,
+    captions,
+    describe,
+    detail,
+)
+from instructblip.scenes.questions import (
+    FRUIT,
+    HELD_IN_KINDS,
+    QUESTIONS,
+    Question,
+)
+from instructblip.scenes.world import (
+    COLOURS,
+    SHAPES,
+    Scene,
+    Thing,
+    sample_scene,
+)
+from instructblip.scenes.writers.video import motion_questions, walk
 
 PLAIN = {
     "vqa": ("Question: {question} Short answer:", "{question} Short answer:"),

@@ -30,10 +30,19 @@ from train_vision import CONFIG as VISION
 from train_vision import pixels_of, training_scene
 from transformers import AutoTokenizer
 
-from instructblip.batch import Batch
-from instructblip.data.scenes.language import CAPTIONS, at, detail, phrase
-from instructblip.data.scenes.questions import ALL_PLACES
-from instructblip.data.scenes.world import (
+from instructblip.core.batch import Batch
+from instructblip.data.templates import TEMPLATES
+from instructblip.data.tokens import Tokens
+from instructblip.model.config import InstructBlipConfig, QFormerConfig
+from instructblip.model.instructblip import InstructBlip
+from instructblip.scenes.language import (
+    CAPTIONS,
+    at,
+    detail,
+    phrase,
+)
+from instructblip.scenes.questions import ALL_PLACES
+from instructblip.scenes.world import (
     COLOURS,
     HELD_OUT_PAIRS,
     SHAPES,
@@ -42,10 +51,6 @@ from instructblip.data.scenes.world import (
     Scene,
     Thing,
 )
-from instructblip.data.templates import TEMPLATES
-from instructblip.data.tokens import Tokens
-from instructblip.model.config import InstructBlipConfig, QFormerConfig
-from instructblip.model.instructblip import InstructBlip
 
 PICTURES = 48  # a step
 SHORT_CAPTIONS = CAPTIONS[:3]  # web captions name things, not their size or place

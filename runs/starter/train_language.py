@@ -24,9 +24,9 @@ from starter_io import save_checkpoint, take_checkpoint
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from instructblip.data.scenes.language import describe
-from instructblip.data.scenes.questions import QUESTIONS
-from instructblip.data.scenes.world import sample_scene
+from instructblip.scenes.language import describe
+from instructblip.scenes.questions import QUESTIONS
+from instructblip.scenes.world import sample_scene
 
 SCENES = 24  # documents a step
 LESSON_STEPS = 300

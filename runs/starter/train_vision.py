@@ -24,7 +24,9 @@ from safetensors.torch import save_file
 from starter_io import save_checkpoint, take_checkpoint
 from torch import Tensor, nn
 
-from instructblip.data.scenes.world import (
+from instructblip.model.config import VisionConfig
+from instructblip.model.vision import VisionModel
+from instructblip.scenes.world import (
     COLOURS,
     SHAPES,
     SIZES,
@@ -33,8 +35,6 @@ from instructblip.data.scenes.world import (
     render,
     sample_scene,
 )
-from instructblip.model.config import VisionConfig
-from instructblip.model.vision import VisionModel
 
 CONFIG = VisionConfig(
     hidden_size=160,

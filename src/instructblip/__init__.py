@@ -8,17 +8,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from instructblip.model.instructblip import InstructBlip
-    from instructblip.serving.engine import Engine, load
+from instructblip.core.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from instructblip.inference.engine import Engine, load
+    from instructblip.model.instructblip import InstructBlip
+
 __all__ = ["Engine", "InstructBlip", "__version__", "load"]
 
 _HOMES = {
-    "Engine": "instructblip.serving.engine",
+    "Engine": "instructblip.inference.engine",
     "InstructBlip": "instructblip.model.instructblip",
-    "load": "instructblip.serving.engine",
+    "load": "instructblip.inference.engine",
 }
 
 

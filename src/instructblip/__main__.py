@@ -1,6 +1,6 @@
 """`python -m instructblip` is the command `instructblip`."""
 
-from instructblip.cli import main
+from instructblip.cli.main import main
 
 if __name__ == "__main__":
     main()

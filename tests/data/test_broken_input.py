@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from instructblip.data.prepare import prepare
-from instructblip.data.prepared import PreparedDataset
+from instructblip.data.prepared.dataset import PreparedDataset
+from instructblip.data.prepared.prepare import prepare
+from instructblip.data.reading import streaming as streaming_module
+from instructblip.data.reading.streaming import stream_values
 from instructblip.data.sources import SOURCES
-from instructblip.data.sources import streaming as streaming_module
-from instructblip.data.sources.streaming import stream_values
 from tests.data.tiny import write_json, write_picture, write_vqa
 
 GOOD = {"image": "VizWiz_1.jpg", "question": "What?", "answers": [{"answer": "cup"}]}

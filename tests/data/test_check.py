@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from instructblip.data.check import check_dataset, evaluated_pictures, left_out, unchecked
 from instructblip.data.images import MAX_PIXELS, picture_fault
-from instructblip.data.prepare import prepare
-from instructblip.data.prepared import PreparedDataset
+from instructblip.data.prepared.check import (
+    check_dataset,
+    evaluated_pictures,
+    left_out,
+    unchecked,
+)
+from instructblip.data.prepared.dataset import PreparedDataset
+from instructblip.data.prepared.prepare import prepare
 from instructblip.data.tokens import Tokens
 from tests.data.tiny import llama_like, write_json, write_picture
 

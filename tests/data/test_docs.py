@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from instructblip.data.own.files import ROLES
+from instructblip.data.own.formats import FORMATS
 from instructblip.data.sources import SOURCES
-from instructblip.data.sources.own import FORMATS
-from instructblip.data.sources.own_files import ROLES
 from instructblip.data.templates import TEMPLATES
 from instructblip.data.templates_zh import TEMPLATES_ZH
-from instructblip.recipe import Format
+from instructblip.recipe.schema import Format
 from tests.data.test_sources import CASES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"

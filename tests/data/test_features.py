@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from instructblip import distributed
+from instructblip.core import distributed
 from instructblip.data import features as features_module
-from instructblip.data.facts import gather_facts
 from instructblip.data.features import (
     Costs,
     Features,
@@ -25,6 +24,7 @@ from instructblip.data.features import (
     store_name,
 )
 from instructblip.data.images import ImageTransform, load_image
+from instructblip.data.prepared.facts import gather_facts
 from tests.data.tiny import write_picture
 
 TRANSFORM = ImageTransform(image_size=8)

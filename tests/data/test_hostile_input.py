@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from instructblip.data.reading.records import MAX_TEXT
 from instructblip.data.sources import SOURCES
-from instructblip.data.sources.records import MAX_TEXT
 from tests.data.test_sources import CASES, write_files
 
 VALUES: tuple[Any, ...] = (

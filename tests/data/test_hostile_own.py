@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from instructblip.batch import Example
-from instructblip.data.check import check_dataset
-from instructblip.data.prepare import prepare
+from instructblip.core.batch import Example
+from instructblip.data.own.files import Own
+from instructblip.data.own.formats import own_source
+from instructblip.data.prepared.check import check_dataset
+from instructblip.data.prepared.prepare import prepare
+from instructblip.data.reading.records import MAX_TEXT
 from instructblip.data.sources import SOURCES
-from instructblip.data.sources.own import own_source
-from instructblip.data.sources.own_files import Own
-from instructblip.data.sources.records import MAX_TEXT
 from tests.data.test_hostile_input import VALUES, places, replaced
 from tests.data.test_own import TURNS
 from tests.data.test_unreadable import own

@@ -12,9 +12,14 @@ import torch
 from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from instructblip.batch import Example
+from instructblip.core.batch import Example
 from instructblip.data import images as images_module
-from instructblip.data.images import ImageTransform, crop_box, load_image, may_flip
+from instructblip.data.images import (
+    ImageTransform,
+    crop_box,
+    load_image,
+    may_flip,
+)
 from instructblip.data.templates import Rendered
 from tests.data.tiny import write_picture
 

@@ -12,16 +12,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from instructblip.batch import Batch, Example, Sample
+from instructblip.core.batch import (
+    Batch,
+    Example,
+    Sample,
+)
 from instructblip.data.collate import collate
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.mixture import Mixture
-from instructblip.data.order import CYCLE, Order, mix, permute, share_out
-from instructblip.data.pictures import Examples, Pictures
-from instructblip.data.prepare import prepare
+from instructblip.data.order import (
+    CYCLE,
+    Order,
+    mix,
+    permute,
+    share_out,
+)
+from instructblip.data.prepared.prepare import prepare
+from instructblip.data.prepared.view import (
+    DatasetView,
+    iter_eval_batches,
+    shuffle_pictures,
+)
+from instructblip.data.samples import Examples, Pictures
 from instructblip.data.tokens import Tokens
-from instructblip.data.view import DatasetView, iter_eval_batches, shuffle_pictures
 from tests.data.tiny import write_picture, write_vqa
 
 

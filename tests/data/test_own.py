@@ -10,16 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from instructblip import preparing, stages
-from instructblip.batch import Example
-from instructblip.data.check import check_dataset
+from instructblip.cli import stages
+from instructblip.core.batch import Example
 from instructblip.data.export import FORMS, export
-from instructblip.data.folder import read_folder
-from instructblip.data.prepare import prepare
-from instructblip.data.sources.own import own_source
-from instructblip.data.sources.own_files import Own
+from instructblip.data.own.files import Own
+from instructblip.data.own.folder import read_folder
+from instructblip.data.own.formats import own_source
+from instructblip.data.prepared.check import check_dataset
+from instructblip.data.prepared.prepare import prepare
 from instructblip.data.templates import render_prompt
-from instructblip.recipe import load_recipe
+from instructblip.experiment import datasets as preparing
+from instructblip.recipe.schema import load_recipe
 from tests.data.tiny import write_json, write_picture, write_tar, write_vqa
 
 

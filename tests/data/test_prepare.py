@@ -13,18 +13,22 @@ from typing import Any
 
 import pytest
 
-from instructblip.batch import Example
-from instructblip.data import facts as facts_module
-from instructblip.data import partial as partial_module
-from instructblip.data import prepare as prepare_module
-from instructblip.data.check import check_dataset, unchecked
-from instructblip.data.facts import read_facts, summary
+from instructblip.core.batch import Example
 from instructblip.data.features import hash_pictures
-from instructblip.data.partial import claim
-from instructblip.data.prepare import Job, prepare, prepare_all
-from instructblip.data.prepared import PreparedDataset
+from instructblip.data.prepared import facts as facts_module
+from instructblip.data.prepared import partial as partial_module
+from instructblip.data.prepared import prepare as prepare_module
+from instructblip.data.prepared.check import check_dataset, unchecked
+from instructblip.data.prepared.dataset import PreparedDataset
+from instructblip.data.prepared.facts import read_facts, summary
+from instructblip.data.prepared.partial import claim
+from instructblip.data.prepared.prepare import (
+    Job,
+    prepare,
+    prepare_all,
+)
+from instructblip.data.reading.opened import note_files
 from instructblip.data.sources import SOURCES, Source
-from instructblip.data.sources.opened import note_files
 from tests.data.tiny import write_picture, write_vqa
 
 

@@ -9,9 +9,13 @@ import pytest
 from instructblip.data.images import ImageTransform, load_image
 from instructblip.data.loader import Loader
 from instructblip.data.mixture import Mixture
-from instructblip.data.pictures import Pictures
-from instructblip.data.prepare import prepare
-from instructblip.data.show import to_terminal, training_samples, write_page
+from instructblip.data.prepared.prepare import prepare
+from instructblip.data.samples import Pictures
+from instructblip.data.show import (
+    to_terminal,
+    training_samples,
+    write_page,
+)
 from instructblip.data.tokens import Tokens
 from tests.data.tiny import write_json, write_picture, write_vqa
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from instructblip.batch import Example
+from instructblip.core.batch import Example
 from instructblip.data.sources import SOURCES
 from instructblip.data.templates import TEMPLATES
 from tests.data.tiny import write_json, write_tar

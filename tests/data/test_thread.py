@@ -7,8 +7,8 @@ import torch
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.mixture import Mixture
-from instructblip.data.pictures import Pictures
-from instructblip.data.prepare import prepare
+from instructblip.data.prepared.prepare import prepare
+from instructblip.data.samples import Pictures
 from instructblip.data.tokens import Tokens
 from tests.data.tiny import write_vqa
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from instructblip.data.check import check_dataset
-from instructblip.data.folder import read_folder
-from instructblip.data.prepare import prepare
+from instructblip.data.own.files import Own
+from instructblip.data.own.folder import read_folder
+from instructblip.data.own.formats import own_source
+from instructblip.data.prepared.check import check_dataset
+from instructblip.data.prepared.prepare import prepare
 from instructblip.data.sources import SOURCES
-from instructblip.data.sources.own import own_source
-from instructblip.data.sources.own_files import Own
 from tests.data.test_check import lines, vizwiz
 from tests.data.tiny import write_json, write_picture, write_vqa
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from instructblip.data.images import load_image
-from instructblip.data.prepare import prepare
+from instructblip.data.prepared.prepare import prepare
 from tests.data.tiny import write_json
 
 av = pytest.importorskip("av")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from instructblip.batch import Example
+from instructblip.core.batch import Example
 from instructblip.evaluation.benchmarks.benchmark import Benchmark
 
 

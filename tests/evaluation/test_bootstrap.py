@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
-from instructblip.evaluation.bootstrap import difference, interval, resample
+from instructblip.evaluation.bootstrap import (
+    difference,
+    interval,
+    resample,
+)
 from instructblip.evaluation.metrics import auroc
 
 

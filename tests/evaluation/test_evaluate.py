@@ -13,14 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import multiprocessing
 
-from instructblip import distributed
-from instructblip.data.prepare import prepare
-from instructblip.data.scenes.official import write_scenes
+from instructblip.core import distributed
+from instructblip.data.prepared.prepare import prepare
 from instructblip.evaluation.batching import Batches
 from instructblip.evaluation.benchmarks import select_benchmarks
-from instructblip.evaluation.evaluate import derange, evaluate, pick
+from instructblip.evaluation.evaluate import (
+    derange,
+    evaluate,
+    pick,
+)
 from instructblip.evaluation.predictions import PREDICTIONS
 from instructblip.evaluation.result import Result, summarise
+from instructblip.scenes.official import write_scenes
 from tests.evaluation.fakes import COLOURS, FakeEngine, ListDataset, benchmark, colour_questions
 
 

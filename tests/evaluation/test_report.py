@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 
-from instructblip.batch import Example
-from instructblip.evaluation.charts import line_chart, radar_chart, training_charts
+from instructblip.core.batch import Example
+from instructblip.evaluation.charts import (
+    line_chart,
+    radar_chart,
+    training_charts,
+)
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.evaluation.gallery import make_cards
 from instructblip.evaluation.report import write_report

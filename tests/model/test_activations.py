@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from instructblip.batch import Batch
-from instructblip.memory import saved_bytes
-from instructblip.model import head, pretrained
-from instructblip.model import language as language_module
+from instructblip.core.batch import Batch
+from instructblip.experiment.memory import saved_bytes
+from instructblip.model.checkpoints import transformers as pretrained
+from instructblip.model.checkpoints.transformers import from_pretrained
+from instructblip.model.checkpoints.weights import NoRandomWeights
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import checkpoint_layers
-from instructblip.model.pretrained import from_pretrained
-from instructblip.model.weights import NoRandomWeights
+from instructblip.model.language import adapters as language_module
+from instructblip.model.language.adapters import checkpoint_layers
+from instructblip.model.language.fast import head
 from tests.model.test_language import tiny_model
 from tests.parity.tiny import tiny_batch, tiny_transformers
 

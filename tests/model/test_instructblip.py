@@ -7,9 +7,18 @@ import torch
 from pydantic import ValidationError
 from transformers import InstructBlipConfig as TheirConfig
 
-from instructblip.model.config import InstructBlipConfig, LoraConfig, VisionConfig
-from instructblip.model.instructblip import ALIASES, PARTS, InstructBlip, part_of
-from instructblip.model.lora import add_lora
+from instructblip.model.config import (
+    InstructBlipConfig,
+    LoraConfig,
+    VisionConfig,
+)
+from instructblip.model.instructblip import (
+    ALIASES,
+    PARTS,
+    InstructBlip,
+    part_of,
+)
+from instructblip.model.language.lora import add_lora
 from tests.parity.tiny import tiny_batch, tiny_config, tiny_transformers
 
 

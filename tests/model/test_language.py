@@ -5,12 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from instructblip.model.beams import BeamTree
-from instructblip.model.candidates import Forest, in_chunks, scored_tokens
-from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
+from instructblip.model.config import (
+    InstructBlipConfig,
+    QFormerConfig,
+    VisionConfig,
+)
 from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import build_language_model, language_of
+from instructblip.model.language.adapters import build_language_model, language_of
+from instructblip.model.language.beams import BeamTree
+from instructblip.model.language.candidates import (
+    Forest,
+    in_chunks,
+    scored_tokens,
+)
 from tests.parity.tiny import LANGUAGES, VOCAB, padded, tiny_batch
 
 GPT2 = {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 64}

@@ -11,19 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from instructblip import cli, stages_use
+from instructblip.cli import main as cli
+from instructblip.cli import stages_use
 from instructblip.data.tokens import Tokens
-from instructblip.model.config import (
-    InstructBlipConfig,
-    LoraConfig,
-    QFormerConfig,
-    VisionConfig,
-)
-from instructblip.model.directory import check_output, model_directory
-from instructblip.model.inspection import inspect_checkpoint
-from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import build_language_model
-from instructblip.model.lavis import (
+from instructblip.model.checkpoints.directory import check_output, model_directory
+from instructblip.model.checkpoints.inspection import inspect_checkpoint
+from instructblip.model.checkpoints.lavis import (
     export_lavis,
     from_lavis,
     import_lavis,
@@ -31,9 +24,17 @@ from instructblip.model.lavis import (
     language_tokenizer,
     to_lavis,
 )
-from instructblip.model.lora import add_lora
-from instructblip.model.pretrained import from_pretrained, save_pretrained
-from instructblip.model.weights import write_weights
+from instructblip.model.checkpoints.transformers import from_pretrained, save_pretrained
+from instructblip.model.checkpoints.weights import write_weights
+from instructblip.model.config import (
+    InstructBlipConfig,
+    LoraConfig,
+    QFormerConfig,
+    VisionConfig,
+)
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language.adapters import build_language_model
+from instructblip.model.language.lora import add_lora
 from tests.data.tiny import llama_like, t5_like, wordpiece
 from tests.parity.tiny import LANGUAGES, tiny_batch, tiny_transformers
 
@@ -308,7 +309,7 @@ def test_commands(parts: dict[str, Path], tmp_path: Path, capsys: pytest.Capture
 def test_nothing_that_stands_at_out_is_lost(
     tmp_path: Path, existing: str, form: stages_use.ModelForm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("instructblip.model.pretrained.from_pretrained", pytest.fail)
+    monkeypatch.setattr("instructblip.model.checkpoints.transformers.from_pretrained", pytest.fail)
     file = tmp_path / "tuned" / existing
     if file.name != "new.pth":
         file.parent.mkdir(parents=True)

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from instructblip.memory import saved_bytes
-from instructblip.model.llama import (
+from instructblip.experiment.memory import saved_bytes
+from instructblip.model.language.fast.llama import (
     _FrozenLinears,
     _FrozenRMSNorm,
     _project,

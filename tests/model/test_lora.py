@@ -7,11 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from instructblip import cli
+from instructblip.cli import main as cli
+from instructblip.model.checkpoints.transformers import from_pretrained
 from instructblip.model.config import LoraConfig
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.lora import FOLDER, adapters, add_lora, load_lora, merge_lora
-from instructblip.model.pretrained import from_pretrained
+from instructblip.model.language.lora import (
+    FOLDER,
+    adapters,
+    add_lora,
+    load_lora,
+    merge_lora,
+)
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
 from tests.parity.tiny import tiny_batch, tiny_transformers
@@ -102,7 +108,7 @@ def test_files_are_those_of_peft(tmp_path: Path):
         model = adapted(tiny_model(language))
         ids = torch.arange(6)[None] + 4
         expected = model.language_model(input_ids=ids).logits
-        from instructblip.model.lora import save_lora
+        from instructblip.model.language.lora import save_lora
 
         save_lora(model.language_model, tmp_path / language)
         theirs = tiny_model(language).language_model
@@ -120,7 +126,7 @@ def test_what_does_not_fit_is_told(tmp_path: Path):
         add_lora(tiny_model("llama").language_model, LoraConfig(targets=("query",)))
     with pytest.raises(ValueError, match="no adapter to train"):
         tiny_model("llama").set_trainable(("lora",))
-    from instructblip.model.lora import save_lora
+    from instructblip.model.language.lora import save_lora
 
     save_lora(model.language_model, tmp_path / "a")
     with pytest.raises(ValueError, match="another language model"):

@@ -7,10 +7,14 @@ import pytest
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from instructblip.batch import Batch
-from instructblip.model import head, packing
+from instructblip.core.batch import Batch
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.packing import ATTENTION, Packing, packs
+from instructblip.model.language.fast import head, packing
+from instructblip.model.language.fast.packing import (
+    ATTENTION,
+    Packing,
+    packs,
+)
 from instructblip.model.qformer import Rows
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model

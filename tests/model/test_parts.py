@@ -16,13 +16,13 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from instructblip import cli
+from instructblip.cli import main as cli
 from instructblip.data.images import ImageTransform
+from instructblip.inference.engine import Engine
+from instructblip.model.checkpoints.combine import combine, read_vision
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.parts import combine, read_vision
 from instructblip.model.vision import VisionModel
-from instructblip.serving.engine import Engine
 from tests.data.tiny import byte_level, wordpiece, write_picture
 from tests.parity.tiny import LANGUAGES, tiny_batch, tiny_transformers
 

@@ -7,11 +7,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from instructblip.memory import saved_bytes
+from instructblip.experiment.memory import saved_bytes
+from instructblip.model.checkpoints.transformers import from_pretrained
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.lora import adapters
-from instructblip.model.pretrained import from_pretrained
-from instructblip.model.quantize import NF4, Kind, QuantizedLinear, quantize_linears
+from instructblip.model.language.lora import adapters
+from instructblip.model.language.quantize import (
+    NF4,
+    Kind,
+    QuantizedLinear,
+    quantize_linears,
+)
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
 from tests.model.test_lora import adapted

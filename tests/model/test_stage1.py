@@ -10,14 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from instructblip import stages
-from instructblip.data.scenes.official import write_scenes
+from instructblip.cli import stages
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.stage1 import LABEL_SMOOTHING, Stage1, contrast
-from instructblip.recipe import load_recipe
+from instructblip.model.stage1 import (
+    LABEL_SMOOTHING,
+    Stage1,
+    contrast,
+)
+from instructblip.recipe.schema import load_recipe
+from instructblip.scenes.official import write_scenes
+from tests.inference.test_engine import write_model
 from tests.parity.tiny import tiny_batch, tiny_config
-from tests.serving.test_engine import write_model
 
 
 @pytest.fixture

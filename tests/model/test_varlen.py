@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instructblip.model import packing, varlen
-from instructblip.model.language import checkpoint_layers
+from instructblip.model.language.adapters import checkpoint_layers
+from instructblip.model.language.fast import packing, varlen
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
 from tests.parity.tiny import tiny_batch

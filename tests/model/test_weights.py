@@ -8,9 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from instructblip.model import weights as weights_module
+from instructblip.model.checkpoints import weights as weights_module
+from instructblip.model.checkpoints.weights import (
+    existing,
+    new_directory,
+    read_weights,
+)
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.weights import existing, new_directory, read_weights
 from tests.parity.tiny import tiny_batch, tiny_transformers
 
 

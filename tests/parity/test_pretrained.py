@@ -14,8 +14,8 @@ from transformers import (
     InstructBlipVideoForConditionalGeneration,
 )
 
+from instructblip.model.checkpoints.text_branch import save_text_branch
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.text_branch import save_text_branch
 from tests.parity.tiny import (
     IMAGE_TOKEN,
     seq2seq_inputs,

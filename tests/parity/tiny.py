@@ -13,7 +13,7 @@ from transformers import (
     InstructBlipVideoForConditionalGeneration,
 )
 
-from instructblip.batch import Batch
+from instructblip.core.batch import Batch
 
 IMAGE_TOKEN = 59
 VOCAB = 60

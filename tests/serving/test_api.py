@@ -21,16 +21,21 @@ import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from instructblip import cli
+from instructblip.cli import main as cli
+from instructblip.inference.chat import instruction_of
+from instructblip.inference.engine import Engine
 from instructblip.serving import incoming
 from instructblip.serving.api import create_app
-from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
-from instructblip.serving.chat import instruction_of
+from instructblip.serving.batching import (
+    Batcher,
+    Job,
+    QueueFull,
+    TooLate,
+)
 from instructblip.serving.completions import stream_events
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.engine import Engine
 from instructblip.serving.schema import ChatRequest
-from tests.serving.conftest import body, data_url, greedy_engine, running
+from tests.conftest import body, data_url, greedy_engine, running
 
 CHAT = "/v1/chat/completions"
 TEXT = "what is red?"

@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 
 from benchmarks.fuzz_server import Watch, fuzz_bodies, fuzz_schema
 from instructblip.serving.api import create_app
-from tests.serving.conftest import greedy_engine
+from tests.conftest import greedy_engine
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,21 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from instructblip.inference.engine import Engine
 from instructblip.serving.api import create_app
-from instructblip.serving.batching import Batcher, Job, TooLate
+from instructblip.serving.batching import (
+    Batcher,
+    Job,
+    TooLate,
+)
 from instructblip.serving.draw_tab import paint
-from instructblip.serving.engine import Engine
-from instructblip.serving.web import EN, ZH, mount_page
+from instructblip.serving.page import (
+    EN,
+    ZH,
+    mount_page,
+)
 from runs.screenshots import browser_page, draw_example
-from tests.serving.conftest import data_url, greedy_engine, running
+from tests.conftest import data_url, greedy_engine, running
 
 ROUTE = "/v1/images/generations"
 ASKED = {"prompt": "what is red?", "steps": 2}

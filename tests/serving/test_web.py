@@ -13,14 +13,21 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from instructblip.inference.engine import Engine
 from instructblip.model.attention import cross_attention
 from instructblip.serving.api import create_app
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.engine import Engine
-from instructblip.serving.web import EN, EXAMPLES, ZH, ask, mount_page, overlays
+from instructblip.serving.page import (
+    EN,
+    EXAMPLES,
+    ZH,
+    ask,
+    mount_page,
+    overlays,
+)
 from runs.screenshots import ask_example, browser_page
+from tests.conftest import greedy_engine, running
 from tests.model.test_instructblip import tiny_batch
-from tests.serving.conftest import greedy_engine, running
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

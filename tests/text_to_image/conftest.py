@@ -9,11 +9,15 @@ from instructblip.data.images import ImageTransform
 from instructblip.data.tokens import Tokens
 from instructblip.model.instructblip import InstructBlip
 from instructblip.text_to_image.batches import DrawLoader
-from instructblip.text_to_image.config import ConditionerConfig, NativeConfig, TextToImageConfig
+from instructblip.text_to_image.config import (
+    ConditionerConfig,
+    NativeConfig,
+    TextToImageConfig,
+)
 from instructblip.text_to_image.model import TextToImage
 from instructblip.text_to_image.sample import Painter
 from instructblip.text_to_image.tasks import SceneDrawings, SubjectDrawings
-from tests.serving.test_engine import write_model
+from tests.inference.test_engine import write_model
 
 CONFIG = TextToImageConfig(
     conditioner=ConditionerConfig(num_queries=3, num_layers=1, width=16, num_heads=2),

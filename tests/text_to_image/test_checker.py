@@ -6,7 +6,14 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from instructblip.data.scenes.world import COLOURS, SHAPES, Scene, Thing, render, sample_scene
+from instructblip.scenes.world import (
+    COLOURS,
+    SHAPES,
+    Scene,
+    Thing,
+    render,
+    sample_scene,
+)
 from instructblip.text_to_image.checker import check_picture, find_things
 
 N = 200

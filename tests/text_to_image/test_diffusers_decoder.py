@@ -9,9 +9,17 @@ from safetensors.torch import load_file
 
 from instructblip.model.instructblip import InstructBlip
 from instructblip.text_to_image.batches import DrawLoader
-from instructblip.text_to_image.config import ConditionerConfig, DiffusersConfig, TextToImageConfig
+from instructblip.text_to_image.config import (
+    ConditionerConfig,
+    DiffusersConfig,
+    TextToImageConfig,
+)
 from instructblip.text_to_image.model import TextToImage
-from instructblip.text_to_image.pretrained import from_pretrained, save_addition, save_pretrained
+from instructblip.text_to_image.pretrained import (
+    from_pretrained,
+    save_addition,
+    save_pretrained,
+)
 from instructblip.text_to_image.sample import Painter
 from instructblip.training.train import train
 from tests.text_to_image.test_model import settings

@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 
 from instructblip.evaluation.report import write_report
-from instructblip.text_to_image.gallery import INDEX, read_drawings, write_drawings
-from instructblip.text_to_image.measure import Measured, fresh_prompts, measure
+from instructblip.text_to_image.gallery import (
+    INDEX,
+    read_drawings,
+    write_drawings,
+)
+from instructblip.text_to_image.measure import (
+    Measured,
+    fresh_prompts,
+    measure,
+)
 from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
 
 HOSTILE = '<img src="https://evil.example/x.png" onerror="alert(1)">'

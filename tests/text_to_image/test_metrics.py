@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instructblip.data.scenes.world import Thing
+from instructblip.scenes.world import Thing
 from instructblip.text_to_image.gallery import write_gallery
 from instructblip.text_to_image.metrics import (
     clip_score,

@@ -9,7 +9,11 @@ import torch
 from instructblip.model.instructblip import InstructBlip
 from instructblip.text_to_image.batches import DrawLoader
 from instructblip.text_to_image.config import ConditionerConfig, NativeConfig
-from instructblip.text_to_image.decoder import EVEN_WEIGHT, Details, NativeDecoder
+from instructblip.text_to_image.decoder import (
+    EVEN_WEIGHT,
+    Details,
+    NativeDecoder,
+)
 from instructblip.text_to_image.model import TextToImage
 from instructblip.training.config import TrainingConfig
 from instructblip.training.train import train
@@ -215,7 +219,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 
 def test_a_blip2_cannot_draw(tmp_path: Path):
-    from tests.serving.test_engine import write_model
+    from tests.inference.test_engine import write_model
 
     blip2 = InstructBlip.from_pretrained(write_model(tmp_path, "blip2"))
     with pytest.raises(ValueError, match="instruction_aware=True"):

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from instructblip import drawing, stages
-from instructblip.data.scenes.official import write_scenes
-from instructblip.recipe import load_recipe
+from instructblip.cli import stages
+from instructblip.experiment import draw as drawing
+from instructblip.recipe.schema import load_recipe
+from instructblip.scenes.official import write_scenes
 from instructblip.text_to_image.pretrained import from_pretrained
 from instructblip.text_to_image.sample import Painter
 from tests.data.tiny import write_json, write_picture

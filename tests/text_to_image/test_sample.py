@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from instructblip.cli import main
-from instructblip.serving.engine import Engine
+from instructblip.cli.main import main
+from instructblip.inference.engine import Engine
 from instructblip.text_to_image.batches import DrawLoader
 from instructblip.text_to_image.model import TextToImage
 from instructblip.text_to_image.pretrained import (

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from instructblip.batch import Example
-from instructblip.data.folder import FolderSet
-from instructblip.data.scenes.world import HELD_OUT_PAIRS
-from instructblip.text_to_image.batches import DrawLoader, Interleaved, target_pixels
+from instructblip.core.batch import Example
+from instructblip.data.own.folder import FolderSet
+from instructblip.scenes.world import HELD_OUT_PAIRS
+from instructblip.text_to_image.batches import (
+    DrawLoader,
+    Interleaved,
+    target_pixels,
+)
 from instructblip.text_to_image.checker import check_picture, find_things
 from instructblip.text_to_image.measure import fresh_prompts, measure
 from instructblip.text_to_image.tasks import (

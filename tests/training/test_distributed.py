@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from instructblip import distributed
+from instructblip.core import distributed
 from instructblip.training.checkpoint import load_latest
 from instructblip.training.log import read_metrics, without_timings
 from instructblip.training.train import train

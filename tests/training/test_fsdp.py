@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import multiprocessing, nn
 
-from instructblip import distributed
-from instructblip.assembly import shape_language, shard_language
-from instructblip.batch import Batch
-from instructblip.model.pretrained import from_pretrained
-from instructblip.recipe import Recipe, load_recipe
+from instructblip.core import distributed
+from instructblip.core.batch import Batch
+from instructblip.experiment.build import shape_language, shard_language
+from instructblip.model.checkpoints.transformers import from_pretrained
+from instructblip.recipe.schema import Recipe, load_recipe
 from instructblip.training.log import read_metrics, without_timings
 from instructblip.training.train import train
 from tests.parity.tiny import tiny_batch, tiny_transformers

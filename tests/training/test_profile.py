@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from instructblip.batch import Batch
+from instructblip.core.batch import Batch
 from instructblip.training.train import train
 from tests.model.test_language import tiny_model
 from tests.parity.tiny import tiny_batch

@@ -8,9 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from instructblip.batch import Batch
+from instructblip.core.batch import Batch
 from instructblip.training.log import read_metrics, without_timings
-from instructblip.training.train import NonFiniteLossError, TrainResult, train
+from instructblip.training.train import (
+    NonFiniteLossError,
+    TrainResult,
+    train,
+)
 from tests.training.toy import Toy, ToyBatches, toy_config, toy_score
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from instructblip.batch import Batch
+from instructblip.core.batch import Batch
 from instructblip.training.config import TrainingConfig
 
 WIDTH, WORDS = 8, 12

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from instructblip.batch import Batch, Sample
-from instructblip.data.sources.frames import repeated
+from instructblip.core.batch import Batch, Sample
+from instructblip.data.reading.frames import repeated
 
 PAD_ID = 0
 """Written where the mask is 0. Any valid id would do: no one reads it."""

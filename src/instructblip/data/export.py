@@ -26,10 +26,10 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from instructblip.core.files import replacing
 from instructblip.data.order import mix
-from instructblip.data.pictures import Examples
+from instructblip.data.samples import Examples
 from instructblip.data.templates import Language, render_instruction
-from instructblip.data.writing import replacing
 
 Form = Literal["llava", "sharegpt", "messages", "parquet"]
 FORMS: tuple[str, ...] = get_args(Form)

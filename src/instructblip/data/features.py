@@ -34,10 +34,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from instructblip import distributed
-from instructblip.data.facts import MISSING, PictureFact, gather_facts
+from instructblip.core import distributed
+from instructblip.core.files import replacing
 from instructblip.data.images import ImageTransform, load_image
-from instructblip.data.writing import replacing
+from instructblip.data.prepared.facts import (
+    MISSING,
+    PictureFact,
+    gather_facts,
+)
 
 FeatureType = Literal["fp32", "bf16", "int8"]
 TYPES: dict[FeatureType, torch.dtype] = {

@@ -21,8 +21,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from instructblip.batch import Example
-from instructblip.data.sources.records import image_name
+from instructblip.core.batch import Example
+from instructblip.data.reading.records import image_name
 from instructblip.data.templates import Rendered
 
 PREPROCESSORS = (

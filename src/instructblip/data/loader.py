@@ -15,12 +15,25 @@ from itertools import count
 
 from torch.utils.data import DataLoader
 
-from instructblip.batch import Batch, Example, Sample
+from instructblip.core.batch import (
+    Batch,
+    Example,
+    Sample,
+)
 from instructblip.data.collate import collate
 from instructblip.data.mixture import Mixture
 from instructblip.data.order import Order, mix
-from instructblip.data.pictures import Examples, Pictures, make_sample
-from instructblip.data.templates import Language, Rendered, check_template, render_instruction
+from instructblip.data.samples import (
+    Examples,
+    Pictures,
+    make_sample,
+)
+from instructblip.data.templates import (
+    Language,
+    Rendered,
+    check_template,
+    render_instruction,
+)
 from instructblip.data.tokens import Tokens
 
 

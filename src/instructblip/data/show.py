@@ -15,13 +15,13 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from instructblip.batch import Batch, Example
+from instructblip.core.batch import Batch, Example
+from instructblip.core.files import replacing
 from instructblip.data.collate import collate
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.order import CYCLE
 from instructblip.data.templates import Rendered
-from instructblip.data.writing import replacing
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from instructblip.batch import Example
+from instructblip.core.batch import Example
 from instructblip.data.templates_zh import PARTS_ZH, TEMPLATES_ZH
 
 Language = Literal["en", "zh"]

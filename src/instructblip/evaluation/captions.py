@@ -13,7 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from instructblip.evaluation.ptb import Tokenizer, java_package, tokenize
+from instructblip.evaluation.ptb import (
+    Tokenizer,
+    java_package,
+    tokenize,
+)
 
 Ngrams = Counter[tuple[str, ...]]
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from instructblip import distributed
-from instructblip.batch import Example
-from instructblip.data.pictures import Examples
+from instructblip.core import distributed
+from instructblip.core.batch import Example
+from instructblip.data.samples import Examples
 from instructblip.data.templates import render_prompt, template_hash
 from instructblip.evaluation.batching import Batches, BatchSize
 from instructblip.evaluation.benchmarks.benchmark import Benchmark

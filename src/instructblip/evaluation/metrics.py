@@ -12,7 +12,12 @@ from typing import Literal
 import numpy as np
 
 from instructblip.evaluation import normalize
-from instructblip.evaluation.captions import bleu, cider, meteor, rouge_l
+from instructblip.evaluation.captions import (
+    bleu,
+    cider,
+    meteor,
+    rouge_l,
+)
 
 __all__ = [
     "anls",

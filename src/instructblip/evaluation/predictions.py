@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from instructblip import distributed
-from instructblip.data.writing import replacing
+from instructblip.core import distributed
+from instructblip.core.files import replacing
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "settings.json"

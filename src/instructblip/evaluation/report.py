@@ -12,9 +12,18 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from instructblip.data.writing import replacing
-from instructblip.evaluation.charts import Radar, radar_chart, training_charts
-from instructblip.evaluation.compare import ROLES, Comparison, Row, compare
+from instructblip.core.files import replacing
+from instructblip.evaluation.charts import (
+    Radar,
+    radar_chart,
+    training_charts,
+)
+from instructblip.evaluation.compare import (
+    ROLES,
+    Comparison,
+    Row,
+    compare,
+)
 from instructblip.evaluation.gallery import make_cards, thumbnail
 from instructblip.evaluation.result import Result
 

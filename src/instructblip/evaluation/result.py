@@ -15,7 +15,11 @@ from instructblip.evaluation.bootstrap import (
     mean_over_sets,
     resample,
 )
-from instructblip.evaluation.predictions import PREDICTIONS, read_predictions, write_json
+from instructblip.evaluation.predictions import (
+    PREDICTIONS,
+    read_predictions,
+    write_json,
+)
 from instructblip.evaluation.ptb import Tokenizer
 from instructblip.evaluation.scoring import Score, scorer_of
 

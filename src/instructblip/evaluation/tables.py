@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from instructblip.evaluation.bootstrap import Difference
-from instructblip.evaluation.compare import ROLES, Cell, Comparison, Row
+from instructblip.evaluation.compare import (
+    ROLES,
+    Cell,
+    Comparison,
+    Row,
+)
 from instructblip.evaluation.published import PUBLISHED
 from instructblip.evaluation.result import describe_how
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from instructblip.batch import Batch
+from instructblip.core.batch import Batch
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.qformer import CrossAttention
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from instructblip.batch import Batch
-from instructblip.model.candidates import Normalization
-from instructblip.model.generation import OnTokens
+from instructblip.core.batch import Batch
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.ranking import rank
+from instructblip.model.language.candidates import Normalization
+from instructblip.model.language.generate import OnTokens
+from instructblip.model.language.ranking import rank
 
 
 @torch.no_grad()

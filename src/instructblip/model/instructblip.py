@@ -17,13 +17,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from instructblip.batch import Batch
+from instructblip.core.batch import Batch
+from instructblip.core.regions import part
 from instructblip.model.config import InstructBlipConfig
-from instructblip.model.language import Language, build_language_model, language_of
-from instructblip.model.lora import adapters
+from instructblip.model.language.adapters import (
+    Language,
+    build_language_model,
+    language_of,
+)
+from instructblip.model.language.lora import adapters
 from instructblip.model.qformer import QFormer
 from instructblip.model.vision import VisionModel
-from instructblip.parts import part
 
 PARTS = {
     "query_tokens": r"query_tokens",
@@ -97,13 +101,13 @@ class InstructBlip(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> "InstructBlip":
         """See ``pretrained.from_pretrained``."""
-        from instructblip.model.pretrained import from_pretrained
+        from instructblip.model.checkpoints.transformers import from_pretrained
 
         return from_pretrained(path, **options)
 
     def save_pretrained(self, path: str | Path) -> None:
         """See ``pretrained.save_pretrained``."""
-        from instructblip.model.pretrained import save_pretrained
+        from instructblip.model.checkpoints.transformers import save_pretrained
 
         save_pretrained(self, path)
 

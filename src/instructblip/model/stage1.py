@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from instructblip.batch import IGNORE_INDEX, Batch
+from instructblip.core.batch import IGNORE_INDEX, Batch
 from instructblip.model.instructblip import InstructBlip, LossOutput
 
 LABEL_SMOOTHING = 0.1

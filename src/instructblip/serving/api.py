@@ -16,12 +16,21 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from instructblip import __version__
+from instructblip.core.version import __version__
+from instructblip.inference.engine import Engine
 from instructblip.serving.batching import Answer, Job
-from instructblip.serving.completions import chat_job, response_of, stream_events
+from instructblip.serving.completions import (
+    chat_job,
+    response_of,
+    stream_events,
+)
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.engine import Engine
-from instructblip.serving.guard import NO_KEY, Guard, error_body, knows_key
+from instructblip.serving.guard import (
+    NO_KEY,
+    Guard,
+    error_body,
+    knows_key,
+)
 from instructblip.serving.images import add_images
 from instructblip.serving.incoming import BadPicture
 from instructblip.serving.schema import (

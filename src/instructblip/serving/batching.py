@@ -18,9 +18,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from instructblip.model.candidates import Normalization
-from instructblip.serving.engine import Engine
-from instructblip.serving.streaming import TextStream
+from instructblip.inference.engine import Engine
+from instructblip.inference.streaming import TextStream
+from instructblip.model.language.candidates import Normalization
 
 
 class QueueFull(Exception):

@@ -9,11 +9,11 @@ from typing import Any
 
 from fastapi import HTTPException
 
+from instructblip.inference.chat import instruction_of
+from instructblip.inference.decoding import LEAST_TEMPERATURE
+from instructblip.inference.engine import Engine
 from instructblip.serving.batching import Answer, Job
-from instructblip.serving.chat import instruction_of
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.decoding import LEAST_TEMPERATURE
-from instructblip.serving.engine import Engine
 from instructblip.serving.guard import error_body
 from instructblip.serving.schema import (
     AnswerMessage,

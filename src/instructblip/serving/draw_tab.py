@@ -7,7 +7,11 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from instructblip.serving.batching import Job, QueueFull, TooLate
+from instructblip.serving.batching import (
+    Job,
+    QueueFull,
+    TooLate,
+)
 from instructblip.serving.incoming import decode_picture
 from instructblip.serving.service import Service
 

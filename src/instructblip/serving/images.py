@@ -11,7 +11,11 @@ from starlette.concurrency import run_in_threadpool
 
 from instructblip.serving.batching import Batcher, Job
 from instructblip.serving.incoming import read_picture
-from instructblip.serving.schema import DrawnImage, ImageRequest, ImageResponse
+from instructblip.serving.schema import (
+    DrawnImage,
+    ImageRequest,
+    ImageResponse,
+)
 from instructblip.serving.service import Service
 
 

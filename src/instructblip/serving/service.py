@@ -10,9 +10,14 @@ from fastapi import HTTPException
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
-from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
+from instructblip.inference.engine import Engine
+from instructblip.serving.batching import (
+    Batcher,
+    Job,
+    QueueFull,
+    TooLate,
+)
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.engine import Engine
 from instructblip.serving.incoming import read_picture
 from instructblip.serving.metrics import Metrics
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from instructblip.batch import Batch
+from instructblip.core.batch import Batch
 from instructblip.data.collate import pad
 from instructblip.data.images import ImageTransform
 from instructblip.data.mixture import Mixture

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from instructblip.model.checkpoints.transformers import load_weights
+from instructblip.model.checkpoints.weights import read_json, read_weights
 from instructblip.model.config import QFormerConfig, VisionConfig
-from instructblip.model.pretrained import load_weights
 from instructblip.model.qformer import QFormer
 from instructblip.model.vision import ACTIVATIONS, VisionModel
-from instructblip.model.weights import read_json, read_weights
 
 SPLICE_AT = 2
 """Position of the first context token in the text: behind <|startoftext|> and "a"."""

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from instructblip.data.scenes.world import COLOURS, DRAW, PICTURE_SIZE, SHAPES, Thing
+from instructblip.scenes.world import (
+    COLOURS,
+    DRAW,
+    PICTURE_SIZE,
+    SHAPES,
+    Thing,
+)
 
 CELL = PICTURE_SIZE / 3
 REACH = 12  # half the side of the window around the centre of a cell, in pixels

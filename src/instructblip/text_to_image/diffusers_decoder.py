@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from instructblip.model.weights import read_json
+from instructblip.model.checkpoints.weights import read_json
 from instructblip.text_to_image.config import DiffusersConfig
 
 BACKBONES = {

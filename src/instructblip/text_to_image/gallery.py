@@ -9,7 +9,7 @@ from textwrap import wrap
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import TypeAdapter, ValidationError
 
-from instructblip.model.weights import sync
+from instructblip.model.checkpoints.weights import sync
 from instructblip.text_to_image.measure import Figures, Measured
 from instructblip.text_to_image.sample import save_picture
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from instructblip.data.order import mix
-from instructblip.data.scenes.language import join, phrase
-from instructblip.data.scenes.world import render, sample_scene
+from instructblip.scenes.language import join, phrase
+from instructblip.scenes.world import render, sample_scene
 from instructblip.text_to_image.checker import Verdict, check_picture
 from instructblip.text_to_image.sample import Painter
 from instructblip.text_to_image.tasks import DrawExample, SubjectDrawings

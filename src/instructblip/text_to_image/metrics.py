@@ -14,9 +14,9 @@ from jaxtyping import Float
 from PIL import Image
 
 from instructblip.data.images import ImageTransform
-from instructblip.data.scenes.language import at
-from instructblip.data.scenes.world import Thing
 from instructblip.model.instructblip import InstructBlip
+from instructblip.scenes.language import at
+from instructblip.scenes.world import Thing
 
 Extractor = Callable[[Sequence[Image.Image]], np.ndarray]
 """Pictures -> features [N, X]."""

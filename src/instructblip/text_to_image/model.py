@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from instructblip.batch import Batch
+from instructblip.core.batch import Batch
 from instructblip.model.instructblip import PARTS as UNDERSTANDING_PARTS
 from instructblip.model.instructblip import InstructBlip, LossOutput
 from instructblip.text_to_image.conditioner import Conditioner

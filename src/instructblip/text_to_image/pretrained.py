@@ -11,10 +11,15 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from instructblip.model.directory import model_directory
+from instructblip.model.checkpoints.directory import model_directory
+from instructblip.model.checkpoints.transformers import load_weights
+from instructblip.model.checkpoints.weights import (
+    new_directory,
+    read_json,
+    read_weights,
+    write_weights,
+)
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.pretrained import load_weights
-from instructblip.model.weights import new_directory, read_json, read_weights, write_weights
 from instructblip.text_to_image.config import NativeConfig, TextToImageConfig
 from instructblip.text_to_image.model import TextToImage
 

@@ -10,10 +10,14 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from instructblip.batch import Batch
-from instructblip.data.images import ImageTransform, load_image, to_rgb
+from instructblip.core.batch import Batch
+from instructblip.data.images import (
+    ImageTransform,
+    load_image,
+    to_rgb,
+)
 from instructblip.data.tokens import Tokens
-from instructblip.model.weights import sync
+from instructblip.model.checkpoints.weights import sync
 from instructblip.text_to_image.batches import collate_drawings
 from instructblip.text_to_image.decoder import Decoder
 from instructblip.text_to_image.model import TextToImage

@@ -17,9 +17,14 @@ from PIL import Image
 
 from instructblip.data.images import load_image
 from instructblip.data.order import mix
-from instructblip.data.pictures import Examples
-from instructblip.data.scenes.language import at, join, phrase
-from instructblip.data.scenes.world import (
+from instructblip.data.reading.records import image_name
+from instructblip.data.samples import Examples
+from instructblip.scenes.language import (
+    at,
+    join,
+    phrase,
+)
+from instructblip.scenes.world import (
     COLOURS,
     HELD_OUT_PAIRS,
     SHAPES,
@@ -29,7 +34,6 @@ from instructblip.data.scenes.world import (
     render,
     sample_scene,
 )
-from instructblip.data.sources.records import image_name
 
 DRAW_TEMPLATES = (
     "draw {}",

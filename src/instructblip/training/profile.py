@@ -1,8 +1,8 @@
 """Where the time of a step goes: a trace to look at, and a table by part.
 
-Operations of the forward pass belong to the part (``instructblip.parts``) they run in. Those of the
-backward pass carry the sequence number of the operation they are the gradient of, and so belong to
-the same part.
+Operations of the forward pass belong to the part (``instructblip.core.regions``) they run in.
+Those of the backward pass carry the sequence number of the operation whose gradient they compute,
+and so belong to the same part.
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ import torch
 from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from instructblip.parts import PREFIX
+from instructblip.core.regions import PREFIX
 
 TRACE, TABLE = "trace.json", "profile.txt"
 STEPS = 3

@@ -16,11 +16,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from instructblip import distributed
-from instructblip.batch import Batch
-from instructblip.parts import part
+from instructblip.core import distributed
+from instructblip.core.batch import Batch
+from instructblip.core.regions import part
 from instructblip.training.config import TrainingConfig
-from instructblip.training.files import Export, Progress, RunFiles, merge_windows
 from instructblip.training.log import RunLog
 from instructblip.training.optim import (
     coalesce_gradients,
@@ -30,6 +29,12 @@ from instructblip.training.optim import (
     trainable_parameters,
 )
 from instructblip.training.profile import Profile
+from instructblip.training.run_directory import (
+    Export,
+    Progress,
+    RunFiles,
+    merge_windows,
+)
 from instructblip.training.signals import Interrupted, Termination
 from instructblip.training.watchdog import Watchdog
 

@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, Self
 
-from instructblip import distributed
-from instructblip.batch import Batch
+from instructblip.core import distributed
+from instructblip.core.batch import Batch
 
 EXIT_CODE = 75
 """EX_TEMPFAIL: to be tried again."""

@@ -1,5 +1,6 @@
 """The data sets: one function each from the owner's files to examples. Adding one is a line."""
 
+from instructblip.data.reading.records import Source
 from instructblip.data.sources.aokvqa import aokvqa, aokvqa_direct
 from instructblip.data.sources.captions import (
     coco_caption,
@@ -10,13 +11,29 @@ from instructblip.data.sources.captions import (
 )
 from instructblip.data.sources.choices import iconqa, scienceqa
 from instructblip.data.sources.dialogue import visual_dialog
-from instructblip.data.sources.llava import llava_conversation, llava_detail, llava_reasoning
-from instructblip.data.sources.questions import aokvqa_question, okvqa_question, vqav2_question
+from instructblip.data.sources.llava import (
+    llava_conversation,
+    llava_detail,
+    llava_reasoning,
+)
+from instructblip.data.sources.questions import (
+    aokvqa_question,
+    okvqa_question,
+    vqav2_question,
+)
 from instructblip.data.sources.reading import ocrvqa, textvqa
-from instructblip.data.sources.records import Source
 from instructblip.data.sources.statements import hatefulmemes, vsr
-from instructblip.data.sources.video import ivqa, msrvttqa, msvdqa
-from instructblip.data.sources.vqa import gqa, okvqa, vizwiz, vqav2
+from instructblip.data.sources.video import (
+    ivqa,
+    msrvttqa,
+    msvdqa,
+)
+from instructblip.data.sources.vqa import (
+    gqa,
+    okvqa,
+    vizwiz,
+    vqav2,
+)
 
 __all__ = ["SOURCES", "Source", "source_of"]
 

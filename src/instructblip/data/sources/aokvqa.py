@@ -14,9 +14,14 @@ name adds ``image``.
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.batch import Example
+from instructblip.core.batch import Example
+from instructblip.data.reading.records import (
+    Record,
+    find_file,
+    place,
+    read_records,
+)
 from instructblip.data.sources.captions import COCO_FOLDERS
-from instructblip.data.sources.records import Record, find_file, place, read_records
 
 
 def aokvqa(root: Path, split: str) -> Iterator[Example]:

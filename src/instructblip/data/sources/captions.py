@@ -17,10 +17,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.batch import Example
-from instructblip.data.sources.own import examples, webdataset
-from instructblip.data.sources.own_files import Own
-from instructblip.data.sources.records import (
+from instructblip.core.batch import Example
+from instructblip.data.own.files import Own
+from instructblip.data.own.formats import examples, webdataset
+from instructblip.data.reading.records import (
     Record,
     find_file,
     find_optional,
@@ -28,7 +28,7 @@ from instructblip.data.sources.records import (
     read_records,
     read_text,
 )
-from instructblip.data.sources.streaming import has_field
+from instructblip.data.reading.streaming import has_field
 
 COCO_FOLDERS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017")
 FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images")

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.batch import Example
-from instructblip.data.sources.opened import note_file
-from instructblip.data.sources.records import (
+from instructblip.core.batch import Example
+from instructblip.data.reading.opened import note_file
+from instructblip.data.reading.records import (
     Record,
     find_file,
     find_optional,
@@ -13,7 +13,7 @@ from instructblip.data.sources.records import (
     place,
     read_records,
 )
-from instructblip.data.sources.streaming import stream_values
+from instructblip.data.reading.streaming import stream_values
 
 
 def iconqa(root: Path, split: str) -> Iterator[Example]:

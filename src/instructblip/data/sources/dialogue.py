@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from instructblip.batch import Example
-from instructblip.data.sources.records import (
+from instructblip.core.batch import Example
+from instructblip.data.reading.records import (
     Record,
     find_file,
     find_optional,

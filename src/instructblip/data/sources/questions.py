@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from instructblip.batch import Example
+from instructblip.core.batch import Example
 from instructblip.data.sources.aokvqa import aokvqa
 from instructblip.data.sources.vqa import okvqa, vqav2
 

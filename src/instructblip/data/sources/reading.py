@@ -4,9 +4,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from instructblip.batch import Example
+from instructblip.core.batch import Example
+from instructblip.data.reading.records import (
+    find_file,
+    place,
+    read_records,
+)
 from instructblip.data.sources.captions import open_images_folders, read_ocr
-from instructblip.data.sources.records import find_file, place, read_records
 
 OCRVQA_SPLITS = {"train": 1, "val": 2, "test": 3}
 

@@ -3,8 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.batch import Example
-from instructblip.data.sources.records import Record, find_file, place, read_lines
+from instructblip.core.batch import Example
+from instructblip.data.reading.records import (
+    Record,
+    find_file,
+    place,
+    read_lines,
+)
 
 
 def vsr(root: Path, split: str) -> Iterator[Example]:

@@ -9,9 +9,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.batch import Example
-from instructblip.data.sources.frames import VIDEOS, evenly_spaced, extract_frames
-from instructblip.data.sources.records import (
+from instructblip.core.batch import Example
+from instructblip.data.reading.frames import (
+    VIDEOS,
+    evenly_spaced,
+    extract_frames,
+)
+from instructblip.data.reading.records import (
     PICTURES,
     find_file,
     find_optional,

@@ -19,10 +19,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from sys import intern
 
-from instructblip.batch import Example
+from instructblip.core.batch import Example
+from instructblip.data.reading.records import (
+    Record,
+    find_file,
+    find_optional,
+    place,
+    read_records,
+)
+from instructblip.data.reading.streaming import is_list
 from instructblip.data.sources.captions import COCO_FOLDERS
-from instructblip.data.sources.records import Record, find_file, find_optional, place, read_records
-from instructblip.data.sources.streaming import is_list
 
 
 def vqav2(root: Path, split: str) -> Iterator[Example]:

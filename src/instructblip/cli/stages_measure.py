@@ -1,0 +1,206 @@
+"""How good a model is, one function a stage, as in ``stages``: evaluating, comparing, reporting."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from instructblip.evaluation.result import Result
+    from instructblip.recipe.schema import Recipe
+
+RECIPE_FILE = "recipe.yaml"
+Form = Literal["table", "markdown", "latex", "json"]
+
+
+def evaluate(
+    recipe: "Recipe",
+    model: str,
+    out: Path,
+    blind_seed: int | None = None,
+    instruction_aware: bool | None = None,
+) -> "list[Result]":
+    """Answer the recipe's benchmarks with ``model``; one folder of ``out`` for each."""
+    from instructblip.core import distributed
+    from instructblip.evaluation.evaluate import evaluate as run_benchmark
+    from instructblip.experiment import build as assembly
+    from instructblip.experiment import datasets as preparing
+    from instructblip.inference.decoding import check_decoding
+    from instructblip.model.checkpoints.directory import model_directory
+
+    model_directory(model)  # a wrong path is told before any data is read
+    settings = recipe.evaluation
+    check_decoding(settings.decoding)
+    benchmarks = preparing.benchmarks_of(recipe, settings.benchmarks)
+    results = []
+    with distributed.process_group():
+        with distributed.main_first():
+            datasets = preparing.prepare_benchmarks(recipe, benchmarks)
+            vocabularies = {b.name: preparing.vocabulary_of(recipe, b) for b in benchmarks}
+        engine = assembly.make_answerer(recipe, model, datasets.values(), instruction_aware)
+        if distributed.is_main():
+            out.mkdir(parents=True, exist_ok=True)
+            (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        for benchmark in benchmarks:
+            result = run_benchmark(
+                engine,
+                benchmark,
+                datasets[benchmark.name],
+                limit=settings.limit,
+                batch_size=settings.batch_size,
+                blind_seed=blind_seed,
+                out=out / benchmark.name,
+                vocabulary=vocabularies[benchmark.name],
+                tokenizer=settings.tokenizer,
+            )
+            if distributed.is_main():
+                print(result.describe(), flush=True)
+            results.append(result)
+    return results
+
+
+def compare(
+    models: Sequence[Path],
+    form: Form = "table",
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    out: Path = Path("out/results"),
+    intervals: bool = False,
+    benchmarks: Sequence[str] = (),
+) -> None:
+    """Print the figures of result folders or models, each held to the first.
+
+    A model (ours, or a transformers directory) is evaluated first, into a folder of ``out``; the
+    recipe is the first model's own unless given. Names of sets or groups in ``benchmarks`` choose
+    what is shown.
+    """
+    from instructblip.evaluation import compare as comparing
+    from instructblip.evaluation import tables
+
+    if (recipe or overrides) and not any(map(_is_model, models)):
+        raise ValueError(
+            "results stand as they were evaluated: leave out --recipe, --limit and A.B=C, or give "
+            "models"
+        )
+    if benchmarks:
+        overrides = [*overrides, f"evaluation.benchmarks=[{', '.join(benchmarks)}]"]
+    names = [path.name for path in models]
+    folders = [
+        _evaluated(path, recipe, overrides, out / _name_of(path, names.count(path.name) > 1))
+        for path in models
+    ]
+    results = load_results(folders)
+    comparison = comparing.compare(_chosen(results, benchmarks) if benchmarks else results)
+    if form == "table":
+        _print_tables(tables.to_rich(comparison, intervals), tables.measured_with(comparison))
+    elif form == "json":
+        print(json.dumps(tables.to_json(comparison), indent=2))
+    else:
+        print(tables.to_latex(comparison) if form == "latex" else tables.to_markdown(comparison))
+
+
+def _name_of(path: Path, whole: bool) -> str:
+    """What a model's results are called: the name of its folder, or its path in one word."""
+    return "_".join(p for p in path.parts if p.strip("./")) if whole else path.resolve().name
+
+
+def _evaluated(path: Path, recipe: str | None, overrides: Sequence[str], folder: Path) -> Path:
+    """A folder of results: ``path`` itself, or ``folder`` with those of the model it is."""
+    from instructblip.recipe.schema import load_recipe
+
+    if not _is_model(path):
+        return path
+    evaluate(load_recipe(recipe or recipe_of(str(path)), overrides), str(path), folder)
+    return folder
+
+
+def _is_model(path: Path) -> bool:
+    return str(path) == "starter" or any(
+        (folder / "config.json").is_file() for folder in (path, path / "best", path / "last")
+    )
+
+
+def _chosen(
+    results: "dict[str, list[Result]]", benchmarks: Sequence[str]
+) -> "dict[str, list[Result]]":
+    """The results of the sets or groups called ``benchmarks``; ValueError for one without any."""
+    from instructblip.evaluation.benchmarks import groups_of
+
+    names = {
+        one.benchmark: {one.benchmark, *groups_of(one.benchmark, one.role)}
+        for own in results.values()
+        for one in own
+    }
+    absent = set(benchmarks).difference(*names.values())
+    if absent:
+        raise ValueError(
+            f"no results of {', '.join(sorted(absent))}: there are {', '.join(sorted(names))}"
+        )
+    return {
+        model: [one for one in own if names[one.benchmark].intersection(benchmarks)]
+        for model, own in results.items()
+    }
+
+
+def _print_tables(shown: "Sequence[Table]", notes: Sequence[str]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(160, console.width))
+    for table in shown:
+        console.print(table)
+    for note in notes:
+        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def recipe_of(model: str) -> str:
+    """The recipe that lies beside a model; else that of Scenes for the starter, the paper's for
+    any other."""
+    beside = [folder / RECIPE_FILE for folder in (Path(model), Path(model) / "best")]
+    found = next((path for path in beside if path.is_file()), None)
+    default = "scenes" if model == "starter" else "instructblip_vicuna7b"
+    return str(found) if found else default
+
+
+def report(
+    folders: Sequence[Path],
+    out: Path,
+    runs: Sequence[Path] = (),
+    baseline: str | None = None,
+    drawn: Path | None = None,
+) -> Path:
+    """Write one offline HTML file: tables and charts against ``baseline`` (the first), a gallery
+    of answers, drawn pictures, the curves of ``runs``."""
+    from instructblip.core.version import __version__
+    from instructblip.evaluation.report import write_report
+
+    for run in runs:
+        if not (run / "metrics.jsonl").is_file():
+            raise FileNotFoundError(f"{run} holds no metrics.jsonl: give the folder of a run")
+    return write_report(
+        out,
+        load_results(folders),
+        baseline=baseline,
+        curves={run.name: run / "metrics.jsonl" for run in runs},
+        facts={"version": __version__},
+        drawn=drawn,
+    )
+
+
+def load_results(folders: Sequence[Path]) -> "dict[str, list[Result]]":
+    """The results of each folder that `evaluate` wrote, by the folder's name, or by its path where
+    two have the same name."""
+    from instructblip.evaluation.result import Result
+
+    found = {}
+    names = [folder.name for folder in folders]
+    for folder in folders:
+        paths = sorted(folder.glob("*/result.json"))
+        if not paths:
+            raise FileNotFoundError(f"{folder} holds no results: run `instructblip evaluate` first")
+        name = folder.name if names.count(folder.name) == 1 else str(folder)
+        found[name] = [Result.load(path.parent) for path in paths]
+    return found

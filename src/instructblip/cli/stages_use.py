@@ -1,0 +1,244 @@
+"""What a model is used for, one function a stage, as in ``stages``: answering, serving, drawing."""
+
+import functools
+import json
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from instructblip.cli.stages_measure import RECIPE_FILE, load_results
+
+if TYPE_CHECKING:
+    from instructblip.inference.engine import Engine
+    from instructblip.serving.config import ServeConfig
+
+Decoding = dict[str, int | float | bool]
+ModelForm = Literal["transformers", "lavis"]
+
+
+def answer(model: str, images: Sequence[Path], instruction: str, decoding: Decoding) -> str:
+    """Print the answer as it comes; several pictures, or a video file, are looked at together."""
+    from instructblip.inference.batch import open_pictures
+
+    pictures = open_pictures(images)  # a wrong path is told before the model is read
+    engine = load_engine(model)
+    said = ""
+    for piece in engine.stream(pictures, instruction, **decoding):
+        print(piece, end="", flush=True)
+        said += piece
+    print()
+    return said
+
+
+def answer_many(
+    model: str, source: Path, instruction: str | None, out: Path, decoding: Decoding
+) -> int:
+    """Answer a folder or a JSONL into a JSONL; returns how many pictures could not be read."""
+    from rich.progress import Progress
+
+    from instructblip.inference.batch import answer_requests, read_requests
+
+    requests = read_requests(source, instruction)
+    out.parent.mkdir(parents=True, exist_ok=True)  # told before the model is read
+    engine = load_engine(model)
+    part = out.with_name(f".{out.name}.part")
+    bad = 0
+    with Progress() as progress, part.open("w", encoding="utf-8") as file:
+        bar = progress.add_task("answering", total=len(requests))
+        for records in answer_requests(engine, requests, **decoding):
+            for record in records:
+                bad += "error" in record
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            progress.advance(bar, len(records))
+    part.replace(out)
+    print(f"{len(requests) - bad} answers in {out}" + (f"; {bad} with an error" if bad else ""))
+    return bad
+
+
+def chat(model: str, images: Sequence[Path], decoding: Decoding) -> None:
+    """Ask about pictures in the terminal, turn by turn."""
+    from instructblip.inference.batch import open_pictures
+    from instructblip.inference.chat import Conversation, run_chat
+
+    conversation = Conversation(open_pictures(images))
+    engine = load_engine(model)
+    show = functools.partial(print, end="", flush=True)
+    run_chat(engine, conversation, lambda: input("> "), show, **decoding)
+
+
+def serve(
+    model: str, before: str | None, host: str, port: int, config: "ServeConfig", page: bool
+) -> None:
+    """Answer over HTTP until the process is told to stop; requests under way are finished."""
+    try:
+        import uvicorn
+
+        from instructblip.serving.api import create_app
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing: pip install 'instructblip[serve]'") from error
+
+    _check_address(host, port)  # told before the model is read
+    engines = {"instructblip": load_engine(model)}
+    if before is not None:
+        engines["blip2"] = load_engine(before, instruction_aware=False)
+    app = create_app(engines, config)
+    if page:
+        from instructblip.serving.page import mount_page
+
+        app = mount_page(app)
+    grace = int(config.timeout_s) + 1
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        timeout_graceful_shutdown=grace,
+        timeout_keep_alive=75,  # not while a busy client is about to send its next request
+        server_header=False,
+    )
+
+
+def _check_address(host: str, port: int) -> None:
+    """ValueError unless a server may listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.bind((host, port))
+    except OSError as error:
+        raise ValueError(
+            f"{host}:{port} cannot be listened on: {error.strerror}; choose another with --port, "
+            "or another address with --host"
+        ) from error
+
+
+def draw(
+    instruction: str,
+    out: Path,
+    model: str = "starter",
+    image: Path | None = None,
+    num_images: int = 1,
+    seed: int | None = None,
+    steps: int = 20,
+    guidance: float = 2.0,
+    image_guidance: float | None = None,
+) -> list[Path]:
+    """Draw ``instruction`` into ``out``; several pictures get a number each: x_0.png, x_1.png."""
+    from instructblip.text_to_image.sample import Painter, save_picture
+
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out {out}: expected a file that ends in .png, .jpg or .webp")
+    pictures = Painter.from_pretrained(model).draw(
+        instruction, image, num_images, seed,
+        steps=steps, guidance=guidance, image_guidance=image_guidance,
+    )  # fmt: skip
+    names = [out] if num_images == 1 else [
+        out.with_stem(f"{out.stem}_{i}") for i in range(num_images)
+    ]  # fmt: skip
+    for picture, name in zip(pictures, names, strict=True):
+        save_picture(picture, name)
+        print(name)
+    return names
+
+
+def inspect(path: str) -> None:
+    """Print what a checkpoint is, its sizes, what is trainable and what is missing."""
+    from instructblip.model.checkpoints.inspection import inspect_checkpoint
+
+    print(inspect_checkpoint(path).describe())
+
+
+def import_checkpoint(
+    checkpoint: Path, vision: Path, language: Path, qformer_tokenizer: Path | None, out: Path
+) -> None:
+    """Write a checkpoint of the official code as a directory that transformers reads too."""
+    from instructblip.data.images import ImageTransform
+    from instructblip.model.checkpoints.directory import check_output
+    from instructblip.model.checkpoints.lavis import import_lavis, language_tokenizer
+    from instructblip.release.checkpoints import write_imported
+
+    check_output(out)
+    model = import_lavis(checkpoint, vision, language)
+    transform = ImageTransform(image_size=model.config.vision.image_size)
+    write_imported(model, language_tokenizer(language), qformer_tokenizer, transform, out)
+    inspect(str(out))
+
+
+def combine(
+    vision: Path, language: Path, qformer_tokenizer: Path, out: Path, queries: int, layers: int
+) -> None:
+    """Write a model of two frozen parts and a fresh Q-Former, ready to be trained."""
+    from instructblip.data.images import ImageTransform
+    from instructblip.data.tokens import load_tokenizer
+    from instructblip.model.checkpoints.combine import combine as combine_parts
+    from instructblip.model.checkpoints.directory import check_output
+    from instructblip.release.checkpoints import write_imported
+
+    check_output(out)
+    transform, tokenizer = ImageTransform.from_pretrained(vision), load_tokenizer(language)
+    model = combine_parts(vision, language, {"num_hidden_layers": layers}, queries)
+    write_imported(model, tokenizer, qformer_tokenizer, transform, out)
+    inspect(str(out))
+
+
+def export(
+    model: str,
+    out: Path,
+    form: ModelForm,
+    results: Sequence[Path],
+    image_encoder: bool,
+    keep_lora: bool = False,
+) -> None:
+    """Write a model for others: a transformers directory with its card, or a LAVIS file.
+
+    A LoRA adapter is merged, or with ``keep_lora`` left apart in PEFT's files. Raises ValueError
+    for an ``out`` that is in use, and where a LAVIS file would leave out what was trained.
+    """
+    from instructblip.model.checkpoints.directory import check_output, model_directory
+    from instructblip.model.checkpoints.lavis import export_lavis, refuse_loss
+    from instructblip.model.checkpoints.transformers import from_pretrained
+    from instructblip.model.language.lora import (
+        FOLDER,
+        adapters,
+        merge_lora,
+    )
+    from instructblip.release.checkpoints import write_exported
+
+    check_output(out, file=form == "lavis")
+    source = model_directory(model)
+    if form == "lavis":
+        if keep_lora:
+            raise ValueError("a LAVIS file has no place for an adapter: leave out --keep-lora")
+        refuse_loss(_trained(source), image_encoder)
+        export_lavis(from_pretrained(model), out, image_encoder)
+        inspect(str(out))
+        return
+    loaded = from_pretrained(model)
+    if keep_lora and not adapters(loaded.language_model):
+        raise ValueError(f"{model} has no LoRA adapter to keep apart: leave out --keep-lora")
+    if not keep_lora:
+        merge_lora(loaded.language_model)
+    found = [result for own in load_results(results).values() for result in own]
+    write_exported(loaded, out, source, found)
+    inspect(str(out))
+    if keep_lora:
+        print(f"adapter in PEFT's files: {out / FOLDER}")
+
+
+def _trained(directory: Path) -> list[str]:
+    """The parts that the recipe beside a model says were trained; none without a recipe."""
+    import yaml
+
+    file = directory / RECIPE_FILE
+    recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return list(recipe.get("training", {}).get("trainable", ()))
+
+
+def load_engine(model: str, **options: Any) -> "Engine":
+    """A model ready to answer: the paper's decoding, below what its directory stores."""
+    from instructblip.inference.decoding import PAPER_DECODING
+    from instructblip.inference.engine import Engine
+
+    engine = Engine.from_pretrained(model, **options)
+    engine.decoding = {**PAPER_DECODING, **engine.decoding}
+    return engine

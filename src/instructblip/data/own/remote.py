@@ -1,0 +1,42 @@
+"""Data that lies elsewhere, brought here once: ``s3://``, ``gs://``, ``https://``, ``zip://``, ...
+
+Only a root that is written as a URL is fetched, with fsspec; most protocols need their own package
+(s3fs, gcsfs, ...), which fsspec names when it is missing.
+"""
+
+import os
+from pathlib import Path
+
+import fsspec
+
+from instructblip.core.progress import progress_bar
+from instructblip.data.reading.records import image_name
+
+
+def is_remote(root: str) -> bool:
+    return "://" in root
+
+
+def fetch_tree(url: str, folder: Path) -> Path:
+    """Copies all files below ``url`` to ``folder``; those that are there with their size are kept.
+
+    Raises ValueError for a protocol that is not installed and for a name that leaves ``folder``.
+    """
+    try:
+        system, top = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"data root {url}: {error}") from None
+    found = system.find(top, detail=True)
+    if not found:
+        raise FileNotFoundError(f"data root {url}: there is no file; check the address")
+    with progress_bar(f"fetching {url}", "files") as advance:
+        for i, (path, facts) in enumerate(found.items()):
+            name = path.removeprefix(top).lstrip("/")
+            target = folder / image_name(name, url)
+            if not (target.is_file() and target.stat().st_size == facts.get("size")):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+                system.get_file(path, str(temporary))
+                temporary.replace(target)
+            advance(i + 1, len(found))
+    return folder

@@ -1,0 +1,147 @@
+"""A prepared split on disk: its examples memory-mapped, its manifest, its pictures where they are.
+
+``data.arrow`` is an Arrow stream that Hugging Face ``datasets`` opens with ``Dataset.from_file``.
+"""
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from instructblip.core.batch import Example
+from instructblip.data.prepared.facts import (
+    FACTS_FILE,
+    PictureFact,
+    read_facts,
+)
+
+FORMAT_VERSION = 2
+DATA_FILE = "data.arrow"
+MANIFEST_FILE = "manifest.json"
+
+_TEXTS = pa.list_(pa.string())
+_TURN = pa.struct([("question", pa.string()), ("answer", pa.string())])
+SCHEMA = pa.schema(
+    [
+        ("dataset", pa.string()),
+        ("split", pa.string()),
+        ("id", pa.string()),
+        ("images", _TEXTS),
+        ("task", pa.string()),
+        ("question", pa.string()),
+        ("answers", _TEXTS),
+        ("choices", _TEXTS),
+        ("context", pa.string()),
+        ("ocr_tokens", _TEXTS),
+        ("history", pa.list_(_TURN)),
+        ("where", pa.string()),
+        ("extra", pa.string()),  # JSON
+    ]
+)
+assert SCHEMA.names == [field.name for field in fields(Example)]
+
+
+class PreparedDataset:
+    """Examples of one prepared split. ``dataset[i] -> Example``; pictures below ``image_root``.
+
+    Holds a memory map, not the rows: a copy for a worker process carries the path alone.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        file = self.path / MANIFEST_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"{self.path} is not a prepared data set; run `prepare` first")
+        self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if self.manifest.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{file}: format {self.manifest.get('format_version')}; this version reads "
+                f"{FORMAT_VERSION}. Prepare the data again"
+            )
+        self.name: str = self.manifest["source"]
+        self.split: str = self.manifest["split"]
+        self.image_root = Path(self.manifest["image_root"])
+        self._batches: list[pa.RecordBatch] | None = None
+        self._ends: list[int] = []
+
+    def __len__(self) -> int:
+        return int(self.manifest["count"])
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)} in {self.path}")
+        batches = self._open()
+        i = bisect_right(self._ends, index)
+        row = index - (self._ends[i] - batches[i].num_rows)
+        return _to_example(batches[i].slice(row, 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[Example]:
+        return (_to_example(row) for batch in self._open() for row in batch.to_pylist())
+
+    def column(self, name: str) -> Iterator[Any]:
+        """One field of every example, without building the others."""
+        return (value for batch in self._open() for value in batch.column(name).to_pylist())
+
+    def images(self) -> set[tuple[str, ...]]:
+        """The distinct ``Example.images``, without reading anything else."""
+        return {tuple(names) for names in self.column("images")}
+
+    def facts(self) -> dict[str, PictureFact]:
+        """What was last found out about the picture files, by path."""
+        known = read_facts(self.path / FACTS_FILE)
+        return {str(self.image_root / name): fact for name, fact in known.items()}
+
+    def describe(self) -> str:
+        """``vqav2 train: 9,000 examples, 3,000 pictures of 12.3 MB; CC BY 4.0``."""
+        manifest, images = self.manifest, self.manifest["images"]
+        bad = f", {manifest['bad']:,} bad ones left out" if manifest["bad"] else ""
+        return (
+            f"{self.name} {self.split}: {len(self):,} examples{bad}, {images['count']:,} pictures "
+            f"of {images['bytes'] / 1e6:,.1f} MB; {manifest['licence']}"
+        )
+
+    def _open(self) -> list[pa.RecordBatch]:
+        if self._batches is None:
+            with pa.ipc.open_stream(pa.memory_map(str(self.path / DATA_FILE))) as reader:
+                self._batches = list(reader)
+            self._ends = list(accumulate(batch.num_rows for batch in self._batches))
+        return self._batches
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_batches": None, "_ends": []}
+
+    def __repr__(self) -> str:
+        return f"PreparedDataset({self.name} {self.split}, {len(self)} examples)"
+
+
+def picture_names(data: Path) -> dict[str, None]:
+    """The pictures that the examples of a ``data.arrow`` show, each once, in their order."""
+    with pa.ipc.open_stream(pa.memory_map(str(data))) as reader:
+        parts = (batch.column("images").flatten().unique().to_pylist() for batch in reader)
+        return dict.fromkeys(name for part in parts for name in part)
+
+
+def to_batch(examples: list[Example]) -> pa.RecordBatch:
+    """The rows of ``data.arrow`` for these examples."""
+    columns: dict[str, list[Any]] = {
+        name: [getattr(example, name) for example in examples] for name in SCHEMA.names
+    }
+    columns["history"] = [
+        [{"question": question, "answer": answer} for question, answer in turns]
+        for turns in columns["history"]
+    ]
+    columns["extra"] = [json.dumps(extra, ensure_ascii=False) for extra in columns["extra"]]
+    return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
+
+
+def _to_example(row: dict[str, Any]) -> Example:
+    for name in ("images", "answers", "choices", "ocr_tokens"):
+        row[name] = tuple(row[name])
+    row["history"] = tuple((turn["question"], turn["answer"]) for turn in row["history"])
+    row["extra"] = json.loads(row["extra"])
+    return Example(**row)

@@ -1,0 +1,376 @@
+"""Reading annotation files record by record, with errors that name file, record and field.
+
+Annotation files run to hundreds of megabytes, so arrays and objects are streamed: one record is
+parsed at a time and the file is never held whole. Every reader uses the functions below and no
+other way to open a file, so that ``prepare`` can note which files a data set was read from.
+"""
+
+import csv
+import json
+import os
+import posixpath
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from instructblip.core.batch import Example
+from instructblip.data.reading.opened import noted_files, open_text
+from instructblip.data.reading.streaming import refuse_constant, stream_values
+
+MAX_TEXT = 100_000
+"""Characters of one text field; more is a broken file, not an annotation."""
+MAX_LINE = 1 << 26
+"""Characters of one line; a longer one is an error, so memory stays bounded."""
+MAX_NAME = 255
+"""Bytes of one part of a picture's path: what file systems allow."""
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One data set: ``read(root, split)`` yields its examples in the order of the file.
+
+    ``root`` holds ``annotations/`` and ``images/``; ``split`` is train, val or test. ``files``
+    says, for a person, which of the owner's files belong there.
+    """
+
+    read: Callable[[Path, str], Iterator[Example]]
+    task: str
+    licence: str
+    files: str
+    images: str = "images"
+    """Folder below the root that the paths of pictures are relative to."""
+    settings: str = ""
+    """What else decides how the files are read; data prepared with others is prepared again."""
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """What a folder holds, sorted; ValueError for one that cannot be read."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise _unreadable(error) from None
+
+
+def walk_files(folder: Path) -> list[Path]:
+    """All files below a folder, sorted; ValueError for a folder that cannot be read.
+
+    Links to folders are followed, but no folder is entered twice: a link may lead in a circle.
+    """
+
+    def stop(error: OSError) -> None:
+        # Path.rglob passes over such a folder, and whatever it holds would be lost silently.
+        raise _unreadable(error)
+
+    entered: set[tuple[int, int]] = set()
+    found = []
+    for top, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        status = Path(top).stat()
+        if (place := (status.st_dev, status.st_ino)) in entered:
+            folders.clear()
+            continue
+        entered.add(place)
+        folders.sort()  # of two links to one folder it is always the same that is followed
+        found += [Path(top, name) for name in names]
+    return sorted(found)
+
+
+def matching_files(folder: Path, pattern: str) -> list[Path]:
+    """The files below ``folder`` that a pattern names, sorted; ValueError for a folder on the way
+    that cannot be read."""
+    parts = pattern.split("/")
+    for depth in range(len(parts)):
+        for parent in folder.glob("/".join(parts[:depth])) if depth else [folder]:
+            if parent.is_dir():
+                list_folder(parent)
+    return sorted(path for path in folder.glob(pattern) if path.is_file())
+
+
+def _unreadable(error: OSError) -> ValueError:
+    return ValueError(
+        f"folder {error.filename} cannot be read ({error.strerror}); allow reading it, or move it "
+        "away"
+    )
+
+
+def find_optional(root: Path, *names: str) -> Path | None:
+    """The first of ``annotations/<name>`` that exists, or None."""
+    noted = noted_files()
+    for name in names:
+        path = root / "annotations" / name
+        if path.exists():
+            if noted is not None:
+                noted.found[path] = None
+            return path
+        if noted is not None:
+            noted.absent[path] = None
+    return None
+
+
+def find_file(root: Path, *names: str) -> Path:
+    """The first of ``annotations/<name>`` that exists; FileNotFoundError lists what was tried."""
+    path = find_optional(root, *names)
+    if path is None:
+        raise FileNotFoundError(
+            f"none of {', '.join(names)} is in {root / 'annotations'}; download the owner's file "
+            "and put it there, unpacked (`annotations/` beside `images/`)"
+        )
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One JSON object with its place in the file; the accessors check presence and type."""
+
+    data: dict[str, Any]
+    where: str
+    remedy: str = "Check that this is the owner's original file, downloaded whole"
+
+    def __contains__(self, name: str) -> bool:
+        return self.data.get(name) is not None
+
+    def fail(self, name: str, expected: str) -> NoReturn:
+        if name in self.data:
+            got = f"is {repr(self.data[name])[:80]}"
+        else:
+            got = f"is missing (fields present: {', '.join(map(str, list(self.data)[:20]))})"
+        raise ValueError(f"{self.where}: field '{name}' {got}; expected {expected}. {self.remedy}")
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A string without surrounding white space; ``default`` when absent or null."""
+        value = self.data.get(name)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, str):
+            self.fail(name, "a string")
+        return _bounded(value, name, self.where)
+
+    def identifier(self, name: str) -> str:
+        """An identifier, which files write as a number or as a string."""
+        value = self.data.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            self.fail(name, "a number or a string")
+        return _bounded(str(value), name, self.where)
+
+    def integer(self, name: str) -> int:
+        value = self.data.get(name)
+        if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value):
+            return int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 1 << 63:
+            self.fail(name, "a whole number of at most 18 digits")
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of strings; numbers among them are written out (some files quote no numbers)."""
+        value = self.data.get(name)
+        if not isinstance(value, list):
+            self.fail(name, "a list of strings")
+        for item in value:
+            if isinstance(item, bool) or not isinstance(item, str | int | float):
+                self.fail(name, "a list of strings")
+        return tuple(_bounded(str(item), name, self.where) for item in value)
+
+    def numbers(self, name: str) -> list[float]:
+        """A list of numbers."""
+        value = self.data.get(name)
+        if not isinstance(value, list) or not all(type(item) in (int, float) for item in value):
+            self.fail(name, "a list of numbers")
+        return [float(item) for item in value]
+
+    def records(self, name: str) -> list["Record"]:
+        """A list of objects."""
+        value = self.data.get(name)
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            self.fail(name, "a list of objects")
+        return [
+            Record(item, f"{self.where}, {name} {i}", self.remedy) for i, item in enumerate(value)
+        ]
+
+    def pick(self, name: str, options: tuple[str, ...]) -> str:
+        """The option that the index in field ``name`` points at."""
+        index = self.integer(name)
+        if not 0 <= index < len(options):
+            self.fail(name, f"an index from 0 to {len(options) - 1}")
+        return options[index]
+
+
+def _bounded(text: str, name: str, where: str) -> str:
+    if len(text) > MAX_TEXT:
+        raise ValueError(
+            f"{where}: field '{name}' has {len(text)} characters; expected at most {MAX_TEXT}. "
+            "Check the file, or cut the text"
+        )
+    if not text.isascii():
+        _encodable(text, name, where)
+    return text.strip()
+
+
+def _encodable(text: str, name: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: field '{name}' holds half of a character (a lone surrogate): "
+            f"{ascii(text)[:80]}; repair the text"
+        ) from None
+
+
+def read_records(path: Path, *fields: str) -> Iterator[tuple[str, Record]]:
+    """(key, record) of a JSON array or object at ``fields``; the key is the index in an array."""
+    for key, value in stream_values(path, *fields):
+        where = f"{path.name}:record {key}"
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: is {repr(value)[:80]}; expected an object with fields")
+        yield key, Record(value, where)
+
+
+def read_texts(path: Path, *fields: str) -> list[str]:
+    """A JSON array of strings at ``fields``."""
+    texts = []
+    for key, value in stream_values(path, *fields):
+        if not isinstance(value, str):
+            raise ValueError(f"{path.name}:{'.'.join(fields)} {key}: expected a string")
+        texts.append(_bounded(value, fields[-1], f"{path.name}:{'.'.join(fields)} {key}"))
+    return texts
+
+
+def read_lines(path: Path) -> Iterator[Record]:
+    """The objects of a JSON-lines file."""
+    for line, where in read_text(path):
+        if line.strip():
+            yield Record(_parse_line(line, where), where)
+
+
+def read_text(path: Path) -> Iterator[tuple[str, str]]:
+    """(line, its place) of a text file. Only ``\\n`` ends a line (not U+2028 and its kin)."""
+    number = 0
+    with open_text(path, newline="\n") as file:
+        try:
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise ValueError(
+                        f"{_line(path, number)}: has more than {MAX_LINE} characters; is this a "
+                        "file of lines?"
+                    )
+                yield line.rstrip("\r\n"), _line(path, number)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{_line(path, number + 1)} {not_utf8(path, error)}") from None
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    """What is wrong with a text file that ``error`` came from, and the remedy."""
+    with path.open("rb") as file:
+        utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    got = "is UTF-16" if utf16 else f"is not UTF-8 ({error.reason})"
+    return f"{got}; save it as UTF-8 (a spreadsheet as CSV UTF-8)"
+
+
+def _line(path: Path, number: int) -> str:
+    return f"{path.name}:line {number}"
+
+
+def _parse_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line, parse_constant=refuse_constant)
+    except RecursionError:
+        raise ValueError(f"{where}: is nested too deeply; repair the line") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: is not JSON ({error}); repair the line") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: is {repr(value)[:80]}; expected an object with fields")
+    return value
+
+
+def read_table(path: Path, delimiter: str = ",") -> Iterator[Record]:
+    """The rows of a table with a header, comma-separated unless told otherwise."""
+    number = before = 0
+    with open_text(path, newline="") as file:
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            # Spreadsheets may say in a line of its own what separates the columns.
+            before = int(file.readline(8).rstrip("\r\n") == f"sep={delimiter}")
+            if not before:
+                file.seek(0)
+            _check_header(rows.fieldnames or (), _line(path, before + 1))
+            number = before + 1
+            for row in rows:
+                number = before + rows.line_num
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{_line(path, number)} has more or fewer columns than the header "
+                        f"({len(rows.fieldnames or ())}); put texts with commas in quotes"
+                    )
+                yield Record(dict(row), _line(path, number))
+        except csv.Error as error:
+            raise ValueError(
+                f"{_line(path, max(number + 1, before + rows.line_num))} is not readable as CSV "
+                f"({error}); repair the line"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{_line(path, number + 1)} {not_utf8(path, error)}") from None
+
+
+def _check_header(header: Sequence[str], where: str) -> None:
+    names = [name.strip().casefold() for name in header]
+    if repeated := {name for name in names if name and names.count(name) > 1}:
+        raise ValueError(
+            f"{where}: the header names {', '.join(map(repr, sorted(repeated)))} more than once; "
+            "rename or remove all but one"
+        )
+    for separator, said in ((";", ";"), ("\t", "tabs"), (",", "commas")):
+        if len(header) == 1 and separator in header[0]:
+            raise ValueError(
+                f"{where}: the columns are separated by {said}: {header[0][:80]!r}; save a .csv "
+                "with commas, and a .tsv with tabs"
+            )
+
+
+def image_name(name: str, where: str) -> str:
+    """``name`` if it stays inside the image root, else ValueError."""
+    # String functions: this runs once per sample, and pathlib would take half of a reader's time.
+    normal = posixpath.normpath(name) if name else "."
+    if name[:1] == "/" or normal == "." or "\0" in name or "\\" in name or ".." in name.split("/"):
+        slash = "; write / for \\" if "\\" in name else ""
+        raise ValueError(
+            f"{where}: image name {name[:200]!r} is empty or leaves the image root; expected a "
+            f"relative path below it{slash}"
+        )
+    if not name.isascii():
+        _encodable(name, "image", where)
+    if len(name) > MAX_NAME // 4 and max(map(len, normal.encode().split(b"/"))) > MAX_NAME:
+        raise ValueError(
+            f"{where}: image name {name[:80]!r}... has {len(name)} characters; expected at most "
+            f"{MAX_NAME} bytes between two slashes"
+        )
+    return normal
+
+
+def place(root: Path, name: str, where: str, *folders: str) -> str:
+    """Path of a picture below ``images/``, whose owner's archive may have its own sub-folder.
+
+    Tried in this order, by the folders that exist: the name as written, ``folders/<file name>``,
+    and ``<file name>`` alone.
+    """
+    name = image_name(name, where)
+    parent, _, base = name.rpartition("/")
+    if parent and _is_folder(root, parent):
+        return name
+    for folder in folders:
+        if _is_folder(root, folder):
+            return f"{folder}/{base}"
+    return base
+
+
+def _is_folder(root: Path, name: str) -> bool:
+    # Asked once per sample, and a stat each time would be most of a reader's time. Remembered
+    # during one reading only: a folder may be unpacked before the next.
+    noted = noted_files()
+    if noted is None:
+        return (root / "images" / name).is_dir()
+    if (root, name) not in noted.folders:
+        noted.folders[root, name] = (root / "images" / name).is_dir()
+    return noted.folders[root, name]

@@ -1,0 +1,132 @@
+"""Binary containers of other frameworks, as records: Parquet, saved data sets, tar shards."""
+
+import json
+import tarfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from instructblip.data.reading.records import PICTURES, Record
+from instructblip.data.reading.streaming import refuse_constant
+
+ROWS = 64
+MAX_MEMBER = 1 << 28
+"""Bytes of one file inside a tar."""
+
+
+def read_parquet(path: Path) -> Iterator[Record]:
+    """The rows of a Parquet file."""
+    try:
+        number = 0
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=ROWS):
+                for row in batch.to_pylist():
+                    yield Record(row, f"{path.name}:row {number}")
+                    number += 1
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path.name}:row {number}: not readable as Parquet: {reason}") from None
+
+
+def read_saved(folder: Path, split: str) -> Iterator[Record]:
+    """The rows of a data set that ``save_to_disk`` wrote; pictures stay undecoded."""
+    import datasets
+
+    try:
+        saved: Any = datasets.load_from_disk(str(folder))
+    except (FileNotFoundError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{folder} is not a saved data set: {error}") from None
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise FileNotFoundError(
+                f"{folder} has no split '{split}'; it has {', '.join(map(str, saved))}"
+            )
+        saved = saved[split]
+    for name, feature in saved.features.items():
+        if isinstance(feature, datasets.Image):
+            saved = saved.cast_column(name, datasets.Image(decode=False))
+    for i, row in enumerate(saved):
+        yield Record(dict(row), f"{folder.name}:row {i}")
+
+
+def read_shard(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(key, parts by extension, place) of each sample: neighbours that share a key.
+
+    ``.json`` comes as an object, ``.txt`` as text and pictures as bytes; other parts are passed
+    over, with a warning. Nothing is unpacked under the name that the archive gives.
+    """
+    key, parts = "", {}
+    count, unread = 0, []
+    if not _ends_whole(path):
+        raise ValueError(
+            f"{path.name}: not readable as a tar archive: its end is missing; download the shard "
+            "again"
+        )
+    try:
+        with tarfile.open(path, "r|") as archive:
+            for member in archive:
+                stem, _, extension = PurePosixPath(member.name).name.partition(".")
+                name = str(PurePosixPath(member.name).with_name(stem)) if stem else ""
+                if not member.isfile() or not stem:
+                    continue
+                where = f"{path.name}:{member.name}"
+                if name != key:
+                    if parts:
+                        yield key, parts, f"{path.name}:{key}"
+                    key, parts = name, {}
+                if member.size > MAX_MEMBER:
+                    raise ValueError(f"{where} has more than {MAX_MEMBER} bytes")
+                opened = archive.extractfile(member)
+                assert opened is not None
+                part = _part("." + extension.lower(), opened.read(), where)
+                parts |= part
+                count += 1
+                if not part:
+                    unread.append(member.name)
+        if parts:
+            yield key, parts, f"{path.name}:{key}"
+        if unread:
+            _tell_unread(path, count, unread)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path.name}:{key or 'start'}: not readable as a tar archive: {error}; "
+            "download the shard again"
+        ) from None
+
+
+def _tell_unread(path: Path, count: int, unread: list[str]) -> None:
+    warnings.warn(
+        f"{path.name}: {len(unread)} of {count} files are passed over: "
+        f"{', '.join(unread[:5])}; a key ends at the first dot of a name, and after that dot only "
+        f"json, txt and {', '.join(suffix[1:] for suffix in PICTURES)} are read",
+        stacklevel=2,
+    )
+
+
+def _ends_whole(path: Path) -> bool:
+    """A tar ends with two empty blocks; without them tarfile stops early and says nothing."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1024))
+        end = file.read()
+    return len(end) == 1024 and not any(end)
+
+
+def _part(extension: str, data: bytes, where: str) -> dict[str, Any]:
+    if extension in PICTURES:
+        return {extension: data}
+    if extension not in (".json", ".txt"):
+        return {}
+    try:
+        text = data.decode("utf-8-sig")
+        if extension == ".txt":
+            return {extension: text}
+        value = json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not readable: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: is {repr(value)[:80]}; expected an object with fields")
+    return {extension: value}

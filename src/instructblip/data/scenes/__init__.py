@@ -1,5 +1,0 @@
-"""The embedded world: small pictures, written in the official formats of the real data sets."""
-
-from instructblip.data.scenes.official import SCENE_SETS, write_scenes
-
-__all__ = ["SCENE_SETS", "write_scenes"]

@@ -1,0 +1,306 @@
+"""What a run will need of a device's memory, before anything is loaded.
+
+The model is built of fake tensors, shapes without numbers, and one micro batch of the longest
+lengths that the recipe allows walks through it. So a 7-billion model takes seconds on a laptop, and
+what autograd would keep is counted tensor by tensor.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+
+from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
+from instructblip.data.sources import VIDEOS
+from instructblip.experiment.build import shape_language
+from instructblip.model.checkpoints.directory import model_directory
+from instructblip.model.checkpoints.weights import NoRandomWeights, read_json
+from instructblip.model.config import InstructBlipConfig
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language.adapters import stacks_of
+from instructblip.model.language.fast.head import LOSS_CHUNK, is_frozen_linear
+from instructblip.model.language.fast.llama import reads_last
+from instructblip.model.language.fast.packing import Packing, packs
+from instructblip.model.language.joined import Joined
+from instructblip.model.language.quantize import QuantizedLinear
+from instructblip.recipe.schema import DataConfig, Recipe
+from instructblip.training.adamw import large_tables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes on one device at the peak of a step."""
+
+    frozen: int
+    """Weights that do not train."""
+    trained: int
+    """Weights that do, in fp32."""
+    optimizer: int
+    """Two moments of AdamW."""
+    gradients: int
+    """All but those of large embedding tables, of which a step makes a few rows."""
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    passing: int
+    """What exists for a moment beside the activations: a chunk of logits, or of a layer its weights
+    in full or what it keeps while it runs again."""
+    encoder: int
+    """A pass of the image encoder, gone before there are activations."""
+    accumulates: bool = False
+    """Whether the gradients of earlier micro batches lie there all the time. Else they come as the
+    activations go."""
+
+    @property
+    def peak(self) -> int:
+        fixed = self.frozen + self.trained + self.optimizer
+        moment = max(self.encoder, self.activations + self.passing)
+        if self.accumulates:
+            return fixed + self.gradients + moment
+        return fixed + max(self.gradients, moment)
+
+
+def predict_memory(recipe: Recipe, world_size: int = 1) -> Memory:
+    """Memory that ``recipe`` needs on each of ``world_size`` devices.
+
+    Raises ValueError where the batch does not divide, FileNotFoundError without a config.json.
+    """
+    with FakeTensorMode():
+        return _predict(recipe, world_size)
+
+
+def _predict(recipe: Recipe, world_size: int) -> Memory:
+    training, data = recipe.training, recipe.data
+    model = build(recipe)
+    half = training.precision == "bf16"
+    on_gpu = training.device.startswith("cuda") or (  # also one that is not here
+        training.device == "auto" and torch.cuda.is_available()
+    )
+    model.compute_dtype = torch.bfloat16 if half else None
+    for part in model.children():
+        stored = torch.bfloat16 if half and on_gpu and is_big(part, model) else torch.float32
+        retype(part, stored)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    codes = sum(b.nbytes for m in quantized for b in m.buffers(recurse=False))
+    frozen = sum(p.nbytes for p in model.parameters()) + codes - trained
+    # the numbers of the layer that runs, in fp32, and the codes or the result beside them
+    passing = max((8 * m.in_features * m.out_features for m in quantized), default=0)
+    if training.parallel == "fsdp2":
+        layers = [layer for _, own in stacks_of(model.language_model) for layer in own]
+        sizes = [sum(p.nbytes for p in own.parameters() if not p.requires_grad) for own in layers]
+        frozen -= sum(sizes) - sum(sizes) // world_size
+        passing = 2 * max(sizes)  # the layer that runs, and the next one on its way
+    samples = training.micro_batch_size(world_size)
+    lengths = (
+        min(data.max_instruction, model.config.qformer.max_position_embeddings),
+        data.max_prompt,
+        data.max_response,
+    )
+    frames = max(min(_most_pictures(data, name), data.num_frames) for name in data.sets)
+    forward = functools.partial(walk, model, samples, lengths, frames)
+    activations = saved_bytes(forward, model)
+    sparse = large_tables(model) if training.optimizer == "adamw" else ()
+    if training.checkpoint_activations:
+        passing += rerun_bytes(forward, model) - activations
+    return Memory(
+        frozen=frozen,
+        trained=trained,
+        optimizer=2 * trained,
+        gradients=trained - sum(table.weight.nbytes for table in sparse),
+        activations=activations,
+        passing=max(passing, logits_bytes(model, samples * data.max_response)),
+        encoder=encoder_bytes(model, samples * frames),
+        accumulates=training.accumulate > 1,
+    )
+
+
+def _most_pictures(data: DataConfig, name: str) -> int:
+    """The most that an example of an entry shows. Of one's own data it is known once that is
+    prepared; until then one is assumed."""
+    entry = data.sets[name]
+    if entry.format is None:
+        return data.num_frames if data.source_of(name) in VIDEOS else 1
+    folder = data.prepared_root / name / entry.split
+    if not (folder / MANIFEST_FILE).is_file():
+        return 1
+    return max(map(len, PreparedDataset(folder).images()), default=1)
+
+
+def build(recipe: Recipe) -> InstructBlip:
+    """The recipe's model with its trainable set, its weights as they come."""
+    directory = model_directory(recipe.model.start)
+    config = InstructBlipConfig.from_transformers(read_json(directory / "config.json"))
+    vision = config.vision
+    if recipe.model.image_size is not None:
+        vision = type(vision)(**{**vision.model_dump(), "image_size": recipe.model.image_size})
+    aware = recipe.model.instruction_aware
+    config = config.model_copy(update={"vision": vision, "instruction_aware": aware})
+    with NoRandomWeights():
+        model = InstructBlip(config)
+    shape_language(model, recipe)
+    return model.train()
+
+
+def is_big(part: nn.Module, model: InstructBlip) -> bool:
+    """Whether `InstructBlip.to_training_dtypes` stores a part in half precision. (The image
+    encoder's last LayerNorm, which stays in fp32, is too small to matter here.)"""
+    big = part in (model.vision_model, model.language_model)
+    small = ("post_layernorm.", "lora.")
+    named = part.named_parameters()
+    return big and not any(p.requires_grad for n, p in named if not any(s in n for s in small))
+
+
+def retype(part: nn.Module, dtype: torch.dtype) -> None:
+    """``part.to(dtype)``, which torch refuses for fake tensors; shared parameters stay shared."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in part.modules():
+        for name, old in module.named_parameters(recurse=False):
+            if old not in made:
+                new = torch.empty(old.shape, dtype=old.dtype if old.requires_grad else dtype)
+                made[old] = nn.Parameter(new, requires_grad=old.requires_grad)
+            setattr(module, name, made[old])
+
+
+def walk(
+    model: InstructBlip, samples: int, lengths: tuple[int, int, int], frames: int = 1
+) -> Tensor:
+    """The loss of a batch of full rows, each with so many ``frames``; ``lengths`` of instruction,
+    prompt and response."""
+    instruction, prompt, response = lengths
+    size, pictures = model.config.vision.image_size, samples * frames
+    features = model.encode_image(torch.empty(pictures, 3, size, size), norm=False)
+    # no mask: which slots are real is a question to numbers, and there are none
+    queries = model.ask_features(features, ones(pictures, instruction), None)
+    queries = queries.flatten(0, 1).unflatten(0, (samples, -1))
+    seq2seq = model.language_model.config.is_encoder_decoder
+    text = model.language_model.get_input_embeddings()(
+        ones(samples, prompt if seq2seq else prompt + response - 1)
+    )
+    embeds = torch.cat([queries.to(text.dtype), text], dim=1)
+    packing = decoder_packing = None
+    decoder_ids = ones(samples, response) if seq2seq else None
+    if packs(model.language_model):
+        packing = _full(samples, embeds.shape[1], seq2seq)
+        embeds = packing.pack(embeds)
+        if decoder_ids is not None:
+            decoder_packing = _full(samples, response, seq2seq)
+            decoder_ids = decoder_packing.pack(decoder_ids)
+    places = ones(samples * response)
+    if packing is not None and reads_last(model.language_model):
+        packing = replace(packing, read=places)
+    joined = Joined(
+        inputs_embeds=embeds,
+        attention_mask=None,
+        rows=ones(samples * response),
+        places=places,
+        targets=ones(samples * response),
+        decoder_ids=decoder_ids,
+        packing=packing,
+        decoder_packing=decoder_packing,
+    )
+    with model.language_precision():
+        return model.language.loss(joined).sum()
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.long)
+
+
+def _full(samples: int, width: int, apart: bool) -> Packing:
+    """Rows without padding; as one long sample unless they must stand ``apart``, as under T5's
+    bias: a causal attention without one keeps the same tensors, in fewer calls."""
+    slots = ones(samples * width)
+    lengths = [width] * samples if apart else [len(slots)]
+    return Packing(ones(samples, width), slots, slots[None], lengths)
+
+
+def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that autograd keeps between ``forward`` and its backward pass, weights left out."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weights:
+            kept[storage] = tensor  # held, so that no other tensor takes its place in memory
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def rerun_bytes(forward: Callable[[], Tensor], model: InstructBlip) -> int:
+    """As `saved_bytes`, while one of the layers that keep their input alone runs again."""
+    found = []
+    for _, layers in stacks_of(model.language_model):
+        checkpointed = layers[0].forward
+        layers[0].forward = checkpointed.args[0]
+        found.append(saved_bytes(forward, model))
+        layers[0].forward = checkpointed
+    return max(found)
+
+
+def tensor_peak(work: Callable[[], None]) -> int:
+    """Bytes of tensors on the CPU that exist at most while it works, above those before.
+
+    What the process holds beyond them is the C library's: blocks it keeps for later, and holes.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    assert seen.profiler is not None
+    assert seen.profiler.kineto_results is not None
+    events: list[Any] = seen.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0))
+
+
+def encoder_bytes(model: InstructBlip, pictures: int) -> int:
+    """The widest layer of the image encoder: a feed-forward at its activation, with as many inner
+    states as that makes of one, or behind it."""
+    vision = model.config.vision
+    size = model.vision_model.embeddings.patch_embedding.weight.element_size()
+    tokens = min(pictures, model.image_chunk) * vision.num_tokens
+    inner, hidden = vision.intermediate_size, vision.hidden_size
+    copies = {"gelu": 1, "quick_gelu": 3}.get(vision.hidden_act, 2)
+    return tokens * size * max(copies * inner + 2 * hidden, inner + 3 * hidden)
+
+
+def logits_bytes(model: InstructBlip, tokens: int) -> int:
+    """One chunk of logits: in fp32, and in the head's own type where that is another."""
+    head = model.language_model.get_output_embeddings()
+    size = head.weight.element_size()
+    width = 4 if size == 4 else 4 + size
+    if not is_frozen_linear(head):
+        width = size + 8  # and the gradient
+    return min(tokens, LOSS_CHUNK) * head.weight.shape[0] * width
+
+
+def advise(memory: Memory, available: int, recipe: Recipe, world_size: int = 1) -> str:
+    """Whether it fits into ``available`` bytes, or what to change, the cheapest change first."""
+    if memory.peak <= available:
+        return f"fits: {memory.peak / 2**30:.1f} of {available / 2**30:.1f} GiB"
+    changes = []
+    training = recipe.training
+    if not training.checkpoint_activations:
+        changes.append("training.checkpoint_activations=true")
+    fixed = memory.frozen + memory.trained + memory.optimizer + memory.gradients
+    if fixed < available and training.micro_batch_size(world_size) > 1:
+        parts = (memory.activations + memory.passing) / (available - fixed)
+        wanted = training.accumulate * parts
+        divisors = [n for n in range(1, training.batch_size + 1) if not training.batch_size % n]
+        accumulate = next((n for n in divisors if n >= wanted), training.batch_size)
+        changes.append(f"training.accumulate={accumulate}")
+    if training.precision == "fp32":
+        changes.append("training.precision=bf16")
+    if fixed >= available and recipe.model.quantize is None:
+        changes.append("model.quantize=nf4")
+    remedy = " or ".join(changes) or "a larger device, or a smaller language model"
+    return f"does not fit: {memory.peak / 2**30:.1f} GiB of {available / 2**30:.1f}; set {remedy}"

@@ -1,0 +1,122 @@
+"""Any transformers image-text-to-text model in a local directory, as a baseline for evaluation.
+
+One sample at a time: what such a model says must not depend on how its processor pads. Nothing is
+fetched and no code of the directory is run.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from instructblip.core.batch import Example
+from instructblip.data.images import load_image
+from instructblip.data.sources.video import evenly_spaced
+from instructblip.inference.fingerprint import fingerprint
+from instructblip.model.checkpoints.weights import read_json
+from instructblip.model.config import READERS
+
+
+def is_baseline(directory: Path) -> bool:
+    """Whether ``directory`` holds a transformers model that is none of ours."""
+    config = directory / "config.json"
+    return config.is_file() and read_json(config).get("model_type") not in READERS
+
+
+class TransformersModel:
+    """A model with its processor: an ``Answerer`` for `evaluate`.
+
+    Args:
+        directory: as ``save_pretrained`` of model and processor wrote it.
+        device: where to run.
+        num_frames: pictures that stand for a video.
+    """
+
+    def __init__(self, directory: Path, device: torch.device, num_frames: int = 4) -> None:
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            self.processor: Any = AutoProcessor.from_pretrained(directory, **local)
+            model: Any = AutoModelForImageTextToText.from_pretrained(directory, **local)
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"{directory} is neither a BLIP-2, an InstructBLIP nor a transformers "
+                f"image-text-to-text model with its processor: {error}"
+            ) from error
+        self.model = model.to(device).eval()
+        self.device = device
+        self.num_frames = num_frames
+        self.fingerprint = fingerprint(directory, False)
+
+    @torch.no_grad()
+    def answer_examples(
+        self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path, **decoding: Any
+    ) -> list[str]:
+        """One answer per example, prompt and end token cut off."""
+        said = []
+        for example, prompt in zip(examples, prompts, strict=True):
+            inputs = self._inputs(example, prompt, image_root)
+            row = self.model.generate(**inputs, do_sample=False, **decoding)[0]
+            asked = inputs["input_ids"][0]
+            # Some models return the prompt before the answer, some do not.
+            if len(row) >= len(asked) and torch.equal(row[: len(asked)], asked):
+                row = row[len(asked) :]
+            said.append(self.processor.decode(row, skip_special_tokens=True).strip())
+        return said
+
+    @torch.no_grad()
+    def rank_examples(
+        self,
+        examples: Sequence[Example],
+        prompts: Sequence[str],
+        image_root: Path,
+        candidates: Sequence[Sequence[str]],
+    ) -> list[list[float]]:
+        """Summed log-likelihoods of the candidates and their end token, one forward each."""
+        ranked = []
+        for example, prompt, own in zip(examples, prompts, candidates, strict=True):
+            inputs = self._inputs(example, prompt, image_root)
+            ranked.append([self._likelihood(inputs, text) for text in own])
+        return ranked
+
+    def _likelihood(self, inputs: dict[str, Tensor], candidate: str) -> float:
+        tokenizer = self.processor.tokenizer
+        seq2seq = self.model.config.is_encoder_decoder
+        # Behind a prompt that is one row with it, the answer is a word of its own.
+        text = candidate if seq2seq else f" {candidate}"
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        response = torch.tensor([[*ids, tokenizer.eos_token_id]], device=self.device)
+        if seq2seq:
+            logits = self.model(**inputs, labels=response).logits[0]
+        else:
+            whole = dict(inputs)
+            for name, more in (("input_ids", response), ("attention_mask", response * 0 + 1)):
+                whole[name] = torch.cat([inputs[name], more], dim=1)
+            logits = self.model(**whole).logits[0, -response.shape[1] - 1 : -1]
+        found = logits.float().log_softmax(-1).gather(1, response[0][:, None])
+        return float(found.sum())
+
+    def _inputs(self, example: Example, prompt: str, image_root: Path) -> dict[str, Tensor]:
+        names = example.images
+        frames = [names[i] for i in evenly_spaced(len(names), self.num_frames)]
+        images = [load_image(name, image_root) for name in frames]
+        text = self._text(prompt, len(images))
+        inputs = self.processor(images=_one_or_many(images), text=text, return_tensors="pt")
+        inputs = {k: v for k, v in inputs.items() if k != "token_type_ids"}
+        return {k: v.to(self.device) for k, v in inputs.items()}
+
+    def _text(self, prompt: str, pictures: int) -> str:
+        """The prompt in the model's chat form if it has one, else behind its image tokens."""
+        if getattr(self.processor, "chat_template", None):
+            content = [{"type": "image"}] * pictures + [{"type": "text", "text": prompt}]
+            turns = [{"role": "user", "content": content}]
+            return self.processor.apply_chat_template(turns, add_generation_prompt=True)
+        token = getattr(self.processor, "image_token", None)
+        return f"{token * pictures}\n{prompt}" if token else prompt
+
+
+def _one_or_many(images: list[Image.Image]) -> Image.Image | list[Image.Image]:
+    return images[0] if len(images) == 1 else images

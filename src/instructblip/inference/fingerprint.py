@@ -1,0 +1,36 @@
+"""What names a saved model in results: a hash that changes whenever its answers could."""
+
+import hashlib
+from pathlib import Path
+
+from instructblip.data.images import PREPROCESSORS
+from instructblip.model.checkpoints.weights import WEIGHT_FILES
+
+_HASH_WHOLE = 1 << 28
+"""Weights up to this many bytes are hashed whole; of larger ones the size and ``_SAMPLES`` pieces
+of ``_PIECE`` bytes, evenly spread, the first and the last among them."""
+_SAMPLES, _PIECE = 256, 1 << 16
+
+
+def fingerprint(directory: Path, instruction_aware: bool) -> str:
+    """Hash of a model directory: its config, its weights, its tokenizers, what its pictures and
+    answers go through, and whether its Q-Former reads the instruction."""
+    digest = hashlib.sha256(b"aware" if instruction_aware else b"plain")
+    files = [directory / "config.json", *(directory / name for name in WEIGHT_FILES)]
+    files += [directory / name for name in (*PREPROCESSORS, "generation_config.json")]
+    for pattern in ("model-*.safetensors", "tokenizer*", "qformer_tokenizer/*"):
+        files += sorted(directory.glob(pattern))
+    for file in files:
+        if not file.is_file():
+            continue
+        digest.update(file.relative_to(directory).as_posix().encode())
+        status = file.stat()
+        if status.st_size <= _HASH_WHOLE:
+            digest.update(file.read_bytes())
+        else:
+            digest.update(f"{status.st_size}".encode())
+            with file.open("rb") as opened:
+                for i in range(_SAMPLES):
+                    opened.seek(i * (status.st_size - _PIECE) // (_SAMPLES - 1))
+                    digest.update(opened.read(_PIECE))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,137 @@
+"""A new pair of image encoder and language model, with a fresh Q-Former between them.
+
+Image encoders: EVA-CLIP (from a BLIP-2 or InstructBLIP directory), CLIP and SigLIP, read from
+transformers' directories into our own encoder, which gives the same features. Language models:
+any that ``language.py`` drives (Llama, Qwen, Gemma, OPT, T5 families).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instructblip.model.checkpoints.transformers import load_weights
+from instructblip.model.checkpoints.weights import read_json, read_weights
+from instructblip.model.config import (
+    InstructBlipConfig,
+    QFormerConfig,
+    VisionConfig,
+)
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language.adapters import read_language_config
+
+NORMS = {"pre_layrnorm.": "embeddings.norm.", "self_attn.out_proj.": "self_attn.projection."}
+
+
+def combine(
+    vision: Path,
+    language: Path,
+    qformer: dict[str, Any] | None = None,
+    num_query_tokens: int = 32,
+) -> InstructBlip:
+    """An instruction-aware model of two frozen parts; the Q-Former is random and to be pre-trained.
+
+    ``qformer`` are fields of ``QFormerConfig``; by default BERT-base, as in the paper.
+    """
+    vision_config, tower = read_vision(vision)
+    text = read_language_config(language)
+    config = InstructBlipConfig(
+        vision=vision_config,
+        qformer=QFormerConfig(
+            **{"vocab_size": 30523, **(qformer or {})},
+            encoder_hidden_size=vision_config.hidden_size,
+        ),
+        language=text,
+        num_query_tokens=num_query_tokens,
+    )
+    model = InstructBlip(config)
+    weights = {f"vision_model.{name}": value for name, value in tower.items()}
+    weights |= {f"language_model.{n}": v for n, v in read_weights(language).items()}
+    fresh = ("query_tokens", "qformer.", "language_projection.")
+    weights |= {n: v for n, v in model.state_dict().items() if n.startswith(fresh)}
+    load_weights(model, weights, f"{vision} and {language}")
+    return model.eval()
+
+
+def read_vision(path: Path) -> tuple[VisionConfig, dict[str, Tensor]]:
+    """Config and weights of an image encoder, under the names of ``VisionModel``.
+
+    Raises ValueError for a model that has none of the known kinds.
+    """
+    values = read_json(path / "config.json")
+    kind = str(values.get("model_type"))
+    weights = {
+        name.removeprefix("vision_model."): value
+        for name, value in read_weights(path).items()
+        if name.startswith(("vision_model.", "embeddings.", "encoder.", "p"))
+    }
+    if kind.startswith(("instructblip", "blip-2")):
+        config = InstructBlipConfig.from_transformers(values).vision
+        known = ("embeddings.", "encoder.", "post_layernorm.")
+        return config, {n: v for n, v in weights.items() if n.startswith(known)}
+    family = kind.removesuffix("_vision_model")
+    if family not in ("clip", "siglip"):
+        raise ValueError(
+            f"{path}: an image encoder of model_type {kind!r}; expected CLIP, SigLIP, or that of a "
+            "BLIP-2 or InstructBLIP"
+        )
+    own = values.get("vision_config", values)
+    defaults = {"hidden_act": "quick_gelu" if family == "clip" else "gelu_pytorch_tanh"}
+    defaults |= {"layer_norm_eps": 1e-5 if family == "clip" else 1e-6}
+    config = VisionConfig(
+        **{**DEFAULTS[family], **defaults, **{k: own[k] for k in SHARED if k in own}},
+        class_token=family == "clip",
+        pre_layernorm=family == "clip",
+    )
+    return config, _fused(weights, config)
+
+
+SHARED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "attention_dropout",
+)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    family: {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 32 if family == "clip" else 16,
+    }
+    for family in ("clip", "siglip")
+}
+"""What transformers' configs leave out when it is the default."""
+
+
+def _fused(weights: dict[str, Tensor], config: VisionConfig) -> dict[str, Tensor]:
+    """CLIP's and SigLIP's tensors: one matrix for queries, keys and values, heads left out."""
+    ours: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if name.startswith(("head.", "embeddings.position_ids")):
+            continue
+        if ".self_attn.q_proj." in name:
+            parts = [weights[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            ours[name.replace("q_proj", "qkv")] = torch.cat(parts)
+        elif ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
+            continue
+        elif name == "embeddings.class_embedding":
+            ours[name] = value.view(1, 1, -1)
+        elif name == "embeddings.position_embedding.weight":
+            ours["embeddings.position_embedding"] = value[None]
+        else:
+            for theirs, own in NORMS.items():
+                name = name.replace(theirs, own)
+            ours[name] = value
+    if "embeddings.patch_embedding.bias" not in ours:  # CLIP's has none
+        ours["embeddings.patch_embedding.bias"] = torch.zeros(config.hidden_size)
+    known = ("embeddings.", "encoder.", "post_layernorm.")
+    return {name: value for name, value in ours.items() if name.startswith(known)}

@@ -1,0 +1,73 @@
+"""Which directory a model's name stands for: a path, a run, the starter, or the Hub; and which
+may be written."""
+
+import importlib.resources
+import re
+from pathlib import Path
+
+from instructblip.model.checkpoints.weights import existing
+
+HUB = "hf://"
+
+
+def model_directory(path: str | Path) -> Path:
+    """The directory with config.json that ``path`` stands for.
+
+    "starter" is the model in the package; a run directory stands for its ``best``, else ``last``;
+    ``hf://OWNER/NAME[@REVISION]`` is fetched from the Hub: that name alone ever asks a network.
+    """
+    if str(path).startswith(HUB):
+        return _from_hub(str(path).removeprefix(HUB))
+    if str(path) == "starter":
+        starter = Path(str(importlib.resources.files("instructblip"))) / "starter"
+        if not (starter / "config.json").is_file():
+            raise FileNotFoundError(
+                f"the starter model is not in this installation ({starter}); rebuild it with "
+                "runs/starter.sh, or give the path of a BLIP-2 directory"
+            )
+        return starter
+    directory = existing(Path(path))
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{path} is not a directory; give a model directory, a run directory, 'starter', or "
+            f"{HUB}OWNER/NAME for a model of the Hub"
+        )
+    for candidate in (directory, existing(directory / "best"), existing(directory / "last")):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"{path} holds no model: neither config.json nor best/config.json nor last/config.json"
+    )
+
+
+def check_output(out: Path, file: bool = False) -> None:
+    """Raise ValueError unless a model can be written to ``out`` and nothing there is lost.
+
+    A directory must be new or empty, a LAVIS ``file`` new.
+    """
+    if not file and out.suffix in (".pth", ".pt"):
+        raise ValueError(
+            f"{out}: a directory is written here; --format lavis of `instructblip export` writes a "
+            f"{out.suffix} file"
+        )
+    if out.exists() and (file or not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"{out} exists, and all of it would be replaced: choose another name, or remove it "
+            "first"
+        )
+
+
+def _from_hub(name: str) -> Path:
+    """A snapshot of a repository in the Hub's cache: configs, tokenizers, safetensors, no code."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
+        raise ValueError(f"{HUB}{name}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION")
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "qformer_tokenizer/*"]
+    try:
+        found = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{HUB}{name} could not be fetched: {reason}") from error
+    return Path(found)

@@ -1,0 +1,309 @@
+"""The official code's checkpoints (LAVIS ``.pth``): their names to ours and back.
+
+A released InstructBLIP file is trimmed to what was trained: ``{"model": {...}}`` with the query
+tokens, the Q-Former, ``ln_vision`` and the projection. Image encoder (``eva_vit_g.pth``, a bare
+dict) and language model (a transformers directory) stand beside it. What differs from transformers:
+
+- the key bias of the image encoder does not exist: queries and values have one, keys have zero;
+- ``ln_vision`` has torch's epsilon 1e-5, every other norm of the encoder 1e-6;
+- ``eva_vit_g.pth`` holds one block more than is used, and a head; both are left out;
+- the Q-Former's vocabulary has one row more than BERT's, for the token [DEC];
+- Vicuna's tokenizer begins with ``</s>``, has a pad token 32000 and a row for it;
+- Flan-T5 runs with the exact GELU, whatever its own config says.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import processors
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from instructblip.model.checkpoints.transformers import HARMLESS, load_weights
+from instructblip.model.checkpoints.weights import (
+    read_json,
+    read_nested,
+    read_weights,
+    write_pickle,
+)
+from instructblip.model.config import (
+    InstructBlipConfig,
+    QFormerConfig,
+    VisionConfig,
+)
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language.adapters import read_language_config
+from instructblip.model.language.lora import adapters
+
+LN_VISION_EPS = 1e-5
+ENCODER_BLOCKS = 39
+"""Of the 40 in ``eva_vit_g.pth``."""
+VICUNA_PAD = "[PAD]"
+BARE_ENCODER = ("blocks.", "cls_token", "pos_embed", "patch_embed.", "norm.", "head.", "fc_norm.")
+"""How the names of ``eva_vit_g.pth`` begin, which has no prefix."""
+OTHER_HEADS = re.compile(
+    r"(vision_proj|text_proj|itm_head)\..*|temp|Qformer\.cls\..*|Qformer\.bert\.pooler\..*"
+    r"|Qformer\.bert\.embeddings\.position_ids|(visual_encoder\.)?(norm|fc_norm|head)\..*"
+)
+"""What stage 1 and the whole EVA-CLIP have on top: no part of the model that answers."""
+
+NAMES = (
+    ("visual_encoder.blocks.", "vision_model.encoder.layers."),
+    ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
+    ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
+    ("visual_encoder.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
+    (".attn.qkv.", ".self_attn.qkv."),
+    (".attn.proj.", ".self_attn.projection."),
+    ("ln_vision.", "vision_model.post_layernorm."),
+    ("embeddings.LayerNorm.", "embeddings.layernorm."),
+    ("Qformer.bert.", "qformer."),
+    ("attention.self.", "attention.attention."),
+)
+"""Parts of names: official, ours. From left to right one after the other; back in reverse."""
+VISION_NAMES = (
+    "vision_model.embeddings.patch_embedding.weight",
+    "vision_model.embeddings.position_embedding",
+    "vision_model.encoder.layers.0.mlp.fc1.bias",
+)
+QFORMER_NAMES = ("query_tokens", "qformer.encoder.layer.0.intermediate_query.dense.bias")
+FAMILIES = ("llm", "t5", "opt")
+"""``llm_proj`` and ``llm_model``, and so on, are one family of language models each."""
+
+
+def is_lavis(names: Any) -> bool:
+    """Whether these are tensor names of the official code."""
+    return any(name.startswith(("Qformer.bert.", "visual_encoder.", "blocks.")) for name in names)
+
+
+def from_lavis(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under our names, ``qkv.bias`` joined, what is no part of the model left out."""
+    whole = {
+        f"visual_encoder.{name}" if name.startswith(BARE_ENCODER) else name: value
+        for name, value in weights.items()
+    }
+    ours: dict[str, Tensor] = {}
+    for name, value in whole.items():
+        if OTHER_HEADS.fullmatch(name) or name.endswith(".attn.v_bias"):
+            continue
+        if name.endswith(".attn.q_bias"):
+            values = whole.get(name.replace("q_bias", "v_bias"))
+            if values is None:
+                raise ValueError(f"{name} has no v_bias beside it: the file is incomplete")
+            name = name.replace("q_bias", "qkv.bias")
+            value = torch.cat([value, torch.zeros_like(value), values])
+        ours[_ours(name)] = value
+    return ours
+
+
+def to_lavis(
+    weights: dict[str, Tensor], projection: str, image_encoder: bool = False
+) -> dict[str, Tensor]:
+    """The tensors of a trimmed file under the official names; ``image_encoder`` adds that one too.
+
+    Raises ValueError for an encoder with a key bias, which the official code cannot hold.
+    """
+    lavis: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        encoder = name.startswith(("vision_model.embeddings.", "vision_model.encoder."))
+        if name.startswith("language_model.") or (encoder and not image_encoder):
+            continue
+        if name.endswith(".self_attn.qkv.bias"):
+            query, key, values = value.chunk(3)
+            if key.any():
+                raise ValueError(f"{name} has a bias for keys, for which LAVIS has no place")
+            block = _official(name).removesuffix("qkv.bias")
+            lavis |= {block + "q_bias": query.clone(), block + "v_bias": values.clone()}
+            continue
+        name = name.replace("language_projection.", f"{projection}.")
+        lavis[_official(name)] = value
+    positions = lavis.get("Qformer.bert.embeddings.position_embeddings.weight")
+    if positions is not None:
+        lavis["Qformer.bert.embeddings.position_ids"] = torch.arange(len(positions))[None]
+    return lavis
+
+
+def _ours(name: str) -> str:
+    for family in FAMILIES:
+        if name.startswith(f"{family}_model."):
+            return name.replace(f"{family}_model.", "language_model.", 1)
+        name = re.sub(rf"^{family}_proj\.", "language_projection.", name)
+    for official, ours in NAMES:
+        name = name.replace(official, ours)
+    return name
+
+
+def _official(name: str) -> str:
+    for official, ours in reversed(NAMES):
+        name = name.replace(ours, official)
+    return name
+
+
+def import_lavis(
+    checkpoint: Path,
+    vision: Path,
+    language: Path,
+    vision_heads: int = 16,
+    qformer_heads: int = 12,
+) -> InstructBlip:
+    """The whole model from its three parts, in fp32; `import` writes it with its tokenizers.
+
+    Where ``checkpoint`` holds weights of the image encoder or the language model, as one that
+    trained them does, these are taken. Raises ValueError for a file that is not the part it is
+    given for.
+
+    Args:
+        checkpoint: a trimmed or whole ``.pth`` of an InstructBLIP or a BLIP-2.
+        vision: ``eva_vit_g.pth``, or a directory or file that holds the encoder under our names.
+        language: a transformers directory of the language model.
+        vision_heads: no tensor tells the number of heads; the official one by default.
+        qformer_heads: likewise.
+    """
+    given = from_lavis(read_nested(checkpoint, "model"))
+    given = {name: value for name, value in given.items() if not HARMLESS.fullmatch(name)}
+    tower = read_nested(vision, "model") if vision.is_file() else read_weights(vision)
+    tower = from_lavis(tower) if is_lavis(tower) else tower
+    encoder = {n: v for n, v in tower.items() if n.startswith("vision_model.")}
+    encoder.pop("vision_model.post_layernorm.weight", None)
+    encoder.pop("vision_model.post_layernorm.bias", None)
+    weights = {**encoder, **given}
+    prefix = "language_model."
+    trained = {n.removeprefix(prefix): v for n, v in given.items() if n.startswith(prefix)}
+    text, own = language_parts(language, trained)
+    weights |= {prefix + name: value for name, value in own.items()}
+    _check_parts(weights, vision, checkpoint)
+    config = _config_of(weights, text, vision_heads, qformer_heads)
+    _drop_spare_blocks(weights, config.vision.num_hidden_layers)
+    model = InstructBlip(config)
+    load_weights(model, weights, checkpoint)
+    return model.eval()
+
+
+def _check_parts(weights: dict[str, Tensor], vision: Path, checkpoint: Path) -> None:
+    """Raise ValueError naming the file without the tensors that ``_config_of`` measures."""
+    for file, what, names in (
+        (vision, "image encoder: expected eva_vit_g.pth or weights under our names", VISION_NAMES),
+        (checkpoint, "Q-Former: expected a .pth of an InstructBLIP or a BLIP-2", QFORMER_NAMES),
+    ):
+        if absent := [name for name in names if name not in weights]:
+            raise ValueError(f"{file} holds no {what} ({absent[0]} is missing)")
+
+
+def language_parts(
+    language: Path, trained: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and weights of a language model as the official code changes them; ``trained`` take
+    the place of its own, with the row of [PAD] or without."""
+    text, weights = read_language_config(language), read_weights(language)
+    weights |= trained or {}
+    if text.get("model_type") in ("t5", "mt5"):
+        text["dense_act_fn"] = "gelu"
+        return text, weights
+    if text.get("model_type") == "llama" and text.get("pad_token_id") != text["vocab_size"] - 1:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            # the row of [PAD]: masked wherever it stands, never trained
+            if name in weights and len(weights[name]) == text["vocab_size"]:
+                mean = weights[name].float().mean(0, keepdim=True).to(weights[name].dtype)
+                weights[name] = torch.cat([weights[name], mean])
+        text |= {"vocab_size": text["vocab_size"] + 1, "pad_token_id": text["vocab_size"]}
+        text |= {"bos_token_id": text.get("eos_token_id", 2)}
+    return text, weights
+
+
+def language_tokenizer(language: Path) -> Any:
+    """The tokenizer as the official code sets it up: Vicuna's prompts begin with ``</s>``."""
+    folder = str(language)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if read_json(language / "config.json").get("model_type") != "llama":
+        return tokenizer
+    end = tokenizer.eos_token
+    tokenizer.add_special_tokens(
+        {"pad_token": VICUNA_PAD, "bos_token": end, "unk_token": end, "eos_token": end}
+    )
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    return tokenizer
+
+
+def _config_of(
+    weights: dict[str, Tensor], text: dict[str, Any], vision_heads: int, qformer_heads: int
+) -> InstructBlipConfig:
+    """Sizes are those of the tensors; the rest is as in the official code."""
+    patch = weights[VISION_NAMES[0]]
+    grid = int((weights["vision_model.embeddings.position_embedding"].shape[1] - 1) ** 0.5)
+    blocks = 1 + max(_layer(name) for name in weights if name.startswith("vision_model.encoder."))
+    blocks = min(blocks, ENCODER_BLOCKS)
+    layers = 1 + max(_layer(name) for name in weights if name.startswith("qformer.encoder."))
+    words = weights.get("qformer.embeddings.word_embeddings.weight")
+    queries = weights["query_tokens"]
+    crossed = [_layer(n) for n in weights if "crossattention.attention.key.weight" in n]
+    qformer: dict[str, Any] = {
+        "hidden_size": queries.shape[2],
+        "num_hidden_layers": layers,
+        "num_attention_heads": qformer_heads,
+        "intermediate_size": len(weights["qformer.encoder.layer.0.intermediate_query.dense.bias"]),
+        "encoder_hidden_size": patch.shape[0],
+        "cross_attention_frequency": sorted(crossed)[1] if len(crossed) > 1 else layers,
+    }
+    if words is not None:
+        positions = weights["qformer.embeddings.position_embeddings.weight"]
+        qformer |= {"vocab_size": len(words), "max_position_embeddings": len(positions)}
+    return InstructBlipConfig(
+        vision=VisionConfig(
+            hidden_size=patch.shape[0],
+            intermediate_size=len(weights["vision_model.encoder.layers.0.mlp.fc1.bias"]),
+            num_hidden_layers=blocks,
+            num_attention_heads=vision_heads,
+            image_size=grid * patch.shape[2],
+            patch_size=patch.shape[2],
+            post_layernorm_eps=LN_VISION_EPS,
+        ),
+        qformer=QFormerConfig(**qformer),
+        language=text,
+        num_query_tokens=queries.shape[1],
+        instruction_aware=words is not None,
+    )
+
+
+def _layer(name: str) -> int:
+    found = re.search(r"\.layers?\.(\d+)\.", name)
+    return int(found[1]) if found else 0
+
+
+def _drop_spare_blocks(weights: dict[str, Tensor], blocks: int) -> None:
+    for name in [n for n in weights if n.startswith("vision_model.encoder.")]:
+        if _layer(name) >= blocks:
+            del weights[name]
+
+
+def refuse_loss(trained: Collection[str], image_encoder: bool) -> None:
+    """Raise ValueError where ``trained``, parts of a model, would be left out of a trimmed file."""
+    lost = sorted({"language_model", "lora"}.intersection(trained))
+    if lost:
+        raise ValueError(
+            f"{lost} was trained, and a LAVIS file has no place for a language model: export with "
+            "--format transformers"
+        )
+    if "vision_tower" in trained and not image_encoder:
+        raise ValueError(
+            "['vision_tower'] was trained, and a LAVIS file holds the image encoder on demand "
+            "alone: add --image-encoder"
+        )
+
+
+def export_lavis(model: InstructBlip, file: Path, image_encoder: bool = False) -> None:
+    """Write a trimmed ``.pth`` that the official code loads; see ``to_lavis``.
+
+    It holds no language model, which stands beside it: ValueError for one with an adapter.
+    """
+    if adapters(model.language_model):
+        refuse_loss(["lora"], image_encoder)
+    kind = str(model.config.language.get("model_type"))
+    projection = {"t5": "t5_proj", "opt": "opt_proj"}.get(kind, "llm_proj")
+    weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    write_pickle({"model": to_lavis(weights, projection, image_encoder)}, file)

@@ -1,0 +1,81 @@
+"""The text branch of the Q-Former, which reads the instruction and which no BLIP-2 has.
+
+It is word and position embeddings and the text feed-forwards: from a file beside a BLIP-2, from a
+Blip2ForImageTextRetrieval, or from BERT.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from instructblip.model.checkpoints.weights import read_weights, write_weights
+from instructblip.model.instructblip import InstructBlip
+
+TEXT_BRANCH_FILE = "text_branch.safetensors"
+TEXT_BRANCH = re.compile(
+    r"embeddings\.(word|position)_embeddings\.weight"
+    r"|encoder\.layer\.\d+\.(intermediate|output)\.(dense|LayerNorm)\.(weight|bias)"
+)
+"""Names of the text branch inside the Q-Former, whole."""
+
+
+def in_text_branch(name: str) -> bool:
+    """Whether a tensor of the model belongs to the text branch."""
+    return TEXT_BRANCH.fullmatch(name.removeprefix("qformer.")) is not None and (
+        name.startswith("qformer.")
+    )
+
+
+def find_text_branch(directory: Path, text_branch: str | Path | None) -> dict[str, Tensor]:
+    """The text branch for a BLIP-2 directory, by Q-Former names; empty when it is to be random."""
+    if text_branch == "random":
+        return {}
+    source = directory / TEXT_BRANCH_FILE if text_branch is None else Path(text_branch)
+    if not source.exists():
+        raise ValueError(
+            f"{directory} is a BLIP-2, whose Q-Former has no text branch, and {source} does not "
+            "exist. Give text_branch= one of: a Blip2ForImageTextRetrieval directory, a BERT "
+            f"directory, a {TEXT_BRANCH_FILE} of this project, or 'random' to train it from "
+            "scratch; or load with instruction_aware=False."
+        )
+    if source.is_dir() and (source / TEXT_BRANCH_FILE).is_file():
+        source = source / TEXT_BRANCH_FILE
+    branch = read_text_branch(source)
+    if not branch:
+        raise ValueError(
+            f"{source} holds no text branch: expected word and position embeddings and text "
+            "feed-forwards under the names of this project, Blip2ForImageTextRetrieval or BERT"
+        )
+    return branch
+
+
+def read_text_branch(source: Path) -> dict[str, Tensor]:
+    """Tensors of a text branch as ``qformer.*``, from any of the three formats.
+
+    BERT's vocabulary gets one row more, for the [DEC] token that BLIP-2's tokenizer adds; nothing
+    reads it in instruction tuning, so it is the mean of the others.
+    """
+    weights = read_weights(source)
+    is_bert = any("token_type_embeddings" in name for name in weights)
+    branch = {}
+    for name, value in weights.items():
+        name = name.removeprefix("bert." if is_bert else "qformer.")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if TEXT_BRANCH.fullmatch(name):
+            branch[f"qformer.{name}"] = value
+    words = "qformer.embeddings.word_embeddings.weight"
+    if is_bert and words in branch:
+        mean = branch[words].float().mean(0, keepdim=True).to(branch[words].dtype)
+        branch[words] = torch.cat([branch[words], mean])
+    return branch
+
+
+def save_text_branch(model: InstructBlip, file: str | Path) -> None:
+    """Write the text branch alone, to stand beside a BLIP-2 as ``text_branch.safetensors``."""
+    branch = {n: v for n, v in model.qformer.state_dict().items() if TEXT_BRANCH.fullmatch(n)}
+    if not branch:
+        raise ValueError("the model has no text branch to save: it is not instruction-aware")
+    write_weights(branch, Path(file))

@@ -1,0 +1,261 @@
+"""Start from a BLIP-2 or an InstructBLIP; save what transformers reads.
+
+Names are those of transformers' InstructBLIP. BLIP-2 differs in two things: the Q-Former's first
+LayerNorm is called ``qformer.layernorm``, and there is no text branch (word and position
+embeddings, text feed-forwards). transformers itself loads a BLIP-2 directory as an InstructBLIP
+with a fresh LayerNorm and a random text branch; here both are an error or a choice.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from instructblip.core import distributed
+from instructblip.model.checkpoints.directory import model_directory
+from instructblip.model.checkpoints.text_branch import (
+    TEXT_BRANCH_FILE,
+    find_text_branch,
+    in_text_branch,
+)
+from instructblip.model.checkpoints.weights import (
+    NoRandomWeights,
+    new_directory,
+    read_json,
+    read_weights,
+    write_weights,
+)
+from instructblip.model.config import READERS, InstructBlipConfig
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language import lora
+from instructblip.model.language.adapters import untie_head
+from instructblip.model.language.quantize import quantized_names
+from instructblip.model.vision import interpolate_positions
+
+HARMLESS = re.compile(
+    r".*\.(position_ids|rotary_emb\.inv_freq|masked_bias)"
+    r"|.*\.decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+)
+"""Buffers and leftovers that older versions of transformers saved and no model reads."""
+
+ASSETS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+    "qformer_tokenizer",
+)
+"""What a model directory holds besides config and weights; copied along when the model is saved."""
+
+
+def from_pretrained(
+    path: str | Path,
+    instruction_aware: bool | None = None,
+    text_branch: str | Path | None = None,
+    image_size: int | None = None,
+) -> InstructBlip:
+    """Load a model in fp32, in eval mode, with the default set trainable.
+
+    ``path`` is a transformers BLIP-2 or InstructBLIP directory, one that ``save_pretrained``
+    wrote, a run directory (its ``best`` before its ``last``), or "starter".
+    ``instruction_aware`` None keeps what the directory is. True makes an InstructBLIP of a BLIP-2:
+    its text branch is read from ``text_branch``, a file or directory (of this project, a
+    Blip2ForImageTextRetrieval, or a BERT); by default from ``text_branch.safetensors`` in the
+    directory itself; "random" asks for a fresh one. False drops the text branch.
+    ``image_size`` in pixels interpolates the position embedding of the image encoder.
+
+    Raises FileNotFoundError or ValueError, the latter listing every missing, unexpected or
+    mis-shaped tensor.
+    """
+    directory = model_directory(path)
+    config = InstructBlipConfig.from_transformers(read_json(directory / "config.json"))
+    weights = _rename_blip2(read_weights(directory))
+    weights = {name: value for name, value in weights.items() if not HARMLESS.fullmatch(name)}
+    aware = config.instruction_aware if instruction_aware is None else instruction_aware
+    if not aware:
+        weights = {name: v for name, v in weights.items() if not in_text_branch(name)}
+    elif not config.instruction_aware:
+        weights |= find_text_branch(directory, text_branch)
+    config = _fit_config(config, weights, aware, image_size)
+    with contextlib.nullcontext() if text_branch == "random" else NoRandomWeights():
+        model = InstructBlip(config)
+    if aware and text_branch == "random":
+        weights |= {n: v for n, v in model.state_dict().items() if in_text_branch(n)}
+    positions = "vision_model.embeddings.position_embedding"
+    if image_size is not None and positions in weights:
+        weights[positions] = interpolate_positions(weights[positions], config.vision.num_tokens)
+    load_weights(model, weights, directory)
+    if (directory / lora.FOLDER).is_dir():
+        lora.load_lora(model.language_model, directory / lora.FOLDER)
+        model.set_trainable(("qformer",))
+    model.assets = directory
+    _read_generation_settings(model, directory / "generation_config.json")
+    return model.eval()
+
+
+def save_pretrained(model: InstructBlip, path: str | Path) -> None:
+    """Write a directory that transformers loads with the same logits, atomically.
+
+    config.json, model.safetensors, and the tokenizers and settings of the directory that the model
+    came from. A BLIP-2 (no text branch) is written as one; an adapter of the language model goes
+    into a folder of its own; weights that are quantized or spread over ranks are written as loaded.
+    Raises OSError when the disk is full; what stood at ``path`` is then untouched.
+    """
+    with new_directory(Path(path)) as directory:
+        if model.assets is not None:
+            _copy_assets(model.assets, directory, model.config)
+        config = model.config.to_transformers()
+        dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+        config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
+        weights = {n: v for n, v in model.state_dict().items() if ".lora." not in n}
+        weights |= _kept_elsewhere(model)
+        if lora.adapters(model.language_model):
+            lora.save_lora(model.language_model, directory / lora.FOLDER)
+        if not model.config.instruction_aware:
+            weights = {
+                re.sub(r"^qformer\.embeddings\.layernorm\.", "qformer.layernorm.", name): value
+                for name, value in weights.items()
+            }
+        write_weights(weights, directory / "model.safetensors")
+
+
+def _kept_elsewhere(model: InstructBlip) -> dict[str, Tensor]:
+    """Frozen weights that are not here in full, being quantized or spread over ranks: read again
+    from where the model was loaded."""
+    names = quantized_names(model)
+    names += [name for name, value in model.state_dict().items() if distributed.is_sharded(value)]
+    if not names:
+        return {}
+    assert model.assets is not None, "such a model was loaded from a directory"
+    stored = read_weights(model.assets)
+    return {name: stored[name] for name in names}
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str) -> None:
+    """Copy ``weights`` into ``model``; every tensor of either side must have its counterpart.
+
+    Of tied tensors one name is enough. Raises one ValueError that lists all that does not fit.
+    """
+    expected = model.state_dict()
+    names: dict[int, list[str]] = {}
+    for name, value in expected.items():
+        names.setdefault(value.data_ptr(), []).append(name)
+    given = {value.data_ptr() for name, value in expected.items() if name in weights}
+    problems = [
+        f"missing: {name} {_shape(value)}"
+        for name, value in expected.items()
+        if name not in weights and value.data_ptr() not in given
+    ]
+    problems += [
+        f"unexpected: {name} {_shape(value)}"
+        for name, value in weights.items()
+        if name not in expected
+    ]
+    problems += [
+        f"mis-shaped: {name} got {_shape(weights[name])}, expected {_shape(value)}"
+        for name, value in expected.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:40])
+        more = f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
+        raise ValueError(
+            f"the weights in {where} do not fit the model that its config.json describes "
+            f"({len(problems)} tensors):\n  {shown}{more}\n"
+            "Check that config.json and weights belong together and that the download is complete."
+        )
+    _untie(model, weights, names)
+    model.load_state_dict(weights, strict=False)
+
+
+def _untie(model: Any, weights: dict[str, Tensor], names: dict[int, list[str]]) -> None:
+    """Separate tensors that the model ties and the file does not (Flan-T5's output head)."""
+    for group in names.values():
+        present = [weights[name] for name in group if name in weights]
+        if all(torch.equal(present[0], other) for other in present[1:]):
+            continue
+        head = "language_model.lm_head.weight"
+        rest = [weights[name] for name in group if name in weights and name != head]
+        if head not in group or not all(torch.equal(rest[0], other) for other in rest[1:]):
+            raise ValueError(f"the weights differ where the model has one tensor: {group}")
+        untie_head(model.language_model)
+
+
+def _shape(value: Tensor) -> list[int]:
+    return list(value.shape)
+
+
+def _rename_blip2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    old, new = "qformer.layernorm.", "qformer.embeddings.layernorm."
+    return {
+        (new + name.removeprefix(old) if name.startswith(old) else name): value
+        for name, value in weights.items()
+    }
+
+
+def _fit_config(
+    config: InstructBlipConfig, weights: dict[str, Tensor], aware: bool, image_size: int | None
+) -> InstructBlipConfig:
+    """The config of the model to build. A BLIP-2's config says nothing true about its text branch:
+    the sizes of the embeddings are those of the branch that was found."""
+    qformer, vision = config.qformer, config.vision
+    if aware and not config.instruction_aware:
+        sizes = {}
+        for field, name in (
+            ("vocab_size", "word_embeddings"),
+            ("max_position_embeddings", "position_embeddings"),
+        ):
+            value = weights.get(f"qformer.embeddings.{name}.weight")
+            if value is not None:
+                sizes[field] = value.shape[0]
+        qformer = qformer.model_copy(update=sizes)
+    if image_size is not None:
+        vision = type(vision)(**{**vision.model_dump(), "image_size": image_size})
+    return config.model_copy(
+        update={"qformer": qformer, "vision": vision, "instruction_aware": aware}
+    )
+
+
+def _read_generation_settings(model: InstructBlip, file: Path) -> None:
+    """Keep the stored settings for whoever decodes; special tokens take effect at once."""
+    if not file.is_file():
+        return
+    model.generation_settings = read_json(file)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        if model.generation_settings.get(name) is not None:
+            setattr(model.language_model.generation_config, name, model.generation_settings[name])
+
+
+def _copy_assets(source: Path, target: Path, config: InstructBlipConfig) -> None:
+    """Tokenizers and settings; what they say of the model follows the model."""
+    patterns = ASSETS if config.instruction_aware else (*ASSETS, TEXT_BRANCH_FILE)
+    for pattern in patterns:
+        for found in sorted(source.glob(pattern)):
+            copy = shutil.copytree if found.is_dir() else shutil.copyfile
+            copy(found, target / found.name)
+    # transformers' processor puts as many placeholders as this says in front of a prompt
+    processor = target / "processor_config.json"
+    values = read_json(processor) if processor.is_file() else {}
+    values["processor_class"] = READERS[config.kind] + "Processor"
+    values["num_query_tokens"] = config.num_query_tokens
+    processor.write_text(json.dumps(values), encoding="utf-8")
+    side = {"height": config.vision.image_size, "width": config.vision.image_size}
+    for file in target.glob("*processor_config.json"):
+        values = read_json(file)
+        for part in (values, values.get("image_processor", {}), values.get("video_processor", {})):
+            part.update({key: side for key in ("size", "crop_size") if key in part})
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,380 @@
+"""A recipe: the model, the data, the training and the evaluation of one run, in one YAML file.
+
+Read with ``load_recipe(name_or_file, ["training.steps=100", ...])``. Unknown keys are errors that
+name the nearest known one. The resolved recipe is written beside every checkpoint and result.
+"""
+
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
+
+from instructblip.model.config import LoraConfig
+from instructblip.text_to_image.config import (
+    ConditionerConfig,
+    DiffusersConfig,
+    NativeConfig,
+)
+from instructblip.training.config import TrainingConfig
+
+RECIPES = Path(__file__).parent
+"""The recipes that ship with the package."""
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+Format = Literal[
+    "llava_json", "sharegpt", "openai_messages", "table", "imagefolder", "hf_dataset", "webdataset"
+]
+"""How a user's own data may be written."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """Where the run starts from."""
+
+    start: str = "starter"
+    """A BLIP-2 or InstructBLIP directory, a run directory, or ``starter``."""
+    instruction_aware: bool = True
+    """Whether the Q-Former reads the instruction; false tunes a BLIP-2, the paper's ablation."""
+    text_branch: str | None = None
+    """Where a BLIP-2's missing text branch comes from: a file, a directory, or ``random``."""
+    image_size: PositiveInt | None = None
+    """Side of a picture in pixels; null for what the start has."""
+    lora: LoraConfig | None = None
+    """An adapter beside the frozen language model, trained as the part ``lora``; null for none."""
+    quantize: Literal["int8", "fp8", "nf4"] | None = None
+    """Frozen weights of the language model in 8 or 4 bits; null for the run's own type."""
+
+
+class DataSet(_Section):
+    """One data set of the mixture."""
+
+    source: str | None = None
+    """How its files are read, a name of ``SOURCES``; null for the name of the entry."""
+    root: str | None = None
+    """Its folder below ``data.root``, or a URL to fetch it from; null for the source's name."""
+    split: Literal["train", "val", "test"] = "train"
+    """Which of its splits to read."""
+    weight: NonNegativeFloat = 1.0
+    """Hand weight on top of the size; 0 leaves the set out."""
+    templates: tuple[str, ...] | None = None
+    """Instruction templates instead of those of its task."""
+    language: Literal["en", "zh"] = "en"
+    """Language of its instructions: English or Chinese templates."""
+    format: Format | None = None
+    """For data of your own: how its files are written (docs/data.md); ``source`` is then unused."""
+    path: str | None = None
+    """File or pattern of your own data below its root, such as ``{split}.jsonl``; null for all."""
+    images: str | None = None
+    """Folder below the root that the paths of its pictures are relative to; null for ``images``
+    if there is one, else the root. An imagefolder is looked for there: null for the root."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """For tables: which column holds the image, question, answer, choices, context, id."""
+    task: str | None = None
+    """Task of your own data, which decides its templates; null guesses from the columns."""
+
+
+def _plain(name: str) -> str:
+    # it becomes the name of a folder
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise ValueError("expected a name of letters, digits and . _ - without a dot in front")
+    return name
+
+
+class DataConfig(_Section):
+    """The mixture of instruction data, and how its samples become tensors."""
+
+    root: Path = Path("data")
+    """Folder that holds one folder for each source."""
+    prepared: Path | None = None
+    """Folder of the prepared data sets; null for ``root/prepared``."""
+    sets: dict[Annotated[str, AfterValidator(_plain)], DataSet] = Field(min_length=1)
+    """Name to data set: what the model is tuned on."""
+    temperature: Fraction = 0.5
+    """Sets are drawn in proportion to size ** temperature: 0.5 is the paper's square root."""
+    seed: NonNegativeInt = 0
+    """Decides order, templates, answers and crops."""
+    bucket_steps: NonNegativeInt = 0
+    """Steps whose samples are sorted by length together, so that a batch has less padding; 0 keeps
+    the order drawn, 1 sorts within each step over its ranks and micro batches."""
+    augment: bool = True
+    """Whether training pictures are cropped and flipped at random."""
+    num_frames: PositiveInt = 4
+    """Pictures of a sample at most: of a video so many frames, evenly spaced."""
+    max_instruction: PositiveInt = 128
+    """Tokens of the instruction that the Q-Former reads at most."""
+    max_prompt: PositiveInt = 128
+    """Tokens of the prompt that the language model reads at most."""
+    max_response: PositiveInt = 256
+    """Tokens of a response at most, its end token included."""
+    max_bad_rate: Fraction = 0.0
+    """Share of unreadable samples that a set may have; they are counted, listed and left out."""
+    check: Literal["required", "run", "skip"] = "required"
+    """Whether training needs a passed `instructblip check`, makes one itself, or takes any data."""
+    drop_leaked: bool = False
+    """Whether training leaves out pictures that an evaluation set of the recipe shows as well."""
+    cache_images_mb: NonNegativeInt = 256
+    """Memory for decoded pictures in each process that prepares batches."""
+
+    def source_of(self, name: str) -> str:
+        return self.sets[name].source or name
+
+    def where_of(self, source: str) -> str:
+        """Folder or URL of a source, as benchmarks need it: its first entry's, else its name."""
+        for name, entry in self.sets.items():
+            if self.source_of(name) == source and not entry.format:
+                return entry.root or source
+        return source
+
+    def root_of(self, source: str) -> Path:
+        return self.root / self.where_of(source)
+
+    @property
+    def prepared_root(self) -> Path:
+        return self.prepared or self.root / "prepared"
+
+
+def _spell_out(value: object) -> object:
+    # YAML 1.1 reads a bare on and off as booleans
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+class FeaturesConfig(_Section):
+    """Image features of the frozen encoder, computed once and kept on disk."""
+
+    cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(_spell_out)] = "auto"
+    """Whether to keep them; auto measures whether it saves time, and never keeps a single crop."""
+    dtype: Literal["fp32", "bf16", "int8"] | None = None
+    """Type on disk; null for the encoder's own, without loss. int8 has a scale for each token."""
+    views: PositiveInt = 1
+    """Random crops kept of each picture, where ``data.augment`` is on."""
+    root: Path | None = None
+    """Folder of the features; null for ``data.root/features``."""
+
+
+class EvaluationConfig(_Section):
+    """What the model is measured on: during training, and after it."""
+
+    validation: tuple[str, ...] = ("held_in",)
+    """Benchmarks scored during training; the mean of the held-in ones picks the best weights. An
+    empty list validates nothing: the last weights are then the result."""
+    validation_limit: PositiveInt | None = None
+    """Samples of each set in a validation, spread evenly; null for all."""
+    benchmarks: tuple[str, ...] = ("held_in", "held_out")
+    """Benchmarks, or groups of them, that `evaluate` answers."""
+    limit: PositiveInt | None = None
+    """Samples of each benchmark, spread evenly; null for all."""
+    batch_size: PositiveInt | Literal["auto"] = 32
+    """Samples answered at a time, or auto; changes speed and memory, not the answers."""
+    tokenizer: Literal["python", "ptb_java"] = "python"
+    """What cuts captions into words for their scores; ptb_java is the COCO server's."""
+    decoding: dict[str, int | float | bool] = Field(default_factory=dict)
+    """Settings of generation on top of each benchmark's own."""
+    prompts: dict[str, str] = Field(default_factory=dict)
+    """Benchmark to prompt, instead of its own: the figure is then another one."""
+
+
+class DrawingSet(_Section):
+    """One set of things to draw."""
+
+    kind: Literal["scenes", "subjects", "captions", "instructions"]
+    """Fresh scenes, fresh scenes with a subject, captions turned round, an instruction file."""
+    source: str | None = None
+    """How the files of a caption set are read, a name of ``SOURCES``."""
+    root: Path | None = None
+    """Folder below ``data.root``: of a caption set (null: its source's name), or of the pictures of
+    an instruction file (null: beside the file)."""
+    file: Path | None = None
+    """The instruction file, JSON lines, below ``data.root``."""
+    shapes: tuple[PositiveInt, PositiveInt] = (1, 1)
+    """Fewest and most shapes of a fresh scene."""
+    weight: NonNegativeFloat = 1.0
+    """Hand weight; sets of one size are drawn in proportion to it."""
+    start: NonNegativeInt = 0
+    """Step at which the set joins the mixture."""
+
+
+class DrawingConfig(_Section):
+    """Text to image: what is drawn, and the parts it needs beside the InstructBLIP."""
+
+    sets: dict[str, DrawingSet] = Field(min_length=1)
+    """Name to set: what the decoder is trained on."""
+    start: str | None = None
+    """A directory that draws, to go on from its conditioner and decoder: the two below are then its
+    own. It must have been trained with the Q-Former of ``model.start``; null begins anew."""
+    conditioner: ConditionerConfig = ConditionerConfig()
+    """From the Q-Former to the condition."""
+    decoder: NativeConfig | DiffusersConfig = Field(default=NativeConfig(), discriminator="kind")
+    """What draws."""
+    understanding: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of micro batches that come from ``data``, to keep understanding while the Q-Former
+    trains."""
+    validation_prompts: PositiveInt = 32
+    """Fresh prompts of each kind that a validation on Scenes draws."""
+
+
+class Recipe(_Section):
+    """Everything that decides a run."""
+
+    model: ModelConfig = ModelConfig()
+    """Where the run starts from."""
+    data: DataConfig
+    """What it is tuned on."""
+    training: TrainingConfig = TrainingConfig()
+    """How it is tuned."""
+    features: FeaturesConfig = FeaturesConfig()
+    """Whether the frozen encoder's image features are kept."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What it is measured on."""
+    drawing: DrawingConfig | None = None
+    """Text to image; null tunes the model to answer."""
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out; `load_recipe` reads it back as the same."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or one that ships with the package by its name.
+
+    Args:
+        overrides: ``a.b=c``, each value read as YAML: ``training.steps=100``,
+            ``training.trainable=[qformer]``, ``training.clip_norm=null``.
+
+    Raises:
+        FileNotFoundError: naming the recipes there are.
+        ValueError: naming the file, the key and what was expected; for an unknown key the nearest.
+    """
+    path = find_recipe(recipe)
+    values = _read_yaml(path.read_text(encoding="utf-8"), f"{path} is not YAML")
+    if not isinstance(values, dict):
+        sections = ", ".join(Recipe.model_fields)
+        raise ValueError(f"{path}: expected the sections {sections}; got {values!r}")
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        where = f"{path}" + (f" with {' '.join(overrides)}" if overrides else "")
+        raise ValueError(f"{where}: " + "; ".join(_explain(error))) from None
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe given by path or by name."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{recipe}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+    near = get_close_matches(str(recipe), names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise FileNotFoundError(
+        f"no recipe {recipe}: {hint}expected a YAML file or one of {', '.join(names)}"
+    )
+
+
+def differences(left: Recipe, right: Recipe) -> list[str]:
+    """``key: left -> right`` for every setting in which two recipes differ."""
+    mine, other = (dict(_leaves(r.model_dump(mode="json"))) for r in (left, right))
+    keys = [*mine, *(key for key in other if key not in mine)]
+    changed = [key for key in keys if mine.get(key) != other.get(key)]
+    return [f"{key}: {mine.get(key)} -> {other.get(key)}" for key in changed]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without keys that are there twice, of which PyYAML would take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    what = f"the key {key.value} is there twice"
+                    raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def _read_yaml(text: str, complaint: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{complaint}: {' '.join(str(error).split())}") from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, last = key.split(".")
+    if not equals or not all((*sections, last)):
+        raise ValueError(f"expected an override such as training.steps=100; got {override!r}")
+    place = values
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if inner is None:
+            inner = place[section] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"{override}: {section} is {inner!r}, which has no keys of its own")
+        place = inner
+    place[last] = _read_yaml(text, f"{override}: the value is not YAML")
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for detail in error.errors():
+        key = ".".join(map(str, detail["loc"]))
+        if detail["type"] == "extra_forbidden":
+            name, known = str(detail["loc"][-1]), sorted(_fields_at(detail["loc"][:-1]))
+            near = get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            yield f"unknown key {key}: {hint}"
+        elif detail["type"] == "missing":
+            yield f"{key} is missing"
+        else:
+            got = f" (got {detail['input']!r})" if not isinstance(detail["input"], dict) else ""
+            yield f"{key}: {detail['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _fields_at(place: tuple[int | str, ...]) -> Mapping[str, Any]:
+    """Names of the settings at a place of the recipe, such as ("data", "sets", "vqav2")."""
+    kind: Any = Recipe
+    for name in place:
+        if typing.get_origin(kind) is types.UnionType:  # the name is the tag of one of several
+            options = typing.get_args(kind)
+            kind = next(o for o in options if o.model_fields["kind"].default == name)
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[str(name)].annotation
+        else:  # an entry of dict[str, Section]
+            kind = typing.get_args(kind)[-1]
+        if type(None) in typing.get_args(kind):
+            kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    return kind.model_fields
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

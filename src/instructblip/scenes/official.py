@@ -1,0 +1,129 @@
+"""Writes the embedded world as the owners of the real data sets would: their files, their fields.
+
+``write_scenes(root)`` makes one folder a set (``root/vqav2/annotations``, ``root/vqav2/images``),
+so that the readers of real downloads read it. Held-in sets have train and val splits and know
+neither the held-out colour-shape pairs nor the digits kept for tests in training; held-out sets
+have the split that the paper evaluates, and no other, but for two: MSVD-QA's training answers are
+the vocabulary that its test ranks, and ScienceQA's train split is for fine-tuning on that one set.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from instructblip.scenes.writers.captions import (
+    coco_caption,
+    nocaps,
+    textcaps,
+)
+from instructblip.scenes.writers.choices import (
+    aokvqa,
+    iconqa,
+    scienceqa,
+)
+from instructblip.scenes.writers.dialogue import llava, visual_dialog
+from instructblip.scenes.writers.reading import ocrvqa, textvqa
+from instructblip.scenes.writers.set_folder import SetFolder
+from instructblip.scenes.writers.statements import hatefulmemes, vsr
+from instructblip.scenes.writers.video import msvdqa
+from instructblip.scenes.writers.vqa import (
+    gqa,
+    okvqa,
+    vizwiz,
+    vqav2,
+)
+
+FORMAT_VERSION = 2
+MARKER = "scenes.json"
+"""The file of settings that makes a folder one of ours."""
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """How a set is written: its writer, role and split sizes (samples, before rounding)."""
+
+    write: Callable[[SetFolder, int], None]
+    role: str
+    sizes: dict[str, int]
+
+
+def write_scenes(
+    root: str | Path, seed: int = 0, scale: float = 1.0, sets: tuple[str, ...] | None = None
+) -> dict[str, Path]:
+    """Write the sets of the embedded world below ``root``; gives the folder of each.
+
+    ``scale`` multiplies every size. The same seed and scale give the same bytes. A folder that a
+    finished run of the same settings wrote is left as it is; an unfinished one never shows, since
+    each set is written aside and renamed. Raises ValueError, before anything is written, for an
+    unknown set, for a scale that is no size, and for other data where a set would go.
+    """
+    root = Path(root)
+    chosen = tuple(SCENE_SETS) if sets is None else sets
+    if unknown := [name for name in chosen if name not in SCENE_SETS]:
+        raise ValueError(f"no scene set {unknown}; expected some of {', '.join(SCENE_SETS)}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale {scale:g}; expected a number above 0, such as 0.1")
+    settings = {"format": FORMAT_VERSION, "seed": seed, "scale": scale}
+    due = [name for name in chosen if _settings_of(root / name) != settings]
+    if taken := other_data(root, due):
+        raise ValueError(
+            f"{', '.join(map(str, taken))}: `instructblip scenes` did not write this and would "
+            f"replace it; choose another ROOT than {root}"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    for name in due:
+        aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+        for split, size in SCENE_SETS[name].sizes.items():
+            rng = random.Random(f"{seed}/{name}/{split}")
+            SCENE_SETS[name].write(SetFolder(aside, split, rng), max(8, round(size * scale)))
+        (aside / MARKER).write_text(json.dumps(settings))
+        shutil.rmtree(root / name, ignore_errors=True)
+        aside.replace(root / name)
+    return {name: root / name for name in chosen}
+
+
+def other_data(root: Path, sets: Iterable[str]) -> list[Path]:
+    """What stands below ``root`` where ``sets`` would be written and is not the embedded world's:
+    links, files, and folders that hold something but no marker."""
+    folders = [root / name for name in sets]
+    return [f for f in folders if os.path.lexists(f) and not _may_be_replaced(f)]
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return (folder / MARKER).is_file() or not any(folder.iterdir())
+
+
+def _settings_of(folder: Path) -> Any:
+    """What a finished set was written with, or None."""
+    marker = folder / MARKER
+    return json.loads(marker.read_text()) if marker.is_file() else None
+
+
+SCENE_SETS: dict[str, SceneSet] = {
+    "coco_caption": SceneSet(coco_caption, "held_in", {"train": 2000, "val": 200}),
+    "vqav2": SceneSet(vqav2, "held_in", {"train": 9000, "val": 300}),
+    "okvqa": SceneSet(okvqa, "held_in", {"train": 2000, "val": 200}),
+    "aokvqa": SceneSet(aokvqa, "held_in", {"train": 2000, "val": 200}),
+    "ocrvqa": SceneSet(ocrvqa, "held_in", {"train": 2000, "val": 200}),
+    "textcaps": SceneSet(textcaps, "held_in", {"train": 1500, "val": 200}),
+    "llava": SceneSet(llava, "held_in", {"train": 1000}),
+    "nocaps": SceneSet(nocaps, "held_out", {"val": 200}),
+    "gqa": SceneSet(gqa, "held_out", {"test": 200}),
+    "vsr": SceneSet(vsr, "held_out", {"test": 200}),
+    "iconqa": SceneSet(iconqa, "held_out", {"test": 200}),
+    "scienceqa": SceneSet(scienceqa, "held_out", {"test": 200, "train": 400}),
+    "textvqa": SceneSet(textvqa, "held_out", {"val": 200}),
+    "visual_dialog": SceneSet(visual_dialog, "held_out", {"val": 200}),
+    "hatefulmemes": SceneSet(hatefulmemes, "held_out", {"val": 200}),
+    "vizwiz": SceneSet(vizwiz, "held_out", {"val": 200}),
+    "msvdqa": SceneSet(msvdqa, "held_out", {"train": 60, "test": 200}),
+}

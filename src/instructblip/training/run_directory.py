@@ -1,0 +1,194 @@
+"""The run directory: checkpoints/ to resume from, best/ and last/ to load, and how far it is."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from instructblip.core import distributed
+from instructblip.training.checkpoint import (
+    Checkpoint,
+    flush,
+    load_latest,
+    prune,
+    recover,
+    replace_directory,
+    save_checkpoint,
+    saved_steps,
+)
+
+Export = Callable[[Path], Any]
+"""Fill an empty directory with the model as users load it."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is: what a checkpoint holds besides weights and optimiser."""
+
+    step: int = 0
+    best_score: float | None = None
+    best_step: int | None = None
+    validated_step: int = 0
+    validations_without_best: int = 0
+    window: dict[str, list[float]] = field(default_factory=dict)
+    """Per data set: loss sum and response tokens since the last line of the log."""
+
+
+class RunFiles:
+    """Writes what a run leaves in ``folder``; only the first rank touches the disk."""
+
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int,
+        export: Export | None = None,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.keep_last, self.export, self.notes = keep_last, export, dict(notes or {})
+        self.last_good: Path | None = None
+        self.saved_step = 0
+
+    def restore(
+        self,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        resume: bool,
+    ) -> Progress:
+        """Load the newest complete checkpoint into the arguments, if ``resume`` and there is one.
+
+        Raises:
+            ValueError: if the folder holds a run and ``resume`` is off, or if the checkpoint has
+                other parameters than the model.
+        """
+        if distributed.is_main():
+            for folder in (self.folder, self.checkpoints):
+                recover(folder)
+        distributed.barrier()
+        if not resume:
+            refuse_existing(self.folder)
+            return Progress()
+        checkpoint = load_latest(self.checkpoints)
+        if checkpoint is None:
+            return Progress()
+        self.last_good, self.saved_step = checkpoint.path, checkpoint.step
+        progress = _apply(checkpoint, parameters, optimizer)
+        distributed.barrier()
+        if distributed.is_main():  # a kill may have come between the save and this
+            prune(self.checkpoints, self.keep_last, progress.best_step)
+        return progress
+
+    def write_notes(self) -> None:
+        """Put the notes into the run directory: what was refused before left those of the run."""
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for note, text in self.notes.items():
+                fresh = self.folder / f".{note}.part"
+                fresh.write_text(text, encoding="utf-8")
+                flush(fresh)
+                fresh.replace(self.folder / note)
+
+    def save(
+        self,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+    ) -> None:
+        """Write a checkpoint of ``progress.step``, then delete those no longer needed."""
+        merge_windows(progress)
+        if distributed.is_main():
+            state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+            path = save_checkpoint(
+                self.checkpoints,
+                progress.step,
+                {name: parameter.detach() for name, parameter in parameters.items()},
+                state,
+                asdict(progress),
+                self.notes,
+            )
+            prune(self.checkpoints, self.keep_last, progress.best_step)
+            self.last_good = path
+        self.saved_step = progress.step
+        distributed.barrier()
+
+    def export_to(self, name: str) -> None:
+        """Write the model into ``folder/name``, replacing what stood there in one move."""
+        export = self.export
+        if export is None:
+            return
+
+        def write(path: Path) -> None:
+            export(path)
+            for note, text in self.notes.items():
+                (path / note).write_text(text)
+
+        if distributed.is_main():
+            replace_directory(self.folder / name, write)
+        distributed.barrier()
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise ValueError if ``folder`` holds a run that a new one would overwrite."""
+    if steps := saved_steps(folder / "checkpoints"):
+        raise ValueError(
+            f"{folder} already holds a run up to step {steps[-1]}: continue it with --resume, "
+            "where the command has that (`tune` has not), or choose another folder with --out"
+        )
+
+
+def merge_windows(progress: Progress) -> None:
+    """Move every rank's loss window to the first rank."""
+    windows = distributed.gather_objects(progress.window)
+    progress.window = {}
+    if distributed.is_main():
+        for window in windows:
+            for name, (loss, tokens) in window.items():
+                total = progress.window.setdefault(name, [0.0, 0])
+                total[0] += loss
+                total[1] += tokens
+
+
+def _apply(
+    checkpoint: Checkpoint,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> Progress:
+    saved = checkpoint.parameters
+    other = sorted(set(saved) ^ set(parameters))
+    other += sorted(
+        n for n in set(saved) & set(parameters) if saved[n].shape != parameters[n].shape
+    )
+    if other:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} trained other parameters than this recipe: {len(other)} "
+            f"differ, such as {', '.join(other[:3])}; resume with the recipe stored beside it"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    _load_moments(checkpoint, optimizer)
+    torch.set_rng_state(checkpoint.optimizer["rng"])
+    known = {f.name for f in fields(Progress)}
+    progress = Progress(**{k: v for k, v in checkpoint.progress.items() if k in known})
+    if not distributed.is_main():
+        progress.window = {}  # the first rank holds the sum over all of them
+    return progress
+
+
+def _load_moments(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+    """The optimiser's state; its settings, such as weight decay, are those of the recipe."""
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    saved = checkpoint.optimizer["optimizer"]
+    if [len(g["params"]) for g in saved["param_groups"]] != [
+        len(g["params"]) for g in optimizer.param_groups
+    ]:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} was written by another training.optimizer than "
+            f"{type(optimizer).__name__}; resume with the recipe stored beside it"
+        )
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)

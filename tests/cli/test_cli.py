@@ -1,0 +1,192 @@
+"""The command line: light help, and mistakes as one line with exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from instructblip.cli import main as cli
+from instructblip.cli import stages
+from instructblip.evaluation.evaluate import evaluate
+from instructblip.model.config import VisionConfig
+from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
+
+SOURCE = Path(cli.__file__).parents[2]
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    output = capsys.readouterr()
+    return int(stop.value.code or 0), output.out, output.err
+
+
+def test_help_lists_the_stages(capsys: pytest.CaptureFixture[str]):
+    code, out, _ = call(capsys, "--help")
+    assert code == 0
+    for stage in ("quickstart", "scenes", "prepare", "train", "evaluate", "compare", "report"):
+        assert stage in out
+
+
+def test_help_imports_nothing_heavy():
+    """What keeps it quick; a time would say how busy the machine is."""
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    command = [sys.executable, "-X", "importtime", "-m", "instructblip", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & {"torch", "transformers", "numpy", "pydantic", "matplotlib", "datasets"}
+
+
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]):
+    code, _, err = call(capsys, "train", "quikstart")
+    assert code == 2
+    assert err.startswith("instructblip: no recipe quikstart: did you mean quickstart?")
+    assert err.count("\n") == 1
+    code, _, err = call(capsys, "train", "scenes", "training.step=3")
+    assert code == 2
+    assert "unknown key training.step: did you mean steps?" in err
+    assert "Traceback" not in err
+
+
+def test_debug_shows_where():
+    with pytest.raises(FileNotFoundError):
+        cli.main(["--debug", "train", "quikstart"])
+    with pytest.raises(FileNotFoundError):
+        cli.main(["train", "quikstart", "--debug"])
+
+
+def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_args: object) -> None:
+        raise AssertionError("ours")
+
+    monkeypatch.setattr(stages, "scenes", broken)
+    with pytest.raises(AssertionError, match="ours"):
+        cli.main(["scenes"])
+
+
+def test_system_errors_are_told_without_their_number():
+    assert cli.describe(OSError(28, "the disk is full")) == "the disk is full"
+    assert cli.describe(FileNotFoundError(2, "No such file", "a.txt")) == "No such file: a.txt"
+    assert cli.describe(ValueError("plain")) == "plain"
+
+
+def test_values_that_do_not_fit_are_told_in_one_line():
+    with pytest.raises(ValueError, match="validation errors") as error:
+        VisionConfig(hidden_size=0, hidden_act="tanh")  # type: ignore[arg-type]
+    told = cli.describe(error.value)
+    assert told.startswith("VisionConfig: hidden_size: Input should be greater than 0 (got 0); ")
+    assert told.endswith(" (got 'tanh')")
+    with pytest.raises(ValueError, match="validation error") as error:
+        VisionConfig(hidden_size=20, num_attention_heads=16)
+    expected = "VisionConfig: hidden_size must be a multiple of num_attention_heads; got 20 and 16"
+    assert cli.describe(error.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["answer", "--image", "", "--instruction", "a"], "--image"),
+        (["evaluate", "starter", "--benchmarks="], "--benchmarks"),
+        (["evaluate", ""], "the argument after evaluate"),
+        ([""], "the first argument"),
+    ],
+)
+def test_empty_arguments_are_named(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], name: str
+):
+    code, _, err = call(capsys, *arguments)
+    assert code == 2
+    assert err == f"instructblip: {name} is empty: give a value; is a variable unset?\n"
+
+
+def test_results_to_compare_must_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code, _, err = call(capsys, "compare", str(tmp_path), str(tmp_path))
+    assert code == 2
+    assert "holds no results: run `instructblip evaluate` first" in err
+
+
+def result_folders(root: Path, *names: str) -> list[str]:
+    """Folders as `evaluate` leaves them, with the sets a_in and b_out."""
+    for name in names:
+        for asked in (benchmark(name="a_in"), benchmark(name="b_out", role="held_out")):
+            out = root / name / asked.name
+            evaluate(FakeEngine(), asked, colour_questions(), out=out, progress=False)
+    return [str(root / name) for name in names]
+
+
+def test_compare_takes_folders_with_an_equals_sign(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folders = result_folders(tmp_path, "lr=1", "plain")
+    code, out, _ = call(capsys, "compare", *folders, "--format", "json")
+    assert code == 0
+    assert json.loads(out)["models"] == ["lr=1", "plain"]
+
+
+def test_compare_shows_the_benchmarks_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["compare", *result_folders(tmp_path, "one", "two"), "--format", "json"]
+    for asked in ("b_out", "held_out", " b_out, held_out"):
+        code, out, _ = call(capsys, *command, "--benchmarks", asked)
+        assert code == 0
+        assert list(json.loads(out)["datasets"]) == ["b_out"]
+    code, _, err = call(capsys, *command, "--benchmarks", "b_out,gqa")
+    assert code == 2
+    assert "no results of gqa: there are a_in, b_out" in err
+
+
+@pytest.mark.parametrize(
+    "settings", [["--limit", "3"], ["data.seed=1"], ["--recipe", "scenes"], ["absent=1"]]
+)
+def test_what_settles_an_evaluation_is_refused_for_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str]
+):
+    code, _, err = call(capsys, "compare", *result_folders(tmp_path, "one"), *settings)
+    assert code == 2
+    assert "results stand as they were evaluated: leave out --recipe, --limit and A.B=C" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "kind"),
+    [
+        ("report a", "out", "directory"),
+        ("show scenes", "html", "directory"),
+        ("draw a", "out", "directory"),
+        ("evaluate starter", "out", "file"),
+        ("compare a b", "out", "file"),
+        ("train scenes", "out", "file"),
+        ("pretrain scenes", "out", "file"),
+        ("tune photos", "out", "file"),
+        ("quickstart", "out", "file"),
+        ("prepare scenes", "out", "file"),
+    ],
+)
+def test_output_of_the_wrong_kind_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, option: str, kind: str
+):
+    place = tmp_path / "there.png"
+    place.mkdir() if kind == "directory" else place.write_text("mine")
+    code, _, err = call(capsys, *command.split(), f"--{option}", str(place))
+    assert code == 2
+    assert f"'--{option}': " in err
+    assert f"'{place}' is a {kind}" in " ".join(err.split())
+
+
+def test_train_refuses_to_overwrite_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "checkpoints" / "step_000012").mkdir(parents=True)
+    code, _, err = call(capsys, "train", "scenes", "--out", str(tmp_path))
+    assert code == 2
+    assert "already holds a run up to step 12: continue it with --resume, where the command" in err
+    assert "choose another folder with --out" in err
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_resume_names_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from instructblip.recipe.schema import load_recipe
+
+    (tmp_path / "recipe.yaml").write_text(load_recipe("scenes").to_yaml())
+    stages._tell_changes(load_recipe("scenes", ["training.seed=5"]), tmp_path, resume=True)
+    assert "resuming with a changed recipe: training.seed: 0 -> 5" in capsys.readouterr().out

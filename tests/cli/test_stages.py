@@ -1,0 +1,327 @@
+"""The stages on a tiny random BLIP-2 and a corner of the embedded world, through the real files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from instructblip.cli import (
+    main as cli,
+)
+from instructblip.cli import (
+    stages,
+    stages_measure,
+)
+from instructblip.experiment import (
+    build as assembly,
+)
+from instructblip.experiment import (
+    datasets as preparing,
+)
+from instructblip.experiment import (
+    features as caching,
+)
+from instructblip.model.checkpoints.directory import model_directory
+from instructblip.recipe.schema import Recipe, load_recipe
+from instructblip.training.train import TrainResult
+from tests.data.tiny import write_picture
+from tests.inference.test_engine import write_model
+
+SMALL = [
+    "model.text_branch=random",
+    "data.max_instruction=40",
+    "data.max_prompt=60",
+    "data.max_response=40",
+    "training.steps=4",
+    "training.batch_size=4",
+    "training.warmup_steps=1",
+    "training.validate_every=2",
+    "training.save_every=2",
+    "training.log_every=1",
+    "training.precision=fp32",
+    "evaluation.validation=[scenes_vqav2, scenes_aokvqa]",
+    "evaluation.benchmarks=[scenes_vqav2, scenes_aokvqa, scenes_vsr]",
+    "evaluation.validation_limit=4",
+    "evaluation.limit=4",
+    "evaluation.decoding.max_new_tokens=3",
+]
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    start = write_model(tmp_path_factory.mktemp("blip2"), "blip2")
+    return [f"model.start={start}", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> Path:
+    """What `instructblip quickstart` leaves."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("quickstart")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["quickstart", *overrides, "--out", str(out), "--scale", "0.02", "--debug"])
+    assert stop.value.code == 0
+    return out
+
+
+def recipe_of(out: Path, overrides: list[str], *more: str) -> Recipe:
+    return load_recipe("quickstart", [f"data.root={out / 'scenes'}", *overrides, *more])
+
+
+def test_quickstart_writes_its_figures(out: Path):
+    found = json.loads((out / "results.json").read_text())
+    assert set(found["models"]) == {"blip2", "instructblip", "instructblip_blind"}
+    for model in found["models"].values():
+        assert set(model) == {"held_in", "held_out", "datasets"}
+        assert set(model["datasets"]) == {"scenes_vqav2", "scenes_aokvqa", "scenes_vsr"}
+        assert 0 <= model["held_in"] <= 100
+    assert found["seconds"]["train"] > 0
+    assert "<html" in (out / "report.html").read_text()
+    assert found["seconds"]["total"] >= found["seconds"]["train"]
+
+
+def test_training_moves_the_q_former_and_nothing_else(out: Path, overrides: list[str]):
+    model = assembly.make_model(recipe_of(out, overrides))
+    free = {name for name, _ in model.trainable_parameters()}
+    before = model.state_dict()
+    after = load_file(out / "run" / "last" / "model.safetensors")
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert moved <= free
+    assert {"query_tokens", "language_projection.weight"} <= moved
+
+
+def test_a_run_holds_all_it_needs(out: Path, overrides: list[str]):
+    run = out / "run"
+    names = {path.name for path in run.iterdir()}
+    assert {"best", "last", "checkpoints", "metrics.jsonl", "curves.png", "recipe.yaml"} <= names
+    recipe = recipe_of(out, overrides)
+    for path in (run, run / "best", run / "last", run / "checkpoints" / "step_000004"):
+        assert load_recipe(path / "recipe.yaml") == recipe
+
+
+def test_resume_is_exact_through_the_real_parts(out: Path, overrides: list[str], tmp_path: Path):
+    whole = load_file(out / "run" / "last" / "model.safetensors")
+    recipe = recipe_of(out, overrides)
+    stages.train(recipe, tmp_path / "cut")
+    # as if the run had stopped after step 2
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_000004")
+    result = stages.train(recipe, tmp_path / "cut", resume=True)
+    assert result.step == 4
+    resumed = load_file(tmp_path / "cut" / "last" / "model.safetensors")
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_a_resumed_run_names_changed_data(
+    out: Path, overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    recipe = recipe_of(out, overrides)
+    stages.train(recipe, tmp_path)
+    stages.train(recipe, tmp_path, resume=True)
+    assert "resuming with other data" not in capsys.readouterr().out
+    known = json.loads((tmp_path / "data.json").read_text())
+    known["vqav2"] = known["vqav2"].replace(" ", "0 ")
+    (tmp_path / "data.json").write_text(json.dumps(known))
+    stages.train(recipe, tmp_path, resume=True)
+    assert "resuming with other data: vqav2 changed" in capsys.readouterr().out
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(out: Path, overrides: list[str], tmp_path: Path):
+    stages.train(recipe_of(out, overrides), tmp_path)
+    (tmp_path / "data.json").write_text('{"vqav2": "what it was"}')
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for other in ("training.optimizer=adamw", "evaluation.decoding={num_beems: 5}"):
+        with pytest.raises(ValueError, match=r"another training\.optimizer|unknown decoding"):
+            stages.train(recipe_of(out, overrides, other), tmp_path, resume=True)
+        assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("began_with", [False, True])
+def test_a_resumed_run_reads_features_if_it_began_so(
+    out: Path,
+    overrides: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    began_with: bool,
+):
+    store = tmp_path / "features"
+    settings = ["features.cache=auto", "features.dtype=int8", f"features.root={store}"]
+    recipe = recipe_of(out, overrides, *settings, "evaluation.validation=[]")
+    monkeypatch.setattr(caching, "features_pay", lambda *_: began_with)
+    whole = _last_weights(stages.train(recipe, tmp_path / "run"), tmp_path)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004")
+    monkeypatch.setattr(caching, "features_pay", lambda *_: not began_with)
+    shutil.rmtree(store) if began_with else stages.cache(recipe)
+    capsys.readouterr()
+    resumed = _last_weights(stages.train(recipe, tmp_path / "run", resume=True), tmp_path)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    said = capsys.readouterr().out
+    assert (f"not read from {store}" in said) == (not began_with)
+    assert "changed recipe" not in said
+
+
+def _last_weights(result: TrainResult, folder: Path) -> dict[str, torch.Tensor]:
+    assert result.step == 4
+    return load_file(folder / "run" / "last" / "model.safetensors")
+
+
+def test_unknown_decoding_is_told_before_the_first_step(
+    out: Path, overrides: list[str], tmp_path: Path
+):
+    recipe = recipe_of(out, overrides, "evaluation.decoding={num_beems: 5}")
+    with pytest.raises(ValueError, match="unknown decoding setting num_beems"):
+        stages.train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_torchrun_answers_as_one_process_does(out: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "instructblip", "evaluate", str(out / "run/last")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("scenes_vqav2", "scenes_aokvqa", "scenes_vsr"):
+        two, one = (
+            json.loads((folder / name / "result.json").read_text())
+            for folder in (tmp_path, out / "results" / "instructblip")
+        )
+        assert two["n"] == 4
+        assert two == one
+        assert done.stdout.count(f"{name} ") == 1  # one rank speaks
+
+
+def test_compare_and_evaluate(out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]):
+    folders = [out / "results" / "blip2", out / "results" / "instructblip"]
+    stages_measure.compare(folders)
+    assert "mean of 2 held-in sets" in capsys.readouterr().out
+    stages_measure.compare(folders, "json")
+    assert json.loads(capsys.readouterr().out)["models"] == ["blip2", "instructblip"]
+    for form, sign in (("markdown", "| held-in | choices |"), ("latex", r"\begin{tabular}")):
+        cli_form: stages_measure.Form = form  # type: ignore[assignment]
+        stages_measure.compare(folders, cli_form)
+        assert sign in capsys.readouterr().out
+    recipe = recipe_of(out, overrides, "evaluation.benchmarks=[scenes_vsr]")
+    (result,) = stages_measure.evaluate(recipe, str(out / "run"), out / "again")
+    stored = json.loads((out / "results.json").read_text())["models"]["instructblip"]
+    assert result.value == stored["datasets"]["scenes_vsr"]
+
+
+def test_evaluate_takes_a_model_alone_and_goes_on(
+    out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """The recipe beside the model says where the data are and how to decode."""
+    run, results = str(out / "run"), tmp_path / "results"
+    options = ["--benchmarks", "scenes_vsr,scenes_msvdqa", "--limit", "3", "--batch-size", "auto"]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["evaluate", run, *options, "--out", str(results), "--debug"])
+        assert stop.value.code == 0
+    first = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert [name for name in first if name != "image"] == ["scenes_vsr", "scenes_msvdqa"] * 2
+    lines = (results / "scenes_msvdqa" / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 3  # the second call found them
+    assert len(json.loads(lines[0])["images"]) == 4
+    with pytest.raises(ValueError, match=r"expected .RECIPE. MODEL"):
+        cli.main(["evaluate", "a", "b", "c", "--debug"])
+
+
+def test_folders_of_one_name_are_told_apart(out: Path, tmp_path: Path):
+    first, second = out / "results" / "blip2", tmp_path / "blip2"
+    shutil.copytree(first, second)
+    assert list(stages_measure.load_results([first, second])) == [str(first), str(second)]
+    assert list(stages_measure.load_results([first])) == ["blip2"]
+
+
+def test_a_recipe_may_ask_otherwise(out: Path, overrides: list[str]):
+    own = "evaluation.prompts={scenes_vsr: 'is it so? {question}'}"
+    (changed,) = preparing.benchmarks_of(recipe_of(out, overrides, own), ["scenes_vsr"])
+    assert changed.prompt == "is it so? {question}"
+    for wrong, message in (
+        ("{scenes_vrs: a}", "scenes_vsr"),
+        ("{scenes_vsr: '{ask}'}", "no place"),
+    ):
+        recipe = recipe_of(out, overrides, f"evaluation.prompts={wrong}")
+        with pytest.raises(ValueError, match=message):
+            preparing.benchmarks_of(recipe, ["scenes_vsr"])
+
+
+def test_a_benchmark_without_its_data_says_what_to_get(
+    out: Path, overrides: list[str], tmp_path: Path
+):
+    recipe = recipe_of(out, overrides, "evaluation.benchmarks=[scenes_gqa, flickr30k, ivqa]")
+    with pytest.raises(FileNotFoundError) as error:
+        stages_measure.evaluate(recipe, str(out / "run"), out / "missing")
+    text = str(error.value)
+    assert "flickr30k_test.json" in text
+    assert "https://shannon.cs.illinois.edu/DenotationGraph/" in text
+    assert str(out / "scenes" / "ivqa") in text
+    assert "scenes_gqa" not in text
+    elsewhere = recipe_of(out, ["data.root=nowhere"], "evaluation.benchmarks=[scenes_gqa]")
+    with pytest.raises(FileNotFoundError, match="`instructblip scenes nowhere` draws it"):
+        stages_measure.evaluate(elsewhere, str(out / "run"), out / "missing")
+    (tmp_path / "vqav2" / "images").mkdir(parents=True)  # real data: not a place to draw
+    real = recipe_of(out, [f"data.root={tmp_path}"], "evaluation.benchmarks=[scenes_gqa]")
+    with pytest.raises(FileNotFoundError, match=r"not beside other data such as .*vqav2: draw"):
+        stages_measure.evaluate(real, str(out / "run"), out / "missing")
+
+
+def test_prepare_prints_the_mixture(
+    out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
+):
+    stages.prepare(recipe_of(out, overrides, "data.sets.vqav2.weight=0"))
+    printed = capsys.readouterr().out
+    assert "coco_caption" in printed
+    assert "epochs" in printed
+    assert "vqav2" not in printed
+
+
+def test_quickstart_again_starts_afresh_but_spares_what_is_not_its_own(
+    out: Path, overrides: list[str], tmp_path: Path
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="was not written by a quickstart"):
+        stages.quickstart(tmp_path, overrides, scale=0.02)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+def test_show(out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]):
+    recipe = recipe_of(out, overrides)
+    stages.show(recipe, 1)
+    said = capsys.readouterr().out
+    assert "vqav2  step" in said
+    assert "carry loss (in brackets)" in said
+    stages.show(recipe, 2, out / "show.html")
+    articles = (out / "show.html").read_text(encoding="utf-8").count("<article>")
+    assert articles == 2 * len(recipe.data.sets)
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_own_data_alone_train_without_validation(overrides: list[str], tmp_path: Path):
+    """The recipe of docs/data.md, read from there."""
+    text = (DOCS / "data.md").read_text().split("## Data of your own")[1]
+    (tmp_path / "own.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    for i in range(4):
+        write_picture(tmp_path / "photos" / "pictures" / f"{i}.png", seed=i)
+    rows = [{"file": f"{i}.png", "ask": "what is it?", "reply": "a cup"} for i in range(4)]
+    (tmp_path / "photos" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = [one for one in overrides if not one.startswith("evaluation.")]
+    recipe = load_recipe(tmp_path / "own.yaml", [f"data.root={tmp_path}", *settings])
+    assert stages.check(recipe)
+    result = stages.train(recipe, tmp_path / "run")
+    assert (result.step, result.best_step) == (4, None)
+    assert model_directory(tmp_path / "run") == tmp_path / "run" / "last"
+    assert stages.train(recipe, tmp_path / "run", resume=True).step == 4
+    stages.cache(recipe)

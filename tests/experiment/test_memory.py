@@ -1,0 +1,192 @@
+"""Predicted memory against what a real step keeps, and the advice drawn from it."""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from instructblip.experiment.build import shape_language
+from instructblip.experiment.datasets import prepare_training
+from instructblip.experiment.memory import (
+    Memory,
+    advise,
+    encoder_bytes,
+    predict_memory,
+    saved_bytes,
+    tensor_peak,
+)
+from instructblip.model.config import VisionConfig
+from instructblip.model.instructblip import InstructBlip
+from instructblip.recipe.schema import Recipe, load_recipe
+from instructblip.training.optim import make_optimizer
+from tests.data.tiny import write_picture
+from tests.inference.test_engine import write_model
+from tests.model.test_activations import full_batch
+from tests.model.test_language import tiny_model
+from tests.model.test_lora import adapted
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), "instructblip")
+
+
+def recipe_of(start: Path, *more: str) -> Recipe:
+    lengths = ["data.max_instruction=10", "data.max_prompt=12", "data.max_response=8"]
+    fixed = ["training.precision=fp32", "training.device=cpu", "training.batch_size=6"]
+    return load_recipe("quickstart", [f"model.start={start}", *lengths, *fixed, *more])
+
+
+def test_prediction_is_what_a_real_step_keeps(start: Path):
+    predicted = predict_memory(recipe_of(start))
+    model = InstructBlip.from_pretrained(start).train()
+    free = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    assert predicted.trained == predicted.gradients == predicted.optimizer // 2 == free
+    assert predicted.frozen == sum(p.numel() * 4 for p in model.parameters()) - free
+    batch = full_batch(model, 6, (10, 12, 8))
+    measured = saved_bytes(lambda: model.loss(batch).loss_sum, model)
+    assert predicted.activations == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("training.trainable=[qformer, vision_tower]",),
+        ("training.accumulate=3",),
+        ("training.checkpoint_activations=true",),
+        ("model.quantize=nf4",),
+    ],
+)
+def test_prediction_is_the_peak_of_a_real_step(start: Path, more: tuple[str, ...]):
+    recipe = recipe_of(start, "training.batch_size=24", *more)
+    predicted = predict_memory(recipe)
+    model = InstructBlip.from_pretrained(start)
+    shape_language(model, recipe)
+    model.train()
+    accumulate = recipe.training.accumulate
+    batch = full_batch(model, 24 // accumulate, (10, 12, 8))
+    optimizer = make_optimizer(model, recipe.training)
+
+    def step() -> None:
+        for _ in range(accumulate):
+            model.loss(batch).loss_sum.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes the moments
+    moving = predicted.peak - predicted.frozen - predicted.trained - predicted.optimizer
+    assert moving == pytest.approx(tensor_peak(step), rel=0.1)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "quick_gelu"])
+def test_image_encoder_alone(activation: str):
+    vision = VisionConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        hidden_act=activation,
+    )
+    config = tiny_model("llama").config.model_copy(update={"vision": vision})
+    model = InstructBlip(config)
+    pictures = torch.randn(16, 3, 56, 56)
+    peak = tensor_peak(lambda: model.encode_image(pictures, norm=False))
+    assert encoder_bytes(model, 16) == pytest.approx(peak, rel=0.02)
+
+
+def test_checkpoints_and_micro_batches_need_less(start: Path):
+    whole = predict_memory(recipe_of(start))
+    less = predict_memory(recipe_of(start, "training.checkpoint_activations=true"))
+    assert less.activations < whole.activations
+    assert less.frozen == whole.frozen
+    for parts in ("training.accumulate=3", None):
+        part = predict_memory(recipe_of(start, *([parts] if parts else [])), 1 if parts else 3)
+        assert part.activations == pytest.approx(whole.activations / 3, rel=0.1)
+
+
+def test_frames_of_videos_count(start: Path):
+    more = ["data.sets={msvdqa: {}}", "data.num_frames=3"]
+    predicted = predict_memory(recipe_of(start, *more))
+    model = InstructBlip.from_pretrained(start).train()
+    stills = full_batch(model, 18, (10, 12, 8))
+    assert stills.image_features is not None
+    texts = full_batch(model, 6, (10, 12, 8))
+    batch = replace(
+        texts, image_features=stills.image_features, image_index=torch.arange(18).view(6, 3)
+    )
+    measured = saved_bytes(lambda: model.loss(batch).loss_sum, model)
+    assert predicted.activations == pytest.approx(measured, rel=0.1)
+
+
+def test_pictures_of_prepared_data_of_ones_own_count(start: Path, tmp_path: Path):
+    names = [f"{i}.png" for i in range(3)]
+    for name in names:
+        write_picture(tmp_path / "own" / name)
+    row = {"image": names, "question": "Which?", "answer": "red"}
+    (tmp_path / "own" / "rows.jsonl").write_text(json.dumps(row))
+    own = recipe_of(start, f"data.root={tmp_path}", "data.sets={own: {format: table}}")
+    assert predict_memory(own) == predict_memory(recipe_of(start))
+    prepare_training(own)
+    more = ["data.sets={msvdqa: {}}", "data.num_frames=3"]
+    assert predict_memory(own) == predict_memory(recipe_of(start, *more))
+
+
+def test_the_starts_adapter_goes_on_and_other_settings_are_told(start: Path):
+    model = adapted(InstructBlip.from_pretrained(start), rank=3)
+    recipe = recipe_of(start, "model.lora={rank: 3}", "training.trainable=[qformer, lora]")
+    with pytest.warns(UserWarning, match=r"its own, which goes on: rank 3, whatever"):
+        shape_language(model, recipe_of(start, "model.lora={rank: 5}", "training.trainable=[lora]"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shape_language(model, recipe)
+
+
+def test_advice(start: Path):
+    gib = 2**30
+    needs = Memory(
+        frozen=10 * gib,
+        trained=gib,
+        optimizer=2 * gib,
+        gradients=gib,
+        activations=20 * gib,
+        passing=0,
+        encoder=2 * gib,
+    )
+    # each in its turn: the encoder's pass, activations, and gradients as these go
+    assert needs.peak == 33 * gib
+    assert replace(needs, encoder=22 * gib).peak == 35 * gib
+    assert replace(needs, gradients=21 * gib).peak == 34 * gib
+    assert replace(needs, accumulates=True).peak == 34 * gib
+    recipe = recipe_of(start)
+    assert advise(needs, 40 * gib, recipe) == "fits: 33.0 of 40.0 GiB"
+    said = advise(needs, 24 * gib, recipe)
+    assert "does not fit: 33.0 GiB of 24.0" in said
+    assert "checkpoint_activations=true" in said
+    assert "training.accumulate=2" in said
+    said = advise(needs, 12 * gib, recipe)
+    assert "accumulate" not in said
+    assert "model.quantize=nf4" in said
+
+
+def test_fewer_bits_and_adapters(start: Path):
+    plain = predict_memory(recipe_of(start))
+    codes = predict_memory(recipe_of(start, "model.quantize=int8"))
+    assert codes.frozen < plain.frozen
+    halves = predict_memory(recipe_of(start, "training.parallel=fsdp2"), 2)
+    assert halves.frozen < plain.frozen
+    for more in ("model.quantize=nf4", "training.trainable=[language_model]"):
+        with pytest.raises(ValueError, match="spreads frozen weights of full precision"):
+            predict_memory(recipe_of(start, "training.parallel=fsdp2", more), 2)
+    with pytest.raises(ValueError, match="image_size must hold one patch"):
+        predict_memory(recipe_of(start, "model.image_size=1"))
+    adapter = ("model.lora={rank: 2}", "training.trainable=[qformer, lora]")
+    adapted = predict_memory(recipe_of(start, *adapter))
+    assert adapted.trained > plain.trained
+    assert adapted.frozen == plain.frozen
+    with pytest.raises(ValueError, match="add lora to it"):
+        predict_memory(recipe_of(start, "model.lora={rank: 2}"))

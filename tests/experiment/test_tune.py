@@ -1,0 +1,234 @@
+"""A folder of one's own: read, split, tuned and reported; and the worked examples."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from instructblip.cli import main as cli
+from instructblip.cli import stages
+from instructblip.data.own.folder import read_folder, split_by_picture
+from instructblip.experiment.tune import (
+    MEASURES,
+    measures_of,
+    write_recipe,
+)
+from instructblip.recipe.schema import load_recipe
+from tests.data.tiny import write_picture
+from tests.inference.test_engine import write_model
+
+EXAMPLES = ("worksheet_helper", "instrument_panel", "game_narrator")
+
+
+def write_folder(root: Path, rows: list[dict], pictures: int = 5) -> Path:
+    for number in range(pictures):
+        write_picture(root / f"{number}.png", seed=number)
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def test_rows_become_examples(tmp_path: Path) -> None:
+    rows: list[dict] = [
+        {"file_name": "0.png", "caption": "a cat"},
+        {"file_name": "1.png", "question": "what?", "answer": ["a", "b"]},
+        {"file_name": "2.png", "question": "which?", "answer": "red", "choices": ["red", "blue"]},
+        {"file_name": ["0.png", "1.png"], "instruction": "Tell.", "answer": "cats"},
+    ]
+    folder = read_folder(write_folder(tmp_path, rows))
+    assert [e.task for e in folder.examples] == ["caption", "vqa", "multiple_choice", "instruct"]
+    assert folder[1].answers == ("a", "b")
+    assert folder[3].images == ("0.png", "1.png")
+    assert {e.task for e in folder.examples} == set(MEASURES)
+    assert [b.name for b, _ in measures_of(folder)] == [f"own_{task}" for task in MEASURES]
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,question,answer,choices\n0.png,which?,red,red|blue\n1.png,what?,cat,\n"
+    )
+    from_csv = read_folder(tmp_path)
+    assert from_csv[0].choices == ("red", "blue")
+    assert from_csv[1].task == "vqa"
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "0.txt").write_text("a cat\n\nanother\n")
+    with pytest.raises(ValueError, match=r"4 of 5 examples are bad:\n  1\.png: no caption"):
+        read_folder(tmp_path)
+    for number in range(1, 5):
+        (tmp_path / f"{number}.png").unlink()
+    assert read_folder(tmp_path)[0].answers == ("a cat", "another")
+
+
+def test_captions_beside_a_table_of_another_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "sub", [{"file_name": "0.png", "caption": "a cat"}], pictures=1)
+    for suffix in (".png", ".tif", ".avif"):
+        write_picture(tmp_path / f"a{suffix}")
+        (tmp_path / f"a{suffix}").rename(tmp_path / f"{suffix[1:]}{suffix}")
+        (tmp_path / f"{suffix[1:]}.txt").write_text(f"a dog in {suffix}\n")
+    said = {e.images[0]: e.answers[0] for e in read_folder(tmp_path).examples}
+    assert said.pop("sub/0.png") == "a cat"
+    assert said == {f"{s}.{s}": f"a dog in .{s}" for s in ("png", "tif", "avif")}
+
+
+def test_a_row_whose_question_has_another_heading(tmp_path: Path) -> None:
+    rows: list[dict] = [{"file_name": "0.png", "prompt": "what is it?", "answer": "yes"}]
+    with pytest.raises(ValueError, match=r"line 1: 'answer' would be learnt .* column 'prompt'"):
+        read_folder(write_folder(tmp_path, rows))
+
+
+def test_a_table_without_answers_is_named_with_its_columns(tmp_path: Path) -> None:
+    write_picture(tmp_path / "0.png")
+    for name in ("metadata.csv", "Metadata.CSV"):
+        (tmp_path / name).write_text("file_name,label\n0.png,cat\n")
+        with pytest.raises(ValueError, match=rf"{name}: no row .* `caption`.*'file_name', 'label'"):
+            read_folder(tmp_path)
+        (tmp_path / name).write_text("file_name,caption\n")
+        with pytest.raises(ValueError, match=rf"{name}: no row"):
+            read_folder(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "0.TXT").write_text("a cat")
+    assert read_folder(tmp_path)[0].answers == ("a cat",)
+
+
+def test_placeholders_are_no_captions(tmp_path: Path) -> None:
+    said = ["nan", "TODO", "NULL", "None", "#REF!", "#N/A", "n/a", "#NAME?"]
+    rows: list[dict] = [{"file_name": "0.png", "caption": text} for text in said]
+    rows += [
+        {"file_name": "1.png", "question": "{question}", "answer": "red"},
+        {"file_name": "1.png", "question": "who?", "answer": "none"},
+        {"file_name": "1.png", "caption": "none of them"},
+        {"file_name": "1.png", "caption": ["nan", "a cat"]},
+    ]
+    with pytest.raises(ValueError, match="9 of 12 examples are bad") as error:
+        read_folder(write_folder(tmp_path, rows))
+    assert "line 2: the answer is 'TODO', a placeholder" in str(error.value)
+    assert "line 9: the question is '{question}', a placeholder" in str(error.value)
+
+
+def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
+    rows: list[dict] = [
+        {"file_name": "0.png"},
+        {"file_name": "../0.png", "caption": "a"},
+        {"file_name": "absent.png", "caption": "a"},
+        {"caption": "a"},
+        {"file_name": "0.png", "question": "?", "answer": "x", "choices": ["a", "b"]},
+        {"file_name": "bad.png", "caption": "a"},
+        {"file_name": "0.png", "caption": "good"},
+    ]
+    root = write_folder(tmp_path, rows)
+    (root / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="6 of 7 examples are bad") as error:
+        read_folder(root)
+    for number in range(1, 7):
+        assert f"line {number}: " in str(error.value)
+    many = [{"file_name": "absent.png", "caption": "a"}] * 23
+    write_folder(tmp_path, many)
+    with pytest.raises(ValueError, match=r"(?s)23 of 23 .*line 20: .*\n  and 3 more$") as error:
+        read_folder(root)
+    assert "line 21" not in str(error.value)
+    (root / "metadata.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="line 1: is not JSON"):
+        read_folder(root)
+    with pytest.raises(ValueError, match="holds no metadata"):
+        read_folder(write_picture(tmp_path / "empty" / "a.png").parent)
+    with pytest.raises(FileNotFoundError, match="expected a folder"):
+        read_folder(tmp_path / "absent")
+
+
+def sides(root: Path) -> tuple[set[str], set[str]]:
+    """The pictures of the two sides."""
+    training, held = split_by_picture(read_folder(root))
+    assert {e.split for e in held.examples} == {"val"}
+    assert len(training) > 0
+    assert len(held) > 0
+    found = [{name for e in side.examples for name in e.images} for side in (training, held)]
+    return found[0], found[1]
+
+
+def test_a_picture_is_on_one_side_only(tmp_path: Path) -> None:
+    rows: list[dict] = [
+        {"file_name": f"{n}.png", "question": q, "answer": "x"}
+        for n in range(60)
+        for q in ("a?", "b?")
+    ]
+    folder = read_folder(write_folder(tmp_path, rows, pictures=60))
+    training, held = sides(tmp_path)
+    assert 6 <= len(held) <= 18
+    assert not training & held
+    few = type(folder)(folder.examples[:6], folder.image_root)
+    with pytest.raises(ValueError, match="3 pictures; expected at least 4"):
+        split_by_picture(few)
+    tied = [{"file_name": [f"{n}.png", "0.png"], "caption": "x"} for n in range(5)]
+    write_folder(tmp_path, tied)
+    with pytest.raises(ValueError, match="all rows hang together by pictures"):
+        sides(tmp_path)
+    write_folder(tmp_path, [*tied[:4], {"file_name": "4.png", "caption": "x"}])
+    assert sorted(map(len, sides(tmp_path))) == [1, 4]
+
+
+def test_rows_that_share_a_picture_stay_together(tmp_path: Path) -> None:
+    rows: list[dict] = [{"file_name": f"{n}.png", "caption": "x"} for n in range(40)]
+    rows += [{"file_name": [f"{n}.png", f"{n + 1}.png"], "caption": "y"} for n in range(0, 20, 2)]
+    rows += [{"file_name": f"copy{n}.png", "caption": "z"} for n in range(40)]
+    for n in range(40):
+        write_picture(tmp_path / f"copy{n}.png", seed=n)
+    write_folder(tmp_path, rows, pictures=40)
+    training, held = sides(tmp_path)
+    assert not training & held
+    for side in (training, held):
+        assert {f"copy{name}" for name in side if name[0] != "c"} <= side
+    assert all((f"{n}.png" in held) == (f"{n + 1}.png" in held) for n in range(0, 20, 2))
+
+
+def test_more_pictures_move_no_others(tmp_path: Path) -> None:
+    rows: list[dict] = [{"file_name": f"{n}.png", "caption": "x"} for n in range(60)]
+    before: tuple[set[str], set[str]] = (set(), set())
+    for count in range(20, 61, 10):
+        write_folder(tmp_path, rows[:count], pictures=count)
+        after = sides(tmp_path)
+        assert before[0] <= after[0]
+        assert before[1] <= after[1]
+        before = after
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_worked_examples(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Drawn, tuned for two steps and reported through the command, on a tiny random BLIP-2."""
+    torch.set_num_threads(1)
+    file = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    assert len(file.read_text().splitlines()) <= 40
+    importlib.import_module(f"examples.{name}").draw(tmp_path / "pictures", count=10)
+    start = write_model(tmp_path / "blip2", "blip2")
+    short = ["training.steps=2", "training.validate_every=2", "model.text_branch=random"]
+    arguments = ["tune", str(tmp_path / "pictures"), *short, "training.batch_size=2"]
+    out = tmp_path / "tuned"
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*arguments, "--model", str(start), "--out", str(out), "--debug"])
+    assert not stop.value.code
+    said = capsys.readouterr().out
+    assert " held back" in said
+    assert "instructblip serve --model" in said
+    report = (out / "report.html").read_text()
+    assert "<html" in report
+    assert "the interval does not cover this choice" in report
+    for side in ("before", "after"):
+        assert list((out / "results" / side).glob("own_*/result.json"))
+
+
+def test_the_recipe_that_tune_writes_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hugging Face's layout: metadata.csv beside images/. From any working directory."""
+    for number in range(5):
+        write_picture(tmp_path / "own" / "images" / f"{number}.png", seed=number)
+    rows = [f"images/{number}.png,a cup" for number in range(5)]
+    (tmp_path / "own" / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    write_model(tmp_path / "blip2", "blip2")
+    short = ["training.steps=2", "model.text_branch=random", "training.batch_size=2"]
+    monkeypatch.chdir(tmp_path)
+    write_recipe(Path("own"), "blip2", Path("own/tuned"), 4, short, pictures=6)
+    monkeypatch.chdir(tmp_path / "own")
+    recipe = load_recipe(tmp_path / "own" / "tuned" / "recipe.yaml")
+    assert recipe.data.num_frames == 6  # a sample's pictures are all seen
+    assert stages.check(recipe)
+    for run in ("first", "second"):
+        assert stages.train(recipe, tmp_path / run).step == 2

@@ -1,0 +1,299 @@
+"""Answering from the command line, in batches, piece by piece and over several turns."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instructblip.cli import main as cli
+from instructblip.cli.stages_use import load_engine
+from instructblip.inference.batch import (
+    answer_requests,
+    open_pictures,
+    read_requests,
+)
+from instructblip.inference.chat import (
+    Conversation,
+    instruction_of,
+    run_chat,
+)
+from instructblip.inference.decoding import PAPER_DECODING
+from instructblip.inference.engine import Engine
+from instructblip.inference.streaming import TextStream
+from tests.data.tiny import write_picture
+from tests.inference.test_engine import QUESTION, write_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("instructblip"), "instructblip")
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    return Engine.from_pretrained(folder, device="cpu", batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("pictures")
+    return [write_picture(root / f"{i}.png", seed=i) for i in range(5)]
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*arguments, "--debug"])
+    output = capsys.readouterr()
+    return int(stop.value.code or 0), output.out, output.err
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_streamed_pieces_are_the_answer(engine: Engine, pictures: list[Path], beams: int) -> None:
+    decoding: dict[str, Any] = {"num_beams": beams, "max_new_tokens": 12}
+    for picture in pictures:
+        pieces = list(engine.stream(picture, QUESTION, **decoding))
+        assert "".join(pieces) == engine.answer(picture, QUESTION, **decoding)
+    assert (len(pieces) > 2) == (beams == 1)
+
+
+def test_a_stream_can_be_left(engine: Engine, pictures: list[Path]) -> None:
+    stream = engine.stream(pictures[0], QUESTION, num_beams=1, max_new_tokens=40)
+    first = next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert engine.answer(pictures[0], QUESTION, num_beams=1, max_new_tokens=40).startswith(first)
+    with pytest.raises(ValueError, match="unknown decoding setting"):
+        list(engine.stream(pictures[0], QUESTION, beams=3))
+
+
+class Bytes:
+    """Decodes like a byte-level tokenizer: half a character is a replacement character."""
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", errors="replace").strip()
+
+
+def test_no_half_characters_and_nothing_after_the_end() -> None:
+    ids = list("né 中 文".encode())
+    stream = TextStream(Bytes(), ends=(0,))
+    pieces = [stream.add(i) for i in [*ids, 0, 65, 66]]
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    assert "".join(pieces) + stream.rest(ids) == "né 中 文"
+    assert pieces[-3:] == ["", "", ""]
+
+
+def test_the_paper_decodes_where_the_model_does_not_say(folder: Path) -> None:
+    engine = load_engine(str(folder), device="cpu")
+    assert engine.decoding == {**PAPER_DECODING, "num_beams": 2, "max_new_tokens": 4}
+
+
+def test_command_answers_one_picture(
+    folder: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(folder), "--instruction", QUESTION]
+    code, out, _ = call(capsys, "answer", "--image", str(pictures[0]), *options)
+    assert code == 0
+    expected = load_engine(str(folder), device="cpu").answer(pictures[0], QUESTION)
+    assert out == expected + "\n"
+    _, longer, _ = call(
+        capsys, "answer", "--image", str(pictures[0]), *options, "--max-new-tokens", "9"
+    )
+    assert len(longer) > len(out)
+    with pytest.raises(ValueError, match="either --image PICTURE or --batch"):
+        cli.main(["answer", "--debug"])
+
+
+def test_command_answers_a_folder_and_a_jsonl_like_one_by_one(
+    folder: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = load_engine(str(folder), device="cpu")
+    alone = [engine.answer(p, QUESTION) for p in pictures]
+    out = tmp_path / "deep" / "answers.jsonl"
+    options = ["--model", str(folder), "--out", str(out), "--instruction", QUESTION]
+    code, printed, _ = call(capsys, "answer", "--batch", str(pictures[0].parent), *options)
+    assert code == 0
+    assert "5 answers in" in printed
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["answer"] for r in records] == alone
+    assert records[1]["image"] == "1.png"
+
+    requests = pictures[0].parent / "requests.jsonl"
+    lines: list[dict[str, Any]] = [
+        {"image": "1.png", "id": 7},
+        {"image": ["0.png", "1.png"], "instruction": "what?"},
+        {"image": "absent.png"},
+    ]
+    requests.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    code, printed, _ = call(capsys, "answer", "--batch", str(requests), *options)
+    assert code == 1
+    assert "2 answers" in printed
+    assert "1 with an error" in printed
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert records[0] == {"image": "1.png", "id": 7, "instruction": QUESTION, "answer": alone[1]}
+    assert records[1]["answer"] == engine.answer([[pictures[0], pictures[1]]], "what?")[0]
+    assert "absent.png does not exist" in records[2]["error"]
+    requests.unlink()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[]", "line 2: expected an object"),
+        ('{"image": 3}', "line 2: 'image' is 3"),
+        ('{"image": "a.png"}', "line 2: no 'instruction'"),
+        ('{"image": "../a.png", "instruction": "x"}', r"\.\./a\.png"),
+    ],
+)
+def test_bad_requests_are_named(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "requests.jsonl"
+    file.write_text('{"image": "a.png", "instruction": "x"}\n' + line)
+    with pytest.raises(ValueError, match=message):
+        read_requests(file)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        read_requests(tmp_path / "empty", "what?")
+    with pytest.raises(FileNotFoundError, match="expected a folder"):
+        read_requests(tmp_path / "absent", "what?")
+
+
+def test_requests_as_editors_and_answers_write_them(tmp_path: Path) -> None:
+    file = tmp_path / "requests.jsonl"
+    line = json.dumps({"image": "a.png", "instruction": "one\u2028two"}, ensure_ascii=False)
+    file.write_text(f"\ufeff{line}\r\n{line}\n", encoding="utf-8")
+    assert [r.instruction for r in read_requests(file)] == ["one\u2028two"] * 2
+    file.write_bytes(f'{line}\n{{"image": "é.png"}}'.encode("latin-1", errors="replace"))
+    with pytest.raises(ValueError, match=r"requests\.jsonl, line 2: not UTF-8"):
+        read_requests(file)
+
+
+def test_an_earlier_answers_file_is_asked_again(
+    engine: Engine, pictures: list[Path], tmp_path: Path
+) -> None:
+    file = pictures[0].parent / "retry.jsonl"
+    line = {
+        "image": "0.png",
+        "instruction": QUESTION,
+        "error": "was busy",
+        "answer": "old",
+        "id": 3,
+    }
+    file.write_text(f"{json.dumps(line)}\n{json.dumps(line | {'image': 'absent.png'})}")
+    ((good, bad),) = answer_requests(engine, read_requests(file))
+    file.unlink()
+    assert set(good) == {"image", "instruction", "id", "answer"}
+    assert good["answer"] == engine.answer(pictures[0], QUESTION)
+    assert set(bad) == {"image", "instruction", "id", "error"}
+    assert "absent.png does not exist" in bad["error"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_read(
+    pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["answer", "--batch", str(pictures[0].parent), "--instruction", QUESTION]
+    command += ["--model", "absent"]
+    code, _, err = call(capsys, *command, "--out", str(tmp_path))
+    assert code == 2
+    assert f"'{tmp_path}' is a directory" in err
+    with pytest.raises(FileExistsError, match=r"0\.png"):
+        cli.main([*command, "--out", str(pictures[0] / "answers.jsonl"), "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--num-beams 0", "num_beams must be 1 to 100; got 0"),
+        ("--top-p 2", "top_p must be 0 to 1; got 2"),
+        ("--length-penalty nan", "length_penalty must be -100 to 100; got nan"),
+        ("--temperature -1", "temperature must be 0.001 to 100; got -1"),
+        ("--temperature 0 --top-p 0.9", "temperature must be 0.001 to 100; got 0"),
+        (
+            "--min-new-tokens 50 --max-new-tokens 10",
+            "min_new_tokens 50 is above max_new_tokens 10",
+        ),
+        ("--instruction=", "--instruction is empty"),
+        ("--image .", r"\. is a folder"),
+    ],
+)
+def test_wrong_options_are_told_before_the_model_is_read(arguments: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cli.main(["answer", "--image", ".", "--instruction", "a", *arguments.split(), "--debug"])
+
+
+def test_a_prompt_that_is_cut_is_warned_of(tmp_path: Path, pictures: list[Path]) -> None:
+    engine = Engine.from_pretrained(write_model(tmp_path / "blip2", "blip2"), device="cpu")
+    with pytest.warns(UserWarning, match="more than 128 tokens: it lost its beginning"):
+        engine.answer(pictures[0], "what? " * 130)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "a prompt")
+        engine.answer(pictures[0], "what?")
+
+
+def test_a_question_that_is_no_utf8_is_answered(engine: Engine, pictures: list[Path]) -> None:
+    lines = iter(["what\udcff?", "/quit"])
+    conversation = Conversation(pictures[:1])
+    run_chat(engine, conversation, lambda: next(lines), lambda _: None, max_new_tokens=3)
+    assert [question for question, _ in conversation.turns] == ["what??"]
+
+
+def test_a_batch_of_bad_pictures_only(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    ((record,),) = answer_requests(engine, read_requests(tmp_path, "what?"))
+    assert "cannot be decoded" in record["error"]
+
+
+def test_chat_remembers_turns_and_pictures(engine: Engine, pictures: list[Path]) -> None:
+    said: list[str] = []
+    lines = iter(
+        f"what?;/image {pictures[0]} {pictures[1]};what?;/nonsense;and red?;"
+        "/reset;what?;/image;/image nowhere.png;/help;".split(";")
+    )
+
+    def read() -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    conversation = Conversation()
+    run_chat(engine, conversation, read, said.append, num_beams=1, max_new_tokens=6)
+    text = "".join(said)
+    frames = [[pictures[0], pictures[1]]]
+    decoding: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 6}
+    (first,) = engine.answer(frames, "what?", **decoding)
+    asked = f"Dialog history: Question: what? Answer: {first}. and red?"
+    (second,) = engine.answer(frames, asked, **decoding)
+    told = ["no picture yet", first, "no command /nonsense", second, first]
+    told += ["/image needs a path", "nowhere.png does not exist", "Commands:"]
+    place = 0
+    for expected in told:
+        place = text.index(expected, place)
+    assert conversation.turns == [("what?", first)]
+
+
+def test_a_video_is_four_of_its_frames(engine: Engine, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    from tests.data.test_video import write_video
+
+    clip = tmp_path / "a clip.mp4"
+    write_video(clip, [(250, 20, 20)] * 20 + [(20, 20, 250)] * 20)
+    frames = open_pictures([clip])
+    reds = [image.getpixel((30, 20))[0] for image in frames]  # type: ignore[union-attr]
+    assert [red > 128 for red in reds] == [True, True, False, False]
+    decoding: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 6}
+    (expected,) = engine.answer([frames], QUESTION, **decoding)
+    ((record,),) = answer_requests(engine, read_requests(tmp_path, QUESTION), **decoding)
+    assert record["answer"] == expected
+    lines = iter([f"/image '{clip}'", QUESTION, "/quit"])
+    said: list[str] = []
+    run_chat(engine, Conversation(), lambda: next(lines), said.append, **decoding)
+    assert expected in "".join(said)
+    clip.write_bytes(b"no video")
+    ((record,),) = answer_requests(engine, read_requests(tmp_path, QUESTION))
+    assert "a clip.mp4: cannot be decoded" in record["error"]
+
+
+def test_history_is_written_as_in_the_data() -> None:
+    assert instruction_of("What?", []) == "What?"
+    assert "Answer: red" in instruction_of("What?", [("Which colour?", "red")])

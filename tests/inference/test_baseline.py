@@ -1,0 +1,166 @@
+"""A transformers model that is none of ours, made on the spot, as a baseline."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from instructblip.cli import main as cli
+from instructblip.core.batch import Example
+from instructblip.evaluation.evaluate import evaluate
+from instructblip.inference.baseline import TransformersModel, is_baseline
+from tests.data.tiny import write_picture
+from tests.evaluation.fakes import ListDataset, benchmark
+from tests.inference.test_engine import write_model
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+WORDS += ["Question", ":", "what", "is", "red", "?", "Short", "answer"]
+WORDS += ["the", "cat", "blue", "yes", "no"]
+
+
+def write_llava(folder: Path) -> Path:
+    """A tiny LLaVA with random weights, a word tokenizer and its processor."""
+    torch.manual_seed(0)
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    config = LlavaConfig(
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        text_config={
+            "model_type": "llama",
+            "vocab_size": len(WORDS),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        image_token_index=4,
+    )
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.4)
+    model.save_pretrained(folder)
+    pictures = CLIPImageProcessorPil(
+        size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16}
+    )
+    processor = LlavaProcessor(
+        pictures,
+        tokenizer,
+        patch_size=8,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> ListDataset:
+    root = tmp_path_factory.mktemp("pictures")
+    example = Example(
+        dataset="toy",
+        split="val",
+        id="0",
+        images=(),
+        task="vqa",
+        question="what is red?",
+        answers=("cat",),
+        choices=("cat", "the cat", "blue"),
+    )
+    names = [write_picture(root / f"{i}.png", seed=i).name for i in range(3)]
+    return ListDataset(
+        [replace(example, id=str(i), images=(name,)) for i, name in enumerate(names)],
+        image_root=root,
+    )
+
+
+def test_answers_and_likelihoods_are_the_models_own(folder: Path, dataset: ListDataset) -> None:
+    baseline = TransformersModel(folder, torch.device("cpu"))
+    said = evaluate(baseline, benchmark(), dataset, progress=False)
+    assert all("Question" not in p["prediction"] for p in said.predictions)
+    ranked = evaluate(baseline, benchmark(mode="rank", decoding={}), dataset, progress=False)
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    for prediction in ranked.predictions:
+        for text, score in zip(
+            prediction["candidates"], prediction["log_likelihoods"], strict=True
+        ):
+            with Image.open(dataset.image_root / prediction["images"][0]) as picture:
+                whole = processor(
+                    images=picture.convert("RGB"),
+                    text=f"<image>\n{prediction['prompt']} {text} </s>",
+                    return_tensors="pt",
+                )
+            whole.pop("token_type_ids", None)
+            length = len(text.split()) + 1
+            labels = whole["input_ids"].clone()
+            labels[:, :-length] = -100
+            with torch.no_grad():
+                loss = model(**whole, labels=labels).loss
+            assert score == pytest.approx(-float(loss) * length, abs=1e-4)
+
+
+def test_compare_takes_models_of_all_kinds(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blip2 = write_model(tmp_path / "blip2", "blip2")
+    with pytest.raises(SystemExit):
+        cli.main(["scenes", str(tmp_path / "data"), "--scale", "0.02"])
+    capsys.readouterr()
+    models = [str(folder), str(blip2), f"data.root={tmp_path / 'data'}"]
+    options = ["--recipe", "scenes", "--benchmarks", "scenes_vsr,scenes_vqav2", "--limit", "3"]
+    options += ["--out", str(tmp_path / "results"), "--format", "json", "--debug"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", *models, *options])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    found = json.loads(out[out.index("{\n") :])
+    assert found["models"] == [folder.name, "blip2"]
+    assert set(found["datasets"]) == {"scenes_vsr", "scenes_vqav2"}
+    assert "blip2" in found["datasets"]["scenes_vsr"]["differences"]
+
+
+def test_what_is_no_such_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert is_baseline(tmp_path)
+    with pytest.raises(ValueError, match="neither a BLIP-2, an InstructBLIP nor"):
+        TransformersModel(tmp_path, torch.device("cpu"))

@@ -1,0 +1,63 @@
+"""The model card: data with their terms, figures and settings, and no folder of this machine."""
+
+from dataclasses import replace
+
+import pytest
+
+from instructblip.core.batch import Example
+from instructblip.evaluation.evaluate import evaluate
+from instructblip.recipe.schema import load_recipe
+from instructblip.release.card import card
+from tests.evaluation.fakes import FakeEngine, ListDataset, benchmark, colour_questions
+
+
+def test_a_card_with_all_of_it() -> None:
+    recipe = load_recipe(
+        "scenes", ["data.root=/secret/place", "data.sets.mine.format=imagefolder"]
+    ).to_yaml()
+    assert "/secret/place" in recipe
+    result = evaluate(FakeEngine(), benchmark(), colour_questions())
+    parts = {"qformer": 1_234_567}
+    text = card("mine", "InstructBlipForConditionalGeneration", parts, recipe, [result])
+    assert text.startswith("---\nlibrary_name: transformers\n")
+    assert "# mine\n\nAn InstructBLIP" in text
+    assert "| qformer | 1,234,567 |" in text
+    assert "| mine | 1 | those of its owner |" in text
+    assert "| vqav2 | 1 | " in text
+    assert "| toy | 100.0 [100.0, 100.0] | 12 of 12 | exact_match; generate (" in text
+    assert "| mean, held-in | 100.0 [100.0, 100.0] | 1 set |" in text
+    assert "learning_rate:" in text
+    assert "/secret/place" not in text
+    assert "null" not in text
+
+
+def test_a_card_without_recipe_and_figures() -> None:
+    text = card("plain", "Blip2ForConditionalGeneration", {})
+    assert "A BLIP-2" in text
+    assert text.count("Not known.") == 2
+    assert "Not evaluated." in text
+
+
+def test_figures_of_a_card() -> None:
+    asked = benchmark(prompt="Question | {question}\nAnswer:")
+    some = evaluate(FakeEngine(), asked, colour_questions(), limit=4)
+    one_class = evaluate(
+        FakeEngine(),
+        benchmark(name="memes", mode="rank", metric="auroc", decoding={}),
+        ListDataset([replace(e, choices=("red", "blue"), answers=("red",)) for e in reds()]),
+    )
+    assert one_class.value is None
+    text = card("mine", "InstructBlipForConditionalGeneration", {}, None, [some, one_class])
+    assert "| 4 of 12 |" in text
+    assert r"Question \|" in text
+    assert "| memes | not defined: one class only |" in text
+    assert "| mean, held-in | 100.0 [100.0, 100.0] | 1 set |" in text
+    blind = evaluate(FakeEngine(), benchmark(), colour_questions(), blind_seed=0)
+    with pytest.raises(ValueError, match="blind control"):
+        card("mine", "x", {}, None, [blind])
+    with pytest.raises(ValueError, match="two results of toy"):
+        card("mine", "x", {}, None, [some, some])
+
+
+def reds() -> list[Example]:
+    return [e for e in colour_questions().examples if e.answers[0] == "red"]

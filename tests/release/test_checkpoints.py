@@ -1,0 +1,69 @@
+"""What is exported, a user of transformers alone can ask, and hears the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
+
+from instructblip.evaluation.evaluate import evaluate
+from instructblip.inference.engine import Engine
+from instructblip.inference.fingerprint import fingerprint
+from instructblip.model.checkpoints.text_branch import TEXT_BRANCH_FILE
+from instructblip.model.checkpoints.transformers import from_pretrained
+from instructblip.release.checkpoints import write_exported
+from tests.data.tiny import write_picture
+from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
+from tests.inference.test_engine import QUESTION, write_model
+
+
+def test_transformers_model_and_processor_answer_as_the_engine(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", "instructblip", rows=261)  # one more for <image>
+    write_exported(from_pretrained(source), tmp_path / "out", source)
+    engine = Engine.from_pretrained(tmp_path / "out", device="cpu")
+    processor = InstructBlipProcessor.from_pretrained(tmp_path / "out")
+    model = InstructBlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    file = write_picture(tmp_path / "a.png", seed=3)
+    image = Image.open(file).convert("RGB")
+    inputs = processor(images=image, text=QUESTION, return_tensors="pt")
+    pixels = engine.pictures.transform(image)
+    sample = engine.sample(("a",), (pixels,), QUESTION)
+    placeholders = model.config.num_query_tokens
+    assert inputs["input_ids"][0].tolist() == [260] * placeholders + sample.prompt_ids
+    assert inputs["qformer_input_ids"][0].tolist() == sample.qformer_ids
+    torch.testing.assert_close(inputs["pixel_values"][0], pixels, rtol=0, atol=1e-5)
+    said = model.generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=6)[0]
+    answer = engine.tokens.decode(said[len(inputs["input_ids"][0]) :].tolist())
+    assert answer == engine.answer(file, QUESTION, num_beams=1, max_new_tokens=6)
+
+
+def test_figures_of_another_model_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", "instructblip")
+    model = from_pretrained(source)
+    own = FakeEngine(fingerprint=fingerprint(source, True))
+    result = evaluate(own, benchmark(), colour_questions())
+    other = evaluate(FakeEngine(), benchmark(), colour_questions())
+    with pytest.raises(ValueError, match="results of toy are another model's"):
+        write_exported(model, tmp_path / "out", source, [other])
+    assert not (tmp_path / "out").exists()
+    write_exported(model, tmp_path / "out", source, [result])
+    assert "| toy | 100.0 [" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_fingerprint_knows_all_that_answers_depend_on(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", "instructblip")
+    found = {fingerprint(source, True), fingerprint(source, False)}
+    for name in ("preprocessor_config.json", "qformer_tokenizer/tokenizer.json", "config.json"):
+        file = source / name
+        assert file.is_file(), name
+        file.write_text(file.read_text() + " ")
+        found.add(fingerprint(source, True))
+    assert len(found) == 5
+
+
+def test_a_blip2_keeps_the_text_branch_beside_it(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", "blip2")
+    (source / TEXT_BRANCH_FILE).write_bytes(b"as it was")
+    write_exported(from_pretrained(source), tmp_path / "out", source)
+    assert (tmp_path / "out" / TEXT_BRANCH_FILE).read_bytes() == b"as it was"
