@@ -1,85 +1,163 @@
-"""Imports only ever fall, from the command line down to the batch."""
+"""Imports only fall, rooms of one floor do not know each other, and no imports form a ring."""
 
 import ast
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "instructblip"
 
-FLOORS = {
-    "batch": 1,
-    "distributed": 1,
-    "parts": 1,
-    "data": 2,
-    "model": 2,
-    "training": 2,
-    "evaluation": 3,
-    "serving": 3,
-    "text_to_image": 3,
-    "recipe": 4,
-    "preparing": 4,
-    "caching": 4,
-    "assembly": 4,
-    "checking": 4,
-    "pretraining": 4,
-    "tuning": 4,
-    "memory": 4,
-    "drawing": 4,
-    "stages": 5,
-    "stages_measure": 5,
-    "stages_use": 5,
-    "cli": 6,
-    "cli_measure": 6,
-    "cli_use": 6,
-    "__main__": 7,
-}
-APART = [{"data", "model", "training"}]
-"""Folders of one floor that may not import each other."""
+FLOORS = [
+    {"core"},
+    {"scenes"},
+    {"data", "model", "training"},
+    {"evaluation", "text_to_image"},
+    {"inference", "recipe"},
+    {"experiment", "serving", "release", "integrations"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+"""From the ground up. A room imports from the floors below its own, and from itself."""
+
+Imports = Mapping[str, set[str]]
+"""Module to the modules of the package that it imports, anywhere in its text."""
 
 
-def imports(path: Path) -> set[str]:
-    """The package's own modules that a file imports anywhere in it, at the first level."""
-    found = set()
+def read_imports(package: Path) -> Imports:
+    """The imports between all modules of a package, those inside functions included."""
+    paths = {_module_name(package, path): path for path in sorted(package.rglob("*.py"))}
+    return {name: _imports_of(path, name, paths) for name, path in paths.items()}
+
+
+def _module_name(package: Path, path: Path) -> str:
+    parts = path.relative_to(package.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports_of(path: Path, module: str, known: Iterable[str]) -> set[str]:
+    package = module.split(".")[0]
+    names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide the floor they come from"
-            names = [node.module or ""]
-            if node.module == "instructblip":
-                names = [f"instructblip.{alias.name}" for alias in node.names]
+            assert node.level == 0, f"{path}: a relative import hides the floor it comes from"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                names.append(whole if whole in known else str(node.module))
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        found |= {name.split(".")[1] for name in names if name.startswith("instructblip.")}
-    return found & set(FLOORS)
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            text = node.args[0]
+            names += [text.value] if isinstance(text, ast.Constant) else []
+    used = {name for name in names if name == package or name.startswith(f"{package}.")}
+    return used - {module}
 
 
-def files() -> list[Path]:
-    paths = sorted(PACKAGE.rglob("*.py"))
-    return [path for path in paths if path != PACKAGE / "__init__.py"]
+def room_of(module: str) -> str:
+    """The room of a module: ``instructblip.data.own.rows`` stands in ``data``."""
+    return [*module.split("."), "__init__"][1]
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_fall(path: Path):
-    place = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert place in FLOORS, f"{place} has no floor: add it to FLOORS and to docs/architecture.md"
-    for other in imports(path) - {place}:
-        assert FLOORS[other] <= FLOORS[place], f"{path} imports {other}, which is above it"
-        for group in APART:
-            assert not {place, other} <= group, f"{path}: {place} and {other} meet in batch.py only"
+def climbing(imports: Imports) -> list[str]:
+    """Imports of a room on the same floor or above, each as one line."""
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    lines = []
+    for module, others in imports.items():
+        here = room_of(module)
+        assert here in floor, f"{module} has no floor: add its room to FLOORS"
+        for other in sorted(others):
+            there = room_of(other)
+            if there != here and floor[there] >= floor[here]:
+                lines.append(f"{module} imports {other}")
+    return lines
 
 
-def test_the_check_sees_imports(tmp_path: Path):
-    path = tmp_path / "a.py"
-    path.write_text(
+def rings(imports: Imports) -> list[list[str]]:
+    """Modules that import each other in a circle: strongly connected components (Tarjan, 1972)."""
+    index: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    circles = []
+
+    def visit(module: str) -> None:
+        index[module] = lowest[module] = len(index)
+        stack.append(module)
+        for other in sorted(imports.get(module, ())):
+            if other not in index:
+                visit(other)
+                lowest[module] = min(lowest[module], lowest[other])
+            elif other in stack:
+                lowest[module] = min(lowest[module], index[other])
+        if lowest[module] == index[module]:
+            circle = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(circle) > 1:
+                circles.append(sorted(circle))
+
+    for module in imports:
+        if module not in index:
+            visit(module)
+    return circles
+
+
+def test_imports_fall():
+    assert climbing(read_imports(PACKAGE)) == []
+
+
+def test_no_imports_form_a_ring():
+    assert rings(read_imports(PACKAGE)) == []
+
+
+def test_each_planted_violation_is_caught():
+    """Every pair of rooms that may not meet, planted one at a time."""
+    imports = read_imports(PACKAGE)
+    rooms = {room_of(module) for module in imports} - {"__init__", "__main__"}
+    first = {room: min(m for m in imports if room_of(m) == room) for room in rooms}
+    floor = {room: number for number, names in enumerate(FLOORS) for room in names}
+    planted = 0
+    for here in rooms:
+        for there in rooms - {here}:
+            if floor[there] < floor[here]:
+                continue
+            changed = {**imports, first[here]: imports[first[here]] | {first[there]}}
+            assert f"{first[here]} imports {first[there]}" in climbing(changed)
+            planted += 1
+    assert planted > len(rooms) ** 2 / 2
+
+
+def test_a_planted_ring_is_caught():
+    imports = dict(read_imports(PACKAGE))
+    below, above = "instructblip.data.order", "instructblip.data.loader"
+    assert below in imports[above]
+    imports[below] = imports[below] | {above}
+    assert [below, above] in [
+        [m for m in ring if m in (below, above)][::-1] for ring in rings(imports)
+    ]
+
+
+def test_the_reader_sees_every_kind_of_import(tmp_path: Path):
+    package = tmp_path / "instructblip"
+    for name in ("data", "model", "serving"):
+        (package / name).mkdir(parents=True)
+        (package / name / "__init__.py").touch()
+    (package / "data" / "loader.py").touch()
+    (package / "model" / "qformer.py").touch()
+    (package / "__init__.py").write_text("from instructblip import serving\n")
+    (package / "data" / "__init__.py").write_text(
+        "from importlib import import_module\n"
         "import instructblip.data.loader\n"
-        "from instructblip import recipe\n"
-        "def f():\n    from instructblip.model.qformer import QFormer\n"
+        "def f():\n"
+        "    from instructblip.model.qformer import QFormer\n"
+        "    import_module('instructblip.serving')\n"
     )
-    assert imports(path) == {"data", "recipe", "model"}
+    found = read_imports(package)
+    assert found["instructblip"] == {"instructblip.serving"}
+    assert found["instructblip.data"] == {
+        "instructblip.data.loader",
+        "instructblip.model.qformer",
+        "instructblip.serving",
+    }
+    assert "instructblip.data imports instructblip.model.qformer" in climbing(found)
 
 
 def test_only_one_file_knows_torch_distributed():
-    users = [path.name for path in files() if "torch.distributed" in path.read_text("utf-8")]
-    assert users == ["distributed.py"]
+    files = [p for p in PACKAGE.rglob("*.py") if "torch.distributed" in p.read_text("utf-8")]
+    assert [path.name for path in files] == ["distributed.py"]
