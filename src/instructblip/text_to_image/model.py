@@ -104,10 +104,6 @@ class TextToImage(nn.Module):
         ones = torch.ones_like(losses, dtype=torch.long)
         return LossOutput(losses.sum(), ones.sum(), losses.detach(), ones)
 
-    def forward(self, batch: Batch) -> LossOutput:
-        """The same as ``loss``."""
-        return self.loss(batch)
-
     # --- what trains, and in which precision -----------------------------------------------------
 
     def set_trainable(self, choice: tuple[str, ...]) -> "TextToImage":
