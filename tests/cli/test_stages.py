@@ -30,8 +30,8 @@ from instructblip.experiment import (
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.recipe.schema import Recipe, load_recipe
 from instructblip.training.train import TrainResult
-from tests.data.tiny import write_picture
 from tests.inference.test_engine import write_model
+from tests.testing import write_picture
 
 SMALL = [
     "model.text_branch=random",

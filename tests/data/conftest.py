@@ -1,7 +1,7 @@
 import pytest
 
 from instructblip.data.tokens import Tokens
-from tests.data.tiny import byte_level, wordpiece
+from tests.testing import byte_level, wordpiece
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from instructblip.data.prepared.prepare import prepare
 from instructblip.data.reading import streaming as streaming_module
 from instructblip.data.reading.streaming import stream_values
 from instructblip.data.sources import SOURCES
-from tests.data.tiny import write_json, write_picture, write_vqa
+from tests.testing import write_json, write_picture, write_vqa
 
 GOOD = {"image": "VizWiz_1.jpg", "question": "What?", "answers": [{"answer": "cup"}]}
 

@@ -20,7 +20,7 @@ from instructblip.data.prepared.check import (
 from instructblip.data.prepared.dataset import PreparedDataset
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.tokens import Tokens
-from tests.data.tiny import llama_like, write_json, write_picture
+from tests.testing import llama_like, write_json, write_picture
 
 
 def vizwiz(root: Path, records: list[dict[str, Any]], split: str = "train") -> PreparedDataset:

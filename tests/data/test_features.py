@@ -25,7 +25,7 @@ from instructblip.data.features import (
 )
 from instructblip.data.images import ImageTransform, load_image
 from instructblip.data.prepared.facts import gather_facts
-from tests.data.tiny import write_picture
+from tests.testing import write_picture
 
 TRANSFORM = ImageTransform(image_size=8)
 

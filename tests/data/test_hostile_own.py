@@ -19,7 +19,7 @@ from instructblip.data.sources import SOURCES
 from tests.data.test_hostile_input import VALUES, places, replaced
 from tests.data.test_own import TURNS
 from tests.data.test_unreadable import own
-from tests.data.tiny import write_picture, write_tar
+from tests.testing import write_picture, write_tar
 
 PART = {"type": "image_url", "image_url": {"url": "0.png"}}
 ASKED = {"role": "user", "content": [PART, {"type": "text", "text": "What?"}]}

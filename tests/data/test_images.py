@@ -21,7 +21,7 @@ from instructblip.data.images import (
     may_flip,
 )
 from instructblip.data.templates import Rendered
-from tests.data.tiny import write_picture
+from tests.testing import write_picture
 
 
 @pytest.mark.parametrize("size", [(64, 48), (17, 90), (8, 8)])

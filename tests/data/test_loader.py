@@ -36,7 +36,7 @@ from instructblip.data.prepared.view import (
 )
 from instructblip.data.samples import Examples, Pictures
 from instructblip.data.tokens import Tokens
-from tests.data.tiny import write_picture, write_vqa
+from tests.testing import write_picture, write_vqa
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from instructblip.data.prepared.prepare import prepare
 from instructblip.data.templates import render_prompt
 from instructblip.experiment import datasets as preparing
 from instructblip.recipe.schema import load_recipe
-from tests.data.tiny import write_json, write_picture, write_tar, write_vqa
+from tests.testing import write_json, write_picture, write_tar, write_vqa
 
 
 def read(root: Path, form: str, split: str = "train", **options: Any) -> list[Example]:

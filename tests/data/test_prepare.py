@@ -29,7 +29,7 @@ from instructblip.data.prepared.prepare import (
 )
 from instructblip.data.reading.opened import note_files
 from instructblip.data.sources import SOURCES, Source
-from tests.data.tiny import write_picture, write_vqa
+from tests.testing import write_picture, write_vqa
 
 
 def test_examples_come_back_as_they_were_read(tmp_path: Path) -> None:

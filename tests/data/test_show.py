@@ -17,7 +17,7 @@ from instructblip.data.show import (
     write_page,
 )
 from instructblip.data.tokens import Tokens
-from tests.data.tiny import write_json, write_picture, write_vqa
+from tests.testing import write_json, write_picture, write_vqa
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from instructblip.core.batch import Example
 from instructblip.data.sources import SOURCES
 from instructblip.data.templates import TEMPLATES
-from tests.data.tiny import write_json, write_tar
+from tests.testing import write_json, write_tar
 
 QUESTIONS = {
     "questions": [

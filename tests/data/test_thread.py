@@ -10,7 +10,7 @@ from instructblip.data.mixture import Mixture
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.samples import Pictures
 from instructblip.data.tokens import Tokens
-from tests.data.tiny import write_vqa
+from tests.testing import write_vqa
 
 
 def test_official_files_become_a_batch(tmp_path: Path, tokens: Tokens) -> None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
-from tests.data.tiny import byte_level, llama_like, t5_like, wordpiece
+from tests.testing import byte_level, llama_like, t5_like, wordpiece
 
 PROMPT = "Question: what? Short answer:"
 STYLES = {"llama": llama_like, "bytes": byte_level}

@@ -16,7 +16,7 @@ from instructblip.data.prepared.check import check_dataset
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.sources import SOURCES
 from tests.data.test_check import lines, vizwiz
-from tests.data.tiny import write_json, write_picture, write_vqa
+from tests.testing import write_json, write_picture, write_vqa
 
 NOBODY = 65534
 

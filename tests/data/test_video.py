@@ -7,20 +7,9 @@ import pytest
 
 from instructblip.data.images import load_image
 from instructblip.data.prepared.prepare import prepare
-from tests.data.tiny import write_json
+from tests.testing import write_json, write_video
 
-av = pytest.importorskip("av")
-
-
-def write_video(path: Path, colours: list[tuple[int, int, int]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for colour in colours:
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), colour, np.uint8), "rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+pytest.importorskip("av")
 
 
 def questions(root: Path) -> None:

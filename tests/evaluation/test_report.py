@@ -21,8 +21,8 @@ from instructblip.evaluation.evaluate import evaluate
 from instructblip.evaluation.gallery import make_cards
 from instructblip.evaluation.report import write_report
 from instructblip.evaluation.result import Result
-from tests.data.tiny import write_picture
 from tests.evaluation.fakes import FakeEngine, ListDataset, benchmark, colour_questions
+from tests.testing import write_picture
 
 HOSTILE = '</script><img src=x onerror="alert(1)"> {{ 7*7 }} "\'&<b> https://evil.example/x.js'
 

@@ -12,7 +12,7 @@ from instructblip.experiment import checking
 from instructblip.experiment import datasets as preparing
 from instructblip.recipe.schema import Recipe, load_recipe
 from instructblip.scenes.official import write_scenes
-from tests.data.tiny import write_picture, write_vqa
+from tests.testing import write_picture, write_vqa
 
 SETTINGS = [
     "model.start=nowhere",

@@ -22,11 +22,11 @@ from instructblip.model.config import VisionConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.schema import Recipe, load_recipe
 from instructblip.training.optim import make_optimizer
-from tests.data.tiny import write_picture
 from tests.inference.test_engine import write_model
 from tests.model.test_activations import full_batch
 from tests.model.test_language import tiny_model
 from tests.model.test_lora import adapted
+from tests.testing import write_picture
 
 
 @pytest.fixture(scope="module")

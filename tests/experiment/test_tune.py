@@ -16,8 +16,8 @@ from instructblip.experiment.tune import (
     write_recipe,
 )
 from instructblip.recipe.schema import load_recipe
-from tests.data.tiny import write_picture
 from tests.inference.test_engine import write_model
+from tests.testing import write_picture
 
 EXAMPLES = ("worksheet_helper", "instrument_panel", "game_narrator")
 

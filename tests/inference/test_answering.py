@@ -22,8 +22,8 @@ from instructblip.inference.chat import (
 from instructblip.inference.decoding import PAPER_DECODING
 from instructblip.inference.engine import Engine
 from instructblip.inference.streaming import TextStream
-from tests.data.tiny import write_picture
 from tests.inference.test_engine import QUESTION, write_model
+from tests.testing import write_picture, write_video
 
 
 @pytest.fixture(scope="module")
@@ -274,8 +274,6 @@ def test_chat_remembers_turns_and_pictures(engine: Engine, pictures: list[Path])
 
 def test_a_video_is_four_of_its_frames(engine: Engine, tmp_path: Path) -> None:
     pytest.importorskip("av")
-    from tests.data.test_video import write_video
-
     clip = tmp_path / "a clip.mp4"
     write_video(clip, [(250, 20, 20)] * 20 + [(20, 20, 250)] * 20)
     frames = open_pictures([clip])

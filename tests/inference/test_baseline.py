@@ -22,9 +22,9 @@ from instructblip.cli import main as cli
 from instructblip.core.batch import Example
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.inference.baseline import TransformersModel, is_baseline
-from tests.data.tiny import write_picture
 from tests.evaluation.fakes import ListDataset, benchmark
 from tests.inference.test_engine import write_model
+from tests.testing import write_picture
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 WORDS += ["Question", ":", "what", "is", "red", "?", "Short", "answer"]

@@ -26,9 +26,9 @@ from instructblip.data.tokens import Tokens
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.inference.engine import Engine
 from instructblip.inference.fingerprint import fingerprint
-from tests.data.tiny import byte_level, wordpiece, write_picture
 from tests.evaluation.fakes import ListDataset, benchmark
 from tests.parity.tiny import tiny_config
+from tests.testing import byte_level, wordpiece, write_picture
 
 QUESTION = "Question: what is red? Short answer:"
 

@@ -35,8 +35,8 @@ from instructblip.model.config import (
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import build_language_model
 from instructblip.model.language.lora import add_lora
-from tests.data.tiny import llama_like, t5_like, wordpiece
 from tests.parity.tiny import LANGUAGES, tiny_batch, tiny_transformers
+from tests.testing import llama_like, t5_like, wordpiece
 
 
 def official(

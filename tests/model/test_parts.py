@@ -23,8 +23,8 @@ from instructblip.model.checkpoints.combine import combine, read_vision
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.vision import VisionModel
-from tests.data.tiny import byte_level, wordpiece, write_picture
 from tests.parity.tiny import LANGUAGES, tiny_batch, tiny_transformers
+from tests.testing import byte_level, wordpiece, write_picture
 
 TOWER = {
     "hidden_size": 16,

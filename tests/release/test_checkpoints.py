@@ -13,9 +13,9 @@ from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.checkpoints.text_branch import TEXT_BRANCH_FILE
 from instructblip.model.checkpoints.transformers import from_pretrained
 from instructblip.release.checkpoints import write_exported
-from tests.data.tiny import write_picture
 from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
 from tests.inference.test_engine import QUESTION, write_model
+from tests.testing import write_picture
 
 
 def test_transformers_model_and_processor_answer_as_the_engine(tmp_path: Path) -> None:

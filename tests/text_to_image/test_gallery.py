@@ -88,7 +88,7 @@ def test_pictures_outside_the_folder_are_refused(measured: list[Measured], tmp_p
 
 def evaluated(folder: Path):
     from instructblip.evaluation.evaluate import evaluate
-    from tests.data.tiny import write_picture
+    from tests.testing import write_picture
 
     questions = colour_questions(4)
     for example in questions.examples:

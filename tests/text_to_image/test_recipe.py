@@ -11,7 +11,7 @@ from instructblip.recipe.schema import load_recipe
 from instructblip.scenes.official import write_scenes
 from instructblip.text_to_image.pretrained import from_pretrained
 from instructblip.text_to_image.sample import Painter
-from tests.data.tiny import write_json, write_picture
+from tests.testing import write_json, write_picture
 
 SMALL = [
     "drawing.conditioner={num_queries: 2, num_layers: 1, width: 8, num_heads: 2}",

@@ -21,7 +21,7 @@ from instructblip.text_to_image.pretrained import (
     save_pretrained,
 )
 from instructblip.text_to_image.sample import Painter, sample
-from tests.data.tiny import write_picture
+from tests.testing import write_picture
 
 ASKED = "what is red?"
 

@@ -24,7 +24,7 @@ from instructblip.text_to_image.tasks import (
     SceneDrawings,
     SubjectDrawings,
 )
-from tests.data.tiny import write_picture
+from tests.testing import write_picture
 
 
 def test_targets_show_what_the_instruction_says():

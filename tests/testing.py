@@ -1,4 +1,4 @@
-"""Tiny tokenizers and pictures for the tests of the data package."""
+"""What several test files share: tiny tokenizers, and files of data made on the spot."""
 
 import io
 import json
@@ -83,6 +83,20 @@ def write_picture(path: Path, size: tuple[int, int] = (12, 10), seed: int = 0) -
     return path
 
 
+def write_video(path: Path, colours: list[tuple[int, int, int]]) -> None:
+    """A video of 64 x 48 pixels with one frame of each colour. Needs PyAV."""
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for colour in colours:
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), colour, np.uint8), "rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
 def write_vqa(root: Path, count: int, split: str = "train") -> Path:
     """VQAv2's two files with ``count`` questions, two to a picture, ten answers each."""
     questions, annotations = [], []
@@ -105,6 +119,13 @@ def write_vqa(root: Path, count: int, split: str = "train") -> Path:
     write_json(folder / f"v2_OpenEnded_{name}_questions.json", {"questions": questions})
     write_json(folder / f"v2_{name}_annotations.json", {"annotations": annotations})
     return root
+
+
+def write_json_lines(path: Path, *records: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
 
 
 def write_tar(path: Path, files: dict[str, bytes]) -> None:
