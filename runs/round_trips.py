@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from instructblip.model.checkpoints.lavis import export_lavis, import_lavis
-from instructblip.model.checkpoints.transformers import from_pretrained, save_pretrained
+from instructblip.model.instructblip import InstructBlip
 from tests.model.test_lavis import eva, official, random, write_language
 from tests.parity.tiny import tiny_transformers
 
@@ -32,7 +32,7 @@ def through_ours(kind: str, language: str, folder: Path) -> tuple[int, int]:
     """Tensors of a transformers model, and how many are the same after both conversions."""
     first = tiny_transformers(language, kind=kind)
     first.save_pretrained(folder / "theirs")
-    save_pretrained(from_pretrained(folder / "theirs"), folder / "ours")
+    InstructBlip.from_pretrained(folder / "theirs").save_pretrained(folder / "ours")
     again = type(first).from_pretrained(folder / "ours")
     return compare(first.state_dict(), again.state_dict())
 

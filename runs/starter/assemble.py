@@ -101,7 +101,7 @@ def main() -> None:
     kept = plain.state_dict().keys()
     plain.load_state_dict({k: v for k, v in aware.state_dict().items() if k in kept})
     plain.eval().save_pretrained(args.out)
-    save_text_branch(aware, args.out / "text_branch.safetensors")
+    save_text_branch(aware.qformer, args.out / "text_branch.safetensors")
     tokens.save_pretrained(args.out)
     ImageTransform(image_size=64, mean=(0.5,) * 3, std=(0.5,) * 3).save_pretrained(args.out)
     shutil.copy(args.vision / "vision_accuracy.json", args.out)

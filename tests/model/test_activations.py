@@ -6,7 +6,6 @@ import torch
 from instructblip.core.batch import Batch
 from instructblip.experiment.memory import saved_bytes
 from instructblip.model.checkpoints import transformers as pretrained
-from instructblip.model.checkpoints.transformers import from_pretrained
 from instructblip.model.checkpoints.weights import NoRandomWeights
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import adapters as language_module
@@ -39,7 +38,7 @@ def full_batch(model: InstructBlip, samples: int, lengths: tuple[int, int, int])
 @pytest.fixture(params=["llama", "opt", "t5"])
 def model(request: pytest.FixtureRequest, tmp_path) -> InstructBlip:
     tiny_transformers(request.param).save_pretrained(tmp_path)
-    return from_pretrained(tmp_path)  # eval mode: no dropout
+    return InstructBlip.from_pretrained(tmp_path)  # eval mode: no dropout
 
 
 def gradients(model: InstructBlip, batch: Batch) -> dict[str, torch.Tensor]:
@@ -85,7 +84,7 @@ def test_loading_draws_no_weights_and_loads_them_all(tmp_path, monkeypatch: pyte
     monkeypatch.setattr(
         pretrained, "NoRandomWeights", lambda: entered.append(True) or NoRandomWeights()
     )
-    ours = from_pretrained(tmp_path)
+    ours = InstructBlip.from_pretrained(tmp_path)
     assert entered
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name

@@ -24,7 +24,6 @@ from instructblip.model.checkpoints.lavis import (
     language_tokenizer,
     to_lavis,
 )
-from instructblip.model.checkpoints.transformers import from_pretrained, save_pretrained
 from instructblip.model.checkpoints.weights import write_weights
 from instructblip.model.config import (
     InstructBlipConfig,
@@ -144,8 +143,10 @@ def write_language(folder: Path, kind: str) -> None:
 
 def test_lavis_to_ours_to_lavis_is_bit_identical(parts: dict[str, Path], tmp_path: Path) -> None:
     model = import_lavis(parts["ib.pth"], parts["eva.pth"], parts["vicuna"], 2, 2)
-    save_pretrained(model, tmp_path / "ours")
-    export_lavis(from_pretrained(tmp_path / "ours"), tmp_path / "again.pth", image_encoder=True)
+    model.save_pretrained(tmp_path / "ours")
+    export_lavis(
+        InstructBlip.from_pretrained(tmp_path / "ours"), tmp_path / "again.pth", image_encoder=True
+    )
     before = torch.load(parts["ib.pth"], weights_only=True)["model"]
     tower = torch.load(parts["eva.pth"], weights_only=True)
     before |= {f"visual_encoder.{n}": v for n, v in tower.items() if n[:4] not in ("norm", "head")}
@@ -167,8 +168,8 @@ def test_quirks(parts: dict[str, Path], tmp_path: Path) -> None:
     assert block.layer_norm1.eps == 1e-6
     assert model.vision_model.post_layernorm.eps == 1e-5
     assert model.qformer.embeddings.layernorm.eps == 1e-12
-    save_pretrained(model, tmp_path / "ours")
-    again = from_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "ours")
+    again = InstructBlip.from_pretrained(tmp_path / "ours")
     assert again.vision_model.post_layernorm.eps == 1e-5
     batch = tiny_batch(model.config)
     assert torch.equal(again.loss(batch).loss_sum, model.loss(batch).loss_sum)
@@ -245,7 +246,7 @@ def test_a_lavis_file_that_would_lose_what_was_trained_is_refused(tmp_path: Path
         export_trained(["qformer", "vision_tower"])
     export_trained(["qformer"])
     (tmp_path / "model" / "recipe.yaml").unlink()
-    model = from_pretrained(tmp_path / "model")
+    model = InstructBlip.from_pretrained(tmp_path / "model")
     add_lora(model.language_model, LoraConfig())
     model.save_pretrained(tmp_path / "adapted")
     with pytest.raises(ValueError, match="'lora'"):
@@ -309,7 +310,7 @@ def test_commands(parts: dict[str, Path], tmp_path: Path, capsys: pytest.Capture
 def test_nothing_that_stands_at_out_is_lost(
     tmp_path: Path, existing: str, form: stages_use.ModelForm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("instructblip.model.checkpoints.transformers.from_pretrained", pytest.fail)
+    monkeypatch.setattr(InstructBlip, "from_pretrained", pytest.fail)
     file = tmp_path / "tuned" / existing
     if file.name != "new.pth":
         file.parent.mkdir(parents=True)
@@ -337,7 +338,7 @@ def test_import_and_combine_take_no_directory_in_use(tmp_path: Path) -> None:
 
 def test_inspect_names_what_is_missing(parts: dict[str, Path], tmp_path: Path) -> None:
     model = import_lavis(parts["ib.pth"], parts["eva.pth"], parts["vicuna"], 2, 2)
-    save_pretrained(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "ours")
     whole = inspect_checkpoint(tmp_path / "ours")
     assert not whole.missing
     assert not whole.unexpected

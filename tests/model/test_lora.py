@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from instructblip.cli import main as cli
-from instructblip.model.checkpoints.transformers import from_pretrained
 from instructblip.model.config import LoraConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.lora import (
@@ -39,7 +38,7 @@ def adapted(model: InstructBlip, **settings: object) -> InstructBlip:
 @pytest.fixture(params=["llama", "t5"])
 def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> InstructBlip:
     tiny_transformers(request.param).save_pretrained(tmp_path / "start")
-    return from_pretrained(tmp_path / "start")
+    return InstructBlip.from_pretrained(tmp_path / "start")
 
 
 def test_begins_as_nothing_and_learns(loaded: InstructBlip):
@@ -67,7 +66,7 @@ def test_saved_loaded_and_merged_are_one_model(loaded: InstructBlip, tmp_path: P
     expected = loss_of(model)
     assert not torch.isclose(expected, plain)
     model.save_pretrained(tmp_path / "saved")
-    again = from_pretrained(tmp_path / "saved")
+    again = InstructBlip.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(loss_of(again), expected, rtol=0, atol=0)
     assert not any("lora" in name for name, _ in again.trainable_parameters())
     names = load_file(tmp_path / "saved" / "model.safetensors")
@@ -81,7 +80,7 @@ def test_saved_loaded_and_merged_are_one_model(loaded: InstructBlip, tmp_path: P
 
 def test_export_merges_or_keeps_apart(tmp_path: Path):
     tiny_transformers("llama").save_pretrained(tmp_path / "start")
-    model = adapted(from_pretrained(tmp_path / "start"))
+    model = adapted(InstructBlip.from_pretrained(tmp_path / "start"))
     expected = loss_of(model)
     model.save_pretrained(tmp_path / "saved")
     for out, options in (("apart", ["--keep-lora"]), ("merged", [])):
@@ -89,11 +88,11 @@ def test_export_merges_or_keeps_apart(tmp_path: Path):
             cli.main(["export", str(tmp_path / "saved"), str(tmp_path / out), *options, "--debug"])
         assert not stop.value.code
     assert (tmp_path / "apart" / FOLDER / "adapter_config.json").is_file()
-    apart = from_pretrained(tmp_path / "apart")
+    apart = InstructBlip.from_pretrained(tmp_path / "apart")
     assert adapters(apart.language_model)
     assert torch.equal(loss_of(apart), expected)
     assert not (tmp_path / "merged" / FOLDER).exists()
-    merged = from_pretrained(tmp_path / "merged")
+    merged = InstructBlip.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(loss_of(merged), expected, rtol=1e-5, atol=1e-4)
     keep = ["export", "--keep-lora", "--debug"]
     with pytest.raises(ValueError, match="no place for an adapter"):

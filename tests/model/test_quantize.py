@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from instructblip.experiment.memory import saved_bytes
-from instructblip.model.checkpoints.transformers import from_pretrained
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.lora import adapters
 from instructblip.model.language.quantize import (
@@ -67,11 +66,11 @@ def test_slope_of_the_inputs(kind: Kind):
 @pytest.mark.parametrize("language", ["llama", "t5"])
 def test_model_in_8_bits(language: str, tmp_path: Path):
     tiny_transformers(language).save_pretrained(tmp_path / "start")
-    plain = from_pretrained(tmp_path / "start")
+    plain = InstructBlip.from_pretrained(tmp_path / "start")
     batch = tiny_batch(plain.config)
     expected, slopes = plain.loss(batch).loss_sum, gradients(plain, batch)
     kept = saved_bytes(lambda: plain.loss(batch).loss_sum, plain)
-    model = from_pretrained(tmp_path / "start")
+    model = InstructBlip.from_pretrained(tmp_path / "start")
     quantize_linears(model.language_model, "int8")
     assert isinstance(model.language_model.get_output_embeddings(), nn.Linear)
     loss = model.loss(batch).loss_sum
@@ -92,10 +91,10 @@ def test_model_in_8_bits(language: str, tmp_path: Path):
 @pytest.mark.parametrize("kind", ERRORS)
 def test_adapters_stay_beside_quantized_weights(language: str, kind: Kind, tmp_path: Path):
     tiny_transformers(language).save_pretrained(tmp_path / "start")
-    plain = from_pretrained(tmp_path / "start")
+    plain = InstructBlip.from_pretrained(tmp_path / "start")
     batch = tiny_batch(plain.config)
     quantize_linears(plain.language_model, kind)
-    model = adapted(from_pretrained(tmp_path / "start"))
+    model = adapted(InstructBlip.from_pretrained(tmp_path / "start"))
     before = adapters(model.language_model)
     quantize_linears(model.language_model, kind)
     assert adapters(model.language_model) == before
@@ -105,7 +104,7 @@ def test_adapters_stay_beside_quantized_weights(language: str, kind: Kind, tmp_p
     assert len(named) == len(before)
     assert all(slopes[name].abs().max() > 0 for name in named)
     model.save_pretrained(tmp_path / "saved")
-    kept = adapters(from_pretrained(tmp_path / "saved").language_model)
+    kept = adapters(InstructBlip.from_pretrained(tmp_path / "saved").language_model)
     for name, adapter in kept.items():
         assert torch.equal(adapter.B, before[name].B)
     for adapter in before.values():

@@ -11,7 +11,7 @@ from instructblip.evaluation.evaluate import evaluate
 from instructblip.inference.engine import Engine
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.checkpoints.text_branch import TEXT_BRANCH_FILE
-from instructblip.model.checkpoints.transformers import from_pretrained
+from instructblip.model.instructblip import InstructBlip
 from instructblip.release.checkpoints import write_exported
 from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
 from tests.inference.test_engine import QUESTION, write_model
@@ -20,7 +20,7 @@ from tests.testing import write_picture
 
 def test_transformers_model_and_processor_answer_as_the_engine(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", "instructblip", rows=261)  # one more for <image>
-    write_exported(from_pretrained(source), tmp_path / "out", source)
+    write_exported(InstructBlip.from_pretrained(source), tmp_path / "out", source)
     engine = Engine.from_pretrained(tmp_path / "out", device="cpu")
     processor = InstructBlipProcessor.from_pretrained(tmp_path / "out")
     model = InstructBlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
@@ -40,7 +40,7 @@ def test_transformers_model_and_processor_answer_as_the_engine(tmp_path: Path) -
 
 def test_figures_of_another_model_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", "instructblip")
-    model = from_pretrained(source)
+    model = InstructBlip.from_pretrained(source)
     own = FakeEngine(fingerprint=fingerprint(source, True))
     result = evaluate(own, benchmark(), colour_questions())
     other = evaluate(FakeEngine(), benchmark(), colour_questions())
@@ -65,5 +65,5 @@ def test_a_fingerprint_knows_all_that_answers_depend_on(tmp_path: Path) -> None:
 def test_a_blip2_keeps_the_text_branch_beside_it(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", "blip2")
     (source / TEXT_BRANCH_FILE).write_bytes(b"as it was")
-    write_exported(from_pretrained(source), tmp_path / "out", source)
+    write_exported(InstructBlip.from_pretrained(source), tmp_path / "out", source)
     assert (tmp_path / "out" / TEXT_BRANCH_FILE).read_bytes() == b"as it was"

@@ -13,7 +13,7 @@ from torch import multiprocessing, nn
 from instructblip.core import distributed
 from instructblip.core.batch import Batch
 from instructblip.experiment.build import shape_language, shard_language
-from instructblip.model.checkpoints.transformers import from_pretrained
+from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.schema import Recipe, load_recipe
 from instructblip.training.log import read_metrics, without_timings
 from instructblip.training.train import train
@@ -68,7 +68,7 @@ def recipe_of(start: Path) -> Recipe:
 def run(start: Path, folder: Path, steps: int, resume: bool = False) -> None:
     recipe = recipe_of(start)
     torch.manual_seed(0)
-    model = from_pretrained(start)
+    model = InstructBlip.from_pretrained(start)
     for module in model.modules():  # each rank would draw its own
         if isinstance(module, nn.Dropout):
             module.p = 0.0

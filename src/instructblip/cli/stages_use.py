@@ -196,7 +196,7 @@ def export(
     """
     from instructblip.model.checkpoints.directory import check_output, model_directory
     from instructblip.model.checkpoints.lavis import export_lavis, refuse_loss
-    from instructblip.model.checkpoints.transformers import from_pretrained
+    from instructblip.model.instructblip import InstructBlip
     from instructblip.model.language.lora import (
         FOLDER,
         adapters,
@@ -210,10 +210,10 @@ def export(
         if keep_lora:
             raise ValueError("a LAVIS file has no place for an adapter: leave out --keep-lora")
         refuse_loss(_trained(source), image_encoder)
-        export_lavis(from_pretrained(model), out, image_encoder)
+        export_lavis(InstructBlip.from_pretrained(model), out, image_encoder)
         inspect(str(out))
         return
-    loaded = from_pretrained(model)
+    loaded = InstructBlip.from_pretrained(model)
     if keep_lora and not adapters(loaded.language_model):
         raise ValueError(f"{model} has no LoRA adapter to keep apart: leave out --keep-lora")
     if not keep_lora:

@@ -24,7 +24,6 @@ from instructblip.evaluation.result import Result
 from instructblip.evaluation.tables import to_markdown
 from instructblip.experiment import build as assembly
 from instructblip.inference.engine import Engine
-from instructblip.model.checkpoints.transformers import from_pretrained
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.schema import Recipe, load_recipe
 from instructblip.training.train import train
@@ -93,7 +92,7 @@ def write_recipe(
 ) -> Recipe:
     """Settings for so many examples, of which one shows at most so many ``pictures``, written to
     ``out/recipe.yaml``; ``overrides`` come on top."""
-    aware = from_pretrained(start)
+    aware = InstructBlip.from_pretrained(start)
     trainable = sum(p.numel() for _, p in aware.trainable_parameters())
     small = trainable < SMALL
     batch = max(2, min(32 if small else 16, examples // 4 * 2))

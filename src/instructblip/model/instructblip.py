@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from instructblip.core.batch import Batch
 from instructblip.core.regions import part
+from instructblip.model.checkpoints.transformers import Pretrained
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.language.adapters import (
     Language,
@@ -59,6 +60,10 @@ ALIASES = {
 }
 
 
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""Stored generation settings that take effect at once; the others are for whoever decodes."""
+
+
 class LossOutput(NamedTuple):
     """Loss of one batch. ``loss_sum`` and ``sample_losses`` [B] are sums in nats over the response
     tokens, ``num_tokens`` and ``sample_tokens`` [B] their numbers, int64: the mean belongs to the
@@ -70,13 +75,22 @@ class LossOutput(NamedTuple):
     sample_tokens: Tensor
 
 
-class InstructBlip(nn.Module):
-    """``instruction_aware=False`` in the config makes it a BLIP-2: the Q-Former reads no text."""
+class InstructBlip(Pretrained):
+    """``instruction_aware=False`` in the config makes it a BLIP-2: the Q-Former reads no text.
+
+    ``assets`` is the directory with the tokenizers and settings that ``save_pretrained`` copies,
+    ``generation_settings`` its generation_config.json.
+    """
 
     image_chunk = 64
     """Pictures per pass of a frozen image encoder: bounds its memory, not its result."""
 
-    def __init__(self, config: InstructBlipConfig) -> None:
+    def __init__(
+        self,
+        config: InstructBlipConfig,
+        assets: Path | None = None,
+        generation_settings: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.vision_model = VisionModel(config.vision)
@@ -89,27 +103,17 @@ class InstructBlip(nn.Module):
         width = self.language_model.get_input_embeddings().embedding_dim
         self.language_projection = nn.Linear(config.qformer.hidden_size, width)
         self.compute_dtype: torch.dtype | None = None
-        self.assets: Path | None = None  # the directory with the tokenizers, once loaded
-        self.generation_settings: dict[str, Any] = {}  # its generation_config.json
+        self.assets = assets
+        self.generation_settings = generation_settings or {}
+        for name in SPECIAL_TOKENS:
+            if self.generation_settings.get(name) is not None:
+                setattr(self.language_model.generation_config, name, self.generation_settings[name])
         self.set_trainable(("qformer",))
 
     @property
     def language(self) -> Language:
         """The adapter around ``language_model``."""
         return language_of(self.language_model)
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Any) -> "InstructBlip":
-        """See ``pretrained.from_pretrained``."""
-        from instructblip.model.checkpoints.transformers import from_pretrained
-
-        return from_pretrained(path, **options)
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """See ``pretrained.save_pretrained``."""
-        from instructblip.model.checkpoints.transformers import save_pretrained
-
-        save_pretrained(self, path)
 
     # --- the walk of a batch ---------------------------------------------------------------------
 

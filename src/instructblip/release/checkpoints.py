@@ -12,7 +12,6 @@ from instructblip.data.images import ImageTransform
 from instructblip.evaluation.result import Result
 from instructblip.inference.decoding import PAPER_DECODING
 from instructblip.inference.fingerprint import fingerprint
-from instructblip.model.checkpoints.transformers import save_pretrained
 from instructblip.model.instructblip import InstructBlip, part_of
 from instructblip.release.card import card
 
@@ -49,9 +48,7 @@ def write_imported(
         }
         settings = {**ids, **PAPER_DECODING}
         (assets / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        model.assets = assets
-        save_pretrained(model, out)
-    model.assets = out
+        model.save_pretrained(out, assets)
 
 
 def write_exported(
@@ -74,5 +71,5 @@ def write_exported(
         parts[part_of(name)] += parameter.numel()
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
     readme = card(out.name, model.config.reader, parts, text, results)
-    save_pretrained(model, out)
+    model.save_pretrained(out)
     (out / "README.md").write_text(readme, encoding="utf-8")

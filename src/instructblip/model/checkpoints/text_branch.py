@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from instructblip.model.checkpoints.weights import read_weights, write_weights
-from instructblip.model.instructblip import InstructBlip
+from instructblip.model.qformer import QFormer
 
 TEXT_BRANCH_FILE = "text_branch.safetensors"
 TEXT_BRANCH = re.compile(
@@ -73,9 +73,9 @@ def read_text_branch(source: Path) -> dict[str, Tensor]:
     return branch
 
 
-def save_text_branch(model: InstructBlip, file: str | Path) -> None:
+def save_text_branch(qformer: QFormer, file: str | Path) -> None:
     """Write the text branch alone, to stand beside a BLIP-2 as ``text_branch.safetensors``."""
-    branch = {n: v for n, v in model.qformer.state_dict().items() if TEXT_BRANCH.fullmatch(n)}
+    branch = {n: v for n, v in qformer.state_dict().items() if TEXT_BRANCH.fullmatch(n)}
     if not branch:
-        raise ValueError("the model has no text branch to save: it is not instruction-aware")
+        raise ValueError("the Q-Former has no text branch to save: it is not instruction-aware")
     write_weights(branch, Path(file))

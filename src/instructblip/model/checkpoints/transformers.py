@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from instructblip.model.checkpoints.weights import (
     write_weights,
 )
 from instructblip.model.config import READERS, InstructBlipConfig
-from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import lora
 from instructblip.model.language.adapters import untie_head
 from instructblip.model.language.quantize import quantized_names
@@ -60,89 +59,117 @@ ASSETS = (
 """What a model directory holds besides config and weights; copied along when the model is saved."""
 
 
-def from_pretrained(
-    path: str | Path,
-    instruction_aware: bool | None = None,
-    text_branch: str | Path | None = None,
-    image_size: int | None = None,
-) -> InstructBlip:
-    """Load a model in fp32, in eval mode, with the default set trainable.
+class Pretrained(nn.Module):
+    """Reading and writing model directories; ``InstructBlip`` inherits it.
 
-    ``path`` is a transformers BLIP-2 or InstructBLIP directory, one that ``save_pretrained``
-    wrote, a run directory (its ``best`` before its ``last``), or "starter".
-    ``instruction_aware`` None keeps what the directory is. True makes an InstructBLIP of a BLIP-2:
-    its text branch is read from ``text_branch``, a file or directory (of this project, a
-    Blip2ForImageTextRetrieval, or a BERT); by default from ``text_branch.safetensors`` in the
-    directory itself; "random" asks for a fresh one. False drops the text branch.
-    ``image_size`` in pixels interpolates the position embedding of the image encoder.
-
-    Raises FileNotFoundError or ValueError, the latter listing every missing, unexpected or
-    mis-shaped tensor.
+    It stands below the model that it loads: it knows a subclass by its constructor,
+    ``cls(config, assets, generation_settings)``, and by its attributes.
     """
-    directory = model_directory(path)
-    config = InstructBlipConfig.from_transformers(read_json(directory / "config.json"))
-    weights = _rename_blip2(read_weights(directory))
-    weights = {name: value for name, value in weights.items() if not HARMLESS.fullmatch(name)}
-    aware = config.instruction_aware if instruction_aware is None else instruction_aware
-    if not aware:
-        weights = {name: v for name, v in weights.items() if not in_text_branch(name)}
-    elif not config.instruction_aware:
-        weights |= find_text_branch(directory, text_branch)
-    config = _fit_config(config, weights, aware, image_size)
-    with contextlib.nullcontext() if text_branch == "random" else NoRandomWeights():
-        model = InstructBlip(config)
-    if aware and text_branch == "random":
-        weights |= {n: v for n, v in model.state_dict().items() if in_text_branch(n)}
-    positions = "vision_model.embeddings.position_embedding"
-    if image_size is not None and positions in weights:
-        weights[positions] = interpolate_positions(weights[positions], config.vision.num_tokens)
-    load_weights(model, weights, directory)
-    if (directory / lora.FOLDER).is_dir():
-        lora.load_lora(model.language_model, directory / lora.FOLDER)
-        model.set_trainable(("qformer",))
-    model.assets = directory
-    _read_generation_settings(model, directory / "generation_config.json")
-    return model.eval()
 
+    config: InstructBlipConfig
+    language_model: Any
+    assets: Path | None
 
-def save_pretrained(model: InstructBlip, path: str | Path) -> None:
-    """Write a directory that transformers loads with the same logits, atomically.
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        instruction_aware: bool | None = None,
+        text_branch: str | Path | None = None,
+        image_size: int | None = None,
+    ) -> Self:
+        """Load a model in fp32, in eval mode, with the default trainable set.
 
-    config.json, model.safetensors, and the tokenizers and settings of the directory that the model
-    came from. A BLIP-2 (no text branch) is written as one; an adapter of the language model goes
-    into a folder of its own; weights that are quantized or spread over ranks are written as loaded.
-    Raises OSError when the disk is full; what stood at ``path`` is then untouched.
-    """
-    with new_directory(Path(path)) as directory:
-        if model.assets is not None:
-            _copy_assets(model.assets, directory, model.config)
-        config = model.config.to_transformers()
-        dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
-        config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
-        weights = {n: v for n, v in model.state_dict().items() if ".lora." not in n}
-        weights |= _kept_elsewhere(model)
-        if lora.adapters(model.language_model):
-            lora.save_lora(model.language_model, directory / lora.FOLDER)
-        if not model.config.instruction_aware:
-            weights = {
-                re.sub(r"^qformer\.embeddings\.layernorm\.", "qformer.layernorm.", name): value
-                for name, value in weights.items()
-            }
-        write_weights(weights, directory / "model.safetensors")
+        Args:
+            path: a BLIP-2 or InstructBLIP directory that transformers or ``save_pretrained``
+                wrote, a run directory (its ``best``, else its ``last``), "starter", or
+                "hf://OWNER/NAME".
+            instruction_aware: None keeps what the directory holds. True turns a BLIP-2 into an
+                InstructBLIP by adding a text branch; False drops the text branch.
+            text_branch: where a BLIP-2's text branch comes from: a file of this project, or the
+                directory of a Blip2ForImageTextRetrieval or of a BERT. None reads
+                ``text_branch.safetensors`` in the directory itself; "random" draws a new one.
+            image_size: side in pixels; another one than the stored interpolates the position
+                embedding of the image encoder.
 
+        Raises:
+            FileNotFoundError: there is no such directory, or it holds no model.
+            ValueError: a file is damaged or does not fit; lists every missing, unexpected or
+                mis-shaped tensor.
+        """
+        directory = model_directory(path)
+        config = InstructBlipConfig.from_transformers(read_json(directory / "config.json"))
+        settings = directory / "generation_config.json"
+        weights = _rename_blip2(read_weights(directory))
+        weights = {name: value for name, value in weights.items() if not HARMLESS.fullmatch(name)}
+        aware = config.instruction_aware if instruction_aware is None else instruction_aware
+        if not aware:
+            weights = {name: v for name, v in weights.items() if not in_text_branch(name)}
+        elif not config.instruction_aware:
+            weights |= find_text_branch(directory, text_branch)
+        config = _fit_config(config, weights, aware, image_size)
+        with contextlib.nullcontext() if text_branch == "random" else NoRandomWeights():
+            model = cls(
+                config,
+                assets=directory,
+                generation_settings=read_json(settings) if settings.is_file() else {},
+            )
+        if aware and text_branch == "random":
+            weights |= {n: v for n, v in model.state_dict().items() if in_text_branch(n)}
+        positions = "vision_model.embeddings.position_embedding"
+        if image_size is not None and positions in weights:
+            num_tokens = config.vision.num_tokens
+            weights[positions] = interpolate_positions(weights[positions], num_tokens)
+        load_weights(model, weights, directory)
+        if (directory / lora.FOLDER).is_dir():
+            lora.load_lora(model.language_model, directory / lora.FOLDER)
+        return model.set_trainable(("qformer",)).eval()
 
-def _kept_elsewhere(model: InstructBlip) -> dict[str, Tensor]:
-    """Frozen weights that are not here in full, being quantized or spread over ranks: read again
-    from where the model was loaded."""
-    names = quantized_names(model)
-    names += [name for name, value in model.state_dict().items() if distributed.is_sharded(value)]
-    if not names:
-        return {}
-    assert model.assets is not None, "such a model was loaded from a directory"
-    stored = read_weights(model.assets)
-    return {name: stored[name] for name in names}
+    def save_pretrained(self, path: str | Path, assets: Path | None = None) -> None:
+        """Write a directory that transformers loads with the same logits, whole or not at all.
+
+        It holds config.json, model.safetensors, and the tokenizers and settings in the directory
+        ``assets`` (None: the one that the model was loaded from). A BLIP-2 is written as one; an
+        adapter of the language model goes into a folder of its own; weights that are quantized or
+        sharded over ranks are copied from where the model was loaded. Raises OSError when the disk
+        is full; what stood at ``path`` then stays as it was.
+        """
+        assets = assets or self.assets
+        with new_directory(Path(path)) as directory:
+            if assets is not None:
+                _copy_assets(assets, directory, self.config)
+            config = self.config.to_transformers()
+            dtypes = {str(p.dtype).removeprefix("torch.") for p in self.parameters()}
+            config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            (directory / "config.json").write_text(text, encoding="utf-8")
+            weights = {n: v for n, v in self.state_dict().items() if ".lora." not in n}
+            weights |= self._stored_elsewhere()
+            if lora.adapters(self.language_model):
+                lora.save_lora(self.language_model, directory / lora.FOLDER)
+            if not self.config.instruction_aware:
+                weights = {
+                    re.sub(r"^qformer\.embeddings\.layernorm\.", "qformer.layernorm.", name): value
+                    for name, value in weights.items()
+                }
+            write_weights(weights, directory / "model.safetensors")
+
+    def _stored_elsewhere(self) -> dict[str, Tensor]:
+        """Frozen weights that this process does not hold in full, because they are quantized or
+        sharded over ranks, read from the directory that the model was loaded from."""
+        names = quantized_names(self)
+        names += [
+            name for name, value in self.state_dict().items() if distributed.is_sharded(value)
+        ]
+        if not names:
+            return {}
+        assert self.assets is not None, "such a model was loaded from a directory"
+        stored = read_weights(self.assets)
+        return {name: stored[name] for name in names}
+
+    def set_trainable(self, choice: tuple[str, ...]) -> Self:
+        """Choose the parameters that train; defined by the model."""
+        raise NotImplementedError
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str) -> None:
@@ -228,16 +255,6 @@ def _fit_config(
     return config.model_copy(
         update={"qformer": qformer, "vision": vision, "instruction_aware": aware}
     )
-
-
-def _read_generation_settings(model: InstructBlip, file: Path) -> None:
-    """Keep the stored settings for whoever decodes; special tokens take effect at once."""
-    if not file.is_file():
-        return
-    model.generation_settings = read_json(file)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-        if model.generation_settings.get(name) is not None:
-            setattr(model.language_model.generation_config, name, model.generation_settings[name])
 
 
 def _copy_assets(source: Path, target: Path, config: InstructBlipConfig) -> None:
