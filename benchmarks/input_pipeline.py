@@ -22,11 +22,11 @@ from PIL import Image, ImageFilter
 
 from instructblip.data.images import ImageTransform, decode_image
 from instructblip.data.loader import Loader
-from instructblip.data.mixture import Mixture
+from instructblip.data.order import Mixture
 from instructblip.data.prepared.check import check_dataset
 from instructblip.data.prepared.dataset import PreparedDataset
 from instructblip.data.prepared.prepare import prepare
-from instructblip.data.samples import Pictures
+from instructblip.data.samples import ImageReader
 from instructblip.data.tokens import Tokens
 from instructblip.model.checkpoints.directory import model_directory
 
@@ -88,7 +88,7 @@ def time_loader(dataset: PreparedDataset, workers: int, steps: int = 20) -> None
         {"vqav2": dataset},
         Mixture({"vqav2": len(dataset)}),
         Tokens.from_pretrained(model_directory("starter")),
-        Pictures(ImageTransform(train=True), cache_images_mb=0),
+        ImageReader(ImageTransform(train=True), cache_images_mb=0),
         batch_size=64,
         workers=workers,
     )

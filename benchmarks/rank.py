@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from instructblip.core.batch import Batch
-from instructblip.data.collate import pad
+from instructblip.data.samples import pad
 from instructblip.model.config import (
     InstructBlipConfig,
     QFormerConfig,

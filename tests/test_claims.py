@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from instructblip.core.batch import Example
-from instructblip.data.mixture import Mixture
+from instructblip.data.order import Mixture
 from instructblip.data.templates import render_instruction
 from instructblip.evaluation.benchmarks import select_benchmarks
 from instructblip.evaluation.evaluate import evaluate

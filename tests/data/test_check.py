@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from instructblip.data.images import MAX_PIXELS, picture_fault
+from instructblip.data.images import MAX_PIXELS, image_fault
 from instructblip.data.prepared.check import (
     check_dataset,
-    evaluated_pictures,
+    evaluated_images,
     left_out,
     unchecked,
 )
@@ -86,17 +86,17 @@ def test_whole_and_cut_files(kind: str, tmp_path: Path):
     path = tmp_path / "a"
     Image.radial_gradient("L").convert("RGB").save(path, kind)
     data = path.read_bytes()
-    assert picture_fault(data) is None
-    assert picture_fault(data[: len(data) * 2 // 3])
+    assert image_fault(data) is None
+    assert image_fault(data[: len(data) * 2 // 3])
     if kind == "JPEG":  # cameras write more behind the end of the picture
-        assert picture_fault(data + b"trailer") is None
+        assert image_fault(data + b"trailer") is None
 
 
 def test_damage_in_the_middle_needs_decoding(tmp_path: Path):
     data = bytearray(write_picture(tmp_path / "a.png", (80, 80)).read_bytes())
     data[200:260] = bytes(60)
-    assert picture_fault(bytes(data)) is None
-    assert picture_fault(bytes(data), decode=True)
+    assert image_fault(bytes(data)) is None
+    assert image_fault(bytes(data), decode=True)
 
 
 def test_texts(tmp_path: Path, tokens: Tokens):
@@ -149,7 +149,7 @@ def test_leaked_pictures_are_found_by_content(tmp_path: Path):
     copy.write_bytes((tmp_path / "images" / "train1.png").read_bytes())
     test = vizwiz(tmp_path, [{}, {"image": copy.name}], "test")
     check_dataset(test)
-    evaluated = evaluated_pictures([test])
+    evaluated = evaluated_images([test])
     diagnosis = check_dataset(train, evaluated=evaluated, against=["vizwiz test"])
     assert (diagnosis.kinds, diagnosis.left_out) == ({"leaked picture": 1}, ())
     assert lines(train)[0]["index"] == 1

@@ -24,7 +24,7 @@ from instructblip.data.features import (
     store_name,
 )
 from instructblip.data.images import ImageTransform, load_image
-from instructblip.data.prepared.facts import gather_facts
+from instructblip.data.prepared.images import gather_facts
 from tests.testing import write_picture
 
 TRANSFORM = ImageTransform(image_size=8)

@@ -15,12 +15,12 @@ import pytest
 
 from instructblip.core.batch import Example
 from instructblip.data.features import hash_pictures
-from instructblip.data.prepared import facts as facts_module
+from instructblip.data.prepared import images as facts_module
 from instructblip.data.prepared import partial as partial_module
 from instructblip.data.prepared import prepare as prepare_module
 from instructblip.data.prepared.check import check_dataset, unchecked
 from instructblip.data.prepared.dataset import PreparedDataset
-from instructblip.data.prepared.facts import read_facts, summary
+from instructblip.data.prepared.images import read_facts, summary
 from instructblip.data.prepared.partial import claim
 from instructblip.data.prepared.prepare import (
     Job,
@@ -249,7 +249,7 @@ def test_hashes_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name, fact in facts.items():
         assert fact.sha256 == hashlib.sha256((root / "images" / name).read_bytes()).digest()
     assert data.manifest["images"] == summary(facts)
-    monkeypatch.setattr(facts_module, "picture_fault", None)  # read by prepare: not read again
+    monkeypatch.setattr(facts_module, "image_fault", None)  # read by prepare: not read again
     check_dataset(data)
     paths = [str(root / "images" / name) for name in facts]
     digests = hash_pictures(paths, data.facts())  # nor by a store of features

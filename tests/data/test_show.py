@@ -8,9 +8,9 @@ import pytest
 
 from instructblip.data.images import ImageTransform, load_image
 from instructblip.data.loader import Loader
-from instructblip.data.mixture import Mixture
+from instructblip.data.order import Mixture
 from instructblip.data.prepared.prepare import prepare
-from instructblip.data.samples import Pictures
+from instructblip.data.samples import ImageReader
 from instructblip.data.show import (
     to_terminal,
     training_samples,
@@ -32,7 +32,7 @@ def loader(tmp_path: Path, tokens: Tokens) -> Loader:
         for name in ("vqav2", "msvdqa")
     }
     mixture = Mixture({name: len(dataset) for name, dataset in datasets.items()})
-    pictures = Pictures(ImageTransform(image_size=16), num_frames=4)
+    pictures = ImageReader(ImageTransform(image_size=16), num_frames=4)
     return Loader(datasets, mixture, tokens, pictures, batch_size=4)
 
 

@@ -6,9 +6,9 @@ import torch
 
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
-from instructblip.data.mixture import Mixture
+from instructblip.data.order import Mixture
 from instructblip.data.prepared.prepare import prepare
-from instructblip.data.samples import Pictures
+from instructblip.data.samples import ImageReader
 from instructblip.data.tokens import Tokens
 from tests.testing import write_vqa
 
@@ -23,7 +23,7 @@ def test_official_files_become_a_batch(tmp_path: Path, tokens: Tokens) -> None:
         sets,
         Mixture({name: len(data) for name, data in sets.items()}),
         tokens,
-        Pictures(ImageTransform(image_size=8)),
+        ImageReader(ImageTransform(image_size=8)),
         batch_size=6,
     )
     batch = loader.batch(0)

@@ -157,7 +157,7 @@ def test_a_blip2_reads_no_instruction_in_its_qformer(tmp_path: Path, pictures: l
 
 def test_an_aware_model_needs_its_qformer_tokenizer(engine: Engine) -> None:
     with pytest.raises(ValueError, match="qformer_tokenizer"):
-        Engine(engine.model, replace(engine.tokens, qformer=None), engine.pictures.transform)
+        Engine(engine.model, replace(engine.tokens, qformer=None), engine.images.transform)
 
 
 def test_fingerprint_follows_the_weights(folder: Path, engine: Engine, tmp_path: Path) -> None:

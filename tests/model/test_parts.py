@@ -162,6 +162,6 @@ def test_command_combines_parts_and_the_result_answers(
     assert not stop.value.code
     assert "query tokens: 4" in capsys.readouterr().out
     engine = Engine.from_pretrained(tmp_path / "model", device="cpu")
-    assert engine.pictures.transform.mean == (0.5, 0.5, 0.5)
+    assert engine.images.transform.mean == (0.5, 0.5, 0.5)
     picture = write_picture(tmp_path / "a.png")
     assert isinstance(engine.answer(picture, "what?", num_beams=1, max_new_tokens=3), str)

@@ -27,7 +27,7 @@ def test_transformers_model_and_processor_answer_as_the_engine(tmp_path: Path) -
     file = write_picture(tmp_path / "a.png", seed=3)
     image = Image.open(file).convert("RGB")
     inputs = processor(images=image, text=QUESTION, return_tensors="pt")
-    pixels = engine.pictures.transform(image)
+    pixels = engine.images.transform(image)
     sample = engine.sample(("a",), (pixels,), QUESTION)
     placeholders = model.config.num_query_tokens
     assert inputs["input_ids"][0].tolist() == [260] * placeholders + sample.prompt_ids

@@ -337,7 +337,7 @@ class Slow:
 
 
 def jobs_of(engine: Engine, png: list[Path], **more: Any) -> list[Job]:
-    transform = engine.pictures.transform
+    transform = engine.images.transform
     return [
         Job(pixels=(transform(Image.open(p).convert("RGB")),), instruction="what?", **more)
         for p in png

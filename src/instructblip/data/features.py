@@ -37,9 +37,9 @@ from torch.utils.data import DataLoader
 from instructblip.core import distributed
 from instructblip.core.files import replacing
 from instructblip.data.images import ImageTransform, load_image
-from instructblip.data.prepared.facts import (
+from instructblip.data.prepared.images import (
     MISSING,
-    PictureFact,
+    ImageFact,
     gather_facts,
 )
 
@@ -206,7 +206,7 @@ def store_name(transform: ImageTransform, encoder: str, kind: FeatureType) -> st
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def hash_pictures(paths: Iterable[str], known: Mapping[str, PictureFact]) -> dict[str, str]:
+def hash_pictures(paths: Iterable[str], known: Mapping[str, ImageFact]) -> dict[str, str]:
     """sha256 of the bytes of each picture, by path; every rank looks at a part, all get the whole.
 
     What is ``known`` of a picture by its path (``PreparedDataset.facts``) stands while its size and

@@ -83,7 +83,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         ) from None
 
 
-def picture_fault(data: bytes, decode: bool = False) -> str | None:
+def image_fault(data: bytes, decode: bool = False) -> str | None:
     """Why a picture file cannot be used, or None.
 
     The header is read and the end of the file looked at; where that leaves a doubt, and with

@@ -20,12 +20,11 @@ from instructblip.core.batch import (
     Example,
     Sample,
 )
-from instructblip.data.collate import collate
-from instructblip.data.mixture import Mixture
-from instructblip.data.order import Order, mix
+from instructblip.data.order import Mixture, Order, mix
 from instructblip.data.samples import (
     Examples,
-    Pictures,
+    ImageReader,
+    collate,
     make_sample,
 )
 from instructblip.data.templates import (
@@ -52,7 +51,7 @@ class Loader:
         datasets: Mapping[str, Examples],
         mixture: Mixture,
         tokens: Tokens,
-        pictures: Pictures,
+        images: ImageReader,
         *,
         batch_size: int,
         seed: int = 0,
@@ -72,7 +71,7 @@ class Loader:
         if {name: len(data) for name, data in datasets.items()} != mixture.sizes:
             raise ValueError(f"mixture {mixture.sizes} is not of the data sets {list(datasets)}")
         self.names, self.datasets = list(datasets), list(datasets.values())
-        self.tokens, self.pictures = tokens, pictures
+        self.tokens, self.images = tokens, images
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.bucket_steps = bucket_steps
@@ -124,7 +123,7 @@ class Loader:
         """The pictures of a sample, of which all in a batch should have as many (``collate``); and
         its characters: close to its tokens, and no tokenizer has to run for them."""
         example, rendered = self.rendered(slot)
-        seen = self.pictures.seen(example.images)
+        seen = self.images.seen(example.images)
         return len(seen), len(rendered.prompt) + len(rendered.response)
 
     def sample(self, slot: int) -> Sample:
@@ -133,7 +132,7 @@ class Loader:
         example, rendered = self.rendered(slot)
         root = self.datasets[draw.dataset].image_root
         seed = mix(self._seed_of(slot), 4)
-        return make_sample(example, rendered, self.tokens, self.pictures, root, seed)
+        return make_sample(example, rendered, self.tokens, self.images, root, seed)
 
     def rendered(self, slot: int) -> tuple[Example, Rendered]:
         """The example of a slot and its texts: the same template and answer each time."""

@@ -17,10 +17,10 @@ from PIL import Image
 
 from instructblip.core.batch import Batch, Example
 from instructblip.core.files import replacing
-from instructblip.data.collate import collate
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.order import CYCLE
+from instructblip.data.samples import collate
 from instructblip.data.templates import Rendered
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _show(loader: Loader, name: str, slot: int) -> Shown:
     example, rendered = loader.rendered(slot)
     sample = loader.sample(slot)
     assert sample.pixels is not None
-    transform = loader.pictures.transform
+    transform = loader.images.transform
     batch = collate([sample])
     tokens = loader.tokens
     return Shown(
@@ -82,7 +82,7 @@ def _show(loader: Loader, name: str, slot: int) -> Shown:
         step=loader.step_of(slot),
         example=example,
         rendered=rendered,
-        images=loader.pictures.seen(example.images),
+        images=loader.images.seen(example.images),
         pictures=tuple(_picture(frame.numpy(), transform) for frame in sample.pixels),
         qformer=tuple(_tokens(tokens.qformer, batch, "qformer", False)) if tokens.qformer else (),
         language=(

@@ -11,7 +11,7 @@ from instructblip.core import distributed
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.prepared.dataset import PreparedDataset
-from instructblip.data.samples import Pictures
+from instructblip.data.samples import ImageReader
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.evaluate import Answerer, evaluate
 from instructblip.experiment.datasets import (
@@ -187,7 +187,7 @@ def make_validation(
         vocabularies = {b.name: vocabulary_of(recipe, b) for b in chosen}
     tokens, transform = read_assets(recipe, model)
     engine = Engine(model, tokens, transform)
-    engine.pictures = make_pictures(recipe, transform)
+    engine.images = make_pictures(recipe, transform)
     limit, batch_size = recipe.evaluation.validation_limit, recipe.evaluation.batch_size
     times = recipe.training.steps // (recipe.training.validate_every or recipe.training.steps)
     use_features(recipe, engine, datasets.values(), limit, times)
@@ -250,9 +250,9 @@ def make_answerer(
     return engine
 
 
-def make_pictures(recipe: Recipe, transform: ImageTransform) -> Pictures:
+def make_pictures(recipe: Recipe, transform: ImageTransform) -> ImageReader:
     data = recipe.data
-    return Pictures(transform, num_frames=data.num_frames, cache_images_mb=data.cache_images_mb)
+    return ImageReader(transform, num_frames=data.num_frames, cache_images_mb=data.cache_images_mb)
 
 
 def make_engine(recipe: Recipe, model: str, instruction_aware: bool | None = None) -> Engine:
@@ -263,5 +263,5 @@ def make_engine(recipe: Recipe, model: str, instruction_aware: bool | None = Non
         instruction_aware=instruction_aware,
     )
     engine.tokens = with_limits(engine.tokens, recipe, engine.model)
-    engine.pictures = replace(engine.pictures, num_frames=recipe.data.num_frames)
+    engine.images = replace(engine.images, num_frames=recipe.data.num_frames)
     return engine

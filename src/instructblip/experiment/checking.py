@@ -6,12 +6,11 @@ from dataclasses import replace
 from instructblip.data.prepared.check import (
     Diagnosis,
     check_dataset,
-    evaluated_pictures,
+    evaluated_images,
     left_out,
     unchecked,
 )
-from instructblip.data.prepared.dataset import PreparedDataset
-from instructblip.data.prepared.view import DatasetView
+from instructblip.data.prepared.dataset import DatasetView, PreparedDataset
 from instructblip.data.tokens import Tokens
 from instructblip.experiment import datasets as preparing
 from instructblip.model.checkpoints.directory import model_directory
@@ -35,7 +34,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             continue
         evaluated.append(dataset)
         yield check_dataset(dataset, decode=decode)
-    pictures = evaluated_pictures(evaluated)
+    pictures = evaluated_images(evaluated)
     tokens = _tokens(recipe)
     for name in preparing.training_names(recipe):
         if fault := evaluated_too(recipe, name):
@@ -52,7 +51,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             against=[key(dataset) for dataset in evaluated],
             tokens=tokens,
             drop_leaked=recipe.data.drop_leaked,
-            most_pictures=most_pictures(recipe, name),
+            max_images=most_pictures(recipe, name),
             decode=decode,
         )
 

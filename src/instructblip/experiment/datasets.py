@@ -4,13 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from instructblip.data.mixture import Mixture
+from instructblip.data.order import Mixture
 from instructblip.data.own.files import Own
 from instructblip.data.own.formats import own_source
 from instructblip.data.own.remote import fetch_tree, is_remote
-from instructblip.data.prepared.dataset import PreparedDataset
+from instructblip.data.prepared.dataset import DatasetView, PreparedDataset
 from instructblip.data.prepared.prepare import Job, prepare
-from instructblip.data.prepared.view import DatasetView
 from instructblip.data.sources import SOURCES, source_of
 from instructblip.data.templates import check_template, templates_of
 from instructblip.evaluation.benchmarks import groups_of, select_benchmarks

@@ -23,10 +23,9 @@ from instructblip.data.features import (
 )
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
-from instructblip.data.prepared.dataset import PreparedDataset
-from instructblip.data.prepared.facts import PictureFact
-from instructblip.data.prepared.view import DatasetView
-from instructblip.data.samples import Pictures
+from instructblip.data.prepared.dataset import DatasetView, PreparedDataset
+from instructblip.data.prepared.images import ImageFact
+from instructblip.data.samples import ImageReader
 from instructblip.evaluation.evaluate import pick
 from instructblip.experiment.datasets import TrainingSet
 from instructblip.inference.engine import Engine
@@ -41,7 +40,7 @@ FEATURES_FILE = "features.json"
 
 def features_note(batches: Batches) -> dict[str, str]:
     """What a run that reads ``batches`` notes down for `began_with`."""
-    stored = isinstance(batches, Loader) and batches.pictures.features is not None
+    stored = isinstance(batches, Loader) and batches.images.features is not None
     return {FEATURES_FILE: json.dumps({"stored": stored}) + "\n"}
 
 
@@ -63,15 +62,15 @@ def use_features(
     """Let ``engine`` answer from stored features where that is exact; ``times`` over the sets."""
     images = [(d, [d[i].images for i in pick(len(d), limit)]) for d in datasets]
     reads = times * sum(len(frames) for _, frames in images)
-    engine.pictures.features = make_features(
-        recipe, engine.model, engine.pictures, images, reads, exact=True
+    engine.images.features = make_features(
+        recipe, engine.model, engine.images, images, reads, exact=True
     )
 
 
 def make_features(
     recipe: Recipe,
     model: InstructBlip,
-    pictures: Pictures,
+    pictures: ImageReader,
     images: Iterable[tuple[TrainingSet, Iterable[tuple[str, ...]]]],
     reads: int,
     exact: bool = False,
@@ -94,7 +93,7 @@ def make_features(
         return None
     root = settings.root or recipe.data.root / "features"
     frames: set[tuple[str, str]] = set()
-    known: dict[str, PictureFact] = {}
+    known: dict[str, ImageFact] = {}
     for dataset, names in images:
         for shown in (pictures.paths(own, dataset.image_root) for own in names):
             frames |= {(path, shown[0]) for path in shown}
@@ -124,7 +123,7 @@ def make_features(
     return features
 
 
-def _facts_of(dataset: TrainingSet) -> dict[str, PictureFact]:
+def _facts_of(dataset: TrainingSet) -> dict[str, ImageFact]:
     whole = dataset.dataset if isinstance(dataset, DatasetView) else dataset
     return whole.facts() if isinstance(whole, PreparedDataset) else {}
 

@@ -9,13 +9,13 @@ import yaml
 
 from instructblip.core.version import __version__
 from instructblip.data.loader import Loader
-from instructblip.data.mixture import Mixture
+from instructblip.data.order import Mixture
 from instructblip.data.own.folder import (
     FolderSet,
     read_folder,
     split_by_picture,
 )
-from instructblip.data.samples import Pictures
+from instructblip.data.samples import ImageReader
 from instructblip.evaluation.benchmarks.benchmark import Benchmark
 from instructblip.evaluation.compare import compare
 from instructblip.evaluation.evaluate import evaluate
@@ -179,7 +179,7 @@ def _loader(recipe: Recipe, training: FolderSet, model: InstructBlip) -> Loader:
         {"own": training},
         Mixture(sizes={"own": len(training)}, weights={"own": 1.0}, temperature=1.0),
         tokens,
-        Pictures(transform.for_training() if recipe.data.augment else transform),
+        ImageReader(transform.for_training() if recipe.data.augment else transform),
         batch_size=recipe.training.batch_size,
         seed=recipe.data.seed,
     )
@@ -188,7 +188,7 @@ def _loader(recipe: Recipe, training: FolderSet, model: InstructBlip) -> Loader:
 def _validation(recipe: Recipe, held: FolderSet, model: InstructBlip) -> Any:
     tokens, transform = assembly.read_assets(recipe, model)
     engine = Engine(model, tokens, transform)
-    engine.pictures = assembly.make_pictures(recipe, transform)
+    engine.images = assembly.make_pictures(recipe, transform)
 
     def validate(_model: InstructBlip) -> dict[str, float]:
         results = _measure(engine, held, None, recipe.evaluation.validation_limit)

@@ -20,9 +20,8 @@ from instructblip.core.batch import (
     Example,
     Sample,
 )
-from instructblip.data.collate import collate
 from instructblip.data.images import ImageTransform, to_rgb
-from instructblip.data.samples import Pictures, make_sample
+from instructblip.data.samples import ImageReader, collate, make_sample
 from instructblip.data.templates import Rendered, warn_of_other_templates
 from instructblip.data.tokens import Tokens
 from instructblip.inference.decoding import DECODING, check_decoding
@@ -79,7 +78,7 @@ class Engine:
         self.tokens = replace(
             tokens, qformer=tokens.qformer if aware else None, max_instruction=longest
         )
-        self.pictures = Pictures(transform)
+        self.images = ImageReader(transform)
         self.decoding = {
             k: v for k, v in (decoding or {}).items() if k in DECODING and v is not None
         }
@@ -256,7 +255,7 @@ class Engine:
         shared = self.model if self.model.config.instruction_aware else None
         drawing = from_pretrained(self.model.assets, shared).requires_grad_(False)
         tokens = Tokens.from_pretrained(self.model.assets)
-        return Painter(drawing.to(self.device), tokens, self.pictures.transform)
+        return Painter(drawing.to(self.device), tokens, self.images.transform)
 
     def answer_examples(
         self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path, **decoding: Any
@@ -286,7 +285,7 @@ class Engine:
         self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path
     ) -> Batch:
         samples = [
-            make_sample(example, Rendered(prompt, prompt), self.tokens, self.pictures, image_root)
+            make_sample(example, Rendered(prompt, prompt), self.tokens, self.images, image_root)
             for example, prompt in zip(examples, prompts, strict=True)
         ]
         return self._collate(samples)
@@ -322,8 +321,8 @@ class Engine:
 
     def _pixels(self, picture: Picture, key: str) -> torch.Tensor:
         if isinstance(picture, Image.Image):
-            return self.pictures.transform(to_rgb(picture))
-        return self.pictures.load(key, None, flip=False)
+            return self.images.transform(to_rgb(picture))
+        return self.images.load(key, None, flip=False)
 
     def _collate(self, samples: list[Sample]) -> Batch:
         return collate(samples).to(self.device)

@@ -257,7 +257,7 @@ def _jobs(
     """To answer, to look and, where there are candidates, to rank; all submitted."""
     batcher, config = service.batchers[name], service.config
     shared: dict[str, Any] = {
-        "pixels": (batcher.engine.pictures.transform(picture),),
+        "pixels": (batcher.engine.images.transform(picture),),
         "instruction": instruction,
         "deadline": time.monotonic() + config.timeout_s,
     }

@@ -67,7 +67,7 @@ class Service:
             )
 
         def load(url: str, place: str) -> Tensor:
-            return engine.pictures.transform(read_picture(url, self.config, place))
+            return engine.images.transform(read_picture(url, self.config, place))
 
         found = []
         for number, url in enumerate(urls):

@@ -8,10 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.core.batch import Batch
-from instructblip.data.collate import pad
 from instructblip.data.images import ImageTransform
-from instructblip.data.mixture import Mixture
-from instructblip.data.order import Order
+from instructblip.data.order import Mixture, Order
+from instructblip.data.samples import pad
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
 from instructblip.text_to_image.tasks import DrawExample, Drawings

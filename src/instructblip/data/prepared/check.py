@@ -22,11 +22,11 @@ from instructblip.data.prepared.dataset import (
     DATA_FILE,
     MANIFEST_FILE,
     PreparedDataset,
-    picture_names,
+    image_names,
 )
-from instructblip.data.prepared.facts import (
+from instructblip.data.prepared.images import (
     FACTS_FILE,
-    PictureFact,
+    ImageFact,
     first_changed,
     read_facts,
     summary,
@@ -114,7 +114,7 @@ def check_dataset(
     against: Sequence[str] = (),
     tokens: Tokens | None = None,
     drop_leaked: bool = False,
-    most_pictures: int | None = None,
+    max_images: int | None = None,
     decode: bool = False,
 ) -> Diagnosis:
     """Checks every example and every picture once, and writes down what it found.
@@ -125,11 +125,11 @@ def check_dataset(
         tokens: finds answers longer than ``max_response`` and prompts longer than ``max_prompt``;
             without them no length is checked.
         drop_leaked: counts leaked pictures as bad.
-        most_pictures: how many of an example the model sees; None where it is shown a choice of
+        max_images: how many of an example the model sees; None where it is shown a choice of
             them, as of the frames of a video.
         decode: decodes every picture whole, which finds damage in the middle of a file.
     """
-    facts = picture_facts(dataset, decode)
+    facts = image_facts(dataset, decode)
     bad_kinds = {*BAD, LEAKED} if drop_leaked else {*BAD}
     kinds: Counter[str] = Counter()
     left_out: dict[int, None] = {}
@@ -144,7 +144,7 @@ def check_dataset(
         temporary.open("w", encoding="utf-8") as file,
     ):
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-        for finding in _findings(dataset, facts, evaluated or {}, tokens, most_pictures):
+        for finding in _findings(dataset, facts, evaluated or {}, tokens, max_images):
             kinds[finding.kind] += 1
             if finding.kind in bad_kinds:
                 left_out[finding.index] = None
@@ -160,7 +160,7 @@ def check_dataset(
             "kinds": dict(kinds),
             "against": sorted(against),
             "drop_leaked": drop_leaked,
-            "most_pictures": most_pictures,
+            "most_pictures": max_images,
             "left_out": list(left_out),
         },
     )
@@ -171,9 +171,9 @@ def check_dataset(
     )  # fmt: skip
 
 
-def picture_facts(dataset: PreparedDataset, decode: bool = False) -> dict[str, PictureFact]:
+def image_facts(dataset: PreparedDataset, decode: bool = False) -> dict[str, ImageFact]:
     """Facts about every picture of a data set as it is now; the manifest then has them, too."""
-    names = picture_names(dataset.path / DATA_FILE)
+    names = image_names(dataset.path / DATA_FILE)
     title = f"checking {dataset.name} {dataset.split}"
     path = dataset.path / FACTS_FILE
     facts = update_facts(path, names, dataset.image_root, title, decode=decode)
@@ -183,7 +183,7 @@ def picture_facts(dataset: PreparedDataset, decode: bool = False) -> dict[str, P
     return facts
 
 
-def evaluated_pictures(datasets: Iterable[PreparedDataset]) -> dict[bytes, str]:
+def evaluated_images(datasets: Iterable[PreparedDataset]) -> dict[bytes, str]:
     """sha256 of every picture in the data sets, with the name of a set that shows it."""
     found: dict[bytes, str] = {}
     for dataset in datasets:
@@ -207,7 +207,7 @@ def unchecked(
     dataset: PreparedDataset,
     against: Collection[str] = (),
     drop_leaked: bool = False,
-    most_pictures: int | None = None,
+    max_images: int | None = None,
 ) -> str:
     """Why the last check does not hold for the data as it is now; empty when it does.
 
@@ -225,7 +225,7 @@ def unchecked(
         return f"was not checked for leaked pictures against {', '.join(missing)}"
     if checked["drop_leaked"] != drop_leaked:
         return "was checked with another data.drop_leaked"
-    if checked["most_pictures"] != most_pictures:
+    if checked["most_pictures"] != max_images:
         return "was checked with another data.num_frames"
     changed = first_changed(dataset.image_root, read_facts(dataset.path / FACTS_FILE))
     return f"has changed since it was checked (picture {changed})" if changed else ""
@@ -238,15 +238,15 @@ def _read_check(dataset: PreparedDataset) -> dict[str, Any]:
 
 def _findings(
     dataset: PreparedDataset,
-    facts: Mapping[str, PictureFact],
+    facts: Mapping[str, ImageFact],
     evaluated: Mapping[bytes, str],
     tokens: Tokens | None,
-    most_pictures: int | None,
+    max_images: int | None,
 ) -> Iterator[Finding]:
     same, ids = _Repeats(), _Repeats()
     for i, example in enumerate(dataset):
-        if most_pictures is not None and (count := len(example.images)) > most_pictures:
-            reason = f"{count}, and the model sees {most_pictures}; set data.num_frames={count}"
+        if max_images is not None and (count := len(example.images)) > max_images:
+            reason = f"{count}, and the model sees {max_images}; set data.num_frames={count}"
             yield Finding(i, example.where, "too many pictures", reason)
         for kind, reason in _faults(example, dataset.image_root, facts, evaluated, tokens):
             yield Finding(i, example.where, kind, reason)
@@ -274,7 +274,7 @@ class _Repeats:
 def _faults(
     example: Example,
     root: Path,
-    facts: Mapping[str, PictureFact],
+    facts: Mapping[str, ImageFact],
     evaluated: Mapping[bytes, str],
     tokens: Tokens | None,
 ) -> Iterator[tuple[str, str]]:

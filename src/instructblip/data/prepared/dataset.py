@@ -5,8 +5,8 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import pyarrow as pa
 
 from instructblip.core.batch import Example
-from instructblip.data.prepared.facts import (
+from instructblip.data.prepared.images import (
     FACTS_FILE,
-    PictureFact,
+    ImageFact,
     read_facts,
 )
+from instructblip.data.samples import Examples
 
 FORMAT_VERSION = 2
 DATA_FILE = "data.arrow"
@@ -91,7 +92,7 @@ class PreparedDataset:
         """The distinct ``Example.images``, without reading anything else."""
         return {tuple(names) for names in self.column("images")}
 
-    def facts(self) -> dict[str, PictureFact]:
+    def facts(self) -> dict[str, ImageFact]:
         """What was last found out about the picture files, by path."""
         known = read_facts(self.path / FACTS_FILE)
         return {str(self.image_root / name): fact for name, fact in known.items()}
@@ -119,7 +120,33 @@ class PreparedDataset:
         return f"PreparedDataset({self.name} {self.split}, {len(self)} examples)"
 
 
-def picture_names(data: Path) -> dict[str, None]:
+@dataclass(frozen=True)
+class DatasetView:
+    """Some examples of a data set, by index."""
+
+    dataset: Examples
+    indices: Sequence[int]
+
+    @property
+    def name(self) -> str:
+        return self.dataset.name
+
+    @property
+    def image_root(self) -> Path:
+        return self.dataset.image_root
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int, /) -> Example:
+        return self.dataset[self.indices[index]]
+
+    def images(self) -> set[tuple[str, ...]]:
+        """The distinct ``Example.images``."""
+        return {self[i].images for i in range(len(self))}
+
+
+def image_names(data: Path) -> dict[str, None]:
     """The pictures that the examples of a ``data.arrow`` show, each once, in their order."""
     with pa.ipc.open_stream(pa.memory_map(str(data))) as reader:
         parts = (batch.column("images").flatten().unique().to_pylist() for batch in reader)

@@ -25,9 +25,9 @@ from instructblip.data.prepared.dataset import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     PreparedDataset,
-    picture_names,
+    image_names,
 )
-from instructblip.data.prepared.facts import (
+from instructblip.data.prepared.images import (
     FACTS_FILE,
     read_facts,
     summary,
@@ -177,7 +177,7 @@ def _write(
     (folder / BAD_FILE).write_text(lines, encoding="utf-8")
     facts = update_facts(
         folder / FACTS_FILE,
-        picture_names(folder / DATA_FILE),
+        image_names(folder / DATA_FILE),
         image_root,
         f"{name} {split}",
         known=read_facts(target / FACTS_FILE),

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from instructblip.core.files import replacing
 from instructblip.core.progress import progress_bar
-from instructblip.data.images import MAX_FILE_BYTES, picture_fault
+from instructblip.data.images import MAX_FILE_BYTES, image_fault
 
 FACTS_FILE = "pictures.arrow"
 MISSING = "does not exist"
@@ -36,7 +36,7 @@ _NAMES_PER_TASK = 64
 _PARTS_AHEAD = 64
 
 
-class PictureFact(NamedTuple):
+class ImageFact(NamedTuple):
     """One picture file. ``fault`` is empty when it opens; ``sha256`` is of the file's bytes, empty
     where they could not be read."""
 
@@ -52,17 +52,17 @@ def update_facts(
     root: Path,
     title: str,
     *,
-    known: Mapping[str, PictureFact] | None = None,
+    known: Mapping[str, ImageFact] | None = None,
     decode: bool = False,
     progress: bool = True,
-) -> dict[str, PictureFact]:
+) -> dict[str, ImageFact]:
     """Facts about the pictures ``names``, from ``file`` (and ``known``) where they are still right.
 
     ``file`` then holds them; when the reading is interrupted, it holds what was read until then.
     """
     written = read_facts(file)
     known = {**(known or {}), **written}
-    facts: dict[str, PictureFact] = {}
+    facts: dict[str, ImageFact] = {}
     saved = time.monotonic()
     with progress_bar(title, "pictures", shown=progress) as advance:
         try:
@@ -82,7 +82,7 @@ def update_facts(
     return facts
 
 
-def summary(facts: Mapping[str, PictureFact]) -> dict[str, Any]:
+def summary(facts: Mapping[str, ImageFact]) -> dict[str, Any]:
     """Number, bytes and one sha256 of all pictures, as the manifest has them."""
     size = sum(fact.size for fact in facts.values())
     return {"count": len(facts), "bytes": size, "sha256": digest(facts)}
@@ -91,17 +91,17 @@ def summary(facts: Mapping[str, PictureFact]) -> dict[str, Any]:
 def gather_facts(
     names: Iterable[str],
     root: Path,
-    known: Mapping[str, PictureFact],
+    known: Mapping[str, ImageFact],
     *,
     decode: bool = False,
     workers: int | None = None,
-) -> Iterator[tuple[str, PictureFact]]:
+) -> Iterator[tuple[str, ImageFact]]:
     """Reads each picture below ``root`` once, unless ``known`` has it with this size and date.
 
     ``decode`` decodes every picture whole; otherwise the header and the end of the file are read.
     """
 
-    def look(part: tuple[str, ...]) -> list[tuple[str, PictureFact]]:
+    def look(part: tuple[str, ...]) -> list[tuple[str, ImageFact]]:
         return [(name, _look_at(root / name, known.get(name), decode)) for name in part]
 
     # Threads are enough: reading and hashing release the interpreter's lock.
@@ -112,7 +112,7 @@ def gather_facts(
                 yield from facts
 
 
-def first_changed(root: Path, facts: Mapping[str, PictureFact]) -> str | None:
+def first_changed(root: Path, facts: Mapping[str, ImageFact]) -> str | None:
     """The first picture that has changed since ``facts`` were gathered, or None."""
     for name, fact in facts.items():
         try:
@@ -124,7 +124,7 @@ def first_changed(root: Path, facts: Mapping[str, PictureFact]) -> str | None:
     return None
 
 
-def digest(facts: Mapping[str, PictureFact]) -> str:
+def digest(facts: Mapping[str, ImageFact]) -> str:
     """One sha256 over the names and hashes of all pictures."""
     total = hashlib.sha256()
     for name in sorted(facts):
@@ -132,7 +132,7 @@ def digest(facts: Mapping[str, PictureFact]) -> str:
     return total.hexdigest()
 
 
-def write_facts(path: Path, facts: Mapping[str, PictureFact]) -> None:
+def write_facts(path: Path, facts: Mapping[str, ImageFact]) -> None:
     columns = [list(facts), *([f[i] for f in facts.values()] for i in range(len(_SCHEMA) - 1))]
     with (
         replacing(path) as temporary,
@@ -142,7 +142,7 @@ def write_facts(path: Path, facts: Mapping[str, PictureFact]) -> None:
         writer.write_table(pa.table(columns, schema=_SCHEMA))
 
 
-def read_facts(path: Path) -> dict[str, PictureFact]:
+def read_facts(path: Path) -> dict[str, ImageFact]:
     """What ``write_facts`` wrote; empty when there is nothing."""
     if not path.is_file():
         return {}
@@ -150,7 +150,7 @@ def read_facts(path: Path) -> dict[str, PictureFact]:
         table = reader.read_all()
     names, *columns = (column.to_pylist() for column in table.columns)
     return {
-        name: PictureFact(*values)
+        name: ImageFact(*values)
         for name, values in zip(names, zip(*columns, strict=True), strict=True)
     }
 
@@ -161,18 +161,18 @@ def _batched(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
         yield part
 
 
-def _look_at(path: Path, known: PictureFact | None, decode: bool) -> PictureFact:
+def _look_at(path: Path, known: ImageFact | None, decode: bool) -> ImageFact:
     try:
         stat = path.stat()
         size, modified = stat.st_size, stat.st_mtime_ns
         if known and not decode and (known.size, known.modified_ns) == (size, modified):
             return known
         if size > MAX_FILE_BYTES:
-            return PictureFact(size, modified, b"", f"has more than {MAX_FILE_BYTES} bytes")
+            return ImageFact(size, modified, b"", f"has more than {MAX_FILE_BYTES} bytes")
         data = path.read_bytes()
     except FileNotFoundError:
-        return PictureFact(0, 0, b"", MISSING)
+        return ImageFact(0, 0, b"", MISSING)
     except OSError as error:
-        return PictureFact(0, 0, b"", f"cannot be read: {error.strerror or error}")
-    fault = picture_fault(data, decode) or ""
-    return PictureFact(size, modified, hashlib.sha256(data).digest(), fault)
+        return ImageFact(0, 0, b"", f"cannot be read: {error.strerror or error}")
+    fault = image_fault(data, decode) or ""
+    return ImageFact(size, modified, hashlib.sha256(data).digest(), fault)
