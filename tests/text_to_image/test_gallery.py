@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from instructblip.cli.stages_measure import drawn_sets
 from instructblip.evaluation.report import write_report
 from instructblip.text_to_image.gallery import (
     INDEX,
@@ -65,7 +66,8 @@ def test_the_report_shows_them(measured: list[Measured], tmp_path: Path):
     kinds[0]["drawings"][0]["prompt"] = HOSTILE
     index.write_text(json.dumps(kinds))
     results = [evaluated(tmp_path)]
-    page = write_report(tmp_path / "with.html", {"a": results}, drawn=tmp_path).read_text()
+    drawn = drawn_sets(tmp_path)
+    page = write_report(tmp_path / "with.html", {"a": results}, drawn=drawn).read_text()
     assert page.count('<div class="yes"><img') + page.count('<div class="no"><img') == 8
     assert page.count('class="subject" src="data:image/png;base64,') == 4
     assert '<th scope="row">one object</th>' in page
@@ -82,8 +84,9 @@ def test_pictures_outside_the_folder_are_refused(measured: list[Measured], tmp_p
     kinds[0]["drawings"][0]["picture"] = "../secret.png"
     measured[0].pictures[0].save(tmp_path / "secret.png")
     index.write_text(json.dumps(kinds))
+    drawn = drawn_sets(tmp_path / "drawn")
     with pytest.raises(ValueError, match="secret"):
-        write_report(tmp_path / "r.html", {"a": [evaluated(tmp_path)]}, drawn=tmp_path / "drawn")
+        write_report(tmp_path / "r.html", {"a": [evaluated(tmp_path)]}, drawn=drawn)
 
 
 def evaluated(folder: Path):

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from instructblip.evaluation.report import DrawnSet
     from instructblip.evaluation.result import Result
     from instructblip.recipe.schema import Recipe
 
@@ -186,8 +188,24 @@ def report(
         baseline=baseline,
         curves={run.name: run / "metrics.jsonl" for run in runs},
         facts={"version": __version__},
-        drawn=drawn,
+        drawn=drawn_sets(drawn) if drawn else (),
     )
+
+
+def drawn_sets(folder: Path) -> "list[DrawnSet]":
+    """The images that ``benchmarks/draw.py --out`` wrote into ``folder``, for the report."""
+    from instructblip.evaluation.report import DrawnImage, DrawnSet
+    from instructblip.text_to_image.gallery import read_drawings
+
+    return [
+        DrawnSet(
+            kind.kind.replace("_", " "),
+            folder,
+            asdict(kind.figures),
+            [DrawnImage(d.prompt, d.picture, d.subject, d.right) for d in kind.drawings],
+        )
+        for kind in read_drawings(folder)
+    ]
 
 
 def load_results(folders: Sequence[Path]) -> "dict[str, list[Result]]":

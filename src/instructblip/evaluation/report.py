@@ -6,7 +6,7 @@ engine; none is ever put into script or style.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,30 @@ from instructblip.evaluation.result import Result
 TEMPLATE = "report.html.j2"
 
 
+@dataclass(frozen=True, slots=True)
+class DrawnImage:
+    """A generated image, the image it was drawn from (None without one), and the verdict."""
+
+    prompt: str
+    image: str
+    source: str | None
+    correct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnSet:
+    """Generated images of one kind of prompt. ``folder`` holds their files.
+
+    ``figures``: objects, exact, place, colour and shape in percent, the number of pictures, and the
+    seconds that one of them takes.
+    """
+
+    title: str
+    folder: Path
+    figures: Mapping[str, float]
+    images: Sequence[DrawnImage]
+
+
 def write_report(
     path: Path | str,
     models: Mapping[str, Sequence[Result]],
@@ -39,7 +63,7 @@ def write_report(
     curves: Mapping[str, Path] | None = None,
     facts: Mapping[str, str] | None = None,
     samples_per_set: int = 24,
-    drawn: Path | None = None,
+    drawn: Sequence[DrawnSet] = (),
 ) -> Path:
     """Write the report of ``models`` to ``path``, whole or not at all.
 
@@ -50,7 +74,7 @@ def write_report(
         curves: name of a run -> its metrics.jsonl.
         facts: label -> value, for the foot of the page (seconds, recipe, version, ...).
         samples_per_set: cards in the gallery per benchmark; 0 leaves it out.
-        drawn: a folder of pictures that ``benchmarks/draw.py --out`` wrote; a section of its own.
+        drawn: generated images with the figures of each kind of prompt; a separate section.
     """
     path = Path(path)
     if baseline is not None and baseline in models:
@@ -75,7 +99,7 @@ def write_report(
         charts=charts,
         cards=make_cards(models, samples_per_set) if samples_per_set else [],
         settings=_settings(models),
-        drawn=_drawn(drawn) if drawn else [],
+        drawn=[(each.title, each.figures, _drawn_cards(each)) for each in drawn],
         facts=dict(facts or {}),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,27 +129,15 @@ def _tiles(comparison: Comparison, subject: str) -> list[Tile]:
     return [Tile(ROLES[row.role], row) for row in comparison.means if subject in row.cells]
 
 
-@dataclass(frozen=True, slots=True)
-class DrawnCard:
-    """A drawn picture and its subject as data addresses."""
-
-    prompt: str
-    picture: str
-    subject: str | None
-    right: bool
-
-
-def _drawn(folder: Path) -> list[tuple[str, Any, list[DrawnCard]]]:
-    """Title, figures and cards of each kind of prompt."""
-    from instructblip.text_to_image.gallery import read_drawings
-
-    def card(drawing: Any) -> DrawnCard:
-        subject = drawing.subject and thumbnail(drawing.subject, folder)
-        return DrawnCard(drawing.prompt, thumbnail(drawing.picture, folder), subject, drawing.right)
-
+def _drawn_cards(drawn: DrawnSet) -> list[DrawnImage]:
+    """The images of one kind of prompt, with data URLs in place of file names."""
     return [
-        (kind.kind.replace("_", " "), kind.figures, [card(each) for each in kind.drawings])
-        for kind in read_drawings(folder)
+        replace(
+            each,
+            image=thumbnail(each.image, drawn.folder),
+            source=each.source and thumbnail(each.source, drawn.folder),
+        )
+        for each in drawn.images
     ]
 
 
