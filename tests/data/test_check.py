@@ -71,7 +71,7 @@ def test_unreadable_pictures(tmp_path: Path):
         ("cut.png", "truncated"),
         ("half.jpg", "truncated"),
         ("empty.jpg", "empty file"),
-        ("text.jpg", "not a picture"),
+        ("text.jpg", "not an image"),
         ("bomb.png", f"9000 x 9000 pixels; at most {MAX_PIXELS}"),
         ("folder.png", "directory"),
         ("later.png", "does not exist"),

@@ -1,4 +1,4 @@
-"""The batch at step s is a function of (seed, s); mixture, order, collate and evaluation."""
+"""The batch at step s is a function of (seed, s); mixture, order and collation."""
 
 import random
 from collections import Counter
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from instructblip.core.batch import (
     Batch,
-    Example,
     Sample,
 )
 from instructblip.data.images import ImageTransform
@@ -47,9 +46,11 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Examples]:
 
 def make(sets: dict[str, Examples], tokens: Tokens, **options: Any) -> Loader:
     transform = ImageTransform(image_size=8, train=options.pop("augment", True))
+    names = ("features", "cache_images_mb")
+    reader = {name: options.pop(name) for name in names if name in options}
     mixture = Mixture({name: len(data) for name, data in sets.items()})
     options = {"batch_size": 8, "seed": 5} | options
-    return Loader(sets, mixture, tokens, ImageReader(transform), **options)
+    return Loader(sets, mixture, tokens, ImageReader(transform, **reader), **options)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -95,7 +96,7 @@ def test_ranks_and_micro_batches_share_the_same_samples(
         make(sets, tokens, world_size=3)
 
 
-def test_buckets_hold_what_their_window_would_have_held(
+def test_a_window_of_buckets_has_the_samples_of_its_steps(
     sets: dict[str, Examples], tokens: Tokens
 ) -> None:
     plain, loader = make(sets, tokens), make(sets, tokens, bucket_steps=4)
@@ -104,7 +105,7 @@ def test_buckets_hold_what_their_window_would_have_held(
         drawn = sorted(slot for batch in window for slot in batch)
         assert drawn == list(range(number * 32, number * 32 + 32))
     lengths = [[loader._length(slot) for slot in batch] for batch in windows[1]]
-    assert all(own == sorted(own) for own in lengths)
+    assert all(step == sorted(step) for step in lengths)
     by_length = sorted(lengths)
     assert lengths != by_length  # the batches are shuffled
     assert all(a[-1] <= b[0] for a, b in pairwise(by_length))
@@ -117,7 +118,7 @@ def test_buckets_hold_what_their_window_would_have_held(
     assert padding(loader, 4) < padding(plain, 4)
 
 
-def test_buckets_keep_pictures_and_videos_apart(
+def test_buckets_keep_images_and_videos_apart(
     sets: dict[str, Examples], tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = make(sets, tokens, bucket_steps=4)
@@ -149,7 +150,7 @@ def test_buckets_go_to_ranks_and_micro_batches_by_length(
     for ranks, accumulate in [(2, 1), (1, 4), (2, 2)]:
         options = {"world_size": ranks, "accumulate": accumulate, "bucket_steps": steps}
         loaders = [make(sets, tokens, rank=rank, **options) for rank in range(ranks)]
-        parts = [list(own.slots(3, micro)) for micro in range(accumulate) for own in loaders]
+        parts = [list(one.slots(3, micro)) for micro in range(accumulate) for one in loaders]
         assert [slot for part in parts for slot in part] == list(whole.slots(3))
 
 
@@ -158,26 +159,25 @@ def of_samples(batch: Batch) -> Tensor:
     return batch.pixel_values[batch.image_index[:, 0]]
 
 
-def test_cache_and_shared_pictures(sets: dict[str, Examples], tokens: Tokens) -> None:
+def test_cache_and_shared_images(sets: dict[str, Examples], tokens: Tokens) -> None:
     plain = make(sets, tokens, augment=False)
     batch = plain.batch(0)
     assert batch.pixel_values is not None
     assert len(batch.pixel_values) < len(batch)  # ten questions on five pictures
     assert same(batch, plain.batch(0))
-    assert plain.images._bytes == 8 * 8 * 3 * len(plain.images._cache)
-    small = make(sets, tokens, augment=False)
-    small.images.cache_images_mb = 0
+    assert plain.images._cached_bytes == 8 * 8 * 3 * len(plain.images._cache)
+    small = make(sets, tokens, augment=False, cache_images_mb=0)
     assert same(batch, small.batch(0))
     assert not small.images._cache
 
 
 def test_cache_is_bounded(tmp_path: Path) -> None:
-    pictures = ImageReader(ImageTransform(image_size=400), cache_images_mb=1)  # two of 0.5 MB
+    images = ImageReader(ImageTransform(image_size=400), cache_images_mb=1)  # two of 0.5 MB
     for i in (0, 1, 0, 2):
         path = tmp_path / f"{i}.png"
-        pictures.load(str(path if path.exists() else write_picture(path)), None, True)
-    assert [Path(key).stem for key in pictures._cache] == ["0", "2"]
-    assert pictures._bytes == 2 * 400 * 400 * 3
+        images.load(str(path if path.exists() else write_picture(path)), None, True)
+    assert [Path(key).stem for key in images._cache] == ["0", "2"]
+    assert images._cached_bytes == 2 * 400 * 400 * 3
 
 
 def test_features_replace_pixels(sets: dict[str, Examples], tokens: Tokens) -> None:
@@ -188,9 +188,7 @@ def test_features_replace_pixels(sets: dict[str, Examples], tokens: Tokens) -> N
         def view(self, seed: int) -> int:
             return seed % 2
 
-    loader = make(sets, tokens, augment=False)
-    loader.images.features = Stored()
-    batch = loader.batch(0)
+    batch = make(sets, tokens, augment=False, features=Stored()).batch(0)
     assert batch.pixel_values is None
     assert batch.image_features is not None
     assert batch.image_features.shape[1:] == (4, 2)
@@ -206,10 +204,10 @@ def test_templates_of_one_set(sets: dict[str, Examples], tokens: Tokens) -> None
         make(sets, tokens, templates={"vqav2": ["{nonsense}"]})
 
 
-def test_missing_picture_names_record_and_file(tmp_path: Path, tokens: Tokens) -> None:
+def test_an_unreadable_image_names_record_and_file(tmp_path: Path, tokens: Tokens) -> None:
     data = prepare("vqav2", write_vqa(tmp_path, 2), "train", tmp_path / "out")
     (tmp_path / "images" / "COCO_train2014_000000000000.jpg").write_bytes(b"\xff\xd8 half")
-    with pytest.raises(ValueError, match=r"questions\.json:record \d: picture .*000\.jpg"):
+    with pytest.raises(ValueError, match=r"questions\.json:record \d: image .*000\.jpg"):
         make({"vqav2": data}, tokens).batch(0)
 
 
@@ -227,7 +225,7 @@ def test_mixture() -> None:
         Mixture({"a": 0})
 
 
-def test_permutation_is_one() -> None:
+def test_permute_is_a_permutation_that_depends_on_its_key() -> None:
     for size in (1, 2, 3, 10, 100, 1000):
         for key in (0, 1, 1 << 63):
             assert sorted(permute(i, size, key) for i in range(size)) == list(range(size))
@@ -249,7 +247,7 @@ def test_order_visits_every_set_evenly() -> None:
     assert 180 < first[1] < 300
 
 
-def test_every_epoch_has_an_order_of_its_own() -> None:
+def test_every_epoch_has_another_order() -> None:
     one_set = Order([CYCLE], [1.0], seed=1)
     epochs: list[dict[int, int]] = [{}, {}]
     for cycle, seen in enumerate(epochs):
@@ -261,7 +259,7 @@ def test_every_epoch_has_an_order_of_its_own() -> None:
     assert sum(epochs[0][i] == epochs[1][i] for i in range(CYCLE)) < 20
 
 
-def test_shares() -> None:
+def test_shares_sum_to_the_slots_and_none_is_empty() -> None:
     assert share_out([0.5, 0.5], 5) in ([3, 2], [2, 3])
     assert share_out([0.0, 1.0], 8) == [0, 8]
     shares = share_out([1e-9, 1e-9, 1 - 2e-9], 100)
@@ -274,7 +272,7 @@ def sample(keys: Iterable[str], **text: Any) -> Sample:
     return Sample(image_keys=keys, pixels=pixels, dataset="d", id="".join(keys), **text)
 
 
-def test_collate_encodes_equal_pictures_once() -> None:
+def test_collate_encodes_equal_images_once() -> None:
     batch = collate(
         [
             sample("ab", prompt_ids=[5, 6], response_ids=[7], qformer_ids=[]),
@@ -291,7 +289,7 @@ def test_collate_encodes_equal_pictures_once() -> None:
     assert batch.num_response_tokens == 3
 
 
-def test_a_batch_of_pictures_and_videos_repeats_frames() -> None:
+def test_a_batch_of_images_and_videos_repeats_frames() -> None:
     batch = collate([sample("a"), sample("bacd"), sample("de")])
     assert batch.pixel_values is not None
     assert len(batch.pixel_values) == 5
@@ -299,24 +297,22 @@ def test_a_batch_of_pictures_and_videos_repeats_frames() -> None:
 
 
 def test_collate_refuses_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="d : no picture, others in the batch have 3"):
+    with pytest.raises(ValueError, match="d : no image, others in the batch have 3"):
         collate([sample("bcd"), sample("")])
-    with pytest.raises(ValueError, match="some samples bring pixels and some features"):
+    with pytest.raises(ValueError, match="some samples have pixels and some have features"):
         collate([sample("a"), replace(sample("b"), pixels=None, features=(torch.ones(1, 2),))])
-    with pytest.raises(ValueError, match="2 image keys and 1 pictures"):
+    with pytest.raises(ValueError, match="2 image keys and 1 images"):
         collate([replace(sample("a"), image_keys=("a", "b"))])
     with pytest.raises(ValueError, match="at least one"):
         collate([])
 
 
-def test_more_pictures_than_frames_are_sampled_and_fewer_stay(tmp_path: Path) -> None:
-    pictures = ImageReader(ImageTransform(image_size=4), num_frames=4)
+def test_of_more_images_than_frames_evenly_spaced_ones_are_seen(tmp_path: Path) -> None:
+    images = ImageReader(ImageTransform(image_size=4), num_frames=4)
     for names, seen in (("abcdefgh", "bdfh"), ("abcd", "abcd"), ("abc", "abc"), ("a", "a")):
-        assert pictures.seen(tuple(names)) == tuple(seen)
-    video = Example(
-        dataset="d", split="test", id="1", task="vqa", images=tuple(f"{i}.png" for i in range(8))
-    )
-    assert pictures.keys(video, tmp_path) == tuple(str(tmp_path / f"{i}.png") for i in (1, 3, 5, 7))
+        assert images.select(tuple(names)) == tuple(seen)
+    video = tuple(f"{i}.png" for i in range(8))
+    assert images.paths(video, tmp_path) == tuple(str(tmp_path / f"{i}.png") for i in (1, 3, 5, 7))
 
 
 def test_a_view_has_the_chosen_examples(sets: dict[str, Examples]) -> None:

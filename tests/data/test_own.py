@@ -3,7 +3,7 @@
 import base64
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import fsspec
 import pyarrow as pa
@@ -12,7 +12,7 @@ import pytest
 
 from instructblip.cli import stages
 from instructblip.core.batch import Example
-from instructblip.data.export import FORMS, export
+from instructblip.data.export import Form, export
 from instructblip.data.own.files import Own
 from instructblip.data.own.folder import read_folder
 from instructblip.data.own.formats import own_source
@@ -509,7 +509,7 @@ def test_export_of_a_linked_set_comes_back(tmp_path: Path):
     (tmp_path / "data" / "vqav2").symlink_to(write_vqa(tmp_path / "big" / "vqav2", 4))
     recipe = load_recipe("scenes", [f"data.root={tmp_path / 'data'}", "data.sets={vqav2: {}}"])
     out = tmp_path / "data" / "out"
-    for form in FORMS:
+    for form in get_args(Form):
         stages.prepare(recipe, form=form, out=out)  # type: ignore[arg-type]
     written = sorted(path.name for path in out.iterdir())
     endings = ("llava.json", "messages.jsonl", "parquet", "sharegpt.json")

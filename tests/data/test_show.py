@@ -1,4 +1,4 @@
-"""What `show` prints is what the loader hands to the model."""
+"""What `show` prints is what the loader gives to the model."""
 
 import re
 from pathlib import Path
@@ -32,8 +32,8 @@ def loader(tmp_path: Path, tokens: Tokens) -> Loader:
         for name in ("vqav2", "msvdqa")
     }
     mixture = Mixture({name: len(dataset) for name, dataset in datasets.items()})
-    pictures = ImageReader(ImageTransform(image_size=16), num_frames=4)
-    return Loader(datasets, mixture, tokens, pictures, batch_size=4)
+    images = ImageReader(ImageTransform(image_size=16), num_frames=4)
+    return Loader(datasets, mixture, tokens, images, batch_size=4)
 
 
 def test_samples_are_those_of_training(loader: Loader):
@@ -49,28 +49,28 @@ def test_samples_are_those_of_training(loader: Loader):
         assert [t.id for t in one.qformer] == same[0].qformer_ids
         assert one.rendered.response in ("red", *one.example.answers)
     assert found[0].language[-1].text == "<|end|>"
-    assert len(found[0].pictures) == 1
-    assert len(found[3].pictures) == 4
+    assert len(found[0].images) == 1
+    assert len(found[3].images) == 4
 
 
-def test_pictures_are_the_model_s(loader: Loader):
+def test_images_are_those_that_the_model_sees(loader: Loader):
     one = next(training_samples(loader, 1))
     path = loader.datasets[0].image_root / one.example.images[0]
     expected = ImageTransform(image_size=16).resize(load_image(path))
-    assert np.array_equal(np.asarray(one.pictures[0]), expected)
+    assert np.array_equal(np.asarray(one.images[0]), expected)
 
 
-def test_of_several_pictures_those_that_the_model_sees_are_named(loader: Loader, tmp_path: Path):
+def test_show_names_the_frames_that_the_model_sees(loader: Loader, tmp_path: Path):
     *_, video = training_samples(loader, 1)
-    assert video.images == tuple(f"vid1/{i}.png" for i in (0, 2, 3, 5))
-    assert len(video.pictures) == 4
-    assert f"picture    {', '.join(video.images)}\n" in to_terminal(video, colour=False).plain
+    assert video.image_names == tuple(f"vid1/{i}.png" for i in (0, 2, 3, 5))
+    assert len(video.images) == 4
+    assert f"image      {', '.join(video.image_names)}\n" in to_terminal(video, colour=False).plain
     page = write_page(tmp_path / "show.html", [video], {}).read_text(encoding="utf-8")
     assert "vid1/5.png" in page
     assert "vid1/1.png" not in page
 
 
-def test_terminal(loader: Loader):
+def test_text_for_a_terminal(loader: Loader):
     one = next(training_samples(loader, 1))
     plain = to_terminal(one, colour=False).plain
     assert f"prompt     {one.rendered.prompt}\n" in plain
@@ -82,7 +82,7 @@ def test_terminal(loader: Loader):
     assert any("bold green" in str(span.style) for span in drawn.spans)
 
 
-def test_page(loader: Loader, tmp_path: Path):
+def test_page_is_offline_and_escapes_text(loader: Loader, tmp_path: Path):
     page = write_page(tmp_path / "show.html", training_samples(loader, 2), {"model": "tiny"})
     text = page.read_text(encoding="utf-8")
     assert "<script>" not in text

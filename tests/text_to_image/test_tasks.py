@@ -101,7 +101,7 @@ def test_missing_files_are_named(tmp_path: Path, painter):
     row = {"instruction": "draw red", "target_image": "a.png"}
     drawings = InstructionFile(write_lines(tmp_path / "x.jsonl", row))
     loader = DrawLoader({"x": drawings}, {}, painter.tokens, painter.transform, 16, batch_size=1)
-    with pytest.raises(FileNotFoundError, match=r"x\.jsonl:1: picture .*a\.png does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"x\.jsonl:1: image .*a\.png does not exist"):
         loader.batch(0)
 
 

@@ -1,8 +1,8 @@
-"""Hands rendered training samples to other frameworks.
+"""Writes rendered training samples in the formats of other frameworks.
 
-One sample an example: template and answer are chosen as training chooses them, by the seed. An
-earlier dialogue is part of the prompt, as our model reads it. Paths of pictures are relative to
-one folder for all data sets.
+Each example gives one sample, whose template and answer are chosen at random by the seed, as in
+training. The earlier turns of a dialogue are part of the prompt. Image paths of all data sets are
+relative to one folder.
 
 ===========  ============================================================================
 llava        ``[{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."},
@@ -32,7 +32,7 @@ from instructblip.data.samples import Examples
 from instructblip.data.templates import Language, render_instruction
 
 Form = Literal["llava", "sharegpt", "messages", "parquet"]
-FORMS: tuple[str, ...] = get_args(Form)
+"""The formats that can be written."""
 _SUFFIXES = {
     "llava": ".llava.json",
     "sharegpt": ".sharegpt.json",
@@ -63,13 +63,13 @@ def export(
     templates: Sequence[str] | None = None,
     language: Language = "en",
 ) -> Path:
-    """Writes ``folder/<name>.<form>.json``, ``.jsonl`` or ``.parquet``; nothing is left half
-    written.
+    """Writes the samples of a data set to one file in ``folder``, whole or not at all.
 
-    ``prefix`` leads from the folder that the written paths are relative to, to the pictures.
+    ``prefix`` is the path of the images relative to the folder that written paths are relative to.
+    Returns the path ``folder/<name>.<form>.json``, ``.jsonl`` or ``.parquet``.
     """
-    if form not in FORMS:
-        raise ValueError(f"export format '{form}'; expected one of {', '.join(FORMS)}")
+    if form not in get_args(Form):
+        raise ValueError(f"export format '{form}'; expected one of {', '.join(get_args(Form))}")
     rows = _rows(dataset, name, prefix, seed, templates, language)
     path = folder / (name + _SUFFIXES[form])
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,11 +106,8 @@ def _rows(
 
 def _llava(row: dict[str, Any]) -> dict[str, Any]:
     images = row["images"]
-    return {
-        "id": row["id"],
-        "image": images[0] if len(images) == 1 else images,
-        "conversations": _turns(row),
-    }
+    image = images[0] if len(images) == 1 else images
+    return {"id": row["id"], "image": image, "conversations": _turns(row)}
 
 
 def _sharegpt(row: dict[str, Any]) -> dict[str, Any]:
@@ -126,10 +123,10 @@ def _turns(row: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _messages(row: dict[str, Any]) -> dict[str, Any]:
-    pictures = [{"type": "image_url", "image_url": {"url": image}} for image in row["images"]]
-    asked = [*pictures, {"type": "text", "text": row["prompt"]}]
-    told = {"role": "assistant", "content": row["response"]}
-    return {"id": row["id"], "messages": [{"role": "user", "content": asked}, told]}
+    images = [{"type": "image_url", "image_url": {"url": image}} for image in row["images"]]
+    prompt = {"role": "user", "content": [*images, {"type": "text", "text": row["prompt"]}]}
+    response = {"role": "assistant", "content": row["response"]}
+    return {"id": row["id"], "messages": [prompt, response]}
 
 
 _RECORDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -141,11 +138,11 @@ _RECORDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 def _write_json(path: Path, records: Iterable[dict[str, Any]], lines: bool) -> None:
     with path.open("w", encoding="utf-8") as file:
-        between = "" if lines else "[\n"
+        separator = "" if lines else "[\n"
         for record in records:
-            file.write(between + json.dumps(record, ensure_ascii=False))
-            between = "\n" if lines else ",\n"
-        file.write("\n" if lines else "\n]\n" if between == ",\n" else "[]\n")
+            file.write(separator + json.dumps(record, ensure_ascii=False))
+            separator = "\n" if lines else ",\n"
+        file.write("\n" if lines else "\n]\n" if separator == ",\n" else "[]\n")
 
 
 def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:

@@ -1,7 +1,7 @@
-"""Pictures: decode anything Pillow reads to RGB, resize, augment, normalise.
+"""Images: decode anything Pillow reads to RGB, resize, augment, normalise.
 
 The evaluation transform gives the pixels of transformers' BLIP image processor on its Pillow
-backend: squash to a square with bicubic resampling, scale to [0, 1], subtract mean, divide by std.
+backend: resize to a square with bicubic resampling, scale to [0, 1], subtract mean, divide by std.
 """
 
 import io
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -30,12 +31,13 @@ PREPROCESSORS = (
     "video_preprocessor_config.json",
     "processor_config.json",
 )
-"""Where transformers' processors keep size and normalisation; the second is InstructBlipVideo's."""
+"""Files in which transformers' processors keep size and normalisation; the second one is
+InstructBlipVideo's."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 1 << 26
-"""Pixels of one picture (67 million, 8192 x 8192); a bigger header is refused, not decoded."""
+"""Pixels of one image (67 million, 8192 x 8192); an image whose header says more is not decoded."""
 MAX_FILE_BYTES = 1 << 28
 
 _SIDES = re.compile(
@@ -44,10 +46,11 @@ _SIDES = re.compile(
 
 
 def load_image(name: str | Path, root: Path | None = None) -> Image.Image:
-    """The picture as RGB, upright (EXIF) and opaque (transparency over white).
+    """The image as RGB, rotated by its EXIF tag, transparency over white, an animation's first
+    frame.
 
-    With ``root``, ``name`` must be a relative path below it. The first frame of an animation is
-    taken. Raises FileNotFoundError, or ValueError naming the file, for anything unreadable.
+    With ``root``, ``name`` must be a relative path below it. Raises FileNotFoundError, or
+    ValueError naming the file, for anything unreadable.
     """
     path = Path(name) if root is None else Path(root) / image_name(str(name), str(root))
     try:
@@ -56,18 +59,18 @@ def load_image(name: str | Path, root: Path | None = None) -> Image.Image:
         data = path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"picture {path} does not exist; check its name, and that all pictures are there"
+            f"image {path} does not exist; check its name, and that all images are there"
         ) from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"picture {path}: cannot be read: {error}") from None
+        raise ValueError(f"image {path}: cannot be read: {error}") from None
     return decode_image(data, str(path))
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
-    """Bytes of a picture file to RGB; ValueError names ``where``."""
+    """The bytes of an image file as RGB; ValueError names ``where``."""
     try:
         with warnings.catch_warnings():
-            # Size is checked below, with our own limit and message.
+            # The size is checked below against a lower limit.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
                 if image.width * image.height > MAX_PIXELS:
@@ -78,16 +81,16 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = "empty file" if not data else _fault(error)
         raise ValueError(
-            f"picture {where}: cannot be decoded: {reason}; download it again or remove its "
+            f"image {where}: cannot be decoded: {reason}; download it again or remove its "
             "annotations"
         ) from None
 
 
 def image_fault(data: bytes, decode: bool = False) -> str | None:
-    """Why a picture file cannot be used, or None.
+    """Why an image file cannot be used, or None.
 
-    The header is read and the end of the file looked at; where that leaves a doubt, and with
-    ``decode`` always, the picture is decoded whole.
+    Reads the header and compares the end of the file with the one its format prescribes. Decodes
+    the whole image where the end is another, and always with ``decode``.
     """
     if not data:
         return "empty file"
@@ -100,26 +103,22 @@ def image_fault(data: bytes, decode: bool = False) -> str | None:
         return _fault(error)
     if width * height > MAX_PIXELS:
         return f"{width} x {height} pixels; at most {MAX_PIXELS}"
-    if not decode and _ENDS.get(kind, _never)(data):
+    if not decode and kind in _ENDS and _ENDS[kind](data):
         return None
     try:
         decode_image(data, "")
     except ValueError as error:
-        return str(error).removeprefix("picture : cannot be decoded: ").partition(";")[0]
+        return str(error).removeprefix("image : cannot be decoded: ").partition(";")[0]
     return None
 
 
 def _fault(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its own words name a place in memory
-        return "not a picture in any format that Pillow reads"
+    if isinstance(error, UnidentifiedImageError):  # its message shows an address in memory
+        return "not an image in any format that Pillow reads"
     return str(error) or type(error).__name__
 
 
-def _never(_data: bytes) -> bool:
-    return False
-
-
-# How a file ends that was written whole. A JPEG may carry more after its end: then it is decoded.
+# How a complete file ends. A JPEG may have more bytes after its end: then it is decoded.
 _ENDS: dict[str, Callable[[bytes], bool]] = {
     "JPEG": lambda data: data.rstrip(b"\0").endswith(b"\xff\xd9"),
     "PNG": lambda data: data[-8:-4] == b"IEND",
@@ -128,10 +127,11 @@ _ENDS: dict[str, Callable[[bytes], bool]] = {
 
 
 def _scale_of_grey(image: Image.Image) -> float:
-    """What takes grey values of more than 8 bits to 0 .. 255; Pillow itself would clip them.
+    """The factor that maps grey values of more than 8 bits to 0 .. 255; Pillow would clip them.
 
-    16-bit numbers are 16-bit, however dark the picture. 32-bit ones and floats say no range: what
-    is no brighter is read as 8-bit; of floats, 0 to 1 is the custom.
+    16-bit images always span 0 .. 65535, however dark they are. 32-bit integers and floats have no
+    fixed range: values up to 255 count as 8-bit, larger ones as 16-bit, and floats up to 1 as
+    0 .. 1.
     """
     if image.mode.startswith("I;16"):
         return 1 / 257
@@ -142,7 +142,7 @@ def _scale_of_grey(image: Image.Image) -> float:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode: 16-bit scaled to 8, transparency over white, CMYK and palette converted."""
+    """RGB from any mode: 16 bits scaled to 8, transparency over white, CMYK, palette."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.nan_to_num(np.asarray(image, dtype=np.float64)) * _scale_of_grey(image)
         image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
@@ -155,7 +155,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True, slots=True)
 class ImageTransform:
-    """RGB picture -> float [3, S, S]. ``train`` adds a random crop and a random flip."""
+    """RGB image -> float [3, S, S]. ``train`` adds a random crop and a random flip."""
 
     image_size: int = 224
     mean: tuple[float, float, float] = CLIP_MEAN
@@ -165,35 +165,35 @@ class ImageTransform:
 
     def __call__(
         self, image: Image.Image, rng: random.Random | None = None, flip: bool = True
-    ) -> Tensor:
-        """[3, S, S]; ``flip=False`` where the text says left or right (see ``may_flip``)."""
+    ) -> Float[Tensor, "3 S S"]:
+        """Normalised pixels; ``flip=False`` where the text says left or right (``may_flip``)."""
         return self.normalise(self.resize(image, rng, flip))
 
     def resize(
         self, image: Image.Image, rng: random.Random | None = None, flip: bool = True
-    ) -> np.ndarray:
-        """uint8 [S, S, 3]: the part that is worth keeping in a cache."""
+    ) -> UInt8[np.ndarray, "S S 3"]:
+        """The resized image: the part of the transform that is worth caching."""
         size = (self.image_size, self.image_size)
         if not self.train:
             return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
         if rng is None:
             raise ValueError("a training transform needs rng; use train=False for evaluation")
         box = crop_box(image.width, image.height, self.min_scale, rng)
-        mirrored = rng.random() < 0.5  # drawn also when unused, so the stream stays aligned
+        mirrored = rng.random() < 0.5  # drawn even if unused: later draws do not depend on `flip`
         image = image.crop(box).resize(size, Image.Resampling.BICUBIC)
         if flip and mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(image)
 
-    def normalise(self, pixels: np.ndarray) -> Tensor:
-        """uint8 [S, S, 3] -> float32 [3, S, S]."""
+    def normalise(self, pixels: UInt8[np.ndarray, "S S 3"]) -> Float[Tensor, "3 S S"]:
+        """Subtract ``mean`` and divide by ``std``, by a table of the 256 values of each channel."""
         values = _normal_values(self.mean, self.std)
         channels = [values[c][pixels[:, :, c]] for c in range(3)]
         return torch.from_numpy(np.stack(channels))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ImageTransform":
-        """Reads ``preprocessor_config.json``, else another of ``PREPROCESSORS``, of a directory."""
+        """Reads the first of ``PREPROCESSORS`` in ``path`` that describes images."""
         for file in (Path(path) / name for name in PREPROCESSORS):
             config: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
             config = config.get("image_processor", config.get("video_processor", config))
@@ -237,15 +237,17 @@ class ImageTransform:
 
 
 @cache
-def _normal_values(mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:
-    """float32 [3, 256]: what each value of each channel becomes. Looking up beats computing."""
+def _normal_values(
+    mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> Float[np.ndarray, "3 256"]:
+    """The normalised value of each of the 256 pixel values, by channel."""
     values = np.arange(256, dtype=np.float32) / np.float32(255)
     centred = values - np.asarray(mean, dtype=np.float32)[:, None]
     return centred / np.asarray(std, dtype=np.float32)[:, None]
 
 
 def may_flip(example: Example, rendered: Rendered) -> bool:
-    """Whether a mirrored picture still fits its text: no sides named, no words to be read."""
+    """Whether a mirrored image still fits its text: no sides named, no words to read."""
     if example.ocr_tokens or example.task in ("read", "caption_ocr"):
         return False
     return not _SIDES.search(f"{rendered.prompt} {rendered.response}")
@@ -254,9 +256,10 @@ def may_flip(example: Example, rendered: Rendered) -> bool:
 def crop_box(
     width: int, height: int, min_scale: float, rng: random.Random
 ) -> tuple[int, int, int, int]:
-    """A crop of ``min_scale`` to 1 of the area and 3:4 to 4:3 in shape; (left, top, right, bottom).
+    """A random crop (left, top, right, bottom) with ``min_scale`` to 1 of the area and an aspect
+    ratio of 3:4 to 4:3.
 
-    Ten tries, then the largest centred crop within those shapes.
+    Falls back to the largest centred crop of such a ratio after ten crops that do not fit.
     """
     low, high = math.log(3 / 4), math.log(4 / 3)
     for _ in range(10):

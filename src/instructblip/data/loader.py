@@ -1,49 +1,48 @@
-"""Training batches: ``Loader.batch(step)`` is a function of (seed, step) alone.
+"""Training batches: ``Loader.batch(step, micro)`` is a function of (seed, step, micro) alone.
 
-Which examples (``order.py``), which template and answer, which crop: all follow from the number
-of the slot. So resuming at step s needs s and nothing else, workers only fetch ahead, and W ranks
-together see what one rank with the whole batch sees.
+The number of a slot decides everything about its sample: the example (``order.py``), the template
+and the answer, the crop. So a run resumes at step s without any other state, worker processes only
+compute in advance, and W ranks together see the samples that one rank would see.
 
-With ``bucket_steps`` the slots of so many steps are sorted together, pictures before videos and
-short before long, cut into batches, and the batches shuffled: a step has samples of like length,
-and all steps of such a window together those that they would have had.
+Buckets: with ``bucket_steps`` = k > 0 the slots of k successive steps form a window. They are
+sorted by number of images and length of text, cut into k batches, and the batches are shuffled. A
+step then has samples of similar length, hence little padding, and the window as a whole has the
+same samples as without buckets.
 """
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from instructblip.core.batch import (
-    Batch,
-    Example,
-    Sample,
-)
+from instructblip.core.batch import Batch, Example, Sample
 from instructblip.data.order import Mixture, Order, mix
-from instructblip.data.samples import (
-    Examples,
-    ImageReader,
-    collate,
-    make_sample,
-)
-from instructblip.data.templates import (
-    Language,
-    Rendered,
-    check_template,
-    render_instruction,
-)
+from instructblip.data.samples import Examples, ImageReader, collate, make_sample
+from instructblip.data.templates import Language, Rendered, check_template, render_instruction
 from instructblip.data.tokens import Tokens
 
 
 class Loader:
-    """Training batches from a mixture of data sets.
+    """The training batches of one rank, drawn from a mixture of data sets.
 
-    ``batch_size`` counts the samples of one optimiser step over all ranks and micro batches:
-    rank r of W takes the r-th of W equal parts, in ``accumulate`` micro batches. ``templates``
-    overrides the templates of single data sets; ``languages`` says which
-    are instructed in Chinese. ``bucket_steps`` 0 keeps the order drawn; 1 sorts the samples of a
-    step over its parts and changes no step. Raises ValueError when a number does not divide.
+    Args:
+        datasets: by name; ``mixture`` has the same names and sizes.
+        images: reads pixels or, where it has ``features``, stored features.
+        batch_size: samples of one optimizer step over all ranks and micro batches, a multiple of
+            ``world_size * accumulate``.
+        rank: this process among ``world_size``. Without buckets it takes the rank-th of
+            ``world_size`` equal parts of the batch.
+        accumulate: micro batches in one step of a rank.
+        workers: processes that compute batches in advance in ``iterate``; 0 computes them here.
+            The batches do not depend on it.
+        bucket_steps: steps whose samples are sorted by length together. 0 keeps the order drawn; 1
+            sorts within each step, so the samples of a step stay the same.
+        templates: instruction templates of single data sets, in place of those of their tasks.
+        languages: of the instructions of a data set; English by default.
+
+    Raises ValueError for a batch size that does not divide, a mixture of other data sets, and a
+    template with an unknown place.
     """
 
     def __init__(
@@ -68,30 +67,52 @@ class Loader:
                 f"batch_size {batch_size} does not divide into {world_size} ranks of "
                 f"{accumulate} micro batches; expected a multiple of {world_size * accumulate}"
             )
-        if {name: len(data) for name, data in datasets.items()} != mixture.sizes:
-            raise ValueError(f"mixture {mixture.sizes} is not of the data sets {list(datasets)}")
+        sizes = {name: len(data) for name, data in datasets.items()}
+        if sizes != mixture.sizes:
+            raise ValueError(f"the mixture has {mixture.sizes}; expected the data sets {sizes}")
         self.names, self.datasets = list(datasets), list(datasets.values())
         self.tokens, self.images = tokens, images
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.bucket_steps = bucket_steps
-        self._window: tuple[int, list[list[int]]] = (-1, [])
         self.templates = dict(templates or {})
         self.languages: dict[str, Language] = dict(languages or {})
-        for template in (text for own in self.templates.values() for text in own):
+        for template in (text for texts in self.templates.values() for text in texts):
             check_template(template)
         probabilities = mixture.probabilities
-        self.order = Order(
-            [len(data) for data in self.datasets], [probabilities[n] for n in self.names], seed
-        )
+        self.order = Order(list(sizes.values()), [probabilities[name] for name in self.names], seed)
+        self._window: tuple[int, list[list[int]]] = (-1, [])  # the last window and its batches
 
     def batch(self, step: int, micro: int = 0) -> Batch:
-        """This rank's micro batch ``micro`` of the global batch of ``step``."""
+        """Micro batch ``micro`` of this rank at ``step``."""
         return collate([self.sample(slot) for slot in self.slots(step, micro)])
 
+    def sample(self, slot: int) -> Sample:
+        """The sample of a slot, with its crop, template and answer."""
+        example, rendered = self.rendered(slot)
+        image_root = self.datasets[self.order[slot].dataset].image_root
+        crop_seed = mix(self._seed_of(slot), 4)
+        return make_sample(example, rendered, self.tokens, self.images, image_root, crop_seed)
+
+    def rendered(self, slot: int) -> tuple[Example, Rendered]:
+        """The example of a slot and its texts: the same template and answer at every call."""
+        draw = self.order[slot]
+        name, example = self.names[draw.dataset], self.datasets[draw.dataset][draw.example]
+        rng = random.Random(self._seed_of(slot))
+        templates = self.templates.get(name)
+        template = rng.choice(templates) if templates else None
+        return example, render_instruction(example, rng, template, self.languages.get(name, "en"))
+
+    def _seed_of(self, slot: int) -> int:
+        return mix(self.seed, 3, slot)
+
     def slots(self, step: int, micro: int = 0) -> Sequence[int]:
-        """Slot numbers of a micro batch. In the order drawn they run on over micro batches, ranks
-        and steps; sorted by length they run on over ranks first, so that no rank waits long."""
+        """The slots of a micro batch of this rank.
+
+        Without buckets the slots of a step are dealt in blocks, first by rank, then by micro batch.
+        With buckets, where they are sorted by length, all ranks take neighbouring blocks for the
+        same ``micro``: similar lengths, so that no rank waits long for another.
+        """
         size = self.batch_size // (self.world_size * self.accumulate)
         if self.bucket_steps:
             batch = self._batches(step // self.bucket_steps)[step % self.bucket_steps]
@@ -109,75 +130,46 @@ class Loader:
         return window * self.bucket_steps + place
 
     def _batches(self, window: int) -> list[list[int]]:
-        """The slots of each step of a window, short to long within a step."""
+        """The slots of each step of a window, in the order of the steps; sorted within a step."""
         if self._window[0] != window:
-            count = self.bucket_steps * self.batch_size
-            slots = range(window * count, (window + 1) * count)
-            ordered = sorted(slots, key=self._length)
-            batches = [ordered[i : i + self.batch_size] for i in range(0, count, self.batch_size)]
+            size = self.bucket_steps * self.batch_size
+            slots = sorted(range(window * size, (window + 1) * size), key=self._length)
+            batches = [slots[i : i + self.batch_size] for i in range(0, size, self.batch_size)]
             random.Random(mix(self.seed, 5, window)).shuffle(batches)
             self._window = (window, batches)
         return self._window[1]
 
     def _length(self, slot: int) -> tuple[int, int]:
-        """The pictures of a sample, of which all in a batch should have as many (``collate``); and
-        its characters: close to its tokens, and no tokenizer has to run for them."""
+        """Images of a sample, since ``collate`` repeats them up to the most of the batch; then its
+        characters, which are near to its tokens and need no tokenizer."""
         example, rendered = self.rendered(slot)
-        seen = self.images.seen(example.images)
-        return len(seen), len(rendered.prompt) + len(rendered.response)
-
-    def sample(self, slot: int) -> Sample:
-        """The sample of a slot, with its crop, template and answer."""
-        draw = self.order[slot]
-        example, rendered = self.rendered(slot)
-        root = self.datasets[draw.dataset].image_root
-        seed = mix(self._seed_of(slot), 4)
-        return make_sample(example, rendered, self.tokens, self.images, root, seed)
-
-    def rendered(self, slot: int) -> tuple[Example, Rendered]:
-        """The example of a slot and its texts: the same template and answer each time."""
-        draw = self.order[slot]
-        example = self.datasets[draw.dataset][draw.example]
-        rng = random.Random(self._seed_of(slot))
-        name = self.names[draw.dataset]
-        own = self.templates.get(name)
-        template = rng.choice(own) if own else None
-        return example, render_instruction(example, rng, template, self.languages.get(name, "en"))
-
-    def _seed_of(self, slot: int) -> int:
-        return mix(self.seed, 3, slot)
+        num_images = len(self.images.select(example.images))
+        return num_images, len(rendered.prompt) + len(rendered.response)
 
     def iterate(self, step: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        """This rank's micro batches from the first of ``step`` on, ``accumulate`` to a step.
-
-        ``workers`` processes fetch ahead; the batches and their order do not depend on them.
-        """
+        """This rank's micro batches from the first of ``step`` on, ``accumulate`` for each step,
+        up to step ``stop`` (excluded; None never ends)."""
         first = step * self.accumulate
         numbers = count(first) if stop is None else range(first, stop * self.accumulate)
+        micro_batches = _MicroBatches(self)
         if not self.workers:
-            return map(self._numbered, numbers)
+            return map(micro_batches.__getitem__, numbers)
         return iter(
             DataLoader(
-                _Numbered(self),  # type: ignore[arg-type]
+                micro_batches,
                 batch_size=None,
-                sampler=numbers,  # type: ignore[arg-type]
+                sampler=numbers,
                 num_workers=self.workers,
                 prefetch_factor=2,
             )
         )
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self.iterate()
 
-    def _numbered(self, number: int) -> Batch:
-        return self.batch(*divmod(number, self.accumulate))
-
-
-class _Numbered:
-    """The loader as a map from number to micro batch, which is what torch's workers want."""
+class _MicroBatches(Dataset[Batch]):
+    """The loader as a map from a running number to a micro batch, as torch's workers need it."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
-    def __getitem__(self, number: int) -> Batch:
-        return self.loader._numbered(number)
+    def __getitem__(self, index: int) -> Batch:
+        return self.loader.batch(*divmod(index, self.loader.accumulate))

@@ -1,12 +1,22 @@
-"""Which example stands at slot n of training, as a function of (seed, n) alone.
+"""Which data set and which example stand at slot n of training: a function of (seed, n) alone.
 
-Slots are shared out in cycles of ``CYCLE``. In each cycle a set gets a fixed number of slots, its
-probability times ``CYCLE`` rounded (largest remainder; at least 1), and a keyed permutation of the
-cycle says which ones. A slot's place inside its set's share, plus the shares of the cycles before,
-numbers the draws of that set 0, 1, 2, ... without gap or repeat over whole cycles; the number
-divided by the set's size is the epoch, and the rest goes through a permutation keyed by
-(seed, set, epoch). So every set is visited evenly, and any slot is found in constant time, with
-no state to store: resuming is asking for a later slot.
+``Mixture`` says how often each set is drawn, ``Order`` in which order. Slot n is the n-th sample of
+training. Slots are dealt in cycles of ``CYCLE``:
+
+1. A set owns a fixed number of the places 0 .. CYCLE - 1, its share: its probability times
+   ``CYCLE``, rounded. The first set owns the first places, the second the next, and so on.
+2. A permutation with a key from (seed, cycle) sends the slot to a place, so sets alternate at
+   random while every cycle holds exactly each set's share.
+3. Cycles before times share, plus the place within the share, numbers the draws of one set
+   0, 1, 2, ... without gaps. Divided by the size of the set, the quotient is the epoch, and the
+   remainder goes through a permutation with a key from (seed, set, epoch) to an example.
+
+Example with CYCLE = 4 and shares (3, 1): if the permutation of cycle 5 sends slot 4 * 5 + 2 to
+place 1, that slot is draw 5 * 3 + 1 = 16 of set 0; with 10 examples in the set, it is draw 6 of
+epoch 1.
+
+Every set is visited evenly, each slot takes constant time, and there is no state: a run resumes by
+asking for a later slot.
 """
 
 from bisect import bisect_right
@@ -30,9 +40,12 @@ class MixtureRow:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Probabilities of data sets. ``temperature`` 1 is proportional to size, 0 is uniform.
+    """Probabilities of data sets, proportional to size ** ``temperature`` times a hand weight.
 
-    A weight of 0 leaves a set out; a weight for an unknown set is an error.
+    The paper (section 2.4) takes the square root of the size and adjusts a few sets by hand. A
+    ``temperature`` of 1 is proportional to size, 0 is uniform. A weight of 0 leaves a set out; sets
+    without one have weight 1. Raises ValueError for an unknown set, an empty set, a negative
+    weight, and when no weight is above 0.
     """
 
     sizes: dict[str, int]
@@ -63,7 +76,7 @@ class Mixture:
         return {name: value / total for name, value in raw.items()}
 
     def table(self, num_samples: int) -> tuple[MixtureRow, ...]:
-        """What ``num_samples`` draws amount to; ``epochs`` is how often each example is seen."""
+        """Each set in ``num_samples`` draws; ``epochs`` is how often each example is seen."""
         return tuple(
             MixtureRow(name, size, self.weight(name), p, p * num_samples / size)
             for (name, size), p in zip(self.sizes.items(), self.probabilities.values(), strict=True)
@@ -79,25 +92,26 @@ class Draw:
 
 
 class Order:
-    """``order[n]`` for the sets' sizes and probabilities, in that order."""
+    """``order[n]`` is the ``Draw`` of slot n, for data sets of these sizes and probabilities."""
 
     def __init__(self, sizes: list[int], probabilities: list[float], seed: int) -> None:
         self.sizes, self.seed = sizes, seed
         self.shares = share_out(probabilities, CYCLE)
-        self.starts = [0, *accumulate(self.shares)]
+        self._starts = [0, *accumulate(self.shares)]
 
     def __getitem__(self, slot: int) -> Draw:
         cycle, place = divmod(slot, CYCLE)
         place = permute(place, CYCLE, mix(self.seed, 1, cycle))
-        dataset = bisect_right(self.starts, place) - 1
-        number = cycle * self.shares[dataset] + place - self.starts[dataset]
+        dataset = bisect_right(self._starts, place) - 1
+        number = cycle * self.shares[dataset] + place - self._starts[dataset]
         epoch, rest = divmod(number, self.sizes[dataset])
         key = mix(self.seed, 2, dataset, epoch)
         return Draw(dataset, permute(rest, self.sizes[dataset], key))
 
 
 def share_out(probabilities: list[float], slots: int) -> list[int]:
-    """Whole numbers that sum to ``slots``, nearest to ``probabilities``, none lost to rounding."""
+    """Integers that sum to ``slots``, nearest to the probabilities times ``slots`` (largest
+    remainder); at least 1 for every probability above 0."""
     exact = [p * slots for p in probabilities]
     shares = [
         int(x) if p == 0 else max(1, int(x)) for x, p in zip(exact, probabilities, strict=True)
@@ -113,9 +127,12 @@ def share_out(probabilities: list[float], slots: int) -> list[int]:
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """Where ``index`` goes in a permutation of range(size) chosen by ``key``.
+    """The image of ``index`` under a permutation of range(size) chosen by ``key``.
 
-    A Feistel network over the next even number of bits; results outside the range walk on.
+    A Feistel network: ``index`` is split into two halves of equal bits, and each of four rounds
+    replaces (left, right) by (right, left xor f(right)). A round can be undone whatever f is, so
+    the network permutes the numbers of that many bits. They may exceed ``size``; a result that does
+    is permuted again until it does not ("cycle walking"), which keeps the map one to one.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
@@ -129,7 +146,7 @@ def permute(index: int, size: int, key: int) -> int:
 
 
 def mix(*values: int) -> int:
-    """64 bits from integers, the same in every process and on every machine."""
+    """A hash of integers in 64 bits, the same in every process and on every machine."""
     state = 0x243F6A8885A308D3
     for value in values:
         state = _scramble(state ^ (value & _MASK))

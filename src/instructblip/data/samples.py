@@ -1,4 +1,8 @@
-"""Example and rendered texts -> Sample: frames chosen, pictures loaded, text tokenised."""
+"""From an example and its rendered texts to a ``Sample``, and from B samples to a ``Batch``.
+
+``make_sample`` chooses frames, loads images and tokenizes text; ``collate`` stacks the distinct
+images of a batch and pads its texts. Training, evaluation and serving all use these two.
+"""
 
 import random
 from collections import OrderedDict
@@ -9,35 +13,35 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
 from instructblip.core.batch import Batch, Example, Sample
-from instructblip.data.images import (
-    ImageTransform,
-    load_image,
-    may_flip,
-)
-from instructblip.data.reading.frames import evenly_spaced, repeated
+from instructblip.data.images import ImageTransform, load_image, may_flip
+from instructblip.data.reading.frames import evenly_spaced
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
 
+PAD_ID = 0
+"""Id at positions where the mask is 0. Any valid id works: the model never reads them."""
+
 
 class StoredFeatures(Protocol):
-    """What is read in place of pixels (``features.Features``)."""
+    """What ``ImageReader`` reads in place of pixels (see ``features.Features``)."""
 
-    def __call__(self, path: str, view: int, first: str, /) -> Tensor:
-        """[P, V] of one stored crop of the picture at ``path``, a frame of a video that begins with
-        ``first`` or that itself."""
+    def __call__(self, path: str, view: int, first: str, /) -> Float[Tensor, "P V"]:
+        """Features of crop number ``view`` of the image at ``path``; ``first`` is the first image
+        of the same example, whose crop the other frames of a video share."""
         ...
 
     def view(self, seed: int) -> int:
-        """Which of the stored crops a sample with this seed sees."""
+        """The number of the stored crop for a sample with this seed."""
         ...
 
 
 class Examples(Protocol):
-    """What a loader needs of a data set (``PreparedDataset``, ``DatasetView``, a test's list)."""
+    """A data set as the loader reads it: ``PreparedDataset``, ``DatasetView`` or any other."""
 
     @property
     def name(self) -> str: ...
@@ -54,54 +58,54 @@ class Examples(Protocol):
 
 @dataclass
 class ImageReader:
-    """Loads the frames of examples as pixels or stored features, keeping recent ones in memory.
+    """Reads the images of examples, as pixels or as stored features.
 
-    The cache holds uint8 arrays: resized ones when the transform is fixed, whole pictures when it
-    augments. A fresh process (a worker) starts with an empty cache.
+    Recently read images stay in a cache of ``cache_images_mb`` MiB as uint8 arrays: resized ones
+    when the transform is fixed, whole images when it augments. A worker process starts with an
+    empty cache.
     """
 
     transform: ImageTransform
     num_frames: int = 4
     cache_images_mb: int = 256
     features: StoredFeatures | None = None
-    _cache: "OrderedDict[str, np.ndarray]" = field(default_factory=OrderedDict, repr=False)
-    _bytes: int = 0
+    _cache: "OrderedDict[str, np.ndarray]" = field(
+        default_factory=OrderedDict, init=False, repr=False
+    )
+    _cached_bytes: int = field(default=0, init=False, repr=False)
 
-    def keys(self, example: Example, image_root: Path) -> tuple[str, ...]:
-        """The path of each picture that the model sees: at most ``num_frames``."""
-        return self.paths(example.images, image_root)
-
-    def paths(self, names: tuple[str, ...], image_root: Path) -> tuple[str, ...]:
-        """The same for ``Example.images`` alone."""
-        return tuple(str(image_root / name) for name in self.seen(names))
-
-    def seen(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """All of them in order; of more than ``num_frames``, so many evenly spaced ones."""
+    def select(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """All ``names`` in order; of more than ``num_frames``, that many evenly spaced ones."""
         return tuple(names[i] for i in evenly_spaced(len(names), self.num_frames))
 
-    def load(self, key: str, rng: random.Random | None, flip: bool) -> Tensor:
-        """[3, S, S] of the picture at path ``key``."""
+    def paths(self, names: tuple[str, ...], image_root: Path) -> tuple[str, ...]:
+        """The paths of the images that the model sees of ``Example.images``."""
+        return tuple(str(image_root / name) for name in self.select(names))
+
+    def load(self, path: str, rng: random.Random | None, flip: bool) -> Float[Tensor, "3 S S"]:
+        """The image at ``path``, transformed; ``rng`` and ``flip`` matter when that augments."""
         if not self.transform.train:
-            pixels = self._cached(key, lambda: self.transform.resize(load_image(key)))
+            pixels = self._cached(path, lambda: self.transform.resize(load_image(path)))
             return self.transform.normalise(pixels)
-        whole = self._cached(key, lambda: np.asarray(load_image(key)))
+        whole = self._cached(path, lambda: np.asarray(load_image(path)))
         return self.transform(Image.fromarray(whole), rng, flip)
 
-    def _cached(self, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        pixels = make()
+    def _cached(self, path: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+        if path in self._cache:
+            self._cache.move_to_end(path)
+            return self._cache[path]
+        pixels = read()
         limit = self.cache_images_mb << 20
         if pixels.nbytes <= limit:
-            self._cache[key] = pixels
-            self._bytes += pixels.nbytes
-            while self._bytes > limit:
-                self._bytes -= self._cache.popitem(last=False)[1].nbytes
+            self._cache[path] = pixels
+            self._cached_bytes += pixels.nbytes
+            while self._cached_bytes > limit:
+                _, oldest = self._cache.popitem(last=False)
+                self._cached_bytes -= oldest.nbytes
         return pixels
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict(), "_bytes": 0}
+        return {**self.__dict__, "_cache": OrderedDict(), "_cached_bytes": 0}
 
 
 def make_sample(
@@ -112,23 +116,27 @@ def make_sample(
     image_root: Path,
     seed: int = 0,
 ) -> Sample:
-    """Example and texts -> Sample. ``seed`` decides the crop, one for all frames of a video."""
-    keys = images.keys(example, image_root)
-    qformer_ids, prompt_ids, response_ids = tokens.tokenize(rendered)
-    features = pixels = None
+    """The tensors of one example. ``seed`` decides the crop; all frames of a video share it.
+
+    Raises ValueError or OSError, naming the example's record, for an unreadable image.
+    """
+    qformer_ids, prompt_ids, response_ids = tokens.tokenize(rendered)  # [I], [T], [R]
+    paths = images.paths(example.images, image_root)  # F of them
+    pixels = features = None
     try:
         if images.features is not None:
             view = images.features.view(seed)
-            features = tuple(images.features(key, view, keys[0]) for key in keys)
-            keys = tuple(f"{key}@{keys[0]}#{view}" for key in keys)
+            features = tuple(images.features(path, view, paths[0]) for path in paths)  # F x [P, V]
+            keys = tuple(f"{path}@{paths[0]}#{view}" for path in paths)
         else:
             flip = may_flip(example, rendered)
-            pixels = tuple(images.load(key, random.Random(seed), flip) for key in keys)
+            pixels = tuple(  # F x [3, S, S]; every frame draws the same crop from the seed
+                images.load(path, random.Random(seed), flip) for path in paths
+            )
+            # Two crops of one image are different images for the encoder.
+            keys = tuple(f"{path}#{seed}" for path in paths) if images.transform.train else paths
     except (ValueError, OSError) as error:
         raise type(error)(f"{example.dataset} {example.where}: {error}") from error
-    if pixels is not None and images.transform.train:
-        # Two crops of one picture are two images.
-        keys = tuple(f"{key}#{seed}" for key in keys)
     return Sample(
         image_keys=keys,
         pixels=pixels,
@@ -141,69 +149,73 @@ def make_sample(
     )
 
 
-PAD_ID = 0
-"""Written where the mask is 0. Any valid id would do: no one reads it."""
-
-
 def collate(samples: list[Sample]) -> Batch:
-    """B samples with F frames each; ValueError when they cannot stand in one batch.
+    """A batch of B samples: equal images once, text padded on the right.
 
-    Two samples with the keys ("a", "b") and ("b", "c") give N = 3 pictures and
-    ``image_index`` [[0, 1], [1, 2]]. F is the most that a sample has; one with fewer repeats its
-    own in order. Each is still encoded once, but the language model then reads F * Q query tokens
-    where it would read fewer for that sample alone.
+    Two samples with the image keys ("a", "b") and ("b", "c") give N = 3 images and
+    ``image_index`` [[0, 1], [1, 2]]. F is the largest number of images of a sample; a sample with
+    fewer repeats them in order. A repeated image is encoded once, but the language model reads
+    F * Q query tokens for every sample of the batch.
+
+    Raises ValueError for no samples, for pixels and features in one batch, and for samples
+    without images beside samples with images.
     """
     if not samples:
         raise ValueError("a batch needs at least one sample")
-    cached = [sample.features is not None for sample in samples]
-    if any(cached) != all(cached):
-        raise ValueError("some samples bring pixels and some features; expected all alike")
-    most = max(len(sample.image_keys) for sample in samples)
-    slots: dict[str, int] = {}
-    pictures: list[Tensor] = []
-    index = []
+    stored = [sample.features is not None for sample in samples]
+    if any(stored) != all(stored):
+        raise ValueError("some samples have pixels and some have features; expected one kind")
+    num_frames = max(len(sample.image_keys) for sample in samples)  # F
+    places: dict[str, int] = {}  # image key -> its place among the N distinct images
+    images: list[Tensor] = []
+    image_index = []
     for sample in samples:
         frames = sample.features if sample.features is not None else sample.pixels
-        if frames is None or len(frames) != len(sample.image_keys):
+        name = f"{sample.dataset} {sample.id}"
+        count = len(sample.image_keys)
+        if frames is None or len(frames) != count:
             raise ValueError(
-                f"{sample.dataset} {sample.id}: {len(sample.image_keys)} image keys and "
-                f"{len(frames or ())} pictures; expected as many of one as of the other"
+                f"{name}: {count} image keys and {len(frames or ())} images; expected as many "
+                "images as keys"
             )
-        if most and not frames:
+        if num_frames and not frames:
             raise ValueError(
-                f"{sample.dataset} {sample.id}: no picture, others in the batch have {most}; "
-                "expected one at least"
+                f"{name}: no image, others in the batch have {num_frames}; expected at least one"
             )
-        for key, picture in zip(sample.image_keys, frames, strict=True):
-            if key not in slots:
-                slots[key] = len(pictures)
-                pictures.append(picture)
-        own = [slots[key] for key in sample.image_keys]
-        index.append([own[i] for i in repeated(len(own), most)])
-    stacked = torch.stack(pictures)
-    qformer_ids, qformer_mask = pad([sample.qformer_ids for sample in samples])
-    prompt_ids, prompt_mask = pad([sample.prompt_ids for sample in samples])
-    response_ids, response_mask = pad([sample.response_ids for sample in samples])
+        for key, image in zip(sample.image_keys, frames, strict=True):
+            if key not in places:
+                places[key] = len(images)
+                images.append(image)
+        # Of 2 images in a batch with F = 4: a, a, b, b.
+        repeated = [sample.image_keys[i * count // num_frames] for i in range(num_frames)]
+        image_index.append([places[key] for key in repeated])
+    stacked = torch.stack(images)  # [N, 3, S, S] or [N, P, V]
+    qformer_ids, qformer_mask = pad([sample.qformer_ids for sample in samples])  # [B, I]
+    prompt_ids, prompt_mask = pad([sample.prompt_ids for sample in samples])  # [B, T]
+    response_ids, response_mask = pad([sample.response_ids for sample in samples])  # [B, R]
     return Batch(
-        image_index=torch.tensor(index, dtype=torch.int64),
+        image_index=torch.tensor(image_index, dtype=torch.int64),  # [B, F]
         qformer_ids=qformer_ids,
         qformer_mask=qformer_mask,
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         response_ids=response_ids,
         response_mask=response_mask,
-        pixel_values=None if cached[0] else stacked,
-        image_features=stacked if cached[0] else None,
+        pixel_values=None if stored[0] else stacked,
+        image_features=stacked if stored[0] else None,
         datasets=tuple(sample.dataset for sample in samples),
         ids=tuple(sample.id for sample in samples),
     )
 
 
-def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and mask, int64 [B, longest]: ``[[5, 6], [7]]`` -> ``[[5, 6], [7, 0]]``."""
+def pad(rows: list[list[int]]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Ids and mask, T the longest row: ``[[5, 6], [7]]`` gives ``[[5, 6], [7, 0]]`` and
+    ``[[1, 1], [1, 0]]``."""
     longest = max(len(row) for row in rows)
-    ids = torch.tensor([row + [PAD_ID] * (longest - len(row)) for row in rows], dtype=torch.int64)
-    mask = torch.tensor(
-        [[1] * len(row) + [0] * (longest - len(row)) for row in rows], dtype=torch.int64
+    ids = [row + [PAD_ID] * (longest - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    shape = (len(rows), longest)  # also when no row has an id
+    return (
+        torch.tensor(ids, dtype=torch.int64).view(shape),
+        torch.tensor(mask, dtype=torch.int64).view(shape),
     )
-    return ids.view(len(rows), longest), mask.view(len(rows), longest)

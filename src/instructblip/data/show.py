@@ -1,7 +1,7 @@
-"""Training samples as the model gets them: pixels, texts, and token by token what carries loss.
+"""Training samples as the model reads them: pixels, texts, tokens, and which tokens carry loss.
 
-The samples come from the training loader itself, so crop, template, answer and token ids are those
-of the step that is named. Which tokens carry loss is read from the collated batch.
+The samples come from the training loader, so crop, template, answer and token ids are those of the
+step that is shown. Which tokens carry loss is read from the collated batch.
 """
 
 import base64
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
@@ -31,7 +32,7 @@ MAX_CYCLES = 64
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token id with the text it stands for; ``loss`` says whether it is a label."""
+    """One token id and its text; ``loss`` says whether it is a label."""
 
     id: int
     text: str
@@ -40,29 +41,32 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One training sample. ``pictures`` are what the model sees, S x S, and ``images`` their names
-    in ``example.images``."""
+    """One training sample. ``images`` are what the model sees, S x S, and ``image_names`` their
+    names in ``example.images``."""
 
     name: str
     step: int
     example: Example
     rendered: Rendered
-    images: tuple[str, ...]
-    pictures: tuple[Image.Image, ...]
+    image_names: tuple[str, ...]
+    images: tuple[Image.Image, ...]
     qformer: tuple[Token, ...]
     language: tuple[Token, ...]
 
 
 def training_samples(loader: Loader, count: int) -> Iterator[Shown]:
-    """The first ``count`` samples of each set, in the order in which training draws them."""
+    """The first ``count`` samples of each set, in the order in which training draws them.
+
+    Sets that are drawn too rarely have fewer: the search ends after ``MAX_CYCLES`` cycles.
+    """
     slots: dict[int, list[int]] = {i: [] for i in range(len(loader.names))}
     missing = {i for i, share in enumerate(loader.order.shares) if share}
     for slot in range(MAX_CYCLES * CYCLE):
-        chosen = slots[loader.order[slot].dataset]
-        if len(chosen) < count:
-            chosen.append(slot)
-        if len(chosen) >= count:
-            missing.discard(loader.order[slot].dataset)
+        dataset = loader.order[slot].dataset
+        if len(slots[dataset]) < count:
+            slots[dataset].append(slot)
+        if len(slots[dataset]) >= count:
+            missing.discard(dataset)
         if not missing:
             break
     for i, name in enumerate(loader.names):
@@ -82,8 +86,8 @@ def _show(loader: Loader, name: str, slot: int) -> Shown:
         step=loader.step_of(slot),
         example=example,
         rendered=rendered,
-        images=loader.images.seen(example.images),
-        pictures=tuple(_picture(frame.numpy(), transform) for frame in sample.pixels),
+        image_names=loader.images.select(example.images),
+        images=tuple(_to_image(frame.numpy(), transform) for frame in sample.pixels),
         qformer=tuple(_tokens(tokens.qformer, batch, "qformer", False)) if tokens.qformer else (),
         language=(
             *_tokens(tokens.language, batch, "prompt", False),
@@ -100,22 +104,22 @@ def _tokens(tokenizer: Any, batch: Batch, part: str, labels: bool) -> Iterator[T
             yield Token(number, text.replace("▁", "␣").replace("Ġ", "␣"), labels)
 
 
-def _picture(pixels: np.ndarray, transform: ImageTransform) -> Image.Image:
-    """Undoes the normalisation of [3, S, S]."""
+def _to_image(pixels: Float[np.ndarray, "3 S S"], transform: ImageTransform) -> Image.Image:
+    """Undoes the normalisation."""
     values = pixels.transpose(1, 2, 0) * np.asarray(transform.std) + np.asarray(transform.mean)
     return Image.fromarray(np.clip(np.rint(values * 255), 0, 255).astype(np.uint8))
 
 
 def to_terminal(shown: Shown, colour: bool) -> "Text":
-    """The sample as text; with ``colour`` the picture in half blocks and loss in green."""
+    """The sample as text; with ``colour`` the image in half blocks, and labels in green."""
     from rich.text import Text
 
     text = Text()
     head = f"{shown.name}  step {shown.step}  {shown.example.where}  id {shown.example.id}"
     text.append(f"{head}\n", "bold")
-    text.append(f"picture    {', '.join(shown.images)}\n")
+    text.append(f"image      {', '.join(shown.image_names)}\n")
     if colour:
-        for line in _half_blocks(shown.pictures[0]):
+        for line in _half_blocks(shown.images[0]):
             text.append_text(line)
     for name, value in _texts(shown).items():
         text.append(f"{name:11}{value}\n")
@@ -132,15 +136,17 @@ def to_terminal(shown: Shown, colour: bool) -> "Text":
 
 def _texts(shown: Shown) -> dict[str, str]:
     rendered = shown.rendered
-    same = rendered.instruction == rendered.prompt
     texts = {"prompt": rendered.prompt, "response": rendered.response}
-    return texts if same else {"instruction": rendered.instruction, **texts}
+    if rendered.instruction == rendered.prompt:
+        return texts
+    return {"instruction": rendered.instruction, **texts}
 
 
-def _half_blocks(picture: Image.Image, columns: int = 32) -> "Iterator[Text]":
+def _half_blocks(image: Image.Image, columns: int = 32) -> "Iterator[Text]":
+    """Lines of ▀: the foreground colour is the upper pixel of a pair, the background the lower."""
     from rich.text import Text
 
-    small = np.asarray(picture.resize((columns, columns), Image.Resampling.BOX))
+    small = np.asarray(image.resize((columns, columns), Image.Resampling.BOX))
     for upper, lower in zip(small[::2], small[1::2], strict=True):
         line = Text("           ")
         for above, below in zip(upper.tolist(), lower.tolist(), strict=True):
@@ -151,7 +157,7 @@ def _half_blocks(picture: Image.Image, columns: int = 32) -> "Iterator[Text]":
 
 
 def write_page(path: Path, shown: Iterable[Shown], facts: Mapping[str, str]) -> Path:
-    """Writes an offline HTML page with the samples, and ``facts`` about the run at its head."""
+    """Writes an offline HTML page with ``facts`` about the run and the samples."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -171,7 +177,7 @@ def write_page(path: Path, shown: Iterable[Shown], facts: Mapping[str, str]) -> 
     return path
 
 
-def _data_uri(picture: Image.Image) -> str:
+def _data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,15 +1,15 @@
-"""Instruction templates, and the one renderer that training, evaluation and serving share.
+"""Instruction templates, and the renderer that training, evaluation and serving share.
 
 A template is plain text with the places ``{question}`` (what the instruction is about: a question,
 a statement, the text on a meme, or the answer that a question is asked for), ``{options}``,
-``{context}``, ``{ocr_tokens}`` and ``{history}``. What an example has of the last three and its
-template does not name is put in front (``PARTS``), so nothing is lost silently::
+``{context}``, ``{ocr_tokens}`` and ``{history}``. If an example has one of the last three and its
+template does not name it, it is put in front (``PARTS``), so that nothing is lost silently::
 
     context      Context: There are two cups.
     ocr_tokens   Words in the image: milk, fresh.
     history      Dialog history: Question: is it day? Answer: yes.
 
-A template in Chinese (``templates_zh.py``) gets these parts in Chinese.
+A template in Chinese (``templates_zh.py``) has these parts in Chinese.
 
 Options are lettered: ``(a) red (b) blue``. The response is the bare answer, never its letter.
 """
@@ -28,10 +28,10 @@ from instructblip.data.templates_zh import PARTS_ZH, TEMPLATES_ZH
 
 Language = Literal["en", "zh"]
 TEMPLATES_FILE = "templates.json"
-"""Stands beside the weights: which templates a model was tuned with."""
+"""The file beside the weights that records the templates a model was tuned with."""
 
 RENDERER_VERSION = 2
-"""Raised when the same template and example give another text than before."""
+"""Incremented when the same template and example give another text than before."""
 
 MAX_OCR_TOKENS = 30
 
@@ -47,10 +47,10 @@ _CHINESE = re.compile("[\u3400-\u9fff]")
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Texts of one sample: for the Q-Former, for the language model, and what it should say.
+    """The texts of one sample. ``response`` is empty at inference.
 
-    ``instruction`` and ``prompt`` are the same text today; they are two fields because only the
-    language model of some systems gets the history. ``response`` is empty at inference.
+    ``instruction`` and ``prompt`` are the same text today; they are two fields since some systems
+    show the history to the language model only.
     """
 
     instruction: str
@@ -64,11 +64,10 @@ def render_instruction(
     template: str | None = None,
     language: Language = "en",
 ) -> Rendered:
-    """Picks one template of the task (unless given) and ONE answer; the only place that does.
+    """Chooses one template of the task (unless given) and ONE answer; nothing else chooses one.
 
-    ``answers`` holds an answer as often as annotators gave it, so a uniform choice weights
-    answers by their frequency. Empty ones teach nothing and are never drawn. Raises ValueError for
-    an example without another answer.
+    ``answers`` has an answer as often as annotators gave it, so a uniform choice weights answers by
+    their frequency. Empty answers are never chosen; ValueError for an example without others.
     """
     answers = example.taught
     if not answers:
@@ -79,21 +78,21 @@ def render_instruction(
 
 
 def render_prompt(example: Example, template: str | None = None) -> Rendered:
-    """The prompt for inference: ``template``, or the first of the task. No response."""
+    """The prompt for inference from ``template`` or the first of the task, without response."""
     chosen = template if template is not None else templates_of(example.task)[0]
     prompt = _fill(example, chosen)
     return Rendered(instruction=prompt, prompt=prompt)
 
 
 def templates_of(task: str, language: Language = "en") -> tuple[str, ...]:
-    """The templates of a task; ValueError lists the tasks there are."""
+    """The templates of a task; ValueError lists the known tasks."""
     if task not in TEMPLATES:
         raise ValueError(f"no templates for task '{task}'; expected one of {', '.join(TEMPLATES)}")
     return (TEMPLATES if language == "en" else TEMPLATES_ZH)[task]
 
 
 def check_template(template: str) -> str:
-    """``template``, or ValueError naming a place that does not exist."""
+    """Returns ``template``; ValueError names a place that does not exist."""
     for name in _PLACE.findall(template):
         if name not in PLACES:
             raise ValueError(
@@ -104,7 +103,7 @@ def check_template(template: str) -> str:
 
 
 def template_hash() -> str:
-    """Tells whether two programs render alike: kept in the checkpoint, compared at inference."""
+    """A hash of all templates and rules, kept in the checkpoint and compared at inference."""
     rules = [RENDERER_VERSION, MAX_OCR_TOKENS, PARTS, TEMPLATES, PARTS_ZH, TEMPLATES_ZH]
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
@@ -130,12 +129,9 @@ def warn_of_other_templates(directory: Path) -> None:
 
 
 def letter_options(choices: tuple[str, ...]) -> str:
-    """``(a) red (b) blue``."""
-    return " ".join(f"({_letter(i)}) {choice}" for i, choice in enumerate(choices))
-
-
-def _letter(index: int) -> str:
-    return chr(ord("a") + index) if index < 26 else str(index + 1)
+    """``(a) red (b) blue``; numbers from the 27th choice on."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *map(str, range(27, len(choices) + 1))]
+    return " ".join(f"({letter}) {c}" for letter, c in zip(letters, choices, strict=False))
 
 
 def _fill(example: Example, template: str) -> str:
@@ -152,7 +148,7 @@ def _fill(example: Example, template: str) -> str:
     parts = PARTS_ZH if chinese else PARTS
     before = [part for name, part in parts.items() if values[name] and name not in named]
     text = " ".join([*before, template])
-    # One pass over the template: braces inside a question are text, not places.
+    # One pass over the template: braces in a question are text, not places.
     filled = _PLACE.sub(lambda match: values[match[1]], text)
     return re.sub(r"[ \t]+", " ", filled).strip()
 
@@ -281,6 +277,6 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "Keep the dialog in mind. {question} Short answer:",
         "Last question: {question} Answer:",
     ),
-    # Data sets that bring their own instruction (LLaVA).
+    # The question of these data sets (LLaVA) is the whole instruction.
     "instruct": ("{question}",),
 }

@@ -1,17 +1,18 @@
 """Text to token ids: the instruction for the Q-Former, prompt and response for the language model.
 
-Policies, for a decoder-only language model (Llama, OPT) and an encoder-decoder one (T5)::
+Special tokens, for a decoder-only language model (Llama, OPT) and an encoder-decoder one (T5)::
 
     Q-Former     [CLS] what colour ? [SEP]
     prompt       <s> Question : what colour ? Short answer :        (T5: ... </s>)
     response     red </s>                                           (never <s>)
 
-Over-long text: instruction and prompt lose their beginning (the question stands at the end, the
-history before it) and keep their special tokens; a response loses its end and keeps ``</s>``.
+Text that is too long is cut: instruction and prompt lose their beginning, since the question
+stands at the end and the history before it, and keep their special tokens; a response loses its
+end and keeps ``</s>``.
 
-The response is tokenised as it reads after the prompt and one space, so that prompt ids and
-response ids in a row decode to "... Short answer: red": a byte-level tokenizer gives " red" and a
-Llama one "▁red". Special tokens written out in a text (a question that says "</s>") are text.
+The response is tokenized as it reads after the prompt and one space, so that the prompt ids
+followed by the response ids decode to "... Short answer: red": a byte-level tokenizer gives " red",
+a Llama tokenizer "▁red". Special tokens that occur in a text (a question with "</s>") are text.
 """
 
 import json
@@ -41,10 +42,12 @@ class _Wrap:
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
                 return cls(tokenizer, tuple(full[:start]), tuple(full[start + len(bare) :]))
-        raise ValueError(f"{type(tokenizer).__name__}: its special tokens change the text's own")
+        raise ValueError(
+            f"{type(tokenizer).__name__}: the ids of a text change when special tokens are added"
+        )
 
     def last(self, text: str, limit: int, suffix: bool = True) -> list[int]:
-        """The end of ``text`` between the special tokens, at most ``limit`` ids in all."""
+        """The ids of ``text`` between the special tokens, its beginning cut to ``limit`` in all."""
         after = self.suffix if suffix else ()
         room = max(1, limit - len(self.prefix) - len(after))
         return [*self.prefix, *_encode(self.tokenizer, text)[-room:], *after]
@@ -52,7 +55,7 @@ class _Wrap:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokenizers of a model and the policy above. ``qformer`` None: a plain BLIP-2."""
+    """The tokenizers of a model and the limits on texts; a plain BLIP-2 has no ``qformer``."""
 
     language: PreTrainedTokenizerBase
     qformer: PreTrainedTokenizerBase | None = None
@@ -66,14 +69,14 @@ class Tokens:
 
     def __post_init__(self) -> None:
         if self.language.eos_token_id is None:
-            raise ValueError("the language model's tokenizer has no end token; set `eos_token`")
+            raise ValueError("the language model's tokenizer has no end token; set its `eos_token`")
         object.__setattr__(self, "_language", _Wrap.of(self.language))
         object.__setattr__(self, "_qformer", _Wrap.of(self.qformer) if self.qformer else None)
         object.__setattr__(self, "_anchor", _anchor(self.language))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **limits: int) -> "Tokens":
-        """Tokenizers of a model directory; nothing is downloaded and no code of it is run."""
+        """The tokenizers of a model directory, without downloading or running code of it."""
         path = Path(path)
         if not path.is_dir():
             raise FileNotFoundError(f"no model directory {path}; expected one with a tokenizer")
@@ -92,40 +95,42 @@ class Tokens:
             self.qformer.save_pretrained(str(Path(path) / "qformer_tokenizer"))
 
     def tokenize(self, rendered: Rendered) -> tuple[list[int], list[int], list[int]]:
-        """(qformer_ids [I], prompt_ids [T], response_ids [R]); empty where there is no text."""
+        """(qformer_ids [I], prompt_ids [T], response_ids [R]).
+
+        ``qformer_ids`` is empty without a Q-Former tokenizer, ``response_ids`` without a response.
+        """
         qformer = self._qformer
         instruction = qformer.last(rendered.instruction, self.max_instruction) if qformer else []
         response = self.response(rendered.response) if rendered.response else []
         return instruction, self.prompt(rendered.prompt), response
 
     def prompt(self, text: str) -> list[int]:
-        """[T]; begins as the tokenizer does (a decoder's prompt never ends with an end token)."""
+        """[T] ids with the tokenizer's special tokens, without an end token for a decoder."""
         return self._language.last(text, self.max_prompt, suffix=not self.decoder_only)
 
     def response(self, text: str) -> list[int]:
-        """[R]; ends with the end token, never begins with a special one."""
+        """[R] ids, the end token last and no special token first."""
         return [*self._response(text)[: self.max_response - 1], self.eos_id]
 
     def response_length(self, text: str) -> int:
-        """Tokens of a response before it is cut to ``max_response``, its end token included."""
+        """Number of ids of an uncut response, the end token included."""
         return len(self._response(text)) + 1
 
     def prompt_length(self, text: str) -> int:
-        """Tokens of a prompt before it is cut to ``max_prompt``, its special ones included."""
-        added = self._language.suffix if not self.decoder_only else ()
-        own = _encode(self.language, text)
-        return len(self._language.prefix) + len(own) + len(added)
+        """Number of ids of an uncut prompt, special tokens included."""
+        suffix = () if self.decoder_only else self._language.suffix
+        return len(self._language.prefix) + len(_encode(self.language, text)) + len(suffix)
 
     def _response(self, text: str) -> list[int]:
         ids = _continue(self.language, self._anchor, text) if self.decoder_only else None
         return _encode(self.language, text) if ids is None else ids
 
     def candidates(self, texts: list[str] | tuple[str, ...]) -> list[list[int]]:
-        """[C][R]: answers to rank, tokenised exactly as responses are in training."""
+        """C x [R]: candidates to rank, tokenized as responses are in training."""
         return [self.response(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of generated ids, without special tokens and surrounding white space."""
+        """The text of ``ids`` without special tokens and surrounding white space."""
         return str(self.language.decode(ids, skip_special_tokens=True)).strip()
 
     @property
@@ -144,7 +149,7 @@ ANCHORS = (":", ".", "a", "?", "the")
 
 
 def _anchor(tokenizer: Any) -> str | None:
-    """A text that keeps its ids when more is written after it."""
+    """The first of ``ANCHORS`` whose ids stay the same when text follows it, or None."""
     for anchor in ANCHORS:
         head = _encode(tokenizer, anchor)
         if head and _encode(tokenizer, f"{anchor} a")[: len(head)] == head:
@@ -153,7 +158,7 @@ def _anchor(tokenizer: Any) -> str | None:
 
 
 def _continue(tokenizer: Any, anchor: str | None, text: str) -> list[int] | None:
-    """Ids of ``text`` as it is tokenised after other text and a space."""
+    """The ids that ``text`` has after ``anchor`` and a space; None if they cannot be told apart."""
     if anchor is None:
         return None
     head, whole = _encode(tokenizer, anchor), _encode(tokenizer, f"{anchor} {text}")
@@ -164,8 +169,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory, from this disk alone. ValueError when there is none."""
-    # Asked first: for some model types transformers makes up an empty tokenizer when there is none.
+    """The tokenizer of a directory, read from disk only. ValueError when there is none."""
+    # For some model types transformers returns an empty tokenizer where there are no files.
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(
             f"{path}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}, as "

@@ -55,10 +55,5 @@ def evenly_spaced(count: int, most: int) -> list[int]:
     return [(2 * i + 1) * count // (2 * most) for i in range(most)]
 
 
-def repeated(count: int, wanted: int) -> list[int]:
-    """``wanted`` indices below ``count``, each as often as the others or once more."""
-    return [i * count // wanted for i in range(wanted)]
-
-
 def _save(frame: Any, path: Path) -> None:
     frame.to_image().convert("RGB").save(path, quality=QUALITY)
