@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from instructblip.data.own.files import ROLES
-from instructblip.data.own.formats import FORMATS
+from instructblip.data.custom.formats import FORMATS
+from instructblip.data.custom.rows import ROLES
 from instructblip.data.sources import SOURCES
 from instructblip.data.templates import TEMPLATES
 from instructblip.data.templates_zh import TEMPLATES_ZH

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from instructblip.core.batch import Example
-from instructblip.data.own.files import Own
-from instructblip.data.own.formats import own_source
+from instructblip.data.custom.files import CustomSet
+from instructblip.data.custom.formats import custom_source
 from instructblip.data.prepared.check import check_dataset
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.reading.records import MAX_TEXT
@@ -150,6 +150,6 @@ def test_an_id_twice_is_listed(tmp_path: Path) -> None:
     write_picture(tmp_path / "0.png")
     rows = [ROW | {"id": 1, "question": f"{i}?"} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = own_source(Own("mine", "table", "rows.jsonl"))
+    source = custom_source(CustomSet("mine", "table", "rows.jsonl"))
     data = prepare("mine", tmp_path, "train", tmp_path / "out", source=source)
     assert check_dataset(data).kinds == {"duplicate id": 2}

@@ -12,10 +12,10 @@ import pytest
 
 from instructblip.cli import stages
 from instructblip.core.batch import Example
+from instructblip.data.custom.files import CustomSet
+from instructblip.data.custom.folder import read_folder
+from instructblip.data.custom.formats import custom_source
 from instructblip.data.export import Form, export
-from instructblip.data.own.files import Own
-from instructblip.data.own.folder import read_folder
-from instructblip.data.own.formats import own_source
 from instructblip.data.prepared.check import check_dataset
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.templates import render_prompt
@@ -25,8 +25,8 @@ from tests.testing import write_json, write_picture, write_tar, write_vqa
 
 
 def read(root: Path, form: str, split: str = "train", **options: Any) -> list[Example]:
-    own = Own("mine", form, **options)
-    data = prepare("mine", root, split, root / "prepared", source=own_source(own))
+    own = CustomSet("mine", form, **options)
+    data = prepare("mine", root, split, root / "prepared", source=custom_source(own))
     return list(data)
 
 
@@ -166,7 +166,7 @@ def test_an_answer_that_counts_nothing(root: Path):
     row = {"image": "0.png", "question": "how many dogs?", "caption": "a red square"}
     write_lines(root / "a.jsonl", row | {"answer": 0}, row | {"answer": [0]}, row)
     assert [e.answers[0] for e in read(root, "table", path="a.jsonl")] == ["0", "0", "a red square"]
-    own = own_source(Own("mine", "table", "a.jsonl"))
+    own = custom_source(CustomSet("mine", "table", "a.jsonl"))
     for nothing in ("", None, []):
         write_lines(root / "a.jsonl", row | {"answer": nothing})
         (found,) = own.read(root, "train")
@@ -206,7 +206,7 @@ def test_an_instruction_with_choices_keeps_them(root: Path):
 def test_json_that_goes_on_after_its_end(root: Path):
     for more in ('[{"image": "1.png", "answer": "b"}]', "junk"):
         (root / "a.json").write_text('[{"image": "0.png", "answer": "a"}]\n' + more)
-        with pytest.raises(ValueError, match=r"a\.json:.* the file goes on with"):
+        with pytest.raises(ValueError, match=r"a\.json:.* follows the end of the value"):
             read(root, "table", path="a.json")
 
 
@@ -243,7 +243,7 @@ def test_texts_without_a_picture_that_can_be_read_are_told(root: Path):
     for name in ("p.heic", "q.HEIC"):
         (root / name).write_bytes(b"no picture for Pillow")
     (root / "2.txt").rename(root / "2.TXT")
-    with pytest.warns(UserWarning, match=r"2 \.txt .* no picture .*: p\.txt, q\.txt; .*as \.png"):
+    with pytest.warns(UserWarning, match=r"2 \.txt .* no image .*: p\.txt, q\.txt; .*as \.png"):
         found = read(root, "imagefolder")
     assert [e.images for e in found] == [("0.png",), ("1.png",), ("2.png",)]
     (root / "sub").mkdir()
@@ -435,7 +435,7 @@ def test_webdataset(root: Path):
             "conversations 0: field 'from' is 'robot'",
         ),
         ("llava_json", "a.json", [{"image": "/a", "conversations": TURNS}], "record 0: image name"),
-        ("sharegpt", "a.json", [{"image": 5, "conversations": TURNS}], "record 0: a picture is 5"),
+        ("sharegpt", "a.json", [{"image": 5, "conversations": TURNS}], "record 0: an image is 5"),
         ("sharegpt", "a.json", [{"image": "s3://x", "conversations": TURNS}], "on the network"),
         ("sharegpt", "a.json", [{"image": "data:x,%%", "conversations": TURNS}], "not base64"),
         (
@@ -482,7 +482,7 @@ def test_paths_stay_below_the_root(root: Path):
     with pytest.raises(FileNotFoundError, match=r"no \.tar file matches \*"):
         read(root, "webdataset")
     with pytest.raises(ValueError, match=r"columns \['picture'\]; expected some of id, image"):
-        own_source(Own("mine", "table", columns=(("picture", "a"),)))
+        custom_source(CustomSet("mine", "table", columns=(("picture", "a"),)))
 
 
 @pytest.mark.parametrize(
@@ -495,7 +495,7 @@ def test_export_comes_back(form: Any, reader: str, tmp_path: Path):
     first = path.read_bytes()
     again = export(data, "vqav2", form, tmp_path / "out", "vqav2/images", seed=3)
     assert again.read_bytes() == first
-    own = own_source(Own("mine", reader, path=f"out/{path.name}"))
+    own = custom_source(CustomSet("mine", reader, path=f"out/{path.name}"))
     found = list(prepare("mine", tmp_path, "train", tmp_path / "prepared", source=own))
     assert len(found) == 6
     for before, after in zip(data, found, strict=True):
@@ -514,7 +514,7 @@ def test_export_of_a_linked_set_comes_back(tmp_path: Path):
     written = sorted(path.name for path in out.iterdir())
     endings = ("llava.json", "messages.jsonl", "parquet", "sharegpt.json")
     assert written == [f"vqav2.{ending}" for ending in endings]
-    own = own_source(Own("mine", "sharegpt", path="out/vqav2.sharegpt.json"))
+    own = custom_source(CustomSet("mine", "sharegpt", path="out/vqav2.sharegpt.json"))
     found = prepare("mine", tmp_path / "data", "train", tmp_path / "prepared", source=own)
     assert found[0].images[0].startswith("vqav2/images/COCO_train2014_")
 

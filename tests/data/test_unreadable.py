@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from instructblip.data.own.files import Own
-from instructblip.data.own.folder import read_folder
-from instructblip.data.own.formats import own_source
+from instructblip.data.custom.files import CustomSet
+from instructblip.data.custom.folder import read_folder
+from instructblip.data.custom.formats import custom_source
 from instructblip.data.prepared.check import check_dataset
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.sources import SOURCES
@@ -57,7 +57,7 @@ def shut(path: Path) -> Iterator[None]:
 
 
 def own(root: Path, form: str, path: str | None = None) -> list[Any]:
-    return list(own_source(Own("mine", form, path)).read(root, "train"))
+    return list(custom_source(CustomSet("mine", form, path)).read(root, "train"))
 
 
 def own_folder(root: Path) -> None:

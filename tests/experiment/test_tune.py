@@ -9,7 +9,7 @@ import torch
 
 from instructblip.cli import main as cli
 from instructblip.cli import stages
-from instructblip.data.own.folder import read_folder, split_by_picture
+from instructblip.data.custom.folder import read_folder, split_by_image
 from instructblip.experiment.tune import (
     MEASURES,
     measures_of,
@@ -136,7 +136,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
 
 def sides(root: Path) -> tuple[set[str], set[str]]:
     """The pictures of the two sides."""
-    training, held = split_by_picture(read_folder(root))
+    training, held = split_by_image(read_folder(root))
     assert {e.split for e in held.examples} == {"val"}
     assert len(training) > 0
     assert len(held) > 0
@@ -155,11 +155,11 @@ def test_a_picture_is_on_one_side_only(tmp_path: Path) -> None:
     assert 6 <= len(held) <= 18
     assert not training & held
     few = type(folder)(folder.examples[:6], folder.image_root)
-    with pytest.raises(ValueError, match="3 pictures; expected at least 4"):
-        split_by_picture(few)
+    with pytest.raises(ValueError, match="3 images; expected at least 4"):
+        split_by_image(few)
     tied = [{"file_name": [f"{n}.png", "0.png"], "caption": "x"} for n in range(5)]
     write_folder(tmp_path, tied)
-    with pytest.raises(ValueError, match="all rows hang together by pictures"):
+    with pytest.raises(ValueError, match="shared images connect all rows"):
         sides(tmp_path)
     write_folder(tmp_path, [*tied[:4], {"file_name": "4.png", "caption": "x"}])
     assert sorted(map(len, sides(tmp_path))) == [1, 4]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from instructblip.core.batch import Example
-from instructblip.data.own.folder import FolderSet
+from instructblip.data.custom.folder import FolderSet
 from instructblip.scenes.world import HELD_OUT_PAIRS
 from instructblip.text_to_image.batches import (
     DrawLoader,

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from instructblip.data.custom.files import CustomSet
+from instructblip.data.custom.formats import custom_source
+from instructblip.data.custom.remote import fetch_tree, is_remote
 from instructblip.data.order import Mixture
-from instructblip.data.own.files import Own
-from instructblip.data.own.formats import own_source
-from instructblip.data.own.remote import fetch_tree, is_remote
 from instructblip.data.prepared.dataset import DatasetView, PreparedDataset
 from instructblip.data.prepared.prepare import Job, prepare
 from instructblip.data.sources import SOURCES, source_of
@@ -51,12 +51,12 @@ def job_of(recipe: Recipe, name: str) -> Job:
         root = fetch_tree(where, data.prepared_root / "fetched" / name)
     else:
         root = data.root / where
-    reader = own_source(_own(name, entry, root)) if own else source_of(source)
+    reader = custom_source(_custom_set(name, entry, root)) if own else source_of(source)
     folder = source if own or where == data.where_of(source) else f"{source}@{name}"
     return Job(folder, root, entry.split, data.prepared_root, reader, data.max_bad_rate)
 
 
-def _own(name: str, entry: DataSet, root: Path) -> Own:
+def _custom_set(name: str, entry: DataSet, root: Path) -> CustomSet:
     assert entry.format is not None
     if name in SOURCES:
         raise ValueError(f"data.sets.{name}: this name is taken; give data of your own another one")
@@ -67,7 +67,7 @@ def _own(name: str, entry: DataSet, root: Path) -> Own:
     if entry.task is not None:
         templates_of(entry.task)
     columns = tuple(sorted(entry.columns.items()))
-    return Own(name, entry.format, entry.path, images, columns, entry.task)
+    return CustomSet(name, entry.format, entry.path, images, columns, entry.task)
 
 
 def prepare_split(recipe: Recipe, source: str, split: str) -> PreparedDataset:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
-from instructblip.data.sources import VIDEOS
+from instructblip.data.sources import VIDEO_SETS
 from instructblip.experiment.build import shape_language
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.weights import NoRandomWeights, read_json
@@ -125,7 +125,7 @@ def _most_pictures(data: DataConfig, name: str) -> int:
     prepared; until then one is assumed."""
     entry = data.sets[name]
     if entry.format is None:
-        return data.num_frames if data.source_of(name) in VIDEOS else 1
+        return data.num_frames if data.source_of(name) in VIDEO_SETS else 1
     folder = data.prepared_root / name / entry.split
     if not (folder / MANIFEST_FILE).is_file():
         return 1

@@ -8,13 +8,13 @@ from typing import Any
 import yaml
 
 from instructblip.core.version import __version__
-from instructblip.data.loader import Loader
-from instructblip.data.order import Mixture
-from instructblip.data.own.folder import (
+from instructblip.data.custom.folder import (
     FolderSet,
     read_folder,
-    split_by_picture,
+    split_by_image,
 )
+from instructblip.data.loader import Loader
+from instructblip.data.order import Mixture
 from instructblip.data.samples import ImageReader
 from instructblip.evaluation.benchmarks.benchmark import Benchmark
 from instructblip.evaluation.compare import compare
@@ -57,7 +57,7 @@ def tune(root: Path, start: str, out: Path, overrides: Sequence[str] = ()) -> Pa
     Raises ValueError or FileNotFoundError for what is wrong with the folder, naming every row.
     """
     folder = read_folder(root)
-    training, held = split_by_picture(folder)
+    training, held = split_by_image(folder)
     tasks = Counter(example.task for example in folder.examples)
     print(f"{len(folder)} examples: {dict(tasks)}; {len(held)} held back", flush=True)
     pictures = max(len(example.images) for example in folder.examples)

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from instructblip.core.batch import Example
 from instructblip.data.images import load_image
-from instructblip.data.sources.video import evenly_spaced
+from instructblip.data.reading.frames import evenly_spaced
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.checkpoints.weights import read_json
 from instructblip.model.config import READERS

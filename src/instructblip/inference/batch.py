@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.data.images import load_image
-from instructblip.data.reading.frames import VIDEOS, extract_frames
-from instructblip.data.reading.records import image_name
+from instructblip.data.reading.frames import VIDEO_SUFFIXES, extract_frames
+from instructblip.data.reading.records import IMAGE_SUFFIXES, image_name
 from instructblip.inference.engine import Engine
 from instructblip.inference.inputs import Picture
 
 RESULT_KEYS = ("answer", "error")
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FRAMES = 4
 """Frames that stand for a video, evenly spaced, as in the paper."""
 
@@ -61,9 +60,13 @@ def read_requests(path: Path, instruction: str | None = None) -> list[Request]:
 def _of_folder(folder: Path, instruction: str | None) -> list[Request]:
     if instruction is None:
         raise ValueError(f"{folder} is a folder: say with --instruction what to ask its pictures")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (*PICTURES, *VIDEOS))
+    files = sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+    )
     if not files:
-        raise ValueError(f"{folder} holds no pictures; expected {', '.join(PICTURES)}, or videos")
+        raise ValueError(
+            f"{folder} holds no pictures; expected {', '.join(IMAGE_SUFFIXES)}, or videos"
+        )
     return [Request((p,), instruction, {"image": p.name}) for p in files]
 
 
@@ -124,7 +127,7 @@ def open_pictures(paths: Sequence[Path]) -> list[Picture]:
             raise ValueError(f"{path} is a folder; give a picture or a video, or --batch FOLDER")
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
-        if path.suffix.lower() in VIDEOS:
+        if path.suffix.lower() in VIDEO_SUFFIXES:
             found += _frames(path)
         else:
             load_image(path)

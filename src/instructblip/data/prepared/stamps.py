@@ -17,7 +17,7 @@ ANNOTATION_FILES = (".json", ".jsonl", ".csv", ".txt", ".arrow")
 def stamps_of(files: FilesRead, root: Path, without: Path) -> dict[str, Any]:
     """The files a reader took its rows from, and those it would have read had they been there."""
     return {
-        "annotations": [_stamp(path, root, without) for path in files.found],
+        "annotations": [_stamp(path, root, without) for path in files.present],
         "absent": [str(path.relative_to(root)) for path in files.absent],
     }
 

@@ -1,19 +1,18 @@
-"""Frames of a video file, with PyAV (the extra ``instructblip[video]``).
+"""Frames of a video file, decoded with PyAV (the extra ``instructblip[video]``).
 
-They are taken once, when the data is prepared, evenly spaced and in RGB, and kept as pictures.
+They are extracted once, when the data is prepared, and kept as RGB images.
 """
 
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
-VIDEOS = (".mp4", ".avi", ".webm", ".mkv", ".mov")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov")
 QUALITY = 95
 
 
-def extract_frames(video: Path, folder: Path, most: int) -> Path:
-    """Writes at most ``most`` frames of ``video`` to ``folder``, unless they are there.
+def extract_frames(video: Path, folder: Path, max_frames: int) -> Path:
+    """Writes at most ``max_frames`` evenly spaced frames to ``folder``, unless it exists.
 
     Raises ValueError, naming the file, when PyAV is missing or the video cannot be decoded.
     """
@@ -25,7 +24,7 @@ def extract_frames(video: Path, folder: Path, most: int) -> Path:
     except ImportError:
         raise ValueError(
             f"video {video}: reading video files needs PyAV: pip install 'instructblip[video]'; "
-            f"or put its frames as pictures into {video.with_suffix('')}/"
+            f"or put its frames as images into {video.with_suffix('')}/"
         ) from None
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -33,11 +32,12 @@ def extract_frames(video: Path, folder: Path, most: int) -> Path:
     try:
         with av.open(str(video)) as container:
             count = sum(1 for _ in container.decode(video=0))
-        wanted = set(evenly_spaced(count, most))
+        chosen = set(evenly_spaced(count, max_frames))
         with av.open(str(video)) as container:
             for i, frame in enumerate(container.decode(video=0)):
-                if i in wanted:
-                    _save(frame, temporary / f"{i:06d}.jpg")
+                if i in chosen:
+                    image = frame.to_image().convert("RGB")  # type: ignore[union-attr]
+                    image.save(temporary / f"{i:06d}.jpg", quality=QUALITY)
         if not count:
             raise ValueError(f"video {video} has no frame; download it again")
         temporary.replace(folder)
@@ -48,12 +48,8 @@ def extract_frames(video: Path, folder: Path, most: int) -> Path:
     return folder
 
 
-def evenly_spaced(count: int, most: int) -> list[int]:
-    """At most ``most`` indices below ``count``, the middles of equal parts."""
-    if count <= most:
+def evenly_spaced(count: int, at_most: int) -> list[int]:
+    """At most ``at_most`` indices below ``count``: the middles of equal parts."""
+    if count <= at_most:
         return list(range(count))
-    return [(2 * i + 1) * count // (2 * most) for i in range(most)]
-
-
-def _save(frame: Any, path: Path) -> None:
-    frame.to_image().convert("RGB").save(path, quality=QUALITY)
+    return [(2 * i + 1) * count // (2 * at_most) for i in range(at_most)]

@@ -10,12 +10,12 @@ from typing import Any, TextIO
 
 @dataclass(slots=True)
 class FilesRead:
-    """The files a reader opened, and those it looked for and did not find."""
+    """The files that a reader opened, and those that it looked for in vain."""
 
-    found: dict[Path, None] = field(default_factory=dict)
+    present: dict[Path, None] = field(default_factory=dict)
     absent: dict[Path, None] = field(default_factory=dict)
     folders: dict[tuple[Path, str], bool] = field(default_factory=dict)
-    """Whether a sub-folder of the pictures exists, as long as this reading lasts."""
+    """Whether a sub-folder of the images exists, cached until the reader ends."""
     streams: list[tuple[Any, int]] = field(default_factory=list)
     """Raw files and their sizes in bytes, in the order in which they were opened."""
 
@@ -39,19 +39,28 @@ def note_files() -> Iterator[FilesRead]:
         _noted.reset(token)
 
 
-def noted_files() -> FilesRead | None:
-    """What the surrounding ``note_files`` collects, or None."""
-    return _noted.get()
-
-
-def note_file(path: Path) -> None:
+def note_file(path: Path, present: bool = True) -> None:
     """Notes a file, or a folder of small files, that a reader takes its annotations from."""
     if (noted := _noted.get()) is not None:
-        noted.found[path] = None
+        (noted.present if present else noted.absent)[path] = None
+
+
+def has_image_folder(root: Path, name: str) -> bool:
+    """Whether ``root/images/<name>`` is a folder.
+
+    Readers ask once per sample, and a stat each time would take most of their time. The answer is
+    cached inside ``note_files`` only, since a folder may be unpacked before the next reading.
+    """
+    noted = _noted.get()
+    if noted is None:
+        return (root / "images" / name).is_dir()
+    if (root, name) not in noted.folders:
+        noted.folders[root, name] = (root / "images" / name).is_dir()
+    return noted.folders[root, name]
 
 
 def open_text(path: Path, encoding: str = "utf-8-sig", newline: str | None = None) -> TextIO:
-    """Opens an annotation file; how far it has been read then shows in ``position``."""
+    """Opens an annotation file; ``FilesRead.position`` counts what is read of it."""
     file = path.open(encoding=encoding, newline=newline)
     if (noted := _noted.get()) is not None:
         noted.streams.append((file.buffer.raw, path.stat().st_size))  # type: ignore[attr-defined]

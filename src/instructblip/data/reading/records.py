@@ -1,8 +1,8 @@
 """Reading annotation files record by record, with errors that name file, record and field.
 
 Annotation files run to hundreds of megabytes, so arrays and objects are streamed: one record is
-parsed at a time and the file is never held whole. Every reader uses the functions below and no
-other way to open a file, so that ``prepare`` can note which files a data set was read from.
+parsed at a time and a file is never in memory whole. Readers open files only through the functions
+below, so that ``prepare`` can note which files a data set was read from.
 """
 
 import csv
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from instructblip.core.batch import Example
-from instructblip.data.reading.opened import noted_files, open_text
+from instructblip.data.reading.opened import has_image_folder, note_file, open_text
 from instructblip.data.reading.streaming import refuse_constant, stream_values
 
 MAX_TEXT = 100_000
@@ -24,9 +24,9 @@ MAX_TEXT = 100_000
 MAX_LINE = 1 << 26
 """Characters of one line; a longer one is an error, so memory stays bounded."""
 MAX_NAME = 255
-"""Bytes of one part of a picture's path: what file systems allow."""
+"""Bytes of one part of an image's path: what file systems allow."""
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Source:
     """One data set: ``read(root, split)`` yields its examples in the order of the file.
 
     ``root`` holds ``annotations/`` and ``images/``; ``split`` is train, val or test. ``files``
-    says, for a person, which of the owner's files belong there.
+    describes which of the owner's files belong there.
     """
 
     read: Callable[[Path, str], Iterator[Example]]
@@ -42,13 +42,13 @@ class Source:
     licence: str
     files: str
     images: str = "images"
-    """Folder below the root that the paths of pictures are relative to."""
+    """Folder below the root that image paths are relative to."""
     settings: str = ""
-    """What else decides how the files are read; data prepared with others is prepared again."""
+    """What else decides how files are read; data prepared with another value is prepared again."""
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What a folder holds, sorted; ValueError for one that cannot be read."""
+    """The entries of a folder, sorted; ValueError for one that cannot be read."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
@@ -58,28 +58,28 @@ def list_folder(folder: Path) -> list[Path]:
 def walk_files(folder: Path) -> list[Path]:
     """All files below a folder, sorted; ValueError for a folder that cannot be read.
 
-    Links to folders are followed, but no folder is entered twice: a link may lead in a circle.
+    Links to folders are followed, and no folder is entered twice: links may form a circle.
     """
 
     def stop(error: OSError) -> None:
-        # Path.rglob passes over such a folder, and whatever it holds would be lost silently.
+        # Path.rglob skips such a folder, so its files would be lost silently.
         raise _unreadable(error)
 
     entered: set[tuple[int, int]] = set()
-    found = []
+    files = []
     for top, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         status = Path(top).stat()
-        if (place := (status.st_dev, status.st_ino)) in entered:
+        if (identity := (status.st_dev, status.st_ino)) in entered:
             folders.clear()
             continue
-        entered.add(place)
-        folders.sort()  # of two links to one folder it is always the same that is followed
-        found += [Path(top, name) for name in names]
-    return sorted(found)
+        entered.add(identity)
+        folders.sort()  # of two links to one folder, always follow the same
+        files += [Path(top, name) for name in names]
+    return sorted(files)
 
 
 def matching_files(folder: Path, pattern: str) -> list[Path]:
-    """The files below ``folder`` that a pattern names, sorted; ValueError for a folder on the way
+    """The files below ``folder`` that match a pattern, sorted; ValueError for a folder on the way
     that cannot be read."""
     parts = pattern.split("/")
     for depth in range(len(parts)):
@@ -98,20 +98,16 @@ def _unreadable(error: OSError) -> ValueError:
 
 def find_optional(root: Path, *names: str) -> Path | None:
     """The first of ``annotations/<name>`` that exists, or None."""
-    noted = noted_files()
     for name in names:
         path = root / "annotations" / name
-        if path.exists():
-            if noted is not None:
-                noted.found[path] = None
+        note_file(path, present := path.exists())
+        if present:
             return path
-        if noted is not None:
-            noted.absent[path] = None
     return None
 
 
 def find_file(root: Path, *names: str) -> Path:
-    """The first of ``annotations/<name>`` that exists; FileNotFoundError lists what was tried."""
+    """The first of ``annotations/<name>`` that exists; FileNotFoundError lists the names."""
     path = find_optional(root, *names)
     if path is None:
         raise FileNotFoundError(
@@ -123,7 +119,7 @@ def find_file(root: Path, *names: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One JSON object with its place in the file; the accessors check presence and type."""
+    """One object of a file and its place there; the accessors check presence and type."""
 
     data: dict[str, Any]
     where: str
@@ -164,7 +160,7 @@ class Record:
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A list of strings; numbers among them are written out (some files quote no numbers)."""
+        """A list of strings; numbers become strings, since some files do not quote them."""
         value = self.data.get(name)
         if not isinstance(value, list):
             self.fail(name, "a list of strings")
@@ -218,34 +214,47 @@ def _encodable(text: str, name: str, where: str) -> None:
         ) from None
 
 
+def check_object(value: Any, where: str) -> dict[str, Any]:
+    """``value`` if it is a JSON object, else ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: is {repr(value)[:80]}; expected an object with fields")
+    return value
+
+
 def read_records(path: Path, *fields: str) -> Iterator[tuple[str, Record]]:
     """(key, record) of a JSON array or object at ``fields``; the key is the index in an array."""
     for key, value in stream_values(path, *fields):
         where = f"{path.name}:record {key}"
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: is {repr(value)[:80]}; expected an object with fields")
-        yield key, Record(value, where)
+        yield key, Record(check_object(value, where), where)
 
 
 def read_texts(path: Path, *fields: str) -> list[str]:
     """A JSON array of strings at ``fields``."""
     texts = []
     for key, value in stream_values(path, *fields):
+        where = f"{path.name}:{'.'.join(fields)} {key}"
         if not isinstance(value, str):
-            raise ValueError(f"{path.name}:{'.'.join(fields)} {key}: expected a string")
-        texts.append(_bounded(value, fields[-1], f"{path.name}:{'.'.join(fields)} {key}"))
+            raise ValueError(f"{where}: expected a string")
+        texts.append(_bounded(value, fields[-1], where))
     return texts
 
 
 def read_lines(path: Path) -> Iterator[Record]:
     """The objects of a JSON-lines file."""
     for line, where in read_text(path):
-        if line.strip():
-            yield Record(_parse_line(line, where), where)
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line, parse_constant=refuse_constant)
+        except RecursionError:
+            raise ValueError(f"{where}: is nested too deeply; repair the line") from None
+        except ValueError as error:
+            raise ValueError(f"{where}: is not JSON ({error}); repair the line") from None
+        yield Record(check_object(value, where), where)
 
 
 def read_text(path: Path) -> Iterator[tuple[str, str]]:
-    """(line, its place) of a text file. Only ``\\n`` ends a line (not U+2028 and its kin)."""
+    """(line, its place) of a text file. Only ``\\n`` ends a line (not U+2028 and the like)."""
     number = 0
     with open_text(path, newline="\n") as file:
         try:
@@ -273,25 +282,13 @@ def _line(path: Path, number: int) -> str:
     return f"{path.name}:line {number}"
 
 
-def _parse_line(line: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line, parse_constant=refuse_constant)
-    except RecursionError:
-        raise ValueError(f"{where}: is nested too deeply; repair the line") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: is not JSON ({error}); repair the line") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: is {repr(value)[:80]}; expected an object with fields")
-    return value
-
-
 def read_table(path: Path, delimiter: str = ",") -> Iterator[Record]:
-    """The rows of a table with a header, comma-separated unless told otherwise."""
+    """The rows of a table with a header."""
     number = before = 0
     with open_text(path, newline="") as file:
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
-            # Spreadsheets may say in a line of its own what separates the columns.
+            # Some spreadsheets write a first line that names the separator.
             before = int(file.readline(8).rstrip("\r\n") == f"sep={delimiter}")
             if not before:
                 file.seek(0)
@@ -321,17 +318,19 @@ def _check_header(header: Sequence[str], where: str) -> None:
             f"{where}: the header names {', '.join(map(repr, sorted(repeated)))} more than once; "
             "rename or remove all but one"
         )
-    for separator, said in ((";", ";"), ("\t", "tabs"), (",", "commas")):
+    for separator, name in ((";", ";"), ("\t", "tabs"), (",", "commas")):
         if len(header) == 1 and separator in header[0]:
             raise ValueError(
-                f"{where}: the columns are separated by {said}: {header[0][:80]!r}; save a .csv "
+                f"{where}: the columns are separated by {name}: {header[0][:80]!r}; save a .csv "
                 "with commas, and a .tsv with tabs"
             )
 
 
 def image_name(name: str, where: str) -> str:
-    """``name`` if it stays inside the image root, else ValueError."""
-    # String functions: this runs once per sample, and pathlib would take half of a reader's time.
+    """``name``, normalised; ValueError if it leaves the image root.
+
+    Works on strings, since this runs once per sample and pathlib would take half a reader's time.
+    """
     normal = posixpath.normpath(name) if name else "."
     if name[:1] == "/" or normal == "." or "\0" in name or "\\" in name or ".." in name.split("/"):
         slash = "; write / for \\" if "\\" in name else ""
@@ -349,28 +348,17 @@ def image_name(name: str, where: str) -> str:
     return normal
 
 
-def place(root: Path, name: str, where: str, *folders: str) -> str:
-    """Path of a picture below ``images/``, whose owner's archive may have its own sub-folder.
+def place_image(root: Path, name: str, where: str, *folders: str) -> str:
+    """Path of an image below ``images/``, where the owner's archive may have its own sub-folder.
 
-    Tried in this order, by the folders that exist: the name as written, ``folders/<file name>``,
-    and ``<file name>`` alone.
+    Depending on which folders exist, it is: the name as written, ``folders/<file name>``, or
+    ``<file name>`` alone.
     """
     name = image_name(name, where)
     parent, _, base = name.rpartition("/")
-    if parent and _is_folder(root, parent):
+    if parent and has_image_folder(root, parent):
         return name
     for folder in folders:
-        if _is_folder(root, folder):
+        if has_image_folder(root, folder):
             return f"{folder}/{base}"
     return base
-
-
-def _is_folder(root: Path, name: str) -> bool:
-    # Asked once per sample, and a stat each time would be most of a reader's time. Remembered
-    # during one reading only: a folder may be unpacked before the next.
-    noted = noted_files()
-    if noted is None:
-        return (root / "images" / name).is_dir()
-    if (root, name) not in noted.folders:
-        noted.folders[root, name] = (root / "images" / name).is_dir()
-    return noted.folders[root, name]

@@ -1,4 +1,4 @@
-"""Binary containers of other frameworks, as records: Parquet, saved data sets, tar shards."""
+"""Records from the containers of other frameworks: Parquet, saved data sets, tar shards."""
 
 import json
 import tarfile
@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from instructblip.data.reading.records import PICTURES, Record
+from instructblip.data.reading.records import IMAGE_SUFFIXES, Record, check_object
 from instructblip.data.reading.streaming import refuse_constant
 
 ROWS = 64
@@ -33,7 +33,7 @@ def read_parquet(path: Path) -> Iterator[Record]:
 
 
 def read_saved(folder: Path, split: str) -> Iterator[Record]:
-    """The rows of a data set that ``save_to_disk`` wrote; pictures stay undecoded."""
+    """The rows of a data set that ``save_to_disk`` wrote; images stay encoded."""
     import datasets
 
     try:
@@ -54,14 +54,14 @@ def read_saved(folder: Path, split: str) -> Iterator[Record]:
 
 
 def read_shard(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(key, parts by extension, place) of each sample: neighbours that share a key.
+    """(key, parts by suffix, place) of each sample: neighbours that share a key.
 
-    ``.json`` comes as an object, ``.txt`` as text and pictures as bytes; other parts are passed
-    over, with a warning. Nothing is unpacked under the name that the archive gives.
+    ``.json`` is an object, ``.txt`` a text and images are bytes; other parts are skipped with a
+    warning. Nothing is written under the name that the archive gives.
     """
     key, parts = "", {}
-    count, unread = 0, []
-    if not _ends_whole(path):
+    count, skipped = 0, []
+    if not _is_complete(path):
         raise ValueError(
             f"{path.name}: not readable as a tar archive: its end is missing; download the shard "
             "again"
@@ -69,10 +69,10 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
     try:
         with tarfile.open(path, "r|") as archive:
             for member in archive:
-                stem, _, extension = PurePosixPath(member.name).name.partition(".")
-                name = str(PurePosixPath(member.name).with_name(stem)) if stem else ""
+                stem, _, suffix = PurePosixPath(member.name).name.partition(".")
                 if not member.isfile() or not stem:
                     continue
+                name = str(PurePosixPath(member.name).with_name(stem))
                 where = f"{path.name}:{member.name}"
                 if name != key:
                     if parts:
@@ -80,53 +80,47 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
                     key, parts = name, {}
                 if member.size > MAX_MEMBER:
                     raise ValueError(f"{where} has more than {MAX_MEMBER} bytes")
-                opened = archive.extractfile(member)
-                assert opened is not None
-                part = _part("." + extension.lower(), opened.read(), where)
+                file = archive.extractfile(member)
+                assert file is not None
+                part = _part("." + suffix.lower(), file.read(), where)
                 parts |= part
                 count += 1
                 if not part:
-                    unread.append(member.name)
+                    skipped.append(member.name)
         if parts:
             yield key, parts, f"{path.name}:{key}"
-        if unread:
-            _tell_unread(path, count, unread)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(
             f"{path.name}:{key or 'start'}: not readable as a tar archive: {error}; "
             "download the shard again"
         ) from None
+    if skipped:
+        warnings.warn(
+            f"{path.name}: {len(skipped)} of {count} files are skipped: "
+            f"{', '.join(skipped[:5])}; a key ends at the first dot of a name, and after that dot "
+            f"only json, txt and {', '.join(suffix[1:] for suffix in IMAGE_SUFFIXES)} are read",
+            stacklevel=2,
+        )
 
 
-def _tell_unread(path: Path, count: int, unread: list[str]) -> None:
-    warnings.warn(
-        f"{path.name}: {len(unread)} of {count} files are passed over: "
-        f"{', '.join(unread[:5])}; a key ends at the first dot of a name, and after that dot only "
-        f"json, txt and {', '.join(suffix[1:] for suffix in PICTURES)} are read",
-        stacklevel=2,
-    )
-
-
-def _ends_whole(path: Path) -> bool:
-    """A tar ends with two empty blocks; without them tarfile stops early and says nothing."""
+def _is_complete(path: Path) -> bool:
+    """A tar ends with two empty blocks; without them tarfile stops early and raises nothing."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 1024))
         end = file.read()
     return len(end) == 1024 and not any(end)
 
 
-def _part(extension: str, data: bytes, where: str) -> dict[str, Any]:
-    if extension in PICTURES:
-        return {extension: data}
-    if extension not in (".json", ".txt"):
+def _part(suffix: str, data: bytes, where: str) -> dict[str, Any]:
+    if suffix in IMAGE_SUFFIXES:
+        return {suffix: data}
+    if suffix not in (".json", ".txt"):
         return {}
     try:
         text = data.decode("utf-8-sig")
-        if extension == ".txt":
-            return {extension: text}
+        if suffix == ".txt":
+            return {suffix: text}
         value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not readable: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: is {repr(value)[:80]}; expected an object with fields")
-    return {extension: value}
+    return {suffix: check_object(value, where)}

@@ -1,4 +1,4 @@
-"""A JSON file as a stream of values: one element of a large array or object at a time."""
+"""Streams a JSON file: one element of a large array or object at a time."""
 
 import json
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from instructblip.data.reading.opened import open_text
 
 CHUNK = 1 << 20
 MAX_VALUE = 1 << 26
-"""Characters of one element; a longer one is an error, so memory stays bounded."""
+"""Characters of one element; a longer one is an error, so memory is bounded."""
 
 
 def stream_values(path: Path, *fields: str) -> Iterator[tuple[str, Any]]:
     """Yields (key, element) of the array or object at ``fields`` of the JSON file ``path``.
 
-    ``stream_values(p, "data", "dialogs")`` walks ``{"data": {"dialogs": [...]}}``. The key of an
-    array's element is its index. Raises ValueError with file, record and line for what is not
+    ``stream_values(p, "data", "dialogs")`` reads ``{"data": {"dialogs": [...]}}``. The key of an
+    array's element is its index. Raises ValueError with file, record and line for text that is not
     JSON (a truncated download, NaN) and for a missing field.
     """
     with _scan(path) as scanner:
@@ -37,7 +37,7 @@ def has_field(path: Path, name: str) -> bool:
 
 
 def is_list(path: Path) -> bool:
-    """Whether the JSON file ``path`` holds an array, as LAVIS rewrites many owners' objects."""
+    """Whether the JSON file ``path`` holds an array: LAVIS rewrites many owners' objects so."""
     with _scan(path) as scanner:
         return scanner.peek() == "["
 
@@ -60,7 +60,7 @@ def refuse_constant(constant: str) -> NoReturn:
 
 
 class _Scanner:
-    """A position in a file, with as much text behind it as one element needs."""
+    """A position in a file, and a buffer of as much text as one element needs."""
 
     def __init__(self, path: Path, file: Any) -> None:
         self.path, self.file = path, file
@@ -83,7 +83,7 @@ class _Scanner:
             self.fail("expected an array or an object")
         yield from self.elements()
         if not fields and (more := self.peek()):
-            self.fail(f"the file goes on with '{more}' after its end; expected one array or object")
+            self.fail(f"'{more}' follows the end of the value; expected one array or object")
 
     def elements(self) -> Iterator[tuple[str, Any]]:
         if self.peek() == "{":
@@ -96,7 +96,7 @@ class _Scanner:
             yield str(index), self.value()
 
     def items(self) -> Iterator[int]:
-        """Steps through an array; the caller consumes one element per step."""
+        """Iterates over an array; the caller reads one element per step."""
         self.take("[")
         index = 0
         while self.peek() != "]":
@@ -107,7 +107,7 @@ class _Scanner:
         self.take("]")
 
     def fields(self) -> Iterator[str]:
-        """Steps through an object; the caller consumes one value per step."""
+        """Iterates over an object; the caller reads one value per step."""
         self.take("{")
         first = True
         while self.peek() != "}":
@@ -133,7 +133,7 @@ class _Scanner:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.buffer, self.position)
-                # A number that touches the end of the text may go on in the next chunk.
+                # A number at the end of the buffer may continue in the next chunk.
                 if end < len(self.buffer) or self.ended:
                     self.position = end
                     return value
@@ -166,7 +166,7 @@ class _Scanner:
         if rest > MAX_VALUE:
             self.fail(f"one value has more than {MAX_VALUE} characters, or is not closed")
         self.line += self.buffer.count("\n", 0, self.position)
-        # Reading as much again as there is keeps repeated attempts linear in the text.
+        # Doubling the buffer keeps repeated attempts linear in the length of the text.
         more = self.file.read(max(CHUNK, rest))
         self.buffer, self.position = self.buffer[self.position :] + more, 0
         self.ended = not more

@@ -1,38 +1,26 @@
 """The data sets: one function each from the owner's files to examples. Adding one is a line."""
 
 from instructblip.data.reading.records import Source
-from instructblip.data.sources.aokvqa import aokvqa, aokvqa_direct
-from instructblip.data.sources.captions import (
-    coco_caption,
-    flickr30k,
-    nocaps,
-    textcaps,
-    web_capfilt,
-)
-from instructblip.data.sources.choices import iconqa, scienceqa
-from instructblip.data.sources.dialogue import visual_dialog
-from instructblip.data.sources.llava import (
+from instructblip.data.sources.captions import coco_caption, flickr30k, nocaps, web_capfilt
+from instructblip.data.sources.choices import hatefulmemes, iconqa, scienceqa, vsr
+from instructblip.data.sources.dialogue import (
     llava_conversation,
     llava_detail,
     llava_reasoning,
+    visual_dialog,
 )
-from instructblip.data.sources.questions import (
-    aokvqa_question,
-    okvqa_question,
-    vqav2_question,
-)
-from instructblip.data.sources.reading import ocrvqa, textvqa
-from instructblip.data.sources.statements import hatefulmemes, vsr
-from instructblip.data.sources.video import (
-    ivqa,
-    msrvttqa,
-    msvdqa,
-)
+from instructblip.data.sources.ocr import ocrvqa, textcaps, textvqa
+from instructblip.data.sources.video import ivqa, msrvttqa, msvdqa
 from instructblip.data.sources.vqa import (
+    aokvqa,
+    aokvqa_direct,
+    aokvqa_question,
     gqa,
     okvqa,
+    okvqa_question,
     vizwiz,
     vqav2,
+    vqav2_question,
 )
 
 __all__ = ["SOURCES", "Source", "source_of"]
@@ -139,5 +127,5 @@ SOURCES: dict[str, Source] = {
     "ivqa": Source(ivqa, "vqa", "Apache-2.0", "{split}.csv; frames in images/<video_id>/"),
 }
 
-VIDEOS = {"msvdqa", "msrvttqa", "ivqa"}
+VIDEO_SETS = {"msvdqa", "msrvttqa", "ivqa"}
 """Those whose examples show frames."""

@@ -1,6 +1,6 @@
-"""Captions: COCO Caption, Web CapFilt, NoCaps, Flickr30K, TextCaps.
+"""Captions: COCO Caption, Web CapFilt, NoCaps, Flickr30K.
 
-Every reader gives one example per picture, with all its captions as ``answers``.
+Every reader yields one example per image, with all its captions as ``answers``.
 
 COCO (captions_train2014.json, NoCaps alike)::
 
@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from instructblip.core.batch import Example
-from instructblip.data.own.files import Own
-from instructblip.data.own.formats import examples, webdataset
+from instructblip.data.custom.files import CustomSet
+from instructblip.data.custom.formats import custom_source
 from instructblip.data.reading.records import (
     Record,
     find_file,
     find_optional,
-    place,
+    place_image,
     read_records,
     read_text,
 )
@@ -63,8 +63,8 @@ def web_capfilt(root: Path, split: str) -> Iterator[Example]:
     names = ("web_capfilt.json", "ccs_synthetic_filtered_large.json")
     names = names if split == "train" else (f"web_capfilt_{split}.json",)
     if (path := find_optional(root, *names)) is None and any(root.glob("*.tar")):
-        own = Own("web_capfilt", "webdataset", "*.tar", "images")
-        yield from examples(webdataset, own, root, split)
+        shards = custom_source(CustomSet("web_capfilt", "webdataset", "*.tar", "images"))
+        yield from shards.read(root, split)
         return
     for key, record in read_records(path or find_file(root, *names)):
         if "url" in record and "image" not in record:
@@ -73,7 +73,7 @@ def web_capfilt(root: Path, split: str) -> Iterator[Example]:
             dataset="web_capfilt",
             split=split,
             id=key,
-            images=(place(root, record.text("image"), record.where),),
+            images=(place_image(root, record.text("image"), record.where),),
             task="caption",
             answers=(record.text("caption"),),
             where=record.where,
@@ -103,7 +103,7 @@ def flickr30k(root: Path, split: str) -> Iterator[Example]:
             dataset="flickr30k",
             split=split,
             id=record.identifier("imgid") if "imgid" in record else name,
-            images=(place(root, name, record.where, *FLICKR_FOLDERS),),
+            images=(place_image(root, name, record.where, *FLICKR_FOLDERS),),
             task="caption",
             answers=tuple(sentence.text("raw") for sentence in record.records("sentences")),
             where=record.where,
@@ -127,56 +127,11 @@ def _flickr_token(root: Path, path: Path, split: str) -> Iterator[Example]:
             dataset="flickr30k",
             split=split,
             id=name,
-            images=(place(root, name, where, *FLICKR_FOLDERS),),
+            images=(place_image(root, name, where, *FLICKR_FOLDERS),),
             task="caption",
             answers=tuple(captions),
             where=where,
         )
-
-
-def textcaps(root: Path, split: str) -> Iterator[Example]:
-    """``TextCaps_0.1_{split}.json``, and ``TextVQA_Rosetta_OCR_v0.2_{split}.json`` if it is there.
-
-    ``{"data": [{"image_id": "a1b2", "image_path": "train/a1b2.jpg", "caption_str": "A bottle
-    that says milk.", "reference_strs": ["A bottle that says milk.", "..."]}]}``
-    """
-    path = find_file(root, f"TextCaps_0.1_{split}.json")
-    ocr = read_ocr(root, split)
-    pictures: dict[str, tuple[Record, dict[str, None]]] = {}
-    for _, record in read_records(path, "data"):
-        _, captions = pictures.setdefault(record.text("image_id"), (record, {}))
-        if "caption_str" in record:
-            captions[record.text("caption_str")] = None
-        if "reference_strs" in record:
-            captions.update(dict.fromkeys(record.texts("reference_strs")))
-    for image_id, (record, captions) in pictures.items():
-        name = record.text("image_path", f"{image_id}.jpg")
-        yield Example(
-            dataset="textcaps",
-            split=split,
-            id=image_id,
-            images=(place(root, name, record.where, *open_images_folders(split)),),
-            task="caption_ocr",
-            answers=tuple(captions),
-            ocr_tokens=ocr.get(image_id, ()),
-            where=record.where,
-        )
-
-
-def open_images_folders(split: str) -> tuple[str, ...]:
-    """Folders that the archives of TextVQA and TextCaps unpack to (val shares train's)."""
-    return ("test_images", "test") if split == "test" else ("train_images", "train", "train_val")
-
-
-def read_ocr(root: Path, split: str) -> dict[str, tuple[str, ...]]:
-    """Words that an OCR system read, by picture; empty when the file is not there.
-
-    ``{"data": [{"image_id": "a1b2", "ocr_tokens": ["MILK", "1L"]}]}``
-    """
-    path = find_optional(root, f"TextVQA_Rosetta_OCR_v0.2_{split}.json")
-    if path is None:
-        return {}
-    return {r.text("image_id"): r.texts("ocr_tokens") for _, r in read_records(path, "data")}
 
 
 def _coco_style(
@@ -193,7 +148,7 @@ def _coco_style(
             dataset=dataset,
             split=split,
             id=image_id,
-            images=(place(root, record.text("file_name"), record.where, *folders),),
+            images=(place_image(root, record.text("file_name"), record.where, *folders),),
             task="caption",
             answers=tuple(captions.pop(image_id, ())),
             where=record.where,
@@ -221,7 +176,7 @@ def _grouped(root: Path, path: Path, dataset: str, split: str) -> Iterator[Examp
             dataset=dataset,
             split=split,
             id=str(int(digits[-1])) if digits else name,
-            images=(place(root, name, record.where, *COCO_FOLDERS, *FLICKR_FOLDERS),),
+            images=(place_image(root, name, record.where, *COCO_FOLDERS, *FLICKR_FOLDERS),),
             task="caption",
             answers=tuple(captions),
             where=record.where,

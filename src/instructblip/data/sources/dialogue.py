@@ -1,19 +1,32 @@
-"""Visual Dialog: one example per round, with the rounds before it as history."""
+"""Dialogues: Visual Dialog and LLaVA-Instruct-150K. One example per answer, with the turns before
+it as history.
+
+LLaVA-Instruct has three parts (conversation_58k, detail_23k, complex_reasoning_77k)::
+
+    [{"id": "000000215677", "image": "000000215677.jpg",
+      "conversations": [{"from": "human", "value": "<image>\\nWhat is shown?"},
+                        {"from": "gpt", "value": "A street with two cars."}]}]
+
+The owners publish a train split only; other splits are read from ``<part>_{split}.json``.
+Answers are kept whole and as written.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from instructblip.core.batch import Example
+from instructblip.data.custom.formats import SPEAKERS
 from instructblip.data.reading.records import (
     Record,
     find_file,
     find_optional,
     image_name,
-    place,
+    place_image,
     read_records,
     read_texts,
 )
+from instructblip.data.sources.captions import COCO_FOLDERS
 
 
 def visual_dialog(root: Path, split: str) -> Iterator[Example]:
@@ -61,14 +74,14 @@ def visual_dialog(root: Path, split: str) -> Iterator[Example]:
 def _picture(root: Path, image_id: int, split: str, where: str) -> str:
     if split != "train":
         folder = f"VisualDialog_{split}2018"
-        return place(root, f"{folder}_{image_id:012d}.jpg", where, folder)
+        return place_image(root, f"{folder}_{image_id:012d}.jpg", where, folder)
     # Train pictures come from both halves of COCO 2014, and the file does not say which.
     for part in ("train2014", "val2014"):
         name = f"COCO_{part}_{image_id:012d}.jpg"
         for candidate in (f"{part}/{name}", name):
             if (root / "images" / candidate).exists():
                 return image_name(candidate, where)
-    return place(root, f"COCO_train2014_{image_id:012d}.jpg", where, "train2014")
+    return place_image(root, f"COCO_train2014_{image_id:012d}.jpg", where, "train2014")
 
 
 def _entry(turn: Record, name: str, texts: list[str]) -> str:
@@ -108,3 +121,53 @@ def _read_relevance(root: Path, split: str) -> dict[tuple[int, int], list[float]
         place_in_file = (record.integer("image_id"), record.integer("round_id"))
         found[place_in_file] = record.numbers("gt_relevance")
     return found
+
+
+def llava_conversation(root: Path, split: str) -> Iterator[Example]:
+    """``conversation_58k.json``."""
+    yield from _turns(root, split, "llava_conversation", "conversation_58k.json", "conversation")
+
+
+def llava_detail(root: Path, split: str) -> Iterator[Example]:
+    """``detail_23k.json``."""
+    yield from _turns(root, split, "llava_detail", "detail_23k.json", "detail")
+
+
+def llava_reasoning(root: Path, split: str) -> Iterator[Example]:
+    """``complex_reasoning_77k.json``."""
+    name = "complex_reasoning_77k.json"
+    yield from _turns(root, split, "llava_reasoning", name, "complex_reasoning")
+
+
+def _turns(root: Path, split: str, dataset: str, train: str, part: str) -> Iterator[Example]:
+    path = find_file(root, train if split == "train" else f"{part}_{split}.json")
+    for _, record in read_records(path):
+        image = place_image(root, record.text("image"), record.where, "train2017", *COCO_FOLDERS)
+        history: list[tuple[str, str]] = []
+        for i, (question, answer) in enumerate(_pairs(record)):
+            yield Example(
+                dataset=dataset,
+                split=split,
+                id=f"{record.identifier('id')}_{i}",
+                images=(image,),
+                task="instruct",
+                question=question,
+                answers=(answer,) if answer else (),
+                history=tuple(history),
+                where=f"{record.where}, turn {i}",
+            )
+            history.append((question, answer))
+
+
+def _pairs(record: Record) -> Iterator[tuple[str, str]]:
+    """(question, answer) of a conversation that starts with the human and alternates."""
+    turns = record.records("conversations")
+    for i in range(0, len(turns) - 1, 2):
+        asked, told = turns[i], turns[i + 1]
+        if SPEAKERS.get(asked.text("from")) != "question":
+            asked.fail("from", "'human' (turns alternate, the human begins)")
+        if SPEAKERS.get(told.text("from")) != "answer":
+            told.fail("from", "'gpt' (turns alternate, the human begins)")
+        yield asked.text("value").replace("<image>", "").strip(), told.text("value")
+    if len(turns) % 2:
+        turns[-1].fail("from", "an answer after the last question")

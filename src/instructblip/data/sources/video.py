@@ -11,12 +11,12 @@ from pathlib import Path
 
 from instructblip.core.batch import Example
 from instructblip.data.reading.frames import (
-    VIDEOS,
+    VIDEO_SUFFIXES,
     evenly_spaced,
     extract_frames,
 )
 from instructblip.data.reading.records import (
-    PICTURES,
+    IMAGE_SUFFIXES,
     find_file,
     find_optional,
     image_name,
@@ -122,9 +122,9 @@ class _Frames:
                 continue
             return self._pictures(name)
         for name in usual:
-            for suffix in ("", *VIDEOS):
+            for suffix in ("", *VIDEO_SUFFIXES):
                 path = self.root / f"{name}{suffix}"
-                if path.suffix in VIDEOS and path.is_file():
+                if path.suffix in VIDEO_SUFFIXES and path.is_file():
                     taken = f"extracted/{path.name}"
                     extract_frames(path, self.root / taken, FRAMES_OF_A_FILE)
                     return self._pictures(taken)
@@ -132,7 +132,7 @@ class _Frames:
 
     def _pictures(self, folder: str) -> tuple[str, ...]:
         entries = list_folder(self.root / folder)
-        files = [f.name for f in entries if f.name.lower().endswith(PICTURES)]
+        files = [f.name for f in entries if f.name.lower().endswith(IMAGE_SUFFIXES)]
         files.sort(key=_natural)
         return tuple(f"{folder}/{files[i]}" for i in evenly_spaced(len(files), MAX_FRAMES))
 

@@ -1,4 +1,4 @@
-"""Open questions with short answers: VQAv2, OK-VQA, GQA, VizWiz.
+"""Questions with short answers: VQAv2, OK-VQA, A-OKVQA, GQA, VizWiz, and question generation.
 
 VQAv2 and OK-VQA keep questions and annotations in two files::
 
@@ -13,9 +13,24 @@ LAVIS joins them (vqa_train.json, vqa_val_eval.json; okvqa_train.json)::
 
     [{"question_id": 9000, "question": "What is on the tray?", "answer": ["bread", "bread"],
       "image": "train2014/COCO_train2014_000000000009.jpg", "dataset": "vqa"}]
+
+A-OKVQA (aokvqa_v1p0_{split}.json) is read as multiple choice and as direct answers::
+
+    [{"question_id": "22MexNkBPpdZGX6sxbxVBH", "image_id": 299207, "split": "train",
+      "question": "What is the man by the bags awaiting?",
+      "choices": ["skateboarder", "train", "delivery", "cab"], "correct_choice_idx": 3,
+      "direct_answers": ["ride", "bus", "taxi"], "rationales": ["He stands at the road."]}]
+
+The test file has neither ``correct_choice_idx`` nor ``direct_answers``. LAVIS's file of the same
+name adds ``image``.
+
+Question generation turns a set round: the instruction holds an answer (``Example.question``) and
+the response is the question.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from sys import intern
 
@@ -24,7 +39,7 @@ from instructblip.data.reading.records import (
     Record,
     find_file,
     find_optional,
-    place,
+    place_image,
     read_records,
 )
 from instructblip.data.reading.streaming import is_list
@@ -69,7 +84,7 @@ def _two_files(root: Path, split: str, dataset: str, prefix: str, lavis: str) ->
             dataset=dataset,
             split=split,
             id=question_id,
-            images=(place(root, f"COCO_{folder}_{image_id:012d}.jpg", record.where, folder),),
+            images=(place_image(root, f"COCO_{folder}_{image_id:012d}.jpg", record.where, folder),),
             task="vqa",
             question=record.text("question"),
             answers=answers,
@@ -102,11 +117,84 @@ def _joined(root: Path, path: Path, dataset: str, split: str) -> Iterator[Exampl
             dataset=dataset,
             split=split,
             id=record.identifier("question_id"),
-            images=(place(root, record.text("image"), record.where, *COCO_FOLDERS),),
+            images=(place_image(root, record.text("image"), record.where, *COCO_FOLDERS),),
             task="vqa",
             question=record.text("question"),
             answers=_one_or_many(record, "answer"),
             where=record.where,
+        )
+
+
+def aokvqa(root: Path, split: str) -> Iterator[Example]:
+    """The question with its choices; the answer is the text of the right choice."""
+    for record, image in _aokvqa_records(root, split):
+        choices = record.texts("choices")
+        right = "correct_choice_idx" in record
+        yield Example(
+            dataset="aokvqa",
+            split=split,
+            id=record.identifier("question_id"),
+            images=(image,),
+            task="multiple_choice",
+            question=record.text("question"),
+            choices=choices,
+            answers=(record.pick("correct_choice_idx", choices),) if right else (),
+            where=record.where,
+        )
+
+
+def aokvqa_direct(root: Path, split: str) -> Iterator[Example]:
+    """The question alone, with the direct answers (ten, repeated as often as they were given)."""
+    for record, image in _aokvqa_records(root, split):
+        yield Example(
+            dataset="aokvqa_direct",
+            split=split,
+            id=record.identifier("question_id"),
+            images=(image,),
+            task="vqa",
+            question=record.text("question"),
+            answers=record.texts("direct_answers") if "direct_answers" in record else (),
+            where=record.where,
+        )
+
+
+def _aokvqa_records(root: Path, split: str) -> Iterator[tuple[Record, str]]:
+    for _, record in read_records(find_file(root, f"aokvqa_v1p0_{split}.json")):
+        if "image" in record:
+            name = record.text("image")
+        else:
+            name = f"{record.integer('image_id'):012d}.jpg"
+        yield record, place_image(root, name, record.where, f"{split}2017", *COCO_FOLDERS)
+
+
+def vqav2_question(root: Path, split: str) -> Iterator[Example]:
+    """The files of ``vqav2``."""
+    yield from _turned_round(vqav2, "vqav2_question", root, split)
+
+
+def okvqa_question(root: Path, split: str) -> Iterator[Example]:
+    """The files of ``okvqa``."""
+    yield from _turned_round(okvqa, "okvqa_question", root, split)
+
+
+def aokvqa_question(root: Path, split: str) -> Iterator[Example]:
+    """The files of ``aokvqa``; the answer is the right choice."""
+    yield from _turned_round(aokvqa, "aokvqa_question", root, split)
+
+
+def _turned_round(
+    read: Callable[[Path, str], Iterator[Example]], dataset: str, root: Path, split: str
+) -> Iterator[Example]:
+    for example in read(root, split):
+        counted = Counter(example.answers).most_common(1)
+        yield replace(
+            example,
+            dataset=dataset,
+            task="ask",
+            question=counted[0][0] if counted else "",
+            # Without an answer there is nothing to ask for: left empty, it is reported as bad.
+            answers=(example.question,) if counted else (),
+            choices=(),
         )
 
 
@@ -129,7 +217,7 @@ def gqa(root: Path, split: str) -> Iterator[Example]:
             dataset="gqa",
             split=split,
             id=record.identifier("question_id") if lavis else key,
-            images=(place(root, name, record.where, "images"),),
+            images=(place_image(root, name, record.where, "images"),),
             task="vqa",
             question=record.text("question"),
             answers=(record.text("answer"),) if "answer" in record else (),
@@ -158,7 +246,7 @@ def vizwiz(root: Path, split: str) -> Iterator[Example]:
             dataset="vizwiz",
             split=split,
             id=Path(name).stem or key,
-            images=(place(root, name, record.where, split),),
+            images=(place_image(root, name, record.where, split),),
             task="vqa",
             question=record.text("question"),
             answers=tuple(answer.text("answer") for answer in answers),

@@ -1,7 +1,7 @@
-"""Data that lies elsewhere, brought here once: ``s3://``, ``gs://``, ``https://``, ``zip://``, ...
+"""Data whose root is a URL (``s3://``, ``gs://``, ``https://``, ``zip://``, ...), fetched once.
 
-Only a root that is written as a URL is fetched, with fsspec; most protocols need their own package
-(s3fs, gcsfs, ...), which fsspec names when it is missing.
+fsspec fetches it; most protocols need their own package (s3fs, gcsfs, ...), which fsspec names
+when it is missing.
 """
 
 import os
@@ -18,7 +18,7 @@ def is_remote(root: str) -> bool:
 
 
 def fetch_tree(url: str, folder: Path) -> Path:
-    """Copies all files below ``url`` to ``folder``; those that are there with their size are kept.
+    """Copies all files below ``url`` to ``folder``, except those there with the same size.
 
     Raises ValueError for a protocol that is not installed and for a name that leaves ``folder``.
     """
@@ -26,11 +26,11 @@ def fetch_tree(url: str, folder: Path) -> Path:
         system, top = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ValueError(f"data root {url}: {error}") from None
-    found = system.find(top, detail=True)
-    if not found:
+    files = system.find(top, detail=True)
+    if not files:
         raise FileNotFoundError(f"data root {url}: there is no file; check the address")
     with progress_bar(f"fetching {url}", "files") as advance:
-        for i, (path, facts) in enumerate(found.items()):
+        for i, (path, facts) in enumerate(files.items()):
             name = path.removeprefix(top).lstrip("/")
             target = folder / image_name(name, url)
             if not (target.is_file() and target.stat().st_size == facts.get("size")):
@@ -38,5 +38,5 @@ def fetch_tree(url: str, folder: Path) -> Path:
                 temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
                 system.get_file(path, str(temporary))
                 temporary.replace(target)
-            advance(i + 1, len(found))
+            advance(i + 1, len(files))
     return folder

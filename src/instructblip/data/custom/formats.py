@@ -1,0 +1,270 @@
+"""Custom data, described in the recipe and read without code.
+
+==============  ===========================================================================
+llava_json      ``[{"id", "image", "conversations": [{"from": "human", "value": "..."}, ...]}]``
+sharegpt        the same with ``"images": [...]``, or ``"messages": [{"role", "content"}]``
+openai_messages lines of ``{"messages": [{"role", "content": text or parts}]}``; parts are
+                ``{"type": "text", "text"}`` and ``{"type": "image_url", "image_url": {"url"}}``
+table           .jsonl, .json, .csv, .tsv or .parquet with one example a row (``columns``)
+imagefolder     images with ``metadata.csv`` / ``metadata.jsonl`` (column ``file_name``), or with
+                a ``.txt`` of the same name: one caption a line
+hf_dataset      a data set that Hugging Face ``datasets`` saved with ``save_to_disk`` (``columns``)
+webdataset      .tar shards of ``key.jpg`` with ``key.txt`` (captions) or ``key.json`` (``columns``)
+==============  ===========================================================================
+
+Images that are stored inside a file are written to ``extracted/`` below the image root, under
+their sha256. A dialogue becomes one example for each answer, with the turns before it.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from instructblip.core.batch import Example
+from instructblip.data.custom.files import (
+    REMEDY,
+    TABLES,
+    CustomSet,
+    below_root,
+    files_of,
+    images_of,
+    keep_image,
+    records_of,
+)
+from instructblip.data.custom.rows import ROLES, Row, examples_of
+from instructblip.data.reading.opened import note_file
+from instructblip.data.reading.records import (
+    IMAGE_SUFFIXES,
+    Record,
+    Source,
+    list_folder,
+    not_utf8,
+    walk_files,
+)
+from instructblip.data.reading.shards import read_saved, read_shard
+
+SPEAKERS = {
+    "human": "question",
+    "user": "question",
+    "gpt": "answer",
+    "assistant": "answer",
+    "system": "context",
+}
+
+
+def custom_source(custom: CustomSet) -> Source:
+    """The source of a custom data set; ValueError for an unknown format or role."""
+    if custom.format not in FORMATS:
+        raise ValueError(f"format '{custom.format}'; expected one of {', '.join(FORMATS)}")
+    if unknown := [role for role, _ in custom.columns if role not in ROLES]:
+        raise ValueError(f"{custom.name}: columns {unknown}; expected some of {', '.join(ROLES)}")
+    files = custom.path or f"the files of a {custom.format}"
+    read = FORMATS[custom.format]
+    read = partial(read if read is _conversations else partial(_each_row, read), custom)
+    # Compared with the manifests of data prepared earlier, which name the class as it was then.
+    settings = repr(custom).replace("CustomSet", "Own", 1)
+    return Source(read, custom.task or "", "your own", files, custom.images, settings)
+
+
+def _conversations(custom: CustomSet, root: Path, split: str) -> Iterator[Example]:
+    """One example for each answer of a dialogue: LLaVA, ShareGPT and OpenAI messages."""
+    for path in files_of(custom, root, split, (".json", ".jsonl")):
+        for key, record in records_of(path):
+            record = replace(record, remedy=REMEDY)
+            yield from _dialogue(custom, root / custom.images, split, key, record)
+
+
+def _dialogue(
+    custom: CustomSet, image_root: Path, split: str, key: str, record: Record
+) -> Iterator[Example]:
+    field = "conversations" if "conversations" in record else "messages"
+    identifier = record.identifier("id") if "id" in record else key
+    images: list[str] = []
+    for name in ("image", "images"):
+        if name in record:
+            images.extend(images_of(image_root, record.data[name], record.where))
+    context, question = "", None
+    history: list[tuple[str, str]] = []
+    for i, turn in enumerate(record.records(field)):
+        role = "role" if "role" in turn else "from"
+        speaker = SPEAKERS.get(turn.text(role))
+        if speaker is None:
+            turn.fail(role, f"one of {', '.join(SPEAKERS)}")
+        text, more = _content(image_root, turn)
+        images.extend(more)
+        if speaker == "context":
+            context = text
+        elif speaker == "question":
+            if question is not None:
+                turn.fail(role, "an answer to the turn before")
+            question = text.strip()
+        else:
+            if question is None:
+                turn.fail(role, "a question before the answer")
+            yield Example(
+                dataset=custom.name,
+                split=split,
+                id=f"{identifier}_{i}",
+                images=tuple(images),
+                task=custom.task or "instruct",
+                question=question,
+                answers=(text,) if text else (),
+                context=context,
+                history=tuple(history),
+                where=turn.where,
+            )
+            history.append((question, text))
+            question = None
+    if question is not None or not history:
+        record.fail(field, "turns that end with an answer")
+
+
+def _content(image_root: Path, turn: Record) -> tuple[str, list[str]]:
+    """The text of a turn and the images in it."""
+    field = "content" if "content" in turn else "value"
+    if not isinstance(turn.data.get(field), list):
+        return turn.text(field).replace("<image>", "").strip(), []
+    texts, images = [], []
+    for part in turn.records(field):
+        kind = part.text("type")
+        if kind == "text":
+            texts.append(part.text("text"))
+        elif kind in ("image_url", "image"):
+            value = part.data.get(kind)
+            value = value.get("url") if isinstance(value, dict) else value
+            images.extend(images_of(image_root, value, part.where))
+        else:
+            part.fail("type", "'text', 'image_url' or 'image'")
+    return " ".join(texts), images
+
+
+def _table(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
+    for path in files_of(custom, root, split, TABLES):
+        for key, record in records_of(path):
+            yield Row(key, record)
+
+
+def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
+    """Below ``root/<split>`` or ``root/images/<split>`` if there is such a folder, else below
+    ``root``: the rows of tables, and captions where no table is in the folder or in one above it.
+    Where there are tables, an image that none of them covers counts only with a caption."""
+    base = root / custom.images
+    folder = _folder_of_split(base, split)
+    note_file(folder)
+    paths = walk_files(folder)
+    listed = [path for path in paths if is_metadata(path)]
+    tables = {path.parent: path for path in listed}
+    if len(tables) < len(listed):
+        raise ValueError(f"{', '.join(map(str, listed))}: expected one in a folder; remove others")
+    for parent, path in tables.items():
+        for key, record in records_of(path):
+            yield Row(key, record, parent.relative_to(base).as_posix())
+    uncovered = [path for path in paths if tables.keys().isdisjoint(path.parents)]
+    texts = {path.with_suffix(""): path for path in uncovered if path.suffix.lower() == ".txt"}
+    images = [path for path in uncovered if path.suffix.lower() in IMAGE_SUFFIXES]
+    _warn_of_texts_alone(folder, texts, {path.with_suffix("") for path in images})
+    for path in images:
+        text = texts.get(path.with_suffix(""))
+        if tables and text is None:
+            continue
+        captions = _lines(_read_caption(text)) if text else []
+        name = str(path.relative_to(base))
+        parent = path.parent.relative_to(base).as_posix()
+        yield Row(name, _captioned(custom, (path.name,), captions, name), parent)
+
+
+def is_metadata(path: Path) -> bool:
+    """Whether a file is the table of an imagefolder."""
+    return path.stem.lower() == "metadata" and path.suffix.lower() in TABLES
+
+
+def _folder_of_split(base: Path, split: str) -> Path:
+    """Where the images of a split are; a table in ``base`` itself covers all below it."""
+    has_table = base.is_dir() and any(map(is_metadata, list_folder(base)))
+    below = [base / split, *([] if has_table else [base / "images" / split])]
+    return next((folder for folder in below if folder.is_dir()), base)
+
+
+def _warn_of_texts_alone(folder: Path, texts: dict[Path, Path], images: set[Path]) -> None:
+    """Texts without an image of the same name, which may be there in another format."""
+    alone = [str(path.relative_to(folder)) for name, path in texts.items() if name not in images]
+    if alone:
+        warnings.warn(
+            f"{folder}: {len(alone)} .txt files have no image of that name beside them that can "
+            f"be read, and are skipped: {', '.join(alone[:5])}; if they are captions, save "
+            "their images as .png or .jpg",
+            stacklevel=2,
+        )
+
+
+def _hf_dataset(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
+    """The split of that name in a saved ``DatasetDict``, or a saved ``Dataset``."""
+    folder = root / below_root(custom.path or ".")
+    note_file(folder)
+    for i, record in enumerate(read_saved(folder, split)):
+        yield Row(str(i), record)
+
+
+def _webdataset(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
+    """Every .tar that ``path`` names (``train-*.tar``)."""
+    for path in files_of(custom, root, split, (".tar",)):
+        note_file(path)
+        for key, parts, where in read_shard(path):
+            data = next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), None)
+            images = (keep_image(root / custom.images, data),) if data is not None else ()
+            if ".json" in parts and ".txt" not in parts:
+                column = dict(custom.columns).get("image", "image")
+                record = Record({**parts[".json"], column: images}, where)
+            else:
+                record = _captioned(custom, images, _lines(parts.get(".txt", "")), where)
+            yield Row(key, record)
+
+
+def _captioned(
+    custom: CustomSet, images: tuple[str, ...], captions: list[str], where: str
+) -> Record:
+    """A row of an image with its captions, under the column names of the recipe's entry."""
+    columns = dict(custom.columns)
+    image, answer = columns.get("image", "image"), columns.get("answer", "answer")
+    return Record({image: list(images), answer: captions}, where)
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} {not_utf8(path, error)}") from None
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def folder_examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example | ValueError]:
+    """The example of each row of an imagefolder, or the error of the row."""
+    yield from examples_of(custom, root, split, _imagefolder(custom, root, split))
+
+
+def _each_row(
+    read: Callable[[CustomSet, Path, str], Iterator[Row]], custom: CustomSet, root: Path, split: str
+) -> Iterator[Example]:
+    """The example of each row that ``read`` yields; raises the first error of a row."""
+    for example in examples_of(custom, root, split, read(custom, root, split)):
+        if isinstance(example, ValueError):
+            raise example
+        yield example
+
+
+FORMATS: dict[str, Callable[[CustomSet, Path, str], Iterator[Any]]] = {
+    "llava_json": _conversations,
+    "sharegpt": _conversations,
+    "openai_messages": _conversations,
+    "table": _table,
+    "imagefolder": _imagefolder,
+    "hf_dataset": _hf_dataset,
+    "webdataset": _webdataset,
+}
+"""Readers of (entry, root, split): ``_conversations`` yields examples, the others rows."""

@@ -1,0 +1,231 @@
+"""Rows of custom data -> examples: what each column means, and errors where that is unclear."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from instructblip.core.batch import Example
+from instructblip.data.custom.files import REMEDY, CustomSet, images_of
+from instructblip.data.reading.records import Record
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "id": (),
+    "image": ("file_name",),
+    "question": ("instruction",),
+    "answer": ("caption", "text"),
+    "choices": (),
+    "context": (),
+    "ocr_tokens": (),
+}
+"""What a column can hold, with the other names that are accepted for it."""
+
+_QUESTION_ENDS = ("?", "？", "=", "＝", ":", "：")
+_BASE64 = re.compile(r"[\w+/-]{12,}={1,2}", re.ASCII)
+"""An identifier or a digest, whose final ``=`` does not make it a question."""
+
+
+class Row(NamedTuple):
+    """One row; its image paths are relative to ``folder`` below the image root."""
+
+    key: str
+    record: Record
+    folder: str = ""
+
+
+def column_of(custom: CustomSet, role: str, record: Record) -> str:
+    """The column of a role: the recipe's, else the first accepted name whose column is not empty.
+
+    Case and white space around a heading are ignored. Where a row has a question, an ``answer``
+    column that is there but empty is not replaced by a caption.
+    """
+    named = dict(custom.columns).get(role)
+    names = (named,) if named else (role, *ROLES[role])
+    columns = [column for name in names if (column := spelling(name, record)) is not None]
+    if (
+        role == "answer"
+        and spelling(role, record)
+        and _filled(record, column_of(custom, "question", record))
+    ):
+        columns = columns[:1]
+    return next((column for column in columns if _filled(record, column)), names[0])
+
+
+def spelling(name: str, record: Record) -> str | None:
+    """The row's spelling of the column ``name``, or None; ValueError where two columns match."""
+    if name in record.data:
+        return name
+    columns = [column for column in record.data if _folded(column) == _folded(name)]
+    if len(columns) > 1:
+        raise ValueError(f"{record.where}: columns {columns} have one name; rename all but one")
+    return columns[0] if columns else None
+
+
+def _folded(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _filled(record: Record, column: str) -> bool:
+    """Whether a column exists and is not empty. 0 and False are values."""
+    value = record.data.get(column)
+    return not (value is None or value == [] or (isinstance(value, str) and not value.strip()))
+
+
+def examples_of(
+    custom: CustomSet, root: Path, split: str, rows: Iterable[Row]
+) -> Iterator[Example | ValueError]:
+    """The example of each row, or the error of the row or, at the end, of all rows together."""
+    absent, present, digits = dict(custom.columns), {}, _Digits()
+    for key, record, folder in rows:
+        record = replace(record, remedy=REMEDY)
+        if absent:
+            present |= dict.fromkeys(record.data)
+            absent = {r: name for r, name in absent.items() if spelling(name, record) is None}
+        try:
+            yield _example(custom, root, split, Row(key, record, folder), digits)
+        except ValueError as error:
+            yield error
+    if absent and present:
+        yield ValueError(
+            f"{custom.name}: no row of {custom.path or split} has the columns "
+            f"{', '.join(map(repr, absent.values()))} that `columns` names; it has "
+            f"{', '.join(map(repr, list(present)[:20]))}"
+        )
+
+
+def _example(custom: CustomSet, root: Path, split: str, row: Row, digits: "_Digits") -> Example:
+    record = row.record
+    columns = {role: column_of(custom, role, record) for role in ROLES}
+    if columns["image"] not in record:
+        named = "beside this file" if row.folder else "(see `columns` of the recipe)"
+        missing = "file_name" if row.folder else columns["image"]
+        record.fail(missing, f"the path of an image {named}")
+    question = _text(record, columns["question"])
+    choices = _texts(record, columns["choices"], separator="|")
+    answers = _answers(record, columns, choices, digits)
+    if choices:
+        task = "multiple_choice"
+    elif question:
+        task = "instruct" if _folded(columns["question"]) == "instruction" else "vqa"
+    else:
+        task = "caption"
+    if task == "caption" and not custom.task and answers:
+        _refuse_unread(record, columns)
+    images = record.data[columns["image"]]
+    return Example(
+        dataset=custom.name,
+        split=split,
+        id=_text(record, columns["id"]) or row.key,
+        images=images_of(root / custom.images, images, record.where, row.folder),
+        task=custom.task or task,
+        question=question,
+        answers=answers,
+        choices=choices,
+        context=_text(record, columns["context"]),
+        ocr_tokens=_texts(record, columns["ocr_tokens"], separator="|"),
+        where=record.where,
+    )
+
+
+def _refuse_unread(record: Record, columns: dict[str, str]) -> None:
+    """ValueError for an answer that would be learnt as a caption while a text beside it, perhaps
+    its question, has no role."""
+    answer = columns["answer"]
+    asked = any(spelling(name, record) for name in (columns["question"], *ROLES["question"]))
+    if asked or _folded(answer) in ROLES["answer"]:
+        return
+    for column, value in record.data.items():
+        if column in columns.values() or column in ROLES["image"]:
+            continue
+        if isinstance(value, str) and _may_ask(value):
+            raise ValueError(
+                f"{record.where}: {answer!r} would be learnt as a caption, and column "
+                f"{column[:80]!r} is not read. If it is the question, call it `question`, or set "
+                f"`columns: {{question: {column[:80]}}}` in the recipe; if not, call {answer!r} "
+                "`caption`, or set `task: caption`"
+            )
+
+
+def _may_ask(text: str) -> bool:
+    """Whether a text could be a question, rather than an address, numbers or one word."""
+    if "://" in text or _BASE64.fullmatch(text):
+        return False
+    if text.rstrip().endswith(_QUESTION_ENDS):
+        return True
+    words = not text.isascii() or len(text.split()) > 1
+    return words and any(map(str.isalpha, text))
+
+
+@dataclass(slots=True)
+class _Digits:
+    """What answers in digits mean: the place of the first that is an index, and of the first that
+    could be an index but equals a choice. Data with both is ambiguous."""
+
+    places: dict[str, str] = field(default_factory=dict)
+
+    def note(self, meaning: str, other: str, record: Record, column: str) -> None:
+        self.places.setdefault(meaning, record.where)
+        if other in self.places:
+            record_value = repr(record.data[column])[:80]
+            raise ValueError(
+                f"{record.where}: field '{column}' is {record_value}, {meaning}, but digits are "
+                f"{other} in {self.places[other]}; write the choice itself in every row"
+            )
+
+
+def _answers(
+    record: Record, columns: dict[str, str], choices: tuple[str, ...], digits: _Digits
+) -> tuple[str, ...]:
+    """The answers. Where there are choices, each is one of them or its index, counted from 0.
+
+    A number beside choices that are texts is an index. Other digits are the choice that equals
+    them, else an index; ValueError for data that has both.
+    """
+    column = columns["answer"]
+    answers = _texts(record, column)
+    if not choices:
+        return answers
+    values = record.data.get(column)
+    values = values if isinstance(values, list) else [values]
+    offered = record.data[columns["choices"]]
+    all_texts = not isinstance(offered, list) or all(isinstance(one, str) for one in offered)
+    chosen = []
+    for answer, value in zip(answers, values, strict=False):
+        index = int(answer) if answer.isdecimal() and len(answer) < 9 else len(choices)
+        choice = choices[index] if index < len(choices) else None
+        is_index = all_texts and isinstance(value, int)
+        if answer in choices and not is_index:
+            if choice not in (None, answer):
+                digits.note("the choice itself", "an index", record, column)
+            choice = answer
+        elif choice is not None and not is_index:
+            digits.note("an index", "the choice itself", record, column)
+        if choice is None:
+            record.fail(column, f"one of the choices, or an index from 0 to {len(choices) - 1}")
+        chosen.append(choice)
+    return tuple(chosen)
+
+
+def _text(record: Record, column: str) -> str:
+    """A text or a number, written out; "" without the column."""
+    if column not in record:
+        return ""
+    value = record.data[column]
+    if isinstance(value, str):
+        return record.text(column)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(value)
+    return record.identifier(column)
+
+
+def _texts(record: Record, column: str, separator: str = "") -> tuple[str, ...]:
+    """A list; one text or number; or, with ``separator``, the parts of a text."""
+    if column not in record:
+        return ()
+    if isinstance(record.data[column], list):
+        return record.texts(column)
+    text = _text(record, column)
+    parts = text.split(separator) if separator else [text]
+    return tuple(part.strip() for part in parts if part.strip())
