@@ -101,11 +101,11 @@ def test_missing_picture_stops_or_is_counted(tmp_path: Path) -> None:
         prepare("vqav2", root, "train", tmp_path / "out")
     assert not (tmp_path / "out" / "vqav2" / "train").exists()
     listed = (tmp_path / "out" / "vqav2" / "train.bad_samples.jsonl").read_text().splitlines()
-    assert json.loads(listed[0])["kind"] == "missing picture"
+    assert json.loads(listed[0])["kind"] == "missing image"
 
     data = prepare("vqav2", root, "train", tmp_path / "out", max_bad_rate=0.25)
     assert len(data) == 6
-    assert data.manifest["bad_reasons"] == {"missing picture": 2}
+    assert data.manifest["bad_reasons"] == {"missing image": 2}
     lines = (data.path / "bad_samples.jsonl").read_text().splitlines()
     bad = [json.loads(line) for line in lines]
     assert [line["record"] for line in bad] == ["record 4", "record 5"]

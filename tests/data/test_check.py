@@ -1,4 +1,4 @@
-"""The doctor names every bad sample by file, place and reason, and notices what has changed."""
+"""The check lists every bad sample by file, record and reason, and notices what has changed."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.testing import llama_like, write_json, write_picture
 
 
 def vizwiz(root: Path, records: list[dict[str, Any]], split: str = "train") -> PreparedDataset:
-    """A set of one picture a record, drawn where the test has not put one."""
+    """A set with one image per record, written unless the test has written it."""
     for i, record in enumerate(records):
         record.setdefault("image", f"{split}{i}.png")
         record.setdefault("question", f"What is {i}?")
@@ -41,13 +41,13 @@ def lines(dataset: PreparedDataset) -> list[dict[str, Any]]:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds nothing of it."""
+    """A PNG whose header says a size and that has no pixels."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     head = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
     return b"\x89PNG\r\n\x1a\n" + head + b"\0\0\0\0IEND\xaeB`\x82"
 
 
-def test_unreadable_pictures(tmp_path: Path):
+def test_unreadable_images(tmp_path: Path):
     images = tmp_path / "images"
     names = ["whole.png", "cut.png", "half.jpg", "empty.jpg", "text.jpg", "bomb.png", "folder.png"]
     for name in names[:3]:
@@ -63,7 +63,7 @@ def test_unreadable_pictures(tmp_path: Path):
     (images / "later.png").unlink()
     diagnosis = check_dataset(dataset)
     assert diagnosis.left_out == tuple(range(1, 8)) == left_out(dataset)
-    assert diagnosis.kinds == {"unreadable picture": 7}
+    assert diagnosis.kinds == {"unreadable image": 7}
     found = {Path(line["reason"].partition(": ")[0]).name: line for line in lines(dataset)}
     assert {line["file"] for line in found.values()} == {"train.json"}
     assert found["half.jpg"]["record"] == "record 2"
@@ -78,7 +78,7 @@ def test_unreadable_pictures(tmp_path: Path):
     ]:
         assert reason in found[name]["reason"], name
     assert "all in" in diagnosis.describe()
-    assert "train.json:record 1: unreadable picture" in diagnosis.describe()
+    assert "train.json:record 1: unreadable image" in diagnosis.describe()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -88,7 +88,7 @@ def test_whole_and_cut_files(kind: str, tmp_path: Path):
     data = path.read_bytes()
     assert image_fault(data) is None
     assert image_fault(data[: len(data) * 2 // 3])
-    if kind == "JPEG":  # cameras write more behind the end of the picture
+    if kind == "JPEG":  # cameras write more after the end of the image
         assert image_fault(data + b"trailer") is None
 
 
@@ -99,7 +99,7 @@ def test_damage_in_the_middle_needs_decoding(tmp_path: Path):
     assert image_fault(bytes(data), decode=True)
 
 
-def test_texts(tmp_path: Path, tokens: Tokens):
+def test_faults_of_texts(tmp_path: Path, tokens: Tokens):
     long = "word " * 400
     dataset = vizwiz(
         tmp_path,
@@ -126,11 +126,11 @@ def test_texts(tmp_path: Path, tokens: Tokens):
     assert diagnosis.left_out == (2, 3, 5)
     length = tokens.response_length(long.strip())
     assert f"{length} tokens; training cuts it to 256" in lines(dataset)[-1]["reason"]
-    check_dataset(dataset)  # without tokens no length is known, and lines do not pile up
+    check_dataset(dataset)  # without tokens no length is known; lines do not accumulate
     assert [line["index"] for line in lines(dataset)] == [1, 1, 2, 3, 5]
 
 
-def test_prompts_that_lose_their_beginning(tmp_path: Path):
+def test_prompts_that_training_would_cut(tmp_path: Path):
     tokens = Tokens(llama_like(), max_prompt=64)
     dataset = vizwiz(tmp_path, [{}, {"question": "is it red? " * 9}])
     assert check_dataset(dataset, tokens=tokens).kinds == {"over-long prompt": 1}
@@ -143,7 +143,7 @@ def test_answers_may_be_missing_in_a_test_split(tmp_path: Path):
     assert not check_dataset(vizwiz(tmp_path, [{"answers": []}], "test")).kinds
 
 
-def test_leaked_pictures_are_found_by_content(tmp_path: Path):
+def test_leaked_images_are_found_by_content(tmp_path: Path):
     train = vizwiz(tmp_path, [{}, {}, {}])
     copy = tmp_path / "images" / "other_name.png"
     copy.write_bytes((tmp_path / "images" / "train1.png").read_bytes())
@@ -151,24 +151,24 @@ def test_leaked_pictures_are_found_by_content(tmp_path: Path):
     check_dataset(test)
     evaluated = evaluated_images([test])
     diagnosis = check_dataset(train, evaluated=evaluated, against=["vizwiz test"])
-    assert (diagnosis.kinds, diagnosis.left_out) == ({"leaked picture": 1}, ())
+    assert (diagnosis.kinds, diagnosis.left_out) == ({"leaked image": 1}, ())
     assert lines(train)[0]["index"] == 1
-    assert "train1.png is also a picture of vizwiz test" in lines(train)[0]["reason"]
+    assert "train1.png is also an image of vizwiz test" in lines(train)[0]["reason"]
     dropped = check_dataset(train, evaluated=evaluated, drop_leaked=True)
     assert dropped.left_out == (1,)
 
 
-def test_what_prepare_left_out_stays_listed(tmp_path: Path):
+def test_examples_that_prepare_left_out_stay_listed(tmp_path: Path):
     records = [{"image": "a.png"}, {"image": "b.png"}, {"answers": [{"answer": "nan"}]}]
     vizwiz(tmp_path, records)
     (tmp_path / "images" / "a.png").unlink()
     dataset = prepare("vizwiz", tmp_path, "train", tmp_path / "new", max_bad_rate=0.5)
     for _ in range(2):
-        said = check_dataset(dataset).describe()
-        assert "2 examples (1 left out before: 1 x missing picture), 2 pictures: 1 x pl" in said
-        assert "record 0: missing picture: picture" in said
-        assert "bad_samples.jsonl" in said
-        assert [line["kind"] for line in lines(dataset)] == ["missing picture", "placeholder"]
+        text = check_dataset(dataset).describe()
+        assert "2 examples (1 left out before: 1 x missing image), 2 images: 1 x placeh" in text
+        assert "record 0: missing image: image" in text
+        assert "bad_samples.jsonl" in text
+        assert [line["kind"] for line in lines(dataset)] == ["missing image", "placeholder"]
 
 
 def test_changes_are_noticed(tmp_path: Path):
@@ -176,24 +176,24 @@ def test_changes_are_noticed(tmp_path: Path):
     assert unchecked(dataset) == "was never checked"
     check_dataset(dataset, against=["vizwiz test"])
     assert unchecked(dataset) == unchecked(dataset, ["vizwiz test"]) == ""
-    assert "not checked for leaked pictures against gqa test" in unchecked(dataset, ["gqa test"])
+    assert "not checked for leaked images against gqa test" in unchecked(dataset, ["gqa test"])
     assert "drop_leaked" in unchecked(dataset, drop_leaked=True)
 
     picture = tmp_path / "images" / "train1.png"
     os.utime(picture, ns=(1, 1))
-    assert unchecked(dataset) == "has changed since it was checked (picture train1.png)"
+    assert unchecked(dataset) == "has changed since it was checked (image train1.png)"
     check_dataset(dataset)
     assert not unchecked(dataset)
     picture.unlink()
-    assert "picture train1.png" in unchecked(dataset)
+    assert "image train1.png" in unchecked(dataset)
 
     again = vizwiz(tmp_path, [{}, {}, {}])
     assert unchecked(again) == "was never checked"
 
 
-def test_pictures_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_images_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dataset = vizwiz(tmp_path, [{}, {}, {"image": "train0.png"}])
-    assert check_dataset(dataset).pictures == 2
+    assert check_dataset(dataset).num_images == 2
     write_picture(tmp_path / "images" / "train1.png", seed=77)
     read: list[str] = []
     real = Path.read_bytes

@@ -58,8 +58,8 @@ def test_check_says_what_it_found(root: Path, capsys: pytest.CaptureFixture[str]
     picture(root, 4).write_bytes(b"")
     assert run(*command) == 1
     out = capsys.readouterr().out
-    assert "FAILED  vqav2 train: 27 examples, 9 pictures: 3 x unreadable picture" in out
-    assert "questions.json:record 3: unreadable picture" in out
+    assert "FAILED  vqav2 train: 27 examples, 9 images: 3 x unreadable image" in out
+    assert "questions.json:record 3: unreadable image" in out
     assert run(*command, "data.max_bad_rate=0.2") == 0
     picture(root, 4).unlink()
     assert run(*command, "data.prepared=" + str(root / "again")) == 1
@@ -77,7 +77,7 @@ def test_pictures_that_the_model_would_not_see_are_bad(root: Path):
     (found,) = checking.check_recipe(recipe_of(root, *more))
     assert not isinstance(found, str)
     assert found.left_out == (0,)
-    assert "line 1: too many pictures: 6, and the model sees 4; set data.num_frames=6" in (
+    assert "line 1: too many images: 6, and the model sees 4; set data.num_frames=6" in (
         found.describe()
     )
     wider = recipe_of(root, *more, "data.num_frames=6")
@@ -102,7 +102,7 @@ def test_training_needs_a_check(root: Path, capsys: pytest.CaptureFixture[str]):
     more = recipe_of(root, "data.check=required", "evaluation.benchmarks=[scenes_vsr]")
     assert checking.checked_training(more, datasets) == datasets  # VSR is not on this machine
     write_scenes(root, scale=0.003, sets=("vsr",))
-    with pytest.raises(ValueError, match="not checked for leaked pictures against vsr test"):
+    with pytest.raises(ValueError, match="not checked for leaked images against vsr test"):
         checking.checked_training(more, datasets)
 
     picture(root, 0).write_bytes(picture(root, 0).read_bytes() + b"\0")

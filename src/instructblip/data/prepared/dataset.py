@@ -1,6 +1,9 @@
-"""A prepared split on disk: its examples memory-mapped, its manifest, its pictures where they are.
+"""A prepared split on disk: examples, manifest and facts about images; images stay where they are.
 
-``data.arrow`` is an Arrow stream that Hugging Face ``datasets`` opens with ``Dataset.from_file``.
+``data.arrow`` is an Arrow IPC stream, which Hugging Face ``datasets`` opens with
+``Dataset.from_file``: the schema, then record batches of up to 2,048 examples, each column of a
+batch in one block. The file is memory-mapped: opening it reads only the sizes of the batches, and
+example i reads the pages of its one row. Processes on one machine share these pages.
 """
 
 import json
@@ -14,10 +17,13 @@ from typing import Any
 import pyarrow as pa
 
 from instructblip.core.batch import Example
+from instructblip.core.files import write_json
 from instructblip.data.prepared.images import (
     FACTS_FILE,
     ImageFact,
     read_facts,
+    summary,
+    update_facts,
 )
 from instructblip.data.samples import Examples
 
@@ -48,9 +54,10 @@ assert SCHEMA.names == [field.name for field in fields(Example)]
 
 
 class PreparedDataset:
-    """Examples of one prepared split. ``dataset[i] -> Example``; pictures below ``image_root``.
+    """The examples of one prepared split, by index; their images are below ``image_root``.
 
-    Holds a memory map, not the rows: a copy for a worker process carries the path alone.
+    A copy for a worker process carries the path and the manifest, not the rows. Raises
+    FileNotFoundError for an unprepared path, ValueError for another format version.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -68,7 +75,7 @@ class PreparedDataset:
         self.split: str = self.manifest["split"]
         self.image_root = Path(self.manifest["image_root"])
         self._batches: list[pa.RecordBatch] | None = None
-        self._ends: list[int] = []
+        self._ends: list[int] = []  # of each batch, the index after its last example
 
     def __len__(self) -> int:
         return int(self.manifest["count"])
@@ -93,16 +100,30 @@ class PreparedDataset:
         return {tuple(names) for names in self.column("images")}
 
     def facts(self) -> dict[str, ImageFact]:
-        """What was last found out about the picture files, by path."""
+        """The stored facts about the image files, by path."""
         known = read_facts(self.path / FACTS_FILE)
         return {str(self.image_root / name): fact for name, fact in known.items()}
 
+    def update_images(self, decode: bool = False) -> dict[str, ImageFact]:
+        """Facts about every image as it is now, by name, stored here and in the manifest."""
+        facts = update_facts(
+            self.path / FACTS_FILE,
+            image_names(self.path / DATA_FILE),
+            self.image_root,
+            f"checking {self.name} {self.split}",
+            decode=decode,
+        )
+        if self.manifest["images"] != summary(facts):
+            self.manifest["images"] = summary(facts)
+            write_json(self.path / MANIFEST_FILE, self.manifest)
+        return facts
+
     def describe(self) -> str:
-        """``vqav2 train: 9,000 examples, 3,000 pictures of 12.3 MB; CC BY 4.0``."""
+        """``vqav2 train: 9,000 examples, 3,000 images of 12.3 MB; CC BY 4.0``."""
         manifest, images = self.manifest, self.manifest["images"]
-        bad = f", {manifest['bad']:,} bad ones left out" if manifest["bad"] else ""
+        bad = f", {manifest['bad']:,} bad ones skipped" if manifest["bad"] else ""
         return (
-            f"{self.name} {self.split}: {len(self):,} examples{bad}, {images['count']:,} pictures "
+            f"{self.name} {self.split}: {len(self):,} examples{bad}, {images['count']:,} images "
             f"of {images['bytes'] / 1e6:,.1f} MB; {manifest['licence']}"
         )
 
@@ -147,7 +168,7 @@ class DatasetView:
 
 
 def image_names(data: Path) -> dict[str, None]:
-    """The pictures that the examples of a ``data.arrow`` show, each once, in their order."""
+    """The images of the examples in a ``data.arrow``, each once, in the order of the examples."""
     with pa.ipc.open_stream(pa.memory_map(str(data))) as reader:
         parts = (batch.column("images").flatten().unique().to_pylist() for batch in reader)
         return dict.fromkeys(name for part in parts for name in part)

@@ -1,7 +1,7 @@
-"""What is known of each picture file: size, date, hash, and whether it opens.
+"""Facts about each image file: size, date, hash, and whether it opens.
 
-``pictures.arrow`` beside the prepared data keeps it, so that looking again reads only files that
-are new or changed.
+They are stored in ``pictures.arrow`` beside the prepared data, so that only files that are new or
+changed are read again.
 """
 
 import hashlib
@@ -31,14 +31,14 @@ _SCHEMA = pa.schema(
     ]
 )
 SAVE_SECONDS = 300
-"""Seconds between two writings of what is known, for a reading that is interrupted."""
+"""Seconds after which the facts gathered so far are written, in case of an interruption."""
 _NAMES_PER_TASK = 64
 _PARTS_AHEAD = 64
 
 
 class ImageFact(NamedTuple):
-    """One picture file. ``fault`` is empty when it opens; ``sha256`` is of the file's bytes, empty
-    where they could not be read."""
+    """One image file. ``fault`` says why it does not open and is empty when it does; ``sha256`` of
+    the file's bytes is empty when they cannot be read."""
 
     size: int
     modified_ns: int
@@ -56,15 +56,16 @@ def update_facts(
     decode: bool = False,
     progress: bool = True,
 ) -> dict[str, ImageFact]:
-    """Facts about the pictures ``names``, from ``file`` (and ``known``) where they are still right.
+    """Facts about the images ``names`` below ``root``, written to ``file``.
 
-    ``file`` then holds them; when the reading is interrupted, it holds what was read until then.
+    Images that ``file`` or ``known`` has with the same size and date are not read again. After an
+    interruption ``file`` has the facts gathered so far.
     """
     written = read_facts(file)
     known = {**(known or {}), **written}
     facts: dict[str, ImageFact] = {}
     saved = time.monotonic()
-    with progress_bar(title, "pictures", shown=progress) as advance:
+    with progress_bar(title, "images", shown=progress) as advance:
         try:
             for name, fact in gather_facts(names, root, known, decode=decode):
                 facts[name] = fact
@@ -74,7 +75,7 @@ def update_facts(
                         write_facts(file, known | facts)
                         saved = time.monotonic()
         except BaseException:
-            # Hours of reading are worth keeping.
+            # Reading may have taken hours: keep the facts.
             write_facts(file, known | facts)
             raise
     if facts != written:
@@ -83,9 +84,12 @@ def update_facts(
 
 
 def summary(facts: Mapping[str, ImageFact]) -> dict[str, Any]:
-    """Number, bytes and one sha256 of all pictures, as the manifest has them."""
+    """Number, bytes and one sha256 over the names and hashes of all images, for the manifest."""
+    total = hashlib.sha256()
+    for name in sorted(facts):
+        total.update(name.encode() + b"\0" + facts[name].sha256)
     size = sum(fact.size for fact in facts.values())
-    return {"count": len(facts), "bytes": size, "sha256": digest(facts)}
+    return {"count": len(facts), "bytes": size, "sha256": total.hexdigest()}
 
 
 def gather_facts(
@@ -96,24 +100,27 @@ def gather_facts(
     decode: bool = False,
     workers: int | None = None,
 ) -> Iterator[tuple[str, ImageFact]]:
-    """Reads each picture below ``root`` once, unless ``known`` has it with this size and date.
+    """(name, fact) of each image below ``root``, in order, read by ``workers`` threads.
 
-    ``decode`` decodes every picture whole; otherwise the header and the end of the file are read.
+    An image that ``known`` has with the same size and date is not read. ``decode`` reads and
+    decodes every image whole; otherwise its header and the end of its file are looked at.
     """
 
     def look(part: tuple[str, ...]) -> list[tuple[str, ImageFact]]:
         return [(name, _look_at(root / name, known.get(name), decode)) for name in part]
 
-    # Threads are enough: reading and hashing release the interpreter's lock.
+    # Threads are enough: reading and hashing release the interpreter's lock. ``map`` submits all
+    # it is given at once, so it is given a limited number of parts at a time.
+    rest = iter(names)
+    parts = iter(lambda: tuple(islice(rest, _NAMES_PER_TASK)), ())
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        parts = _batched(names)
-        while some := list(islice(parts, _PARTS_AHEAD)):
-            for facts in pool.map(look, some):
+        while submitted := list(islice(parts, _PARTS_AHEAD)):
+            for facts in pool.map(look, submitted):
                 yield from facts
 
 
 def first_changed(root: Path, facts: Mapping[str, ImageFact]) -> str | None:
-    """The first picture that has changed since ``facts`` were gathered, or None."""
+    """The first image that has changed since ``facts`` were gathered, or None."""
     for name, fact in facts.items():
         try:
             stat = (root / name).stat()
@@ -122,14 +129,6 @@ def first_changed(root: Path, facts: Mapping[str, ImageFact]) -> str | None:
         if (stat.st_size, stat.st_mtime_ns) != (fact.size, fact.modified_ns):
             return name
     return None
-
-
-def digest(facts: Mapping[str, ImageFact]) -> str:
-    """One sha256 over the names and hashes of all pictures."""
-    total = hashlib.sha256()
-    for name in sorted(facts):
-        total.update(name.encode() + b"\0" + facts[name].sha256)
-    return total.hexdigest()
 
 
 def write_facts(path: Path, facts: Mapping[str, ImageFact]) -> None:
@@ -143,7 +142,7 @@ def write_facts(path: Path, facts: Mapping[str, ImageFact]) -> None:
 
 
 def read_facts(path: Path) -> dict[str, ImageFact]:
-    """What ``write_facts`` wrote; empty when there is nothing."""
+    """The facts that ``write_facts`` wrote, by name; empty without a file."""
     if not path.is_file():
         return {}
     with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
@@ -153,12 +152,6 @@ def read_facts(path: Path) -> dict[str, ImageFact]:
         name: ImageFact(*values)
         for name, values in zip(names, zip(*columns, strict=True), strict=True)
     }
-
-
-def _batched(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
-    rest = iter(names)
-    while part := tuple(islice(rest, _NAMES_PER_TASK)):
-        yield part
 
 
 def _look_at(path: Path, known: ImageFact | None, decode: bool) -> ImageFact:

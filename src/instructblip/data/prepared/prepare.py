@@ -255,14 +255,14 @@ class _Check:
 
     def fault(self, example: Example) -> tuple[str, str] | None:
         if not example.images:
-            self.rows.missing.append("")  # under which names they may come is not known
-            return "no picture", "no picture, or no frames in the folder of this video"
+            self.rows.missing.append("")  # the names under which they may appear are unknown
+            return "no image", "no image, or no frames in the folder of this video"
         for name in example.images:
             if not self.there(image_name(name, example.where)):
                 self.rows.missing.append(name)
                 if (folder := name.rpartition("/")[0]) in self.unreadable:
                     return "unreadable folder", self.unreadable[folder]
-                return "missing picture", f"picture {self.image_root / name} does not exist"
+                return "missing image", f"image {self.image_root / name} does not exist"
         if self.split == "train" and not example.taught:
             return "no answer", "a training example needs an answer"
         return None
