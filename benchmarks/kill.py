@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from instructblip.cli import stages
-from instructblip.recipe.schema import Recipe, load_recipe
+from instructblip.recipe.load import load_recipe
+from instructblip.recipe.schema import Recipe
 from instructblip.training import train as training
 from instructblip.training.checkpoint import load_latest
 from instructblip.training.log import read_metrics, without_timings

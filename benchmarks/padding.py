@@ -10,9 +10,8 @@ import argparse
 import json
 
 from instructblip.data.loader import Loader
-from instructblip.experiment import build as assembly
-from instructblip.experiment import datasets as preparing
-from instructblip.recipe.schema import load_recipe
+from instructblip.experiment.build import training_samples
+from instructblip.recipe.load import load_recipe
 
 
 def main() -> None:
@@ -22,7 +21,6 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, ["features.cache=off", *options.overrides])
-    datasets, start = preparing.prepare_training(recipe), assembly.read_start(recipe)
     print(
         f"{'buckets':>8} {'parts':>6} {'instruction':>12} {'prompt':>8} {'response':>9} {'all':>6}"
     )
@@ -31,8 +29,8 @@ def main() -> None:
         for steps in (0, 1, 8, 32):
             data = recipe.data.model_copy(update={"bucket_steps": steps})
             training = recipe.training.model_copy(update={"accumulate": accumulate})
-            own = recipe.model_copy(update={"data": data, "training": training})
-            shares = padding(assembly.make_loader(own, datasets, start), options.steps)
+            changed = recipe.model_copy(update={"data": data, "training": training})
+            shares = padding(training_samples(changed), options.steps)
             rows.append({"bucket_steps": steps, "accumulate": accumulate, **shares})
             cells = "{instruction:12.0%} {prompt:8.0%} {response:9.0%} {all:6.0%}".format(**shares)
             print(f"{steps:8} {accumulate:6} {cells}")

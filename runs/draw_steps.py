@@ -8,8 +8,9 @@ Times steps of the mixture as it is at the end, and leaves a twelfth for validat
 import sys
 import time
 
-from instructblip.experiment import draw as drawing
-from instructblip.recipe.schema import load_recipe
+from instructblip.experiment.build import build
+from instructblip.experiment.draw import Drawing
+from instructblip.recipe.load import load_recipe
 from instructblip.training.optim import make_optimizer
 
 TIMED = 8
@@ -20,9 +21,10 @@ def main() -> None:
     recipe = load_recipe("draw", overrides)
     assert recipe.drawing is not None
     latest = max(entry.start for entry in recipe.drawing.sets.values())
-    model = drawing.make_model(recipe)
+    run = build(recipe, Drawing())
+    model = run.model
     optimizer = make_optimizer(dict(model.trainable_parameters()), recipe.training)
-    batches = drawing.make_batches(recipe, model).iterate(latest)
+    batches = run.batches.iterate(latest)
     for step in range(TIMED + 2):
         if step == 2:  # the first ones are slower
             began = time.monotonic()

@@ -18,7 +18,7 @@ from instructblip.evaluation.benchmarks import select_benchmarks
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.instructblip import InstructBlip
-from instructblip.recipe.schema import differences, load_recipe
+from instructblip.recipe.load import differences, load_recipe
 from runs.claims import judge, measure, write
 from runs.claims.conditions import BASE, DOWNSTREAM, FEW_QUERIES, SETS, TUNED, Job, Plan
 from tests.evaluation.fakes import COLOURS, FakeEngine, ListDataset, benchmark, colour_questions

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.evaluation.benchmarks import select_benchmarks
-from instructblip.recipe.schema import load_recipe
+from instructblip.recipe.load import load_recipe
 
 BASE = "quickstart"
 SETS = tuple(load_recipe(BASE).data.sets)

@@ -19,15 +19,11 @@ from pathlib import Path
 import torch
 
 from instructblip.cli import stages, stages_measure
-from instructblip.cli.stages_measure import RECIPE_FILE
 from instructblip.evaluation.predictions import write_json
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.instructblip import InstructBlip
-from instructblip.recipe.schema import (
-    Recipe,
-    differences,
-    load_recipe,
-)
+from instructblip.recipe.load import differences, load_recipe
+from instructblip.recipe.schema import RECIPE_FILE, Recipe
 from runs.claims.conditions import BASE, DOWNSTREAM, FEW, Job, Plan
 
 DONE = "done.json"

@@ -185,7 +185,7 @@ def test_train_refuses_to_overwrite_a_run(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_resume_names_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from instructblip.recipe.schema import load_recipe
+    from instructblip.recipe.load import load_recipe
 
     (tmp_path / "recipe.yaml").write_text(load_recipe("scenes").to_yaml())
     stages._tell_changes(load_recipe("scenes", ["training.seed=5"]), tmp_path, resume=True)

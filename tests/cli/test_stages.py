@@ -18,17 +18,11 @@ from instructblip.cli import (
     stages,
     stages_measure,
 )
-from instructblip.experiment import (
-    build as assembly,
-)
-from instructblip.experiment import (
-    datasets as preparing,
-)
-from instructblip.experiment import (
-    features as caching,
-)
+from instructblip.experiment import build, datasets
+from instructblip.experiment import features as caching
 from instructblip.model.checkpoints.directory import model_directory
-from instructblip.recipe.schema import Recipe, load_recipe
+from instructblip.recipe.load import load_recipe
+from instructblip.recipe.schema import Recipe
 from instructblip.training.train import TrainResult
 from tests.inference.test_engine import write_model
 from tests.testing import write_picture
@@ -87,7 +81,7 @@ def test_quickstart_writes_its_figures(out: Path):
 
 
 def test_training_moves_the_q_former_and_nothing_else(out: Path, overrides: list[str]):
-    model = assembly.make_model(recipe_of(out, overrides))
+    model = build.load_model(recipe_of(out, overrides))
     free = {name for name, _ in model.trainable_parameters()}
     before = model.state_dict()
     after = load_file(out / "run" / "last" / "model.safetensors")
@@ -244,7 +238,7 @@ def test_folders_of_one_name_are_told_apart(out: Path, tmp_path: Path):
 
 def test_a_recipe_may_ask_otherwise(out: Path, overrides: list[str]):
     own = "evaluation.prompts={scenes_vsr: 'is it so? {question}'}"
-    (changed,) = preparing.benchmarks_of(recipe_of(out, overrides, own), ["scenes_vsr"])
+    (changed,) = datasets.benchmarks_of(recipe_of(out, overrides, own), ["scenes_vsr"])
     assert changed.prompt == "is it so? {question}"
     for wrong, message in (
         ("{scenes_vrs: a}", "scenes_vsr"),
@@ -252,7 +246,7 @@ def test_a_recipe_may_ask_otherwise(out: Path, overrides: list[str]):
     ):
         recipe = recipe_of(out, overrides, f"evaluation.prompts={wrong}")
         with pytest.raises(ValueError, match=message):
-            preparing.benchmarks_of(recipe, ["scenes_vsr"])
+            datasets.benchmarks_of(recipe, ["scenes_vsr"])
 
 
 def test_a_benchmark_without_its_data_says_what_to_get(

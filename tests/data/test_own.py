@@ -19,8 +19,8 @@ from instructblip.data.export import Form, export
 from instructblip.data.prepared.check import check_dataset
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.templates import render_prompt
-from instructblip.experiment import datasets as preparing
-from instructblip.recipe.schema import load_recipe
+from instructblip.experiment.datasets import prepare_training
+from instructblip.recipe.load import load_recipe
 from tests.testing import write_json, write_picture, write_tar, write_vqa
 
 
@@ -338,7 +338,7 @@ def test_imagefolder_with_metadata_beside_its_pictures(root: Path):
     (root / "metadata.csv").write_text("file_name,text\nimages/0.png,A cup.\nimages/1.png,A dog.\n")
     recipe = root / "own.yaml"
     recipe.write_text(f"data: {{root: {root}, sets: {{mine: {{format: imagefolder, root: .}}}}}}")
-    dataset = preparing.prepare_training(load_recipe(recipe))["mine"]
+    dataset = prepare_training(load_recipe(recipe))["mine"]
     assert [e.images for e in dataset] == [("images/0.png",), ("images/1.png",)]
     assert [e.images for e in read_folder(root).examples] == [e.images for e in dataset]
 
@@ -541,13 +541,11 @@ def test_recipe_reads_own_data_from_anywhere(root: Path):
         "data:\n  root: " + str(root) + "\n  sets:\n    mine:\n      format: table\n"
         "      root: memory://mine\n      columns: {image: file, answer: text}\n"
     )
-    dataset = preparing.prepare_training(load_recipe(recipe))["mine"]
+    dataset = prepare_training(load_recipe(recipe))["mine"]
     assert dataset[0].answers == ("A cup.",)
     assert (dataset.image_root / dataset[0].images[0]).is_file()
     assert not check_dataset(dataset).left_out
     with pytest.raises(ValueError, match="this name is taken"):
-        preparing.prepare_training(
-            load_recipe(recipe, ["data.sets={vqav2: {format: table, root: x}}"])
-        )
+        prepare_training(load_recipe(recipe, ["data.sets={vqav2: {format: table, root: x}}"]))
     with pytest.raises(FileNotFoundError, match="there is no file"):
-        preparing.prepare_training(load_recipe(recipe, ["data.sets.mine.root=memory://other"]))
+        prepare_training(load_recipe(recipe, ["data.sets.mine.root=memory://other"]))

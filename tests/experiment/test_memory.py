@@ -20,7 +20,8 @@ from instructblip.experiment.memory import (
 )
 from instructblip.model.config import VisionConfig
 from instructblip.model.instructblip import InstructBlip
-from instructblip.recipe.schema import Recipe, load_recipe
+from instructblip.recipe.load import load_recipe
+from instructblip.recipe.schema import Recipe
 from instructblip.training.optim import make_optimizer
 from tests.inference.test_engine import write_model
 from tests.model.test_activations import full_batch

@@ -12,10 +12,10 @@ from instructblip.cli import stages
 from instructblip.data.custom.folder import read_folder, split_by_image
 from instructblip.experiment.tune import (
     MEASURES,
-    measures_of,
+    held_sets,
     write_recipe,
 )
-from instructblip.recipe.schema import load_recipe
+from instructblip.recipe.load import load_recipe
 from tests.inference.test_engine import write_model
 from tests.testing import write_picture
 
@@ -41,7 +41,9 @@ def test_rows_become_examples(tmp_path: Path) -> None:
     assert folder[1].answers == ("a", "b")
     assert folder[3].images == ("0.png", "1.png")
     assert {e.task for e in folder.examples} == set(MEASURES)
-    assert [b.name for b, _ in measures_of(folder)] == [f"own_{task}" for task in MEASURES]
+    assert [held.benchmark.name for held in held_sets(folder)] == [
+        f"own_{task}" for task in MEASURES
+    ]
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text(
         "file_name,question,answer,choices\n0.png,which?,red,red|blue\n1.png,what?,cat,\n"
@@ -225,7 +227,7 @@ def test_the_recipe_that_tune_writes_trains(
     write_model(tmp_path / "blip2", "blip2")
     short = ["training.steps=2", "model.text_branch=random", "training.batch_size=2"]
     monkeypatch.chdir(tmp_path)
-    write_recipe(Path("own"), "blip2", Path("own/tuned"), 4, short, pictures=6)
+    write_recipe(Path("own"), "blip2", Path("own/tuned"), 4, short, images=6)
     monkeypatch.chdir(tmp_path / "own")
     recipe = load_recipe(tmp_path / "own" / "tuned" / "recipe.yaml")
     assert recipe.data.num_frames == 6  # a sample's pictures are all seen

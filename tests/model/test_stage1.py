@@ -18,7 +18,7 @@ from instructblip.model.stage1 import (
     Stage1,
     contrast,
 )
-from instructblip.recipe.schema import load_recipe
+from instructblip.recipe.load import load_recipe
 from instructblip.scenes.official import write_scenes
 from tests.inference.test_engine import write_model
 from tests.parity.tiny import tiny_batch, tiny_config

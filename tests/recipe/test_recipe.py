@@ -4,14 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from instructblip.experiment.checking import evaluated_too
-from instructblip.recipe.schema import (
-    RECIPES,
-    Recipe,
-    differences,
-    find_recipe,
-    load_recipe,
-)
+from instructblip.experiment.datasets import evaluated_too
+from instructblip.recipe.load import RECIPES, differences, find_recipe, load_recipe
+from instructblip.recipe.schema import Recipe
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 

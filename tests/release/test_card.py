@@ -6,7 +6,7 @@ import pytest
 
 from instructblip.core.batch import Example
 from instructblip.evaluation.evaluate import evaluate
-from instructblip.recipe.schema import load_recipe
+from instructblip.recipe.load import load_recipe
 from instructblip.release.card import card
 from tests.evaluation.fakes import FakeEngine, ListDataset, benchmark, colour_questions
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from instructblip.cli import stages
-from instructblip.experiment import draw as drawing
-from instructblip.recipe.schema import load_recipe
+from instructblip.experiment.build import build
+from instructblip.experiment.draw import Drawing, make_set
+from instructblip.recipe.load import load_recipe
 from instructblip.scenes.official import write_scenes
 from instructblip.text_to_image.pretrained import from_pretrained
 from instructblip.text_to_image.sample import Painter
@@ -39,7 +40,7 @@ def test_a_run_goes_on_from_another(directory: Path, tmp_path: Path):
     more = load_recipe(
         "draw", [f"model.start={directory}", f"drawing.start={tmp_path / 'run'}", *SMALL[2:]]
     )
-    first, second = from_pretrained(tmp_path / "run"), drawing.make_model(more)
+    first, second = from_pretrained(tmp_path / "run"), build(more, Drawing()).model
     assert second.config.decoder == first.config.decoder  # sizes come with the weights
     for name, value in first.conditioner.state_dict().items():
         assert torch.equal(value, second.conditioner.state_dict()[name])
@@ -57,8 +58,7 @@ def test_understanding_is_interleaved_while_the_qformer_trains(directory: Path, 
             "training.trainable=[drawing,qformer]", "drawing.understanding=0.5",
         ],
     )  # fmt: skip
-    model = drawing.make_model(recipe)
-    batches = drawing.make_batches(recipe, model).iterate(0)
+    batches = build(recipe, Drawing()).batches.iterate(0)
     kinds = [next(batches).target_values is None for _ in range(4)]
     assert kinds == [False, True, False, True]
     assert stages.train(recipe, tmp_path / "run").step == 4
@@ -74,7 +74,7 @@ def test_two_roots_of_one_source_are_prepared_apart(tmp_path: Path):
     recipe = load_recipe("draw", [f"data.root={tmp_path}", *entries])
     assert recipe.drawing is not None
     for name in ("one", "two"):
-        drawings = drawing.make_set(recipe, name, recipe.drawing.sets[name])
+        drawings = make_set(recipe, name, recipe.drawing.sets[name])
         assert f"{name} cat" in drawings[0].instruction
     prepared = {path.parent.parent.name for path in tmp_path.glob("prepared/*/*/manifest.json")}
     assert prepared == {"coco_caption@draw-one", "coco_caption@draw-two"}
@@ -88,4 +88,4 @@ def test_missing_settings_are_named(directory: Path):
         recipe = load_recipe("draw", [f"drawing.sets.x={entry}"])
         assert recipe.drawing is not None
         with pytest.raises(ValueError, match=message):
-            drawing.make_set(recipe, "x", recipe.drawing.sets["x"])
+            make_set(recipe, "x", recipe.drawing.sets["x"])

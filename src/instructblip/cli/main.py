@@ -82,7 +82,7 @@ def prepare(
     ),
 ) -> None:
     """Read, verify and index the data sets of a recipe; print its mixture."""
-    from instructblip.recipe.schema import load_recipe
+    from instructblip.recipe.load import load_recipe
 
     stages.prepare(
         load_recipe(recipe, overrides or []), workers, cast("stages.DataForm | None", export), out
@@ -98,7 +98,7 @@ def check(
     ] = False,
 ) -> None:
     """Find what is wrong with the data sets of a recipe, before training does; 1 if too much."""
-    from instructblip.recipe.schema import load_recipe
+    from instructblip.recipe.load import load_recipe
 
     if not stages.check(load_recipe(recipe, overrides or []), decode):
         raise typer.Exit(1)
@@ -116,7 +116,7 @@ def show(
     ] = None,
 ) -> None:
     """Show training samples as the model gets them: picture, texts, and what carries loss."""
-    from instructblip.recipe.schema import load_recipe
+    from instructblip.recipe.load import load_recipe
 
     stages.show(load_recipe(recipe, overrides or []), count, html)
 
@@ -124,7 +124,7 @@ def show(
 @app.command()
 def cache(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Compute the image features of a recipe's pictures once, for all its runs."""
-    from instructblip.recipe.schema import load_recipe
+    from instructblip.recipe.load import load_recipe
 
     stages.cache(load_recipe(recipe, overrides or []))
 
@@ -139,7 +139,7 @@ def memory(
     ] = None,
 ) -> None:
     """Predict the memory that a recipe needs on each device, without loading anything."""
-    from instructblip.recipe.schema import load_recipe
+    from instructblip.recipe.load import load_recipe
 
     stages.memory(load_recipe(recipe, overrides or []), devices, gigabytes)
 
@@ -154,7 +154,7 @@ def train(
     resume: Resume = False,
 ) -> None:
     """Tune the model of a recipe."""
-    from instructblip.recipe.schema import load_recipe
+    from instructblip.recipe.load import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     stages.train(resolved, out or Path("out") / Path(recipe).stem, resume)
@@ -168,9 +168,10 @@ def tune(
     out: Annotated[
         Path, typer.Option(help="Folder of run, results and report.", file_okay=False)
     ] = Path("out/tuned"),
+    resume: Resume = False,
 ) -> None:
     """Tune a model on a folder of your own: check, split, tune, evaluate before and after."""
-    stages.tune(root, model, out, overrides or [])
+    stages.tune(root, model, out, overrides or [], resume)
 
 
 @app.command()
@@ -182,7 +183,7 @@ def pretrain(
     resume: Resume = False,
 ) -> None:
     """Run a stage of BLIP-2's pre-training for a new pair of image encoder and language model."""
-    from instructblip.recipe.schema import load_recipe
+    from instructblip.recipe.load import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     folder = out or Path("out") / f"{Path(recipe).stem}_stage{stage}"

@@ -49,7 +49,7 @@ def evaluate(
 
     Under torchrun all ranks share the samples.
     """
-    from instructblip.recipe.schema import load_recipe
+    from instructblip.recipe.load import load_recipe
 
     overrides = [text for text in arguments if _is_override(text)]
     names = [text for text in arguments if text not in overrides]

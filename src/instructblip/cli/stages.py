@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from instructblip.training.train import TrainResult
 
 RESULTS_FILE = "results.json"
-DATA_FILE = "data.json"
-"""In a run directory: number of examples and fingerprint of each data set."""
 
 
 def scenes(root: Path, seed: int = 0, scale: float = 1.0) -> None:
@@ -47,15 +45,15 @@ def prepare(
     """Read, verify and index the recipe's data sets; print the mixture, or export the samples."""
     from instructblip.data.export import export
     from instructblip.data.prepared.prepare import prepare_all
-    from instructblip.experiment import datasets as preparing
+    from instructblip.experiment import datasets as sets
 
-    names = preparing.training_names(recipe)
-    jobs = [preparing.job_of(recipe, name) for name in names]
-    found = prepare_all(jobs, workers)
-    datasets = dict(zip(names, found, strict=True))
+    names = sets.training_names(recipe)
+    jobs = [sets.job_of(recipe, name) for name in names]
+    prepared = prepare_all(jobs, workers)
+    datasets = dict(zip(names, prepared, strict=True))
     if form is None:
-        print("".join(f"{dataset.describe()}\n" for dataset in found))
-        print(preparing.describe_mixture(recipe, preparing.make_mixture(recipe, datasets)))
+        print("".join(f"{dataset.describe()}\n" for dataset in prepared))
+        print(sets.describe_mixture(recipe, sets.make_mixture(recipe, datasets)))
         return
     data = recipe.data
     for job, (name, dataset) in zip(jobs, datasets.items(), strict=True):
@@ -68,15 +66,15 @@ def prepare(
 
 def check(recipe: "Recipe", decode: bool = False) -> bool:
     """Look at every example and picture of the recipe's data sets; say whether all will do."""
-    from instructblip.experiment import checking
+    from instructblip.experiment.datasets import check_recipe, passes
 
     good = True
-    for diagnosis in checking.check_recipe(recipe, decode):
+    for diagnosis in check_recipe(recipe, decode):
         if isinstance(diagnosis, str):
             print(f"FAILED  {diagnosis}", flush=True)
             good = False
             continue
-        passed = checking.passes(recipe, diagnosis)
+        passed = passes(recipe, diagnosis)
         print(f"{'ok' if passed else 'FAILED':7} {diagnosis.describe()}", flush=True)
         good = good and passed
     return good
@@ -87,21 +85,9 @@ def show(recipe: "Recipe", count: int, page: Path | None = None) -> None:
     from rich.console import Console
 
     from instructblip.data import show as showing
-    from instructblip.experiment import (
-        build as assembly,
-    )
-    from instructblip.experiment import (
-        checking,
-    )
-    from instructblip.experiment import (
-        datasets as preparing,
-    )
+    from instructblip.experiment.build import training_samples
 
-    prepared = preparing.prepare_training(recipe)
-    rate = recipe.data.max_bad_rate
-    datasets = {name: checking.without_bad(dataset, rate) for name, dataset in prepared.items()}
-    loader = assembly.make_loader(recipe, datasets, assembly.read_start(recipe))
-    samples = showing.training_samples(loader, count)
+    samples = showing.training_samples(training_samples(recipe), count)
     if page:
         print(showing.write_page(page, samples, {"model": recipe.model.start}))
         return
@@ -114,75 +100,16 @@ def show(recipe: "Recipe", count: int, page: Path | None = None) -> None:
 
 def train(recipe: "Recipe", out: Path, resume: bool = False) -> "TrainResult":
     """Tune the recipe's model; checkpoints, metrics, curves and the model itself go to ``out``."""
-    from instructblip.core import distributed
-    from instructblip.data.prepared.check import fingerprint
-    from instructblip.data.templates import TEMPLATES_FILE, templates_note
-    from instructblip.experiment import (
-        build as assembly,
-    )
-    from instructblip.experiment import (
-        checking,
-    )
-    from instructblip.experiment import (
-        datasets as preparing,
-    )
-    from instructblip.experiment import (
-        features as caching,
-    )
-    from instructblip.training.train import train as run_training
+    from instructblip.experiment.train import train as run
 
-    with distributed.process_group():
-        if distributed.is_main():
-            _tell_changes(recipe, out, resume)
-        if recipe.drawing is not None:
-            from instructblip.experiment import draw as drawing
-
-            return drawing.train(recipe, out, resume, {RECIPE_FILE: recipe.to_yaml()})
-        with distributed.main_first():
-            prepared = preparing.prepare_training(recipe)
-            datasets = checking.checked_training(recipe, prepared)
-        notes = {RECIPE_FILE: recipe.to_yaml(), TEMPLATES_FILE: templates_note()}
-        if distributed.is_main():
-            counts = {name: len(dataset) for name, dataset in datasets.items()}
-            known = {name: f"{counts[name]} {fingerprint(prepared[name])}" for name in counts}
-            _tell_changed_data(known, out, resume)
-            notes[DATA_FILE] = json.dumps(known, indent=2) + "\n"
-            print(preparing.describe_mixture(recipe, preparing.make_mixture(recipe, datasets)))
-        model = assembly.make_model(recipe)
-        loader = assembly.make_loader(recipe, datasets, model, caching.began_with(out, resume))
-        return run_training(
-            model,
-            loader,
-            assembly.make_validation(recipe, model),
-            recipe.training,
-            out,
-            resume=resume,
-            export=model.save_pretrained,
-            notes=notes | caching.features_note(loader),
-        )
+    return run(recipe, out, resume)
 
 
 def cache(recipe: "Recipe") -> None:
     """Compute and keep the image features that training and validation will read."""
-    from instructblip.core import distributed
-    from instructblip.experiment import (
-        build as assembly,
-    )
-    from instructblip.experiment import (
-        checking,
-    )
-    from instructblip.experiment import (
-        datasets as preparing,
-    )
+    from instructblip.experiment.train import cache as run
 
-    settings = recipe.features.model_copy(update={"cache": "on"})
-    recipe = recipe.model_copy(update={"features": settings})
-    with distributed.process_group():
-        with distributed.main_first():
-            datasets = checking.checked_training(recipe, preparing.prepare_training(recipe))
-        model = assembly.make_model(recipe)
-        assembly.make_loader(recipe, datasets, model)
-        assembly.make_validation(recipe, model)
+    run(recipe)
 
 
 def memory(recipe: "Recipe", world_size: int = 1, gigabytes: float | None = None) -> None:
@@ -204,22 +131,18 @@ def memory(recipe: "Recipe", world_size: int = 1, gigabytes: float | None = None
 
 def pretrain(recipe: "Recipe", stage: int, out: Path, resume: bool = False) -> "TrainResult":
     """One of BLIP-2's two stages on the captions of a recipe."""
-    from instructblip.core import distributed
-    from instructblip.experiment.pretrain import pretrain as run_pretraining
+    from instructblip.experiment.pretrain import pretrain as run
 
-    with distributed.process_group():
-        if distributed.is_main():
-            _tell_changes(recipe, out, resume)
-        return run_pretraining(recipe, stage, out, resume)
+    return run(recipe, stage, out, resume)
 
 
-def tune(root: Path, start: str, out: Path, overrides: Sequence[str] = ()) -> None:
+def tune(
+    root: Path, start: str, out: Path, overrides: Sequence[str] = (), resume: bool = False
+) -> None:
     """Tune a model on a folder of pictures of one's own; evaluate before and after; report."""
-    from instructblip.experiment.tune import tune as run_tuning
-    from instructblip.training.run_directory import refuse_existing
+    from instructblip.experiment.tune import tune as run
 
-    refuse_existing(out / "run")
-    page = run_tuning(root, start, out, overrides)
+    page = run(root, start, out, overrides, resume)
     print(f"\nOpen {page}. To try the model:\n  instructblip serve --model {out / 'run'}")
 
 
@@ -227,7 +150,7 @@ def quickstart(
     out: Path, overrides: Sequence[str] = (), resume: bool = False, scale: float = 1.0
 ) -> None:
     """From a BLIP-2 to an InstructBLIP on the embedded world, with tables, in minutes."""
-    from instructblip.recipe.schema import load_recipe
+    from instructblip.recipe.load import load_recipe
 
     recipe = load_recipe("quickstart", [f"data.root={out / 'scenes'}", *overrides])
     run, results = out / "run", out / "results"
@@ -292,29 +215,3 @@ def _start_afresh(run: Path, results: Path) -> None:
                 f"{folder} was not written by a quickstart: choose another folder with --out"
             )
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _tell_changes(recipe: "Recipe", out: Path, resume: bool) -> None:
-    """Refuse to overwrite a run; name what a resumed one changes in its recipe."""
-    from instructblip.recipe.schema import differences, load_recipe
-    from instructblip.training.run_directory import refuse_existing
-
-    path = out / RECIPE_FILE
-    if not resume:
-        refuse_existing(out)
-    if resume and path.is_file():
-        for change in differences(load_recipe(path), recipe):
-            print(f"resuming with a changed recipe: {change}")
-
-
-def _tell_changed_data(fingerprints: dict[str, str], out: Path, resume: bool) -> None:
-    """Name the sets that a resumed run finds changed."""
-    path = out / DATA_FILE
-    if resume and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in fingerprints if before.get(name) != fingerprints[name]]
-        if changed:
-            print(
-                f"resuming with other data: {', '.join(changed)} changed or were prepared anew; "
-                "the samples that follow are not those of an uninterrupted run"
-            )

@@ -25,42 +25,9 @@ def evaluate(
     instruction_aware: bool | None = None,
 ) -> "list[Result]":
     """Answer the recipe's benchmarks with ``model``; one folder of ``out`` for each."""
-    from instructblip.core import distributed
-    from instructblip.evaluation.evaluate import evaluate as run_benchmark
-    from instructblip.experiment import build as assembly
-    from instructblip.experiment import datasets as preparing
-    from instructblip.inference.decoding import check_decoding
-    from instructblip.model.checkpoints.directory import model_directory
+    from instructblip.experiment.evaluate import evaluate as run
 
-    model_directory(model)  # a wrong path is told before any data is read
-    settings = recipe.evaluation
-    check_decoding(settings.decoding)
-    benchmarks = preparing.benchmarks_of(recipe, settings.benchmarks)
-    results = []
-    with distributed.process_group():
-        with distributed.main_first():
-            datasets = preparing.prepare_benchmarks(recipe, benchmarks)
-            vocabularies = {b.name: preparing.vocabulary_of(recipe, b) for b in benchmarks}
-        engine = assembly.make_answerer(recipe, model, datasets.values(), instruction_aware)
-        if distributed.is_main():
-            out.mkdir(parents=True, exist_ok=True)
-            (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        for benchmark in benchmarks:
-            result = run_benchmark(
-                engine,
-                benchmark,
-                datasets[benchmark.name],
-                limit=settings.limit,
-                batch_size=settings.batch_size,
-                blind_seed=blind_seed,
-                out=out / benchmark.name,
-                vocabulary=vocabularies[benchmark.name],
-                tokenizer=settings.tokenizer,
-            )
-            if distributed.is_main():
-                print(result.describe(), flush=True)
-            results.append(result)
-    return results
+    return run(recipe, model, out, blind_seed, instruction_aware)
 
 
 def compare(
@@ -110,7 +77,7 @@ def _name_of(path: Path, whole: bool) -> str:
 
 def _evaluated(path: Path, recipe: str | None, overrides: Sequence[str], folder: Path) -> Path:
     """A folder of results: ``path`` itself, or ``folder`` with those of the model it is."""
-    from instructblip.recipe.schema import load_recipe
+    from instructblip.recipe.load import load_recipe
 
     if not _is_model(path):
         return path
@@ -159,12 +126,9 @@ def _print_tables(shown: "Sequence[Table]", notes: Sequence[str]) -> None:
 
 
 def recipe_of(model: str) -> str:
-    """The recipe that lies beside a model; else that of Scenes for the starter, the paper's for
-    any other."""
-    beside = [folder / RECIPE_FILE for folder in (Path(model), Path(model) / "best")]
-    found = next((path for path in beside if path.is_file()), None)
-    default = "scenes" if model == "starter" else "instructblip_vicuna7b"
-    return str(found) if found else default
+    from instructblip.experiment.evaluate import recipe_of as find
+
+    return find(model)
 
 
 def report(

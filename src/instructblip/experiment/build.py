@@ -1,28 +1,45 @@
-"""From a recipe to the objects that a run needs: model, loader, validation, engine."""
+"""The one place that turns a recipe into objects: ``build(recipe) -> Run``.
 
+A run is built from top to bottom: read and check the data, load the model, choose what trains,
+make the batches, make the validation, collect the files that lie beside the weights. Instruction
+tuning does just that. What `pretrain`, `tune` and `draw` do differently is a `Variant`: each
+overrides the steps in which it differs, and inherits accumulation, ranks, workers, length buckets,
+frames, stored features, checked data and exact resume.
+"""
+
+import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from instructblip.core import distributed
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
-from instructblip.data.prepared.dataset import PreparedDataset
-from instructblip.data.samples import ImageReader
+from instructblip.data.samples import Examples, ImageReader
+from instructblip.data.templates import TEMPLATES_FILE, templates_note
 from instructblip.data.tokens import Tokens
-from instructblip.evaluation.evaluate import Answerer, evaluate
+from instructblip.evaluation.evaluate import evaluate
 from instructblip.experiment.datasets import (
-    TrainingSet,
-    benchmarks_of,
+    Held,
+    checked_training,
+    data_fingerprints,
+    describe_mixture,
     make_mixture,
     prepare_benchmarks,
-    vocabulary_of,
+    prepare_training,
+    validation_of,
+    without_bad,
 )
-from instructblip.experiment.features import make_features, use_features
-from instructblip.inference.baseline import TransformersModel, is_baseline
+from instructblip.experiment.features import (
+    began_with,
+    evaluation_features,
+    features_note,
+    training_features,
+)
 from instructblip.inference.decoding import check_decoding
 from instructblip.inference.engine import Engine
 from instructblip.model.checkpoints.directory import model_directory
@@ -32,79 +49,234 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import checkpoint_layers, stacks_of
 from instructblip.model.language.lora import adapters, add_lora
 from instructblip.model.language.quantize import quantize_linears
-from instructblip.recipe.schema import Recipe
-from instructblip.training.train import resolve_device
+from instructblip.recipe.load import differences, load_recipe
+from instructblip.recipe.schema import RECIPE_FILE, Recipe
+from instructblip.training.config import TrainingConfig
+from instructblip.training.run_directory import refuse_existing
+from instructblip.training.train import Batches, Evaluate, TrainResult, resolve_device
+from instructblip.training.train import train as run_loop
+
+DATA_FILE = "data.json"
+"""In a run directory: number of examples and fingerprint of each data set."""
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
-    """What of a model the data depends on: its configuration, without the weights."""
+@dataclass(frozen=True)
+class Run:
+    """Everything that the training loop needs."""
 
-    config: InstructBlipConfig
+    config: TrainingConfig
+    """Optimizer, schedule, and how often the run validates and saves."""
+    model: nn.Module
+    """On the CPU, with its trainable set and data types; ``model.loss(batch)`` is what trains."""
+    batches: Batches
+    """This rank's micro batches."""
+    validate: Evaluate | None
+    """Scores of the model, 0 to 100; ``score`` chooses the best weights. None without any."""
+    files: Mapping[str, str]
+    """Name -> text of the files beside every checkpoint and beside the weights."""
+    export: Callable[[Path], object]
+    """Writes the model into a directory that `instructblip.load` reads."""
+
+    def train(self, out: Path, resume: bool = False) -> TrainResult:
+        """Train into the run directory ``out``."""
+        return run_loop(
+            self.model,
+            self.batches,
+            self.validate,
+            self.config,
+            out,
+            resume=resume,
+            export=self.export,
+            notes=self.files,
+        )
 
 
-def read_start(recipe: Recipe) -> Start:
-    """The configuration that the recipe's model will have."""
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on, and what it is validated on."""
+
+    training: Mapping[str, Examples] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    held: Sequence[Held] = ()
+
+
+class Variant:
+    """The steps of a run in which commands differ. This base is instruction tuning."""
+
+    def refuse(self, recipe: Recipe) -> None:
+        """Raise ValueError for a recipe that the variant cannot follow, before any work."""
+
+    def read_data(self, recipe: Recipe) -> Data:
+        """The checked data sets of ``recipe.data`` and the validation of ``recipe.evaluation``."""
+        prepared = prepare_training(recipe)
+        checked = checked_training(recipe, prepared)
+        return Data(checked, data_fingerprints(prepared, checked), self.held_sets(recipe))
+
+    def held_sets(self, recipe: Recipe) -> Sequence[Held]:
+        """What validation scores."""
+        return prepare_benchmarks(recipe, validation_of(recipe))
+
+    def tokens(self, tokens: Tokens) -> Tokens:
+        """How the texts of training samples become ids."""
+        return tokens
+
+    def instructblip(self, recipe: Recipe) -> InstructBlip:
+        """The InstructBLIP that the run starts from, with its trainable set."""
+        return load_model(recipe)
+
+    def model(self, recipe: Recipe, instructblip: InstructBlip) -> nn.Module:
+        """The module that trains."""
+        return instructblip
+
+    def batches(
+        self, recipe: Recipe, model: nn.Module, loader: Callable[[TrainingConfig], Loader]
+    ) -> Batches:
+        """The batches of the run; ``loader`` makes those of ``recipe.data``."""
+        return loader(recipe.training)
+
+    def validate(self, recipe: Recipe, model: nn.Module, data: Data) -> Evaluate | None:
+        """What scores the model during training."""
+        assert isinstance(model, InstructBlip)
+        return make_validation(recipe, model, data.held)
+
+    def export(self, model: nn.Module) -> Callable[[Path], object]:
+        """What writes the model."""
+        assert isinstance(model, InstructBlip)
+        return model.save_pretrained
+
+
+def build(
+    recipe: Recipe, variant: Variant | None = None, out: Path | None = None, resume: bool = False
+) -> Run:
+    """Turn a recipe into a run. All ranks call this together.
+
+    Args:
+        variant: how the run differs from instruction tuning.
+        out: the run directory, which decides what a resumed run keeps; None for a new run.
+
+    Raises:
+        ValueError: for a recipe that cannot be followed, unchecked data, or an ``out`` that holds a
+            run when ``resume`` is off.
+        FileNotFoundError: for missing data or a missing model, naming what to get.
+    """
+    variant = variant or Variant()
+    check_decoding(recipe.evaluation.decoding)
+    variant.refuse(recipe)
+    if out is not None and distributed.is_main():
+        compare_with_saved(recipe, out, resume)
+    with distributed.main_first():
+        data = variant.read_data(recipe)
+    if distributed.is_main():
+        if out is not None and resume:
+            report_changed_data(data.fingerprints, out)
+        if data.training:
+            print(describe_mixture(recipe, make_mixture(recipe, data.training)), flush=True)
+    instructblip = variant.instructblip(recipe)
+    model = variant.model(recipe, instructblip)
+    tokens, transform = read_assets(recipe, instructblip.config)
+    images = read_images(recipe, transform.for_training() if recipe.data.augment else transform)
+    if data.training:
+        features = training_features(
+            recipe, instructblip, images, data.training.values(), began_with(out, resume)
+        )
+        images = replace(images, features=features)
+
+    def loader(training: TrainingConfig) -> Loader:
+        return make_loader(recipe, data.training, variant.tokens(tokens), images, training)
+
+    files = {
+        RECIPE_FILE: recipe.to_yaml(),
+        TEMPLATES_FILE: templates_note(),
+        DATA_FILE: json.dumps(data.fingerprints, indent=2) + "\n",
+    }
+    return Run(
+        config=recipe.training,
+        model=model,
+        batches=variant.batches(recipe, model, loader),
+        validate=variant.validate(recipe, model, data),
+        files=files | features_note(images.features),
+        export=variant.export(model),
+    )
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def model_config(recipe: Recipe) -> InstructBlipConfig:
+    """The configuration that the recipe's model will have, read without its weights."""
     settings = recipe.model
     directory = model_directory(settings.start)
     config = InstructBlipConfig.from_transformers(read_json(directory / "config.json"))
     size = settings.image_size or config.vision.image_size
-    vision = config.vision.model_copy(update={"image_size": size})
-    aware = settings.instruction_aware
-    return Start(config.model_copy(update={"vision": vision, "instruction_aware": aware}))
+    vision = type(config.vision)(**{**config.vision.model_dump(), "image_size": size})
+    return config.model_copy(
+        update={"vision": vision, "instruction_aware": settings.instruction_aware}
+    )
 
 
-def make_model(recipe: Recipe) -> InstructBlip:
-    """The start of the run with its trainable set and number types, on the CPU."""
-    torch.manual_seed(recipe.training.seed)  # a fresh text branch is random, and the same on resume
+def load_model(recipe: Recipe, trainable: Sequence[str] | None = None) -> InstructBlip:
+    """The start of the run on the CPU, with its trainable set (the recipe's by default) and data
+    types."""
+    torch.manual_seed(recipe.training.seed)  # a fresh text branch is random, and equal on resume
     model = InstructBlip.from_pretrained(
         recipe.model.start,
         instruction_aware=recipe.model.instruction_aware,
         text_branch=recipe.model.text_branch,
         image_size=recipe.model.image_size,
     )
-    shape_language(model, recipe)
-    half = torch.bfloat16 if recipe.training.precision == "bf16" else None
-    # on a CPU memory is plenty, and fp32 keeps what is frozen exactly as it was when saved again
-    frozen = half if resolve_device(recipe.training.device).type == "cuda" else None
-    model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=half)
+    shape_language(model, recipe, trainable)
+    frozen, compute = training_dtypes(recipe.training)
+    model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=compute)
     if recipe.training.parallel == "fsdp2":
-        shard_language(model, recipe)
+        shard_language(model, resolve_device(recipe.training.device))
     return model
 
 
-def shape_language(model: InstructBlip, recipe: Recipe) -> None:
-    """What the recipe wants of a loaded model: adapter, trainable set, bits, checkpoints.
+def training_dtypes(training: TrainingConfig) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """(type of frozen weights, type of the arithmetic); None keeps fp32.
+
+    On a CPU memory is plenty, and fp32 keeps frozen weights bit-identical when they are saved.
+    """
+    half = torch.bfloat16 if training.precision == "bf16" else None
+    return half if resolve_device(training.device).type == "cuda" else None, half
+
+
+def shape_language(
+    model: InstructBlip, recipe: Recipe, trainable: Sequence[str] | None = None
+) -> None:
+    """Apply the recipe to a loaded model: adapter, trainable set, quantization, checkpointing.
 
     Raises ValueError for settings that do not go together.
     """
     _refuse_unsharded(recipe)
     language, adapter = model.language_model, recipe.model.lora
+    parts = tuple(recipe.training.trainable if trainable is None else trainable)
     if adapter is not None:
-        if "lora" not in recipe.training.trainable:
+        if "lora" not in parts:
             raise ValueError(
                 f"model.lora trains as a part of its own, and training.trainable is "
-                f"{list(recipe.training.trainable)}: add lora to it"
+                f"{list(parts)}: add lora to it"
             )
-        if own := adapters(language):
-            _tell_unused(adapter, next(iter(own.values())).config)
+        if present := adapters(language):
+            _warn_of_other_adapter(adapter, next(iter(present.values())).config)
         else:
             add_lora(language, adapter)
-    model.set_trainable(recipe.training.trainable)
+    model.set_trainable(parts)
     if recipe.model.quantize is not None:
         quantize_linears(language, recipe.model.quantize)
     if recipe.training.checkpoint_activations:
         checkpoint_layers(language)
 
 
-def _tell_unused(asked: LoraConfig, own: LoraConfig) -> None:
-    """Warn where the start's adapter, which goes on, is another than the recipe asks for."""
+def _warn_of_other_adapter(asked: LoraConfig, present: LoraConfig) -> None:
+    """Warn where the start's adapter, which is kept, differs from ``model.lora``."""
     names = [name for name in type(asked).model_fields if name != "targets" or asked.targets]
-    other = [n for n in names if getattr(asked, n) != getattr(own, n)]
+    other = [n for n in names if getattr(asked, n) != getattr(present, n)]
     if other:
-        told = ", ".join(f"{n} {getattr(own, n)!r}" for n in other)
+        settings = ", ".join(f"{n} {getattr(present, n)!r}" for n in other)
         warnings.warn(
-            f"the start has an adapter of its own, which goes on: {told}, whatever model.lora says",
+            f"model.start has an adapter, which training continues: {settings}, not as model.lora "
+            "asks",
             stacklevel=2,
         )
 
@@ -113,47 +285,62 @@ def _refuse_unsharded(recipe: Recipe) -> None:
     changed = recipe.model.quantize is not None or "language_model" in recipe.training.trainable
     if recipe.training.parallel == "fsdp2" and changed:
         raise ValueError(
-            "training.parallel=fsdp2 spreads frozen weights of full precision: set "
+            "training.parallel=fsdp2 shards frozen weights of full precision: set "
             "model.quantize=null and take language_model out of training.trainable, or train "
             "with parallel=ddp"
         )
 
 
-def shard_language(model: InstructBlip, recipe: Recipe) -> None:
-    """Spread the frozen layers of the language model over the ranks."""
-    device = resolve_device(recipe.training.device)
+def shard_language(model: InstructBlip, device: torch.device) -> None:
+    """Shard the frozen layers of the language model over the ranks."""
     for stack, layers in stacks_of(model.language_model):
         distributed.shard(stack, layers, device)
 
 
+# --- batches -------------------------------------------------------------------------------------
+
+
+def read_assets(recipe: Recipe, config: InstructBlipConfig) -> tuple[Tokens, ImageTransform]:
+    """Tokenizers and image transform of the start, with the recipe's limits."""
+    directory = model_directory(recipe.model.start)
+    tokens = with_limits(recipe, Tokens.from_pretrained(directory), config)
+    if not config.instruction_aware:
+        tokens = replace(tokens, qformer=None)
+    transform = ImageTransform.from_pretrained(directory)
+    return tokens, replace(transform, image_size=config.vision.image_size)
+
+
+def with_limits(recipe: Recipe, tokens: Tokens, config: InstructBlipConfig) -> Tokens:
+    """The tokenizers with the recipe's lengths, within what the Q-Former can read."""
+    data = recipe.data
+    return replace(
+        tokens,
+        max_instruction=min(data.max_instruction, config.qformer.max_position_embeddings),
+        max_prompt=data.max_prompt,
+        max_response=data.max_response,
+    )
+
+
+def read_images(recipe: Recipe, transform: ImageTransform) -> ImageReader:
+    """How the images of samples are read, without stored features."""
+    data = recipe.data
+    return ImageReader(transform, num_frames=data.num_frames, cache_images_mb=data.cache_images_mb)
+
+
 def make_loader(
     recipe: Recipe,
-    datasets: Mapping[str, TrainingSet],
-    model: InstructBlip | Start,
-    began_with: bool | None = None,
+    datasets: Mapping[str, Examples],
+    tokens: Tokens,
+    images: ImageReader,
+    training: TrainingConfig,
 ) -> Loader:
-    """This rank's training batches, with features in place of pixels where they are kept.
-
-    ``began_with`` is whether a run that resumes began with stored features: so it goes on, bit for
-    bit. None decides now.
-    """
-    data, training = recipe.data, recipe.training
-    tokens, transform = read_assets(recipe, model)
-    pictures = make_pictures(recipe, transform.for_training() if data.augment else transform)
-    if isinstance(model, InstructBlip):
-        pictures.features = make_features(
-            recipe,
-            model,
-            pictures,
-            ((dataset, dataset.images()) for dataset in datasets.values()),
-            reads=training.steps * training.batch_size,
-            began_with=began_with,
-        )
+    """This rank's batches of ``recipe.data``."""
+    data = recipe.data
     return Loader(
         datasets,
         make_mixture(recipe, datasets),
         tokens,
-        pictures,
+        images,
         batch_size=training.batch_size,
         seed=data.seed,
         rank=distributed.rank(),
@@ -166,102 +353,87 @@ def make_loader(
     )
 
 
-def make_validation(
-    recipe: Recipe, model: InstructBlip
-) -> Callable[[InstructBlip], dict[str, float]] | None:
-    """Scores of a model, 0 to 100, and their mean over the held-in sets: the ``score``.
+def training_samples(recipe: Recipe) -> Loader:
+    """The loader of a recipe without its model: what `instructblip show` prints.
 
-    Held-out sets, if named, are scored for the curves of the report and choose nothing, unless
-    there are no others. None where the recipe names no set at all: no weights are the best then.
+    Bad examples that a check found are left out; no check is required.
     """
-    if not recipe.evaluation.validation:
-        return None
-    check_decoding(recipe.evaluation.decoding)
-    chosen = [
-        replace(b, split="val") if b.role == "held_in" else b
-        for b in benchmarks_of(recipe, recipe.evaluation.validation)
-    ]
-    choosing = [b.name for b in chosen if b.role == "held_in"] or [b.name for b in chosen]
-    with distributed.main_first():
-        datasets = prepare_benchmarks(recipe, chosen)
-        vocabularies = {b.name: vocabulary_of(recipe, b) for b in chosen}
-    tokens, transform = read_assets(recipe, model)
-    engine = Engine(model, tokens, transform)
-    engine.images = make_pictures(recipe, transform)
-    limit, batch_size = recipe.evaluation.validation_limit, recipe.evaluation.batch_size
-    times = recipe.training.steps // (recipe.training.validate_every or recipe.training.steps)
-    use_features(recipe, engine, datasets.values(), limit, times)
+    rate = recipe.data.max_bad_rate
+    datasets = {name: without_bad(each, rate) for name, each in prepare_training(recipe).items()}
+    tokens, transform = read_assets(recipe, model_config(recipe))
+    images = read_images(recipe, transform.for_training() if recipe.data.augment else transform)
+    return make_loader(recipe, datasets, tokens, images, recipe.training)
 
-    def validate(_model: InstructBlip) -> dict[str, float]:
+
+# --- validation ----------------------------------------------------------------------------------
+
+
+def make_validation(recipe: Recipe, model: InstructBlip, held: Sequence[Held]) -> Evaluate | None:
+    """Scores of the held sets, 0 to 100, and their mean over the held-in ones: the ``score``.
+
+    Held-out sets are scored for the curves of the report and choose no weights, unless there are no
+    others. Returns None without any set: no weights are the best then.
+    """
+    if not held:
+        return None
+    settings, training = recipe.evaluation, recipe.training
+    choosing = [h.benchmark.name for h in held if h.benchmark.role == "held_in"]
+    choosing = choosing or [h.benchmark.name for h in held]
+    tokens, transform = read_assets(recipe, model.config)
+    images = read_images(recipe, transform)
+    features = evaluation_features(
+        recipe,
+        model,
+        images,
+        [h.dataset for h in held],
+        settings.validation_limit,
+        times=training.steps // (training.validate_every or training.steps),
+    )
+    engine = Engine(model, tokens, transform)
+    engine.images = replace(images, features=features)
+
+    def validate(_model: nn.Module) -> dict[str, float]:
         scores = {}
-        for benchmark in chosen:
+        for each in held:
             result = evaluate(
                 engine,
-                benchmark,
-                datasets[benchmark.name],
-                limit=limit,
-                batch_size=batch_size,
-                vocabulary=vocabularies[benchmark.name],
-                tokenizer=recipe.evaluation.tokenizer,
+                each.benchmark,
+                each.dataset,
+                limit=settings.validation_limit,
+                batch_size=settings.batch_size,
+                vocabulary=each.vocabulary,
+                tokenizer=settings.tokenizer,
                 progress=False,
-                together=recipe.training.parallel == "fsdp2",
+                together=training.parallel == "fsdp2",
             )
-            scores[benchmark.name] = result.value or 0.0
+            scores[each.benchmark.name] = result.value or 0.0
         return {"score": sum(scores[name] for name in choosing) / len(choosing), **scores}
 
     return validate
 
 
-def read_assets(recipe: Recipe, model: InstructBlip | Start) -> tuple[Tokens, ImageTransform]:
-    """Tokenizers and picture transform of the start, with the recipe's limits."""
-    directory = model_directory(recipe.model.start)
-    tokens = with_limits(Tokens.from_pretrained(directory), recipe, model)
-    if not model.config.instruction_aware:
-        tokens = replace(tokens, qformer=None)
-    transform = ImageTransform.from_pretrained(directory)
-    return tokens, replace(transform, image_size=model.config.vision.image_size)
+# --- resuming ------------------------------------------------------------------------------------
 
 
-def with_limits(tokens: Tokens, recipe: Recipe, model: InstructBlip | Start) -> Tokens:
-    """The tokenizers with the recipe's lengths, within what the Q-Former can read."""
-    data = recipe.data
-    return replace(
-        tokens,
-        max_instruction=min(data.max_instruction, model.config.qformer.max_position_embeddings),
-        max_prompt=data.max_prompt,
-        max_response=data.max_response,
-    )
+def compare_with_saved(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Refuse to overwrite a run; print what a resumed run changes in its recipe."""
+    path = out / RECIPE_FILE
+    if not resume:
+        refuse_existing(out)
+    elif path.is_file():
+        for change in differences(load_recipe(path), recipe):
+            print(f"resuming with a changed recipe: {change}")
 
 
-def make_answerer(
-    recipe: Recipe,
-    model: str,
-    datasets: Iterable[PreparedDataset],
-    instruction_aware: bool | None = None,
-) -> Answerer:
-    """A saved model of ours, or any transformers image-text-to-text model, to be evaluated on
-    ``datasets``."""
-    if is_baseline(Path(model)):
-        device = resolve_device(recipe.training.device)
-        return TransformersModel(Path(model), device, recipe.data.num_frames)
-    engine = make_engine(recipe, model, instruction_aware)
-    # Twice: benchmarks are answered again, by the next model or without the pictures.
-    use_features(recipe, engine, datasets, recipe.evaluation.limit, times=2)
-    return engine
-
-
-def make_pictures(recipe: Recipe, transform: ImageTransform) -> ImageReader:
-    data = recipe.data
-    return ImageReader(transform, num_frames=data.num_frames, cache_images_mb=data.cache_images_mb)
-
-
-def make_engine(recipe: Recipe, model: str, instruction_aware: bool | None = None) -> Engine:
-    """A saved model ready to answer, on the device and with the lengths of the recipe."""
-    engine = Engine.from_pretrained(
-        model,
-        device=resolve_device(recipe.training.device),
-        instruction_aware=instruction_aware,
-    )
-    engine.tokens = with_limits(engine.tokens, recipe, engine.model)
-    engine.images = replace(engine.images, num_frames=recipe.data.num_frames)
-    return engine
+def report_changed_data(fingerprints: Mapping[str, str], out: Path) -> None:
+    """Print which data sets of a resumed run have changed."""
+    path = out / DATA_FILE
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in fingerprints if before.get(name) != fingerprints[name]]
+    if changed:
+        print(
+            f"resuming with other data: {', '.join(changed)} changed or were prepared anew; "
+            "the samples that follow are not those of an uninterrupted run"
+        )

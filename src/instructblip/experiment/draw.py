@@ -1,34 +1,22 @@
-"""From a recipe with a section ``drawing`` to the objects that its run needs."""
+"""Text to image: a recipe with a section ``drawing`` trains a decoder around the Q-Former."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from instructblip.core import distributed
+from instructblip.data.loader import Loader
 from instructblip.data.prepared.prepare import Job
 from instructblip.data.sources import SOURCES, source_of
-from instructblip.experiment import (
-    build as assembly,
-)
-from instructblip.experiment import (
-    datasets as preparing,
-)
-from instructblip.experiment import (
-    features as caching,
-)
-from instructblip.recipe.schema import (
-    DrawingConfig,
-    DrawingSet,
-    Recipe,
-)
+from instructblip.experiment.build import Data, Variant, load_model, read_assets, training_dtypes
+from instructblip.experiment.datasets import Held
+from instructblip.model.instructblip import InstructBlip
+from instructblip.recipe.schema import DrawingConfig, DrawingSet, Recipe
 from instructblip.text_to_image.batches import DrawLoader, Interleaved
 from instructblip.text_to_image.config import TextToImageConfig
-from instructblip.text_to_image.measure import (
-    KINDS,
-    fresh_prompts,
-    measure,
-)
+from instructblip.text_to_image.measure import KINDS, fresh_prompts, measure
 from instructblip.text_to_image.model import TextToImage
 from instructblip.text_to_image.pretrained import from_pretrained, save_pretrained
 from instructblip.text_to_image.sample import Painter
@@ -39,34 +27,55 @@ from instructblip.text_to_image.tasks import (
     SceneDrawings,
     SubjectDrawings,
 )
-from instructblip.training.train import TrainResult, resolve_device
-from instructblip.training.train import train as run_training
+from instructblip.training.config import TrainingConfig
+from instructblip.training.train import Batches, Evaluate
 
 
-def train(recipe: Recipe, out: Path, resume: bool, notes: Mapping[str, str]) -> TrainResult:
-    """Train the recipe's drawing model into ``out``; ``notes`` go beside its checkpoints."""
-    model = make_model(recipe)
-    batches = make_batches(recipe, model, caching.began_with(out, resume))
-    read = batches.understanding if isinstance(batches, Interleaved) else batches
-    return run_training(
-        model,
-        batches,
-        make_validation(recipe, model),
-        recipe.training,
-        out,
-        resume=resume,
-        export=lambda path: save_pretrained(model, path),
-        notes={**notes, **caching.features_note(read)},
-    )
+class Drawing(Variant):
+    """Trains to draw; with ``drawing.understanding`` above 0, ``data`` is interleaved."""
+
+    def read_data(self, recipe: Recipe) -> Data:
+        return super().read_data(recipe) if _drawing(recipe).understanding else Data()
+
+    def held_sets(self, recipe: Recipe) -> Sequence[Held]:
+        return ()
+
+    def instructblip(self, recipe: Recipe) -> InstructBlip:
+        return load_model(recipe, ("qformer",))
+
+    def model(self, recipe: Recipe, instructblip: InstructBlip) -> TextToImage:
+        return make_model(recipe, instructblip)
+
+    def batches(
+        self, recipe: Recipe, model: nn.Module, loader: Callable[[TrainingConfig], Loader]
+    ) -> Batches:
+        assert isinstance(model, TextToImage)
+        drawing, training = _drawing(recipe), recipe.training
+        if not drawing.understanding:
+            return make_draw_loader(recipe, model, training)
+        # each loader yields single micro batches, of which `accumulate` mixed ones make a step
+        single = training.model_copy(
+            update={"batch_size": training.batch_size // training.accumulate, "accumulate": 1}
+        )
+        return Interleaved(
+            make_draw_loader(recipe, model, single),
+            loader(single),
+            drawing.understanding,
+            training.accumulate,
+        )
+
+    def validate(self, recipe: Recipe, model: nn.Module, data: Data) -> Evaluate | None:
+        assert isinstance(model, TextToImage)
+        return make_validation(recipe, model)
+
+    def export(self, model: nn.Module) -> Callable[[Path], object]:
+        assert isinstance(model, TextToImage)
+        return lambda path: save_pretrained(model, path)
 
 
-def make_model(recipe: Recipe) -> TextToImage:
-    """The InstructBLIP of the recipe with a conditioner and a decoder, fresh or begun before."""
+def make_model(recipe: Recipe, instructblip: InstructBlip) -> TextToImage:
+    """``instructblip`` with a conditioner and a decoder, fresh or from ``drawing.start``."""
     drawing = _drawing(recipe)
-    understood = recipe.model_copy(
-        update={"training": recipe.training.model_copy(update={"trainable": ("qformer",)})}
-    )
-    instructblip = assembly.make_model(understood)
     torch.manual_seed(recipe.training.seed)
     if drawing.start is None:
         config = TextToImageConfig(conditioner=drawing.conditioner, decoder=drawing.decoder)
@@ -74,44 +83,27 @@ def make_model(recipe: Recipe) -> TextToImage:
     else:
         model = from_pretrained(drawing.start, instructblip).train()
     model.set_trainable(recipe.training.trainable)
-    half = torch.bfloat16 if recipe.training.precision == "bf16" else None
-    frozen = half if resolve_device(recipe.training.device).type == "cuda" else None
-    return model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=half)
+    frozen, compute = training_dtypes(recipe.training)
+    return model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=compute)
 
 
-def make_batches(
-    recipe: Recipe, model: TextToImage, began_with: bool | None = None
-) -> DrawLoader | Interleaved:
-    """This rank's batches to draw, with those of ``data`` among them as the recipe says;
-    ``began_with`` as in `assembly.make_loader`."""
-    drawing, training = _drawing(recipe), recipe.training
-    tokens, transform = assembly.read_assets(recipe, model.instructblip)
-    mixed = drawing.understanding > 0
-    whole_steps = 1 if mixed else training.accumulate
-    loader = DrawLoader(
-        {name: make_set(recipe, name, entry) for name, entry in drawing.sets.items()},
-        {name: entry.weight for name, entry in drawing.sets.items()},
+def make_draw_loader(recipe: Recipe, model: TextToImage, training: TrainingConfig) -> DrawLoader:
+    """This rank's batches of ``drawing.sets``."""
+    sets = _drawing(recipe).sets
+    tokens, transform = read_assets(recipe, model.instructblip.config)
+    return DrawLoader(
+        {name: make_set(recipe, name, entry) for name, entry in sets.items()},
+        {name: entry.weight for name, entry in sets.items()},
         tokens,
         transform,
         model.decoder.image_size,
-        batch_size=training.batch_size // (training.accumulate if mixed else 1),
+        batch_size=training.batch_size,
         seed=recipe.data.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        accumulate=whole_steps,
-        starts={name: entry.start for name, entry in drawing.sets.items()},
+        accumulate=training.accumulate,
+        starts={name: entry.start for name, entry in sets.items()},
     )
-    if not mixed:
-        return loader
-    with distributed.main_first():
-        datasets = preparing.prepare_training(recipe)
-    micro = training.model_copy(
-        update={"batch_size": training.batch_size // training.accumulate, "accumulate": 1}
-    )
-    understanding = assembly.make_loader(
-        recipe.model_copy(update={"training": micro}), datasets, model.instructblip, began_with
-    )
-    return Interleaved(loader, understanding, drawing.understanding, training.accumulate)
 
 
 def make_set(recipe: Recipe, name: str, entry: DrawingSet) -> Drawings:
@@ -138,17 +130,15 @@ def make_set(recipe: Recipe, name: str, entry: DrawingSet) -> Drawings:
     return CaptionedPictures(prepared, data.seed)
 
 
-def make_validation(
-    recipe: Recipe, model: TextToImage
-) -> Callable[[TextToImage], dict[str, float]] | None:
+def make_validation(recipe: Recipe, model: TextToImage) -> Evaluate | None:
     """Objects drawn right on Scenes, percent by kind of prompt; None where Scenes is not drawn."""
     drawing = _drawing(recipe)
     if not any(entry.kind in ("scenes", "subjects") for entry in drawing.sets.values()):
         return None
-    tokens, transform = assembly.read_assets(recipe, model.instructblip)
+    tokens, transform = read_assets(recipe, model.instructblip.config)
     number = drawing.validation_prompts
 
-    def validate(_model: TextToImage) -> dict[str, float]:
+    def validate(_model: nn.Module) -> dict[str, float]:
         painter = Painter(model, tokens, transform)
         scores = {
             kind: measure(painter, kind, fresh_prompts(kind, number)).figures.objects

@@ -1,4 +1,4 @@
-"""Stored image features in place of pixels, where a recipe wants them and they are worth it."""
+"""Stored image features in place of pixels, where a recipe wants them and they save time."""
 
 import json
 import shutil
@@ -22,81 +22,105 @@ from instructblip.data.features import (
     store_name,
 )
 from instructblip.data.images import ImageTransform
-from instructblip.data.loader import Loader
 from instructblip.data.prepared.dataset import DatasetView, PreparedDataset
 from instructblip.data.prepared.images import ImageFact
-from instructblip.data.samples import ImageReader
+from instructblip.data.samples import Examples, ImageReader
 from instructblip.evaluation.evaluate import pick
-from instructblip.experiment.datasets import TrainingSet
-from instructblip.inference.engine import Engine
 from instructblip.model.instructblip import InstructBlip, part_of
 from instructblip.recipe.schema import Recipe
 from instructblip.training.checkpoint import saved_steps
-from instructblip.training.train import Batches, resolve_device
+from instructblip.training.train import resolve_device
 
 FEATURES_FILE = "features.json"
-"""In a run directory: whether the run reads stored features, which its resumption keeps to."""
+"""In a run directory: whether the run reads stored features. A resumed run keeps to it."""
+
+Shown = tuple[Examples, Iterable[tuple[str, ...]]]
+"""A data set, and `Example.images` of those of its examples that are read."""
 
 
-def features_note(batches: Batches) -> dict[str, str]:
-    """What a run that reads ``batches`` notes down for `began_with`."""
-    stored = isinstance(batches, Loader) and batches.images.features is not None
-    return {FEATURES_FILE: json.dumps({"stored": stored}) + "\n"}
+def features_note(features: object | None) -> dict[str, str]:
+    """The file that `began_with` reads."""
+    return {FEATURES_FILE: json.dumps({"stored": features is not None}) + "\n"}
 
 
-def began_with(run: Path, resume: bool) -> bool | None:
-    """Whether the run that resumes in ``run`` reads stored features; None if none does or knows."""
-    path = run / FEATURES_FILE
-    if not resume or not saved_steps(run / "checkpoints") or not path.is_file():
+def began_with(run: Path | None, resume: bool) -> bool | None:
+    """Whether the run that resumes in ``run`` reads stored features; None for a new run."""
+    if run is None or not resume or not saved_steps(run / "checkpoints"):
         return None
-    return json.loads(path.read_text(encoding="utf-8"))["stored"]
+    path = run / FEATURES_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["stored"] if path.is_file() else None
 
 
-def use_features(
+def training_features(
     recipe: Recipe,
-    engine: Engine,
-    datasets: Iterable[PreparedDataset],
+    model: InstructBlip,
+    images: ImageReader,
+    datasets: Iterable[Examples],
+    began_with: bool | None = None,
+) -> Features | None:
+    """Features of all training images. A run that resumes passes what it `began_with`, so that it
+    resumes bit for bit."""
+    reads = recipe.training.steps * recipe.training.batch_size
+    shown = [(dataset, images_of(dataset)) for dataset in datasets]
+    return make_features(recipe, model, images, shown, reads, began_with=began_with)
+
+
+def evaluation_features(
+    recipe: Recipe,
+    model: InstructBlip,
+    images: ImageReader,
+    datasets: Iterable[Examples],
     limit: int | None,
     times: int,
-) -> None:
-    """Let ``engine`` answer from stored features where that is exact; ``times`` over the sets."""
-    images = [(d, [d[i].images for i in pick(len(d), limit)]) for d in datasets]
-    reads = times * sum(len(frames) for _, frames in images)
-    engine.images.features = make_features(
-        recipe, engine.model, engine.images, images, reads, exact=True
-    )
+) -> Features | None:
+    """Exact features of ``limit`` examples of each set, which are answered ``times`` times."""
+    shown = [(d, [d[i].images for i in pick(len(d), limit)]) for d in datasets]
+    reads = times * sum(len(names) for _, names in shown)
+    return make_features(recipe, model, images, shown, reads, exact=True)
+
+
+def images_of(dataset: Examples) -> Iterable[tuple[str, ...]]:
+    """`Example.images` of every example; from the index of a prepared set without reading it."""
+    if isinstance(dataset, PreparedDataset | DatasetView):
+        return dataset.images()
+    return [dataset[i].images for i in range(len(dataset))]
 
 
 def make_features(
     recipe: Recipe,
     model: InstructBlip,
-    pictures: ImageReader,
-    images: Iterable[tuple[TrainingSet, Iterable[tuple[str, ...]]]],
+    images: ImageReader,
+    shown: Iterable[Shown],
     reads: int,
     exact: bool = False,
     began_with: bool | None = None,
 ) -> Features | None:
-    """Stored features of ``images`` (of each set, ``Example.images``), computed where they are
-    missing; None where the recipe does not want them or, with ``cache: auto``, they would not pay.
+    """Stored features of the images of ``shown``, computed where they are missing.
 
-    ``reads`` is how often a sample will be read; ``exact`` refuses a store that rounds. With
-    ``cache: auto``, a run goes on as it ``began_with``. All ranks call this together.
+    Returns None where the recipe does not want them or, with ``features.cache=auto``, where they
+    would not save time. All ranks call this together.
+
+    Args:
+        images: how images are read, without stored features.
+        reads: how often a sample will be read in total.
+        exact: refuse a store that rounds.
+        began_with: the decision of the run that resumes, which ``auto`` keeps.
     """
-    settings, transform = recipe.features, pictures.transform
+    settings, transform = recipe.features, images.transform
     if not _wanted(recipe, model, transform):
         return None
     encode = _encoder(recipe, model)
     size = transform.image_size
-    own = encode(torch.zeros(1, 3, size, size)).dtype
-    kind: FeatureType = settings.dtype or ("bf16" if own == torch.bfloat16 else "fp32")
-    if exact and kind != "fp32" and TYPES[kind] != own:
+    native = encode(torch.zeros(1, 3, size, size)).dtype
+    kind: FeatureType = settings.dtype or ("bf16" if native == torch.bfloat16 else "fp32")
+    if exact and kind != "fp32" and TYPES[kind] != native:
         return None
     root = settings.root or recipe.data.root / "features"
     frames: set[tuple[str, str]] = set()
     known: dict[str, ImageFact] = {}
-    for dataset, names in images:
-        for shown in (pictures.paths(own, dataset.image_root) for own in names):
-            frames |= {(path, shown[0]) for path in shown}
+    for dataset, names in shown:
+        for paths in (images.paths(each, dataset.image_root) for each in names):
+            frames |= {(path, paths[0]) for path in paths}
         known |= _facts_of(dataset)
     features = Features(
         FeatureStore(root / store_name(transform, model.encoder_fingerprint(), kind), kind),
@@ -123,13 +147,13 @@ def make_features(
     return features
 
 
-def _facts_of(dataset: TrainingSet) -> dict[str, ImageFact]:
+def _facts_of(dataset: Examples) -> dict[str, ImageFact]:
     whole = dataset.dataset if isinstance(dataset, DatasetView) else dataset
     return whole.facts() if isinstance(whole, PreparedDataset) else {}
 
 
 def _wanted(recipe: Recipe, model: InstructBlip, transform: ImageTransform) -> bool:
-    """Whether the recipe allows features; ValueError where it insists and they cannot be kept."""
+    """Whether the recipe allows features; ValueError where it insists and the encoder trains."""
     settings = recipe.features
     if settings.cache == "off":
         return False
@@ -140,7 +164,7 @@ def _wanted(recipe: Recipe, model: InstructBlip, transform: ImageTransform) -> b
                 "vision_tower; take it out, or set features.cache=off"
             )
         return False
-    # of augmented pictures one view would be the same crop in each epoch
+    # one stored view of an augmented image would be the same crop in each epoch
     return settings.cache == "on" or not transform.train or settings.views > 1
 
 

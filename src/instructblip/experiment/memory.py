@@ -17,11 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
-from instructblip.data.sources import VIDEO_SETS
-from instructblip.experiment.build import shape_language
-from instructblip.model.checkpoints.directory import model_directory
-from instructblip.model.checkpoints.weights import NoRandomWeights, read_json
-from instructblip.model.config import InstructBlipConfig
+from instructblip.experiment.build import model_config, shape_language
+from instructblip.model.checkpoints.weights import NoRandomWeights
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import stacks_of
 from instructblip.model.language.fast.head import LOSS_CHUNK, is_frozen_linear
@@ -76,7 +73,7 @@ def predict_memory(recipe: Recipe, world_size: int = 1) -> Memory:
 
 def _predict(recipe: Recipe, world_size: int) -> Memory:
     training, data = recipe.training, recipe.data
-    model = build(recipe)
+    model = load_shapes(recipe)
     half = training.precision == "bf16"
     on_gpu = training.device.startswith("cuda") or (  # also one that is not here
         training.device == "auto" and torch.cuda.is_available()
@@ -132,17 +129,10 @@ def _most_pictures(data: DataConfig, name: str) -> int:
     return max(map(len, PreparedDataset(folder).images()), default=1)
 
 
-def build(recipe: Recipe) -> InstructBlip:
-    """The recipe's model with its trainable set, its weights as they come."""
-    directory = model_directory(recipe.model.start)
-    config = InstructBlipConfig.from_transformers(read_json(directory / "config.json"))
-    vision = config.vision
-    if recipe.model.image_size is not None:
-        vision = type(vision)(**{**vision.model_dump(), "image_size": recipe.model.image_size})
-    aware = recipe.model.instruction_aware
-    config = config.model_copy(update={"vision": vision, "instruction_aware": aware})
+def load_shapes(recipe: Recipe) -> InstructBlip:
+    """The recipe's model with its trainable set, and no values in its weights."""
     with NoRandomWeights():
-        model = InstructBlip(config)
+        model = InstructBlip(model_config(recipe))
     shape_language(model, recipe)
     return model.train()
 

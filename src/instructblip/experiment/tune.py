@@ -1,34 +1,35 @@
-"""One's own folder of pictures, from the check to the report, in one call."""
+"""Tuning on a folder of images: check, split, choose settings, evaluate, train, report."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from instructblip.core import distributed
 from instructblip.core.version import __version__
-from instructblip.data.custom.folder import (
-    FolderSet,
-    read_folder,
-    split_by_image,
-)
-from instructblip.data.loader import Loader
-from instructblip.data.order import Mixture
-from instructblip.data.samples import ImageReader
+from instructblip.data.custom.folder import FolderSet, read_folder, split_by_image
 from instructblip.evaluation.benchmarks.benchmark import Benchmark
 from instructblip.evaluation.compare import compare
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.evaluation.report import write_report
 from instructblip.evaluation.result import Result
 from instructblip.evaluation.tables import to_markdown
-from instructblip.experiment import build as assembly
+from instructblip.experiment.build import Data, Variant, build
+from instructblip.experiment.datasets import Held
+from instructblip.experiment.evaluate import load_engine
 from instructblip.inference.engine import Engine
 from instructblip.model.instructblip import InstructBlip
-from instructblip.recipe.schema import Recipe, load_recipe
-from instructblip.training.train import train
+from instructblip.recipe.load import load_recipe
+from instructblip.recipe.schema import RECIPE_FILE, Recipe
+from instructblip.training.run_directory import refuse_existing
 
-MOST_MEASURED = 1000
+SET = "own"
+"""The entry of ``data.sets`` that stands for the folder."""
+MOST_EVALUATED = 1000
 """Held-back examples of a task that are answered before and after."""
 SMALL = 20_000_000
 """Trainable parameters below which a model is small: it takes higher rates and more epochs."""
@@ -51,63 +52,79 @@ MEASURES: dict[str, tuple[str, str, dict[str, int]]] = {
 }
 
 
-def tune(root: Path, start: str, out: Path, overrides: Sequence[str] = ()) -> Path:
-    """Check, split, choose settings, evaluate, tune, evaluate, report; returns the report.
+@dataclass(frozen=True)
+class FolderTuning(Variant):
+    """Trains on one side of a folder and validates on the other."""
+
+    training: FolderSet
+    held: FolderSet
+
+    def refuse(self, recipe: Recipe) -> None:
+        most = max(len(e.images) for side in (self.training, self.held) for e in side.examples)
+        if most > recipe.data.num_frames:
+            raise ValueError(
+                f"an example has {most} pictures and data.num_frames={recipe.data.num_frames} "
+                "shows fewer: raise it, or leave it out"
+            )
+
+    def read_data(self, recipe: Recipe) -> Data:
+        return Data({SET: self.training}, {SET: fingerprint(self.training)}, held_sets(self.held))
+
+
+def tune(
+    root: Path, start: str, out: Path, overrides: Sequence[str] = (), resume: bool = False
+) -> Path:
+    """Tune ``start`` on the folder ``root`` and compare before and after; returns the report.
 
     Raises ValueError or FileNotFoundError for what is wrong with the folder, naming every row.
     """
+    if not resume:
+        refuse_existing(out / "run")
     folder = read_folder(root)
     training, held = split_by_image(folder)
-    tasks = Counter(example.task for example in folder.examples)
-    print(f"{len(folder)} examples: {dict(tasks)}; {len(held)} held back", flush=True)
-    pictures = max(len(example.images) for example in folder.examples)
-    recipe = write_recipe(root, start, out, len(training), overrides, pictures)
-    before = _measure(assembly.make_engine(recipe, start), held, out / "results" / "before")
-    model = assembly.make_model(recipe)
-    train(
-        model,
-        _loader(recipe, training, model),
-        _validation(recipe, held, model),
-        recipe.training,
-        out / "run",
-        export=model.save_pretrained,
-        notes={"recipe.yaml": recipe.to_yaml()},
-    )
-    tuned = assembly.make_engine(recipe, str(out / "run"))
-    after = _measure(tuned, held, out / "results" / "after")
-    results = {"before": before, "after": after}
-    print(to_markdown(compare(results)))
-    curves = {"run": out / "run" / "metrics.jsonl"}
-    return write_report(
-        out / "report.html",
-        results,
-        lead=LEAD,
-        curves=curves,
-        facts={"version": __version__},
-    )
+    images = max(len(example.images) for example in folder.examples)
+    variant, sets = FolderTuning(training, held), held_sets(held)
+    with distributed.process_group():
+        if distributed.is_main():
+            tasks = Counter(example.task for example in folder.examples)
+            print(f"{len(folder)} examples: {dict(tasks)}; {len(held)} held back", flush=True)
+            write_recipe(root, start, out, len(training), overrides, images)
+        distributed.barrier()
+        recipe = load_recipe(out / RECIPE_FILE)
+        variant.refuse(recipe)
+        results = {"before": _evaluate(load_engine(recipe, start), sets, out / "results/before")}
+        build(recipe, variant, out / "run", resume).train(out / "run", resume)
+        tuned = load_engine(recipe, str(out / "run"))
+        results["after"] = _evaluate(tuned, sets, out / "results/after")
+        page = out / "report.html"
+        if distributed.is_main():
+            print(to_markdown(compare(results)))
+            curves = {"run": out / "run" / "metrics.jsonl"}
+            facts = {"version": __version__}
+            write_report(page, results, lead=LEAD, curves=curves, facts=facts)
+        return page
 
 
 def write_recipe(
-    root: Path, start: str, out: Path, examples: int, overrides: Sequence[str], pictures: int = 1
+    root: Path, start: str, out: Path, examples: int, overrides: Sequence[str], images: int = 1
 ) -> Recipe:
-    """Settings for so many examples, of which one shows at most so many ``pictures``, written to
-    ``out/recipe.yaml``; ``overrides`` come on top."""
-    aware = InstructBlip.from_pretrained(start)
-    trainable = sum(p.numel() for _, p in aware.trainable_parameters())
-    small = trainable < SMALL
+    """Choose settings for ``examples`` training examples of at most ``images`` images each, write
+    them to ``out/recipe.yaml`` and return them; ``overrides`` have precedence."""
+    model = InstructBlip.from_pretrained(start)
+    small = sum(p.numel() for _, p in model.trainable_parameters()) < SMALL
     batch = max(2, min(32 if small else 16, examples // 4 * 2))
     epochs, rate = (30, 1e-3) if small else (3, 1e-5)
     steps = max(20, min(2000, epochs * examples // batch))
     asked = [o.partition("=")[2] for o in overrides if o.startswith("training.steps=")]
-    if asked and asked[-1].isdigit():  # the rest follows from it
+    if asked and asked[-1].isdigit():  # warm-up, validation and checkpoints follow from it
         steps = int(asked[-1])
     values: dict[str, Any] = {
         "model": {"start": _absolute(start)},
         "data": {
             "root": str(root.absolute()),
             "augment": False,
-            "num_frames": max(4, pictures),
-            "sets": {"own": {"format": "imagefolder", "root": "."}},
+            "num_frames": max(4, images),
+            "sets": {SET: {"format": "imagefolder", "root": "."}},
         },
         "training": {
             "steps": steps,
@@ -119,11 +136,12 @@ def write_recipe(
             "workers": 0,
             "precision": "fp32" if small else "bf16",
         },
-        # what is held back validates here; who trains by this recipe has no such set
+        "features": {"root": str((out / "features").absolute())},
+        # `tune` validates on what it held back; who trains by this recipe has no such set
         "evaluation": {"validation": [], "validation_limit": 64},
     }
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "recipe.yaml"
+    file = out / RECIPE_FILE
     file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     recipe = load_recipe(file, overrides)
     file.write_text(recipe.to_yaml(), encoding="utf-8")
@@ -136,11 +154,11 @@ def _absolute(start: str) -> str:
     return str(Path(start).absolute()) if is_path else start
 
 
-def measures_of(held: FolderSet) -> list[tuple[Benchmark, FolderSet]]:
-    """A benchmark for each task among the examples, with its examples."""
-    found = []
+def held_sets(held: FolderSet) -> list[Held]:
+    """A benchmark for each task among the held-back examples, with its examples."""
+    sets = []
     for task, (prompt, metric, decoding) in MEASURES.items():
-        own = [example for example in held.examples if example.task == task]
+        examples = [example for example in held.examples if example.task == task]
         benchmark = Benchmark(
             name=f"own_{task}",
             title=f"own {task.replace('_', ' ')}",
@@ -152,47 +170,30 @@ def measures_of(held: FolderSet) -> list[tuple[Benchmark, FolderSet]]:
             role="held_in",
             decoding=decoding,
         )
-        if own:
-            found.append((benchmark, FolderSet(own, held.image_root, benchmark.name)))
-    return found
+        if examples:
+            sets.append(Held(benchmark, FolderSet(examples, held.image_root, benchmark.name)))
+    return sets
 
 
-def _measure(
-    engine: Engine, held: FolderSet, out: Path | None, limit: int | None = MOST_MEASURED
-) -> list[Result]:
+def fingerprint(folder: FolderSet) -> str:
+    """Number of examples, and a digest of their texts and of the files of their images."""
+    digest = hashlib.sha256()
+    for example in folder.examples:
+        digest.update(repr(example).encode())
+        for name in example.images:
+            digest.update(hashlib.sha256((folder.image_root / name).read_bytes()).digest())
+    return f"{len(folder)} {digest.hexdigest()[:16]}"
+
+
+def _evaluate(engine: Engine, sets: Sequence[Held], out: Path) -> list[Result]:
     return [
         evaluate(
             engine,
-            benchmark,
-            examples,
-            limit=limit,
-            out=None if out is None else out / benchmark.name,
+            held.benchmark,
+            held.dataset,
+            limit=MOST_EVALUATED,
+            out=out / held.benchmark.name,
             progress=False,
         )
-        for benchmark, examples in measures_of(held)
+        for held in sets
     ]
-
-
-def _loader(recipe: Recipe, training: FolderSet, model: InstructBlip) -> Loader:
-    tokens, transform = assembly.read_assets(recipe, model)
-    return Loader(
-        {"own": training},
-        Mixture(sizes={"own": len(training)}, weights={"own": 1.0}, temperature=1.0),
-        tokens,
-        ImageReader(transform.for_training() if recipe.data.augment else transform),
-        batch_size=recipe.training.batch_size,
-        seed=recipe.data.seed,
-    )
-
-
-def _validation(recipe: Recipe, held: FolderSet, model: InstructBlip) -> Any:
-    tokens, transform = assembly.read_assets(recipe, model)
-    engine = Engine(model, tokens, transform)
-    engine.images = assembly.make_pictures(recipe, transform)
-
-    def validate(_model: InstructBlip) -> dict[str, float]:
-        results = _measure(engine, held, None, recipe.evaluation.validation_limit)
-        scores = {result.benchmark: result.value or 0.0 for result in results}
-        return {"score": sum(scores.values()) / len(scores), **scores}
-
-    return validate

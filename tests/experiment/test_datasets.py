@@ -8,9 +8,16 @@ import pytest
 
 from instructblip.cli import main as cli
 from instructblip.data.prepared.prepare import prepare_all
-from instructblip.experiment import checking
-from instructblip.experiment import datasets as preparing
-from instructblip.recipe.schema import Recipe, load_recipe
+from instructblip.experiment.datasets import (
+    check_recipe,
+    checked_training,
+    evaluated_too,
+    job_of,
+    prepare_training,
+    training_names,
+)
+from instructblip.recipe.load import load_recipe
+from instructblip.recipe.schema import Recipe
 from instructblip.scenes.official import write_scenes
 from tests.testing import write_picture, write_vqa
 
@@ -74,48 +81,48 @@ def test_pictures_that_the_model_would_not_see_are_bad(root: Path):
     (root / "own" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     more = ["data.sets={own: {format: table}}", "evaluation.validation=[]", "data.check=required"]
     more.append("evaluation.benchmarks=[]")
-    (found,) = checking.check_recipe(recipe_of(root, *more))
+    (found,) = check_recipe(recipe_of(root, *more))
     assert not isinstance(found, str)
     assert found.left_out == (0,)
     assert "line 1: too many images: 6, and the model sees 4; set data.num_frames=6" in (
         found.describe()
     )
     wider = recipe_of(root, *more, "data.num_frames=6")
-    datasets = preparing.prepare_training(wider)
+    datasets = prepare_training(wider)
     with pytest.raises(ValueError, match=r"own was checked with another data\.num_frames"):
-        checking.checked_training(wider, datasets)
-    (found,) = checking.check_recipe(wider)
+        checked_training(wider, datasets)
+    (found,) = check_recipe(wider)
     assert not isinstance(found, str)
     assert not found.left_out
-    assert checking.checked_training(wider, datasets) == datasets
+    assert checked_training(wider, datasets) == datasets
 
 
 def test_training_needs_a_check(root: Path, capsys: pytest.CaptureFixture[str]):
     recipe = recipe_of(root, "data.check=required")
-    datasets = preparing.prepare_training(recipe)
+    datasets = prepare_training(recipe)
     with pytest.raises(ValueError, match=r"vqav2 was never checked\n.*instructblip check"):
-        checking.checked_training(recipe, datasets)
-    assert checking.checked_training(recipe_of(root, "data.check=skip"), datasets) == datasets
-    assert checking.checked_training(recipe_of(root, "data.check=run"), datasets) == datasets
-    assert checking.checked_training(recipe, datasets) == datasets
+        checked_training(recipe, datasets)
+    assert checked_training(recipe_of(root, "data.check=skip"), datasets) == datasets
+    assert checked_training(recipe_of(root, "data.check=run"), datasets) == datasets
+    assert checked_training(recipe, datasets) == datasets
 
     more = recipe_of(root, "data.check=required", "evaluation.benchmarks=[scenes_vsr]")
-    assert checking.checked_training(more, datasets) == datasets  # VSR is not on this machine
+    assert checked_training(more, datasets) == datasets  # VSR is not on this machine
     write_scenes(root, scale=0.003, sets=("vsr",))
     with pytest.raises(ValueError, match="not checked for leaked images against vsr test"):
-        checking.checked_training(more, datasets)
+        checked_training(more, datasets)
 
     picture(root, 0).write_bytes(picture(root, 0).read_bytes() + b"\0")
     with pytest.raises(ValueError, match=r"vqav2 has changed since .*COCO_train2014"):
-        checking.checked_training(recipe, datasets)
+        checked_training(recipe, datasets)
 
 
 def test_bad_examples_are_left_out_within_the_rate(root: Path):
     picture(root, 5).write_bytes(b"")
     strict, lax = recipe_of(root), recipe_of(root, "data.max_bad_rate=0.2")
     with pytest.raises(ValueError, match=r"vqav2 train: 3 of 27 examples are bad.*max_bad_rate 0"):
-        checking.checked_training(strict, preparing.prepare_training(strict))
-    kept = checking.checked_training(lax, preparing.prepare_training(lax))["vqav2"]
+        checked_training(strict, prepare_training(strict))
+    kept = checked_training(lax, prepare_training(lax))["vqav2"]
     assert len(kept) == 24
     name = picture(root, 5).name
     assert name not in {image for i in range(len(kept)) for image in kept[i].images}
@@ -126,7 +133,7 @@ def test_leaked_pictures_are_left_out_on_request(root: Path):
     picture(root, 5).write_bytes(leaked.read_bytes())
     for setting, count in (("false", 27), ("true", 24)):
         recipe = recipe_of(root, f"data.drop_leaked={setting}", "data.max_bad_rate=0.2")
-        kept = checking.checked_training(recipe, preparing.prepare_training(recipe))
+        kept = checked_training(recipe, prepare_training(recipe))
         assert len(kept["vqav2"]) == count
 
 
@@ -135,11 +142,11 @@ def test_entries_of_one_source_may_have_roots_of_their_own(tmp_path: Path):
     write_vqa(tmp_path / "vqa_b", 6)
     sets = "{a: {source: vqav2, root: vqa_a}, b: {source: vqav2, root: vqa_b}}"
     recipe = recipe_of(tmp_path, f"data.sets={sets}")
-    names = preparing.training_names(recipe)
+    names = training_names(recipe)
     found = [
-        preparing.prepare_training(recipe).values(),
-        prepare_all([preparing.job_of(recipe, name) for name in names]),
-        checking.checked_training(recipe, preparing.prepare_training(recipe)).values(),
+        prepare_training(recipe).values(),
+        prepare_all([job_of(recipe, name) for name in names]),
+        checked_training(recipe, prepare_training(recipe)).values(),
     ]
     assert [[len(dataset) for dataset in datasets] for datasets in found] == [[4, 6]] * 3
     assert [dataset.name for dataset in found[1]] == ["vqav2", "vqav2@b"]
@@ -150,15 +157,15 @@ def test_data_prepared_inside_their_own_folder_stay_checked(tmp_path: Path):
         write_picture(tmp_path / f"{i}.png", seed=i).with_suffix(".txt").write_text(f"picture {i}")
     own = "data.sets={own: {format: imagefolder, root: .}}"
     recipe = recipe_of(tmp_path, own, "data.check=required")
-    assert not any(isinstance(found, str) for found in checking.check_recipe(recipe))
+    assert not any(isinstance(found, str) for found in check_recipe(recipe))
     for _ in range(2):
-        datasets = checking.checked_training(recipe, preparing.prepare_training(recipe))
+        datasets = checked_training(recipe, prepare_training(recipe))
         assert len(datasets["own"]) == 2
     around = recipe_of(tmp_path, own, f"data.prepared={tmp_path}")  # not inside: all files count
-    assert len(preparing.prepare_training(around)["own"]) == 2
+    assert len(prepare_training(around)["own"]) == 2
     (tmp_path / "0.txt").write_text("another picture")
     for recipe_now in (recipe, around):
-        assert preparing.prepare_training(recipe_now)["own"][0].answers == ("another picture",)
+        assert prepare_training(recipe_now)["own"][0].answers == ("another picture",)
 
 
 @pytest.mark.parametrize("entry", ["vqav2: {split: val}", "more: {source: vqav2, split: val}"])
@@ -171,9 +178,9 @@ def test_nothing_trains_on_what_it_is_measured_on(
     for check in ("required", "run"):
         recipe = recipe_of(root, sets, f"data.check={check}")
         with pytest.raises(ValueError, match=r"measured on; train on another split"):
-            checking.checked_training(recipe, preparing.prepare_training(recipe))
+            checked_training(recipe, prepare_training(recipe))
     recipe = recipe_of(root, sets, "evaluation.validation=[]", "evaluation.benchmarks=[scenes_gqa]")
-    assert checking.checked_training(recipe, preparing.prepare_training(recipe))
+    assert checked_training(recipe, prepare_training(recipe))
     shutil.copytree(root / "vqav2", root / "another")
     sets = "data.sets={vqav2: {}, more: {source: vqav2, split: val, root: another}}"
-    assert not checking.evaluated_too(recipe_of(root, sets), "more")
+    assert not evaluated_too(recipe_of(root, sets), "more")

@@ -1,0 +1,108 @@
+"""Evaluation of a saved model by a recipe."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from instructblip.core import distributed
+from instructblip.data.samples import Examples
+from instructblip.evaluation.evaluate import Answerer
+from instructblip.evaluation.evaluate import evaluate as answer_benchmark
+from instructblip.evaluation.result import Result
+from instructblip.experiment.build import with_limits
+from instructblip.experiment.datasets import benchmarks_of, prepare_benchmarks
+from instructblip.experiment.features import evaluation_features
+from instructblip.inference.baseline import TransformersModel, is_baseline
+from instructblip.inference.decoding import check_decoding
+from instructblip.inference.engine import Engine
+from instructblip.model.checkpoints.directory import model_directory
+from instructblip.recipe.schema import RECIPE_FILE, Recipe
+from instructblip.training.train import resolve_device
+
+
+def evaluate(
+    recipe: Recipe,
+    model: str,
+    out: Path,
+    blind_seed: int | None = None,
+    instruction_aware: bool | None = None,
+) -> list[Result]:
+    """Answer the recipe's benchmarks with ``model``; one folder of ``out`` for each.
+
+    Args:
+        model: a saved model of this package, or any transformers image-text-to-text directory.
+        blind_seed: swap the images between samples with this seed, the blind control.
+        instruction_aware: whether the Q-Former reads the instruction; None as the model was saved.
+
+    Raises:
+        ValueError: for decoding settings that are unknown or out of range.
+        FileNotFoundError: for a missing model, or naming the data that benchmarks miss.
+    """
+    model_directory(model)  # a wrong path is reported before any data is read
+    settings = recipe.evaluation
+    check_decoding(settings.decoding)
+    benchmarks = benchmarks_of(recipe, settings.benchmarks)
+    results = []
+    with distributed.process_group():
+        with distributed.main_first():
+            held = prepare_benchmarks(recipe, benchmarks)
+        answerer = load_answerer(recipe, model, [h.dataset for h in held], instruction_aware)
+        if distributed.is_main():
+            out.mkdir(parents=True, exist_ok=True)
+            (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        for each in held:
+            result = answer_benchmark(
+                answerer,
+                each.benchmark,
+                each.dataset,
+                limit=settings.limit,
+                batch_size=settings.batch_size,
+                blind_seed=blind_seed,
+                out=out / each.benchmark.name,
+                vocabulary=each.vocabulary,
+                tokenizer=settings.tokenizer,
+            )
+            if distributed.is_main():
+                print(result.describe(), flush=True)
+            results.append(result)
+    return results
+
+
+def load_answerer(
+    recipe: Recipe,
+    model: str,
+    datasets: Iterable[Examples],
+    instruction_aware: bool | None = None,
+) -> Answerer:
+    """A saved model that answers ``datasets``, from stored features where they save time."""
+    if is_baseline(Path(model)):
+        device = resolve_device(recipe.training.device)
+        return TransformersModel(Path(model), device, recipe.data.num_frames)
+    engine = load_engine(recipe, model, instruction_aware)
+    # Twice: benchmarks are answered again, by the next model or without the images.
+    features = evaluation_features(
+        recipe, engine.model, engine.images, datasets, recipe.evaluation.limit, times=2
+    )
+    engine.images = replace(engine.images, features=features)
+    return engine
+
+
+def load_engine(recipe: Recipe, model: str, instruction_aware: bool | None = None) -> Engine:
+    """A saved model on the device and with the lengths and frames of the recipe."""
+    engine = Engine.from_pretrained(
+        model,
+        device=resolve_device(recipe.training.device),
+        instruction_aware=instruction_aware,
+    )
+    engine.tokens = with_limits(recipe, engine.tokens, engine.model.config)
+    engine.images = replace(engine.images, num_frames=recipe.data.num_frames)
+    return engine
+
+
+def recipe_of(model: str) -> str:
+    """The recipe that lies beside a model; without one, Scenes' for the starter and the paper's
+    for any other."""
+    beside = [folder / RECIPE_FILE for folder in (Path(model), Path(model) / "best")]
+    recipe = next((path for path in beside if path.is_file()), None)
+    default = "scenes" if model == "starter" else "instructblip_vicuna7b"
+    return str(recipe) if recipe else default

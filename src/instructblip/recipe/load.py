@@ -1,0 +1,169 @@
+"""Reading recipes: ``load_recipe(name_or_file, ["training.steps=100", ...])``.
+
+A file may name another one as its ``base``, whose settings it then starts from. Unknown keys are
+errors that name the nearest known one.
+"""
+
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from instructblip.recipe.schema import Recipe
+
+RECIPES = Path(__file__).parent
+"""The recipes that ship with the package."""
+MOST_BASES = 8
+"""Longest chain of recipes of which each is the base of the one before."""
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or one that ships with the package by its name.
+
+    Args:
+        overrides: ``a.b=c``, each value read as YAML: ``training.steps=100``,
+            ``training.trainable=[qformer]``, ``training.clip_norm=null``.
+
+    Raises:
+        FileNotFoundError: naming the recipes there are.
+        ValueError: naming the file, the key and what was expected; for an unknown key the nearest.
+    """
+    path = find_recipe(recipe)
+    values = _read_values(path)
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        where = f"{path}" + (f" with {' '.join(overrides)}" if overrides else "")
+        raise ValueError(f"{where}: " + "; ".join(_explain(error))) from None
+
+
+def _read_values(path: Path, depth: int = 0) -> dict[str, Any]:
+    """The sections of a file, on top of those of its ``base``.
+
+    A setting such as ``training.steps`` or ``data.sets`` replaces that of the base as a whole.
+    """
+    values = _read_yaml(path.read_text(encoding="utf-8"), f"{path} is not YAML")
+    if not isinstance(values, dict):
+        sections = ", ".join(Recipe.model_fields)
+        raise ValueError(f"{path}: expected the sections {sections}; got {values!r}")
+    if "base" not in values:
+        return values
+    base = values.pop("base")
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base: expected the name or path of a recipe; got {base!r}")
+    if depth == MOST_BASES:
+        raise ValueError(f"{path}: base: more than {MOST_BASES} recipes are based on each other")
+    merged = _read_values(find_recipe(base, path.parent), depth + 1)
+    for name, section in values.items():
+        below = merged.get(name)
+        both = isinstance(section, dict) and isinstance(below, dict)
+        merged[name] = {**below, **section} if both else section
+    return merged
+
+
+def find_recipe(recipe: str | Path, folder: Path = Path()) -> Path:
+    """The file of a recipe given by its path, relative to ``folder``, or by its name."""
+    path = folder / recipe
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{recipe}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+    near = get_close_matches(str(recipe), names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise FileNotFoundError(
+        f"no recipe {recipe}: {hint}expected a YAML file or one of {', '.join(names)}"
+    )
+
+
+def differences(left: Recipe, right: Recipe) -> list[str]:
+    """``key: left -> right`` for every setting in which two recipes differ."""
+    mine, other = (dict(_leaves(r.model_dump(mode="json"))) for r in (left, right))
+    keys = [*mine, *(key for key in other if key not in mine)]
+    changed = [key for key in keys if mine.get(key) != other.get(key)]
+    return [f"{key}: {mine.get(key)} -> {other.get(key)}" for key in changed]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without keys that are there twice, of which PyYAML would take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    what = f"the key {key.value} is there twice"
+                    raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def _read_yaml(text: str, complaint: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{complaint}: {' '.join(str(error).split())}") from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, last = key.split(".")
+    if not equals or not all((*sections, last)):
+        raise ValueError(f"expected an override such as training.steps=100; got {override!r}")
+    place = values
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if inner is None:
+            inner = place[section] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"{override}: {section} is {inner!r}, which has no keys of its own")
+        place = inner
+    place[last] = _read_yaml(text, f"{override}: the value is not YAML")
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for detail in error.errors():
+        key = ".".join(map(str, detail["loc"]))
+        if detail["type"] == "extra_forbidden":
+            name, known = str(detail["loc"][-1]), sorted(_fields_at(detail["loc"][:-1]))
+            near = get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            yield f"unknown key {key}: {hint}"
+        elif detail["type"] == "missing":
+            yield f"{key} is missing"
+        else:
+            got = f" (got {detail['input']!r})" if not isinstance(detail["input"], dict) else ""
+            yield f"{key}: {detail['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _fields_at(place: tuple[int | str, ...]) -> Mapping[str, Any]:
+    """Names of the settings at a place of the recipe, such as ("data", "sets", "vqav2")."""
+    kind: Any = Recipe
+    for name in place:
+        if typing.get_origin(kind) is types.UnionType:  # the name is the tag of one of several
+            options = typing.get_args(kind)
+            kind = next(o for o in options if o.model_fields["kind"].default == name)
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[str(name)].annotation
+        else:  # an entry of dict[str, Section]
+            kind = typing.get_args(kind)[-1]
+        if type(None) in typing.get_args(kind):
+            kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    return kind.model_fields
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
