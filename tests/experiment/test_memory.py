@@ -137,10 +137,10 @@ def test_pictures_of_prepared_data_of_ones_own_count(start: Path, tmp_path: Path
     assert predict_memory(own) == predict_memory(recipe_of(start, *more))
 
 
-def test_the_starts_adapter_goes_on_and_other_settings_are_told(start: Path):
+def test_training_continues_the_adapter_of_the_start_and_warns_of_other_settings(start: Path):
     model = adapted(InstructBlip.from_pretrained(start), rank=3)
     recipe = recipe_of(start, "model.lora={rank: 3}", "training.trainable=[qformer, lora]")
-    with pytest.warns(UserWarning, match=r"its own, which goes on: rank 3, whatever"):
+    with pytest.warns(UserWarning, match=r"an adapter, which training continues: rank 3, not as"):
         shape_language(model, recipe_of(start, "model.lora={rank: 5}", "training.trainable=[lora]"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -181,7 +181,7 @@ def test_fewer_bits_and_adapters(start: Path):
     halves = predict_memory(recipe_of(start, "training.parallel=fsdp2"), 2)
     assert halves.frozen < plain.frozen
     for more in ("model.quantize=nf4", "training.trainable=[language_model]"):
-        with pytest.raises(ValueError, match="spreads frozen weights of full precision"):
+        with pytest.raises(ValueError, match="shards frozen weights of full precision"):
             predict_memory(recipe_of(start, "training.parallel=fsdp2", more), 2)
     with pytest.raises(ValueError, match="image_size must hold one patch"):
         predict_memory(recipe_of(start, "model.image_size=1"))

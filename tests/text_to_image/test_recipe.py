@@ -56,6 +56,7 @@ def test_understanding_is_interleaved_while_the_qformer_trains(directory: Path, 
         [
             f"model.start={directory}", *SMALL, f"data.root={tmp_path / 'scenes'}",
             "training.trainable=[drawing,qformer]", "drawing.understanding=0.5",
+            "evaluation.benchmarks=[scenes_vqav2]",
         ],
     )  # fmt: skip
     batches = build(recipe, Drawing()).batches.iterate(0)

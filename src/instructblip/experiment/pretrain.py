@@ -59,7 +59,9 @@ class Pretraining(Variant):
 
     def tokens(self, tokens: Tokens) -> Tokens:
         kind = CaptionTokens if self.stage == 1 else SilentTokens
-        return kind(**{each.name: getattr(tokens, each.name) for each in fields(tokens)})
+        return kind(
+            **{each.name: getattr(tokens, each.name) for each in fields(tokens) if each.init}
+        )
 
     def instructblip(self, recipe: Recipe) -> InstructBlip:
         if self.stage == 1:

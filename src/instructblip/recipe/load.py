@@ -63,8 +63,9 @@ def _read_values(path: Path, depth: int = 0) -> dict[str, Any]:
     merged = _read_values(find_recipe(base, path.parent), depth + 1)
     for name, section in values.items():
         below = merged.get(name)
-        both = isinstance(section, dict) and isinstance(below, dict)
-        merged[name] = {**below, **section} if both else section
+        if isinstance(section, dict) and isinstance(below, dict):
+            section = {**below, **section}
+        merged[name] = section
     return merged
 
 
