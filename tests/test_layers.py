@@ -52,7 +52,7 @@ def _imports_of(path: Path, module: str, known: Iterable[str]) -> set[str]:
 
 
 def room_of(module: str) -> str:
-    """The room of a module: ``instructblip.data.own.rows`` stands in ``data``."""
+    """The room of a module: ``instructblip.data.custom.rows`` stands in ``data``."""
     return [*module.split("."), "__init__"][1]
 
 

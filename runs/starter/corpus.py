@@ -31,7 +31,7 @@ from instructblip.scenes.world import (
     Thing,
     sample_scene,
 )
-from instructblip.scenes.writers.video import motion_questions, walk
+from instructblip.scenes.writers import motion_questions, walk
 
 PLAIN = {
     "vqa": ("Question: {question} Short answer:", "{question} Short answer:"),

@@ -13,7 +13,7 @@ def a(text: str) -> str:
 
 def look(thing: Thing) -> str:
     """The thing without its size and place: "red circle", "word cat", "digit 7"."""
-    return f"{thing.colour} {thing.name}" if thing.kind == "shape" else f"{thing.kind} {thing.name}"
+    return f"{thing.colour if thing.kind == 'shape' else thing.kind} {thing.name}"
 
 
 def phrase(thing: Thing, size: bool = False, place: bool = False) -> str:
@@ -41,7 +41,7 @@ CAPTIONS: tuple[Callable[[Scene], str], ...] = (
     lambda s: join([phrase(t, size=True) for t in s.things]),
     lambda s: join([phrase(t, place=True) for t in s.things]),
 )
-"""Five ways to describe a scene, things in reading order: the five references of a picture."""
+"""Five ways to describe a scene, things in reading order: the five references of an image."""
 
 
 def captions(scene: Scene) -> list[str]:
@@ -50,12 +50,11 @@ def captions(scene: Scene) -> list[str]:
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """Everything about the scene in words, in one of several orders and manners of speaking."""
+    """A full description in one of ``DESCRIPTIONS``, half the time with shuffled things."""
     things = list(scene.things)
     if rng.random() < 0.5:
         rng.shuffle(things)
-    manner = rng.choice(DESCRIPTIONS)
-    return manner(things)
+    return rng.choice(DESCRIPTIONS)(things)
 
 
 def _facts(thing: Thing, name_first: bool) -> str:
@@ -80,9 +79,9 @@ DESCRIPTIONS: tuple[Callable[[list[Thing]], str], ...] = (
     lambda things: " ".join(_sentence(t) for t in things),
     lambda things: " ".join(f"{at(t.place)}: {phrase(t, size=True)}." for t in things),
 )
-"""Manners of describing all that is known; some name the shape first, some its look."""
+"""Ways to describe everything about the things; some name the shape first, some its look."""
 
 
 def detail(scene: Scene) -> str:
-    """A full description, one sentence a thing."""
+    """A full description, one sentence per thing."""
     return " ".join(f"there is {phrase(t, size=True, place=True)}." for t in scene.things)

@@ -1,10 +1,10 @@
-"""Writes the embedded world as the owners of the real data sets would: their files, their fields.
+"""Writes the embedded world in the files and fields of the real data sets.
 
-``write_scenes(root)`` makes one folder a set (``root/vqav2/annotations``, ``root/vqav2/images``),
-so that the readers of real downloads read it. Held-in sets have train and val splits and know
-neither the held-out colour-shape pairs nor the digits kept for tests in training; held-out sets
-have the split that the paper evaluates, and no other, but for two: MSVD-QA's training answers are
-the vocabulary that its test ranks, and ScienceQA's train split is for fine-tuning on that one set.
+``write_scenes(root)`` makes one folder per set (``root/vqav2/annotations``, ``root/vqav2/images``),
+which the readers of real downloads read. Held-in sets have train and val splits, and their training
+images show neither the held-out colour-shape pairs nor the digits kept for tests. Held-out sets
+have the split that the paper evaluates. Two have a train split too: MSVD-QA's training answers are
+the vocabulary that its test ranks, and ScienceQA's is for fine-tuning on that one set.
 """
 
 import json
@@ -18,36 +18,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instructblip.scenes.writers.captions import (
-    coco_caption,
-    nocaps,
-    textcaps,
-)
-from instructblip.scenes.writers.choices import (
+from instructblip.scenes.writers import (
+    SetFolder,
     aokvqa,
-    iconqa,
-    scienceqa,
-)
-from instructblip.scenes.writers.dialogue import llava, visual_dialog
-from instructblip.scenes.writers.reading import ocrvqa, textvqa
-from instructblip.scenes.writers.set_folder import SetFolder
-from instructblip.scenes.writers.statements import hatefulmemes, vsr
-from instructblip.scenes.writers.video import msvdqa
-from instructblip.scenes.writers.vqa import (
+    coco_caption,
     gqa,
+    hatefulmemes,
+    iconqa,
+    llava,
+    msvdqa,
+    nocaps,
+    ocrvqa,
     okvqa,
+    scienceqa,
+    textcaps,
+    textvqa,
+    visual_dialog,
     vizwiz,
     vqav2,
+    vsr,
 )
 
 FORMAT_VERSION = 2
 MARKER = "scenes.json"
-"""The file of settings that makes a folder one of ours."""
+"""The file of settings that marks a folder as written by us."""
 
 
 @dataclass(frozen=True)
 class SceneSet:
-    """How a set is written: its writer, role and split sizes (samples, before rounding)."""
+    """How a set is written: its writer, role and samples per split, before rounding."""
 
     write: Callable[[SetFolder, int], None]
     role: str
@@ -57,12 +56,12 @@ class SceneSet:
 def write_scenes(
     root: str | Path, seed: int = 0, scale: float = 1.0, sets: tuple[str, ...] | None = None
 ) -> dict[str, Path]:
-    """Write the sets of the embedded world below ``root``; gives the folder of each.
+    """Write the sets of the embedded world below ``root``; returns the folder of each.
 
-    ``scale`` multiplies every size. The same seed and scale give the same bytes. A folder that a
-    finished run of the same settings wrote is left as it is; an unfinished one never shows, since
-    each set is written aside and renamed. Raises ValueError, before anything is written, for an
-    unknown set, for a scale that is no size, and for other data where a set would go.
+    ``scale`` multiplies every size. The same seed and scale give the same bytes. A set that exists
+    with the same settings is left as it is. Each set is written whole or not at all. Raises
+    ValueError, before anything is written, for an unknown set, for a scale that is not positive
+    and finite, and for other data where a set would go.
     """
     root = Path(root)
     chosen = tuple(SCENE_SETS) if sets is None else sets
@@ -90,8 +89,8 @@ def write_scenes(
 
 
 def other_data(root: Path, sets: Iterable[str]) -> list[Path]:
-    """What stands below ``root`` where ``sets`` would be written and is not the embedded world's:
-    links, files, and folders that hold something but no marker."""
+    """Paths where ``sets`` would be written below ``root`` that hold other data: links, files, and
+    folders that hold something but no marker."""
     folders = [root / name for name in sets]
     return [f for f in folders if os.path.lexists(f) and not _may_be_replaced(f)]
 
@@ -103,7 +102,7 @@ def _may_be_replaced(folder: Path) -> bool:
 
 
 def _settings_of(folder: Path) -> Any:
-    """What a finished set was written with, or None."""
+    """The settings that a set was written with, or None."""
     marker = folder / MARKER
     return json.loads(marker.read_text()) if marker.is_file() else None
 

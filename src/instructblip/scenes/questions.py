@@ -1,28 +1,17 @@
 """What can be asked about a scene: questions with answers, statements.
 
-Every function takes the scene and a random generator and gives a question whose answer follows from
-the scene. `QUESTIONS` lists the kinds; one that does not fit a scene (no word to read, two red
-things when "the red thing" is meant) gives None.
+`QUESTIONS` maps each kind to a function of the scene and a random generator, which returns a
+question whose answer follows from the scene. It returns None where the kind does not fit the scene
+(no word to read; two red things, so that "the red thing" is ambiguous).
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
-from instructblip.scenes.language import (
-    a,
-    at,
-    join,
-)
-from instructblip.scenes.world import (
-    COLOURS,
-    HELD_OUT_PAIRS,
-    SHAPES,
-    SIZES,
-    WORDS,
-    Scene,
-    Thing,
-)
+from instructblip.scenes.language import a, at, join
+from instructblip.scenes.world import COLOURS, HELD_OUT_PAIRS, SHAPES, SIZES, WORDS, Scene, Thing
 
 FRUIT = {
     "red": "cherry",
@@ -57,7 +46,11 @@ class Question:
         return tuple(options), options.index(self.answer)
 
 
+Asker = Callable[[Scene, random.Random], Question | None]
+
+
 def _unique(things: tuple[Thing, ...], key: str) -> list[Thing]:
+    """The things whose value of ``key`` no other thing has."""
     values = [getattr(t, key) for t in things]
     return [t for t in things if values.count(getattr(t, key)) == 1]
 
@@ -66,44 +59,33 @@ def _pick(rng: random.Random, things: list[Thing]) -> Thing | None:
     return rng.choice(things) if things else None
 
 
-def _but(values, value: str) -> tuple[str, ...]:
+def _but(values: Iterable[str], value: str) -> tuple[str, ...]:
     return tuple(v for v in values if v != value)
 
 
-def ask_colour(scene: Scene, rng: random.Random) -> Question | None:
-    if not (thing := _pick(rng, _unique(scene.shapes, "name"))):
-        return None
-    text = rng.choice(
-        (
-            f"what color is the {thing.name}?",
-            f"what is the color of the {thing.name}?",
-            f"the {thing.name} has which color?",
+def _about_shape(
+    kind: str,
+    forms: tuple[str, ...],
+    answer: Callable[[Thing], str | None],
+    options: Iterable[str],
+    unique: str = "name",
+    why: str = "",
+) -> Asker:
+    """Asks for a property of one shape, which ``forms`` name by its ``unique`` name or colour, or
+    by its place. ``answer`` is None for shapes without the property."""
+
+    def ask(scene: Scene, rng: random.Random) -> Question | None:
+        shapes = _unique(scene.shapes, unique) if unique else scene.shapes
+        if not (thing := _pick(rng, [t for t in shapes if answer(t)])):
+            return None
+        words = {"name": thing.name, "colour": thing.colour, "place": at(thing.place)}
+        form = rng.choice(forms) if len(forms) > 1 else forms[0]  # a choice of one draws bits too
+        value = str(answer(thing))
+        return Question(
+            kind, form.format(**words), value, _but(options, value), why=why.format(**words)
         )
-    )
-    return Question("color", text, thing.colour, _but(COLOURS, thing.colour),
-                    why=f"the {thing.name} is {thing.colour}")  # fmt: skip
 
-
-def ask_shape(scene: Scene, rng: random.Random) -> Question | None:
-    if not (thing := _pick(rng, _unique(scene.shapes, "colour"))):
-        return None
-    text = rng.choice(
-        (
-            f"what shape is {thing.colour}?",
-            f"which shape is {thing.colour}?",
-            f"what is the {thing.colour} thing?",
-        )
-    )
-    return Question("shape", text, thing.name, _but(SHAPES, thing.name),
-                    why=f"the {thing.name} is {thing.colour}")  # fmt: skip
-
-
-def ask_shape_at(scene: Scene, rng: random.Random) -> Question | None:
-    if not (thing := _pick(rng, list(scene.shapes))):
-        return None
-    where = at(thing.place)
-    text = rng.choice((f"what shape is {where}?", f"which shape is {where}?"))
-    return Question("shape at", text, thing.name, _but(SHAPES, thing.name))
+    return ask
 
 
 def ask_count(scene: Scene, rng: random.Random) -> Question | None:
@@ -143,86 +125,24 @@ def ask_exists(scene: Scene, rng: random.Random) -> Question | None:
     return Question("exists", text, answer, _but(("yes", "no"), answer))
 
 
-def ask_place(scene: Scene, rng: random.Random) -> Question | None:
-    if not (thing := _pick(rng, _unique(scene.shapes, "name"))):
+def _ask_written(
+    kind: str, forms: tuple[str, ...], options: tuple[str, ...], scene: Scene, rng: random.Random
+) -> Question | None:
+    """The only word or the only digit of a scene."""
+    things = scene.of_kind(kind)
+    if len(things) != 1:
         return None
-    text = rng.choice((f"where is the {thing.name}?", f"in which place is the {thing.name}?"))
-    return Question("place", text, thing.place, _but(ALL_PLACES, thing.place),
-                    why=f"the {thing.name} is {at(thing.place)}")  # fmt: skip
-
-
-def ask_size(scene: Scene, rng: random.Random) -> Question | None:
-    if not (thing := _pick(rng, _unique(scene.shapes, "name"))):
-        return None
-    text = rng.choice((f"is the {thing.name} small or large?", f"how big is the {thing.name}?"))
-    return Question("size", text, thing.size, _but(SIZES, thing.size))
-
-
-def ask_corners(scene: Scene, rng: random.Random) -> Question | None:
-    known = [t for t in _unique(scene.shapes, "colour") if t.name in CORNERS]
-    if not (thing := _pick(rng, known)):
-        return None
-    answer = CORNERS[thing.name]
-    text = rng.choice(
-        (
-            f"how many corners has the {thing.colour} shape?",
-            f"what number of corners has the {thing.colour} thing?",
-        )
-    )
-    return Question("corners", text, answer, _but(CORNERS.values(), answer),
-                    why=f"the {thing.colour} shape is a {thing.name}")  # fmt: skip
-
-
-def ask_fruit(scene: Scene, rng: random.Random) -> Question | None:
-    if not (thing := _pick(rng, _unique(scene.shapes, "name"))):
-        return None
-    answer = FRUIT[thing.colour]
-    text = rng.choice(
-        (
-            f"which fruit has the color of the {thing.name}?",
-            f"the {thing.name} has the color of which fruit?",
-        )
-    )
-    return Question("fruit", text, answer, _but(FRUIT.values(), answer),
-                    why=f"the {thing.name} is {thing.colour}")  # fmt: skip
-
-
-def ask_signal(scene: Scene, rng: random.Random) -> Question | None:
-    known = [t for t in _unique(scene.shapes, "name") if t.colour in SIGNAL]
-    if not (thing := _pick(rng, known)):
-        return None
-    answer = SIGNAL[thing.colour]
-    text = f"what does a traffic light mean that has the color of the {thing.name}?"
-    return Question("signal", text, answer, _but(SIGNAL.values(), answer),
-                    why=f"the {thing.name} is {thing.colour}")  # fmt: skip
-
-
-def ask_word(scene: Scene, rng: random.Random) -> Question | None:
-    words = scene.of_kind("word")
-    if len(words) != 1:
-        return None
-    text = rng.choice(("what word is printed?", "which word can you read?", "what does it say?"))
-    return Question("word", text, words[0].name, _but(WORDS, words[0].name))
-
-
-def ask_digit(scene: Scene, rng: random.Random) -> Question | None:
-    digits = scene.of_kind("digit")
-    if len(digits) != 1:
-        return None
-    text = rng.choice(
-        ("which digit is written?", "what number can you read?", "what digit do you see?")
-    )
-    return Question("digit", text, digits[0].name, _but(map(str, range(10)), digits[0].name))
+    return Question(kind, rng.choice(forms), things[0].name, _but(options, things[0].name))
 
 
 def sides(first: Thing, second: Thing) -> list[str]:
-    """How ``first`` lies to ``second``: "left of", "right of", "above", "below"."""
-    found = []
+    """Where ``first`` is from ``second``: "left of", "right of", "above", "below"."""
+    names = []
     if first.column != second.column:
-        found.append("left of" if first.column < second.column else "right of")
+        names.append("left of" if first.column < second.column else "right of")
     if first.row != second.row:
-        found.append("above" if first.row < second.row else "below")
-    return found
+        names.append("above" if first.row < second.row else "below")
+    return names
 
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -233,9 +153,9 @@ def ask_beside(scene: Scene, rng: random.Random) -> Question | None:
     cases = []
     for anchor in _unique(scene.shapes, "name"):
         for side in OPPOSITE:
-            found = [t for t in scene.shapes if t != anchor and side in sides(t, anchor)]
-            if len(found) == 1:
-                cases.append((anchor, side, found[0]))
+            beside = [t for t in scene.shapes if t != anchor and side in sides(t, anchor)]
+            if len(beside) == 1:
+                cases.append((anchor, side, beside[0]))
     if not cases:
         return None
     anchor, side, thing = rng.choice(cases)
@@ -260,7 +180,7 @@ def ask_statement(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def ask_label(scene: Scene, rng: random.Random) -> Question | None:
-    """A label that fits the picture or not; the answer is "yes" or "no"."""
+    """A label that fits the image or not; the answer is "yes" or "no"."""
     question = ask_exists(scene, rng)
     if question is None:
         return None
@@ -272,7 +192,7 @@ def ask_label(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def ask_most(scene: Scene, rng: random.Random) -> Question | None:
-    """The picture puzzle: which shape or colour stands there more than once."""
+    """An image puzzle: which shape or colour appears more than once."""
     for key, what in rng.sample((("name", "shape"), ("colour", "color")), 2):
         values = [getattr(t, key) for t in scene.shapes]
         double = sorted({v for v in values if values.count(v) > 1})
@@ -283,7 +203,7 @@ def ask_most(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def ask_science(scene: Scene, rng: random.Random) -> Question | None:
-    """A fact in the context decides: which of two made-up names fits the picture."""
+    """A fact in the context decides: which of two made-up names fits the image."""
     if not (thing := _pick(rng, _unique(scene.shapes, "name"))):
         return None
     other = rng.choice(_but(COLOURS, thing.colour))
@@ -309,19 +229,88 @@ def ask_word_at(scene: Scene, rng: random.Random) -> Question | None:
     return Question("word at", text, word.name, (other.name,))
 
 
-QUESTIONS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
-    "color": ask_colour,
-    "shape": ask_shape,
-    "shape at": ask_shape_at,
+QUESTIONS: dict[str, Asker] = {
+    "color": _about_shape(
+        "color",
+        (
+            "what color is the {name}?",
+            "what is the color of the {name}?",
+            "the {name} has which color?",
+        ),
+        lambda t: t.colour,
+        COLOURS,
+        why="the {name} is {colour}",
+    ),
+    "shape": _about_shape(
+        "shape",
+        ("what shape is {colour}?", "which shape is {colour}?", "what is the {colour} thing?"),
+        lambda t: t.name,
+        SHAPES,
+        unique="colour",
+        why="the {name} is {colour}",
+    ),
+    "shape at": _about_shape(
+        "shape at",
+        ("what shape is {place}?", "which shape is {place}?"),
+        lambda t: t.name,
+        SHAPES,
+        unique="",
+    ),
     "count": ask_count,
     "exists": ask_exists,
-    "place": ask_place,
-    "size": ask_size,
-    "corners": ask_corners,
-    "fruit": ask_fruit,
-    "signal": ask_signal,
-    "word": ask_word,
-    "digit": ask_digit,
+    "place": _about_shape(
+        "place",
+        ("where is the {name}?", "in which place is the {name}?"),
+        lambda t: t.place,
+        ALL_PLACES,
+        why="the {name} is {place}",
+    ),
+    "size": _about_shape(
+        "size",
+        ("is the {name} small or large?", "how big is the {name}?"),
+        lambda t: t.size,
+        SIZES,
+    ),
+    "corners": _about_shape(
+        "corners",
+        (
+            "how many corners has the {colour} shape?",
+            "what number of corners has the {colour} thing?",
+        ),
+        lambda t: CORNERS.get(t.name),
+        CORNERS.values(),
+        unique="colour",
+        why="the {colour} shape is a {name}",
+    ),
+    "fruit": _about_shape(
+        "fruit",
+        (
+            "which fruit has the color of the {name}?",
+            "the {name} has the color of which fruit?",
+        ),
+        lambda t: FRUIT[t.colour],
+        FRUIT.values(),
+        why="the {name} is {colour}",
+    ),
+    "signal": _about_shape(
+        "signal",
+        ("what does a traffic light mean that has the color of the {name}?",),
+        lambda t: SIGNAL.get(t.colour),
+        SIGNAL.values(),
+        why="the {name} is {colour}",
+    ),
+    "word": partial(
+        _ask_written,
+        "word",
+        ("what word is printed?", "which word can you read?", "what does it say?"),
+        WORDS,
+    ),
+    "digit": partial(
+        _ask_written,
+        "digit",
+        ("which digit is written?", "what number can you read?", "what digit do you see?"),
+        tuple(map(str, range(10))),
+    ),
     "beside": ask_beside,
     "statement": ask_statement,
     "label": ask_label,
@@ -329,8 +318,7 @@ QUESTIONS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
     "science": ask_science,
     "word at": ask_word_at,
 }
-"""Kind of question -> function. The first twelve are held-in, the rest are never tuned on."""
+"""Kind of question to its function. The first twelve are held-in, the rest are never tuned on."""
 HELD_IN_KINDS = tuple(QUESTIONS)[:12]
-HELD_OUT_KINDS = tuple(QUESTIONS)[12:]
 VQA_KINDS = ("color", "shape", "shape at", "count", "exists", "place", "size")
 KNOWLEDGE_KINDS = ("corners", "fruit", "signal")

@@ -1,9 +1,9 @@
-"""Scenes, the embedded world: pictures of a few things on a 3x3 grid, and how they are drawn.
+"""Scenes, the embedded world: images of a few things on a 3x3 grid, and how they are drawn.
 
 A `Scene` is data; `render` is a function of the scene alone, so the same seed gives the same
-bytes. Real pixels come in as handwritten digits (scikit-learn's bundled `load_digits`, 8x8,
-UCI optical digits); the samples drawn into training pictures and into evaluation pictures are
-kept apart, and so are six colour-shape pairs (`HELD_OUT_PAIRS`).
+bytes. The handwritten digits are real (scikit-learn's bundled `load_digits`, 8x8, UCI optical
+digits). Training and evaluation images show different handwriting, and six colour-shape pairs
+(`HELD_OUT_PAIRS`) appear in evaluation only.
 """
 
 import functools
@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),
@@ -37,13 +37,13 @@ HELD_OUT_PAIRS = frozenset(
         ("orange", "circle"),
     }
 )
-PICTURE_SIZE = 64
-_SCALE = 3  # drawn three times larger, then averaged down: anti-aliasing
+IMAGE_SIZE = 64
+_SCALE = 3  # drawn three times larger, then averaged: anti-aliasing
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object of a scene. ``kind`` is shape, word or digit; ``name`` says which one."""
+    """One object of a scene. ``kind`` is shape, word or digit; ``name`` is which one."""
 
     kind: str
     name: str
@@ -63,7 +63,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Things in reading order and the seed of everything that no annotation mentions.
+    """Things in reading order, and the seed of everything that no annotation mentions.
 
     ``test_digits`` selects the half of the handwritten digits kept for evaluation; ``blur`` is
     the radius of a Gaussian blur in pixels.
@@ -94,8 +94,8 @@ def sample_scene(
 
     ``shapes`` bounds the number of shapes; ``pairs`` is "seen" (no held-out colour-shape pair),
     "unseen" (at least one) or "any". Two things never share a cell, two shapes never share both
-    colour and shape. Every other scene repeats a shape or a colour, so that counting has
-    something to count.
+    colour and shape. Every other scene repeats a shape or a colour, so that there is something to
+    count.
     """
     number = rng.randint(*shapes)
     cells = rng.sample(range(9), number + words + digits)
@@ -134,15 +134,15 @@ def _sample_looks(rng: random.Random, number: int, pairs: str) -> list[tuple[str
     return looks
 
 
-def render(scene: Scene, size: int = PICTURE_SIZE) -> Image.Image:
-    """Draw ``scene`` as an RGB picture of ``size`` x ``size`` pixels."""
+def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
+    """Draw ``scene`` as an RGB image of ``size`` x ``size`` pixels."""
     rng = random.Random(scene.seed)
     side = size * _SCALE
     dark = rng.random() < 0.5
     level = rng.randint(15, 50) if dark else rng.randint(215, 245)
     background = tuple(min(255, max(0, level + rng.randint(-10, 10))) for _ in range(3))
-    picture = Image.new("RGB", (side, side), background)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), background)
+    draw = ImageDraw.Draw(image)
     ink = (235, 235, 235) if dark else (25, 25, 25)
     for thing in scene.things:
         cell = side / 3
@@ -160,13 +160,9 @@ def render(scene: Scene, size: int = PICTURE_SIZE) -> Image.Image:
             x = min(max(x, cell * 0.52), side - cell * 0.52)
             draw.text((x, y), thing.name.upper(), fill=ink, font=font, anchor="mm")
         else:
-            _paste_digit(picture, thing.name, x, y, cell * 0.9, ink, scene.test_digits, rng)
-    picture = picture.resize((size, size), Image.Resampling.BOX)
-    if scene.blur:
-        from PIL import ImageFilter
-
-        picture = picture.filter(ImageFilter.GaussianBlur(scene.blur))
-    return picture
+            _paste_digit(image, thing.name, x, y, cell * 0.9, ink, scene.test_digits, rng)
+    image = image.resize((size, size), Image.Resampling.BOX)
+    return image.filter(ImageFilter.GaussianBlur(scene.blur)) if scene.blur else image
 
 
 def _polygon(points: list[tuple[float, float]]):
@@ -224,7 +220,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     return (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), labels
 
 
-def _paste_digit(picture, name: str, x, y, side: float, ink, test: bool, rng) -> None:
+def _paste_digit(image, name: str, x, y, side: float, ink, test: bool, rng) -> None:
     images, labels = _digits()
     half = 2 * len(labels) // 3
     pool = np.flatnonzero(labels == int(name))
@@ -232,4 +228,4 @@ def _paste_digit(picture, name: str, x, y, side: float, ink, test: bool, rng) ->
     pixels = round(side)
     glyph = Image.fromarray(images[pool[rng.randrange(len(pool))]])
     mask = glyph.resize((pixels, pixels), Image.Resampling.BILINEAR)
-    picture.paste(ink, (round(x - side / 2), round(y - side / 2)), mask)
+    image.paste(ink, (round(x - side / 2), round(y - side / 2)), mask)

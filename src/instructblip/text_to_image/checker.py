@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw
 from instructblip.scenes.world import (
     COLOURS,
     DRAW,
-    PICTURE_SIZE,
+    IMAGE_SIZE,
     SHAPES,
     Thing,
 )
 
-CELL = PICTURE_SIZE / 3
+CELL = IMAGE_SIZE / 3
 REACH = 12  # half the side of the window around the centre of a cell, in pixels
 OCCUPIED = 12  # pixels of a cell that must leave the background: the smallest cross has 40
 CONTRAST = 60.0  # how far they leave it, Euclidean in RGB; backgrounds vary by 17, colours by 24
@@ -70,11 +70,11 @@ def find_things(picture: Image.Image) -> list[Thing]:
 
     ``colour`` or ``name`` is empty where it is not clear.
     """
-    if picture.size != (PICTURE_SIZE, PICTURE_SIZE):
-        picture = picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
+    if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
+        picture = picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
     background = _background(pixels)
-    padded = np.empty((PICTURE_SIZE + 2 * REACH, PICTURE_SIZE + 2 * REACH, 3), np.float32)
+    padded = np.empty((IMAGE_SIZE + 2 * REACH, IMAGE_SIZE + 2 * REACH, 3), np.float32)
     padded[:] = background
     padded[REACH:-REACH, REACH:-REACH] = pixels
     things = []
