@@ -20,8 +20,7 @@ from PIL import Image
 from instructblip.core.batch import Example
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.templates import render_prompt
-from instructblip.evaluation.benchmarks import BENCHMARKS
-from instructblip.evaluation.benchmarks.benchmark import Benchmark
+from instructblip.evaluation.benchmarks import BENCHMARKS, Benchmark
 from instructblip.evaluation.evaluate import evaluate, pick
 from instructblip.inference.engine import Engine
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.core.batch import Example
-from instructblip.evaluation.benchmarks.benchmark import Benchmark
+from instructblip.evaluation.benchmarks import Benchmark
 
 
 @dataclass

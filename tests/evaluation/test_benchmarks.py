@@ -8,8 +8,7 @@ import pytest
 
 from instructblip.data.sources import SOURCES
 from instructblip.data.templates import check_template
-from instructblip.evaluation.benchmarks import BENCHMARKS, select_benchmarks
-from instructblip.evaluation.owners import OWNERS
+from instructblip.evaluation.benchmarks import BENCHMARKS, OWNERS, select_benchmarks
 from instructblip.evaluation.scoring import SCORERS
 
 GOLDEN = Path(__file__).with_name("benchmarks.json")

@@ -14,7 +14,7 @@ from instructblip.core.batch import Example
 from instructblip.data.samples import Examples
 from instructblip.data.templates import render_prompt, template_hash
 from instructblip.evaluation.batching import Batches, BatchSize
-from instructblip.evaluation.benchmarks.benchmark import Benchmark
+from instructblip.evaluation.benchmarks import Benchmark
 from instructblip.evaluation.predictions import PredictionLog
 from instructblip.evaluation.ptb import Tokenizer
 from instructblip.evaluation.result import Result, make_result

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from instructblip.evaluation.benchmarks.benchmark import Role
+from instructblip.evaluation.benchmarks import Role
 from instructblip.evaluation.bootstrap import (
     Floats,
     Interval,

@@ -22,9 +22,7 @@ from instructblip.data.samples import Examples
 from instructblip.data.sources import SOURCES, source_of
 from instructblip.data.templates import check_template, templates_of
 from instructblip.data.tokens import Tokens
-from instructblip.evaluation.benchmarks import groups_of, select_benchmarks
-from instructblip.evaluation.benchmarks.benchmark import Benchmark
-from instructblip.evaluation.owners import OWNERS
+from instructblip.evaluation.benchmarks import OWNERS, Benchmark, groups_of, select_benchmarks
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.recipe.schema import DataSet, Recipe
 from instructblip.scenes.official import SCENE_SETS, other_data

@@ -12,7 +12,7 @@ import yaml
 from instructblip.core import distributed
 from instructblip.core.version import __version__
 from instructblip.data.custom.folder import FolderSet, read_folder, split_by_image
-from instructblip.evaluation.benchmarks.benchmark import Benchmark
+from instructblip.evaluation.benchmarks import Benchmark
 from instructblip.evaluation.compare import compare
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.evaluation.report import write_report
