@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
+from instructblip.data.sources import VIDEO_SETS
 from instructblip.experiment.build import model_config, shape_language
 from instructblip.model.checkpoints.weights import NoRandomWeights
 from instructblip.model.instructblip import InstructBlip
