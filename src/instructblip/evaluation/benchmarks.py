@@ -92,7 +92,7 @@ def _row(
     new: bool = False,
     **other: Any,
 ) -> Benchmark:
-    """A row of the tables. Without ``decoding`` the model ranks candidates; ``new``: unseen type."""
+    """A row of the tables. Without ``decoding`` it ranks candidates; ``new``: an unseen type."""
     return Benchmark(
         name=name,
         title=title,
