@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,13 +19,13 @@ from instructblip.training.checkpoint import (
     load_checkpoint,
     load_latest,
     prune,
-    recover,
-    replace_directory,
     save_checkpoint,
     saved_steps,
+    write_directory,
 )
 from instructblip.training.log import read_metrics, without_timings
 from instructblip.training.train import train
+from tests.core.crash import crashes
 from tests.training.toy import Toy, ToyBatches, toy_config, toy_score
 
 ROOT = Path(__file__).parents[2]
@@ -65,65 +64,18 @@ def outcome(folder: Path, step: int) -> dict[str, object]:
 # --- kill -9 -------------------------------------------------------------------------------------
 
 
-def in_child(kill_at: int | None, work) -> int:
-    """Fork, run ``work``, and SIGKILL the child in front of its ``kill_at``-th change to the disk.
-
-    Returns the number of changes it made, or -1 if it was killed.
-    """
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:  # the child never returns into pytest
-        count = 0
-
-        def counted(function):
-            def call(*args, **kwargs):
-                nonlocal count
-                if count == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                count += 1
-                return function(*args, **kwargs)
-
-            return call
-
-        for name in ("fsync", "mkdir", "rename", "replace", "rmdir", "sendfile", "unlink"):
-            setattr(os, name, counted(getattr(os, name)))
-        checkpoints.save_file = counted(checkpoints.save_file)
-        torch.save = counted(torch.save)
-        code = 1
-        try:
-            devnull = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(devnull, 1)
-            work()
-            os.write(write, str(count).encode())
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(write)
-    _, status = os.waitpid(pid, 0)
-    text = os.read(read, 20).decode()
-    os.close(read)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return -1
-    assert os.WEXITSTATUS(status) == 0, "the child failed"
-    return int(text)
-
-
 def test_kill_at_every_change_to_the_disk(tmp_path: Path):
     """Each file operation of a short run is once the last thing the process does."""
     settings = {"steps": 5, "warmup_steps": 2, "validate_every": 4, "log_every": 2, "keep_last": 1}
-    run(tmp_path / "warm", **settings)  # what torch imports lazily is then there before the forks
-    count = in_child(None, lambda: run(tmp_path / "whole", **settings))
+    run(tmp_path / "whole", **settings)  # what torch imports lazily is now there for the forks
     expected = outcome(tmp_path / "whole", 5)
-    assert count > 60
-    for moment in range(0, count, 2):
-        folder = tmp_path / "cut"
-        assert in_child(moment, lambda folder=folder: run(folder, **settings)) == -1
-        in_child(None, lambda folder=folder: run(folder, **settings))
-        assert outcome(folder, 5) == expected, f"killed in front of change {moment} of {count}"
-        left = [p.name for p in folder.rglob(".*")]
-        assert not left, f"killed in front of change {moment} of {count}"
+    folder = tmp_path / "cut"
+    for moment in crashes(lambda: run(folder, **settings), every=3):
+        run(folder, **settings)
+        assert outcome(folder, 5) == expected, f"killed in front of change {moment}"
+        assert not list(folder.rglob(".*")), f"killed in front of change {moment}"
         shutil.rmtree(folder)
+    assert moment > 60
 
 
 def test_kill_9_from_outside_at_random_moments(tmp_path: Path):
@@ -224,10 +176,18 @@ def full(*_args, **_kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["save_file", "torch.save", "json.dumps", "flush_tree"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "training.checkpoint.save_file",
+        "training.checkpoint.torch.save",
+        "training.checkpoint.json.dumps",
+        "core.files.sync",
+    ],
+)
 def test_disk_full_keeps_what_was_saved(tmp_path: Path, monkeypatch, where: str):
     small(tmp_path, 1)
-    monkeypatch.setattr(f"instructblip.training.checkpoint.{where}", full)
+    monkeypatch.setattr(f"instructblip.{where}", full)
     with pytest.raises(OSError, match=r"disk is full.*step_000002.*intact.*--resume") as error:
         small(tmp_path, 2)
     assert error.value.errno == errno.ENOSPC
@@ -278,39 +238,15 @@ def test_disk_full_in_a_run_and_resume(tmp_path: Path, monkeypatch, when: int):
 
 
 def test_other_errors_while_writing_are_not_called_a_full_disk(tmp_path: Path):
-    def write(path: Path) -> None:
-        (path / "a").write_text("half")
-        raise RuntimeError("something else")
-
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "model").write_text("old")
+
+    def write() -> None:
+        with write_directory(tmp_path / "best") as path:
+            (path / "a").write_text("half")
+            raise RuntimeError("something else")
+
     with pytest.raises(RuntimeError, match="something else"):
-        replace_directory(tmp_path / "best", write)
+        write()
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
-    assert (tmp_path / "best" / "model").read_text() == "old"
-
-
-def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path):
-    """The old directory stands under its temporary name until `recover` brings it back."""
-
-    def write(path: Path) -> None:
-        (path / "model").write_text("new")
-
-    (tmp_path / "best").mkdir()
-    (tmp_path / "best" / "model").write_text("old")
-    renames = iter([Path.rename, None])
-
-    def die(path: Path, target: Path) -> None:
-        rename = next(renames)
-        if rename is None:
-            raise SystemExit
-        rename(path, target)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "rename", die)
-        with pytest.raises(SystemExit):
-            replace_directory(tmp_path / "best", write)
-    assert not (tmp_path / "best").exists()
-    recover(tmp_path)
-    assert [p.name for p in tmp_path.iterdir() if p.name == "best"] == ["best"]
     assert (tmp_path / "best" / "model").read_text() == "old"

@@ -3,7 +3,6 @@
 Stages import what they need when they run, so that `instructblip --help` stays fast.
 """
 
-import json
 import os
 import shutil
 import time
@@ -189,6 +188,7 @@ Open {report}: tables, curves, and what both models said about each picture.
 
 def write_results(path: Path, seconds: dict[str, float], models: "dict[str, list[Result]]") -> None:
     """Write the figures of several models, 0 to 100, and what each stage took in seconds."""
+    from instructblip.core.files import write_json
     from instructblip.evaluation.result import summarise
 
     found = {}
@@ -197,7 +197,7 @@ def write_results(path: Path, seconds: dict[str, float], models: "dict[str, list
         found[name] = {**means, "datasets": {r.benchmark: r.value for r in results}}
     seconds = {**seconds, "total": sum(seconds.values())}
     rounded = {stage: round(value, 1) for stage, value in seconds.items()}
-    path.write_text(json.dumps({"seconds": rounded, "models": found}, indent=2) + "\n")
+    write_json(path, {"seconds": rounded, "models": found}, indent=2)
 
 
 @contextmanager

@@ -37,21 +37,24 @@ def answer_many(
     """Answer a folder or a JSONL into a JSONL; returns how many pictures could not be read."""
     from rich.progress import Progress
 
+    from instructblip.core.files import replacing
     from instructblip.inference.batch import answer_requests, read_requests
 
     requests = read_requests(source, instruction)
     out.parent.mkdir(parents=True, exist_ok=True)  # told before the model is read
     engine = load_engine(model)
-    part = out.with_name(f".{out.name}.part")
     bad = 0
-    with Progress() as progress, part.open("w", encoding="utf-8") as file:
+    with (
+        replacing(out) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+        Progress() as progress,
+    ):
         bar = progress.add_task("answering", total=len(requests))
         for records in answer_requests(engine, requests, **decoding):
             for record in records:
                 bad += "error" in record
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             progress.advance(bar, len(records))
-    part.replace(out)
     print(f"{len(requests) - bad} answers in {out}" + (f"; {bad} with an error" if bad else ""))
     return bad
 

@@ -72,7 +72,6 @@ def export(
         raise ValueError(f"export format '{form}'; expected one of {', '.join(get_args(Form))}")
     rows = _rows(dataset, name, prefix, seed, templates, language)
     path = folder / (name + _SUFFIXES[form])
-    folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         if form == "parquet":
             _write_parquet(temporary, rows)

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from instructblip.core import distributed
-from instructblip.core.files import replacing
+from instructblip.core.files import recover, replacing, set_aside
 from instructblip.data.images import ImageTransform, load_image
 from instructblip.data.prepared.images import (
     MISSING,
@@ -50,8 +50,6 @@ TYPES: dict[FeatureType, torch.dtype] = {
     "int8": torch.int8,
 }
 SHARD_BYTES = 1 << 28
-STALE_SECONDS = 86_400
-"""Age at which a temporary file is taken for what a kill left behind."""
 
 Encode = Callable[[Tensor], Tensor]
 """Pixels [N, 3, S, S] -> features [N, P, V] before the last LayerNorm, on any device."""
@@ -93,7 +91,7 @@ class FeatureStore:
                     RuntimeWarning,
                     stacklevel=2,
                 )
-                path.replace(path.with_suffix(".damaged"))
+                set_aside(path, ".damaged")
                 continue
             self._shards.append(path)
             place = len(self._shards) - 1
@@ -123,7 +121,6 @@ class FeatureStore:
         else:
             tensors = {"features": features.to(TYPES[self.kind])}
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:24]
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with replacing(self.folder / f"{name}.safetensors") as temporary:
                 save_file(tensors, temporary, metadata={"keys": json.dumps(list(keys))})
@@ -132,12 +129,6 @@ class FeatureStore:
                 f"features could not be written to {self.folder}: {error}. Free some space, take "
                 "features.dtype=int8, set features.root to another disk, or features.cache=off"
             ) from error
-
-    def clean(self) -> None:
-        """Remove what killed writers left."""
-        for path in self.folder.glob(".*.tmp"):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -243,7 +234,7 @@ def fill(
         if sum(part.nbytes for part in waiting) >= SHARD_BYTES or done == len(own):
             features.store.write([key for key, _, _ in own[stored:done]], torch.cat(waiting))
             stored, waiting = done, []
-    features.store.clean()
+    recover(features.store.folder)
     distributed.barrier()
     features.store.refresh()
     return len(missing)

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from instructblip.core.batch import Batch, Example
-from instructblip.core.files import replacing
+from instructblip.core.files import write_text
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.order import CYCLE
@@ -171,9 +171,7 @@ def write_page(path: Path, shown: Iterable[Shown], facts: Mapping[str, str]) -> 
     for one in shown:
         sets.setdefault(one.name, []).append(one)
     page = environment.get_template("show.html.j2").render(sets=sets, facts=facts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

@@ -7,13 +7,12 @@ or at the next start, whatever the number of ranks then.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from instructblip.core import distributed
-from instructblip.core.files import replacing
+from instructblip.core.files import cut_last_line, flush, whole_lines, write_json
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "settings.json"
@@ -21,11 +20,8 @@ SETTINGS = "settings.json"
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a predictions file; ValueError names a broken one or a repeated id."""
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # after the last line feed: nothing, or a torn line
     found: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             prediction = json.loads(line)
             identifier = prediction["id"]
@@ -91,8 +87,7 @@ class PredictionLog:
             lines.append(json.dumps(prediction, ensure_ascii=False) + "\n")
         if self._file is not None:
             self._file.write("".join(lines))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            flush(self._file)
 
     def _check_settings(self) -> None:
         assert self.folder is not None
@@ -113,15 +108,7 @@ class PredictionLog:
                 "were made with; choose another output folder"
             )
         else:
-            write_json(path, settings)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all; ValueError for what is not JSON, as NaN."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+            write_json(path, settings, indent=2)
 
 
 def _part(folder: Path) -> Path:
@@ -133,21 +120,12 @@ def _part(folder: Path) -> Path:
 def _join_parts(folder: Path) -> None:
     """Append the files of the other ranks to the main one, whole lines only, and remove them."""
     path = folder / PREDICTIONS
-    _cut_torn_line(path)
+    cut_last_line(path)
     for part in sorted(folder.glob("predictions.rank*.jsonl")):
-        _cut_torn_line(part)
+        cut_last_line(part)
         known = {p["id"] for p in read_predictions(path)}
         fresh = [p for p in read_predictions(part) if p["id"] not in known]
         with path.open("a", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(p, ensure_ascii=False) + "\n" for p in fresh)
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
         part.unlink()
-
-
-def _cut_torn_line(path: Path) -> None:
-    if not path.is_file():
-        return
-    with path.open("r+b") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)

@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from instructblip.core.files import replacing
+from instructblip.core.files import write_text
 from instructblip.evaluation.charts import (
     Radar,
     radar_chart,
@@ -102,9 +102,7 @@ def write_report(
         drawn=[(each.title, each.figures, _drawn_cards(each)) for each in drawn],
         facts=dict(facts or {}),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 

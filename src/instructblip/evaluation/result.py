@@ -93,7 +93,7 @@ class Result:
 
     def save(self, folder: Path) -> None:
         """Write ``result.json`` into ``folder``, beside the predictions."""
-        write_json(folder / RESULT, self.to_json())
+        write_json(folder / RESULT, self.to_json(), indent=2)
 
     @classmethod
     def load(cls, folder: Path | str) -> "Result":

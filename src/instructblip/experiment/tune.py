@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from instructblip.core import distributed
+from instructblip.core.files import write_text
 from instructblip.core.version import __version__
 from instructblip.data.custom.folder import FolderSet, read_folder, split_by_image
 from instructblip.evaluation.benchmarks import Benchmark
@@ -140,11 +141,10 @@ def write_recipe(
         # `tune` validates on what it held back; who trains by this recipe has no such set
         "evaluation": {"validation": [], "validation_limit": 64},
     }
-    out.mkdir(parents=True, exist_ok=True)
     file = out / RECIPE_FILE
-    file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    write_text(file, yaml.safe_dump(values, sort_keys=False))
     recipe = load_recipe(file, overrides)
-    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    write_text(file, recipe.to_yaml())
     return recipe
 
 

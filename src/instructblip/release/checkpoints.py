@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from instructblip.core.files import replacing_directory
 from instructblip.data.images import ImageTransform
 from instructblip.evaluation.result import Result
 from instructblip.inference.decoding import PAPER_DECODING
@@ -71,5 +72,6 @@ def write_exported(
         parts[part_of(name)] += parameter.numel()
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
     readme = card(out.name, model.config.reader, parts, text, results)
-    model.save_pretrained(out)
-    (out / "README.md").write_text(readme, encoding="utf-8")
+    with replacing_directory(out) as directory:
+        model.save_pretrained(directory)
+        (directory / "README.md").write_text(readme, encoding="utf-8")

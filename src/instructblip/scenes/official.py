@@ -11,13 +11,12 @@ import json
 import math
 import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from instructblip.core.files import recover, replacing_directory
 from instructblip.scenes.writers import (
     SetFolder,
     aokvqa,
@@ -70,6 +69,7 @@ def write_scenes(
     if not 0 < scale < math.inf:
         raise ValueError(f"scale {scale:g}; expected a number above 0, such as 0.1")
     settings = {"format": FORMAT_VERSION, "seed": seed, "scale": scale}
+    recover(root, earlier=False)
     due = [name for name in chosen if _settings_of(root / name) != settings]
     if taken := other_data(root, due):
         raise ValueError(
@@ -78,13 +78,11 @@ def write_scenes(
         )
     root.mkdir(parents=True, exist_ok=True)
     for name in due:
-        aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
-        for split, size in SCENE_SETS[name].sizes.items():
-            rng = random.Random(f"{seed}/{name}/{split}")
-            SCENE_SETS[name].write(SetFolder(aside, split, rng), max(8, round(size * scale)))
-        (aside / MARKER).write_text(json.dumps(settings))
-        shutil.rmtree(root / name, ignore_errors=True)
-        aside.replace(root / name)
+        with replacing_directory(root / name, synced=False) as folder:
+            for split, size in SCENE_SETS[name].sizes.items():
+                rng = random.Random(f"{seed}/{name}/{split}")
+                SCENE_SETS[name].write(SetFolder(folder, split, rng), max(8, round(size * scale)))
+            (folder / MARKER).write_text(json.dumps(settings))
     return {name: root / name for name in chosen}
 
 

@@ -1,6 +1,5 @@
 """Drawn pictures beside their prompts: one picture file, and a folder that the report reads."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from textwrap import wrap
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import TypeAdapter, ValidationError
 
-from instructblip.model.checkpoints.weights import sync
+from instructblip.core.files import write_json
 from instructblip.text_to_image.measure import Figures, Measured
 from instructblip.text_to_image.sample import save_picture
 
@@ -88,11 +87,8 @@ def write_drawings(folder: Path, measured: Sequence[Measured], shown: int = 24) 
         prompts, right = [d.prompt for d in own], [d.right for d in own]
         grid = folder / f"{each.kind}.png"
         write_gallery(grid, each.pictures[:shown], prompts, right, subjects)
-    text = json.dumps([asdict(kind) for kind in kinds], indent=1, ensure_ascii=False)
-    fresh = folder / f".{INDEX}.new"
-    fresh.write_text(text + "\n", encoding="utf-8")
-    sync(fresh)
-    return fresh.replace(folder / INDEX)
+    write_json(folder / INDEX, [asdict(kind) for kind in kinds])
+    return folder / INDEX
 
 
 def read_drawings(folder: Path) -> tuple[DrawnKind, ...]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
+from instructblip.core.files import replacing_directory
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.transformers import load_weights
 from instructblip.model.checkpoints.weights import (
-    new_directory,
     read_json,
     read_weights,
     write_weights,
@@ -28,8 +28,9 @@ FOLDER = "text_to_image"
 
 def save_pretrained(model: TextToImage, path: str | Path) -> None:
     """Write the InstructBLIP and, inside its directory, what text to image adds."""
-    model.instructblip.save_pretrained(path)
-    save_addition(model, Path(path) / FOLDER)
+    with replacing_directory(Path(path)) as directory:
+        model.instructblip.save_pretrained(directory)
+        save_addition(model, directory / FOLDER)
 
 
 def save_addition(model: TextToImage, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -39,7 +40,7 @@ def save_addition(model: TextToImage, folder: Path, dtype: torch.dtype = torch.f
     was trained, that is when they are no longer those of the directory.
     """
     config = model.config.model_copy(update={"qformer": qformer_hash(model.instructblip)})
-    with new_directory(folder) as directory:
+    with replacing_directory(folder) as directory:
         text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
         weights = {name: p.detach().to(dtype) for name, p in model.state_dict().items()}

@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.core.batch import Batch
+from instructblip.core.files import replacing
 from instructblip.data.images import (
     ImageTransform,
     load_image,
     to_rgb,
 )
 from instructblip.data.tokens import Tokens
-from instructblip.model.checkpoints.weights import sync
 from instructblip.text_to_image.batches import collate_drawings
 from instructblip.text_to_image.decoder import Decoder
 from instructblip.text_to_image.model import TextToImage
@@ -99,11 +99,8 @@ def to_pictures(pixels: Float[Tensor, "B 3 G G"]) -> list[Image.Image]:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture in the format of the file's ending, in full or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    picture.save(fresh, format=Image.registered_extensions()[path.suffix.lower()])
-    sync(fresh)
-    fresh.replace(path)
+    with replacing(path) as temporary:
+        picture.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
 
 
 def _check_numbers(seed: int | None, *scales: float | None) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from instructblip.core.files import remove_directory, replacing_directory
 
 MANIFEST = "manifest.json"
 PARAMETERS = "parameters.safetensors"
@@ -76,7 +78,7 @@ def save_checkpoint(
         OSError: if it cannot be written (no room); older checkpoints are untouched.
     """
 
-    def write(path: Path) -> None:
+    with write_directory(checkpoint_path(folder, step)) as path:
         # a copy of a parameter that shares memory with another one is stored as its own tensor
         tensors = {name: p.detach().cpu().contiguous().clone() for name, p in parameters.items()}
         save_file(tensors, path / PARAMETERS)
@@ -84,13 +86,10 @@ def save_checkpoint(
             torch.save(optimizer, file)
         (path / PROGRESS).write_text(json.dumps({"step": step, **progress}, indent=1))
         for name, text in (notes or {}).items():
-            (path / name).write_text(text)
+            (path / name).write_text(text, encoding="utf-8")
         files = {p.name: _fingerprint(p) for p in sorted(path.iterdir())}
         (path / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
-
-    path = checkpoint_path(folder, step)
-    replace_directory(path, write)
-    return path
+    return checkpoint_path(folder, step)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -170,63 +169,15 @@ def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
     kept = {*complete[-keep_last:], best_step}
     for step in steps:
         if complete and step not in kept:
-            shutil.rmtree(checkpoint_path(folder, step))
+            remove_directory(checkpoint_path(folder, step))
 
 
-def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
-    """Make ``path`` the directory that ``write`` fills, in full or not at all.
-
-    The old directory stands until the new one is on the disk. Two renames swap them; a kill between
-    the two leaves the old one under its temporary name, from which `recover` brings it back.
-
-    Raises:
-        OSError: with the remedy, if there is no room; the temporary directory is removed.
-    """
+@contextmanager
+def write_directory(path: Path) -> Iterator[Path]:
+    """`replacing_directory`, with an OSError that states the remedy if there is no room."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = path.parent / f".new-{path.name}", path.parent / f".old-{path.name}"
-    recover(path.parent)
-    try:
-        fresh.mkdir()
-        with _remedy(path):
-            write(fresh)
-            flush_tree(fresh)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    if path.exists():
-        path.rename(old)
-    fresh.rename(path)
-    flush(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(folder: Path) -> None:
-    """Clear what a kill inside `replace_directory` left in ``folder``."""
-    for old in folder.glob(".old-*"):
-        path = folder / old.name.removeprefix(".old-")
-        if path.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(path)
-    for fresh in folder.glob(".new-*"):
-        shutil.rmtree(fresh)
-
-
-def flush_tree(path: Path) -> None:
-    """Force every file and directory below ``path`` to the disk."""
-    for directory, _, names in os.walk(path):
-        for name in names:
-            flush(Path(directory) / name)
-        flush(Path(directory))
-
-
-def flush(path: Path) -> None:
-    """Force one file, or the names inside one directory, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with _remedy(path), replacing_directory(path) as temporary:
+        yield temporary
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """What a run says: metrics.jsonl, a progress bar or plain lines, and curves as a picture."""
 
 import json
-import os
 import sys
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from instructblip.core.files import flush, replacing, whole_lines, write_text
 from instructblip.training.config import TrainingConfig
 
 METRICS = "metrics.jsonl"
@@ -119,8 +119,7 @@ class RunLog:
     def flush(self) -> None:
         """Force the lines written so far to the disk: before a checkpoint relies on them."""
         if self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            flush(self._file)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file:
@@ -130,22 +129,14 @@ class RunLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics file; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [json.loads(line) for line in whole_lines(path)]
 
 
 def drop_lines_after(path: Path, step: int, validated: int) -> None:
     """Keep the lines up to ``step``, validations up to ``validated``: a new file, renamed."""
     lines = read_metrics(path)
     kept = [v for v in lines if v["step"] <= (validated if "validation" in v else step)]
-    fresh = path.with_suffix(".new")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
@@ -177,9 +168,8 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=6)
-    fresh = path.with_suffix(".new.png")
-    canvas.print_png(fresh)
-    fresh.replace(path)
+    with replacing(path) as temporary:
+        canvas.print_png(temporary)
 
 
 def without_timings(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from instructblip.core.files import replacing, write_text
 from instructblip.core.regions import PREFIX
 
 TRACE, TABLE = "trace.json", "profile.txt"
@@ -60,9 +61,10 @@ class Profile:
         return said
 
     def _write(self, traced: profile) -> None:
-        traced.export_chrome_trace(str(self.folder / TRACE))
+        with replacing(self.folder / TRACE) as temporary:
+            traced.export_chrome_trace(str(temporary))
         self.said = table(traced.events())
-        (self.folder / TABLE).write_text(self.said + "\n")
+        write_text(self.folder / TABLE, self.said + "\n")
 
 
 def times_of(events: Any) -> Times:

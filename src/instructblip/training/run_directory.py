@@ -9,15 +9,14 @@ import torch
 from torch import nn
 
 from instructblip.core import distributed
+from instructblip.core.files import recover, write_text
 from instructblip.training.checkpoint import (
     Checkpoint,
-    flush,
     load_latest,
     prune,
-    recover,
-    replace_directory,
     save_checkpoint,
     saved_steps,
+    write_directory,
 )
 
 Export = Callable[[Path], Any]
@@ -84,12 +83,8 @@ class RunFiles:
     def write_notes(self) -> None:
         """Put the notes into the run directory: what was refused before left those of the run."""
         if distributed.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
             for note, text in self.notes.items():
-                fresh = self.folder / f".{note}.part"
-                fresh.write_text(text, encoding="utf-8")
-                flush(fresh)
-                fresh.replace(self.folder / note)
+                write_text(self.folder / note, text)
 
     def save(
         self,
@@ -116,17 +111,13 @@ class RunFiles:
 
     def export_to(self, name: str) -> None:
         """Write the model into ``folder/name``, replacing what stood there in one move."""
-        export = self.export
-        if export is None:
+        if self.export is None:
             return
-
-        def write(path: Path) -> None:
-            export(path)
-            for note, text in self.notes.items():
-                (path / note).write_text(text)
-
         if distributed.is_main():
-            replace_directory(self.folder / name, write)
+            with write_directory(self.folder / name) as path:
+                self.export(path)
+                for note, text in self.notes.items():
+                    (path / note).write_text(text, encoding="utf-8")
         distributed.barrier()
 
 

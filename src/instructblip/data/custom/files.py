@@ -2,12 +2,12 @@
 
 import base64
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from instructblip.core.files import replacing
 from instructblip.data.reading.opened import note_file
 from instructblip.data.reading.records import (
     Record,
@@ -110,10 +110,8 @@ def keep_image(image_root: Path, data: bytes) -> str:
     name = f"extracted/{digest[:2]}/{digest}{_suffix(data)}"
     path = image_root / name
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        with replacing(path, synced=False) as temporary:
+            temporary.write_bytes(data)
     return name
 
 

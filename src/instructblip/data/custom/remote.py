@@ -4,11 +4,11 @@ fsspec fetches it; most protocols need their own package (s3fs, gcsfs, ...), whi
 when it is missing.
 """
 
-import os
 from pathlib import Path
 
 import fsspec
 
+from instructblip.core.files import replacing
 from instructblip.core.progress import progress_bar
 from instructblip.data.reading.records import image_name
 
@@ -34,9 +34,7 @@ def fetch_tree(url: str, folder: Path) -> Path:
             name = path.removeprefix(top).lstrip("/")
             target = folder / image_name(name, url)
             if not (target.is_file() and target.stat().st_size == facts.get("size")):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-                system.get_file(path, str(temporary))
-                temporary.replace(target)
+                with replacing(target, synced=False) as temporary:
+                    system.get_file(path, str(temporary))
             advance(i + 1, len(files))
     return folder

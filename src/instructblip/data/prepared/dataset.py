@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from instructblip.core.batch import Example
-from instructblip.core.files import write_json
+from instructblip.core.files import current, write_json
 from instructblip.data.prepared.images import (
     FACTS_FILE,
     ImageFact,
@@ -61,7 +61,7 @@ class PreparedDataset:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = current(Path(path))
         file = self.path / MANIFEST_FILE
         if not file.is_file():
             raise FileNotFoundError(f"{self.path} is not a prepared data set; run `prepare` first")

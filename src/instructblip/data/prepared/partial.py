@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.core.batch import Example
-from instructblip.core.files import write_json
+from instructblip.core.files import flush, write_json
 from instructblip.data.prepared.dataset import (
     DATA_FILE,
     SCHEMA,
@@ -104,8 +104,7 @@ class Partial:
         self.files, self.ended = files, ended
         if ended:
             self._data.write(END_OF_STREAM)
-        self._data.flush()
-        os.fsync(self._data.fileno())
+        flush(self._data)
         state = {
             "key": self.key,
             "tasks": dict(self.tasks),

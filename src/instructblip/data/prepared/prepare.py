@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from instructblip.core.batch import Example
-from instructblip.core.files import write_json
+from instructblip.core.files import put_directory, recover, write_json, write_text
 from instructblip.core.progress import progress_bar
 from instructblip.data.prepared.dataset import (
     DATA_FILE,
@@ -82,6 +82,7 @@ def prepare(
         return PreparedDataset(target)
     folder = target.with_name(f".{split}.part")
     with claim(folder):
+        recover(target.parent)
         try:
             # Another process may have prepared it while this one waited.
             if not _unchanged(target, root, source, max_bad_rate):
@@ -165,7 +166,7 @@ def _write(
     count = sum(rows.tasks.values())
     if len(rows.bad) > max_bad_rate * rows.seen:
         kept = target.with_name(f"{split}.{BAD_FILE}")
-        kept.write_text(lines, encoding="utf-8")
+        write_text(kept, lines)
         shown = "".join(f"\n  {b['file']}:{b['record']}: {b['reason']}" for b in rows.bad[:5])
         raise ValueError(
             f"{name} {split}: {len(rows.bad)} of {rows.seen} samples are bad, more than the rate "
@@ -312,11 +313,4 @@ def _replace(folder: Path, target: Path) -> None:
     """Puts the finished folder in place; what was there stays until the new one is whole."""
     for name in (STATE_FILE, LOCK_FILE):
         (folder / name).unlink()
-    for file in folder.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        target.rename(old)
-    folder.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    put_directory(folder, target)

@@ -3,9 +3,9 @@
 They are extracted once, when the data is prepared, and kept as RGB images.
 """
 
-import os
-import shutil
 from pathlib import Path
+
+from instructblip.core.files import replacing_directory
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov")
 QUALITY = 95
@@ -26,25 +26,22 @@ def extract_frames(video: Path, folder: Path, max_frames: int) -> Path:
             f"video {video}: reading video files needs PyAV: pip install 'instructblip[video]'; "
             f"or put its frames as images into {video.with_suffix('')}/"
         ) from None
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
         with av.open(str(video)) as container:
             count = sum(1 for _ in container.decode(video=0))
+        if not count:
+            raise ValueError(f"video {video} has no frame; download it again")
         chosen = set(evenly_spaced(count, max_frames))
-        with av.open(str(video)) as container:
+        with (
+            replacing_directory(folder, synced=False) as temporary,
+            av.open(str(video)) as container,
+        ):
             for i, frame in enumerate(container.decode(video=0)):
                 if i in chosen:
                     image = frame.to_image().convert("RGB")  # type: ignore[union-attr]
                     image.save(temporary / f"{i:06d}.jpg", quality=QUALITY)
-        if not count:
-            raise ValueError(f"video {video} has no frame; download it again")
-        temporary.replace(folder)
     except (FFmpegError, IndexError) as error:
         raise ValueError(f"video {video}: cannot be decoded: {error}; download it again") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

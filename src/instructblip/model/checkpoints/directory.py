@@ -5,7 +5,7 @@ import importlib.resources
 import re
 from pathlib import Path
 
-from instructblip.model.checkpoints.weights import existing
+from instructblip.core.files import current
 
 HUB = "hf://"
 
@@ -26,13 +26,13 @@ def model_directory(path: str | Path) -> Path:
                 "runs/starter.sh, or give the path of a BLIP-2 directory"
             )
         return starter
-    directory = existing(Path(path))
+    directory = current(Path(path))
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{path} is not a directory; give a model directory, a run directory, 'starter', or "
             f"{HUB}OWNER/NAME for a model of the Hub"
         )
-    for candidate in (directory, existing(directory / "best"), existing(directory / "last")):
+    for candidate in (directory, current(directory / "best"), current(directory / "last")):
         if (candidate / "config.json").is_file():
             return candidate
     raise FileNotFoundError(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from instructblip.core.files import replacing
 from instructblip.model.checkpoints.weights import read_weights, write_weights
 from instructblip.model.qformer import QFormer
 
@@ -78,4 +79,5 @@ def save_text_branch(qformer: QFormer, file: str | Path) -> None:
     branch = {n: v for n, v in qformer.state_dict().items() if TEXT_BRANCH.fullmatch(n)}
     if not branch:
         raise ValueError("the Q-Former has no text branch to save: it is not instruction-aware")
-    write_weights(branch, Path(file))
+    with replacing(Path(file)) as temporary:
+        write_weights(branch, temporary)

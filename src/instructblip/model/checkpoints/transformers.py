@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from instructblip.core import distributed
+from instructblip.core.files import replacing_directory
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.text_branch import (
     TEXT_BRANCH_FILE,
@@ -25,7 +26,6 @@ from instructblip.model.checkpoints.text_branch import (
 )
 from instructblip.model.checkpoints.weights import (
     NoRandomWeights,
-    new_directory,
     read_json,
     read_weights,
     write_weights,
@@ -135,7 +135,7 @@ class Pretrained(nn.Module):
         is full; what stood at ``path`` then stays as it was.
         """
         assets = assets or self.assets
-        with new_directory(Path(path)) as directory:
+        with replacing_directory(Path(path)) as directory:
             if assets is not None:
                 _copy_assets(assets, directory, self.config)
             config = self.config.to_transformers()

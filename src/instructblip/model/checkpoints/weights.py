@@ -1,14 +1,10 @@
-"""Tensors in files: read what others wrote without trusting it, write so that nothing is half done.
+"""Tensors in files: read what others wrote without trusting it.
 
 Reads ``model.safetensors``, sharded safetensors with their index, and ``pytorch_model.bin``
 (sharded too) through ``torch.load(weights_only=True)``, which runs no code.
 """
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from instructblip.core.files import replacing
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -123,53 +121,6 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return weights
 
 
-@contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill that becomes ``path`` on success, as a whole, and vanishes on failure.
-
-    A directory that was there stays readable until the new one is on the disk; between the two
-    renames it is called ``.NAME.old``, which ``existing`` finds after a crash.
-    """
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = _beside(path, "new"), _beside(path, "old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        yield fresh
-        for file in sorted(fresh.rglob("*")):
-            sync(file)
-        sync(fresh)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        fresh.rename(path)
-        sync(path.parent)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def existing(path: Path) -> Path:
-    """``path``, or what a crash in the middle of ``new_directory`` left of it."""
-    old = _beside(path, "old")
-    return old if not path.exists() and old.is_dir() else path
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{suffix}")
-
-
-def sync(path: Path) -> None:
-    """Put a file or directory on the disk before anything is renamed to it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_weights(weights: dict[str, Tensor], file: Path) -> None:
     """One safetensors file. Of tensors that share their memory the first name alone is written."""
     seen: set[tuple[int, torch.Size]] = set()
@@ -189,13 +140,9 @@ def write_weights(weights: dict[str, Tensor], file: Path) -> None:
 
 
 def write_pickle(content: dict[str, Any], file: Path) -> None:
-    """One ``torch.save`` file, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = _beside(file, "new")
+    """Write one ``torch.save`` file, whole or not at all."""
     try:
-        torch.save(content, aside)
-        sync(aside)
-        aside.rename(file)
+        with replacing(file) as temporary:
+            torch.save(content, temporary)
     except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
         raise OSError(f"{file} could not be written: {error}. Is the disk full?") from error
