@@ -77,8 +77,7 @@ def print_distances(painter: Painter, measured: Sequence[Measured]) -> None:
 
 
 def print_cycle(path: str, measured: Sequence[Measured]) -> None:
-    engine = Engine.from_pretrained(path)
-    engine.decoding = {**engine.decoding, "num_beams": 1, "max_new_tokens": 8}
+    engine = Engine.from_pretrained(path, decoding={"num_beams": 1, "max_new_tokens": 8})
     for each in measured:
         things = [example.things for example in each.examples]
         drawn = cycle_check(engine, each.pictures, things)

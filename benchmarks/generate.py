@@ -9,6 +9,7 @@ tokens.
 """
 
 import json
+from typing import Any
 
 import torch
 from side_by_side import (
@@ -24,6 +25,7 @@ from side_by_side import (
 )
 from torch.nn.utils.rnn import pad_sequence
 
+from instructblip.model.decoding import GREEDY
 from instructblip.model.inference import generate_responses
 
 
@@ -45,8 +47,9 @@ def main() -> None:
         name: inputs[name]
         for name in ("pixel_values", "qformer_input_ids", "qformer_attention_mask")
     } | rows_of(prompts, left=not is_seq2seq(options.size))
-    length = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens}
-    said = generate_responses(ours, batch, num_beams=options.beams, **length)
+    length: dict[str, Any] = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens}
+    decoding = GREEDY.override(num_beams=options.beams, **length)
+    said = generate_responses(ours, batch, decoding=decoding)
 
     def their_answers() -> torch.Tensor:
         with autocast(options):
@@ -59,7 +62,7 @@ def main() -> None:
     seconds = alternate(
         {
             "transformers": lambda _: their_answers(),
-            "ours": lambda _: generate_responses(ours, batch, num_beams=options.beams, **length),
+            "ours": lambda _: generate_responses(ours, batch, decoding=decoding),
         },
         options.rounds,
         options.clock,

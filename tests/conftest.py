@@ -33,9 +33,8 @@ def blip2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def greedy_engine(folder: Path) -> Engine:
-    engine = Engine.from_pretrained(folder, device="cpu")
-    engine.decoding = {"num_beams": 1, "max_new_tokens": 8}
-    return engine
+    decoding = {"num_beams": 1, "max_new_tokens": 8}
+    return Engine.from_pretrained(folder, device="cpu", decoding=decoding)
 
 
 @pytest.fixture(scope="session")

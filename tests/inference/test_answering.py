@@ -19,9 +19,9 @@ from instructblip.inference.chat import (
     instruction_of,
     run_chat,
 )
-from instructblip.inference.decoding import PAPER_DECODING
 from instructblip.inference.engine import Engine
 from instructblip.inference.streaming import TextStream
+from instructblip.model.decoding import Decoding
 from tests.inference.test_engine import QUESTION, write_model
 from tests.testing import write_picture, write_video
 
@@ -85,7 +85,7 @@ def test_no_half_characters_and_nothing_after_the_end() -> None:
 
 def test_the_paper_decodes_where_the_model_does_not_say(folder: Path) -> None:
     engine = load_engine(str(folder), device="cpu")
-    assert engine.decoding == {**PAPER_DECODING, "num_beams": 2, "max_new_tokens": 4}
+    assert engine.decoding == Decoding(num_beams=2, max_new_tokens=4, repetition_penalty=1.5)
 
 
 def test_command_answers_one_picture(
@@ -203,11 +203,11 @@ def test_a_place_that_cannot_be_written_is_told_before_the_model_is_read(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--num-beams 0", "num_beams must be 1 to 100; got 0"),
-        ("--top-p 2", "top_p must be 0 to 1; got 2"),
-        ("--length-penalty nan", "length_penalty must be -100 to 100; got nan"),
-        ("--temperature -1", "temperature must be 0.001 to 100; got -1"),
-        ("--temperature 0 --top-p 0.9", "temperature must be 0.001 to 100; got 0"),
+        ("--num-beams 0", "num_beams must be a whole number from 1 to 100; got 0"),
+        ("--top-p 2", "top_p must be a number above 0 and up to 1; got 2"),
+        ("--length-penalty nan", "length_penalty must be a number from -10 to 10; got nan"),
+        ("--temperature -1", "temperature must be a number from 0.001 to 2; got -1"),
+        ("--temperature 0 --top-p 0.9", "temperature must be a number from 0.001 to 2; got 0"),
         (
             "--min-new-tokens 50 --max-new-tokens 10",
             "min_new_tokens 50 is above max_new_tokens 10",

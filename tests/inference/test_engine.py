@@ -26,6 +26,7 @@ from instructblip.data.tokens import Tokens
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.inference.engine import Engine
 from instructblip.inference.fingerprint import fingerprint
+from instructblip.model.decoding import Decoding
 from tests.evaluation.fakes import ListDataset, benchmark
 from tests.parity.tiny import tiny_config
 from tests.testing import byte_level, wordpiece, write_picture
@@ -102,18 +103,20 @@ def test_frames_make_a_video(engine: Engine, pictures: list[Path]) -> None:
 
 
 def test_stored_settings_are_the_defaults(engine: Engine, pictures: list[Path]) -> None:
-    assert engine.decoding == {"num_beams": 2, "max_new_tokens": 4}
+    assert engine.decoding == Decoding(num_beams=2, max_new_tokens=4)
     default = engine.answer(pictures, QUESTION)
     assert default == engine.answer(pictures, QUESTION, num_beams=2, max_new_tokens=4)
     longer = engine.answer(pictures, QUESTION, max_new_tokens=12)
     assert max(map(len, longer)) > max(map(len, default))
     said = engine.answer(pictures[0], QUESTION, temperature=None, max_new_tokens=None)
     assert said == engine.answer(pictures[0], QUESTION, temperature=0.0)
-    with pytest.raises(ValueError, match=r"num_beams must be 1 to 100; got '3'"):
+    with pytest.raises(
+        ValueError, match=r"num_beams must be a whole number from 1 to 100; got '3'"
+    ):
         engine.answer(pictures[0], QUESTION, num_beams="3")
-    with pytest.raises(ValueError, match=r"num_beams must be a whole number; got 2.5"):
+    with pytest.raises(ValueError, match=r"must be a whole number from 1 to 100; got 2.5"):
         engine.answer(pictures[0], QUESTION, num_beams=2.5)
-    with pytest.raises(ValueError, match="unknown decoding setting beams"):
+    with pytest.raises(ValueError, match="unknown decoding setting beams: did you mean num_beams"):
         engine.answer(pictures, QUESTION, beams=2)
 
 
@@ -141,7 +144,8 @@ def test_evaluation_walks_the_same_path(engine: Engine, pictures: list[Path]) ->
     examples = [replace(example, id=str(i), images=(p.name,)) for i, p in enumerate(pictures)]
     dataset = ListDataset(examples, image_root=pictures[0].parent)
     said = evaluate(engine, benchmark(), dataset, batch_size=2, progress=False)
-    expected = engine.answer(pictures, QUESTION, num_beams=1, max_new_tokens=5)
+    greedy = {"num_beams": 1, "repetition_penalty": 1.0}
+    expected = engine.answer(pictures, QUESTION, max_new_tokens=5, **greedy)
     assert [p["prediction"] for p in said.predictions] == expected
     ranked = evaluate(engine, benchmark(mode="rank", decoding={}), dataset, progress=False)
     for prediction, picture in zip(ranked.predictions, pictures, strict=True):

@@ -10,6 +10,7 @@ from instructblip.model.config import (
     QFormerConfig,
     VisionConfig,
 )
+from instructblip.model.decoding import GREEDY
 from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import build_language_model, language_of
@@ -78,6 +79,10 @@ def model(request):
     return tiny_model(request.param)
 
 
+def respond(model, batch, **settings):
+    return generate_responses(model, batch, decoding=GREEDY.override(**settings))
+
+
 def single(batch, sample, extra_padding=0):
     """Sample ``sample`` alone, its text cut to its own length plus some padding."""
     fields = {}
@@ -98,19 +103,19 @@ def single(batch, sample, extra_padding=0):
 def test_batch_equals_single(model, extra_padding):
     batch = tiny_batch(model.config)
     losses = model.loss(batch).sample_losses
-    answers = generate_responses(model, batch, max_new_tokens=6)
+    answers = respond(model, batch, max_new_tokens=6)
     for sample in range(len(batch)):
         alone = single(batch, sample, extra_padding)
         torch.testing.assert_close(
             model.loss(alone).sample_losses[0], losses[sample], rtol=1e-5, atol=1e-5
         )
-        assert generate_responses(model, alone, max_new_tokens=6) == [answers[sample]]
+        assert respond(model, alone, max_new_tokens=6) == [answers[sample]]
 
 
 def test_first_greedy_token_is_the_most_likely_candidate(model):
     """Generation pads on the left, ranking continues a cache: both predict from the same prefix."""
     batch = tiny_batch(model.config)
-    best = generate_responses(model, batch, max_new_tokens=1)
+    best = respond(model, batch, max_new_tokens=1)
     candidates = [[[token] for token in range(VOCAB)] for _ in best]
     for row, scores in zip(best, rank_candidates(model, batch, candidates), strict=True):
         first = int(scores.argmax())
@@ -230,7 +235,7 @@ def test_generation_options(language):
         {"repetition_penalty": 1.5},
         {"do_sample": True, "temperature": 0.7, "top_p": 0.9},
     ):
-        rows = generate_responses(model, batch, max_new_tokens=5, **options)
+        rows = respond(model, batch, max_new_tokens=5, **options)
         assert len(rows) == len(batch)
         assert all(len(row) <= 5 and ends not in row for row in rows)
         if "min_new_tokens" in options:
@@ -261,7 +266,7 @@ def test_beams_in_one_row_are_those_of_transformers(
         reorder(tree, beams)
 
     monkeypatch.setattr(BeamTree, "reorder_cache", note)
-    rows = [generate_responses(model, batch, max_new_tokens=8, **o) for o in everything]
+    rows = [respond(model, batch, max_new_tokens=8, **o) for o in everything]
     assert any(moved)
     replaced: list[int] = []
 
@@ -271,7 +276,7 @@ def test_beams_in_one_row_are_those_of_transformers(
 
     monkeypatch.setattr(BeamTree, "model", plain)
     for options, own in zip(everything, rows, strict=True):
-        assert generate_responses(model, batch, max_new_tokens=8, **options) == own
+        assert respond(model, batch, max_new_tokens=8, **options) == own
     assert replaced == [4, 3, 2]
 
 
@@ -279,15 +284,15 @@ def test_answer_is_cut_at_the_end_token():
     """A greedy run continued past its end token is the same up to it."""
     model = tiny_model("llama")
     batch = tiny_batch(model.config)
-    rows = generate_responses(model, batch, max_new_tokens=6)
+    rows = respond(model, batch, max_new_tokens=6)
     model.language_model.generation_config.eos_token_id = rows[0][2]
-    cut = generate_responses(model, batch, max_new_tokens=6)
+    cut = respond(model, batch, max_new_tokens=6)
     assert cut[0] == rows[0][: rows[0].index(rows[0][2])]
 
 
 def test_generation_leaves_the_mode_and_gives_no_gradient():
     model = tiny_model("llama").train()
-    generate_responses(model, tiny_batch(model.config), max_new_tokens=1)
+    respond(model, tiny_batch(model.config), max_new_tokens=1)
     assert model.training
     assert model.qformer.training
     assert not model.language_model.training

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from instructblip.model.decoding import GREEDY
 from instructblip.model.inference import generate_responses
 from instructblip.model.instructblip import InstructBlip
 from tests.parity.tiny import (
@@ -111,7 +112,7 @@ def test_greedy_generation_is_token_identical(pair):
         liven(model)
     batch = tiny_batch(theirs.config, seed=4)
     num_queries = theirs.config.num_query_tokens
-    answers = generate_responses(ours, batch, max_new_tokens=8)
+    answers = generate_responses(ours, batch, decoding=GREEDY.override(max_new_tokens=8))
     ends = theirs.config.text_config.eos_token_id
     pictures = picture_inputs(batch)
     for sample, answer in enumerate(answers):

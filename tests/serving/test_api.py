@@ -329,11 +329,11 @@ class Slow:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def respond(self, samples: Any, on_tokens: Any, **decoding: Any) -> Any:
+    def respond(self, samples: Any, decoding: Any, on_tokens: Any) -> Any:
         self.sizes.append(len(samples))
         while not self.free.wait(0.02):
             on_tokens([5] * len(samples))
-        return self.engine.respond(samples, **decoding)
+        return self.engine.respond(samples, decoding)
 
 
 def jobs_of(engine: Engine, png: list[Path], **more: Any) -> list[Job]:
@@ -413,10 +413,10 @@ def test_ranking_stops_when_no_one_waits(engine: Engine, png: list[Path]) -> Non
 
 def test_a_request_that_fails_does_not_spoil_its_batch(engine: Engine, png: list[Path]) -> None:
     class Broken(Slow):
-        def respond(self, samples: Any, on_tokens: Any, **decoding: Any) -> Any:
+        def respond(self, samples: Any, decoding: Any, on_tokens: Any) -> Any:
             if any(sample.prompt_ids == bad for sample in samples):
                 raise RuntimeError("out of memory")
-            return super().respond(samples, on_tokens, **decoding)
+            return super().respond(samples, decoding, on_tokens)
 
     bad = engine.tokens.prompt("bad")
     broken: Any = Broken(engine)

@@ -238,10 +238,7 @@ def _trained(directory: Path) -> list[str]:
 
 
 def load_engine(model: str, **options: Any) -> "Engine":
-    """A model ready to answer: the paper's decoding, below what its directory stores."""
-    from instructblip.inference.decoding import PAPER_DECODING
+    """A model ready to answer."""
     from instructblip.inference.engine import Engine
 
-    engine = Engine.from_pretrained(model, **options)
-    engine.decoding = {**PAPER_DECODING, **engine.decoding}
-    return engine
+    return Engine.from_pretrained(model, **options)

@@ -43,14 +43,10 @@ def _decoding(
     ] = None,
 ) -> stages.Decoding:
     """What was given; the rest is as the model's directory says, then as in the paper."""
-    given = {name: value for name, value in locals().items() if value is not None}
-    if temperature or top_p is not None:  # 0 draws nothing
-        given = {"num_beams": 1, **given, "do_sample": True}
-    if given:
-        from instructblip.inference.decoding import check_decoding
+    given = dict(locals())
+    from instructblip.model.decoding import check_overrides
 
-        check_decoding(given)  # a wrong value is told before the model is read
-    return given
+    return check_overrides(given)
 
 
 def _decodes(command: Callable[..., None]) -> Callable[..., None]:
@@ -129,6 +125,7 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Requests answered together.")] = 32,
     max_queue: Annotated[int, typer.Option(help="Requests that wait; beyond them 429.")] = 128,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
+    max_beams: Annotated[int, typer.Option(help="Beams that a request may ask for.")] = 8,
     timeout: Annotated[float, typer.Option(help="Seconds of a request.")] = 60.0,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions, ranking, metrics and a page."""
@@ -144,6 +141,7 @@ def serve(
             max_batch=max_batch,
             max_queue=max_queue,
             max_tokens=max_tokens,
+            max_beams=max_beams,
             timeout_s=timeout,
             api_keys=keys,
             image_hosts=tuple(name.lower() for name in image_host or ()),

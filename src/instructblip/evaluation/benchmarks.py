@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 Mode = Literal["generate", "rank"]
 Role = Literal["held_in", "held_out", "finetuned"]
-Decoding = Mapping[str, int | float]
+Overrides = Mapping[str, int | float]
+"""Settings of ``Decoding`` above ``GREEDY``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class Benchmark:
     candidates: tuple[str, ...] | None = None
     verbalizers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     vocabulary: bool = False
-    decoding: Decoding = field(default_factory=dict)
+    decoding: Overrides = field(default_factory=dict)
     unseen_type: bool = False
 
     def settings(self) -> dict[str, Any]:
@@ -62,23 +63,23 @@ YES_NO = ("yes", "no")
 
 # Section 2.6 and appendix E of the paper: 5 beams, except NoCaps (3) and OCR-VQA (1). Lengths and
 # length penalty are those of the released LAVIS configurations.
-CAPTION: Decoding = {
+CAPTION: Overrides = {
     "num_beams": 5,
     "max_new_tokens": 80,
     "min_new_tokens": 10,
     "length_penalty": 1.0,
     "repetition_penalty": 1.15,
 }
-NOCAPS: Decoding = {**CAPTION, "num_beams": 3}
-ANSWER: Decoding = {
+NOCAPS: Overrides = {**CAPTION, "num_beams": 3}
+ANSWER: Overrides = {
     "num_beams": 5,
     "max_new_tokens": 10,
     "min_new_tokens": 1,
     "length_penalty": -1.0,
 }
-GREEDY_ANSWER: Decoding = {**ANSWER, "num_beams": 1}
-SCENES_CAPTION: Decoding = {"num_beams": 1, "max_new_tokens": 40}
-SCENES_ANSWER: Decoding = {"num_beams": 1, "max_new_tokens": 10}
+GREEDY_ANSWER: Overrides = {**ANSWER, "num_beams": 1}
+SCENES_CAPTION: Overrides = {"num_beams": 1, "max_new_tokens": 40}
+SCENES_ANSWER: Overrides = {"num_beams": 1, "max_new_tokens": 10}
 
 
 def _row(
@@ -88,7 +89,7 @@ def _row(
     prompt: str,
     metric: str,
     role: Role,
-    decoding: Decoding | None = None,
+    decoding: Overrides | None = None,
     new: bool = False,
     **other: Any,
 ) -> Benchmark:

@@ -24,6 +24,7 @@ from instructblip.data.templates import check_template, templates_of
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.benchmarks import OWNERS, Benchmark, groups_of, select_benchmarks
 from instructblip.model.checkpoints.directory import model_directory
+from instructblip.model.decoding import merge_overrides
 from instructblip.recipe.schema import DataSet, Recipe
 from instructblip.scenes.official import SCENE_SETS, other_data
 
@@ -126,7 +127,7 @@ def benchmarks_of(recipe: Recipe, names: Iterable[str]) -> list[Benchmark]:
         for b in select_benchmarks(names)
     ]
     return [
-        replace(b, decoding={**b.decoding, **decoding}) if b.mode == "generate" else b
+        replace(b, decoding=merge_overrides(b.decoding, decoding)) if b.mode == "generate" else b
         for b in chosen
     ]
 

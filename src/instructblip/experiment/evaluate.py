@@ -13,9 +13,9 @@ from instructblip.experiment.build import with_limits
 from instructblip.experiment.datasets import benchmarks_of, prepare_benchmarks
 from instructblip.experiment.features import evaluation_features
 from instructblip.inference.baseline import TransformersModel, is_baseline
-from instructblip.inference.decoding import check_decoding
 from instructblip.inference.engine import Engine
 from instructblip.model.checkpoints.directory import model_directory
+from instructblip.model.decoding import check_overrides
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
 from instructblip.training.train import resolve_device
 
@@ -40,7 +40,7 @@ def evaluate(
     """
     model_directory(model)  # a wrong path is reported before any data is read
     settings = recipe.evaluation
-    check_decoding(settings.decoding)
+    check_overrides(settings.decoding)
     benchmarks = benchmarks_of(recipe, settings.benchmarks)
     results = []
     with distributed.process_group():

@@ -7,7 +7,7 @@ and read twice, by the Q-Former and by the language model; no template is put ar
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -24,7 +24,6 @@ from instructblip.data.images import ImageTransform, to_rgb
 from instructblip.data.samples import ImageReader, collate, make_sample
 from instructblip.data.templates import Rendered, warn_of_other_templates
 from instructblip.data.tokens import Tokens
-from instructblip.inference.decoding import DECODING, check_decoding
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.inference.inputs import (
     Picture,
@@ -35,6 +34,7 @@ from instructblip.inference.inputs import (
 from instructblip.inference.streaming import TextStream, stream_text
 from instructblip.model.attention import cross_attention
 from instructblip.model.checkpoints.directory import model_directory
+from instructblip.model.decoding import GREEDY, PAPER, Decoding, stored_overrides
 from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.candidates import Normalization
@@ -63,7 +63,7 @@ class Engine:
         model: InstructBlip,
         tokens: Tokens,
         transform: ImageTransform,
-        decoding: dict[str, Any] | None = None,
+        decoding: Decoding = PAPER,
         fingerprint: str = "in memory",
         batch_size: int = 32,
     ) -> None:
@@ -79,9 +79,7 @@ class Engine:
             tokens, qformer=tokens.qformer if aware else None, max_instruction=longest
         )
         self.images = ImageReader(transform)
-        self.decoding = {
-            k: v for k, v in (decoding or {}).items() if k in DECODING and v is not None
-        }
+        self.decoding = decoding
         self.fingerprint = fingerprint
         self.batch_size = batch_size
 
@@ -93,6 +91,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         instruction_aware: bool | None = None,
         batch_size: int = 32,
+        decoding: Mapping[str, Any] | None = None,
     ) -> "Engine":
         """Load a model directory, a run directory or "starter", with its tokenizers and settings.
 
@@ -102,10 +101,12 @@ class Engine:
                 bf16 on a GPU. The Q-Former is always fp32.
             instruction_aware: None keeps what the directory is: a BLIP-2's Q-Former reads no
                 instruction, an InstructBLIP's does.
+            decoding: settings above the stored ones, which are above the paper's.
         """
         directory = model_directory(path)
         warn_of_other_templates(directory)
         model = InstructBlip.from_pretrained(directory, instruction_aware=instruction_aware)
+        stored = _stored_decoding(directory, model)
         place = _device(device)
         dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
         model.requires_grad_(False)
@@ -114,7 +115,7 @@ class Engine:
             model,
             Tokens.from_pretrained(directory),
             ImageTransform.from_pretrained(directory),
-            decoding=model.generation_settings,
+            decoding=stored.override(**(decoding or {})),
             fingerprint=fingerprint(directory, model.config.instruction_aware),
             batch_size=batch_size,
         )
@@ -144,16 +145,17 @@ class Engine:
         """What the model says. One picture and one instruction give a text, lists give a list.
 
         A single picture serves all instructions of a list, and a single instruction all pictures.
-        A picture that is itself a list holds the frames of a video. ``decoding`` are the settings
-        of ``generate_responses`` (num_beams, max_new_tokens, ...); what is not given is as stored
-        in the model's directory.
+        A picture that is itself a list holds the frames of a video. ``decoding`` overrides
+        settings of the engine's ``Decoding`` (num_beams, max_new_tokens, ...). Raises ValueError
+        for an unknown setting or a value out of its range, before an image is read.
         """
+        settings = self.decoding.override(**decoding)
         single = isinstance(images, Picture) and isinstance(instructions, str)
         videos, texts = broadcast(images, instructions)
         samples = self._samples(videos, texts)
         found: dict[int, str] = {}
         for places in batches_of(samples, self.batch_size):
-            ids = self.respond([samples[i] for i in places], **decoding)
+            ids = self.respond([samples[i] for i in places], settings)
             found |= {i: self.tokens.decode(own) for i, own in zip(places, ids, strict=True)}
         said = [found[i] for i in range(len(samples))]
         return said[0] if single else said
@@ -165,11 +167,12 @@ class Engine:
 
         With beams there is one piece. ``image`` may be a list of the frames of a video.
         """
+        settings = self.decoding.override(**decoding)
         frames = [image] if isinstance(image, Picture) else list(image)
         (sample,) = self._samples([frames], [instruction])
         yield from stream_text(
             TextStream(self.tokens, self.ends),
-            lambda on_tokens: self.respond([sample], on_tokens, **decoding)[0],
+            lambda on_tokens: self.respond([sample], settings, on_tokens)[0],
         )
 
     @property
@@ -180,14 +183,11 @@ class Engine:
         return (ends,) if isinstance(ends, int) else tuple(ends)
 
     def respond(
-        self, samples: Sequence[Sample], on_tokens: OnTokens | None = None, **decoding: Any
+        self, samples: Sequence[Sample], decoding: Decoding, on_tokens: OnTokens | None = None
     ) -> list[list[int]]:
-        """Token ids of the answer to each sample, as one batch, with the stored settings below
-        ``decoding``. All samples must have as many frames. See ``generate_responses``."""
-        check_decoding(decoding)
-        decoding = {name: value for name, value in decoding.items() if value is not None}
-        batch = self._collate(list(samples))
-        return generate_responses(self.model, batch, on_tokens, **{**self.decoding, **decoding})
+        """Token ids of the answer to each sample, as one batch. All samples must have as many
+        frames. See ``generate_responses``."""
+        return generate_responses(self.model, self._collate(list(samples)), on_tokens, decoding)
 
     def rank(
         self,
@@ -262,11 +262,11 @@ class Engine:
     ) -> list[str]:
         """One answer per example and prompt, as one batch: the entry of evaluation.
 
-        Settings that are not given are those of ``generate_responses``, not the stored ones: a
-        benchmark's figure belongs to its own.
+        Settings that are not given are those of ``GREEDY``, not the stored ones: a score depends on
+        the benchmark's settings alone.
         """
         batch = self._batch_of(examples, prompts, image_root)
-        ids = generate_responses(self.model, batch, **decoding)
+        ids = generate_responses(self.model, batch, decoding=GREEDY.override(**decoding))
         return [self.tokens.decode(own) for own in ids]
 
     def rank_examples(
@@ -331,6 +331,14 @@ class Engine:
 def load(path: str | Path, **options: Any) -> Engine:
     """``instructblip.load``: the same as ``Engine.from_pretrained``."""
     return Engine.from_pretrained(path, **options)
+
+
+def _stored_decoding(directory: Path, model: InstructBlip) -> Decoding:
+    """The paper's decoding below what the model directory stores."""
+    try:
+        return PAPER.override(**stored_overrides(model.generation_settings))
+    except ValueError as error:
+        raise ValueError(f"{directory / 'generation_config.json'}: {error}") from None
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from instructblip.core.batch import Batch
+from instructblip.model.decoding import GREEDY, Decoding
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.candidates import Normalization
 from instructblip.model.language.generate import OnTokens
@@ -17,38 +18,20 @@ def generate_responses(
     model: InstructBlip,
     batch: Batch,
     on_tokens: OnTokens | None = None,
-    num_beams: int = 1,
-    max_new_tokens: int = 32,
-    min_new_tokens: int = 0,
-    length_penalty: float = 1.0,
-    repetition_penalty: float = 1.0,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    decoding: Decoding = GREEDY,
 ) -> list[list[int]]:
     """Token ids of each sample's response, without prompt and end token.
 
-    Greedy by default; beams with ``num_beams`` > 1; ``temperature`` and ``top_p`` count only when
-    ``do_sample``. Responses in the batch are ignored. The model answers in eval mode.
-    ``on_tokens`` is called with the newest token of every sample [B] at each step, padding after
-    its end; not with beams, whose tokens are settled at the end. What it raises stops the run.
+    Responses in the batch are ignored. The model answers in eval mode. ``on_tokens`` is called with
+    the newest token of every sample [B] at each step, padding after its end; not with beams, whose
+    tokens are settled at the end. What it raises stops the run.
     """
-    decoding: dict[str, object] = {
-        "num_beams": num_beams,
-        "max_new_tokens": max_new_tokens,
-        "min_new_tokens": min_new_tokens,
-        "length_penalty": length_penalty,
-        "repetition_penalty": repetition_penalty,
-        "do_sample": do_sample,
-    }
-    if do_sample:
-        decoding |= {"temperature": temperature, "top_p": top_p}
     training = model.training
     model.eval()
     try:
         queries = model.encode_queries(batch)
         with model.language_precision():
-            return model.language.generate(queries, batch, on_tokens, **decoding)
+            return model.language.generate(queries, batch, on_tokens, **decoding.generate_options())
     finally:
         model.train(training)
 

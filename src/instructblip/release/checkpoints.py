@@ -11,8 +11,8 @@ from typing import Any
 from instructblip.core.files import replacing_directory
 from instructblip.data.images import ImageTransform
 from instructblip.evaluation.result import Result
-from instructblip.inference.decoding import PAPER_DECODING
 from instructblip.inference.fingerprint import fingerprint
+from instructblip.model.decoding import PAPER
 from instructblip.model.instructblip import InstructBlip, part_of
 from instructblip.release.card import card
 
@@ -47,7 +47,7 @@ def write_imported(
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
             if text.get(name) is not None
         }
-        settings = {**ids, **PAPER_DECODING}
+        settings = {**ids, **PAPER.model_dump(exclude={"do_sample", "temperature", "top_p"})}
         (assets / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         model.save_pretrained(out, assets)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from instructblip.inference.engine import Engine
 from instructblip.inference.streaming import TextStream
+from instructblip.model.decoding import Decoding
 from instructblip.model.language.candidates import Normalization
 
 
@@ -54,7 +55,7 @@ class Job:
 
     pixels: tuple[Tensor, ...]
     instruction: str
-    decoding: dict[str, Any] = field(default_factory=dict)
+    decoding: Decoding | None = None  # the engine's
     candidates: tuple[str, ...] | None = None
     normalization: Normalization = "sum"
     look: bool = False
@@ -73,7 +74,7 @@ class Job:
             return "look", len(self.pixels)
         if self.candidates is not None:
             return "rank", len(self.pixels), self.normalization
-        return "answer", len(self.pixels), tuple(sorted(self.decoding.items()))
+        return "answer", len(self.pixels), self.decoding
 
     @property
     def gone(self) -> bool:
@@ -202,8 +203,8 @@ class Batcher:
             for job, text, token in zip(jobs, texts, tokens, strict=True):
                 _tell(job, text.add(token))
 
-        ids = engine.respond(samples, on_tokens, **jobs[0].decoding)
-        most = {**engine.decoding, **jobs[0].decoding}.get("max_new_tokens", math.inf)
+        decoding = jobs[0].decoding or engine.decoding
+        ids = engine.respond(samples, decoding, on_tokens)
         for job, text, own in zip(jobs, texts, ids, strict=True):
             _tell(job, text.rest(own))
         return [
@@ -212,7 +213,7 @@ class Batcher:
                 prompt_tokens=len(sample.prompt_ids),
                 lost=engine.lost_tokens(job.instruction),
                 tokens=len(own),
-                cut=len(own) >= most,
+                cut=len(own) >= decoding.max_new_tokens,
             )
             for job, sample, own in zip(jobs, samples, ids, strict=True)
         ]

@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import HTTPException
 
 from instructblip.inference.chat import instruction_of
-from instructblip.inference.decoding import LEAST_TEMPERATURE
 from instructblip.inference.engine import Engine
+from instructblip.model.decoding import MIN_TEMPERATURE, Decoding
 from instructblip.serving.batching import Answer, Job
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.guard import error_body
@@ -36,7 +36,7 @@ async def chat_job(service: Service, body: ChatRequest, engine: Engine) -> Job:
     return Job(
         pixels=await service.pixels(urls, engine, "messages"),
         instruction=instruction,
-        decoding=_decoding(body, engine, service.config),
+        decoding=_decoding(body, engine.decoding, service.config),
         deadline=arrived + service.config.timeout_s,
     )
 
@@ -60,26 +60,29 @@ def instruction_of_messages(messages: list[Message]) -> str:
     return " ".join([*system, instruction_of(question, turns)])
 
 
-def _decoding(body: ChatRequest, engine: Engine, config: ServeConfig) -> dict[str, Any]:
-    """The settings of a request over the model's own, within the server's limit of tokens."""
-    wanted = body.max_completion_tokens or body.max_tokens
-    most = min(
-        wanted or engine.decoding.get("max_new_tokens", config.max_tokens), config.max_tokens
-    )
-    given = {
-        "max_new_tokens": most,
-        "min_new_tokens": body.min_tokens,
-        "num_beams": body.num_beams,
-        "repetition_penalty": body.repetition_penalty,
-        "length_penalty": body.length_penalty,
-    }
-    decoding = {name: value for name, value in given.items() if value is not None}
-    if decoding.get("min_new_tokens", 0) > most:
+def _decoding(body: ChatRequest, stored: Decoding, config: ServeConfig) -> Decoding:
+    """The settings of a request over the model's, within the server's limits. Raises HTTPException
+    where a request asks for more beams, or more tokens at least, than the server allows."""
+    if (body.num_beams or 0) > config.max_beams:
+        raise HTTPException(
+            422, f"num_beams: {body.num_beams} beams; this server allows {config.max_beams}"
+        )
+    wanted = body.max_completion_tokens or body.max_tokens or stored.max_new_tokens
+    most = min(wanted, config.max_tokens)
+    if (body.min_tokens or 0) > most:
         raise HTTPException(400, f"min_tokens is above the most tokens of an answer, {most}")
-    if body.temperature is not None and body.temperature >= LEAST_TEMPERATURE:
-        decoding |= {"do_sample": True, "temperature": body.temperature, "num_beams": 1}
-        decoding["top_p"] = body.top_p or 1.0
-    return decoding
+    temperature = body.temperature
+    if temperature is not None and temperature < MIN_TEMPERATURE:
+        temperature = 0
+    return stored.override(
+        max_new_tokens=most,
+        min_new_tokens=body.min_tokens,
+        num_beams=body.num_beams,
+        repetition_penalty=body.repetition_penalty,
+        length_penalty=body.length_penalty,
+        temperature=temperature,
+        top_p=body.top_p if temperature else None,
+    )
 
 
 def stream_events(service: Service, name: str, job: Job, body: ChatRequest) -> AsyncIterator[str]:

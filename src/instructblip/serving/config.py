@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
+from instructblip.model.decoding import NumBeams
+
 
 class ServeConfig(BaseModel):
     """Limits are per request unless they say otherwise."""
@@ -22,6 +24,8 @@ class ServeConfig(BaseModel):
     """Pictures."""
     max_tokens: PositiveInt = 256
     """Tokens of an answer."""
+    max_beams: NumBeams = 8
+    """Beams that a request may ask for: a search of n beams costs n answers."""
     max_candidates: PositiveInt = 256
     """Candidates to rank."""
     max_candidate_characters: PositiveInt = 32_000

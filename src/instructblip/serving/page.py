@@ -261,8 +261,10 @@ def _jobs(
         "instruction": instruction,
         "deadline": time.monotonic() + config.timeout_s,
     }
-    most = min(batcher.engine.decoding.get("max_new_tokens", config.max_tokens), config.max_tokens)
-    jobs = [Job(**shared, decoding={"max_new_tokens": most}), Job(**shared, look=True)]
+    decoding = batcher.engine.decoding
+    most = min(decoding.max_new_tokens, config.max_tokens)
+    answering = Job(**shared, decoding=decoding.override(max_new_tokens=most))
+    jobs = [answering, Job(**shared, look=True)]
     if options:
         jobs.append(Job(**shared, candidates=options))
     for job in jobs:

@@ -7,6 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from instructblip.model.decoding import (
+    MAX_TEMPERATURE,
+    LengthPenalty,
+    MinNewTokens,
+    NumBeams,
+    RepetitionPenalty,
+    TopP,
+)
+
 Text = Annotated[str, Field(max_length=16_000)]
 
 
@@ -77,16 +86,18 @@ class ChatRequest(_Body):
     messages: list[Message] = Field(min_length=1, max_length=64)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2, description="0 or none: search.")
-    top_p: float | None = Field(None, gt=0, le=1)
+    temperature: float | None = Field(
+        None, ge=0, le=MAX_TEMPERATURE, description="0 or none: search."
+    )
+    top_p: TopP | None = None
     n: Literal[1] = 1
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=200)
-    num_beams: int | None = Field(None, ge=1, le=8)
-    min_tokens: int | None = Field(None, ge=0)
-    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
-    length_penalty: float | None = Field(None, ge=-10, le=10)
+    num_beams: NumBeams | None = None
+    min_tokens: MinNewTokens | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    length_penalty: LengthPenalty | None = None
 
 
 class RankRequest(_Body):
