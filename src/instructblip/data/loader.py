@@ -11,7 +11,7 @@ same samples as without buckets.
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 
 from torch.utils.data import DataLoader, Dataset
@@ -149,27 +149,42 @@ class Loader:
     def iterate(self, step: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """This rank's micro batches from the first of ``step`` on, ``accumulate`` for each step,
         up to step ``stop`` (excluded; None never ends)."""
-        first = step * self.accumulate
-        numbers = count(first) if stop is None else range(first, stop * self.accumulate)
-        micro_batches = _MicroBatches(self)
-        if not self.workers:
-            return map(micro_batches.__getitem__, numbers)
-        return iter(
-            DataLoader(
-                micro_batches,
-                batch_size=None,
-                sampler=numbers,
-                num_workers=self.workers,
-                prefetch_factor=2,
-            )
+        return iterate_batches(self.batch, self.accumulate, self.workers, step, stop)
+
+
+def iterate_batches(
+    batch: Callable[[int, int], Batch],
+    accumulate: int,
+    workers: int,
+    step: int = 0,
+    stop: int | None = None,
+) -> Iterator[Batch]:
+    """``batch(step, micro)`` for each of ``accumulate`` micro batches of each step.
+
+    ``workers`` processes prepare batches ahead; 0 prepares each when it is asked for. The batches
+    and their order do not depend on ``workers``.
+    """
+    first = step * accumulate
+    numbers = count(first) if stop is None else range(first, stop * accumulate)
+    micro_batches = _MicroBatches(batch, accumulate)
+    if not workers:
+        return map(micro_batches.__getitem__, numbers)
+    return iter(
+        DataLoader(
+            micro_batches,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            prefetch_factor=2,
         )
+    )
 
 
 class _MicroBatches(Dataset[Batch]):
-    """The loader as a map from a running number to a micro batch, as torch's workers need it."""
+    """Batches as a map from a running number to a micro batch, as torch's workers need it."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    def __init__(self, batch: Callable[[int, int], Batch], accumulate: int) -> None:
+        self.batch, self.accumulate = batch, accumulate
 
     def __getitem__(self, index: int) -> Batch:
-        return self.loader.batch(*divmod(index, self.loader.accumulate))
+        return self.batch(*divmod(index, self.accumulate))

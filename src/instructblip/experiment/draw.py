@@ -102,6 +102,7 @@ def make_draw_loader(recipe: Recipe, model: TextToImage, training: TrainingConfi
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         accumulate=training.accumulate,
+        workers=training.workers,
         starts={name: entry.start for name, entry in sets.items()},
     )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from instructblip.core.batch import Batch
 from instructblip.data.images import ImageTransform
+from instructblip.data.loader import iterate_batches
 from instructblip.data.order import Mixture, Order
 from instructblip.data.samples import pad
 from instructblip.data.templates import Rendered
@@ -38,6 +39,7 @@ class DrawLoader:
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
+        workers: int = 0,
         starts: Mapping[str, int] | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % (world_size * accumulate):
@@ -48,7 +50,7 @@ class DrawLoader:
         self.names, self.sets = list(sets), list(sets.values())
         self.tokens, self.transform, self.image_size = tokens, transform, image_size
         self.size, self.seed, self.rank = batch_size // (world_size * accumulate), seed, rank
-        self.world_size, self.accumulate = world_size, accumulate
+        self.world_size, self.accumulate, self.workers = world_size, accumulate, workers
         self.weights, self.starts = dict(weights), dict(starts or {})
         self._orders: dict[frozenset[str], Order] = {}
         self._order(0)  # an empty mixture is noticed now
@@ -65,11 +67,8 @@ class DrawLoader:
         return self._orders[present]
 
     def iterate(self, step: int = 0) -> Iterator[Batch]:
-        """This rank's micro batches from the first of ``step`` on."""
-        while True:
-            for micro in range(self.accumulate):
-                yield self.batch(step, micro)
-            step += 1
+        """This rank's micro batches from the first of ``step`` on, ``accumulate`` for each step."""
+        return iterate_batches(self.batch, self.accumulate, self.workers, step)
 
     def batch(self, step: int, micro: int = 0) -> Batch:
         start = ((step * self.world_size + self.rank) * self.accumulate + micro) * self.size

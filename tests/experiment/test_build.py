@@ -1,0 +1,209 @@
+"""Every variant of a run takes the samples, shows the images and writes the files it should."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from instructblip.core import distributed
+from instructblip.core.batch import Batch
+from instructblip.data.custom.folder import read_folder, split_by_image
+from instructblip.experiment.build import Run, Variant, build
+from instructblip.experiment.draw import Drawing
+from instructblip.experiment.pretrain import Pretraining
+from instructblip.experiment.tune import SET, FolderTuning
+from instructblip.recipe.load import load_recipe
+from instructblip.recipe.schema import Recipe
+from tests.inference.test_engine import write_model
+from tests.testing import write_picture
+
+IMAGES = 6
+"""Images of a sample, more than the four that are shown by default."""
+FILES = {"recipe.yaml", "templates.json", "data.json", "features.json"}
+DRAW = [
+    "drawing.conditioner={num_queries: 2, num_layers: 1, width: 8, num_heads: 2}",
+    "drawing.decoder={kind: native, image_size: 64, patch_size: 16, width: 8, num_layers: 1,"
+    " num_heads: 2, condition_width: 8}",
+    "drawing.validation_prompts=1",
+    "training.trainable=[drawing, qformer]",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant, and the recipe and settings that lead to it."""
+
+    recipe: str
+    variant: Callable[[Path], Variant]
+    overrides: tuple[str, ...] = ()
+
+
+def folder_tuning(root: Path) -> FolderTuning:
+    return FolderTuning(*split_by_image(read_folder(root)))
+
+
+CASES = {
+    "train": Case("quickstart", lambda root: Variant()),
+    "tune": Case("quickstart", folder_tuning),
+    "stage1": Case("pretrain_scenes", lambda root: Pretraining(1)),
+    "stage2": Case("pretrain_scenes", lambda root: Pretraining(2)),
+    "draw": Case("draw", lambda root: Drawing(), tuple(DRAW)),
+    "draw_and_understand": Case(
+        "draw", lambda root: Drawing(), (*DRAW, "drawing.understanding=0.5")
+    ),
+}
+READS_DATA = [name for name in CASES if name != "draw"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("start"), "instructblip")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose samples have six images each."""
+    root = tmp_path_factory.mktemp("custom")
+    rows = []
+    for row in range(10):
+        names = [f"{row}_{number}.png" for number in range(IMAGES)]
+        for number, name in enumerate(names):
+            write_picture(root / name, seed=row * IMAGES + number)
+        rows.append({"file_name": names, "caption": f"a row of {row} cups"})
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def recipe_of(case: Case, start: Path, root: Path, *more: str) -> Recipe:
+    settings = [
+        f"model.start={start}",
+        f"data.root={root}",
+        f"data.sets={{{SET}: {{format: imagefolder, root: .}}}}",
+        f"data.num_frames={IMAGES}",
+        "data.max_instruction=40",
+        "data.check=run",
+        "training.batch_size=8",
+        "training.steps=4",
+        "training.accumulate=2",
+        "training.warmup_steps=1",
+        "training.save_every=2",
+        "training.validate_every=2",
+        "training.precision=fp32",
+        "evaluation.validation=[]",
+        "evaluation.benchmarks=[]",
+    ]
+    return load_recipe(case.recipe, [*settings, *case.overrides, *more])
+
+
+def run_of(name: str, start: Path, root: Path, *more: str) -> Run:
+    case = CASES[name]
+    return build(recipe_of(case, start, root, *more), case.variant(root))
+
+
+def first_steps(run: Run, steps: int = 2) -> Iterator[Batch]:
+    return islice(run.batches.iterate(0), steps * run.config.accumulate)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_has_the_samples_that_the_recipe_asks_for(name: str, start: Path, root: Path):
+    sizes = [len(batch) for batch in first_steps(run_of(name, start, root))]
+    assert sizes == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("name", READS_DATA)
+def test_training_sees_all_images_of_a_sample(name: str, start: Path, root: Path):
+    batches = list(first_steps(run_of(name, start, root)))
+    read = [batch for batch in batches if batch.target_values is None]
+    assert read
+    assert {batch.image_index.shape[1] for batch in read} == {IMAGES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_share_a_step(name: str, start: Path, root: Path, monkeypatch: pytest.MonkeyPatch):
+    off = "features.cache=off"
+    whole = [i for batch in first_steps(run_of(name, start, root, off)) for i in identify(batch)]
+    shared = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        batches = list(first_steps(run_of(name, start, root, off)))
+        assert {len(batch) for batch in batches} == {2}
+        shared += [i for batch in batches for i in identify(batch)]
+    assert sorted(shared) == sorted(whole)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_workers_change_no_batch(name: str, start: Path, root: Path):
+    alone = list(first_steps(run_of(name, start, root)))
+    fetched = list(first_steps(run_of(name, start, root, "training.workers=1")))
+    assert [identify(batch) for batch in alone] == [identify(batch) for batch in fetched]
+    for one, other in zip(alone, fetched, strict=True):
+        assert torch.equal(one.qformer_ids, other.qformer_ids)
+
+
+def identify(batch: Batch) -> list[str]:
+    """Data set and example of each sample, with its texts."""
+    texts = [row.tolist() for row in batch.response_ids]
+    named = zip(batch.datasets, batch.ids, texts, strict=True)
+    return [f"{dataset}/{example} {[t for t in text if t]}" for dataset, example, text in named]
+
+
+@pytest.mark.parametrize("name", READS_DATA)
+def test_length_buckets_and_stored_features_reach_every_variant(
+    name: str, start: Path, root: Path, tmp_path: Path
+):
+    more = ("data.bucket_steps=2", "features.cache=on", f"features.root={tmp_path / 'features'}")
+    batches = list(first_steps(run_of(name, start, root, *more)))
+    read = [batch for batch in batches if batch.target_values is None]
+    assert all(batch.pixel_values is None for batch in read)
+    assert all(batch.image_features is not None for batch in read)
+    assert any((tmp_path / "features").rglob("*"))
+
+
+@pytest.mark.parametrize("name", [name for name in READS_DATA if name != "tune"])
+def test_unchecked_data_are_refused(name: str, start: Path, root: Path, tmp_path: Path):
+    more = (f"data.prepared={tmp_path}", "data.check=required")
+    with pytest.raises(ValueError, match="instructblip check"):
+        run_of(name, start, root, *more)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_lie_beside_the_weights_and_resuming_is_exact(
+    name: str, start: Path, root: Path, tmp_path: Path
+):
+    case, out = CASES[name], tmp_path / "run"
+    recipe, variant = recipe_of(case, start, root), case.variant(root)
+    assert build(recipe, variant, out).train(out).step == 4
+    whole = weights(out)
+    for folder in (out, out / "last", out / "checkpoints" / "step_000004"):
+        assert {path.name for path in folder.iterdir()} >= FILES
+    with pytest.raises(ValueError, match="already holds a run"):
+        build(recipe, variant, out)
+    shutil.rmtree(out / "checkpoints" / "step_000004")  # as if it had been killed after step 2
+    shutil.rmtree(out / "last")
+    assert build(recipe, variant, out, resume=True).train(out, resume=True).step == 4
+    resumed = weights(out)
+    assert whole.keys() == resumed.keys()
+    assert [n for n, value in whole.items() if not torch.equal(value, resumed[n])] == []
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    files = sorted((run / "last").rglob("*.safetensors"))
+    assert files
+    return {f"{f.parent.name}/{n}": value for f in files for n, value in load_file(f).items()}
+
+
+def test_tuning_validates_on_what_it_shows_in_training(start: Path, root: Path, tmp_path: Path):
+    """Six images in both: training on four and evaluating on six compares two models."""
+    run = run_of("tune", start, root)
+    assert run.validate is not None
+    scores = run.validate(run.model)
+    assert set(scores) == {"score", "own_caption"}
+    with pytest.raises(ValueError, match=r"6 pictures and data\.num_frames=4 shows fewer"):
+        run_of("tune", start, root, "data.num_frames=4")
