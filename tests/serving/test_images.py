@@ -107,7 +107,7 @@ def test_formats(client: TestClient, kind: str) -> None:
     ("request_", "status", "message"),
     [
         ({"prompt": " "}, 400, "prompt: the instruction is empty"),
-        ({"prompt": "red " * 600}, 400, "2400 characters, at most 2000"),
+        ({"prompt": "red " * 600}, 400, "2400 characters, expected at most 2000"),
         ({"prompt": "red " * 100}, 400, "tokens and the Q-Former reads at most"),
         ({"size": "1024x1024"}, 400, "this model draws 16x16; ask for that or for auto"),
         ({"model": "answers"}, 404, "this model does not draw; ask one of draws"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from instructblip.data.images import ImageTransform
 from instructblip.data.tokens import Tokens
@@ -27,6 +28,16 @@ CONFIG = TextToImageConfig(
 )
 
 
+class Renderer(Painter):
+    """Returns ``images``, or without them the target of each example."""
+
+    def __init__(self, images: list[Image.Image] | None = None) -> None:
+        self.images = images
+
+    def draw_examples(self, examples, generator, **settings) -> list[Image.Image]:
+        return self.images or [each.target() for each in examples]
+
+
 @pytest.fixture(scope="session")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), "instructblip")
@@ -37,7 +48,7 @@ def model(directory: Path) -> TextToImage:
     blip = InstructBlip.from_pretrained(directory)
     torch.manual_seed(0)
     model = TextToImage(blip, CONFIG)
-    with torch.no_grad():  # what starts at zero gets something to say
+    with torch.no_grad():  # parts that start at zero take part
         model.decoder.patch_output.weight.normal_(std=0.1)
         for layer in model.conditioner.connector.layers:
             layer.convolution.weight.normal_(std=0.2)

@@ -14,7 +14,7 @@ from instructblip.scenes.world import (
     render,
     sample_scene,
 )
-from instructblip.text_to_image.checker import check_picture, find_things
+from instructblip.text_to_image.checker import check_image, find_things
 
 N = 200
 
@@ -26,7 +26,7 @@ def scenes(shapes: tuple[int, int], seed: int) -> list[Scene]:
 
 def test_reads_rendered_scenes_exactly():
     worlds = [*scenes((1, 2), 1), *scenes((3, 4), 2)]
-    exact = [check_picture(render(s), s.things).exact for s in worlds]
+    exact = [check_image(render(s), s.things).exact for s in worlds]
     assert np.mean(exact) >= 0.99, [s.things for s, ok in zip(worlds, exact, strict=True) if not ok]
 
 
@@ -46,7 +46,7 @@ def test_mismatched_prompts_are_wrong():
         for s, o in zip(worlds, others, strict=True)
         if not {replace(t, size="") for t in s.things} & {replace(t, size="") for t in o.things}
     ]
-    right = [r for s, o in pairs for r in check_picture(render(s), o.things).right]
+    right = [r for s, o in pairs for r in check_image(render(s), o.things).right]
     assert len(pairs) > N / 2
     assert np.mean(right) <= 0.01
 
@@ -54,13 +54,13 @@ def test_mismatched_prompts_are_wrong():
 def test_one_wrong_attribute_is_noticed():
     thing = Thing("shape", "star", 0, 2, "blue", "large")
     picture = render(Scene((thing,), seed=5))
-    assert check_picture(picture, [thing]).exact
-    assert check_picture(picture, [replace(thing, size="")]).exact
+    assert check_image(picture, [thing]).exact
+    assert check_image(picture, [replace(thing, size="")]).exact
     for wrong in ({"colour": "red"}, {"name": "cross"}, {"size": "small"}, {"column": 0}):
-        verdict = check_picture(picture, [replace(thing, **wrong)])
+        verdict = check_image(picture, [replace(thing, **wrong)])
         assert verdict.right == (False,)
     extra = replace(thing, row=2, colour="red")
-    assert not check_picture(render(Scene((thing, extra), seed=5)), [thing]).exact
+    assert not check_image(render(Scene((thing, extra), seed=5)), [thing]).exact
 
 
 def test_pieces_and_noise_are_no_shapes():

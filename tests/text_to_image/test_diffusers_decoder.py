@@ -136,7 +136,7 @@ def test_missing_parts_are_named(directory: Path, decoder_directory: Path, tmp_p
     with pytest.raises(FileNotFoundError, match=r"incomplete: vae/config\.json missing"):
         build(directory, broken)
     (broken / "model_index.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no diffusers directory.*model_index\.json"):
+    with pytest.raises(FileNotFoundError, match=r"not a diffusers directory.*model_index\.json"):
         build(directory, broken)
     (broken / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
     with pytest.raises(ValueError, match="holds a DiTPipeline; expected a pipeline with one of"):

@@ -1,14 +1,19 @@
-"""Drawn pictures in a folder, and in the report."""
+"""Drawn images in a folder, and in the report."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from instructblip.cli.stages_measure import drawn_sets
 from instructblip.evaluation.report import write_report
 from instructblip.text_to_image.gallery import (
     INDEX,
+    INK,
+    RIGHT,
+    WRONG,
     read_drawings,
     write_drawings,
 )
@@ -18,27 +23,24 @@ from instructblip.text_to_image.measure import (
     measure,
 )
 from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
+from tests.text_to_image.conftest import Renderer
 
 HOSTILE = '<img src="https://evil.example/x.png" onerror="alert(1)">'
 
 
-class Renderer:
-    """Draws what was asked for; of two pictures the second is the first once more."""
-
-    def draw_examples(self, examples, generator, **settings):
-        pictures = [each.target() for each in examples]
-        return [pictures[i - i % 2] for i in range(len(pictures))]
-
-
 @pytest.fixture
 def measured() -> list[Measured]:
-    return [
-        measure(Renderer(), kind, fresh_prompts(kind, 6))  # type: ignore[arg-type]
-        for kind in ("one_object", "subject")
-    ]
+    """Every second image repeats the one before it, so it is wrong."""
+
+    def drawn(kind: str) -> Measured:
+        examples = fresh_prompts(kind, 6)
+        targets = [each.target() for each in examples if each.target is not None]
+        return measure(Renderer([targets[i - i % 2] for i in range(6)]), kind, examples)
+
+    return [drawn("one_object"), drawn("subject")]
 
 
-def test_what_is_written_is_read(measured: list[Measured], tmp_path: Path):
+def test_written_drawings_are_read_back(measured: list[Measured], tmp_path: Path):
     assert write_drawings(tmp_path, measured, shown=4) == tmp_path / INDEX
     one, subject = read_drawings(tmp_path)
     assert one.figures == measured[0].figures
@@ -49,10 +51,12 @@ def test_what_is_written_is_read(measured: list[Measured], tmp_path: Path):
     for drawing in (*one.drawings, *subject.drawings):
         assert (tmp_path / drawing.picture).is_file()
     assert all(d.subject and (tmp_path / d.subject).is_file() for d in subject.drawings)
-    assert (tmp_path / "subject.png").is_file()
+    with Image.open(tmp_path / "subject.png") as grid:
+        colours = {tuple(v) for v in np.asarray(grid.convert("RGB")).reshape(-1, 3).tolist()}
+    assert {RIGHT, WRONG, INK} <= colours  # frames of both verdicts and of the subject
 
 
-def test_a_folder_without_drawings_says_how_to_get_them(tmp_path: Path):
+def test_a_folder_without_drawings_names_the_remedy(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"drawn\.json is missing.*benchmarks/draw\.py"):
         read_drawings(tmp_path)
     (tmp_path / INDEX).write_text('[{"kind": "one"}]')
@@ -60,7 +64,7 @@ def test_a_folder_without_drawings_says_how_to_get_them(tmp_path: Path):
         read_drawings(tmp_path)
 
 
-def test_the_report_shows_them(measured: list[Measured], tmp_path: Path):
+def test_the_report_shows_drawings(measured: list[Measured], tmp_path: Path):
     index = write_drawings(tmp_path, measured, shown=4)
     kinds = json.loads(index.read_text())
     kinds[0]["drawings"][0]["prompt"] = HOSTILE
@@ -78,11 +82,11 @@ def test_the_report_shows_them(measured: list[Measured], tmp_path: Path):
     assert "Drawn pictures" not in without
 
 
-def test_pictures_outside_the_folder_are_refused(measured: list[Measured], tmp_path: Path):
+def test_images_outside_the_folder_are_refused(measured: list[Measured], tmp_path: Path):
     index = write_drawings(tmp_path / "drawn", measured, shown=1)
     kinds = json.loads(index.read_text())
     kinds[0]["drawings"][0]["picture"] = "../secret.png"
-    measured[0].pictures[0].save(tmp_path / "secret.png")
+    measured[0].images[0].save(tmp_path / "secret.png")
     index.write_text(json.dumps(kinds))
     drawn = drawn_sets(tmp_path / "drawn")
     with pytest.raises(ValueError, match="secret"):

@@ -1,4 +1,4 @@
-"""Conditioner, decoder and loss: what is read, what trains, what stays as it was."""
+"""Conditioner, decoder and loss: what they depend on, and what trains."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from instructblip.text_to_image.decoder import (
     NativeDecoder,
 )
 from instructblip.text_to_image.model import TextToImage
+from instructblip.text_to_image.sample import Painter
 from instructblip.training.config import TrainingConfig
 from instructblip.training.train import train
 from tests.text_to_image.conftest import CONFIG
@@ -27,26 +28,26 @@ def conditions(model: TextToImage, batch, index=None, mask=None) -> torch.Tensor
         return model.condition(model.encode(batch), index, batch.qformer_ids, mask)[0]
 
 
-def test_the_condition_follows_instruction_and_picture(model: TextToImage, loader: DrawLoader):
+def test_the_condition_depends_on_instruction_and_image(model: TextToImage, loader: DrawLoader):
     batch = loader.batch(0)
     index = batch.image_index[:, 0]
     assert (index >= 0).any()
     assert (index < 0).any()
-    own = conditions(model.eval(), batch)
+    normal = conditions(model.eval(), batch)
     blind = conditions(model, batch, index=torch.full_like(index, -1))
     silent = conditions(model, batch, mask=torch.zeros_like(batch.qformer_mask))
-    changed = (own - blind).abs().amax((1, 2)) > 1e-4
+    changed = (normal - blind).abs().amax((1, 2)) > 1e-4
     assert changed.tolist() == (index >= 0).tolist()
     queries = CONFIG.conditioner.num_queries
-    assert ((own - silent)[:, :queries].abs().amax((1, 2)) > 1e-4).all()
+    assert ((normal - silent)[:, :queries].abs().amax((1, 2)) > 1e-4).all()
 
 
-def test_the_null_image_is_the_same_with_and_without_pictures(model: TextToImage, loader):
+def test_the_null_image_is_the_same_in_a_batch_with_and_without_images(model: TextToImage, loader):
     batch = loader.batch(0)
     none = torch.full_like(batch.image_index[:, 0], -1)
-    with_pictures = conditions(model.eval(), batch, index=none)
+    with_images = conditions(model.eval(), batch, index=none)
     without = conditions(model, replace(batch, pixel_values=None), index=none)
-    torch.testing.assert_close(with_pictures, without, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(with_images, without, atol=1e-5, rtol=1e-4)
 
 
 def test_padding_and_neighbours_change_nothing(model: TextToImage, loader: DrawLoader):
@@ -65,7 +66,7 @@ def test_padding_and_neighbours_change_nothing(model: TextToImage, loader: DrawL
     torch.testing.assert_close(conditions(model, alone)[0], together, atol=1e-5, rtol=1e-4)
 
 
-def test_the_connector_has_the_scale_that_was_asked_for(directory: Path, loader: DrawLoader):
+def test_the_condition_has_the_scale_of_the_config(directory: Path, loader: DrawLoader):
     config = CONFIG.model_copy(
         update={"conditioner": ConditionerConfig(width=16, num_heads=2, gain=2.5)}
     )
@@ -74,7 +75,7 @@ def test_the_connector_has_the_scale_that_was_asked_for(directory: Path, loader:
     assert scale.item() == pytest.approx(2.5, rel=1e-2)
 
 
-def test_loss_of_a_batch_is_the_sum_of_its_pictures(model: TextToImage, loader: DrawLoader):
+def test_loss_of_a_batch_is_the_sum_over_its_images(model: TextToImage, loader: DrawLoader):
     torch.manual_seed(3)
     output = model.eval().loss(loader.batch(0))
     assert output.num_tokens.item() == 6
@@ -82,7 +83,7 @@ def test_loss_of_a_batch_is_the_sum_of_its_pictures(model: TextToImage, loader: 
 
 
 @pytest.mark.parametrize("predict", ["picture", "velocity"])
-def test_the_true_picture_has_no_loss_and_is_where_euler_ends(predict: str, monkeypatch):
+def test_a_perfect_prediction_has_no_loss_and_euler_steps_reach_it(predict: str, monkeypatch):
     config = NativeConfig(
         image_size=8, patch_size=4, width=8, num_heads=2, condition_width=8, predict=predict,
         noise_levels=1,
@@ -92,19 +93,17 @@ def test_the_true_picture_has_no_loss_and_is_where_euler_ends(predict: str, monk
     truth = picture if predict == "picture" else noise - picture
     monkeypatch.setattr(NativeDecoder, "forward", lambda self, *_: truth)
     monkeypatch.setattr(torch, "randn_like", lambda _: noise)
-    nothing = torch.zeros(0)
-    assert decoder.loss(picture, nothing, nothing).max() == 0
+    nothing = torch.zeros(2, 0, 8), torch.ones(2, 0, dtype=torch.bool)
+    assert decoder.loss(picture, *nothing).max() == 0
     levels = decoder.schedule(5)
     assert levels[0] == 1
     noisy = noise
-    for place, level in enumerate(levels):
-        noisy = decoder.advance(
-            noisy, decoder.predict(noisy, level, nothing, nothing), place, levels
-        )
+    for step, level in enumerate(levels):
+        noisy = decoder.advance(noisy, decoder.predict(noisy, level, *nothing), step, levels)
     torch.testing.assert_close(noisy, picture, atol=1e-5, rtol=1e-4)
 
 
-def test_a_wrong_background_weighs_less_than_what_stands_on_it(monkeypatch):
+def test_a_wrong_background_weighs_less_than_wrong_objects(monkeypatch):
     picture, error = torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 0.4)
     error[1, :, ::2] *= -1  # as large, but even over nothing
     monkeypatch.setattr(NativeDecoder, "forward", lambda self, *_: error)
@@ -112,8 +111,8 @@ def test_a_wrong_background_weighs_less_than_what_stands_on_it(monkeypatch):
         image_size=8, patch_size=4, width=8, num_heads=2, condition_width=8, noise_levels=1,
         noise_mean=20,
     )  # fmt: skip
-    nothing = torch.zeros(0)
-    even, uneven = NativeDecoder(config).loss(picture, nothing, nothing)
+    nothing = torch.zeros(2, 0, 8), torch.ones(2, 0, dtype=torch.bool)
+    even, uneven = NativeDecoder(config).loss(picture, *nothing)
     assert uneven.item() == pytest.approx(0.16, rel=1e-3)
     assert even.item() == pytest.approx(EVEN_WEIGHT * 0.16, rel=1e-3)
 
@@ -131,7 +130,7 @@ def test_one_condition_serves_several_noise_levels():
     assert not torch.allclose(shared, decoder(noisy, level, condition[1 - rows], mask[1 - rows]))
 
 
-def test_details_begin_as_the_identity_and_look_beyond_a_patch():
+def test_details_start_as_the_identity_and_reach_beyond_a_patch():
     torch.manual_seed(0)
     details = Details(8)
     picture, noisy, level = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 16), torch.rand(1)
@@ -146,12 +145,12 @@ def test_details_begin_as_the_identity_and_look_beyond_a_patch():
     assert (details(picture, noisy, level + 0.1) != details(picture, noisy, level)).any()
 
 
-def test_a_picture_has_an_even_side():
+def test_the_side_of_an_image_is_even():
     with pytest.raises(ValueError, match="image_size must be even; got 9"):
         NativeConfig(image_size=9, patch_size=3)
 
 
-def test_noise_levels_of_a_picture_are_spread():
+def test_noise_levels_of_an_image_are_spread():
     torch.manual_seed(0)
     config = CONFIG.decoder.model_copy(update={"noise_levels": 4})
     logit = NativeDecoder(config)._random_levels(5000).logit().unflatten(0, (-1, 4))
@@ -161,7 +160,7 @@ def test_noise_levels_of_a_picture_are_spread():
     assert (logit[:, :-1].amax(0) <= logit[:, 1:].amin(0) + 1e-4).all()  # one of each quarter
 
 
-def test_only_what_was_chosen_trains(model: TextToImage, loader: DrawLoader, tmp_path: Path):
+def test_only_the_chosen_parts_train(model: TextToImage, loader: DrawLoader, tmp_path: Path):
     choices = {("drawing",): False, ("bridge", "qformer_cross_attention"): True}
     for number, (choice, qformer) in enumerate(choices.items()):
         model.set_trainable(choice)
@@ -178,7 +177,7 @@ def test_only_what_was_chosen_trains(model: TextToImage, loader: DrawLoader, tmp
         )
 
 
-def test_what_is_always_frozen_is_refused(model: TextToImage):
+def test_always_frozen_parts_are_refused(model: TextToImage):
     with pytest.raises(ValueError, match="vision_tower cannot train"):
         model.set_trainable(("drawing", "vision_tower"))
     with pytest.raises(ValueError, match=r"some of .*; got \['decodr'\]"):
@@ -226,8 +225,8 @@ def test_a_blip2_cannot_draw(tmp_path: Path):
         TextToImage(blip2, CONFIG)
 
 
-def test_it_learns_two_pictures(directory: Path, painter, loader: DrawLoader, tmp_path: Path):
-    """The whole walk: two instructions, two colours, drawn as asked after a short training."""
+def test_it_learns_two_images(painter: Painter, tmp_path: Path):
+    """A short training on two instructions with two colours; each is then drawn in its colour."""
     from PIL import Image
 
     from instructblip.text_to_image.tasks import DrawExample
@@ -236,7 +235,8 @@ def test_it_learns_two_pictures(directory: Path, painter, loader: DrawLoader, tm
     examples = [
         DrawExample(text, lambda c=c: Image.new("RGB", (16, 16), c)) for text, c in colours.items()
     ]
-    loader.sets, loader.names, loader._orders = [examples], ["two"], {}
+    sets = {"two": examples}
+    loader = DrawLoader(sets, {}, painter.tokens, painter.transform, 16, batch_size=6)
     config = settings(steps=300, learning_rate=1e-2, save_every=1000, batch_size=6)
     train(painter.model, loader, None, config, tmp_path)
     painter.model.eval()

@@ -36,7 +36,7 @@ def saved(model: TextToImage, tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-def test_scales_combine_as_the_formula_says(model: TextToImage, loader: DrawLoader, monkeypatch):
+def test_scales_combine_as_in_the_formula(model: TextToImage, loader: DrawLoader, monkeypatch):
     """One step of a decoder that answers with a fixed value for each of the three conditions."""
     batch = loader.batch(0)
     values = {"both": 5.0, "picture": 3.0, "none": 2.0}
@@ -76,13 +76,13 @@ def test_a_seed_draws_the_same_again(painter: Painter, tmp_path: Path):
     assert not same(first[0], painter.draw(ASKED, subject, seed=4, steps=3)[0])
 
 
-def test_batches_change_nothing(painter: Painter):
+def test_the_batch_size_changes_no_image(painter: Painter):
     from instructblip.text_to_image.measure import fresh_prompts
 
     examples = fresh_prompts("subject", 2) + fresh_prompts("one_object", 3)
     together = painter.draw_examples(examples, torch.Generator().manual_seed(1), steps=2)
-    painter.batch_size = 1
-    alone = painter.draw_examples(examples, torch.Generator().manual_seed(1), steps=2)
+    single = Painter(painter.model, painter.tokens, painter.transform, batch_size=1)
+    alone = single.draw_examples(examples, torch.Generator().manual_seed(1), steps=2)
     for one, other in zip(together, alone, strict=True):
         difference = np.asarray(one).astype(int) - np.asarray(other).astype(int)
         assert abs(difference).max() <= 1  # rounding
@@ -91,8 +91,8 @@ def test_batches_change_nothing(painter: Painter):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"instruction": "  "}, "empty; say what to draw"),
-        ({"instruction": "red " * 2000}, "8000 characters, at most 2000"),
+        ({"instruction": "  "}, "empty; state what to draw"),
+        ({"instruction": "red " * 2000}, "8000 characters, expected at most 2000"),
         ({"instruction": "red " * 100}, "tokens and the Q-Former reads at most"),
         ({"num_images": 0}, "num_images must be 1 to 64; got 0"),
         ({"guidance": math.nan}, "guidance must be a finite number; got nan"),
@@ -101,12 +101,12 @@ def test_batches_change_nothing(painter: Painter):
         ({"steps": 0}, "steps must be 1 to 1000; got 0"),
     ],
 )
-def test_bad_requests_name_the_remedy(painter: Painter, arguments: dict, message: str):
+def test_bad_requests_are_refused(painter: Painter, arguments: dict, message: str):
     with pytest.raises(ValueError, match=message):
         painter.draw(**{"instruction": ASKED, **arguments})
 
 
-def test_unreadable_pictures_are_named(painter: Painter, tmp_path: Path):
+def test_unreadable_images_are_named(painter: Painter, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
         painter.draw(ASKED, tmp_path / "nothing.png")
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n")
@@ -114,7 +114,7 @@ def test_unreadable_pictures_are_named(painter: Painter, tmp_path: Path):
         painter.draw(ASKED, tmp_path / "cut.png")
 
 
-def test_saved_and_loaded_it_draws_the_same(painter: Painter, saved: Path):
+def test_a_loaded_model_draws_the_same(painter: Painter, saved: Path):
     expected = painter.draw(ASKED, seed=1, steps=3)[0]
     assert same(expected, Painter.from_pretrained(saved).draw(ASKED, seed=1, steps=3)[0])
     engine = Engine.from_pretrained(saved, device="cpu")
@@ -140,7 +140,7 @@ def test_another_qformer_is_refused(saved: Path, directory: Path, tmp_path: Path
         from_pretrained(other)
 
 
-def test_a_directory_without_a_decoder_says_how_to_get_one(directory: Path):
+def test_a_directory_without_a_decoder_names_the_remedy(directory: Path):
     with pytest.raises(FileNotFoundError, match=r"cannot draw.*instructblip train draw"):
         Engine.from_pretrained(directory, device="cpu").draw(ASKED)
 

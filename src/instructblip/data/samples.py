@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class StoredFeatures(Protocol):
         ...
 
 
+@runtime_checkable
 class Examples(Protocol):
     """A data set as the loader reads it: ``PreparedDataset``, ``DatasetView`` or any other."""
 

@@ -1,9 +1,10 @@
-"""Batches to draw, as a function of (seed, step) alone, and batches of two kinds in turn."""
+"""Batches to draw, as a function of (seed, step), and their alternation with batches to answer."""
 
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -19,11 +20,14 @@ from instructblip.training.train import Batches
 
 
 class DrawLoader:
-    """Training batches from a mixture of drawing sets; ``iterate(step)`` is what the loop drives.
+    """Training batches from a mixture of drawing sets, each a function of (seed, step) alone.
 
-    ``batch_size`` counts the samples of one optimiser step over all ranks and micro batches.
-    ``image_size`` is the decoder's, ``transform`` that of the reference pictures. ``starts``: the
-    step at which a set joins the mixture, if that is not the first.
+    ``batch_size`` counts the samples of one optimizer step over all ranks and micro batches.
+    ``transform`` is applied to subject images, ``image_size`` is the decoder's. ``starts`` maps a
+    set to the step at which it joins the mixture; the default is 0. ``workers`` processes fetch
+    batches in advance.
+
+    Raises ValueError if ``batch_size`` does not divide, or if no set is drawn from at step 0.
     """
 
     def __init__(
@@ -49,35 +53,43 @@ class DrawLoader:
             )
         self.names, self.sets = list(sets), list(sets.values())
         self.tokens, self.transform, self.image_size = tokens, transform, image_size
-        self.size, self.seed, self.rank = batch_size // (world_size * accumulate), seed, rank
-        self.world_size, self.accumulate, self.workers = world_size, accumulate, workers
+        self.micro_size, self.seed = batch_size // (world_size * accumulate), seed
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.workers = workers
         self.weights, self.starts = dict(weights), dict(starts or {})
         self._orders: dict[frozenset[str], Order] = {}
-        self._order(0)  # an empty mixture is noticed now
+        self._order(0)  # refuses an empty mixture now
 
     def _order(self, step: int) -> Order:
-        """Which example stands where, among the sets that have joined by ``step``."""
+        """The order of examples over the sets that have joined by ``step``."""
         present = frozenset(n for n in self.names if self.starts.get(n, 0) <= step)
         if present not in self._orders:
             sizes = {name: len(each) for name, each in zip(self.names, self.sets, strict=True)}
             weights = {n: self.weights.get(n, 1.0) if n in present else 0.0 for n in self.names}
             probabilities = Mixture(sizes=sizes, weights=weights).probabilities
-            chances = [probabilities[name] for name in self.names]
-            self._orders[present] = Order(list(sizes.values()), chances, self.seed)
+            self._orders[present] = Order(
+                list(sizes.values()), [probabilities[name] for name in self.names], self.seed
+            )
         return self._orders[present]
 
     def iterate(self, step: int = 0) -> Iterator[Batch]:
-        """This rank's micro batches from the first of ``step`` on, ``accumulate`` for each step."""
+        """This rank's micro batches, from the first one of ``step`` on."""
         return iterate_batches(self.batch, self.accumulate, self.workers, step)
 
     def batch(self, step: int, micro: int = 0) -> Batch:
-        start = ((step * self.world_size + self.rank) * self.accumulate + micro) * self.size
+        """This rank's micro batch ``micro`` of the global batch of ``step``."""
+        size = self.micro_size
+        start = ((step * self.world_size + self.rank) * self.accumulate + micro) * size
         order = self._order(step)
-        draws = [order[slot] for slot in range(start, start + self.size)]
-        examples = [self.sets[d.dataset][d.example] for d in draws]
-        names = tuple(self.names[d.dataset] for d in draws)
-        ids = tuple(str(d.example) for d in draws)
-        return collate_drawings(examples, self.tokens, self.transform, self.image_size, names, ids)
+        draws = [order[slot] for slot in range(start, start + size)]
+        return collate_drawings(
+            [self.sets[d.dataset][d.example] for d in draws],
+            self.tokens,
+            self.transform,
+            self.image_size,
+            datasets=tuple(self.names[d.dataset] for d in draws),
+            ids=tuple(str(d.example) for d in draws),
+        )
 
 
 def collate_drawings(
@@ -86,61 +98,60 @@ def collate_drawings(
     transform: ImageTransform,
     image_size: int,
     datasets: tuple[str, ...] = (),
-    names: tuple[str, ...] = (),
+    ids: tuple[str, ...] = (),
 ) -> Batch:
-    """Examples -> a batch to draw; without target pictures, one to sample from.
+    """A batch to draw; without target images, a batch to sample from.
 
-    Raises ValueError naming the example whose picture cannot be read.
+    Raises ValueError or OSError naming the example whose image cannot be read.
     """
-    references: list[Tensor] = []
+    subjects: list[Tensor] = []
     targets: list[Tensor] = []
     index: list[list[int]] = []
     texts: list[list[int]] = []
     for example in examples:
-        instruction = Rendered(example.instruction, example.instruction)
-        texts.append(tokens.tokenize(instruction)[0])
-        index.append([len(references) if example.image else -1])
+        texts.append(tokens.tokenize(Rendered(example.instruction, example.instruction))[0])
+        index.append([len(subjects) if example.image else -1])
         try:
             if example.image is not None:
-                references.append(transform(example.image()))
+                subjects.append(transform(example.image()))
             if example.target is not None:
                 targets.append(target_pixels(example.target(), image_size))
         except (ValueError, OSError) as error:
             where = example.where or repr(example.instruction)
             raise type(error)(f"{where}: {error}") from error
-    none = torch.zeros(len(examples), 0, dtype=torch.long)
-    one = torch.zeros(len(examples), 1, dtype=torch.long)
-    ids, mask = pad(texts)
+    no_prompt = torch.zeros(len(examples), 0, dtype=torch.long)
+    response = torch.zeros(len(examples), 1, dtype=torch.long)  # one image counts as one token
+    qformer_ids, qformer_mask = pad(texts)
     return Batch(
         image_index=torch.tensor(index),
-        pixel_values=torch.stack(references) if references else None,
+        pixel_values=torch.stack(subjects) if subjects else None,
         target_values=torch.stack(targets) if targets else None,
-        qformer_ids=ids,
-        qformer_mask=mask,
-        prompt_ids=none,
-        prompt_mask=none,
-        response_ids=one,
-        response_mask=one + 1,
+        qformer_ids=qformer_ids,
+        qformer_mask=qformer_mask,
+        prompt_ids=no_prompt,
+        prompt_mask=no_prompt,
+        response_ids=response,
+        response_mask=response + 1,
         datasets=datasets,
-        ids=names,
+        ids=ids,
     )
 
 
-def target_pixels(picture: Image.Image, size: int) -> Tensor:
-    """The largest square in the middle of a picture as float [3, size, size] in [-1, 1]."""
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.convert("RGB").crop((left, top, left + side, top + side))
+def target_pixels(image: Image.Image, size: int) -> Float[Tensor, "3 G G"]:
+    """The largest central square of an image, resized to ``size`` pixels, in [-1, 1]."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.convert("RGB").crop((left, top, left + side, top + side))
     if side != size:
         square = square.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(square, np.float32) / 127.5 - 1).permute(2, 0, 1)
 
 
 class Interleaved:
-    """Micro batches to draw and to understand: which one it is follows from its number alone.
+    """Alternates micro batches to draw and to answer; the number of a micro batch decides its kind.
 
-    ``share`` of the micro batches, spread evenly, come from ``understanding``. Both loaders give
-    one micro batch a step of their own; ``accumulate`` of the mixed ones make a step of the run.
+    ``share`` of the micro batches, spread evenly, come from ``understanding``. Both loaders yield
+    one micro batch a step; ``accumulate`` micro batches of either kind make one optimizer step.
     """
 
     def __init__(
@@ -152,8 +163,9 @@ class Interleaved:
         self.share, self.accumulate = share, accumulate
 
     def iterate(self, step: int) -> Iterator[Batch]:
+        """The micro batches from the first one of optimizer step ``step`` on."""
         number = step * self.accumulate
-        understood = int(number * self.share)
+        understood = int(number * self.share)  # micro batches of `understanding` before `number`
         drawing = self.drawing.iterate(number - understood)
         understanding = self.understanding.iterate(understood)
         while True:

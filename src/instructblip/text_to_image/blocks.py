@@ -1,4 +1,4 @@
-"""The two halves of a transformer layer, shared by the connector and the native decoder."""
+"""Attention and feed-forward: the halves of a layer of the connector and of the native decoder."""
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Attention of ``hidden`` to itself, or to ``states`` of width ``states_width``."""
+    """Self-attention, or cross-attention to ``states`` of width ``states_width``."""
 
     def __init__(self, width: int, num_heads: int, states_width: int | None = None) -> None:
         super().__init__()
@@ -22,10 +22,10 @@ class Attention(nn.Module):
         states: Float[Tensor, "B Y _"] | None = None,
         mask: Bool[Tensor, "B Y"] | None = None,
     ) -> Float[Tensor, "B X W"]:
-        """``mask`` is True where a token of the states may be seen."""
+        """``mask`` is True where a token of the states takes part."""
         states = hidden if states is None else states
         query, key, value = (
-            x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, H, X or Y, W / H]
             for x in (self.query(hidden), self.key(states), self.value(states))
         )
         allowed = None if mask is None else mask[:, None, None, :]
@@ -34,7 +34,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward of a layer, four times as wide inside."""
+    """The feed-forward half, four times as wide inside."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,14 +1,14 @@
-"""From (instruction, picture or none) to the tokens that a decoder attends to.
+"""From (instruction, image or none) to the tokens that a decoder attends to.
 
 The generation queries go through the SAME Q-Former as the query tokens of the language model:
-they read the instruction and, in every second layer, the picture. Where there is no picture they
-read a learned null image. A connector then gives the tokens the width and the scale of what the
-decoder was built for (compare BLIP-Diffusion, section 3.2; MetaQuery, section 3).
+they read the instruction and, in every second layer, the image. Without an image they read a
+learned null image. A connector then gives the tokens the width and the scale that the decoder was
+built for (compare BLIP-Diffusion, section 3.2; MetaQuery, section 3).
 
-Two things are taken as they are best read (docs/log.md has the figures). Of the queries, what
-instruction and picture change: 99 % of the energy of their states is the same for every prompt. Of
-the instruction, the embeddings that the Q-Former reads: its last layer has mixed the words until
-place and colour can be told from their mean in 60 % of the cases only.
+The connector reads two kinds of tokens, each in the form that carries most (docs/log.md has the
+figures). Of the queries, the change that instruction and image cause: 99 % of the energy of their
+states is the same for every prompt. Of the instruction, the embeddings that enter the Q-Former: its
+last layer mixes the words so far that their mean gives place and colour in only 60 % of the cases.
 """
 
 import torch
@@ -19,26 +19,28 @@ from instructblip.model.qformer import QFormer
 from instructblip.text_to_image.blocks import MLP, Attention
 from instructblip.text_to_image.config import ConditionerConfig
 
-REACH = 7
+KERNEL = 7
 """Tokens that a convolution spans: "red circle at the top left" has six words."""
 
 
 class ConnectorLayer(nn.Module):
-    """A pre-norm transformer layer in which all tokens see each other, behind a convolution.
+    """A depthwise convolution, then a pre-norm transformer layer without a causal mask.
 
-    Which colour belongs to which shape is a matter of neighbours: a short convolution tells each
-    word its phrase, where attention needs thousands of steps to find it (docs/log.md).
+    Which colour belongs to which shape depends on neighbours: a short convolution gives each word
+    its phrase, which attention alone needs thousands of steps to learn (docs/log.md).
     """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.norm0 = nn.LayerNorm(width)
-        self.convolution = nn.Conv1d(width, width, REACH, padding=REACH // 2, groups=width)
+        self.convolution = nn.Conv1d(width, width, KERNEL, padding=KERNEL // 2, groups=width)
         nn.init.zeros_(self.convolution.weight)
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, num_heads)
         self.norm2, self.mlp = nn.LayerNorm(width), MLP(width)
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Float[Tensor, "B K W"], mask: Bool[Tensor, "B K"]
+    ) -> Float[Tensor, "B K W"]:
         words = self.norm0(hidden) * mask[:, :, None]
         hidden = hidden + self.convolution(words.mT).mT
         hidden = hidden + self.attention(self.norm1(hidden), mask=mask)
@@ -67,23 +69,28 @@ class Connector(nn.Module):
         text: Float[Tensor, "B I D"],
         mask: Bool[Tensor, "B K"],
     ) -> Float[Tensor, "B K C"]:
-        """Either may have no tokens; K is Q + I. Both are brought to a root mean square of 1."""
-        seen = self.query_input(_even(queries)) + self.query_embedding[:, : queries.shape[1]]
-        hidden = torch.cat([seen, self.text_input(_even(text))], dim=1)
+        """Normalizes both inputs to a root mean square of 1. Either may be empty; K = Q + I."""
+        queries, text = (nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6) for x in (queries, text))
+        queries = self.query_input(queries) + self.query_embedding[:, : queries.shape[1]]
+        hidden = torch.cat([queries, self.text_input(text)], dim=1)
         for layer in self.layers:
             hidden = layer(hidden, mask)
         return self.norm(self.output(nn.functional.gelu(self.hidden(hidden))))
 
 
-def _even(tokens: Tensor) -> Tensor:
-    """Every token at a root mean square of 1; what is zero stays so."""
-    return nn.functional.rms_norm(tokens, tokens.shape[-1:], eps=1e-6)
-
-
 class Conditioner(nn.Module):
-    """What is learned around the Q-Former, which is passed in and never owned."""
+    """What is learned around the Q-Former. The Q-Former itself is an argument, not a submodule.
 
-    def __init__(self, config: ConditionerConfig, qformer: QFormer, out_width: int) -> None:
+    The generation queries start as the language model's ``query_tokens``, repeated as needed.
+    """
+
+    def __init__(
+        self,
+        config: ConditionerConfig,
+        qformer: QFormer,
+        query_tokens: Float[Tensor, "1 _ D"],
+        out_width: int,
+    ) -> None:
         super().__init__()
         self.config = config
         sizes = qformer.config
@@ -92,13 +99,10 @@ class Conditioner(nn.Module):
         )
         self.null_image = nn.Parameter(torch.randn(1, 1, sizes.encoder_hidden_size))
         self.connector = Connector(config, sizes.hidden_size, out_width)
-
-    def start_from(self, query_tokens: Float[Tensor, "1 Q D"]) -> None:
-        """Begin as the query tokens of the language model, repeated where there are fewer."""
-        repeats = -(-self.config.num_queries // query_tokens.shape[1])
+        repeats = -(-config.num_queries // query_tokens.shape[1])
         start = query_tokens.detach().repeat(1, repeats, 1)
         with torch.no_grad():
-            self.generation_queries.copy_(start[:, : self.config.num_queries])
+            self.generation_queries.copy_(start[:, : config.num_queries])
 
     def forward(
         self,
@@ -108,37 +112,36 @@ class Conditioner(nn.Module):
         qformer_ids: Int[Tensor, "B I"],
         qformer_mask: Int[Tensor, "B I"],
     ) -> tuple[Float[Tensor, "B K C"], Bool[Tensor, "B K"]]:
-        """Condition and mask. ``image_index`` -1 reads the null image; a row of ``qformer_mask``
-        that is all zero reads no instruction."""
+        """Condition and mask. A row with ``image_index`` -1 reads the null image; a row whose
+        ``qformer_mask`` is all zero reads no instruction."""
         if features is None:
             features, index = self.null_image, torch.zeros_like(image_index)
-        else:  # keys that are all the same weigh as one: the null image fills a picture's place
+        else:  # attention over equal keys is attention over one: repeat the null image P times
             null = self.null_image.to(features).expand(-1, features.shape[1], -1)
             index = torch.where(image_index < 0, len(features), image_index)
             features = torch.cat([features, null])
         text = qformer.embeddings(None, qformer_ids)
-        seen = self._seen(qformer, features, index, qformer_ids, qformer_mask)
+        queries = self._queries(qformer, features, index, qformer_ids, qformer_mask)
         if self.config.tokens == "queries":
             text, qformer_mask = text[:, :0], qformer_mask[:, :0]
-        present = torch.ones(seen.shape[:2], dtype=torch.bool, device=seen.device)
+        present = torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
         mask = torch.cat([present, qformer_mask.bool()], dim=1)
-        if self.config.tokens == "text":  # attention over nothing has no value: keep [CLS]
+        if self.config.tokens == "text":  # attention over no key is undefined: keep [CLS]
             mask = mask | (torch.arange(mask.shape[1], device=mask.device) == 0)
-        return self.connector(seen, text, mask), mask
+        return self.connector(queries, text, mask), mask
 
-    def _seen(
+    def _queries(
         self,
         qformer: QFormer,
-        features: Float[Tensor, "N P V"],
+        features: Float[Tensor, "M P V"],
         index: Int[Tensor, " B"],
         qformer_ids: Int[Tensor, "B I"],
         qformer_mask: Int[Tensor, "B I"],
     ) -> Float[Tensor, "B Q D"]:
-        """How far instruction and picture move the queries from where nothing leaves them."""
+        """The queries' states minus their states without instruction and image."""
         if self.config.tokens == "text":
             return self.generation_queries[:, :0].expand(len(index), -1, -1)
         queries = self.generation_queries.expand(len(index), -1, -1)
-        moved = qformer(queries, features, qformer_ids, qformer_mask, index)
-        silent = torch.zeros_like(qformer_mask[:1])
-        rest = qformer(self.generation_queries, self.null_image, qformer_ids[:1], silent)
-        return moved - rest
+        states = qformer(queries, features, qformer_ids, qformer_mask, index)
+        no_text = torch.zeros_like(qformer_mask[:1])
+        return states - qformer(self.generation_queries, self.null_image, qformer_ids[:1], no_text)

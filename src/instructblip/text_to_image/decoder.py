@@ -1,10 +1,10 @@
-"""What draws: the interface of decoders, and the native one, a small diffusion transformer.
+"""The interface of image decoders, and the native decoder: a small diffusion transformer.
 
-Flow matching in pixels: at noise level t a picture x is ``(1 - t) x + t e`` with Gaussian e, and
-the velocity is ``e - x``. The network gives the clean picture, from which the velocity follows:
-flat shapes lie on far fewer dimensions than the pixels of a patch, noise does not (Li and He 2025,
-"Back to basics"). The layout of a picture is decided where almost everything is noise: an object of
-20 x 20 even pixels is still visible at t = 0.95. So training and sampling dwell there.
+Flow matching in pixels: at noise level t an image x becomes ``(1 - t) x + t e`` with Gaussian noise
+e, and the velocity is ``e - x``. The network predicts the clean image, from which the velocity
+follows: flat shapes lie on far fewer dimensions than the pixels of a patch, noise does not (Li and
+He 2025, "Back to basics"). The layout of an image is decided where almost everything is noise: an
+object of 20 x 20 even pixels is still visible at t = 0.95. So training and sampling dwell there.
 """
 
 import math
@@ -18,52 +18,57 @@ from instructblip.text_to_image.blocks import MLP, Attention
 from instructblip.text_to_image.config import NativeConfig
 
 MIN_NOISE = 0.5
-"""Below this noise level the velocity's error is not weighted any higher: at 0.1 the few samples
-with little noise had most of the gradient (compare Hang et al. 2023, "Min-SNR weighting")."""
+"""Lower noise levels do not raise the weight of the velocity's error: at 0.1 the few samples with
+little noise dominated the gradient (compare Hang et al. 2023, "Min-SNR weighting")."""
 
 EVEN_WEIGHT = 0.05
-"""Weight of the error of a picture's mean colour. No prompt names the background: near pure noise
-its three numbers had nine tenths of the loss, and what is drawn upon it the rest."""
+"""Weight of the error of an image's mean colour. No prompt names the background: near pure noise
+its three numbers made up nine tenths of the loss, and the objects the rest."""
+
+
+Images = Float[Tensor, "N 3 G G"]
+Latents = Float[Tensor, "N ..."]
+"""The form in which a decoder samples: images, or their latents."""
+Condition = Float[Tensor, "B K C"]
+Mask = Bool[Tensor, "B K"]
+"""True where a token of the condition takes part."""
 
 
 class Decoder(Protocol):
-    """A picture decoder. ``predict`` must be linear in what guidance combines."""
+    """An image decoder. ``predict`` must be linear in what guidance combines."""
 
     condition_width: int
     image_size: int
 
-    def loss(
-        self,
-        pictures: Float[Tensor, "B 3 G G"],
-        condition: Float[Tensor, "B K C"],
-        mask: Bool[Tensor, "B K"],
-    ) -> Float[Tensor, " B"]:
-        """Loss of each picture; noise comes from torch's default generator."""
+    def loss(self, images: Images, condition: Condition, mask: Mask) -> Float[Tensor, " N"]:
+        """Loss of each image; noise comes from torch's default generator."""
         ...
 
-    def start(self, number: int, generator: torch.Generator | None) -> Float[Tensor, "B ..."]:
-        """Noise to begin with."""
+    def start(self, number: int, generator: torch.Generator | None) -> Latents:
+        """The noise that sampling starts from; drawn on the CPU, the same on every device."""
         ...
 
     def schedule(self, steps: int) -> list[float]:
-        """The noise levels or time steps at which the network is asked, in order."""
+        """The noise levels or time steps at which the network is evaluated, in order."""
         ...
 
-    def predict(self, noisy: Tensor, level: float, condition: Tensor, mask: Tensor) -> Tensor:
-        """What ``advance`` needs, of the shape of ``noisy``."""
+    def predict(self, noisy: Latents, level: float, condition: Condition, mask: Mask) -> Latents:
+        """The prediction that ``advance`` needs, in the shape of ``noisy``."""
         ...
 
-    def advance(self, noisy: Tensor, prediction: Tensor, place: int, levels: list[float]) -> Tensor:
-        """From ``levels[place]`` to the level after it."""
+    def advance(
+        self, noisy: Latents, prediction: Latents, step: int, levels: list[float]
+    ) -> Latents:
+        """Moves from ``levels[step]`` to the next level."""
         ...
 
-    def pixels(self, clean: Tensor) -> Float[Tensor, "B 3 G G"]:
-        """The finished pictures in [-1, 1]."""
+    def pixels(self, clean: Latents) -> Images:
+        """The finished images in [-1, 1]."""
         ...
 
 
 class NativeLayer(nn.Module):
-    """Self-attention, attention to the condition, feed-forward; scales and shifts from the time."""
+    """Self-attention, cross-attention to the condition, feed-forward; the noise level modulates."""
 
     def __init__(self, config: NativeConfig) -> None:
         super().__init__()
@@ -76,9 +81,15 @@ class NativeLayer(nn.Module):
         self.mlp = MLP(width)
         self.modulation_bias = nn.Parameter(torch.zeros(6, width))
 
-    def forward(self, hidden: Tensor, modulation: Tensor, condition: Tensor, mask: Tensor):
-        """``modulation`` [N, 6, W] is shared by the layers; each adds its own bias. N is a multiple
-        of the conditions' B: the noise levels of one picture share its keys and values."""
+    def forward(
+        self,
+        hidden: Float[Tensor, "N X W"],
+        modulation: Float[Tensor, "N 6 W"],
+        condition: Condition,
+        mask: Mask,
+    ) -> Float[Tensor, "N X W"]:
+        """The layers share ``modulation``; each adds its own bias. N is a multiple of B: the noise
+        levels of one image share the keys and values of its condition."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             (modulation + self.modulation_bias[None]).unsqueeze(2).unbind(1)
         )  # 6 of [N, 1, W]
@@ -89,9 +100,11 @@ class NativeLayer(nn.Module):
 
 
 class Details(nn.Module):
-    """Corrects a picture by its neighbourhoods, which the borders of patches do not cut: three
-    convolutions over squares of 2 x 2 pixels of the picture and the noisy one, and the noise level.
-    It begins as the identity."""
+    """Corrects an image across the borders of patches; it starts as the identity.
+
+    Three convolutions over squares of 2 x 2 pixels of the predicted image, the noisy one and the
+    noise level.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -101,17 +114,12 @@ class Details(nn.Module):
         for parameter in self.output.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(
-        self,
-        picture: Float[Tensor, "N 3 G G"],
-        noisy: Float[Tensor, "N 3 G G"],
-        level: Float[Tensor, " N"],
-    ) -> Float[Tensor, "N 3 G G"]:
-        seen = nn.functional.pixel_unshuffle(torch.cat([picture, noisy], dim=1), 2)
-        plane = level[:, None, None, None].expand(-1, 1, *seen.shape[2:]).to(seen)
-        seen = torch.cat([seen, plane], dim=1).contiguous(memory_format=torch.channels_last)
-        hidden = self.input(seen).relu()
-        return picture + nn.functional.pixel_shuffle(self.output(self.hidden(hidden).relu()), 2)
+    def forward(self, image: Images, noisy: Images, level: Float[Tensor, " N"]) -> Images:
+        squares = nn.functional.pixel_unshuffle(torch.cat([image, noisy], dim=1), 2)
+        plane = level[:, None, None, None].expand(-1, 1, *squares.shape[2:]).to(squares)
+        squares = torch.cat([squares, plane], dim=1)  # [N, 25, G/2, G/2]
+        hidden = self.input(squares.contiguous(memory_format=torch.channels_last)).relu()
+        return image + nn.functional.pixel_shuffle(self.output(self.hidden(hidden).relu()), 2)
 
 
 class NativeDecoder(nn.Module):
@@ -132,7 +140,7 @@ class NativeDecoder(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         self.layers = nn.ModuleList(NativeLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
-        # what a patch can show has more dimensions than the width: the last step is not linear
+        # a patch has more dimensions than the width: the last step is not linear
         self.patch_hidden = nn.Linear(width, 2 * width)
         self.patch_output = nn.Linear(2 * width, pixels)
         self.details = Details(config.detail_width)
@@ -141,7 +149,7 @@ class NativeDecoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for module in self.modules():
-            if isinstance(module, Attention | MLP):  # the residual stream starts quiet
+            if isinstance(module, Attention | MLP):  # the residual stream starts small
                 last = module.output if isinstance(module, Attention) else module.down
                 nn.init.normal_(last.weight, std=0.02 / math.sqrt(config.num_layers))
         nn.init.xavier_uniform_(self.patch_input.weight, gain=0.4)  # noise below the position
@@ -149,17 +157,13 @@ class NativeDecoder(nn.Module):
         nn.init.zeros_(self.patch_output.weight)
 
     def forward(
-        self,
-        noisy: Float[Tensor, "N 3 G G"],
-        level: Float[Tensor, " N"],
-        condition: Float[Tensor, "B K C"],
-        mask: Bool[Tensor, "B K"],
-    ) -> Float[Tensor, "N 3 G G"]:
-        """What ``config.predict`` says: the clean picture or the velocity. N is a multiple of B:
-        as many pictures as that in a row have the same condition."""
+        self, noisy: Images, level: Float[Tensor, " N"], condition: Condition, mask: Mask
+    ) -> Images:
+        """The clean image or the velocity, as ``config.predict`` says. N is a multiple of B: each
+        condition belongs to N / B consecutive images."""
         patch = self.config.patch_size
         hidden = self.patch_input(nn.functional.pixel_unshuffle(noisy, patch).flatten(2).mT)
-        hidden = hidden + self.position_embedding
+        hidden = hidden + self.position_embedding  # [N, patches, W]
         present = mask[:, :, None].to(condition)
         pooled = (condition * present).sum(1) / present.sum(1)
         pooled = self.pooled(pooled).repeat_interleave(len(noisy) // len(condition), dim=0)
@@ -170,40 +174,32 @@ class NativeDecoder(nn.Module):
         hidden = nn.functional.gelu(self.patch_hidden(self.norm(hidden)))
         patches = self.patch_output(hidden).mT  # [N, 3 patch^2, patches]
         side = self.config.image_size // patch
-        picture = nn.functional.pixel_shuffle(patches.unflatten(2, (side, side)), patch)
-        return self.details(picture, noisy, level)
+        image = nn.functional.pixel_shuffle(patches.unflatten(2, (side, side)), patch)
+        return self.details(image, noisy, level)
 
-    def loss(
-        self,
-        pictures: Float[Tensor, "B 3 G G"],
-        condition: Float[Tensor, "B K C"],
-        mask: Bool[Tensor, "B K"],
-    ) -> Float[Tensor, " B"]:
-        """Squared error of the velocity, a mean over pixels and ``config.noise_levels``."""
+    def loss(self, images: Images, condition: Condition, mask: Mask) -> Float[Tensor, " N"]:
+        """Squared error of the velocity, the mean over pixels and ``config.noise_levels``."""
         levels = self.config.noise_levels
-        level = self._random_levels(len(pictures)).to(pictures.device)
-        pictures = pictures.repeat_interleave(levels, dim=0)
-        noise = torch.randn_like(pictures)
+        level = self._random_levels(len(images)).to(images.device)
+        images = images.repeat_interleave(levels, dim=0)
+        noise = torch.randn_like(images)
         t = level[:, None, None, None]
-        noisy = (1 - t) * pictures + t * noise
-        given = self(noisy, level, condition, mask).float()
+        noisy = (1 - t) * images + t * noise
+        output = self(noisy, level, condition, mask).float()
         if self.config.predict == "velocity":
-            error = _uneven(given - (noise - pictures))
+            error = _uneven(output - (noise - images))
         else:
-            error = _uneven(given - pictures) / level.clamp(min=MIN_NOISE).square()
+            error = _uneven(output - images) / level.clamp(min=MIN_NOISE).square()
         return error.unflatten(0, (-1, levels)).mean(1)
 
     def _random_levels(self, number: int) -> Float[Tensor, " N"]:
-        """``noise_levels`` for each of ``number`` pictures, one from each quantile of as many."""
+        """``noise_levels`` for each of ``number`` images, one from each of as many quantiles."""
         levels = self.config.noise_levels
         quantile = (torch.rand(number, levels) + torch.arange(levels)) / levels
         logit = torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4)).flatten()
         return torch.sigmoid(self.config.noise_mean + self.config.noise_std * logit)
 
-    def start(
-        self, number: int, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "B 3 G G"]:
-        """Drawn on the CPU, so that a seed gives the same picture on every device."""
+    def start(self, number: int, generator: torch.Generator | None = None) -> Images:
         side = self.config.image_size
         noise = torch.randn(number, 3, side, side, generator=generator)
         return noise.to(self.position_embedding.device)
@@ -214,23 +210,23 @@ class NativeDecoder(nn.Module):
         even = [1 - i / steps for i in range(steps)]
         return [shift * u / (1 + (shift - 1) * u) for u in even]
 
-    def predict(self, noisy: Tensor, level: float, condition: Tensor, mask: Tensor) -> Tensor:
+    def predict(self, noisy: Images, level: float, condition: Condition, mask: Mask) -> Images:
         """The velocity."""
         levels = torch.full((len(noisy),), level, device=noisy.device)
-        given = self(noisy, levels, condition, mask).float()
-        return given if self.config.predict == "velocity" else (noisy - given) / level
+        output = self(noisy, levels, condition, mask).float()
+        return output if self.config.predict == "velocity" else (noisy - output) / level
 
-    def advance(self, noisy: Tensor, prediction: Tensor, place: int, levels: list[float]) -> Tensor:
+    def advance(self, noisy: Images, prediction: Images, step: int, levels: list[float]) -> Images:
         """An Euler step."""
-        following = levels[place + 1] if place + 1 < len(levels) else 0.0
-        return noisy + (following - levels[place]) * prediction
+        following = levels[step + 1] if step + 1 < len(levels) else 0.0
+        return noisy + (following - levels[step]) * prediction
 
-    def pixels(self, clean: Tensor) -> Float[Tensor, "B 3 G G"]:
+    def pixels(self, clean: Images) -> Images:
         return clean.clamp(-1, 1)
 
 
-def _uneven(error: Float[Tensor, "N 3 G G"]) -> Float[Tensor, " N"]:
-    """Mean square of an error, that of each channel's mean counted ``EVEN_WEIGHT`` times.
+def _uneven(error: Images) -> Float[Tensor, " N"]:
+    """Mean square of an error in which the mean of each channel counts ``EVEN_WEIGHT`` times.
 
     The two parts are orthogonal, so the best prediction stays the same.
     """

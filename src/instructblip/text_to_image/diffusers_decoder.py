@@ -1,19 +1,20 @@
-"""Stable Diffusion or Sana from a local diffusers directory, behind the interface of decoders.
+"""Stable Diffusion or Sana from a local diffusers directory, behind the interface ``Decoder``.
 
-The tokens that a pipeline takes as ``prompt_embeds`` are the condition; its own text encoder is
-never loaded. Which loss and which steps belong to it, its scheduler's config says. Nothing is
-downloaded and no code of the directory is run. Needs the extra ``[image-generation]``.
+The condition takes the place of a pipeline's ``prompt_embeds``; its own text encoder is not loaded.
+The scheduler's config decides the loss and the sampling steps. Nothing is downloaded and no code of
+the directory is run. Needs the extra ``[image-generation]``.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from instructblip.model.checkpoints.weights import read_json
 from instructblip.text_to_image.config import DiffusersConfig
+from instructblip.text_to_image.decoder import Condition, Images, Latents, Mask
 
 BACKBONES = {
     # class in model_index.json: (folder, attribute of its config with the condition's width)
@@ -36,20 +37,24 @@ class DiffusersDecoder(nn.Module):
         self.condition_width = settings[BACKBONES[type(backbone).__name__][1]]
         if not isinstance(self.condition_width, int):
             raise ValueError(
-                f"{config.path}: condition widths {self.condition_width} that differ between "
-                "blocks; expected one number"
+                f"{config.path}: the blocks have different condition widths, "
+                f"{self.condition_width}; expected one number"
             )
         self.channels = settings["in_channels"]
-        self.flow = (  # Sana's DPM solver says so in its config, FlowMatchEuler in its name
+        self.flow = (  # Sana's DPM solver: by its config; FlowMatchEuler: by its name
             scheduler.config.get("prediction_type") == "flow_prediction"
             or "FlowMatch" in type(scheduler).__name__
         )
-        self.factor = _vae_factor(vae)
+        vae_config: Any = vae.config
+        blocks = vae_config.get("block_out_channels") or vae_config.get(
+            "encoder_block_out_channels"
+        )
+        self.factor = 2 ** (len(blocks) - 1)  # pixels of an image's side for one latent
         self.image_size = config.image_size or settings["sample_size"] * self.factor
         if self.image_size % self.factor:
             raise ValueError(
-                f"image_size {self.image_size} is no multiple of the {self.factor} pixels that one "
-                f"latent of {config.path} stands for"
+                f"image_size {self.image_size} is not a multiple of {self.factor}, the pixels that "
+                f"one latent of {config.path} stands for"
             )
 
     @classmethod
@@ -57,7 +62,7 @@ class DiffusersDecoder(nn.Module):
         """Load backbone, VAE and scheduler.
 
         Raises ImportError without diffusers, FileNotFoundError naming the missing parts, and
-        ValueError for a pipeline whose condition does not come as a sequence of tokens.
+        ValueError for a pipeline that is not conditioned on a sequence of tokens.
         """
         try:
             import diffusers
@@ -69,8 +74,8 @@ class DiffusersDecoder(nn.Module):
         root = Path(config.path)
         if not (root / "model_index.json").is_file():
             raise FileNotFoundError(
-                f"{root} is no diffusers directory: it has no model_index.json; give a folder that "
-                "a pipeline's save_pretrained wrote"
+                f"{root} is not a diffusers directory: it has no model_index.json; give a folder "
+                "that a pipeline's save_pretrained wrote"
             )
         index = read_json(root / "model_index.json")
         names = {n: v[1] for n, v in index.items() if isinstance(v, list) and len(v) == 2}
@@ -81,14 +86,8 @@ class DiffusersDecoder(nn.Module):
                 f"{', '.join(BACKBONES)}"
             )
         folder = BACKBONES[backbone][0]
-        missing = [
-            f"{part}/{file}"
-            for part, file in (
-                (folder, "config.json"), ("vae", "config.json"),
-                ("scheduler", "scheduler_config.json"),
-            )
-            if not (root / part / file).is_file()
-        ]  # fmt: skip
+        configs = (f"{folder}/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+        missing = [file for file in configs if not (root / file).is_file()]
         for part in (folder, "vae"):
             if not any((root / part).glob("diffusion_pytorch_model*.safetensors")):
                 missing.append(f"{part}/diffusion_pytorch_model.safetensors")
@@ -105,20 +104,17 @@ class DiffusersDecoder(nn.Module):
             config,
         )
 
-    def forward(self, noisy: Tensor, moment: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
-        """The backbone's prediction for latents at time steps ``moment`` [B]."""
+    def forward(
+        self, noisy: Latents, timestep: Shaped[Tensor, " N"], condition: Condition, mask: Mask
+    ) -> Latents:
+        """The backbone's prediction."""
         return self.backbone(
-            noisy, timestep=moment, encoder_hidden_states=condition, encoder_attention_mask=mask
+            noisy, timestep=timestep, encoder_hidden_states=condition, encoder_attention_mask=mask
         ).sample
 
-    def loss(
-        self,
-        pictures: Float[Tensor, "B 3 G G"],
-        condition: Float[Tensor, "B K C"],
-        mask: Bool[Tensor, "B K"],
-    ) -> Float[Tensor, " B"]:
-        """Mean squared error of what the scheduler's config says is predicted."""
-        latents = self.encode(pictures)
+    def loss(self, images: Images, condition: Condition, mask: Mask) -> Float[Tensor, " N"]:
+        """Mean squared error of the prediction that the scheduler's config names."""
+        latents = self.encode(images)
         noise = torch.randn_like(latents)
         scheduler, number = self.train_scheduler, self.train_scheduler.config.num_train_timesteps
         if self.flow:
@@ -126,25 +122,25 @@ class DiffusersDecoder(nn.Module):
             shift = scheduler.config.get("flow_shift") or scheduler.config.get("shift") or 1.0
             level = shift * level / (1 + (shift - 1) * level)
             t = level[:, None, None, None]
-            noisy, wanted, moment = (1 - t) * latents + t * noise, noise - latents, level * number
+            noisy, target, timestep = (1 - t) * latents + t * noise, noise - latents, level * number
         else:
-            moment = torch.randint(number, (len(latents),), device=latents.device)
-            noisy = scheduler.add_noise(latents, noise, moment)
-            wanted = noise
+            timestep = torch.randint(number, (len(latents),), device=latents.device)
+            noisy = scheduler.add_noise(latents, noise, timestep)
+            target = noise
             if scheduler.config.prediction_type == "v_prediction":
-                kept = scheduler.alphas_cumprod.to(latents)[moment][:, None, None, None]
-                wanted = kept.sqrt() * noise - (1 - kept).sqrt() * latents
-        return (self(noisy, moment, condition, mask) - wanted).square().mean((1, 2, 3))
+                alpha = scheduler.alphas_cumprod.to(latents)[timestep][:, None, None, None]
+                target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+        return (self(noisy, timestep, condition, mask) - target).square().mean((1, 2, 3))
 
     @torch.no_grad()
-    def encode(self, pictures: Float[Tensor, "B 3 G G"]) -> Tensor:
-        """Latents, scaled as the backbone knows them."""
+    def encode(self, images: Images) -> Latents:
+        """Latents at the scale of the backbone."""
         vae: Any = self.vae
-        encoded = vae.encode(pictures)
+        encoded = vae.encode(images)
         latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.sample()
         return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
 
-    def start(self, number: int, generator: torch.Generator | None = None) -> Tensor:
+    def start(self, number: int, generator: torch.Generator | None = None) -> Latents:
         side = self.image_size // self.factor
         noise = torch.randn(number, self.channels, side, side, generator=generator)
         parameter = next(self.backbone.parameters())
@@ -155,22 +151,17 @@ class DiffusersDecoder(nn.Module):
         self.scheduler.set_timesteps(steps)
         return [float(t) for t in self.scheduler.timesteps]
 
-    def predict(self, noisy: Tensor, level: float, condition: Tensor, mask: Tensor) -> Tensor:
-        moment = torch.tensor(level, dtype=self.scheduler.timesteps.dtype)
-        scaled = noisy if self.flow else self.scheduler.scale_model_input(noisy, moment)
-        return self(scaled, moment.to(noisy.device).expand(len(noisy)), condition, mask)
+    def predict(self, noisy: Latents, level: float, condition: Condition, mask: Mask) -> Latents:
+        timestep = torch.tensor(level, dtype=self.scheduler.timesteps.dtype)
+        scaled = noisy if self.flow else self.scheduler.scale_model_input(noisy, timestep)
+        return self(scaled, timestep.to(noisy.device).expand(len(noisy)), condition, mask)
 
-    def advance(self, noisy: Tensor, prediction: Tensor, place: int, levels: list[float]) -> Tensor:
-        return self.scheduler.step(prediction, self.scheduler.timesteps[place], noisy).prev_sample
+    def advance(
+        self, noisy: Latents, prediction: Latents, step: int, levels: list[float]
+    ) -> Latents:
+        return self.scheduler.step(prediction, self.scheduler.timesteps[step], noisy).prev_sample
 
-    def pixels(self, clean: Tensor) -> Float[Tensor, "B 3 G G"]:
+    def pixels(self, clean: Latents) -> Images:
         vae: Any = self.vae
         latents = clean / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         return vae.decode(latents).sample.clamp(-1, 1)
-
-
-def _vae_factor(vae: nn.Module) -> int:
-    """Pixels of a picture's side for one of the latents'."""
-    settings: Any = vae.config
-    blocks = settings.get("block_out_channels") or settings.get("encoder_block_out_channels")
-    return 2 ** (len(blocks) - 1)

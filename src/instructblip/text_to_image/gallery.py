@@ -1,4 +1,4 @@
-"""Drawn pictures beside their prompts: one picture file, and a folder that the report reads."""
+"""A folder of drawn images beside their prompts: written by the benchmark, read by the report."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,43 +12,15 @@ from instructblip.core.files import write_json
 from instructblip.text_to_image.measure import Figures, Measured
 from instructblip.text_to_image.sample import save_picture
 
-SIDE, TEXT, MARGIN = 128, 64, 8
+INDEX = "drawn.json"
+COLUMNS, SIDE, TEXT, MARGIN = 6, 128, 64, 8  # of a grid; pixels
 RIGHT, WRONG, INK = (30, 130, 60), (190, 50, 40), (30, 30, 30)
-
-
-def write_gallery(
-    path: Path,
-    pictures: Sequence[Image.Image],
-    prompts: Sequence[str],
-    right: Sequence[bool] | None = None,
-    references: Sequence[Image.Image | None] | None = None,
-    columns: int = 6,
-) -> Path:
-    """A grid; a frame says whether the checker found everything, a small inset is the subject."""
-    rows = -(-len(pictures) // columns)
-    width, height = SIDE + 2 * MARGIN, SIDE + TEXT + 2 * MARGIN
-    grid = Image.new("RGB", (columns * width, rows * height), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
-    for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
-        row, column = divmod(index, columns)
-        x, y = column * width + MARGIN, row * height + MARGIN
-        grid.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), (x, y))
-        if right is not None:
-            frame = (x - 3, y - 3, x + SIDE + 2, y + SIDE + 2)
-            draw.rectangle(frame, outline=RIGHT if right[index] else WRONG, width=3)
-        if references is not None and (reference := references[index]) is not None:
-            inset = reference.resize((SIDE // 3, SIDE // 3), Image.Resampling.BILINEAR)
-            grid.paste(inset, (x, y))
-            draw.rectangle((x, y, x + SIDE // 3, y + SIDE // 3), outline=INK)
-        draw.multiline_text((x, y + SIDE + 4), "\n".join(wrap(prompt, 22)[:4]), INK, font=font)
-    save_picture(grid, path)
-    return path
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A picture, its prompt, the picture it was drawn from or none, and the checker's verdict.
-    Pictures are named relative to the folder."""
+    """A prompt, its image, the subject image if there is one, and the checker's verdict. Images are
+    file names relative to the folder."""
 
     prompt: str
     picture: str
@@ -58,37 +30,59 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class DrawnKind:
-    """The figures of one kind of prompt and some of its pictures."""
+    """The figures of one kind of prompt and some of its drawings."""
 
     kind: str
     figures: Figures
     drawings: tuple[Drawing, ...]
 
 
-INDEX = "drawn.json"
 _INDEX: TypeAdapter[tuple[DrawnKind, ...]] = TypeAdapter(tuple[DrawnKind, ...])
 
 
 def write_drawings(folder: Path, measured: Sequence[Measured], shown: int = 24) -> Path:
-    """``shown`` pictures of each kind, a grid of them, and ``drawn.json`` for the report."""
+    """Write ``shown`` images of each kind, a grid of them, and ``drawn.json`` for the report."""
     kinds = []
     for each in measured:
-        examples, own = each.examples[:shown], []
-        subjects = [e.image() if e.image else None for e in examples]
-        for number, (example, subject) in enumerate(zip(examples, subjects, strict=True)):
-            picture, reference = f"{each.kind}/{number}.png", f"{each.kind}/{number}_subject.png"
-            save_picture(each.pictures[number], folder / picture)
+        images, drawings = each.images[:shown], []
+        subjects = [e.image() if e.image else None for e in each.examples[:shown]]
+        for number, (image, subject) in enumerate(zip(images, subjects, strict=True)):
+            name, subject_name = f"{each.kind}/{number}.png", None
+            save_picture(image, folder / name)
             if subject is not None:
-                save_picture(subject, folder / reference)
-            right = each.verdicts[number].exact
-            name = None if subject is None else reference
-            own.append(Drawing(example.instruction, picture, name, right))
-        kinds.append(DrawnKind(each.kind, each.figures, tuple(own)))
-        prompts, right = [d.prompt for d in own], [d.right for d in own]
-        grid = folder / f"{each.kind}.png"
-        write_gallery(grid, each.pictures[:shown], prompts, right, subjects)
+                subject_name = f"{each.kind}/{number}_subject.png"
+                save_picture(subject, folder / subject_name)
+            prompt, right = each.examples[number].instruction, each.verdicts[number].exact
+            drawings.append(Drawing(prompt, name, subject_name, right))
+        kinds.append(DrawnKind(each.kind, each.figures, tuple(drawings)))
+        save_picture(_grid(images, drawings, subjects), folder / f"{each.kind}.png")
     write_json(folder / INDEX, [asdict(kind) for kind in kinds])
     return folder / INDEX
+
+
+def _grid(
+    images: Sequence[Image.Image],
+    drawings: Sequence[Drawing],
+    subjects: Sequence[Image.Image | None],
+) -> Image.Image:
+    """A green frame: the image is exactly as asked; red: it is not. The inset is the subject."""
+    rows = -(-len(images) // COLUMNS)
+    width, height = SIDE + 2 * MARGIN, SIDE + TEXT + 2 * MARGIN
+    grid = Image.new("RGB", (COLUMNS * width, rows * height), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
+    for index, (image, drawing, subject) in enumerate(zip(images, drawings, subjects, strict=True)):
+        row, column = divmod(index, COLUMNS)
+        x, y = column * width + MARGIN, row * height + MARGIN
+        grid.paste(image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (x, y))
+        frame = (x - 3, y - 3, x + SIDE + 2, y + SIDE + 2)
+        draw.rectangle(frame, outline=RIGHT if drawing.right else WRONG, width=3)
+        if subject is not None:
+            inset = subject.resize((SIDE // 3, SIDE // 3), Image.Resampling.BILINEAR)
+            grid.paste(inset, (x, y))
+            draw.rectangle((x, y, x + SIDE // 3, y + SIDE // 3), outline=INK)
+        lines = "\n".join(wrap(drawing.prompt, 22)[:4])
+        draw.multiline_text((x, y + SIDE + 4), lines, INK, font=font)
+    return grid
 
 
 def read_drawings(folder: Path) -> tuple[DrawnKind, ...]:

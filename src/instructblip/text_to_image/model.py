@@ -1,8 +1,8 @@
-"""The whole: an InstructBLIP, the conditioner around its Q-Former, and a decoder.
+"""The whole model: an InstructBLIP, the conditioner around its Q-Former, and a decoder.
 
-A second model for the same training loop: ``loss(batch)`` draws where the batch has target
-pictures and else is the InstructBLIP's own, so that batches of both kinds keep understanding alive
-while the Q-Former trains.
+It is a second model for the same training loop. ``loss(batch)`` is the decoder's where the batch
+has target images, and the InstructBLIP's own elsewhere: batches of both kinds keep understanding
+alive while the Q-Former trains.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from instructblip.core.batch import Batch
@@ -19,7 +19,8 @@ from instructblip.model.instructblip import PARTS as UNDERSTANDING_PARTS
 from instructblip.model.instructblip import InstructBlip, LossOutput
 from instructblip.text_to_image.conditioner import Conditioner
 from instructblip.text_to_image.config import NativeConfig, TextToImageConfig
-from instructblip.text_to_image.decoder import NativeDecoder
+from instructblip.text_to_image.decoder import Condition, Mask, NativeDecoder
+from instructblip.text_to_image.diffusers_decoder import DiffusersDecoder
 
 PARTS = {
     "generation_queries": r"conditioner\.generation_queries",
@@ -29,7 +30,7 @@ PARTS = {
     # cross-attention of a diffusers decoder to its condition, as in SEED-X
     "decoder_keys_values": r"decoder\.(?!vae\.).*\.attn2\.to_[kv]\..*",
 }
-"""What text to image adds: part -> pattern of the whole name."""
+"""Parts beside the InstructBLIP -> patterns of whole parameter names."""
 
 ALIASES = {
     "bridge": ("generation_queries", "null_image", "connector"),
@@ -39,9 +40,16 @@ ALWAYS_FROZEN = ("vision_tower", "language_model")
 
 
 class TextToImage(nn.Module):
-    """``condition`` -> ``decoder``; the InstructBLIP must be instruction-aware."""
+    """``condition``, then ``decoder``. Raises ValueError for an InstructBLIP whose Q-Former does
+    not read the instruction.
 
-    def __init__(self, instructblip: InstructBlip, config: TextToImageConfig) -> None:
+    ``decoder_changed``: the decoder's weights differ from those of the diffusers directory that the
+    config names, so they are saved. A native decoder's always are.
+    """
+
+    def __init__(
+        self, instructblip: InstructBlip, config: TextToImageConfig, decoder_changed: bool = False
+    ) -> None:
         super().__init__()
         if not instructblip.config.instruction_aware:
             raise ValueError(
@@ -50,17 +58,20 @@ class TextToImage(nn.Module):
             )
         self.config = config
         self.instructblip = instructblip
-        self.decoder: Any = build_decoder(config)
-        self.conditioner = Conditioner(
-            config.conditioner, instructblip.qformer, self.decoder.condition_width
-        )
-        self.conditioner.start_from(instructblip.query_tokens)
         self.compute_dtype: torch.dtype | None = None
-        self.decoder_changed = isinstance(config.decoder, NativeConfig)
-        """Whether the decoder's weights are other than those of a diffusers directory."""
-        self.set_trainable(
-            ("drawing",) if isinstance(config.decoder, NativeConfig) else ("bridge",)
+        decoder = config.decoder
+        native = isinstance(decoder, NativeConfig)
+        self.decoder: Any = (
+            NativeDecoder(decoder) if native else DiffusersDecoder.from_pretrained(decoder)
         )
+        self.decoder_changed = decoder_changed or native
+        self.conditioner = Conditioner(
+            config.conditioner,
+            instructblip.qformer,
+            instructblip.query_tokens,
+            self.decoder.condition_width,
+        )
+        self.set_trainable(("drawing",) if native else ("bridge",))
 
     def condition(
         self,
@@ -68,8 +79,8 @@ class TextToImage(nn.Module):
         image_index: Int[Tensor, " B"],
         qformer_ids: Int[Tensor, "B I"],
         qformer_mask: Int[Tensor, "B I"],
-    ) -> tuple[Float[Tensor, "B K C"], Bool[Tensor, "B K"]]:
-        """What the decoder attends to, and where. ``features`` come from ``encode``."""
+    ) -> tuple[Condition, Mask]:
+        """The tokens that the decoder attends to, in fp32. ``features`` come from ``encode``."""
         with self.precision():
             condition, mask = self.conditioner(
                 self.instructblip.qformer, features, image_index, qformer_ids, qformer_mask
@@ -77,7 +88,7 @@ class TextToImage(nn.Module):
         return condition.float(), mask
 
     def encode(self, batch: Batch) -> Float[Tensor, "N P V"] | None:
-        """Features of the subjects behind the last LayerNorm; None where there are none."""
+        """Features of the subject images behind the last LayerNorm; None if there are none."""
         if batch.image_features is not None:
             return self.instructblip.vision_model.norm(batch.image_features)
         if batch.pixel_values is None or not len(batch.pixel_values):
@@ -85,14 +96,14 @@ class TextToImage(nn.Module):
         return self.instructblip.encode_image(batch.pixel_values).float()
 
     def loss(self, batch: Batch) -> LossOutput:
-        """The decoder's loss, a mean over pixels for each picture; without target pictures the
-        language-modelling loss. Instruction and picture are left out at random for guidance."""
+        """The decoder's loss, a mean over the pixels of each image; without target images the
+        language modelling loss. Drops instruction and image at random for guidance."""
         if batch.target_values is None:
             return self.instructblip.loss(batch)
         draw = torch.rand(len(batch), device=batch.qformer_mask.device)
-        chance = self.conditioner.config.dropout
-        no_text = (draw < chance) | (draw >= 1 - chance)
-        no_image = (draw >= chance) & (draw < 2 * chance) | (draw >= 1 - chance)
+        dropout = self.conditioner.config.dropout
+        no_text = (draw < dropout) | (draw >= 1 - dropout)
+        no_image = (draw >= dropout) & (draw < 2 * dropout) | (draw >= 1 - dropout)
         condition, mask = self.condition(
             self.encode(batch),
             batch.image_index[:, 0].masked_fill(no_image, -1),
@@ -104,16 +115,14 @@ class TextToImage(nn.Module):
         ones = torch.ones_like(losses, dtype=torch.long)
         return LossOutput(losses.sum(), ones.sum(), losses.detach(), ones)
 
-    # --- what trains, and in which precision -----------------------------------------------------
-
     def set_trainable(self, choice: tuple[str, ...]) -> "TextToImage":
-        """Let parts of text to image (``PARTS``, ``ALIASES``) and of the InstructBLIP train.
+        """Choose the parts (``PARTS``, ``ALIASES``, those of the InstructBLIP) that train.
 
         Image encoder, language model and VAE are always frozen. Raises ValueError for them and for
         unknown names.
         """
-        own = [name for name in choice if name in PARTS or name in ALIASES]
-        rest = tuple(name for name in choice if name not in own)
+        added = [name for name in choice if name in PARTS or name in ALIASES]
+        rest = tuple(name for name in choice if name not in added)
         if refused := [name for name in rest if name in ALWAYS_FROZEN]:
             raise ValueError(
                 f"{', '.join(refused)} cannot train in text to image: image encoder, language "
@@ -129,10 +138,10 @@ class TextToImage(nn.Module):
         self.instructblip.set_trainable(rest or ("qformer",))
         if not rest:
             self.instructblip.requires_grad_(False)
-        parts = {part for name in own for part in ALIASES.get(name, (name,))}
+        parts = {part for name in added for part in ALIASES.get(name, (name,))}
         patterns = [re.compile(PARTS[part]) for part in parts]
-        for module, prefix in ((self.conditioner, "conditioner."), (self.decoder, "decoder.")):
-            for name, parameter in module.named_parameters(prefix.removesuffix(".")):
+        for module, prefix in ((self.conditioner, "conditioner"), (self.decoder, "decoder")):
+            for name, parameter in module.named_parameters(prefix):
                 parameter.requires_grad_(any(p.fullmatch(name) for p in patterns))
         self.decoder_changed |= any(p.requires_grad for p in self.decoder.parameters())
         return self.train(self.training)
@@ -142,7 +151,7 @@ class TextToImage(nn.Module):
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def train(self, mode: bool = True) -> "TextToImage":
-        """Training mode for what trains; a frozen module keeps its dropout off."""
+        """Training mode for trainable modules; frozen modules keep their dropout off."""
         super().train(mode)
         if mode:
             for module in self.modules():
@@ -154,23 +163,14 @@ class TextToImage(nn.Module):
     def to_training_dtypes(
         self, frozen_dtype: torch.dtype | None = None, compute_dtype: torch.dtype | None = None
     ) -> "TextToImage":
-        """See ``InstructBlip.to_training_dtypes``; conditioner and decoder keep fp32 weights."""
+        """As ``InstructBlip.to_training_dtypes``; conditioner and decoder keep fp32 weights."""
         self.instructblip.to_training_dtypes(frozen_dtype, compute_dtype)
         self.compute_dtype = compute_dtype
         return self
 
     def precision(self) -> contextlib.AbstractContextManager:
-        """Autocast where a compute dtype is set."""
+        """Autocast to the compute dtype, if there is one."""
         if self.compute_dtype is None:
             return contextlib.nullcontext()
         device = self.conditioner.generation_queries.device.type
         return torch.autocast(device, dtype=self.compute_dtype)
-
-
-def build_decoder(config: TextToImageConfig) -> nn.Module:
-    """The decoder that the config describes."""
-    if isinstance(config.decoder, NativeConfig):
-        return NativeDecoder(config.decoder)
-    from instructblip.text_to_image.diffusers_decoder import DiffusersDecoder
-
-    return DiffusersDecoder.from_pretrained(config.decoder)

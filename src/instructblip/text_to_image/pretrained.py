@@ -1,7 +1,7 @@
 """Save and load: an InstructBLIP directory with a folder ``text_to_image`` inside.
 
-That folder alone holds what text to image adds, and the hash of the Q-Former it was trained with:
-a decoder reads one Q-Former and no other.
+The folder holds what text to image adds, and the hash of the Q-Former that it was trained with: a
+decoder reads the tokens of one Q-Former only.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from instructblip.model.checkpoints.weights import (
     write_weights,
 )
 from instructblip.model.instructblip import InstructBlip
-from instructblip.text_to_image.config import NativeConfig, TextToImageConfig
+from instructblip.text_to_image.config import TextToImageConfig
 from instructblip.text_to_image.model import TextToImage
 
 FOLDER = "text_to_image"
@@ -36,22 +36,24 @@ def save_pretrained(model: TextToImage, path: str | Path) -> None:
 def save_addition(model: TextToImage, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write what text to image adds to the InstructBLIP, with floats as ``dtype``.
 
-    A decoder from a diffusers directory is named in the config; its weights are written when it
-    was trained, that is when they are no longer those of the directory.
+    The config names a decoder from a diffusers directory; its weights are written only once they
+    differ from those of that directory.
     """
     config = model.config.model_copy(update={"qformer": qformer_hash(model.instructblip)})
+    left_out = "decoder.vae." if model.decoder_changed else "decoder."
+    weights = {
+        name: p.detach().to(dtype)
+        for name, p in model.state_dict().items()
+        if name.startswith(("conditioner.", "decoder.")) and not name.startswith(left_out)
+    }
     with replacing_directory(folder) as directory:
         text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
-        weights = {name: p.detach().to(dtype) for name, p in model.state_dict().items()}
-        kept = {n: p for n, p in weights.items() if n.startswith(("conditioner.", "decoder."))}
-        left_out = "decoder.vae." if model.decoder_changed else "decoder."
-        kept = {n: p for n, p in kept.items() if not n.startswith(left_out)}
-        write_weights(kept, directory / "model.safetensors")
+        write_weights(weights, directory / "model.safetensors")
 
 
 def holds_decoder(directory: Path) -> bool:
-    """Whether a model directory has what text to image adds."""
+    """Whether a model directory has the folder that text to image adds."""
     return (directory / FOLDER / "config.json").is_file()
 
 
@@ -59,7 +61,7 @@ def from_pretrained(path: str | Path, instructblip: InstructBlip | None = None) 
     """Load a directory that ``save_pretrained`` wrote, a run directory, or "starter", in fp32.
 
     ``instructblip`` is used instead of loading a second one. Raises FileNotFoundError where there
-    is no decoder, ValueError where it was trained with another Q-Former.
+    is no decoder, ValueError where it was trained with another Q-Former or of another width.
     """
     directory = model_directory(path)
     folder = directory / FOLDER
@@ -74,38 +76,37 @@ def from_pretrained(path: str | Path, instructblip: InstructBlip | None = None) 
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     if instructblip is None:
         instructblip = InstructBlip.from_pretrained(directory, instruction_aware=True)
-    found = qformer_hash(instructblip)
-    if config.qformer not in (None, found):
+    actual = qformer_hash(instructblip)
+    if config.qformer not in (None, actual):
         raise ValueError(
             f"the decoder in {folder} was trained with another Q-Former ({config.qformer}) than "
-            f"the one in {directory} ({found}): train it again with `instructblip train draw "
+            f"the one in {directory} ({actual}): train it again with `instructblip train draw "
             f"model.start={directory}`"
         )
-    model = TextToImage(instructblip, config)
     weights = {n: p.float() for n, p in read_weights(folder / "model.safetensors").items()}
-    _check_width(weights, model, folder)
-    for name, module in (("conditioner", model.conditioner), ("decoder", model.decoder)):
-        own = {n.removeprefix(f"{name}."): p for n, p in weights.items() if n.startswith(name)}
-        if name == "decoder" and not isinstance(config.decoder, NativeConfig):
-            model.decoder_changed = bool(own)  # else the weights are those of the directory
-            own = {n: p for n, p in module.state_dict().items() if n not in own} | own
-        load_weights(module, own, folder)
-    return model.eval()
-
-
-def _check_width(weights: dict[str, torch.Tensor], model: TextToImage, folder: Path) -> None:
-    norm = weights.get("conditioner.connector.norm.weight")
-    width = model.decoder.condition_width
+    conditioner, decoder = (
+        {n.removeprefix(prefix): p for n, p in weights.items() if n.startswith(prefix)}
+        for prefix in ("conditioner.", "decoder.")
+    )
+    model = TextToImage(instructblip, config, decoder_changed=bool(decoder))
+    norm, width = conditioner.get("connector.norm.weight"), model.decoder.condition_width
     if norm is not None and len(norm) != width:
         raise ValueError(
             f"the connector in {folder} gives a condition of width {len(norm)}, the decoder reads "
             f"{width}: the two were not trained together. Give decoder.path the directory that it "
             "was trained with, or train a connector for this one"
         )
+    load_weights(model.conditioner, conditioner, folder)
+    if config.decoder.kind == "diffusers":  # what the folder lacks is the directory's
+        decoder = {
+            n: p for n, p in model.decoder.state_dict().items() if n not in decoder
+        } | decoder
+    load_weights(model.decoder, decoder, folder)
+    return model.eval()
 
 
 def qformer_hash(instructblip: InstructBlip) -> str:
-    """Of the weights that drawing reads: the Q-Former and the last LayerNorm of the ViT."""
+    """Hash of the weights that drawing reads: the Q-Former and the last LayerNorm of the ViT."""
     digest = hashlib.sha256()
     parts = (("qformer", instructblip.qformer), ("norm", instructblip.vision_model.post_layernorm))
     for prefix, module in parts:

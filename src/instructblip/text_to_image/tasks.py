@@ -1,6 +1,6 @@
-"""What to draw: examples from caption sets, from instruction JSONL, and fresh ones from Scenes.
+"""What to draw: examples from caption sets, from instruction files, and fresh ones from Scenes.
 
-One line of an instruction file; ``image``, the subject to draw from, may be left out::
+An instruction file has one JSON object a line; ``image``, the subject to draw from, is optional::
 
     {"instruction": "draw the same shape in blue at the left", "target_image": "b.png",
      "image": "a.png"}
@@ -8,10 +8,10 @@ One line of an instruction file; ``image``, the subject to draw from, may be lef
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -43,13 +43,17 @@ DRAW_TEMPLATES = (
     "a picture of {}",
     "{}",
 )
-"""Ways to ask for what a caption describes."""
+"""Instructions to draw what a caption describes."""
+
+ENDLESS = 1 << 30
+"""Length of a set that makes its examples."""
 
 
 @dataclass(frozen=True, slots=True)
 class DrawExample:
-    """One thing to draw. ``image`` None: the instruction alone; ``things`` are what the checker of
-    Scenes looks for, an empty size being left open."""
+    """One image to draw. ``target`` and ``image``, the subject, load an image; without a subject
+    the instruction stands alone. ``things`` are the objects that the checker of Scenes expects,
+    with an empty size where any will do. ``where`` names the example in errors."""
 
     instruction: str
     target: Callable[[], Image.Image] | None = None
@@ -58,6 +62,7 @@ class DrawExample:
     where: str = ""
 
 
+@runtime_checkable
 class Drawings(Protocol):
     """A set of examples. ``[i]`` is the same example every time."""
 
@@ -67,7 +72,7 @@ class Drawings(Protocol):
 
 
 class InstructionFile:
-    """An instruction file (see above) whose pictures lie below ``root``.
+    """An instruction file (see above) whose images lie below ``root``, by default its own folder.
 
     Raises FileNotFoundError, or ValueError naming file and line.
     """
@@ -84,6 +89,7 @@ class InstructionFile:
             raise ValueError(f"{path} holds no instructions")
 
     def _read(self, path: Path) -> Iterator[tuple[str, str, str | None, str]]:
+        """Instruction, target image, subject image or None, and where the line is."""
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
@@ -96,15 +102,14 @@ class InstructionFile:
                 text = row.get("instruction") if isinstance(row, dict) else None
                 if not isinstance(text, str) or not text.strip():
                     raise ValueError(f"{where}: expected a text in `instruction`; got {text!r}")
-                names = [row.get("target_image"), row.get("image")]
-                if not isinstance(names[0], str) or not isinstance(names[1], str | None):
+                target, image = row.get("target_image"), row.get("image")
+                if not isinstance(target, str) or not isinstance(image, str | None):
                     raise ValueError(
                         f"{where}: expected a file name in `target_image`, and one or none in "
-                        f"`image`; got {names[0]!r} and {names[1]!r}"
+                        f"`image`; got {target!r} and {image!r}"
                     )
-                target, image = (None if n is None else image_name(n, where) for n in names)
-                assert target is not None
-                yield text, target, image, where
+                image = None if image is None else image_name(image, where)
+                yield text, image_name(target, where), image, where
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,7 +125,7 @@ class InstructionFile:
 
 
 class CaptionedPictures:
-    """A caption set turned round: a caption asks for its picture. Templates follow the index."""
+    """A caption set in reverse: a caption asks for its image. The index decides the template."""
 
     def __init__(self, examples: Examples, seed: int = 0) -> None:
         self.examples, self.seed = examples, seed
@@ -139,8 +144,14 @@ class CaptionedPictures:
         return DrawExample(text, lambda: load_image(name, root), where=example.where)
 
 
+def describe(things: Sequence[Thing], with_size: bool) -> tuple[str, tuple[Thing, ...]]:
+    """Words for every object and its place, and what the checker then expects."""
+    text = join([phrase(t, size=with_size, place=True) for t in things])
+    return text, tuple(things) if with_size else tuple(replace(t, size="") for t in things)
+
+
 class SceneDrawings:
-    """Fresh scenes of ``shapes`` shapes, each asked for in full: what, and where."""
+    """Fresh scenes of ``shapes`` (fewest, most); the instruction names each with its place."""
 
     def __init__(
         self, shapes: tuple[int, int] = (1, 2), pairs: str = "seen", seed: int = 0
@@ -148,7 +159,7 @@ class SceneDrawings:
         self.shapes, self.pairs, self.seed = shapes, pairs, seed
 
     def __len__(self) -> int:
-        return 1 << 30
+        return ENDLESS
 
     def __getitem__(self, index: int) -> DrawExample:
         rng = random.Random(mix(self.seed, 5, index))
@@ -157,25 +168,41 @@ class SceneDrawings:
         things = list(scene.things)
         if rng.random() < 0.5:
             rng.shuffle(things)
-        text = join([phrase(t, size=with_size, place=True) for t in things])
-        asked = tuple(things) if with_size else tuple(replace(t, size="") for t in things)
-        return DrawExample(
-            rng.choice(DRAW_TEMPLATES).format(text), lambda: render(scene), None, asked
-        )
+        text, expected = describe(things, with_size)
+        instruction = rng.choice(DRAW_TEMPLATES).format(text)
+        return DrawExample(instruction, lambda: render(scene), None, expected)
 
 
 class SubjectDrawings:
-    """A picture of one thing, and an instruction that takes its shape, its colour, or both."""
+    """A subject image of one object, and an instruction that keeps its shape, colour, or both."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
     def __len__(self) -> int:
-        return 1 << 30
+        return ENDLESS
 
     def __getitem__(self, index: int) -> DrawExample:
         rng = random.Random(mix(self.seed, 6, index))
-        subject, wanted, text = _subject(rng)
+        while True:  # until neither image shows a held-out pair
+            subject, wanted = _random_shape(rng), _random_shape(rng)
+            size = rng.choice(SIZES)
+            subject, wanted = replace(subject, size=size), replace(wanted, size=size)
+            kept = rng.choice(("shape", "colour", "both"))
+            if kept != "colour":
+                wanted = replace(wanted, name=subject.name)
+            if kept != "shape":
+                wanted = replace(wanted, colour=subject.colour)
+            if not {(t.colour, t.name) for t in (subject, wanted)} & HELD_OUT_PAIRS:
+                break
+        where = at(wanted.place)
+        if wanted.place != "middle" and rng.random() < 0.3:
+            where = where.replace("at the", "on the")
+        text = {
+            "shape": f"draw the same shape in {wanted.colour} {where}",
+            "colour": f"draw a {wanted.name} in the same color {where}",
+            "both": f"draw the same thing {where}",
+        }[kept]
         reference = Scene((subject,), rng.getrandbits(32))
         target = Scene((wanted,), rng.getrandbits(32))
         return DrawExample(
@@ -183,30 +210,6 @@ class SubjectDrawings:
         )
 
 
-def _any_shape(rng: random.Random) -> Thing:
+def _random_shape(rng: random.Random) -> Thing:
     cell = divmod(rng.randrange(9), 3)
     return Thing("shape", rng.choice(SHAPES), *cell, rng.choice(tuple(COLOURS)))
-
-
-def _subject(rng: random.Random) -> tuple[Thing, Thing, str]:
-    """(what the picture shows, what to draw, the instruction); no held-out pair in either."""
-    while True:
-        subject, wanted = _any_shape(rng), _any_shape(rng)
-        size = rng.choice(SIZES)
-        subject, wanted = replace(subject, size=size), replace(wanted, size=size)
-        kept = rng.choice(("shape", "colour", "both"))
-        if kept != "colour":
-            wanted = replace(wanted, name=subject.name)
-        if kept != "shape":
-            wanted = replace(wanted, colour=subject.colour)
-        if not {(subject.colour, subject.name), (wanted.colour, wanted.name)} & HELD_OUT_PAIRS:
-            break
-    where = at(wanted.place)
-    if wanted.place != "middle" and rng.random() < 0.3:
-        where = where.replace("at the", "on the")
-    text = {
-        "shape": f"draw the same shape in {wanted.colour} {where}",
-        "colour": f"draw a {wanted.name} in the same color {where}",
-        "both": f"draw the same thing {where}",
-    }[kept]
-    return subject, wanted, text

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ Evaluate = Callable[[Any], Mapping[str, float]]
 Stopped = Literal["finished", "early", "terminated"]
 
 
+@runtime_checkable
 class Batches(Protocol):
     """This rank's micro batches in order, from the first one of ``step`` on."""
 

@@ -1,4 +1,4 @@
-"""Frechet distance, cycle check, CLIP score, gallery."""
+"""The checker over fresh prompts, Frechet distance, cycle check, CLIP score."""
 
 from pathlib import Path
 
@@ -6,14 +6,37 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instructblip.scenes.world import Thing
-from instructblip.text_to_image.gallery import write_gallery
-from instructblip.text_to_image.metrics import (
+from instructblip.scenes.world import HELD_OUT_PAIRS, Thing
+from instructblip.text_to_image.measure import (
     clip_score,
     cycle_check,
     frechet_distance,
+    fresh_prompts,
+    measure,
     vit_features,
 )
+from instructblip.text_to_image.tasks import SceneDrawings
+from tests.text_to_image.conftest import Renderer
+
+
+def test_fresh_prompts_differ_from_training_and_name_unseen_pairs():
+    seen = {SceneDrawings((1, 1))[i].instruction for i in range(50)}
+    prompts = fresh_prompts("one_object", 20)
+    assert len({p.instruction for p in prompts}) > 15
+    assert not seen >= {p.instruction for p in prompts}
+    for example in fresh_prompts("unseen_pairs", 10):
+        (thing,) = example.things
+        assert (thing.colour, thing.name) in HELD_OUT_PAIRS
+
+
+def test_measuring_rendered_scenes_gives_full_marks():
+    examples = [SceneDrawings((2, 2))[i] for i in range(10)]
+    measured = measure(Renderer(), "two_objects", examples)
+    figures, images = measured.figures, measured.images
+    assert (figures.objects, figures.exact, figures.pictures) == (100, 100, 10)
+    assert np.asarray(images[0]).shape == (64, 64, 3)
+    swapped = Renderer([images[-1], *images[:-1]])
+    assert measure(swapped, "two_objects", examples).figures.objects < 20
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -33,22 +56,22 @@ def test_frechet_distance_of_known_gaussians():
     assert frechet_distance(left, right) == pytest.approx(expected)
 
 
-def test_frechet_distance_refuses_what_has_no_covariance():
+def test_frechet_distance_refuses_features_without_a_covariance():
     with pytest.raises(ValueError, match="at least 2 rows"):
         frechet_distance(np.zeros((1, 3)), np.zeros((5, 3)))
     with pytest.raises(ValueError, match="3 and 4"):
         frechet_distance(np.zeros((5, 3)), np.zeros((5, 4)))
 
 
-def test_our_own_features_tell_pictures_apart(painter):
+def test_features_of_the_image_encoder_differ_between_images(painter):
     extract = vit_features(painter.model.instructblip, painter.transform)
-    pictures = [Image.new("RGB", (16, 16), (30 * i, 0, 99)) for i in range(6)]
-    features = extract(pictures)
+    images = [Image.new("RGB", (16, 16), (30 * i, 0, 99)) for i in range(6)]
+    features = extract(images)
     assert features.shape[0] == 6
     assert frechet_distance(features[:3], features[3:]) > 1e-6
 
 
-def test_the_cycle_asks_about_everything_drawn():
+def test_the_cycle_check_asks_about_every_object():
     class Engine:
         def __init__(self) -> None:
             self.asked: list[str] = []
@@ -57,27 +80,16 @@ def test_the_cycle_asks_about_everything_drawn():
             self.asked += instructions
             return ["red", "star"] * (len(images) // 2)
 
-    engine, picture = Engine(), Image.new("RGB", (8, 8))
+    engine, image = Engine(), Image.new("RGB", (8, 8))
     red_star = Thing("shape", "star", 0, 0, "red")
     blue_star = Thing("shape", "star", 1, 1, "blue")
-    assert cycle_check(engine, [picture], [[red_star]]) == 100
-    assert cycle_check(engine, [picture], [[red_star, blue_star]]) == 75
+    assert cycle_check(engine, [image], [[red_star]]) == 100
+    assert cycle_check(engine, [image], [[red_star, blue_star]]) == 75
     assert "in the middle" in engine.asked[-1]
     with pytest.raises(ValueError, match="nothing to ask"):
-        cycle_check(engine, [picture], [[]])
+        cycle_check(engine, [image], [[]])
 
 
 def test_clip_score_needs_a_local_clip(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="holds no CLIP"):
         clip_score([Image.new("RGB", (8, 8))], ["a"], tmp_path)
-
-
-def test_the_gallery_shows_every_picture(tmp_path: Path):
-    pictures = [Image.new("RGB", (8, 8), c) for c in ("red", "blue", "green")]
-    names = ["draw red", "draw blue", "draw green"]
-    path = write_gallery(
-        tmp_path / "g.png", pictures, names, [True, False, True], [None, pictures[0], None], 2
-    )
-    with Image.open(path) as grid:
-        colours = {tuple(v) for v in np.asarray(grid.convert("RGB")).reshape(-1, 3)}
-    assert {(255, 0, 0), (0, 0, 255), (0, 128, 0)} <= colours
