@@ -43,6 +43,7 @@ _NAME = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)-\d+\
 _EARLIER = (
     re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<kind>tmp|old|part)"),
     re.compile(r"\.(?P<name>.+)\.(?P<kind>new|old)"),
+    re.compile(r"\.(?P<name>.+\.\w+)\.(?P<kind>part)"),  # unlike .train.part, which is resumed
     re.compile(r"\.(?P<kind>new|old)-(?P<name>.+)"),
 )
 """Temporary names that earlier versions gave."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from instructblip.core import distributed
+from instructblip.core.files import write_text
 from instructblip.data.samples import Examples
 from instructblip.evaluation.evaluate import Answerer
 from instructblip.evaluation.evaluate import evaluate as answer_benchmark
@@ -48,8 +49,7 @@ def evaluate(
             held = prepare_benchmarks(recipe, benchmarks)
         answerer = load_answerer(recipe, model, [h.dataset for h in held], instruction_aware)
         if distributed.is_main():
-            out.mkdir(parents=True, exist_ok=True)
-            (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+            write_text(out / RECIPE_FILE, recipe.to_yaml())
         for each in held:
             result = answer_benchmark(
                 answerer,
