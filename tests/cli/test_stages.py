@@ -167,15 +167,6 @@ def _last_weights(result: TrainResult, folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "run" / "last" / "model.safetensors")
 
 
-def test_unknown_decoding_is_told_before_the_first_step(
-    out: Path, overrides: list[str], tmp_path: Path
-):
-    recipe = recipe_of(out, overrides, "evaluation.decoding={num_beems: 5}")
-    with pytest.raises(ValueError, match="unknown decoding setting num_beems"):
-        stages.train(recipe, tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
 def test_torchrun_answers_as_one_process_does(out: Path, tmp_path: Path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "instructblip", "evaluate", str(out / "run/last")]

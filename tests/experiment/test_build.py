@@ -205,5 +205,5 @@ def test_tuning_validates_on_what_it_shows_in_training(start: Path, root: Path, 
     assert run.validate is not None
     scores = run.validate(run.model)
     assert set(scores) == {"score", "own_caption"}
-    with pytest.raises(ValueError, match=r"6 pictures and data\.num_frames=4 shows fewer"):
+    with pytest.raises(ValueError, match=r"6 images and data\.num_frames=4 shows fewer"):
         run_of("tune", start, root, "data.num_frames=4")

@@ -174,10 +174,10 @@ def test_nothing_trains_on_what_it_is_measured_on(
 ):
     sets = f"data.sets={{{entry}}}"
     assert run("check", "quickstart", f"data.root={root}", *SETTINGS, sets) == 1
-    assert "vqav2 val is a set that this recipe is measured on" in capsys.readouterr().out
+    assert "vqav2 val is a set that this recipe is evaluated on" in capsys.readouterr().out
     for check in ("required", "run"):
         recipe = recipe_of(root, sets, f"data.check={check}")
-        with pytest.raises(ValueError, match=r"measured on; train on another split"):
+        with pytest.raises(ValueError, match=r"evaluated on; train on another split"):
             checked_training(recipe, prepare_training(recipe))
     recipe = recipe_of(root, sets, "evaluation.validation=[]", "evaluation.benchmarks=[scenes_gqa]")
     assert checked_training(recipe, prepare_training(recipe))

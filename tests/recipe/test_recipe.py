@@ -1,4 +1,4 @@
-"""Recipes: what ships, what can be overridden, and what a mistake is told."""
+"""Recipes: what ships, what can be overridden, and which error a mistake raises."""
 
 from pathlib import Path
 
@@ -166,3 +166,41 @@ def test_a_bare_on_or_off_is_a_word_not_a_boolean():
         assert load_recipe("quickstart", [f"features.cache={word}"]).features.cache == word
     with pytest.raises(ValueError, match=r"features\.cache"):
         load_recipe("quickstart", ["features.cache=maybe"])
+
+
+@pytest.mark.parametrize(
+    ("decoding", "message"),
+    [
+        ("{num_beems: 5}", "evaluation.decoding: unknown decoding setting num_beems: did you mean"),
+        ("{num_beams: 0}", "evaluation.decoding: num_beams must be a whole number from 1 to 100"),
+    ],
+)
+def test_decoding_is_checked_when_the_recipe_is_read(decoding: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("quickstart", [f"evaluation.decoding={decoding}"])
+
+
+def test_a_recipe_starts_from_the_settings_of_its_base(tmp_path: Path):
+    (tmp_path / "first.yaml").write_text(
+        "base: quickstart\ndata: {seed: 3, sets: {vqav2: {}}}\n"
+        "training: {steps: 7, warmup_steps: 1}\n"
+    )
+    (tmp_path / "second.yaml").write_text("base: first.yaml\ntraining: {steps: 9}\n")
+    recipe, base = load_recipe(tmp_path / "second.yaml"), load_recipe("quickstart")
+    assert (recipe.training.steps, recipe.training.warmup_steps, recipe.data.seed) == (9, 1, 3)
+    assert list(recipe.data.sets) == ["vqav2"]
+    assert recipe.training.batch_size == base.training.batch_size
+    assert "base" not in recipe.to_yaml()
+    assert load_recipe("instructblip_flant5xl").data == load_recipe("instructblip_vicuna7b").data
+
+
+def test_a_base_that_cannot_be_read_is_named(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    for base, message in (
+        ("quikstart", "no recipe quikstart: did you mean quickstart"),
+        ("[a]", "base: expected the name or path of a recipe"),
+        ("mine.yaml", "more than 8 recipes are based on each other"),
+    ):
+        path.write_text(f"base: {base}\n")
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_recipe(path)

@@ -44,7 +44,6 @@ from instructblip.inference.engine import Engine
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.weights import read_json
 from instructblip.model.config import InstructBlipConfig, LoraConfig
-from instructblip.model.decoding import check_overrides
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import checkpoint_layers, stacks_of
 from instructblip.model.language.lora import adapters, add_lora
@@ -160,7 +159,6 @@ def build(
         FileNotFoundError: for missing data or a missing model, naming what to get.
     """
     variant = variant or Variant()
-    check_overrides(recipe.evaluation.decoding)
     variant.refuse(recipe)
     if out is not None and distributed.is_main():
         compare_with_saved(recipe, out, resume)

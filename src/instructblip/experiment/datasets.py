@@ -185,7 +185,7 @@ def _remedy(recipe: Recipe, benchmark: Benchmark) -> str:
     files = source_of(benchmark.source).files.format(split=benchmark.split)
     root = recipe.data.root_of(benchmark.source)
     return (
-        f"Get {files}, and the pictures, from {OWNERS[benchmark.source]}; they go into "
+        f"Get {files}, and the images, from {OWNERS[benchmark.source]}; they go into "
         f"annotations/ and images/ of {root}"
     )
 
@@ -210,7 +210,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             continue
         evaluated.append(dataset)
         yield check_dataset(dataset, decode=decode)
-    pictures = evaluated_images(evaluated)
+    images = evaluated_images(evaluated)
     tokens = _response_tokens(recipe)
     for name in training_names(recipe):
         if fault := evaluated_too(recipe, name):
@@ -223,7 +223,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             continue
         yield check_dataset(
             dataset,
-            evaluated=pictures,
+            evaluated=images,
             against=[_key(dataset) for dataset in evaluated],
             tokens=tokens,
             drop_leaked=recipe.data.drop_leaked,
@@ -310,8 +310,8 @@ def evaluated_too(recipe: Recipe, name: str) -> str:
     if (data.root / (entry.root or source)).resolve() != data.root_of(source).resolve():
         return ""
     return (
-        f"data.sets.{name}: {source} {entry.split} is a set that this recipe is measured on; train "
-        "on another split, or take its benchmark out of evaluation.validation and "
+        f"data.sets.{name}: {source} {entry.split} is a set that this recipe is evaluated on; "
+        "train on another split, or take its benchmark out of evaluation.validation and "
         "evaluation.benchmarks"
     )
 

@@ -16,7 +16,6 @@ from instructblip.experiment.features import evaluation_features
 from instructblip.inference.baseline import TransformersModel, is_baseline
 from instructblip.inference.engine import Engine
 from instructblip.model.checkpoints.directory import model_directory
-from instructblip.model.decoding import check_overrides
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
 from instructblip.training.train import resolve_device
 
@@ -36,12 +35,10 @@ def evaluate(
         instruction_aware: whether the Q-Former reads the instruction; None as the model was saved.
 
     Raises:
-        ValueError: for decoding settings that are unknown or out of range.
         FileNotFoundError: for a missing model, or naming the data that benchmarks miss.
     """
     model_directory(model)  # a wrong path is reported before any data is read
     settings = recipe.evaluation
-    check_overrides(settings.decoding)
     benchmarks = benchmarks_of(recipe, settings.benchmarks)
     results = []
     with distributed.process_group():

@@ -1,8 +1,8 @@
-"""What a run will need of a device's memory, before anything is loaded.
+"""Predicts the memory that a run needs on each device, before anything is loaded.
 
-The model is built of fake tensors, shapes without numbers, and one micro batch of the longest
-lengths that the recipe allows walks through it. So a 7-billion model takes seconds on a laptop, and
-what autograd would keep is counted tensor by tensor.
+The model is built of fake tensors, which have shapes and no values, and one micro batch of the
+longest lengths that the recipe allows passes through it. A model of 7 billion parameters takes
+seconds on a laptop, and every tensor that autograd would save is counted.
 """
 
 import functools
@@ -36,23 +36,23 @@ class Memory:
     """Bytes on one device at the peak of a step."""
 
     frozen: int
-    """Weights that do not train."""
+    """Frozen weights."""
     trained: int
-    """Weights that do, in fp32."""
+    """Trainable weights, in fp32."""
     optimizer: int
-    """Two moments of AdamW."""
+    """The two moments of AdamW."""
     gradients: int
-    """All but those of large embedding tables, of which a step makes a few rows."""
+    """All except those of large embedding tables, of which a step computes a few rows."""
     activations: int
-    """What the forward pass keeps for the backward pass."""
+    """What the forward pass saves for the backward pass."""
     passing: int
-    """What exists for a moment beside the activations: a chunk of logits, or of a layer its weights
-    in full or what it keeps while it runs again."""
+    """What exists for a moment beside the activations: a chunk of logits, the gathered weights of a
+    layer, or what a checkpointed layer saves while it runs again."""
     encoder: int
-    """A pass of the image encoder, gone before there are activations."""
+    """A pass of the image encoder, freed before there are activations."""
     accumulates: bool = False
-    """Whether the gradients of earlier micro batches lie there all the time. Else they come as the
-    activations go."""
+    """Whether the gradients of earlier micro batches exist during the whole step. Otherwise they
+    grow while the activations shrink."""
 
     @property
     def peak(self) -> int:
@@ -87,20 +87,20 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
     quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     codes = sum(b.nbytes for m in quantized for b in m.buffers(recurse=False))
     frozen = sum(p.nbytes for p in model.parameters()) + codes - trained
-    # the numbers of the layer that runs, in fp32, and the codes or the result beside them
+    # the values of the layer that runs, in fp32, and its codes or its result beside them
     passing = max((8 * m.in_features * m.out_features for m in quantized), default=0)
     if training.parallel == "fsdp2":
-        layers = [layer for _, own in stacks_of(model.language_model) for layer in own]
-        sizes = [sum(p.nbytes for p in own.parameters() if not p.requires_grad) for own in layers]
+        layers = [layer for _, stack in stacks_of(model.language_model) for layer in stack]
+        sizes = [sum(p.nbytes for p in each.parameters() if not p.requires_grad) for each in layers]
         frozen -= sum(sizes) - sum(sizes) // world_size
-        passing = 2 * max(sizes)  # the layer that runs, and the next one on its way
+        passing = 2 * max(sizes)  # the layer that runs, and the next one in transfer
     samples = training.micro_batch_size(world_size)
     lengths = (
         min(data.max_instruction, model.config.qformer.max_position_embeddings),
         data.max_prompt,
         data.max_response,
     )
-    frames = max(min(_most_pictures(data, name), data.num_frames) for name in data.sets)
+    frames = max(min(_most_images(data, name), data.num_frames) for name in data.sets)
     forward = functools.partial(walk, model, samples, lengths, frames)
     activations = saved_bytes(forward, model)
     sparse = large_tables(model) if training.optimizer == "adamw" else ()
@@ -118,9 +118,9 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
     )
 
 
-def _most_pictures(data: DataConfig, name: str) -> int:
-    """The most that an example of an entry shows. Of one's own data it is known once that is
-    prepared; until then one is assumed."""
+def _most_images(data: DataConfig, name: str) -> int:
+    """The most images of an example of an entry. For custom data this is known once they are
+    prepared; until then it assumes one."""
     entry = data.sets[name]
     if entry.format is None:
         return data.num_frames if data.source_of(name) in VIDEO_SETS else 1
@@ -161,13 +161,13 @@ def retype(part: nn.Module, dtype: torch.dtype) -> None:
 def walk(
     model: InstructBlip, samples: int, lengths: tuple[int, int, int], frames: int = 1
 ) -> Tensor:
-    """The loss of a batch of full rows, each with so many ``frames``; ``lengths`` of instruction,
-    prompt and response."""
+    """The loss of a batch of ``samples`` full rows with ``frames`` images each; ``lengths`` are
+    those of instruction, prompt and response."""
     instruction, prompt, response = lengths
-    size, pictures = model.config.vision.image_size, samples * frames
-    features = model.encode_image(torch.empty(pictures, 3, size, size), norm=False)
-    # no mask: which slots are real is a question to numbers, and there are none
-    queries = model.ask_features(features, ones(pictures, instruction), None)
+    size, images = model.config.vision.image_size, samples * frames
+    features = model.encode_image(torch.empty(images, 3, size, size), norm=False)
+    # no mask: fake tensors have no values that could tell which slots are padding
+    queries = model.ask_features(features, ones(images, instruction), None)
     queries = queries.flatten(0, 1).unflatten(0, (samples, -1))
     seq2seq = model.language_model.config.is_encoder_decoder
     text = model.language_model.get_input_embeddings()(
@@ -204,22 +204,22 @@ def ones(*shape: int) -> Tensor:
 
 
 def _full(samples: int, width: int, apart: bool) -> Packing:
-    """Rows without padding; as one long sample unless they must stand ``apart``, as under T5's
-    bias: a causal attention without one keeps the same tensors, in fewer calls."""
+    """Packed rows without padding. With ``apart`` each row has its own attention, as T5's bias
+    needs; otherwise they form one long row, which saves the same tensors in fewer calls."""
     slots = ones(samples * width)
     lengths = [width] * samples if apart else [len(slots)]
     return Packing(ones(samples, width), slots, slots[None], lengths)
 
 
 def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that autograd keeps between ``forward`` and its backward pass, weights left out."""
+    """Bytes that autograd saves between ``forward`` and its backward pass, without weights."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()._cdata
         if storage not in weights:
-            kept[storage] = tensor  # held, so that no other tensor takes its place in memory
+            kept[storage] = tensor  # a reference, so that no other tensor reuses its storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -228,20 +228,20 @@ def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
 
 
 def rerun_bytes(forward: Callable[[], Tensor], model: InstructBlip) -> int:
-    """As `saved_bytes`, while one of the layers that keep their input alone runs again."""
-    found = []
+    """As `saved_bytes`, while one of the checkpointed layers runs again."""
+    sizes = []
     for _, layers in stacks_of(model.language_model):
         checkpointed = layers[0].forward
         layers[0].forward = checkpointed.args[0]
-        found.append(saved_bytes(forward, model))
+        sizes.append(saved_bytes(forward, model))
         layers[0].forward = checkpointed
-    return max(found)
+    return max(sizes)
 
 
 def tensor_peak(work: Callable[[], None]) -> int:
-    """Bytes of tensors on the CPU that exist at most while it works, above those before.
+    """Peak bytes of CPU tensors while ``work`` runs, above those that existed before.
 
-    What the process holds beyond them is the C library's: blocks it keeps for later, and holes.
+    The process holds more: the C library keeps freed blocks, and memory fragments.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
@@ -253,19 +253,19 @@ def tensor_peak(work: Callable[[], None]) -> int:
     return max(accumulate((event.nbytes() for event in changes), initial=0))
 
 
-def encoder_bytes(model: InstructBlip, pictures: int) -> int:
-    """The widest layer of the image encoder: a feed-forward at its activation, with as many inner
-    states as that makes of one, or behind it."""
+def encoder_bytes(model: InstructBlip, images: int) -> int:
+    """Bytes of the widest layer of the image encoder: a feed-forward network at its activation,
+    which needs one or more copies of the inner states, or at its output."""
     vision = model.config.vision
     size = model.vision_model.embeddings.patch_embedding.weight.element_size()
-    tokens = min(pictures, model.image_chunk) * vision.num_tokens
+    tokens = min(images, model.image_chunk) * vision.num_tokens
     inner, hidden = vision.intermediate_size, vision.hidden_size
     copies = {"gelu": 1, "quick_gelu": 3}.get(vision.hidden_act, 2)
     return tokens * size * max(copies * inner + 2 * hidden, inner + 3 * hidden)
 
 
 def logits_bytes(model: InstructBlip, tokens: int) -> int:
-    """One chunk of logits: in fp32, and in the head's own type where that is another."""
+    """Bytes of one chunk of logits: in fp32, and in the head's data type where that differs."""
     head = model.language_model.get_output_embeddings()
     size = head.weight.element_size()
     width = 4 if size == 4 else 4 + size

@@ -64,7 +64,7 @@ class FolderTuning(Variant):
         most = max(len(e.images) for side in (self.training, self.held) for e in side.examples)
         if most > recipe.data.num_frames:
             raise ValueError(
-                f"an example has {most} pictures and data.num_frames={recipe.data.num_frames} "
+                f"an example has {most} images and data.num_frames={recipe.data.num_frames} "
                 "shows fewer: raise it, or leave it out"
             )
 

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from instructblip.model.config import LoraConfig
+from instructblip.model.decoding import check_overrides
 from instructblip.text_to_image.config import (
     ConditionerConfig,
     DiffusersConfig,
@@ -54,7 +55,7 @@ class ModelConfig(_Section):
     text_branch: str | None = None
     """Where a BLIP-2's missing text branch comes from: a file, a directory, or ``random``."""
     image_size: PositiveInt | None = None
-    """Side of a picture in pixels; null for what the start has."""
+    """Side of an image in pixels; null for the start's."""
     lora: LoraConfig | None = None
     """An adapter beside the frozen language model, trained as the part ``lora``; null for none."""
     quantize: Literal["int8", "fp8", "nf4"] | None = None
@@ -77,16 +78,16 @@ class DataSet(_Section):
     language: Literal["en", "zh"] = "en"
     """Language of its instructions: English or Chinese templates."""
     format: Format | None = None
-    """For data of your own: how its files are written (docs/data.md); ``source`` is then unused."""
+    """For custom data: how its files are written (docs/data.md); ``source`` is then unused."""
     path: str | None = None
-    """File or pattern of your own data below its root, such as ``{split}.jsonl``; null for all."""
+    """File or pattern of custom data below its root, such as ``{split}.jsonl``; null for all."""
     images: str | None = None
-    """Folder below the root that the paths of its pictures are relative to; null for ``images``
-    if there is one, else the root. An imagefolder is looked for there: null for the root."""
+    """Folder below the root that image paths are relative to; null for ``images`` if there is one,
+    else the root. For an imagefolder, the folder that is searched: null for the root."""
     columns: dict[str, str] = Field(default_factory=dict)
     """For tables: which column holds the image, question, answer, choices, context, id."""
     task: str | None = None
-    """Task of your own data, which decides its templates; null guesses from the columns."""
+    """Task of custom data, which decides its templates; null infers it from the columns."""
 
 
 def _plain(name: str) -> str:
@@ -113,23 +114,23 @@ class DataConfig(_Section):
     """Steps whose samples are sorted by length together, so that a batch has less padding; 0 keeps
     the order drawn, 1 sorts within each step over its ranks and micro batches."""
     augment: bool = True
-    """Whether training pictures are cropped and flipped at random."""
+    """Whether training images are cropped and flipped at random."""
     num_frames: PositiveInt = 4
-    """Pictures of a sample at most: of a video so many frames, evenly spaced."""
+    """Maximum number of images of a sample; of a video so many frames, evenly spaced."""
     max_instruction: PositiveInt = 128
-    """Tokens of the instruction that the Q-Former reads at most."""
+    """Maximum number of tokens of the instruction that the Q-Former reads."""
     max_prompt: PositiveInt = 128
-    """Tokens of the prompt that the language model reads at most."""
+    """Maximum number of tokens of the prompt that the language model reads."""
     max_response: PositiveInt = 256
-    """Tokens of a response at most, its end token included."""
+    """Maximum number of tokens of a response, its end token included."""
     max_bad_rate: Fraction = 0.0
-    """Share of unreadable samples that a set may have; they are counted, listed and left out."""
+    """Share of bad samples that a set may have; they are counted, listed and left out."""
     check: Literal["required", "run", "skip"] = "required"
     """Whether training needs a passed `instructblip check`, makes one itself, or takes any data."""
     drop_leaked: bool = False
-    """Whether training leaves out pictures that an evaluation set of the recipe shows as well."""
+    """Whether training leaves out images that an evaluation set of the recipe shows as well."""
     cache_images_mb: NonNegativeInt = 256
-    """Memory for decoded pictures in each process that prepares batches."""
+    """Memory in MiB for decoded images, in each process that prepares batches."""
 
     def source_of(self, name: str) -> str:
         return self.sets[name].source or name
@@ -155,49 +156,56 @@ def _spell_out(value: object) -> object:
 
 
 class FeaturesConfig(_Section):
-    """Image features of the frozen encoder, computed once and kept on disk."""
+    """Image features of the frozen encoder, computed once and stored on disk."""
 
     cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(_spell_out)] = "auto"
-    """Whether to keep them; auto measures whether it saves time, and never keeps a single crop."""
+    """Whether to store them; auto measures whether it saves time, and stores no single crop."""
     dtype: Literal["fp32", "bf16", "int8"] | None = None
     """Type on disk; null for the encoder's own, without loss. int8 has a scale for each token."""
     views: PositiveInt = 1
-    """Random crops kept of each picture, where ``data.augment`` is on."""
+    """Random crops stored of each image, where ``data.augment`` is on."""
     root: Path | None = None
     """Folder of the features; null for ``data.root/features``."""
 
 
+def _decoding(settings: dict[str, int | float | bool]) -> dict[str, int | float | bool]:
+    check_overrides(settings)
+    return settings
+
+
 class EvaluationConfig(_Section):
-    """What the model is measured on: during training, and after it."""
+    """What the model is evaluated on: during training, and after it."""
 
     validation: tuple[str, ...] = ("held_in",)
     """Benchmarks scored during training; the mean of the held-in ones picks the best weights. An
     empty list validates nothing: the last weights are then the result."""
     validation_limit: PositiveInt | None = None
-    """Samples of each set in a validation, spread evenly; null for all."""
+    """Samples of each set in a validation, evenly spaced; null for all."""
     benchmarks: tuple[str, ...] = ("held_in", "held_out")
     """Benchmarks, or groups of them, that `evaluate` answers."""
     limit: PositiveInt | None = None
-    """Samples of each benchmark, spread evenly; null for all."""
+    """Samples of each benchmark, evenly spaced; null for all."""
     batch_size: PositiveInt | Literal["auto"] = 32
     """Samples answered at a time, or auto; changes speed and memory, not the answers."""
     tokenizer: Literal["python", "ptb_java"] = "python"
     """What cuts captions into words for their scores; ptb_java is the COCO server's."""
-    decoding: dict[str, int | float | bool] = Field(default_factory=dict)
+    decoding: Annotated[dict[str, int | float | bool], AfterValidator(_decoding)] = Field(
+        default_factory=dict
+    )
     """Settings of generation on top of each benchmark's own."""
     prompts: dict[str, str] = Field(default_factory=dict)
-    """Benchmark to prompt, instead of its own: the figure is then another one."""
+    """Benchmark -> prompt, in place of the benchmark's; scores then do not compare."""
 
 
 class DrawingSet(_Section):
     """One set of things to draw."""
 
     kind: Literal["scenes", "subjects", "captions", "instructions"]
-    """Fresh scenes, fresh scenes with a subject, captions turned round, an instruction file."""
+    """Fresh scenes, fresh scenes with a subject, captions as instructions, an instruction file."""
     source: str | None = None
     """How the files of a caption set are read, a name of ``SOURCES``."""
     root: Path | None = None
-    """Folder below ``data.root``: of a caption set (null: its source's name), or of the pictures of
+    """Folder below ``data.root``: of a caption set (null: its source's name), or of the images of
     an instruction file (null: beside the file)."""
     file: Path | None = None
     """The instruction file, JSON lines, below ``data.root``."""
@@ -215,8 +223,8 @@ class DrawingConfig(_Section):
     sets: dict[str, DrawingSet] = Field(min_length=1)
     """Name to set: what the decoder is trained on."""
     start: str | None = None
-    """A directory that draws, to go on from its conditioner and decoder: the two below are then its
-    own. It must have been trained with the Q-Former of ``model.start``; null begins anew."""
+    """A model directory whose conditioner and decoder are trained further, in place of the two
+    below. It must have the Q-Former of ``model.start``; null starts with fresh ones."""
     conditioner: ConditionerConfig = ConditionerConfig()
     """From the Q-Former to the condition."""
     decoder: NativeConfig | DiffusersConfig = Field(default=NativeConfig(), discriminator="kind")
@@ -238,9 +246,9 @@ class Recipe(_Section):
     training: TrainingConfig = TrainingConfig()
     """How it is tuned."""
     features: FeaturesConfig = FeaturesConfig()
-    """Whether the frozen encoder's image features are kept."""
+    """Whether image features of the frozen encoder are stored."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """What it is measured on."""
+    """What it is evaluated on."""
     drawing: DrawingConfig | None = None
     """Text to image; null tunes the model to answer."""
 
