@@ -18,7 +18,7 @@ from instructblip.data.features import (
     FeatureStore,
     FeatureType,
     fill,
-    hash_pictures,
+    hash_images,
     measure,
     quantize,
     store_name,
@@ -54,7 +54,7 @@ def stored(
 ) -> tuple[Features, Encoder]:
     transform = TRANSFORM if views == 1 else TRANSFORM.for_training()
     encoder = Encoder()
-    features = Features(FeatureStore(folder / "store", kind), hash_pictures(paths, {}), views)
+    features = Features(FeatureStore(folder / "store", kind), hash_images(paths, {}), views)
     fill(features, transform, encoder, batch_size=2, workers=0)
     return features, encoder
 
@@ -145,7 +145,7 @@ def test_the_frames_of_a_video_share_each_crop(tmp_path: Path):
             return boxes
 
         store = FeatureStore(tmp_path / "store", "fp32")
-        features = Features(store, hash_pictures(paths, {}), 2, frames)
+        features = Features(store, hash_images(paths, {}), 2, frames)
         fill(features, TRANSFORM.for_training(), encode, batch_size=2, workers=0)
         return features, seen
 
@@ -167,7 +167,7 @@ def test_a_kill_loses_the_shard_in_work_and_nothing_else(
 ):
     monkeypatch.setattr(features_module, "SHARD_BYTES", 1)  # a shard for each batch
     encoder = Encoder()
-    features = Features(FeatureStore(tmp_path / "store", "fp32"), hash_pictures(paths, {}))
+    features = Features(FeatureStore(tmp_path / "store", "fp32"), hash_images(paths, {}))
 
     def dies(pixels: Tensor) -> Tensor:
         if encoder.seen:
@@ -236,11 +236,11 @@ def test_the_name_of_a_store_holds_all_that_changes_its_features():
 
 
 def test_costs_decide(tmp_path: Path, paths: list[str]):
-    dear = Costs(load=1, encode=10, write=1, read=1, nbytes=1)
+    dear = Costs(load=1.0, encode=10.0, write=1.0, read=1.0, nbytes=1)
     assert dear.saving(missing=10, reads=10) < 0 < dear.saving(missing=10, reads=40)
-    cheap = Costs(load=1, encode=1, write=1, read=2, nbytes=1)
+    cheap = Costs(load=1.0, encode=1.0, write=1.0, read=2.0, nbytes=1)
     assert cheap.saving(missing=1, reads=10**6) < 0
-    features = Features(FeatureStore(tmp_path / "store", "fp32"), hash_pictures(paths, {}))
+    features = Features(FeatureStore(tmp_path / "store", "fp32"), hash_images(paths, {}))
     costs = measure(features, TRANSFORM, Encoder(), 3)
     assert min(costs.load, costs.encode, costs.write, costs.read) > 0
     assert costs.nbytes >= 2 * 4 * 4
@@ -249,12 +249,12 @@ def test_costs_decide(tmp_path: Path, paths: list[str]):
 
 def test_an_unchanged_picture_is_not_read_again(paths: list[str]):
     known = dict(gather_facts(paths, Path(), {}))
-    first = hash_pictures(paths, known)
-    assert first == hash_pictures(paths, {})
+    first = hash_images(paths, known)
+    assert first == hash_images(paths, {})
     path = Path(paths[0])
     status = path.stat()
     path.write_bytes(bytes(status.st_size))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert hash_pictures(paths, known) == first
+    assert hash_images(paths, known) == first
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert hash_pictures(paths, known)[paths[0]] != first[paths[0]]
+    assert hash_images(paths, known)[paths[0]] != first[paths[0]]

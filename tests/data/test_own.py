@@ -510,7 +510,7 @@ def test_export_of_a_linked_set_comes_back(tmp_path: Path):
     recipe = load_recipe("scenes", [f"data.root={tmp_path / 'data'}", "data.sets={vqav2: {}}"])
     out = tmp_path / "data" / "out"
     for form in get_args(Form):
-        stages.prepare(recipe, form=form, out=out)  # type: ignore[arg-type]
+        stages.prepare(recipe, form=form, out=out)
     written = sorted(path.name for path in out.iterdir())
     endings = ("llava.json", "messages.jsonl", "parquet", "sharegpt.json")
     assert written == [f"vqav2.{ending}" for ending in endings]
@@ -527,8 +527,14 @@ def test_export_parquet(tmp_path: Path):
     rows = pq.read_table(path).to_pylist()
     assert [row["prompt"] for row in rows] == [f"Ask: what is {i}?" for i in range(4)]
     assert rows[0]["response"] in rows[0]["answers"]
-    with pytest.raises(ValueError, match="export format 'xml'; expected one of llava"):
-        export(data, "vqav2", "xml", tmp_path / "out", "vqav2/images")  # type: ignore[arg-type]
+
+
+def test_an_unknown_export_format_is_refused_before_data_is_read(tmp_path: Path):
+    write_vqa(tmp_path / "vqav2", 4)
+    recipe = load_recipe("scenes", [f"data.root={tmp_path}", "data.sets={vqav2: {}}"])
+    with pytest.raises(ValueError, match="export format 'lava'; expected one of llava"):
+        stages.prepare(recipe, form="lava", out=tmp_path / "out")  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["vqav2"]
 
 
 def test_recipe_reads_own_data_from_anywhere(root: Path):

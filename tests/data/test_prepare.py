@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from instructblip.core.batch import Example
-from instructblip.data.features import hash_pictures
+from instructblip.data.features import hash_images
 from instructblip.data.prepared import images as facts_module
 from instructblip.data.prepared import partial as partial_module
 from instructblip.data.prepared import prepare as prepare_module
@@ -252,7 +252,7 @@ def test_hashes_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(facts_module, "image_fault", None)  # read by prepare: not read again
     check_dataset(data)
     paths = [str(root / "images" / name) for name in facts]
-    digests = hash_pictures(paths, data.facts())  # nor by a store of features
+    digests = hash_images(paths, data.facts())  # nor by a store of features
     assert digests == {path: facts[Path(path).name].sha256.hex() for path in paths}
     monkeypatch.undo()
     write_picture(root / "images" / "COCO_train2014_000000000001.jpg", seed=99)

@@ -42,10 +42,12 @@ def prepare(
     out: Path = Path("out"),
 ) -> None:
     """Read, verify and index the recipe's data sets; print the mixture, or export the samples."""
-    from instructblip.data.export import export
+    from instructblip.data.export import check_form, export
     from instructblip.data.prepared.prepare import prepare_all
     from instructblip.experiment import datasets as sets
 
+    if form is not None:
+        check_form(form)  # before any data is read
     names = sets.training_names(recipe)
     jobs = [sets.job_of(recipe, name) for name in names]
     prepared = prepare_all(jobs, workers)

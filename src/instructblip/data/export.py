@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,6 +53,13 @@ _SCHEMA = pa.schema(
 )
 
 
+def check_form(form: str) -> Form:
+    """Returns ``form``; ValueError lists the formats."""
+    if form not in get_args(Form):
+        raise ValueError(f"export format '{form}'; expected one of {', '.join(get_args(Form))}")
+    return cast(Form, form)
+
+
 def export(
     dataset: Examples,
     name: str,
@@ -68,8 +75,6 @@ def export(
     ``prefix`` is the path of the images relative to the folder that written paths are relative to.
     Returns the path ``folder/<name>.<form>.json``, ``.jsonl`` or ``.parquet``.
     """
-    if form not in get_args(Form):
-        raise ValueError(f"export format '{form}'; expected one of {', '.join(get_args(Form))}")
     rows = _rows(dataset, name, prefix, seed, templates, language)
     path = folder / (name + _SUFFIXES[form])
     with replacing(path) as temporary:

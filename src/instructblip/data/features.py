@@ -1,18 +1,27 @@
-"""Image features of a frozen encoder, computed once and kept on disk.
+"""Image features of a frozen encoder, computed once and stored on disk.
 
-A store is a folder of shards. A shard is one safetensors file: ``features`` [n, P, V], with int8
-also ``scale`` [n, P], and in its metadata the key of each of the n pictures. A key is the sha256
-of the picture file's bytes and the number of its view (0 alone unless pictures are augmented), from
-which its crop is drawn; a later frame of a video also names the first one and has its crop. The
-name of the folder is a hash of the transform, the encoder's weights and the number type. So a
-picture that moves or changes, another encoder or another size can never give stale features, and
-whatever shares bytes shares features.
+A store is a folder of shards::
 
-Shards are written under a temporary name, flushed and renamed: a kill loses the shard in work and
-nothing else, and what is missing is all that the next run computes. Any number of ranks write at
-the same time, each its own shards. Reads go through memory maps.
+    <root>/<hash of transform, encoder weights and number type>/
+        <hash of the shard's keys>.safetensors
+            features  [n, P, V]     fp32, bf16 or int8
+            scale     [n, P]        with int8: fp32, one for each token
+            metadata  {"keys": JSON list of n keys}
 
-Features are taken before the encoder's last LayerNorm, which trains (see ``Batch``).
+A key names an image and a view, that is, a crop; without augmentation there is only view 0::
+
+    <sha256 of the image file>#<view>
+    <sha256 of the frame>@<sha256 of the video's first frame>#<view>      frames of a cropped video
+
+The key seeds the crop, for a later frame its part after the @, so all frames of a video share the
+crop. Since names are hashes of content, an image that moved or changed, another encoder or another
+size never give stale features, and files with equal bytes share features.
+
+A shard appears whole or not at all: a kill loses the shard being written, and the next run computes
+only what is missing. Any number of ranks write at the same time, each its own shards. Shards are
+memory-mapped for reading.
+
+Features are taken before the encoder's last LayerNorm, which is trainable (see ``Batch``).
 """
 
 import hashlib
@@ -22,20 +31,21 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from instructblip.core import distributed
 from instructblip.core.files import recover, replacing, set_aside
+from instructblip.core.progress import progress_bar
 from instructblip.data.images import ImageTransform, load_image
 from instructblip.data.prepared.images import (
     MISSING,
@@ -56,7 +66,7 @@ Encode = Callable[[Tensor], Tensor]
 
 
 class FeatureStore:
-    """Features by key in one folder. ``refresh`` sees what other processes have written since."""
+    """The features in one folder, by key; ``refresh`` finds shards of other processes."""
 
     def __init__(self, folder: Path, kind: FeatureType) -> None:
         self.folder = folder
@@ -73,11 +83,11 @@ class FeatureStore:
         return len(self._places)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # a worker opens the files itself
+        return {**self.__dict__, "_maps": {}}  # a worker process maps the files itself
 
     def refresh(self) -> None:
-        """Look for new shards. A damaged one is set aside with a warning: its pictures are
-        encoded again."""
+        """Finds new shards. A damaged one is renamed with a warning; its images are then missing
+        and are encoded again."""
         known = set(self._shards)
         for path in sorted(self.folder.glob("*.safetensors")):
             if path in known:
@@ -87,7 +97,7 @@ class FeatureStore:
                     keys = json.loads(file.metadata()["keys"])
             except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
                 warnings.warn(
-                    f"{path} is damaged ({error}); its pictures will be encoded again",
+                    f"{path} is damaged ({error}); its images will be encoded again",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -98,10 +108,10 @@ class FeatureStore:
             self._places |= {key: (place, row) for row, key in enumerate(keys)}
 
     def read(self, key: str) -> Float[Tensor, "P V"]:
-        """Features of one key; fp32 or bf16, int8 comes back as bf16."""
+        """The features of one key, in fp32 or bf16; those stored in int8 as bf16."""
         shard, row = self._places[key]
         if shard not in self._maps:
-            with safe_open(self._shards[shard], "pt") as file:  # maps the file, reads nothing
+            with safe_open(self._shards[shard], "pt") as file:  # maps, does not read
                 scale = file.get_tensor("scale") if "scale" in file.keys() else None  # noqa: SIM118
                 self._maps[shard] = file.get_tensor("features"), scale
         features, scale = self._maps[shard]
@@ -110,11 +120,7 @@ class FeatureStore:
         return (features[row] * scale[row, :, None]).to(torch.bfloat16)
 
     def write(self, keys: Sequence[str], features: Float[Tensor, "n P V"]) -> None:
-        """One shard of n pictures, in full or not at all.
-
-        Raises:
-            OSError: if it cannot be written; the shards before it are intact.
-        """
+        """Writes one shard of n images, whole or not at all; OSError if it cannot be written."""
         if self.kind == "int8":
             values, scale = quantize(features)
             tensors = {"features": values, "scale": scale}
@@ -133,11 +139,11 @@ class FeatureStore:
 
 @dataclass
 class Features:
-    """What `Pictures` reads instead of pixels: paths on top of a store.
+    """Features by path, which ``ImageReader`` reads in place of pixels.
 
-    ``digests`` are the sha256 of the pictures' bytes, by path; ``views`` crops were stored of each.
-    ``frames`` are all (picture, first frame of its example), where pictures are cropped: the frames
-    of a video share each crop.
+    ``digests`` maps paths to the sha256 of the images' bytes; each image has ``views`` crops.
+    Where images are cropped, ``frames`` has (path, path of the first image of its example) of each
+    image of each example.
     """
 
     store: FeatureStore
@@ -146,38 +152,38 @@ class Features:
     frames: frozenset[tuple[str, str]] = frozenset()
 
     def __call__(self, path: str, view: int, first: str | None = None) -> Float[Tensor, "P V"]:
-        """Raises ValueError for a picture that was not stored."""
+        """Features of crop ``view`` of the image at ``path``; ValueError if they are not stored."""
         key = self._key(path, view, first or path)
         if key not in self.store:
             raise ValueError(
-                f"picture {path} has no stored features in {self.store.folder}; run "
+                f"image {path} has no stored features in {self.store.folder}; run "
                 "`instructblip cache RECIPE`"
             )
         return self.store.read(key)
 
     def view(self, seed: int) -> int:
-        """Which stored crop a sample with this seed sees."""
+        """The number of the stored crop that a sample with this seed sees."""
         return random.Random(seed).randrange(self.views)
 
-    def missing(self) -> list[tuple[str, str, int]]:
-        """(key, path, view) of all that is not stored yet; equal pictures once."""
+    def missing(self) -> list[tuple[str, str]]:
+        """(key, path) of each crop that is not stored yet; equal images once."""
         frames = self.frames or {(path, path) for path in self.digests}
         wanted = {
-            self._key(path, view, first): (path, view)
+            self._key(path, view, first): path
             for path, first in frames
             for view in range(self.views)
         }
-        return [(key, *wanted[key]) for key in sorted(wanted) if key not in self.store]
+        return [(key, wanted[key]) for key in sorted(wanted) if key not in self.store]
 
     def _key(self, path: str, view: int, first: str) -> str:
-        own, leader = self.digests.get(path), self.digests.get(first)
-        video = self.frames and own != leader
-        return f"{own}@{leader}#{view}" if video else f"{own}#{view}"
+        digest, leader = self.digests.get(path), self.digests.get(first)
+        shares_crop = self.frames and digest != leader
+        return f"{digest}@{leader}#{view}" if shares_crop else f"{digest}#{view}"
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds and bytes of one picture, measured here and now."""
+    """Measured seconds and bytes of one image."""
 
     load: float
     encode: float
@@ -186,54 +192,60 @@ class Costs:
     nbytes: int
 
     def saving(self, missing: int, reads: int) -> float:
-        """Seconds that storing ``missing`` pictures and reading ``reads`` times saves over encoding
-        at every use. Decoding is left out on that side: decoded pictures are kept in memory."""
+        """Seconds saved by storing ``missing`` images and reading ``reads`` times, compared with
+        encoding at every use. Loading is not counted there: decoded images stay in memory."""
         return reads * (self.encode - self.read) - missing * (self.load + self.encode + self.write)
 
 
 def store_name(transform: ImageTransform, encoder: str, kind: FeatureType) -> str:
-    """The folder of a store: everything but the pictures that the features depend on."""
+    """The name of a store's folder: a hash of all that features depend on except the images."""
     text = json.dumps([asdict(transform), encoder, kind], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def hash_pictures(paths: Iterable[str], known: Mapping[str, ImageFact]) -> dict[str, str]:
-    """sha256 of the bytes of each picture, by path; every rank looks at a part, all get the whole.
+def hash_images(paths: Iterable[str], known: Mapping[str, ImageFact]) -> dict[str, str]:
+    """sha256 of the bytes of each image, by path; each rank reads a share, all return the whole.
 
-    What is ``known`` of a picture by its path (``PreparedDataset.facts``) stands while its size and
-    date do: the file is then not read. Raises FileNotFoundError or ValueError for a picture that
-    cannot be read any more.
+    An image that ``known`` (``PreparedDataset.facts``) has with the same size and date is not read.
+    Raises FileNotFoundError or ValueError for an image that cannot be read any more.
     """
-    own = sorted(set(paths))[distributed.rank() :: distributed.world_size()]
-    found = dict(gather_facts(own, Path(), known, workers=8))  # mostly waiting for the disk
-    for path, fact in found.items():
+    share = sorted(set(paths))[distributed.rank() :: distributed.world_size()]
+    facts = dict(gather_facts(share, Path(), known, workers=8))  # mostly waiting for the disk
+    for path, fact in facts.items():
         if fact.fault == MISSING:
             raise FileNotFoundError(
-                f"picture {path} does not exist any more; put it back, or prepare the data again"
+                f"image {path} does not exist any more; put it back, or prepare the data again"
             )
         if not fact.sha256:
-            raise ValueError(f"picture {path} {fact.fault}; repair it, or prepare the data again")
-    shared = distributed.gather_objects({path: fact.sha256.hex() for path, fact in found.items()})
-    return {path: digest for part in shared for path, digest in part.items()}
+            raise ValueError(f"image {path} {fact.fault}; repair it, or prepare the data again")
+    parts = distributed.gather_objects({path: fact.sha256.hex() for path, fact in facts.items()})
+    return {path: digest for part in parts for path, digest in part.items()}
 
 
 def fill(
     features: Features, transform: ImageTransform, encode: Encode, batch_size: int, workers: int
 ) -> int:
-    """Encode and store what is missing, shared out among the ranks; returns the number of it.
+    """Encodes and stores what is missing, shared among the ranks; returns how many images it is.
 
-    Raises OSError when the disk is full and ValueError or FileNotFoundError for a broken picture.
+    Raises OSError when the disk is full and ValueError or FileNotFoundError for a broken image.
     """
     missing = features.missing()
-    own = missing[distributed.rank() :: distributed.world_size()]
-    waiting: list[Tensor] = []
+    share = missing[distributed.rank() :: distributed.world_size()]
+    loader = DataLoader(
+        _Pixels(share, transform),
+        batch_size=batch_size,
+        num_workers=min(workers, len(share) // batch_size),
+    )
+    encoded: list[Tensor] = []  # not written yet
     stored = 0
-    for pixels in _pixel_batches(own, transform, batch_size, workers):
-        waiting.append(encode(pixels).cpu())
-        done = stored + sum(map(len, waiting))
-        if sum(part.nbytes for part in waiting) >= SHARD_BYTES or done == len(own):
-            features.store.write([key for key, _, _ in own[stored:done]], torch.cat(waiting))
-            stored, waiting = done, []
+    with progress_bar("image features", "images", shown=distributed.is_main()) as advance:
+        for pixels in loader:  # [batch, 3, S, S]
+            encoded.append(encode(pixels).cpu())  # [batch, P, V]
+            done = stored + sum(map(len, encoded))
+            advance(done, len(share))
+            if sum(part.nbytes for part in encoded) >= SHARD_BYTES or done == len(share):
+                features.store.write([key for key, _ in share[stored:done]], torch.cat(encoded))
+                stored, encoded = done, []
     recover(features.store.folder)
     distributed.barrier()
     features.store.refresh()
@@ -241,17 +253,17 @@ def fill(
 
 
 def measure(
-    features: Features, transform: ImageTransform, encode: Encode, num_pictures: int
+    features: Features, transform: ImageTransform, encode: Encode, num_images: int
 ) -> Costs:
-    """What one picture costs, from up to ``num_pictures`` of those missing (there must be one).
+    """Measures the costs of one image on up to ``num_images`` missing ones (there must be one).
 
-    They are stored in a folder of their own, which is deleted: the caller has not decided yet.
+    They are stored in a temporary folder, since the caller may decide against storing.
     """
-    chosen = features.missing()[:num_pictures]
+    chosen = features.missing()[:num_images]
     pixels = _Pixels(chosen, transform)
-    encode(pixels[0][None])  # the first call pays for start-up
+    encode(pixels[0][None])  # the first call includes start-up
     trial = FeatureStore(features.store.folder / f".trial.{os.getpid()}", features.store.kind)
-    keys = [key for key, _, _ in chosen]
+    keys = [key for key, _ in chosen]
     try:
         loaded, load = _timed(lambda: torch.stack([pixels[i] for i in range(len(chosen))]))
         encoded, encode_all = _timed(lambda: encode(loaded).cpu())
@@ -266,45 +278,29 @@ def measure(
     return Costs(load / count, encode_all / count, write / count, read / count, nbytes // count)
 
 
-def quantize(features: Float[Tensor, "n P V"]) -> tuple[Tensor, Float[Tensor, "n P"]]:
-    """int8 with one scale per token: the norms of ViT tokens differ by orders of magnitude."""
+def quantize(
+    features: Float[Tensor, "n P V"],
+) -> tuple[Int8[Tensor, "n P V"], Float[Tensor, "n P"]]:
+    """int8 values and a scale for each token: norms of ViT tokens differ by orders of magnitude."""
     values = features.float()
-    scale = values.abs().amax(2).clamp(min=1e-12) / 127
+    scale = values.abs().amax(2).clamp(min=1e-12) / 127  # [n, P]: the largest entry becomes 127
     return (values / scale[:, :, None]).round().to(torch.int8), scale
 
 
-class _Pixels:
-    """Pictures to encode as a map from number to pixels. A view is a crop drawn from its key
-    (of a later frame from that of the first); never mirrored, since the text that will stand beside
-    it may name a side."""
+class _Pixels(Dataset[Tensor]):
+    """(key, path) -> pixels. An augmented image is cropped as its key says, and never mirrored,
+    since the text of its sample may name a side."""
 
-    def __init__(self, items: Sequence[tuple[str, str, int]], transform: ImageTransform) -> None:
+    def __init__(self, items: Sequence[tuple[str, str]], transform: ImageTransform) -> None:
         self.items, self.transform = items, transform
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Float[Tensor, "3 S S"]:
-        key, path, _ = self.items[index]
+        key, path = self.items[index]
         crop = random.Random(key.rpartition("@")[2])
         return self.transform(load_image(path), crop, flip=False)
-
-
-def _pixel_batches(
-    items: Sequence[tuple[str, str, int]], transform: ImageTransform, batch_size: int, workers: int
-) -> Iterator[Float[Tensor, "N 3 S S"]]:
-    """The pictures in order, decoded by ``workers`` processes, with a progress bar on terminals."""
-    from rich.console import Console
-    from rich.progress import track
-
-    loader = DataLoader(
-        _Pixels(items, transform),  # type: ignore[arg-type]
-        batch_size=batch_size,
-        num_workers=min(workers, len(items) // batch_size),
-    )
-    console = Console(stderr=True)
-    quiet = not (console.is_terminal and distributed.is_main())
-    yield from track(loader, "image features", console=console, disable=quiet, transient=True)
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

@@ -27,6 +27,7 @@ PAD_ID = 0
 """Id at positions where the mask is 0. Any valid id works: the model never reads them."""
 
 
+@runtime_checkable
 class StoredFeatures(Protocol):
     """What ``ImageReader`` reads in place of pixels (see ``features.Features``)."""
 

@@ -17,7 +17,7 @@ from instructblip.data.features import (
     FeatureStore,
     FeatureType,
     fill,
-    hash_pictures,
+    hash_images,
     measure,
     store_name,
 )
@@ -124,7 +124,7 @@ def make_features(
         known |= _facts_of(dataset)
     features = Features(
         FeatureStore(root / store_name(transform, model.encoder_fingerprint(), kind), kind),
-        hash_pictures({path for path, _ in frames}, known),
+        hash_images({path for path, _ in frames}, known),
         views=settings.views if transform.train else 1,
         frames=frozenset(frames if transform.train else ()),
     )
@@ -184,7 +184,7 @@ def features_pay(features: Features, transform: ImageTransform, encode: Encode, 
     missing = len(features.missing())
     if not missing:
         return True
-    costs = measure(features, transform, encode, num_pictures=16)
+    costs = measure(features, transform, encode, num_images=16)
     free = shutil.disk_usage(features.store.folder.parent).free
     pays = costs.saving(missing, reads) > 0 and missing * costs.nbytes < free / 2
     print(
