@@ -551,7 +551,7 @@ def test_recipe_reads_own_data_from_anywhere(root: Path):
     assert dataset[0].answers == ("A cup.",)
     assert (dataset.image_root / dataset[0].images[0]).is_file()
     assert not check_dataset(dataset).left_out
-    with pytest.raises(ValueError, match="this name is taken"):
+    with pytest.raises(ValueError, match="vqav2 is a published data set; choose another name"):
         prepare_training(load_recipe(recipe, ["data.sets={vqav2: {format: table, root: x}}"]))
     with pytest.raises(FileNotFoundError, match="there is no file"):
         prepare_training(load_recipe(recipe, ["data.sets.mine.root=memory://other"]))
