@@ -70,9 +70,7 @@ def main() -> None:
     ]
     with torch.no_grad(), autocast(options):
         cached = [
-            replace(
-                b, image_features=ours.encode_image(b.pixel_values, norm=False), pixel_values=None
-            )
+            replace(b, image_features=ours.encode_image(b.pixel_values), pixel_values=None)
             for b, _ in pairs
         ]
         apart = abs(losses(ours, pairs[0][0]) - theirs(**pairs[0][1]).loss.item())
@@ -166,7 +164,7 @@ def where_time_goes(model: Any, batch: Batch, optimizer: Any, options: Any) -> d
     state: dict[str, Any] = {}
 
     def vision(_: int) -> None:
-        state["features"] = model.encode_image(batch.pixel_values, norm=False)
+        state["features"] = model.encode_image(batch.pixel_values)
 
     def queries(_: int) -> None:
         known = replace(batch, image_features=state["features"], pixel_values=None)

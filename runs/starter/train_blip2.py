@@ -188,7 +188,7 @@ class Stage:
         self._phrases: Tensor | None = None
 
     def features(self, scenes: list[Scene]) -> Tensor:
-        return self.model.encode_image(pixels_of(scenes))
+        return self.model.vision_model.norm(self.model.encode_image(pixels_of(scenes)))
 
     def text(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         encoded = self.tokens.qformer(texts, padding=True, return_tensors="pt")  # type: ignore

@@ -8,6 +8,7 @@ import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from instructblip.core.batch import Batch
+from instructblip.model.fast.qformer import Rows
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.fast import head, packing
 from instructblip.model.language.fast.packing import (
@@ -15,7 +16,6 @@ from instructblip.model.language.fast.packing import (
     Packing,
     packs,
 )
-from instructblip.model.qformer import Rows
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
 from tests.parity.tiny import padded, tiny_batch

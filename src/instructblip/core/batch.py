@@ -21,7 +21,7 @@ G    side of a square picture to be drawn, in pixels
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,3 +123,14 @@ class Batch:
     def num_response_tokens(self) -> int:
         """Tokens that carry loss: the denominator of the mean."""
         return int(self.response_mask.sum())
+
+
+class LossOutput(NamedTuple):
+    """Loss of one batch. ``loss_sum`` and ``sample_losses`` [B] are sums in nats over the response
+    tokens, ``num_tokens`` and ``sample_tokens`` [B] their numbers, int64: the mean belongs to the
+    caller, who knows the tokens of the whole step. Only ``loss_sum`` carries gradients."""
+
+    loss_sum: Tensor
+    num_tokens: Tensor
+    sample_losses: Tensor
+    sample_tokens: Tensor

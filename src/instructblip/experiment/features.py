@@ -26,7 +26,8 @@ from instructblip.data.prepared.dataset import DatasetView, PreparedDataset
 from instructblip.data.prepared.images import ImageFact
 from instructblip.data.samples import Examples, ImageReader
 from instructblip.evaluation.evaluate import pick
-from instructblip.model.instructblip import InstructBlip, part_of
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.trainable import part_of
 from instructblip.recipe.schema import Recipe
 from instructblip.training.checkpoint import saved_steps
 from instructblip.training.train import resolve_device
@@ -174,7 +175,7 @@ def _encoder(recipe: Recipe, model: InstructBlip) -> Encode:
 
     def encode(pixels: Tensor) -> Tensor:
         with torch.no_grad():
-            return model.encode_image(pixels.to(device), norm=False)
+            return model.encode_image(pixels.to(device))
 
     return encode
 

@@ -165,9 +165,10 @@ def walk(
     those of instruction, prompt and response."""
     instruction, prompt, response = lengths
     size, images = model.config.vision.image_size, samples * frames
-    features = model.encode_image(torch.empty(images, 3, size, size), norm=False)
+    features = model.encode_image(torch.empty(images, 3, size, size))
     # no mask: fake tensors have no values that could tell which slots are padding
-    queries = model.ask_features(features, ones(images, instruction), None)
+    queries = model.query_image(features, ones(images, instruction), None)
+    queries = model.project_queries(queries)
     queries = queries.flatten(0, 1).unflatten(0, (samples, -1))
     seq2seq = model.language_model.config.is_encoder_decoder
     text = model.language_model.get_input_embeddings()(

@@ -11,8 +11,9 @@ from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
 from instructblip.experiment.build import Data, Variant, build, load_model
 from instructblip.experiment.datasets import Held
-from instructblip.model.instructblip import ALIASES, InstructBlip
+from instructblip.model.instructblip import InstructBlip
 from instructblip.model.stage1 import Stage1
+from instructblip.model.trainable import ALIASES
 from instructblip.recipe.schema import Recipe
 from instructblip.training.train import TrainResult
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from instructblip.core.batch import IGNORE_INDEX, Batch
-from instructblip.model.instructblip import InstructBlip, LossOutput
+from instructblip.core.batch import IGNORE_INDEX, Batch, LossOutput
+from instructblip.model.instructblip import InstructBlip
 
 LABEL_SMOOTHING = 0.1
 """Of the contrast, as in the official code."""
@@ -45,11 +45,7 @@ class Stage1(nn.Module):
     def loss(self, batch: Batch) -> LossOutput:
         """All three losses of the captions and the first frames of their pictures."""
         model, pictures = self.model, batch.image_index[:, 0]
-        features = batch.image_features
-        if features is None:
-            assert batch.pixel_values is not None
-            features = model.encode_image(batch.pixel_values, norm=False)
-        features = model.vision_model.norm(features)
+        features = model.vision_model.norm(model.features_of(batch))  # [N, P, V]
         similarity = self.similarity(features, batch)
         losses = torch.stack(
             [
@@ -61,10 +57,6 @@ class Stage1(nn.Module):
         tokens = batch.response_mask.long().sum(1)
         mean = losses.sum()
         return LossOutput(mean * tokens.sum(), tokens.sum(), mean.detach() * tokens, tokens)
-
-    def forward(self, batch: Batch) -> LossOutput:
-        """The same as ``loss``: what wrappers such as DistributedDataParallel call."""
-        return self.loss(batch)
 
     def similarity(self, features: Float[Tensor, "N P V"], batch: Batch) -> Float[Tensor, "B B"]:
         """Row i: the picture of sample i with the text of every sample; its best query counts."""

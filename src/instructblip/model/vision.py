@@ -84,17 +84,11 @@ class VisionMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: Float[Tensor, "N P V"]) -> Float[Tensor, "N P V"]:
-        inner = self.fc1(hidden)
-        if torch.is_grad_enabled() or self.activation is not F.gelu:
-            inner = self.activation(inner)
-        else:
-            torch.ops.aten.gelu_(inner)
-        return self.fc2(inner)
+        return self.fc2(self.activation(self.fc1(hidden)))
 
 
 class VisionLayer(nn.Module):
-    """One pre-norm transformer layer. Without gradients it writes over its input: the sums are the
-    same, and a frozen encoder asks the system for new memory some hundred times less."""
+    """One pre-norm transformer layer."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -104,9 +98,8 @@ class VisionLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Float[Tensor, "N P V"]) -> Float[Tensor, "N P V"]:
-        add = torch.add if torch.is_grad_enabled() else Tensor.add_
-        hidden = add(hidden, self.self_attn(self.layer_norm1(hidden)))
-        return add(hidden, self.mlp(self.layer_norm2(hidden)))
+        hidden = hidden + self.self_attn(self.layer_norm1(hidden))
+        return hidden + self.mlp(self.layer_norm2(hidden))
 
 
 class VisionEncoder(nn.Module):
@@ -139,24 +132,23 @@ class VisionModel(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def body(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
-        """Everything but the last LayerNorm. Raises ValueError for a picture of another size."""
+    def embed(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
+        """The input of the first layer. Raises ValueError for images of another size."""
         size = self.config.image_size
         if pixel_values.shape[-2:] != (size, size):
             raise ValueError(
-                f"pictures must be {size} x {size} pixels; got {tuple(pixel_values.shape[-2:])}. "
-                "Resize the pictures, or load the model with image_size set to theirs."
+                f"images must be {size} x {size} pixels; got {tuple(pixel_values.shape[-2:])}. "
+                "Resize the images, or load the model with image_size set to theirs."
             )
-        return self.encoder(self.embeddings(pixel_values))
+        return self.embeddings(pixel_values)
 
-    def norm(self, features: Float[Tensor, "N P V"], affine: bool = True) -> Float[Tensor, "N P V"]:
-        """The last LayerNorm, in its own precision (it may be trained in fp32 on a bf16 body);
-        ``affine=False`` leaves its scale and shift out."""
-        norm = self.post_layernorm
-        features = features.to(norm.weight.dtype)
-        if affine:
-            return norm(features)
-        return F.layer_norm(features, norm.normalized_shape, eps=norm.eps)
+    def body(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
+        """Everything but the last LayerNorm. Without gradients ``fast/vision.py`` is faster."""
+        return self.encoder(self.embed(pixel_values))
+
+    def norm(self, features: Float[Tensor, "N P V"]) -> Float[Tensor, "N P V"]:
+        """The last LayerNorm, in its own dtype: it may train in fp32 on a bf16 body."""
+        return self.post_layernorm(features.to(self.post_layernorm.weight.dtype))
 
     def forward(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
         return self.norm(self.body(pixel_values))

@@ -13,7 +13,8 @@ from instructblip.data.images import ImageTransform
 from instructblip.evaluation.result import Result
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.decoding import PAPER
-from instructblip.model.instructblip import InstructBlip, part_of
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.trainable import part_of
 from instructblip.release.card import card
 
 RECIPE_FILE = "recipe.yaml"

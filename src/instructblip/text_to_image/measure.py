@@ -141,6 +141,7 @@ def vit_features(model: InstructBlip, transform: ImageTransform, batch: int = 64
             pixels = torch.stack([transform(image) for image in images[start : start + batch]])
             with torch.no_grad():
                 tokens = model.encode_image(pixels.to(model.query_tokens.device))
+                tokens = model.vision_model.norm(tokens)
             features.append(tokens.float().mean(1).cpu())
         return torch.cat(features).numpy().astype(np.float64)
 

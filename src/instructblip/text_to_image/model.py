@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from instructblip.core.batch import Batch
-from instructblip.model.instructblip import PARTS as UNDERSTANDING_PARTS
-from instructblip.model.instructblip import InstructBlip, LossOutput
+from instructblip.core.batch import Batch, LossOutput
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.trainable import PARTS as UNDERSTANDING_PARTS
 from instructblip.text_to_image.conditioner import Conditioner
 from instructblip.text_to_image.config import NativeConfig, TextToImageConfig
 from instructblip.text_to_image.decoder import Condition, Mask, NativeDecoder
@@ -93,7 +93,8 @@ class TextToImage(nn.Module):
             return self.instructblip.vision_model.norm(batch.image_features)
         if batch.pixel_values is None or not len(batch.pixel_values):
             return None
-        return self.instructblip.encode_image(batch.pixel_values).float()
+        features = self.instructblip.encode_image(batch.pixel_values)
+        return self.instructblip.vision_model.norm(features).float()
 
     def loss(self, batch: Batch) -> LossOutput:
         """The decoder's loss, a mean over the pixels of each image; without target images the

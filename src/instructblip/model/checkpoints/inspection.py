@@ -18,7 +18,8 @@ from instructblip.model.checkpoints.weights import (
     read_weights,
 )
 from instructblip.model.config import InstructBlipConfig
-from instructblip.model.instructblip import InstructBlip, part_of
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.trainable import part_of
 
 TIED = re.compile(r"language_model\.(lm_head|(.*\.)?embed_tokens)\.weight")
 """Names under which a language model may hold a matrix that it has under another one."""

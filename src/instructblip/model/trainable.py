@@ -1,0 +1,47 @@
+"""The parts of an InstructBLIP that can train, by the names of their parameters."""
+
+import re
+
+from torch import nn
+
+PARTS = {
+    "query_tokens": r"query_tokens",
+    "qformer_text_embeddings": r"qformer\.embeddings\.(word|position)_embeddings\..*",
+    # The LayerNorm over the concatenation feeds the first self-attention.
+    "qformer_self_attention": r"qformer\.(embeddings\.layernorm|encoder\.layer\.\d+\.attention)"
+    r"\..*",
+    "qformer_cross_attention": r"qformer\.encoder\.layer\.\d+\.crossattention\..*",
+    "qformer_feed_forward": r"qformer\.encoder\.layer\.\d+\.(intermediate|output)(_query)?\..*",
+    "projection": r"language_projection\..*",
+    "vision_norm": r"vision_model\.post_layernorm\..*",
+    "vision_tower": r"vision_model\.(embeddings|encoder)\..*",
+    "lora": r"language_model\..*\.lora\.[AB]",
+    "language_model": r"language_model\.(?!.*\.lora\.).*",
+}
+"""Every parameter belongs to exactly one part: part -> pattern of its whole name."""
+
+ALIASES = {
+    # What the official code trains: 188M of 8B parameters for Vicuna-7B (section 3.4).
+    "qformer": (
+        "query_tokens",
+        "qformer_text_embeddings",
+        "qformer_self_attention",
+        "qformer_cross_attention",
+        "qformer_feed_forward",
+        "projection",
+        "vision_norm",
+    ),
+}
+
+
+def part_of(name: str) -> str:
+    """The part that the parameter ``name`` belongs to."""
+    parts = [part for part, pattern in PARTS.items() if re.fullmatch(pattern, name)]
+    assert len(parts) == 1, f"{name} belongs to {parts}"
+    return parts[0]
+
+
+def is_trainable(*modules: nn.Module) -> bool:
+    """Whether any parameter trains, those of LoRA adapters inside the modules left out."""
+    named = (pair for module in modules for pair in module.named_parameters())
+    return any(p.requires_grad and "lora." not in name for name, p in named)
