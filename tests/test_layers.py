@@ -161,3 +161,9 @@ def test_the_reader_sees_every_kind_of_import(tmp_path: Path):
 def test_only_one_file_knows_torch_distributed():
     files = [p for p in PACKAGE.rglob("*.py") if "torch.distributed" in p.read_text("utf-8")]
     assert [path.name for path in files] == ["distributed.py"]
+
+
+def test_the_drawing_shows_every_room():
+    drawing = (PACKAGE.parents[1] / "docs/pictures/architecture.svg").read_text("utf-8")
+    rooms = [room for floor in FLOORS[:-1] for room in floor]
+    assert [room for room in rooms if f">{room}/</text>" not in drawing] == []
