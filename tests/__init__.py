@@ -2,7 +2,11 @@
 
 from jaxtyping import install_import_hook
 
-CHECKED: list[str] = ["instructblip.data", "instructblip.text_to_image"]
+CHECKED: list[str] = [
+    "instructblip.data",
+    "instructblip.model.language",
+    "instructblip.text_to_image",
+]
 """Packages whose annotations are checked, when their modules are imported."""
 
 install_import_hook(CHECKED, "beartype.beartype")

@@ -8,9 +8,8 @@ from instructblip.experiment.memory import saved_bytes
 from instructblip.model.checkpoints import transformers as pretrained
 from instructblip.model.checkpoints.weights import NoRandomWeights
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import adapters as language_module
 from instructblip.model.language.adapters import checkpoint_layers
-from instructblip.model.language.fast import head
+from instructblip.model.language.fast import head, t5
 from tests.model.test_language import tiny_model
 from tests.parity.tiny import tiny_batch, tiny_transformers
 
@@ -95,7 +94,7 @@ def test_gelu_is_one_operation(language: str, monkeypatch: pytest.MonkeyPatch):
     fused = tiny_model(language)
     batch = tiny_batch(fused.config)
     with monkeypatch.context() as patch:
-        patch.setattr(language_module, "_fuse_activations", lambda model: None)
+        patch.setattr(t5, "fuse_gelu", lambda model: None)
         plain = tiny_model(language)
     expected = gradients(plain, batch)
     for name, value in gradients(fused, batch).items():

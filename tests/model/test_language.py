@@ -15,10 +15,10 @@ from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import build_language_model, language_of
 from instructblip.model.language.beams import BeamTree
-from instructblip.model.language.candidates import (
+from instructblip.model.language.ranking import (
     Forest,
     in_chunks,
-    scored_tokens,
+    sort_candidates,
 )
 from tests.parity.tiny import LANGUAGES, VOCAB, padded, tiny_batch
 
@@ -195,13 +195,13 @@ def test_what_candidates_share_is_computed_once(language):
 
 def test_a_chunk_ends_where_its_trees_would_be_too_wide():
     long = [[i % 7, i, *[8] * 190, 2] for i in range(100, 356)]
-    pairs = scored_tokens([long, FAMILY, [[9] * 5000]], True, 3)
+    pairs = sort_candidates([long, FAMILY, [[9] * 5000]], True, 3)
     chunks = list(in_chunks(pairs, 256))
     assert [pair for chunk in chunks for pair in chunk] == pairs
     sizes = [len(Forest.of(chunk)) for chunk in chunks]
     assert sizes.pop() == 4999  # one candidate is never cut
     assert all(1800 < size <= 2000 for size in sizes[:-1])
-    family = scored_tokens([FAMILY] * 60, True, 60)
+    family = sort_candidates([FAMILY] * 60, True, 60)
     assert [len(chunk) for chunk in in_chunks(family, 256)] == [256, 164]
     assert list(in_chunks([], 256)) == []
 

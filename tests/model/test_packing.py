@@ -10,12 +10,9 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from instructblip.core.batch import Batch
 from instructblip.model.fast.qformer import Rows
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language.fast import head, packing
-from instructblip.model.language.fast.packing import (
-    ATTENTION,
-    Packing,
-    packs,
-)
+from instructblip.model.language.fast import attention, head
+from instructblip.model.language.fast.attention import ATTENTION, packs
+from instructblip.model.language.fast.packing import Packing
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
 from tests.parity.tiny import padded, tiny_batch
@@ -37,7 +34,7 @@ def test_slots_tokens_and_positions_name_each_other():
 def test_packed_equals_padded(
     language: str, devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(packing, "ONE_BY_ONE", devices)
+    monkeypatch.setattr(attention, "ONE_BY_ONE", devices)
     model = tiny_model(language)
     if language == "t5":  # its table of distances too
         model.set_trainable(("qformer", "language_model"))
@@ -107,7 +104,7 @@ def test_t5_packed_equals_padded(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Long prompts reach all of T5's distances; what trains in the paper's run gets its slope."""
-    monkeypatch.setattr(packing, "ONE_BY_ONE", devices)
+    monkeypatch.setattr(attention, "ONE_BY_ONE", devices)
     model = tiny_model("t5").double()  # so that what differs is not rounding
     batch = ragged(samples, prompt, response, seed=samples)
     assert batch.pixel_values is not None

@@ -37,8 +37,8 @@ from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.decoding import GREEDY, PAPER, Decoding, stored_overrides
 from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language.candidates import Normalization
 from instructblip.model.language.generate import OnTokens
+from instructblip.model.language.ranking import Normalization
 
 if TYPE_CHECKING:
     from instructblip.text_to_image.sample import Painter

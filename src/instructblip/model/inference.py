@@ -8,9 +8,8 @@ from torch import Tensor
 from instructblip.core.batch import Batch
 from instructblip.model.decoding import GREEDY, Decoding
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language.candidates import Normalization
 from instructblip.model.language.generate import OnTokens
-from instructblip.model.language.ranking import rank
+from instructblip.model.language.ranking import Normalization, rank
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch import Tensor
 from instructblip.inference.engine import Engine
 from instructblip.inference.streaming import TextStream
 from instructblip.model.decoding import Decoding
-from instructblip.model.language.candidates import Normalization
+from instructblip.model.language.ranking import Normalization
 
 
 class QueueFull(Exception):

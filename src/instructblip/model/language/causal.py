@@ -9,24 +9,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from instructblip.core.batch import Batch
+from instructblip.core.regions import part
 from instructblip.model.language.beams import BeamTree
-from instructblip.model.language.candidates import Forest, Layout
-from instructblip.model.language.fast.llama import reads_last
-from instructblip.model.language.fast.packing import (
-    ATTENTION,
-    PACKED_TYPES,
-    Packing,
-    packs,
-)
+from instructblip.model.language.fast.attention import ATTENTION, PACKED_TYPES, packs
+from instructblip.model.language.fast.head import token_losses
+from instructblip.model.language.fast.llama import trims_last_layer
+from instructblip.model.language.fast.packing import Packing
 from instructblip.model.language.generate import OnTokens, generate
-from instructblip.model.language.joined import (
+from instructblip.model.language.inputs import (
     Joined,
-    behind_queries,
-    prefix_of,
-    response_losses,
+    compact,
+    embed_prefix,
+    pad_left,
+    prepend_queries,
 )
-from instructblip.model.language.ranking import Prefix, expanded
-from instructblip.model.language.rows import compact, pad_left
+from instructblip.model.language.ranking import Forest, Layout, Prefix, select_cache
 
 
 class CausalLanguage:
@@ -46,39 +43,49 @@ class CausalLanguage:
                 )
 
     def join(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Joined:
-        """Rows [queries; prompt; response but for its last token; padding] and the positions that
-        predict the response."""
-        ids = torch.cat([batch.prompt_ids, batch.response_ids], dim=1)
+        """Rows [queries; prompt; response], and the positions that predict the response.
+
+        With K = 2 queries, the prompt 5 6 and the response 7 8 e, where e is the end token::
+
+            input     q  q  5  6  7  8       e predicts nothing and is not read
+            target             7  8  e       places 3, 4, 5
+        """
+        ids = torch.cat([batch.prompt_ids, batch.response_ids], dim=1)  # [B, T+R]
         mask = torch.cat([batch.prompt_mask, batch.response_mask], dim=1).bool()
         is_response = torch.zeros_like(mask)
         is_response[:, batch.prompt_ids.shape[1] :] = batch.response_mask.bool()
         ids, is_response, mask = compact(mask, ids, is_response)
-        rows, columns = is_response.nonzero(as_tuple=True)
+        rows, columns = is_response.nonzero(as_tuple=True)  # [m]
         targets = ids[rows, columns]
-        # Nothing is predicted from the last token of a row, and no other token sees it.
-        embeds, attention_mask = behind_queries(self.model, queries, ids[:, :-1], mask[:, 1:])
-        # Token j of a row sits behind K queries and is predicted one position earlier.
-        columns = columns + queries.shape[1] - 1
-        if not packs(self.model):
-            return Joined(embeds, attention_mask, rows, rows * embeds.shape[1] + columns, targets)
-        packing = Packing.of(attention_mask.bool())
-        places = packing.index[rows, columns]
-        if reads_last(self.model):
-            packing = replace(packing, read=places)
-        return Joined(packing.pack(embeds), None, rows, places, targets, packing=packing)
+        # mask[:, 1:] has one real position less per row: the last token of each row is left out.
+        embeds, attention_mask = prepend_queries(self.model, queries, ids[:, :-1], mask[:, 1:])
+        # Token j of a row stands behind K queries and is predicted one position earlier.
+        places = rows * embeds.shape[1] + columns + queries.shape[1] - 1
+        joined = Joined(embeds, attention_mask, rows, places, targets)
+        return self._packed(joined) if packs(self.model) else joined
 
-    def loss(self, joined: Joined) -> Float[Tensor, " n"]:
+    def _packed(self, joined: Joined) -> Joined:
+        """The same batch as one row without padding (`fast.packing`)."""
+        assert joined.attention_mask is not None
+        packing = Packing.of(joined.attention_mask.bool())
+        places = packing.index.flatten()[joined.places]
+        embeds = packing.pack(joined.inputs_embeds)  # [1, n, L]
+        if trims_last_layer(self.model):
+            packing = replace(packing, read=places)
+        return replace(
+            joined, inputs_embeds=embeds, attention_mask=None, places=places, packing=packing
+        )
+
+    def loss(self, joined: Joined) -> Float[Tensor, " m"]:
         """Cross-entropy in nats of each response token, computed in fp32."""
         packing = joined.packing
+        arguments = packing.arguments() if packing else {"attention_mask": joined.attention_mask}
         hidden = self.model.base_model(
-            inputs_embeds=joined.inputs_embeds,
-            use_cache=False,
-            **(packing.arguments() if packing else {"attention_mask": joined.attention_mask}),
-        ).last_hidden_state
-        states = hidden.flatten(0, 1)
-        if packing is None or packing.read is None:
-            states = states.index_select(0, joined.places)
-        return response_losses(self.model, states, joined.targets)
+            inputs_embeds=joined.inputs_embeds, use_cache=False, **arguments
+        ).last_hidden_state  # [B, X, L]
+        with part("head"):
+            head = self.model.get_output_embeddings()
+            return token_losses(head, joined.labelled(hidden), joined.targets)
 
     def generate(
         self,
@@ -87,72 +94,63 @@ class CausalLanguage:
         on_tokens: OnTokens | None = None,
         **decoding: Any,
     ) -> list[list[int]]:
-        """Ids of each response, its end token cut off. Prompts are padded on the left."""
-        embeds, mask = pad_left(*prefix_of(self.model, queries, batch))
+        """Token ids of each response, without its end token. Prompts are padded on the left."""
+        embeds, mask = pad_left(*embed_prefix(self.model, queries, batch))
         beams = decoding.get("num_beams", 1)
-        model = BeamTree(self, beams).model() if beams > 1 and self._packs else self.model
+        shares = beams > 1 and self._reads_trees
+        model = BeamTree(self, beams).model() if shares else self.model
         return generate(model, on_tokens, decoding, inputs_embeds=embeds, attention_mask=mask)
 
-    def run(self, position_ids: Tensor, **inputs: Any) -> Tensor:
-        """Last hidden states of a call that fills a cache."""
-        own = self._positions(position_ids)
-        return self.model.base_model(use_cache=True, **inputs, **own).last_hidden_state
-
     def prefill(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Prefix:
-        """Run [queries; prompt] once; padded on the left, so that all rows end together."""
-        embeds, mask = pad_left(*prefix_of(self.model, queries, batch))
-        output = self.model.base_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            use_cache=True,
-            **self._positions((mask.cumsum(1) - 1).clamp(min=0)),
-        )
-        first = self.logits(output.last_hidden_state[:, -1])
-        return Prefix(first, output.past_key_values, mask)
+        """Run [queries; prompt] once, padded on the left, so that all rows end together."""
+        embeds, mask = pad_left(*embed_prefix(self.model, queries, batch))
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        output = self.run(positions, inputs_embeds=embeds, attention_mask=mask)
+        return Prefix(self.logits(output.last_hidden_state[:, -1]), output.past_key_values, mask)
 
     def layout(self, forest: Forest, device: torch.device) -> Layout:
-        """How this model reads a forest: packed where it can."""
-        return forest.packed(device) if self._packs else forest.rows(device)
+        """Prefix trees as one row each if the model accepts any mask, else a row per leaf."""
+        return forest.packed(device) if self._reads_trees else forest.unpacked(device)
 
-    def proceed(self, prefix: Prefix, layout: Layout) -> Float[Tensor, "n W"]:
-        """Logits at every node of the layout, the prefix's keys and values taken as they are."""
-        known = prefix.mask[layout.sample]
-        positions = known.sum(1, keepdim=True) + layout.depth
-        if self._packs:
-            mask = self.tree_mask(known, layout.visible)
-        else:  # plain rows
-            mask = torch.cat([known, layout.real.to(known.dtype)], dim=1)
-        hidden = self.run(
-            positions,
+    def node_logits(self, prefix: Prefix, layout: Layout) -> Float[Tensor, "n W"]:
+        """Logits at every node of the layout; the keys and values of the prefix are reused."""
+        prefix_mask = prefix.mask[layout.sample]  # [r, X]
+        if layout.visible is None:
+            mask = torch.cat([prefix_mask, layout.real.to(prefix_mask.dtype)], dim=1)
+        else:
+            mask = self.tree_mask(prefix_mask, layout.visible)
+        output = self.run(
+            prefix_mask.sum(1, keepdim=True) + layout.depth,
             inputs_embeds=self.model.get_input_embeddings()(layout.ids),
             attention_mask=mask,
-            past_key_values=expanded(prefix.cache, layout.sample),
+            past_key_values=select_cache(prefix.cache, layout.sample),
         )
-        return self.logits(hidden.flatten(0, 1)[layout.place])
+        return self.logits(output.last_hidden_state.flatten(0, 1)[layout.place])
 
-    @property
-    def _packs(self) -> bool:
-        config = self.model.config
-        return config.model_type in PACKED_TYPES and config._attn_implementation in (
-            ATTENTION,
-            "sdpa",
-            "eager",
-        )
+    def run(self, position_ids: Int[Tensor, "r w"], **inputs: Any) -> Any:
+        """The output of the model without its head, with a cache; ALiBi models derive positions
+        from the mask and are not given any."""
+        accepted = inspect.signature(self.model.base_model.forward).parameters
+        if "position_ids" in accepted:
+            inputs["position_ids"] = position_ids
+        return self.model.base_model(use_cache=True, **inputs)
 
-    def tree_mask(self, known: Int[Tensor, "r X"], visible: Bool[Tensor, "r w w2"]) -> Tensor:
-        """[r, 1, w, X+w2]: w tokens that see what is ``known``, and each other by ``visible``."""
-        before = known.bool()[:, None].expand(-1, visible.shape[1], -1)
-        mask = torch.cat([before, visible], dim=2)[:, None]
-        if self.model.config._attn_implementation != "eager":
-            return mask
-        dtype = self.model.get_input_embeddings().weight.dtype
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """What the head says, in fp32."""
+    def logits(self, hidden: Float[Tensor, "*rows L"]) -> Float[Tensor, "*rows W"]:
+        """Logits of all tokens of the vocabulary, in fp32."""
         return self.model.get_output_embeddings()(hidden).float()
 
-    def _positions(self, position_ids: Tensor) -> dict[str, Tensor]:
-        """Explicit positions where the model takes them; ALiBi models count the mask themselves."""
-        accepted = inspect.signature(self.model.base_model.forward).parameters
-        return {"position_ids": position_ids} if "position_ids" in accepted else {}
+    def tree_mask(self, prefix_mask: Int[Tensor, "r X"], visible: Bool[Tensor, "r w v"]) -> Tensor:
+        """[r, 1, w, X+v]: w tokens that see the prefix, and behind it what ``visible`` states."""
+        prefix = prefix_mask.bool()[:, None].expand(-1, visible.shape[1], -1)
+        mask = torch.cat([prefix, visible], dim=2)[:, None]
+        if self.model.config._attn_implementation != "eager":
+            return mask
+        dtype = self.model.get_input_embeddings().weight.dtype  # eager attention adds its mask
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+    @property
+    def _reads_trees(self) -> bool:
+        """Whether the model accepts any positions and any mask."""
+        config = self.model.config
+        implementations = (ATTENTION, "sdpa", "eager")
+        return config.model_type in PACKED_TYPES and config._attn_implementation in implementations

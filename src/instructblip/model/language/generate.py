@@ -1,6 +1,7 @@
-"""Generation by transformers, token by token told, each response cut at its end token."""
+"""Generation by transformers, with each response cut at its end token."""
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +10,15 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-# The prompt is given as embeddings, in the official code as well: what it repeats is the answer.
+# The prompt is passed as embeddings, as in the official code: the penalty applies to the response.
 warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
 
 OnTokens = Callable[[list[int]], None]
-"""Is told the newest token of every row; after its end token a row gets padding."""
+"""Receives the newest token of every row at each step, padding after the row's end token."""
 
 
-class _Listener(BaseStreamer):
-    """Hands the tokens of each step on. transformers' first call brings what stood there before."""
+class _Streamer(BaseStreamer):
+    """Calls ``on_tokens`` at each step. transformers' first call contains the prompt."""
 
     def __init__(self, on_tokens: OnTokens) -> None:
         self.on_tokens, self.started = on_tokens, False
@@ -28,15 +29,15 @@ class _Listener(BaseStreamer):
         self.started = True
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
 
 def generate(
     model: Any, on_tokens: OnTokens | None, decoding: dict[str, Any], **inputs: Any
 ) -> list[list[int]]:
-    """Run transformers' ``generate`` and cut each row at its first end token (end excluded).
+    """Token ids of each row from transformers' ``generate``, up to and without its end token.
 
-    A search with beams settles its tokens at the end, so ``on_tokens`` hears nothing of it.
+    A beam search decides its tokens at the end, so it does not call ``on_tokens``.
     """
     config = copy.deepcopy(model.generation_config)
     config.update(**decoding)
@@ -45,17 +46,10 @@ def generate(
     if config.pad_token_id is None:
         config.pad_token_id = ends[0] if ends else 0
     if on_tokens is not None and config.num_beams == 1:
-        inputs["streamer"] = _Listener(on_tokens)
+        inputs["streamer"] = _Streamer(on_tokens)
     with torch.no_grad():
         output = model.generate(**inputs, generation_config=config)
     rows = output.tolist()
     if model.config.is_encoder_decoder:
-        rows = [row[1:] for row in rows]  # the start token
-    return [_until(row, ends) for row in rows]
-
-
-def _until(row: list[int], ends: list[int]) -> list[int]:
-    for position, token in enumerate(row):
-        if token in ends:
-            return row[:position]
-    return row
+        rows = [row[1:] for row in rows]  # without the start token
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]

@@ -1,27 +1,27 @@
-"""Encoder-decoder language models: queries and prompt go into the encoder."""
+"""Encoder-decoder language models: queries and prompt in the encoder, response in the decoder."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from instructblip.core.batch import Batch
-from instructblip.model.language.candidates import Forest, Layout
-from instructblip.model.language.fast.packing import Packing, packs
+from instructblip.core.regions import part
+from instructblip.model.language.fast.attention import packs
+from instructblip.model.language.fast.head import token_losses
+from instructblip.model.language.fast.packing import Packing
 from instructblip.model.language.generate import OnTokens, generate
-from instructblip.model.language.joined import (
-    Joined,
-    prefix_of,
-    response_losses,
-)
+from instructblip.model.language.inputs import Joined, compact, embed_prefix
 from instructblip.model.language.ranking import (
+    Forest,
+    Layout,
     Prefix,
-    expanded,
-    of_samples,
+    select_cache,
+    select_samples,
 )
-from instructblip.model.language.rows import compact
 
 SEQ2SEQ_TYPES = ("t5", "mt5")
 
@@ -31,52 +31,52 @@ class Seq2SeqLanguage:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        if model.config.model_type not in SEQ2SEQ_TYPES:
+        config = model.config
+        if config.model_type not in SEQ2SEQ_TYPES:
             raise ValueError(
                 f"encoder-decoder language models must be one of {SEQ2SEQ_TYPES}; "
-                f"got {model.config.model_type!r}"
+                f"got {config.model_type!r}"
             )
+        start = config.decoder_start_token_id
+        self._start: int = config.pad_token_id if start is None else start
 
     def join(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Joined:
-        """Encoder rows [queries; prompt; padding], decoder rows [start; response but its end]; both
-        as one row without padding where the attention allows."""
-        embeds, attention_mask = prefix_of(self.model, queries, batch)
-        ids, mask = compact(batch.response_mask.bool(), batch.response_ids)
-        decoder_ids = self._shift(ids)
-        rows, columns = mask.nonzero(as_tuple=True)
-        targets = ids[rows, columns]
-        if not packs(self.model):
-            places = rows * ids.shape[1] + columns
-            return Joined(embeds, attention_mask, rows, places, targets, decoder_ids)
-        packing, decoder_packing = Packing.of(attention_mask.bool()), Packing.of(mask)
-        return Joined(
-            inputs_embeds=packing.pack(embeds),
-            attention_mask=None,
-            rows=rows,
-            places=torch.arange(len(rows), device=rows.device),
-            targets=targets,
-            decoder_ids=decoder_packing.pack(decoder_ids),
-            packing=packing,
-            decoder_packing=decoder_packing,
-        )
+        """Encoder rows [queries; prompt], and decoder rows that predict the response.
 
-    def loss(self, joined: Joined) -> Float[Tensor, " n"]:
+        With K = 2 queries, the prompt 5 6 and the response 7 8 e, where e is the end token::
+
+            encoder   q  q  5  6
+            decoder   start  7  8       target   7  8  e
+        """
+        embeds, attention_mask = embed_prefix(self.model, queries, batch)  # [B, K+T, L]
+        ids, mask = compact(batch.response_mask.bool(), batch.response_ids)  # [B, R]
+        decoder_ids = torch.cat([torch.full_like(ids[:, :1], self._start), ids[:, :-1]], dim=1)
+        rows, columns = mask.nonzero(as_tuple=True)  # [m]
+        places = rows * ids.shape[1] + columns
+        targets = ids[rows, columns]
+        joined = Joined(embeds, attention_mask, rows, places, targets, decoder_ids)
+        return _packed(joined, mask) if packs(self.model) else joined
+
+    def loss(self, joined: Joined) -> Float[Tensor, " m"]:
         """Cross-entropy in nats of each response token, computed in fp32."""
-        mask = joined.attention_mask
-        reads: dict[str, Any] = {"attention_mask": mask}
-        says: dict[str, Any] = {"encoder_attention_mask": mask}
+        encoder: dict[str, Any] = {"attention_mask": joined.attention_mask}
+        decoder: dict[str, Any] = {"encoder_attention_mask": joined.attention_mask}
         if joined.packing is not None and joined.decoder_packing is not None:
-            reads, says = joined.packing.arguments(), joined.decoder_packing.arguments()
-            says |= {"encoder_attention_mask": reads["attention_mask"], "memory": joined.packing}
-        encoded = self.model.get_encoder()(inputs_embeds=joined.inputs_embeds, **reads)
+            encoder = joined.packing.arguments()
+            decoder = joined.decoder_packing.arguments() | {
+                "encoder_attention_mask": encoder["attention_mask"],
+                "memory": joined.packing,
+            }
+        encoded = self.model.get_encoder()(inputs_embeds=joined.inputs_embeds, **encoder)
         hidden = self.model.get_decoder()(
             input_ids=joined.decoder_ids,
-            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_hidden_states=encoded.last_hidden_state,  # [B, K+T, L]
             use_cache=False,
-            **says,
-        ).last_hidden_state
-        states = self._scaled(hidden).flatten(0, 1).index_select(0, joined.places)
-        return response_losses(self.model, states, joined.targets)
+            **decoder,
+        ).last_hidden_state  # [B, R, L]
+        states = joined.labelled(self._scaled(hidden))
+        with part("head"):
+            return token_losses(self.model.get_output_embeddings(), states, joined.targets)
 
     def generate(
         self,
@@ -85,18 +85,18 @@ class Seq2SeqLanguage:
         on_tokens: OnTokens | None = None,
         **decoding: Any,
     ) -> list[list[int]]:
-        """Ids of each response, its end token cut off. Prompts are padded on the right, as in
-        training: T5's relative positions would move with padding on the left."""
-        embeds, mask = prefix_of(self.model, queries, batch)
+        """Token ids of each response, without its end token. Prompts are padded on the right, as in
+        training: padding on the left would shift T5's relative positions."""
+        embeds, mask = embed_prefix(self.model, queries, batch)
         states = BaseModelOutput(last_hidden_state=self._encode(embeds, mask))
         return generate(
             self.model, on_tokens, decoding, encoder_outputs=states, attention_mask=mask
         )
 
     def prefill(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Prefix:
-        """Run the encoder and the decoder's start token once: the decoder then has the keys and
-        values of the whole [queries; prompt]."""
-        embeds, mask = prefix_of(self.model, queries, batch)
+        """Run the encoder, and the decoder's start token: its cache then holds the keys and values
+        of [queries; prompt] as well."""
+        embeds, mask = embed_prefix(self.model, queries, batch)
         states = self._encode(embeds, mask)
         output = self.model.get_decoder()(
             input_ids=torch.full_like(mask[:, :1], self._start),
@@ -104,29 +104,29 @@ class Seq2SeqLanguage:
             encoder_attention_mask=mask,
             use_cache=True,
         )
-        first = self._logits(output.last_hidden_state[:, -1])
-        return Prefix(first, output.past_key_values, mask, states)
+        logits = self._logits(output.last_hidden_state[:, -1])
+        return Prefix(logits, output.past_key_values, mask, states)
 
     def layout(self, forest: Forest, device: torch.device) -> Layout:
-        """T5's positions are distances between columns: every leaf has a row of its own."""
-        return forest.rows(device)
+        """T5's positions are distances between columns, so every leaf needs its own row."""
+        return forest.unpacked(device)
 
-    def proceed(self, prefix: Prefix, layout: Layout) -> Float[Tensor, "n W"]:
-        """Logits at every node of the layout; cross-attention reads the stored keys and values."""
+    def node_logits(self, prefix: Prefix, layout: Layout) -> Float[Tensor, "n W"]:
+        """Logits at every node of the layout; the keys and values of the prefix are reused."""
         assert prefix.states is not None
-        hidden = (
-            self.model.get_decoder()(
-                input_ids=layout.ids,
-                encoder_hidden_states=of_samples(prefix.states, layout.sample),
-                encoder_attention_mask=prefix.mask[layout.sample],
-                past_key_values=expanded(prefix.cache, layout.sample),
-                use_cache=True,
-            )
+        hidden = self.model.get_decoder()(
+            input_ids=layout.ids,
+            encoder_hidden_states=select_samples(prefix.states, layout.sample),
+            encoder_attention_mask=prefix.mask[layout.sample],
+            past_key_values=select_cache(prefix.cache, layout.sample),
+            use_cache=True,
         ).last_hidden_state
         return self._logits(hidden.flatten(0, 1)[layout.place])
 
-    def _encode(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        """[B, X, L], padded on the right as ``embeds`` are; at padding stands any state."""
+    def _encode(
+        self, embeds: Float[Tensor, "B X L"], mask: Int[Tensor, "B X"]
+    ) -> Float[Tensor, "B X L"]:
+        """States of the encoder, padded on the right as ``embeds`` are; any states at padding."""
         encoder = self.model.get_encoder()
         if not packs(self.model):
             return encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
@@ -134,20 +134,27 @@ class Seq2SeqLanguage:
         states = encoder(inputs_embeds=packing.pack(embeds), **packing.arguments())
         return states.last_hidden_state[0][packing.index]
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _logits(self, hidden: Float[Tensor, "r L"]) -> Float[Tensor, "r W"]:
         return self.model.get_output_embeddings()(self._scaled(hidden)).float()
 
     def _scaled(self, hidden: Tensor) -> Tensor:
-        """The first T5 scales before its head, T5 1.1 (Flan-T5) and mT5 do not."""
+        """The first T5 scales before its head; T5 1.1 (Flan-T5) and mT5 do not."""
         config = self.model.config
         scales = getattr(config, "scale_decoder_outputs", False)
         return hidden * config.d_model**-0.5 if scales else hidden
 
-    @property
-    def _start(self) -> int:
-        config = self.model.config
-        start = config.decoder_start_token_id
-        return config.pad_token_id if start is None else start
 
-    def _shift(self, ids: Tensor) -> Tensor:
-        return torch.cat([torch.full_like(ids[:, :1], self._start), ids[:, :-1]], dim=1)
+def _packed(joined: Joined, decoder_mask: Bool[Tensor, "B R"]) -> Joined:
+    """The same batch as one row without padding for each stack (`fast.packing`)."""
+    assert joined.attention_mask is not None
+    assert joined.decoder_ids is not None
+    packing, decoder_packing = Packing.of(joined.attention_mask.bool()), Packing.of(decoder_mask)
+    return replace(
+        joined,
+        inputs_embeds=packing.pack(joined.inputs_embeds),  # [1, n, L]
+        attention_mask=None,
+        places=torch.arange(len(joined.places), device=decoder_mask.device),  # all have a label
+        decoder_ids=decoder_packing.pack(joined.decoder_ids),  # [1, m]
+        packing=packing,
+        decoder_packing=decoder_packing,
+    )

@@ -1,4 +1,4 @@
-"""The head of the language model and its loss: logits exist for a moment and a few tokens."""
+"""Loss of the response tokens, with the logits of a few tokens at a time."""
 
 from typing import Any
 
@@ -12,52 +12,58 @@ LOSS_CHUNK = 1024
 """Response tokens whose logits exist at a time: 131 MB in fp32 with a vocabulary of 32,000."""
 
 
-def is_frozen_linear(layer: nn.Module) -> bool:
-    """Whether a layer is its weights alone, with no adapter beside them, and they do not train."""
-    plain = type(layer) is nn.Linear and not layer._forward_hooks
-    return plain and not any(p.requires_grad for p in layer.parameters())
+def token_losses(
+    head: nn.Module, hidden: Float[Tensor, "m L"], targets: Int[Tensor, " m"]
+) -> Float[Tensor, " m"]:
+    """Cross-entropy in nats of each token, computed in fp32: -log softmax(head(hidden))[target].
+
+    At most ``LOSS_CHUNK`` tokens have logits at a time. A frozen head computes its gradient in the
+    forward pass (`_FrozenHeadLoss`); a trainable one computes the logits of its chunks, where there
+    are several, again in the backward pass.
+    """
+    if is_frozen_linear(head) and len(targets):
+        return _FrozenHeadLoss.apply(hidden, targets, head)
+    if len(targets) <= LOSS_CHUNK:
+        return _plain_losses(head, hidden, targets)
+    pairs = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+    chunks = [checkpoint(_plain_losses, head, *pair, use_reentrant=False) for pair in pairs]
+    return torch.cat(chunks)
+
+
+def _plain_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The definition, with the logits [m, W] of all tokens."""
+    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Losses, and at once the slope of each of them in its own hidden state.
+    """The losses of a frozen head W, and in the same pass the gradient of each in its state.
 
-    A token's loss depends on that token's state alone and the head has no gradient of its own, so
-    the whole backward pass is this slope, (softmax - one-hot) W, times what comes from above: no
-    logits are kept for it, and none are computed twice.
+    The loss of a token depends on the state h of this token alone, and W has no gradient, so the
+    backward pass is a product with d loss / dh = (softmax(W h) - one_hot(target)) W. It needs no
+    logits: none are kept, and none are computed twice.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
-        losses, slopes = [], []
-        for states, own in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
-            scores = F.linear(states, head.weight, head.bias).float()  # [c, vocabulary]
-            scores -= scores.amax(1, keepdim=True)
-            right = scores.gather(1, own[:, None])
-            total = scores.exp_().sum(1, keepdim=True)
-            losses.append((total.log() - right)[:, 0])
-            mean = (scores.to(head.weight.dtype) @ head.weight) / total  # softmax @ W
-            slopes.append((mean - head.weight[own]).to(hidden.dtype))
-        ctx.save_for_backward(torch.cat(slopes))
+        losses, gradients = [], []
+        for states, labels in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+            logits = F.linear(states, head.weight, head.bias).float()  # [c, W]
+            logits -= logits.amax(1, keepdim=True)
+            chosen = logits.gather(1, labels[:, None])
+            total = logits.exp_().sum(1, keepdim=True)  # from here on `logits` are exponentials
+            losses.append((total.log() - chosen)[:, 0])
+            mean = (logits.to(head.weight.dtype) @ head.weight) / total  # softmax @ W
+            gradients.append((mean - head.weight[labels]).to(hidden.dtype))
+        ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
-        (slopes,) = ctx.saved_tensors
-        return (outer[0][:, None] * slopes).to(slopes.dtype), None, None
+        (gradients,) = ctx.saved_tensors
+        return (outer[0][:, None] * gradients).to(gradients.dtype), None, None
 
 
-def token_losses(
-    head: nn.Module, hidden: Float[Tensor, "n L"], targets: Int[Tensor, " n"]
-) -> Float[Tensor, " n"]:
-    """Cross-entropy of each token in nats, in fp32; logits are made again in the backward pass of
-    a head that trains, where there is more than one chunk of them."""
-    if is_frozen_linear(head) and len(targets):
-        return _FrozenHeadLoss.apply(hidden, targets, head)
-
-    def loss(states: Tensor, own: Tensor) -> Tensor:
-        return F.cross_entropy(head(states).float(), own, reduction="none")
-
-    if len(targets) <= LOSS_CHUNK:
-        return loss(hidden, targets)
-    pairs = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-    return torch.cat([checkpoint(loss, *pair, use_reentrant=False) for pair in pairs])
+def is_frozen_linear(layer: nn.Module) -> bool:
+    """Whether a layer is a plain linear one, without an adapter, and no parameter of it trains."""
+    plain = type(layer) is nn.Linear and not layer._forward_hooks
+    return plain and not any(p.requires_grad for p in layer.parameters())

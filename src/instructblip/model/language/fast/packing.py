@@ -1,8 +1,9 @@
-"""Rows of different lengths as one row without padding: what stands between tokens costs nothing.
+"""Rows of different lengths as one row without padding.
 
-Everything that a decoder computes token by token (norms, linear layers, feed-forwards) sees the one
-long row; attention alone looks at the samples apart, each with positions of its own. It is called
-through transformers' attention interface, so the language models stay as transformers wrote them.
+What a language model computes token by token (norms, linear layers, feed-forwards) reads the one
+long row, so padding costs nothing there; only attention separates the samples
+(`fast.attention`). A step of cpu-t5 with 27 % padding takes 877 instead of 1,064 ms in the language
+model (benchmarks/train_step_t5_cpu_2026-11-23.md); on Scenes 61 % of the text slots are padding.
 """
 
 import functools
@@ -13,33 +14,24 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-
-from instructblip.model.language.fast import varlen
-from instructblip.model.language.fast.llama import speed_up
-
-ATTENTION = "instructblip_packed"
-"""Name of the attention below; without ``packing`` it is transformers' "sdpa"."""
-
-ONE_BY_ONE = ("cpu",)
-"""Devices that attend to one sample after the other, without padding and without a copy."""
-
-PACKED_TYPES = ("llama", "opt", "gpt2", "qwen2")
-"""Decoders whose positions and mask can be given freely. ALiBi, convolutions and the like tie a
-token to its neighbours: these keep padded rows."""
 
 
 @dataclass(frozen=True)
 class Packing:
     """Where n packed tokens stand in B rows that are padded on the right to X slots.
 
-    ``index`` [B, X] names the token of each slot (padding: any), ``slots`` [n] the slot of each
-    token, ``positions`` [1, n] its place within its own row, ``lengths`` the number of tokens of
-    each row. Rows of 2 and 1 tokens: index [[0, 1], [2, 0]], slots [0, 1, 2], positions
-    [[0, 1, 0]], lengths [2, 1]. ``read`` [m] are the tokens whose last hidden states are asked for
-    (None: all).
+    Two rows of 2 and 3 tokens::
+
+        slots   0 a  1 b  2 .        packed   a  b  c  d  e
+                3 c  4 d  5 e        token    0  1  2  3  4
+
+        slots      [0, 1, 3, 4, 5]           slot of each token
+        index      [[0, 1, 0], [2, 3, 4]]    token of each slot; at padding any token
+        positions  [[0, 1, 0, 1, 2]]         place of each token within its row
+        lengths    [2, 3]                    tokens of each row
+        offsets    [0, 2, 5]                 where each row begins, and where the last one ends
+
+    ``read`` are the tokens whose last hidden states are needed (None: all).
     """
 
     index: Int[Tensor, "B X"]
@@ -50,7 +42,7 @@ class Packing:
 
     @classmethod
     def of(cls, mask: Bool[Tensor, "B X"]) -> "Packing":
-        """The packing of rows whose real tokens stand on the left."""
+        """The packing of rows whose real tokens are on the left."""
         slots = mask.flatten().nonzero()[:, 0]
         index = torch.zeros_like(mask, dtype=torch.long).flatten()
         index[slots] = torch.arange(len(slots), device=mask.device)
@@ -59,84 +51,24 @@ class Packing:
 
     @functools.cached_property
     def offsets(self) -> Int[Tensor, " B1"]:
-        """Where each row begins among the n tokens, and where the last one ends; int32."""
+        """Where each row begins among the n tokens, and where the last one ends: B + 1 int32."""
         ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
         return ends.to(self.index.device)
+
+    def pack(self, values: Tensor) -> Tensor:
+        """[B, X, ...] -> [1, n, ...]."""
+        return values.flatten(0, 1).index_select(0, self.slots)[None]
 
     def unpack(self, states: Tensor) -> Tensor:
         """[1, heads, n, d] -> [B, heads, X, d]."""
         rows = states[0].transpose(0, 1).index_select(0, self.index.flatten())
         return rows.unflatten(0, tuple(self.index.shape)).transpose(1, 2)
 
-    def pack(self, values: Tensor) -> Tensor:
-        """[B, X, ...] -> [1, n, ...]."""
-        return values.flatten(0, 1).index_select(0, self.slots)[None]
-
     def arguments(self) -> dict[str, Any]:
-        """What a decoder is called with. The mask of four dimensions says that nothing is left for
-        transformers to mask; its content is not read."""
-        nothing = self.index.new_zeros(1, 1, 1, 1)
-        return {"attention_mask": nothing, "position_ids": self.positions, "packing": self}
+        """Keyword arguments of a decoder that reads the packed row.
 
-
-def one_by_one(states: Tensor) -> bool:
-    """Whether samples are attended to one after the other."""
-    return states.device.type in ONE_BY_ONE
-
-
-def attend(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    packing: Packing | None = None,
-    memory: Packing | None = None,
-    position_bias: Tensor | None = None,
-    **settings: Any,
-) -> tuple[Tensor, None]:
-    """Attention within each packed sample: one by one where a call costs little, by a kernel that
-    knows where samples end where there is one (`varlen`), else in padded rows. Padding stands
-    behind all tokens of its row, where no causal attention looks, so the rows need no mask.
-
-    ``memory`` says where the encoder's tokens stand, for a decoder's attention that is not causal;
-    ``position_bias`` [1 or B, heads or 1, X or 1, X or 1] is added to the scores of each sample
-    (`relative`) and then masks what has to be.
-    """
-    if packing is None:
-        own = {} if position_bias is None else {"position_bias": position_bias}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **own, **settings)
-    keys = packing if memory is None or module.is_causal else memory
-    if one_by_one(query):
-        seen = (x.split(keys.lengths, 2) for x in (key, value))
-        contexts = []
-        for q, k, v in zip(query.split(packing.lengths, 2), *seen, strict=True):
-            bias = position_bias
-            if bias is not None:
-                bias = bias[..., : q.shape[2], : k.shape[2]]
-            contexts.append(sdpa_attention_forward(module, q, k, v, bias, **settings)[0])
-        return torch.cat(contexts, 1), None
-    plain = position_bias is None and module.is_causal and not settings.get("dropout")
-    if plain and varlen.works_on(query):
-        longest, scale = max(packing.lengths), settings.get("scaling")
-        return varlen.attend_causally(query, key, value, packing.offsets, longest, scale), None
-    query, key, value = packing.unpack(query), keys.unpack(key), keys.unpack(value)
-    context, _ = sdpa_attention_forward(module, query, key, value, position_bias, **settings)
-    return packing.pack(context), None
-
-
-AttentionInterface.register(ATTENTION, attend)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-def allow_packing(model: Any) -> None:
-    """Give a decoder the attention above, and faster layers, where its rows may be packed."""
-    config = model.config
-    if config.model_type in PACKED_TYPES and not getattr(config, "use_sliding_window", False):
-        model.set_attn_implementation(ATTENTION)
-        speed_up(model)
-
-
-def packs(model: Any) -> bool:
-    """Whether a model reads packed rows."""
-    return model.config._attn_implementation == ATTENTION
+        transformers adds no mask of its own to a mask of four dimensions. The attention does not
+        read the content of this one.
+        """
+        mask = self.index.new_zeros(1, 1, 1, 1)
+        return {"attention_mask": mask, "position_ids": self.positions, "packing": self}
