@@ -200,9 +200,9 @@ def bad_pictures(png: Path) -> list[tuple[str, int, str]]:
         ("https://user@[::1]:99999/", 400, "not a URL"),
         ("data:image/png;base64", 400, "has a comma"),
         ("data:image/png;base64,!!!", 400, "not base64"),
-        ("data:image/png;base64,", 400, "not a picture"),
-        ("data:,hello%20there", 400, "not a picture"),
-        (url_of(svg), 400, "not a picture"),
+        ("data:image/png;base64,", 400, "not an image"),
+        ("data:,hello%20there", 400, "not an image"),
+        (url_of(svg), 400, "not an image"),
         (url_of(whole[: len(whole) // 2]), 400, "damaged or cut off"),
         (url_of(png_of(60_000, 60_000)), 413, "more than 20000 pixels"),
         (url_of(png_of(200, 200)), 413, "more than 20000 pixels"),
@@ -217,9 +217,9 @@ def test_bad_pictures_are_refused_by_place(client: TestClient, png: list[Path]) 
         request["messages"][0]["content"][1]["image_url"]["url"] = url
         said = error_of(client.post(CHAT, json=request), status)
         assert message in said
-        assert said.startswith("messages, picture 1: "), said
+        assert said.startswith("messages, image 1: "), said
     nine = {"images": [data_url(png[0])] * 9, "instruction": "a", "candidates": ["a"]}
-    assert "9 pictures; at most 8" in error_of(client.post("/v1/rank", json=nine), 413)
+    assert "9 images; at most 8" in error_of(client.post("/v1/rank", json=nine), 413)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_malformed_bodies(client: TestClient, content: bytes) -> None:
 def test_unknown_fields_and_missing_parts(client: TestClient, png: list[Path]) -> None:
     assert "tools" in error_of(client.post(CHAT, json=body(png[0], tools=[])), 422)
     only = {"messages": [{"role": "user", "content": "what?"}]}
-    assert "no picture" in error_of(client.post(CHAT, json=only), 400)
+    assert "no image" in error_of(client.post(CHAT, json=only), 400)
     assert "no text" in error_of(client.post(CHAT, json=body(png[0], " ")), 400)
     assert "min_tokens" in error_of(client.post(CHAT, json=body(png[0], min_tokens=99)), 400)
     error_of(client.get("/nowhere"), 404)
@@ -397,7 +397,7 @@ def test_ranking_stops_when_no_one_waits(engine: Engine, png: list[Path]) -> Non
 
             def late() -> None:
                 begun.append(1)
-                job.left = True
+                job.leave()
                 on_chunk()
 
             return self.engine.rank_samples(*given, late)
@@ -463,14 +463,13 @@ def test_a_stream_whose_time_is_up_while_the_client_reads_says_so(
             if len(said) == 1:
                 await asyncio.sleep(0.4)
             said.append(event)
-            assert job.on_text is not None
-            job.on_text("more")
+            job.send("more")
         return said
 
     said = asyncio.run(read())
     assert "took too long" in said[-2]
     assert said[-1] == "data: [DONE]\n\n"
-    assert job.left
+    assert job.gone
 
 
 def test_unexpected_errors_tell_nothing(model_folder: Path, png: list[Path]) -> None:
@@ -563,7 +562,7 @@ def test_no_private_address_is_fetched(monkeypatch: pytest.MonkeyPatch, address:
     with pytest.raises(OSError, match="not a public address"):
         incoming.public_address("pictures.example", 443)
     config = ServeConfig(image_hosts=("pictures.example",))
-    with pytest.raises(incoming.BadPicture, match="could not be fetched"):
+    with pytest.raises(incoming.BadImage, match="could not be fetched"):
         incoming.fetch("https://pictures.example/a.png", config, "here")
 
 
@@ -590,16 +589,16 @@ def test_pictures_of_a_listed_host(monkeypatch: pytest.MonkeyPatch, png: list[Pa
     connect = lambda *_args: socket.create_connection((local[0], local[1]))  # noqa: E731
     monkeypatch.setattr(incoming, "connect", connect)
     config = ServeConfig(image_hosts=("pictures.example",), max_picture_bytes=len(content))
-    picture = incoming.read_picture("https://pictures.example/a.png?b=1", config, "here")
+    picture = incoming.read_image("https://pictures.example/a.png?b=1", config, "here")
     assert picture.size == (12, 10)
     assert asked == [("/a.png?b=1", "pictures.example")]
-    with pytest.raises(incoming.BadPicture, match="answered 302"):
+    with pytest.raises(incoming.BadImage, match="answered 302"):
         incoming.fetch("https://pictures.example/moved", config, "here")
     small = ServeConfig(image_hosts=("pictures.example",), max_picture_bytes=100)
-    with pytest.raises(incoming.BadPicture, match="more than 100 bytes"):
+    with pytest.raises(incoming.BadImage, match="more than 100 bytes"):
         incoming.fetch("https://pictures.example/a.png", small, "here")
     for url in ("https://other.example/", "https://a@pictures.example/", "https://127.0.0.1/"):
-        with pytest.raises(incoming.BadPicture, match="not fetched from there"):
+        with pytest.raises(incoming.BadImage, match="not fetched from there"):
             incoming.fetch(url, config, "here")
     server.shutdown()
 

@@ -22,11 +22,11 @@ from instructblip.serving.batching import (
     Job,
     TooLate,
 )
-from instructblip.serving.draw_tab import paint
 from instructblip.serving.page import (
     EN,
     ZH,
     mount_page,
+    paint,
 )
 from runs.screenshots import browser_page, draw_example
 from tests.conftest import data_url, greedy_engine, running
@@ -113,7 +113,7 @@ def test_formats(client: TestClient, kind: str) -> None:
         ({"model": "answers"}, 404, "this model does not draw; ask one of draws"),
         ({"model": "nothing"}, 404, "no model of that name; there are answers, draws"),
         ({"image": "file:///etc/passwd"}, 400, "image: expected data:image/"),
-        ({"image": "data:image/png;base64,AAAA"}, 400, "image: not a picture"),
+        ({"image": "data:image/png;base64,AAAA"}, 400, "image: not an image"),
         ({"n": 11}, 422, "less than or equal to 10"),
         ({"steps": 101}, 422, "less than or equal to 100"),
         ({"response_format": "url"}, 422, "b64_json"),
@@ -176,7 +176,7 @@ def test_the_tab_shows_what_the_engine_draws(
             paint(service, "", None, 1, 2.0, 0)
         bad = png[0].with_suffix(".txt")
         bad.write_text("no picture")
-        with pytest.raises(Exception, match="not a picture"):
+        with pytest.raises(Exception, match="not an image"):
             paint(service, "red", str(bad), 1, 2.0, 0)
 
 

@@ -106,7 +106,7 @@ def test_what_the_page_shows_is_what_the_engines_say(
             ask(service, None, "what?", "", [])
         bad = png[0].with_suffix(".txt")
         bad.write_text("no picture")
-        with pytest.raises(Exception, match="not a picture"):
+        with pytest.raises(Exception, match="not an image"):
             ask(service, str(bad), "what?", "", [])
 
 

@@ -1,10 +1,9 @@
-"""The server: OpenAI's chat completions over pictures, drawing, ranking, health and metrics.
+"""The server as an ASGI application: chat completions, images, ranking, health and metrics.
 
-``create_app`` is the whole of it as an ASGI application; ``instructblip serve`` runs it. One
-``Batcher`` a model answers; handlers only check, decode pictures and wait.
+``instructblip serve`` runs what ``create_app`` returns. One ``Batcher`` per model answers; handlers
+only validate, decode images and wait.
 """
 
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -19,20 +18,11 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from instructblip.core.version import __version__
 from instructblip.inference.engine import Engine
 from instructblip.serving.batching import Answer, Job
-from instructblip.serving.completions import (
-    chat_job,
-    response_of,
-    stream_events,
-)
+from instructblip.serving.completions import chat_job, response_of, stream_events
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.guard import (
-    NO_KEY,
-    Guard,
-    error_body,
-    knows_key,
-)
+from instructblip.serving.guard import NO_KEY, Guard, error_body, knows_key
 from instructblip.serving.images import add_images
-from instructblip.serving.incoming import BadPicture
+from instructblip.serving.incoming import BadImage
 from instructblip.serving.schema import (
     ChatRequest,
     ChatResponse,
@@ -46,18 +36,23 @@ from instructblip.serving.schema import (
 )
 from instructblip.serving.service import Service, probabilities
 
-STATUS = {400: "bad picture or message", 401: "no valid API key", 403: "host not allowed"}
-STATUS |= {404: "no such model", 408: "the request came too slowly", 413: "too large"}
-STATUS |= {422: "not a valid request", 429: "too busy", 504: "took too long"}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text} for status, text in STATUS.items()
+STATUS = {
+    400: "bad image or message",
+    401: "no valid API key",
+    403: "host not allowed",
+    404: "no such model",
+    408: "the request came too slowly",
+    413: "too large",
+    422: "not a valid request",
+    429: "too busy",
+    504: "took too long",
 }
 
 
 def create_app(engines: Mapping[str, Engine], config: ServeConfig | None = None) -> FastAPI:
     """The ASGI application. ``engines`` by the name that requests choose; the first is the default.
 
-    Each engine belongs to the application from now on: nothing else may use it.
+    The application becomes the only user of each engine.
     """
     config = config or ServeConfig()
     service = Service(engines, config)
@@ -71,7 +66,7 @@ def create_app(engines: Mapping[str, Engine], config: ServeConfig | None = None)
     app = FastAPI(
         title="instructblip",
         version=__version__,
-        summary="Pictures and instructions in, answers out.",
+        summary="Images and instructions in, answers out.",
         lifespan=lifespan,
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
@@ -80,28 +75,27 @@ def create_app(engines: Mapping[str, Engine], config: ServeConfig | None = None)
     app.add_middleware(Guard, config=config, metrics=service.metrics)
     _add_errors(app)
     guarded = _guarded(config)
-    _add_operation(app, service, guarded)
-    _add_chat(app, service, guarded)
-    _add_ranking(app, service, guarded)
+    _add_routes(app, service, guarded)
     add_images(app, service, guarded)
     return app
 
 
 def _guarded(config: ServeConfig) -> dict[str, Any]:
-    """What routes are declared with that ask for an API key, where there are any."""
+    """Options of routes that ask for an API key, if the server has any."""
     bearer = HTTPBearer(auto_error=False)
 
-    async def allowed(
+    async def check_key(
         given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
     ) -> None:
         if not knows_key(config, given.credentials if given else ""):
             raise HTTPException(401, NO_KEY)
 
-    return {"dependencies": [Depends(allowed)], "responses": ERRORS}
+    errors = {status: {"model": ErrorBody, "description": text} for status, text in STATUS.items()}
+    return {"dependencies": [Depends(check_key)], "responses": errors}
 
 
-def _add_operation(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
-    """Health and metrics."""
+def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
+    """Health and metrics; models and chat completions, as OpenAI has them; ranking."""
 
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> Health:
@@ -113,10 +107,6 @@ def _add_operation(app: FastAPI, service: Service, guarded: dict[str, Any]) -> N
         """Counters in the text format of Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-
-def _add_chat(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
-    """Models and chat completions, as OpenAI has them."""
-
     @app.get("/v1/models", tags=["OpenAI"], **guarded)
     async def models() -> ModelList:
         """The models that requests can choose."""
@@ -125,7 +115,7 @@ def _add_chat(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
 
     @app.post("/v1/chat/completions", tags=["OpenAI"], response_model=ChatResponse, **guarded)
     async def chat_completions(body: ChatRequest) -> Any:
-        """Answer the last message about the pictures of all messages."""
+        """Answer the last message about the images of all messages."""
         name, batcher = service.choose(body.model)
         job = await chat_job(service, body, batcher.engine)
         if body.stream:
@@ -137,13 +127,10 @@ def _add_chat(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
         service.metrics.tokens.inc(answer.tokens)
         return response_of(name, answer)
 
-
-def _add_ranking(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
-    config = service.config
-
     @app.post("/v1/rank", tags=["ranking"], **guarded)
     async def rank(body: RankRequest) -> RankResponse:
         """Log-likelihoods of the candidates as the answer, end token included."""
+        deadline = service.deadline
         name, batcher = service.choose(body.model)
         service.check_candidates(body.candidates)
         job = Job(
@@ -151,15 +138,14 @@ def _add_ranking(app: FastAPI, service: Service, guarded: dict[str, Any]) -> Non
             instruction=body.instruction,
             candidates=tuple(body.candidates),
             normalization=body.normalization,
-            deadline=time.monotonic() + config.timeout_s,
+            deadline=deadline,
         )
         service.submit(batcher, job)
         scores: list[float] = await service.result(job)
+        rows = zip(body.candidates, scores, probabilities(scores), strict=True)
         ranked = [
-            RankedCandidate(text=text, log_likelihood=score, probability=share)
-            for text, score, share in zip(
-                body.candidates, scores, probabilities(scores), strict=True
-            )
+            RankedCandidate(text=text, log_likelihood=score, probability=probability)
+            for text, score, probability in rows
         ]
         best = max(ranked, key=lambda candidate: candidate.log_likelihood)
         lost = batcher.engine.lost_tokens(body.instruction)
@@ -167,22 +153,22 @@ def _add_ranking(app: FastAPI, service: Service, guarded: dict[str, Any]) -> Non
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Every error in OpenAI's form; none tells a path, a value or a trace."""
+    """Every error in OpenAI's form; none reveals a path, a value or a trace."""
 
     @app.exception_handler(StarletteHTTPException)
     async def http(_request: Request, error: StarletteHTTPException) -> JSONResponse:
         body = error_body(error.status_code, str(error.detail))
         return JSONResponse(body, error.status_code, headers=error.headers)
 
-    @app.exception_handler(BadPicture)
-    async def picture(_request: Request, error: BadPicture) -> JSONResponse:
+    @app.exception_handler(BadImage)
+    async def image(_request: Request, error: BadImage) -> JSONResponse:
         return JSONResponse(error_body(error.status, str(error)), error.status)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(place)[:40] for place in first["loc"] if place != "body")[:200]
-        # a key of the request may be half a character, which no response can carry
+        # a key of the request may hold half a surrogate pair, which no response can carry
         where = where.encode("utf-8", errors="replace").decode()
         message = f"{where or 'body'}: {first['msg']}"
         message = message.encode("utf-8", errors="replace").decode()

@@ -1,11 +1,10 @@
-"""Continuous micro-batches: requests that wait while the model is busy go together next.
+"""Continuous micro-batches: requests that wait while the model is busy run together next.
 
-One thread owns the model. As soon as it is free it takes the oldest job and every other one that
-can stand in the same batch (same kind, same decoding, as many frames), oldest first. The queue is
-bounded: what does not fit is refused at once instead of being answered too late.
+One thread owns the model. Whenever it is free it takes the oldest job and every other job that can
+run in the same batch (same kind, same decoding, same number of frames), oldest first. The queue is
+bounded: a job that does not fit is refused at once instead of being answered too late.
 """
 
-import functools
 import math
 import threading
 import time
@@ -15,7 +14,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from instructblip.inference.engine import Engine
@@ -29,13 +27,13 @@ class QueueFull(Exception):
 
 
 class TooLate(Exception):
-    """The job's time was up before its answer was."""
+    """The job's time was up before its answer was ready."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A generated answer; ``cut`` when the limit of tokens ended it. Of its prompt the model read
-    ``prompt_tokens``, all but ``lost`` at the beginning."""
+    """A generated answer of ``tokens`` tokens; ``cut`` if the limit of tokens ended it. The model
+    read ``prompt_tokens`` of the prompt and none of the ``lost`` tokens before them."""
 
     text: str
     prompt_tokens: int
@@ -46,28 +44,28 @@ class Answer:
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """One request: pictures as pixels [F][3, S, S], the instruction, and what is wanted.
+    """One request: its images as pixels [F][3, S, S], the instruction, and the kind of result.
 
-    The result is an ``Answer``, of which ``on_text`` hears the pieces from the model's thread;
-    with ``candidates`` their log-likelihoods, a list of floats; with ``look`` the attention of the
-    queries to the picture [F, Q, P]; with ``drawing``, the settings of ``Engine.draw``, pictures.
+    ``future`` resolves to an ``Answer``; with ``candidates`` to their log-likelihoods, a list of
+    floats; with ``look`` to the attention of the queries to the images [F, Q, P]; with ``drawing``,
+    the arguments of ``Engine.draw``, to images. ``decoding`` None is the engine's.
     """
 
     pixels: tuple[Tensor, ...]
     instruction: str
-    decoding: Decoding | None = None  # the engine's
+    decoding: Decoding | None = None
     candidates: tuple[str, ...] | None = None
     normalization: Normalization = "sum"
     look: bool = False
     drawing: dict[str, Any] | None = None
     deadline: float = math.inf
-    on_text: Callable[[str], None] | None = None
-    future: "Future[Any]" = field(default_factory=Future)
-    left: bool = False
+    future: "Future[Any]" = field(default_factory=Future, init=False)
+    _on_text: Callable[[str], None] | None = field(default=None, init=False)
+    _left: bool = field(default=False, init=False)
 
     @property
     def key(self) -> Hashable:
-        """Jobs with equal keys can stand in one batch; a drawing has noise of its own seed."""
+        """Jobs with equal keys can run in one batch; a drawing has noise of its own seed."""
         if self.drawing is not None:
             return "draw", id(self)
         if self.look:
@@ -76,19 +74,32 @@ class Job:
             return "rank", len(self.pixels), self.normalization
         return "answer", len(self.pixels), self.decoding
 
+    def listen(self, on_text: Callable[[str], None]) -> None:
+        """Pass the pieces of the answer to ``on_text``, called from the model's thread."""
+        self._on_text = on_text
+
+    def send(self, piece: str) -> None:
+        """Pass a piece of the answer to the listener."""
+        if piece and self._on_text is not None:
+            self._on_text(piece)
+
+    def leave(self) -> None:
+        """Stop waiting for the result: the job is dropped, or ends early."""
+        self._left = True
+
     @property
     def gone(self) -> bool:
-        """Whether no one waits for it any more."""
-        return self.left or time.monotonic() > self.deadline
+        """Whether nobody waits for the result any more."""
+        return self._left or time.monotonic() > self.deadline
 
 
 class Batcher:
-    """Answers jobs from any thread with one engine, whose only user it must be.
+    """Answers jobs from any thread with one engine, of which it must be the only user.
 
     Args:
-        max_batch: jobs that run together at most; 1 is one request at a time.
-        max_queue: jobs that wait at most.
-        on_batch: told the size and the seconds of each batch.
+        max_batch: maximum number of jobs that run together; 1 is one request at a time.
+        max_queue: maximum number of jobs that wait.
+        on_batch: called with the size and the seconds of each batch.
     """
 
     def __init__(
@@ -114,7 +125,7 @@ class Batcher:
     def submit(self, job: Job) -> "Future[Any]":
         """Queue a job. Raises QueueFull, also once the batcher is closed."""
         with self._changed:
-            self._drop_gone()  # the model may be too busy to have noticed
+            self._drop_gone()  # the model's thread may be busy
             if self._closed or len(self._jobs) >= self.max_queue:
                 raise QueueFull
             self._jobs.append(job)
@@ -122,7 +133,7 @@ class Batcher:
         return job.future
 
     def close(self) -> None:
-        """Answer what waits, take nothing new, and end the thread."""
+        """Answer waiting jobs, refuse new ones, and end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -130,18 +141,19 @@ class Batcher:
 
     def _work(self) -> None:
         while jobs := self._next():
-            began = time.monotonic()
+            start = time.monotonic()
             self._run(jobs)
-            self.on_batch(len(jobs), time.monotonic() - began)
+            self.on_batch(len(jobs), time.monotonic() - start)
 
     def _next(self) -> list[Job]:
-        """The next batch; empty when the batcher is closed and nothing waits."""
+        """The next batch; empty when the batcher is closed and no job waits."""
         with self._changed:
             while True:
                 self._drop_gone()
                 while self._jobs:
-                    # from here on a future cannot be cancelled, only left
-                    if jobs := [job for job in self._take() if _begins(job)]:
+                    # a future that runs can no longer be cancelled
+                    jobs = [j for j in self._take() if j.future.set_running_or_notify_cancel()]
+                    if jobs:
                         return jobs
                 if self._closed:
                     return []
@@ -154,7 +166,7 @@ class Batcher:
                 job.future.set_exception(TooLate())
 
     def _take(self) -> list[Job]:
-        """The oldest job and what can go with it, out of the queue."""
+        """Remove the oldest job and those that can run with it from the queue."""
         key = self._jobs[0].key
         jobs = [job for job in self._jobs if job.key == key][: self.max_batch]
         taken = set(map(id, jobs))
@@ -167,7 +179,7 @@ class Batcher:
         except InterruptedError:
             results = [TooLate()] * len(jobs)
         except Exception as error:
-            if len(jobs) > 1:  # so that one request cannot spoil the others'
+            if len(jobs) > 1:  # one request must not spoil the others
                 for job in jobs:
                     self._run([job])
                 return
@@ -179,9 +191,15 @@ class Batcher:
                 job.future.set_result(result)
 
     def _results(self, jobs: Sequence[Job]) -> Sequence[Any]:
-        engine = self.engine
-        if jobs[0].drawing is not None:
-            return [_draw(engine, job) for job in jobs]
+        """One result per job. Raises InterruptedError once nobody waits for any of them."""
+        engine, first = self.engine, jobs[0]
+
+        def check_waiting() -> None:
+            if all(job.gone for job in jobs):
+                raise InterruptedError
+
+        if first.drawing is not None:  # alone in its batch, see ``Job.key``
+            return [engine.draw(first.instruction, **first.drawing, on_step=check_waiting)]
         samples = [
             engine.sample(
                 tuple(f"{number}.{frame}" for frame in range(len(job.pixels))),
@@ -190,50 +208,29 @@ class Batcher:
             )
             for number, job in enumerate(jobs)
         ]
-        if jobs[0].look:
+        if first.look:
             return list(engine.look(samples))
-        if jobs[0].candidates is not None:
+        if first.candidates is not None:
             candidates = [job.candidates or () for job in jobs]
-            going_on = functools.partial(_going_on, jobs)
-            return engine.rank_samples(samples, candidates, jobs[0].normalization, going_on)
+            return engine.rank_samples(samples, candidates, first.normalization, check_waiting)
         texts = [TextStream(engine.tokens, engine.ends) for _ in jobs]
 
         def on_tokens(tokens: list[int]) -> None:
-            _going_on(jobs)
+            check_waiting()
             for job, text, token in zip(jobs, texts, tokens, strict=True):
-                _tell(job, text.add(token))
+                job.send(text.add(token))
 
-        decoding = jobs[0].decoding or engine.decoding
-        ids = engine.respond(samples, decoding, on_tokens)
-        for job, text, own in zip(jobs, texts, ids, strict=True):
-            _tell(job, text.rest(own))
+        decoding = first.decoding or engine.decoding
+        responses = engine.respond(samples, decoding, on_tokens)
+        for job, text, ids in zip(jobs, texts, responses, strict=True):
+            job.send(text.rest(ids))
         return [
             Answer(
-                text=engine.tokens.decode(own),
+                text=engine.tokens.decode(ids),
                 prompt_tokens=len(sample.prompt_ids),
                 lost=engine.lost_tokens(job.instruction),
-                tokens=len(own),
-                cut=len(own) >= decoding.max_new_tokens,
+                tokens=len(ids),
+                cut=len(ids) >= decoding.max_new_tokens,
             )
-            for job, sample, own in zip(jobs, samples, ids, strict=True)
+            for job, sample, ids in zip(jobs, samples, responses, strict=True)
         ]
-
-
-def _draw(engine: Engine, job: Job) -> list[Image.Image]:
-    going_on = functools.partial(_going_on, [job])
-    return engine.draw(job.instruction, **(job.drawing or {}), on_step=going_on)
-
-
-def _going_on(jobs: Sequence[Job]) -> None:
-    """InterruptedError once no one waits for any of the jobs."""
-    if all(job.gone for job in jobs):
-        raise InterruptedError
-
-
-def _tell(job: Job, piece: str) -> None:
-    if piece and job.on_text is not None:
-        job.on_text(piece)
-
-
-def _begins(job: Job) -> bool:
-    return job.future.set_running_or_notify_cancel()

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions: a request becomes a job, its answer a response or events."""
+"""OpenAI's chat completions: from a request to a job, from its answer to a response or events."""
 
 import asyncio
 import json
@@ -27,22 +27,22 @@ from instructblip.serving.service import Service
 
 
 async def chat_job(service: Service, body: ChatRequest, engine: Engine) -> Job:
-    """What a request asks of a model, its pictures decoded. Raises HTTPException, BadPicture."""
-    arrived = time.monotonic()
+    """The job of a request, its images decoded. Raises HTTPException or BadImage."""
+    deadline = service.deadline
     instruction = instruction_of_messages(body.messages)
     urls = [url for message in body.messages for url in message.urls]
     if not urls:
-        raise HTTPException(400, "messages: no picture; give one as a part of type image_url")
+        raise HTTPException(400, "messages: no image; give one as a part of type image_url")
     return Job(
         pixels=await service.pixels(urls, engine, "messages"),
         instruction=instruction,
         decoding=_decoding(body, engine.decoding, service.config),
-        deadline=arrived + service.config.timeout_s,
+        deadline=deadline,
     )
 
 
 def instruction_of_messages(messages: list[Message]) -> str:
-    """System texts, then earlier turns as the data writes them, then the last user message."""
+    """System texts, then earlier turns in the form of the training data, then the last message."""
     if messages[-1].role != "user":
         raise HTTPException(400, "messages: the last one must be of the user")
     system = [message.text for message in messages if message.role == "system"]
@@ -61,14 +61,16 @@ def instruction_of_messages(messages: list[Message]) -> str:
 
 
 def _decoding(body: ChatRequest, stored: Decoding, config: ServeConfig) -> Decoding:
-    """The settings of a request over the model's, within the server's limits. Raises HTTPException
-    where a request asks for more beams, or more tokens at least, than the server allows."""
+    """The settings of a request over those of the model, within the server's limits.
+
+    Raises HTTPException for more beams, or a larger minimum of tokens, than the server allows.
+    """
     if (body.num_beams or 0) > config.max_beams:
         raise HTTPException(
             422, f"num_beams: {body.num_beams} beams; this server allows {config.max_beams}"
         )
-    wanted = body.max_completion_tokens or body.max_tokens or stored.max_new_tokens
-    most = min(wanted, config.max_tokens)
+    most = body.max_completion_tokens or body.max_tokens or stored.max_new_tokens
+    most = min(most, config.max_tokens)
     if (body.min_tokens or 0) > most:
         raise HTTPException(400, f"min_tokens is above the most tokens of an answer, {most}")
     temperature = body.temperature
@@ -93,23 +95,27 @@ def stream_events(service: Service, name: str, job: Job, body: ChatRequest) -> A
     def put(piece: str | None) -> None:
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-    job.on_text = put
+    job.listen(put)
     job.future.add_done_callback(lambda _: put(None))
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk"}
-    head |= {"created": int(time.time()), "model": name}
+    head = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": name,
+    }
 
     def event(delta: dict[str, str], finish: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
 
-    async def following() -> str | None:
-        # a timeout around a `yield` would fire in whoever reads the events
+    async def next_piece() -> str | None:
+        # a timeout around a `yield` would fire in the reader of the events
         return await asyncio.wait_for(pieces.get(), max(0.0, job.deadline - time.monotonic()))
 
     async def events() -> AsyncIterator[str]:
         try:
             yield event({"role": "assistant", "content": ""})
-            while (piece := await following()) is not None:
+            while (piece := await next_piece()) is not None:
                 yield event({"content": piece})
             answer: Answer = await service.result(job)
             service.metrics.tokens.inc(answer.tokens)
@@ -122,14 +128,14 @@ def stream_events(service: Service, name: str, job: Job, body: ChatRequest) -> A
         except Exception:
             yield f"data: {json.dumps(error_body(500, 'internal error'))}\n\n"
         finally:
-            job.left = True
+            job.leave()
         yield "data: [DONE]\n\n"
 
     return events()
 
 
 def response_of(model: str, answer: Answer) -> ChatResponse:
-    """The whole answer at once."""
+    """The response with the whole answer."""
     message = AnswerMessage(content=answer.text)
     return ChatResponse(
         id=f"chatcmpl-{uuid.uuid4().hex}",

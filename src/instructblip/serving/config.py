@@ -1,4 +1,4 @@
-"""The settings of a server: every limit that a request meets."""
+"""The settings of a server: every limit on a request."""
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
@@ -6,33 +6,33 @@ from instructblip.model.decoding import NumBeams
 
 
 class ServeConfig(BaseModel):
-    """Limits are per request unless they say otherwise."""
+    """Limits are maxima per request unless they say otherwise."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_batch: PositiveInt = 32
-    """Requests that the model answers together at most."""
+    """Requests that the model answers together."""
     max_queue: PositiveInt = 128
-    """Requests that wait at most; beyond them the answer is 429."""
+    """Requests that wait; those beyond are answered with 429."""
     max_body_bytes: PositiveInt = 24 << 20
     """Bytes of a whole request."""
     max_picture_bytes: PositiveInt = 16 << 20
-    """Bytes of one picture file."""
+    """Bytes of one image file."""
     max_pixels: PositiveInt = 1 << 24
-    """Pixels of one picture (4096 x 4096)."""
+    """Pixels of one image (4096 x 4096)."""
     max_pictures: PositiveInt = 8
-    """Pictures."""
+    """Images."""
     max_tokens: PositiveInt = 256
     """Tokens of an answer."""
     max_beams: NumBeams = 8
-    """Beams that a request may ask for: a search of n beams costs n answers."""
+    """Beams of a search: n beams cost n answers."""
     max_candidates: PositiveInt = 256
     """Candidates to rank."""
     max_candidate_characters: PositiveInt = 32_000
     """Characters of all candidates together."""
     timeout_s: PositiveFloat = 60.0
-    """Seconds from a request's arrival to its answer, waiting included; beyond them it is 504."""
+    """Seconds from a request's arrival to its answer, waiting included; then it is 504."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
-    """Keys of which every request must bring one; none: open to all who can reach the port."""
+    """Keys, one of which every request must carry; none: open to all who can reach the port."""
     image_hosts: tuple[str, ...] = ()
-    """Hosts from which pictures may be fetched over https; none: data URLs alone."""
+    """Hosts from which images may be fetched over https; none: data URLs only."""

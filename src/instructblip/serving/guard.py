@@ -1,4 +1,4 @@
-"""Before a handler reads a byte: how many requests, how large, how slow. And it counts them all."""
+"""Limits number, size and slowness of requests before a handler reads a byte, and counts them."""
 
 import asyncio
 import hmac
@@ -16,12 +16,11 @@ from instructblip.serving.service import too_busy
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 KINDS |= {429: "rate_limit_error", 500: "server_error", 504: "timeout_error"}
 
-
 NO_KEY = "give an API key as `Authorization: Bearer KEY`"
 
 
 def knows_key(config: ServeConfig, key: str) -> bool:
-    """Whether ``key`` is one of the server's, or it has none."""
+    """Whether ``key`` is one of the server's, or the server has none."""
     known = [hmac.compare_digest(key.encode(), one.encode()) for one in config.api_keys]
     return any(known) or not config.api_keys
 
@@ -35,24 +34,24 @@ def error_body(status: int, message: str, param: str | None = None) -> dict[str,
 class Guard:
     """ASGI middleware.
 
-    Requests under way are at most those that can wait and run; a request counts once its body is
-    in, so that slow ones keep nobody out. Memory is bounded by that number times the size of a
-    body: all bodies together are held to it as they come in, whatever their headers promised.
+    It admits at most as many requests as can wait and run. A request counts once its body is
+    complete, so that slow ones keep nobody out. Memory is bounded by that number times the maximum
+    size of a body: it applies to all bodies together as they arrive, whatever their headers say.
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics) -> None:
         self.app, self.config, self.metrics = app, config, metrics
-        self.under_way = self.held = 0
-        self.most = config.max_queue + 2 * config.max_batch
+        self.admitted = self.held_bytes = 0
+        self.capacity = config.max_queue + 2 * config.max_batch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), 500
+        start, status = time.monotonic(), 500
         body = _Body(self, receive, scope["path"].startswith("/v1/") and scope["method"] == "POST")
 
-        async def noting(message: Message) -> None:
+        async def send_noting(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -61,14 +60,14 @@ class Guard:
         try:
             refusal = self._refuse(scope, body.costly)
             app = self.app if refusal is None else refusal
-            await app(scope, body.receive, noting)
+            await app(scope, body.receive, send_noting)
         finally:
-            body.forget()
+            body.close()
             route = getattr(scope.get("route"), "path", "other")
-            self.metrics.request(route, status, time.monotonic() - began)
+            self.metrics.request(route, status, time.monotonic() - start)
 
     def _refuse(self, scope: Scope, costly: bool) -> JSONResponse | None:
-        """What the headers alone are refused for."""
+        """The response to a request that its headers alone refuse."""
         headers = dict(scope["headers"])
         scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
         if costly and not knows_key(self.config, key.strip() if scheme.lower() == "bearer" else ""):
@@ -78,47 +77,57 @@ class Guard:
             return JSONResponse(error_body(413, self.too_large), 413)
         return None
 
+    def hold(self, size: int) -> bool:
+        """Count bytes of a body; whether all bodies together are within the bound."""
+        self.held_bytes += size
+        return not size or self.held_bytes <= self.capacity * self.config.max_body_bytes
+
+    def admit(self) -> bool:
+        """Count a complete request; whether there is room for it."""
+        self.admitted += 1
+        return self.admitted <= self.capacity
+
+    def release(self, size: int, admitted: bool) -> None:
+        """Undo ``hold`` and ``admit``."""
+        self.held_bytes -= size
+        self.admitted -= admitted
+
     @property
     def too_large(self) -> str:
         return f"the request is larger than {self.config.max_body_bytes} bytes"
 
 
 class _Body:
-    """A request's body as it comes in: stopped where it is too large, too slow or one too many."""
+    """A request's body as it arrives: stopped when it is too large, too slow or one too many."""
 
     def __init__(self, guard: Guard, receive: Receive, costly: bool) -> None:
         self.guard, self.costly, self._receive = guard, costly, receive
         self.deadline = time.monotonic() + guard.config.timeout_s
-        self.size, self.whole, self.counted = 0, False, False
+        self.size, self.complete, self.counted = 0, False, False
 
     async def receive(self) -> Message:
-        """The next message; HTTPException where a limit is passed."""
-        if self.whole:  # waiting for the client to leave
+        """The next message. Raises HTTPException when a limit is exceeded."""
+        if self.complete:  # waits for the client to disconnect
             return await self._receive()
         try:
             async with asyncio.timeout(max(0.0, self.deadline - time.monotonic())):
                 message = await self._receive()
         except TimeoutError:
             raise HTTPException(408, "the request came too slowly") from None
-        self._count(len(message.get("body", b"")))
-        self.whole = not message.get("more_body", False)
-        if self.whole and self.costly and message["type"] == "http.request":
+        size = len(message.get("body", b""))
+        self.size += size
+        within_bound = self.guard.hold(size)
+        if self.size > self.guard.config.max_body_bytes:
+            raise HTTPException(413, self.guard.too_large)
+        if not within_bound:
+            raise too_busy()
+        self.complete = not message.get("more_body", False)
+        if self.complete and self.costly and message["type"] == "http.request":
             self.counted = True
-            self.guard.under_way += 1
-            if self.guard.under_way > self.guard.most:
+            if not self.guard.admit():
                 raise too_busy()
         return message
 
-    def _count(self, size: int) -> None:
-        guard = self.guard
-        self.size += size
-        guard.held += size
-        if self.size > guard.config.max_body_bytes:
-            raise HTTPException(413, guard.too_large)
-        if size and guard.held > guard.most * guard.config.max_body_bytes:
-            raise too_busy()
-
-    def forget(self) -> None:
-        """The request is over."""
-        self.guard.held -= self.size
-        self.guard.under_way -= self.counted
+    def close(self) -> None:
+        """Give back the memory and the place of a request that is over."""
+        self.guard.release(self.size, self.counted)

@@ -1,42 +1,72 @@
-"""The page: a picture, an instruction, and what the models say to it side by side; and drawing.
+"""The page: ask all models about an image and compare their answers; draw.
 
-Mounted in the server, it asks the same batchers under the same limits. Labels follow the language
-of the browser, English or Chinese.
+It is mounted in the server and submits to the same batchers under the same limits. Labels follow
+the language of the browser, English or Chinese.
 """
 
+import contextlib
 import math
 import os
 import random
 import re
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, HTTPException
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from instructblip.scenes.world import render, sample_scene
-from instructblip.serving.batching import (
-    Job,
-    QueueFull,
-    TooLate,
-)
-from instructblip.serving.draw_tab import draw_tab
-from instructblip.serving.incoming import BadPicture, decode_picture
+from instructblip.serving.batching import Job, QueueFull, TooLate
+from instructblip.serving.incoming import BadImage, decode
 from instructblip.serving.service import Service, probabilities
-from instructblip.serving.words import EN, ZH
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
-os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # it would talk to a hub
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # it would contact a hub
 import gradio as gr
 from gradio.themes import Default
 from gradio_client.utils import traverse
 
 PATH = "/page"
+LABELS = {
+    "title": ("# Ask about a picture", "# 看图问答"),
+    "about": (
+        "Drop a picture or take an example, choose an instruction or write one, and compare.",
+        "拖入一张图片或选一个示例，选择或填写指令，对比两个模型的回答。",
+    ),
+    "picture": ("Picture", "图片"),
+    "instruction": ("Instruction", "指令"),
+    "candidates": ("Answers to rank, with commas (may be empty)", "候选答案，用逗号分隔（可为空）"),
+    "ask": ("Ask", "提问"),
+    "answer_of": ("Answer", "回答"),
+    "ranking_of": ("Ranking", "候选排序"),
+    "looks": (
+        "Where each query token looks, under this instruction",
+        "在该指令下，每个查询向量关注的位置",
+    ),
+    "history": ("History", "历史记录"),
+    "examples": ("Examples", "示例"),
+    "ask_tab": ("Ask", "提问"),
+    "draw_tab": ("Draw", "绘图"),
+    "what": ("What to draw (choose one or write your own)", "要画什么（可选择，也可自己写）"),
+    "subject": ("A picture to take from (may be empty)", "参考图片（可为空）"),
+    "how_many": ("Pictures", "张数"),
+    "seed": (
+        "Seed: the same draws the same (-1: another every time)",
+        "随机种子：相同则结果相同（-1：每次不同）",
+    ),
+    "guidance": ("How strictly to follow the instruction", "遵循指令的程度"),
+    "draw": ("Draw", "绘图"),
+    "drawn": ("Drawn", "结果"),
+}
+EN = {key: english for key, (english, _) in LABELS.items()}
+ZH = {key: chinese for key, (_, chinese) in LABELS.items()}
+
 COLOURS = "red, green, blue, yellow, purple, orange"
-# seed of a picture of the embedded world, what to ask, and candidates
+# seed of an image of Scenes, instruction, candidates
 EXAMPLES = (
     (36, "A short image description.", ""),
     (30, "Question: what color is the circle? Short answer:", COLOURS),
@@ -44,6 +74,14 @@ EXAMPLES = (
     (26, "Question: what shape is red? Short answer:", "circle, square, triangle, star, heart"),
 )
 INSTRUCTIONS = [*(text for _, text, _ in EXAMPLES), "Describe the picture in detail."]
+DRAW_INSTRUCTIONS = [
+    "draw a red circle at the top left",
+    "draw a large green star in the middle and a small blue square at the bottom right",
+    "draw the same shape in yellow at the right",
+    "draw the same thing at the bottom left",
+]
+SHOWN = 256
+"""Pixels to which a smaller side of a drawn image is enlarged, each pixel a square."""
 
 NAMES = {"instructblip": "InstructBLIP", "blip2": "BLIP-2"}
 CSS = """
@@ -57,15 +95,20 @@ CSS = """
 
 
 class Page(gr.Blocks):
-    """Blocks that look at what was uploaded and at nothing else.
+    """Blocks that read uploaded files only.
 
-    gradio itself would fetch a file whose path is a URL, and before ``has_launched``, which only
-    its own ``launch`` sets, would take any file of this machine.
+    gradio itself fetches a file whose path is a URL, and accepts any file of this machine until
+    ``has_launched`` is set, which only its own ``launch`` does.
     """
 
     def __init__(self) -> None:
-        # what visitors upload and get is deleted after an hour, and when the server ends
+        # uploads and results are deleted after an hour, and when the server ends
         super().__init__(title="InstructBLIP", analytics_enabled=False, delete_cache=(600, 3600))
+
+    def __exit__(self, *error: Any) -> None:
+        """The layout is complete: from here on only uploaded files are accepted."""
+        super().__exit__(*error)
+        self.has_launched = True
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *more: Any, **options: Any):
         """As in gradio, once no input names a file elsewhere."""
@@ -74,7 +117,7 @@ class Page(gr.Blocks):
 
 
 def _is_elsewhere(value: Any) -> bool:
-    """Whether this is a file that was not uploaded but has its content behind or in a URL."""
+    """Whether this is a file that was not uploaded: its content is behind or in a URL."""
     return isinstance(value, dict) and (
         "://" in str(value.get("path")) or str(value.get("url")).startswith("data:")
     )
@@ -85,17 +128,15 @@ def _refuse(_file: Any) -> None:
 
 
 def mount_page(app: FastAPI) -> FastAPI:
-    """The page at ``/page`` of an application of ``create_app``.
+    """Mount the page at ``/page`` of an application of ``create_app``.
 
-    Where the server asks for API keys, so does the page: any user name, a key as the password.
+    If the server asks for API keys, so does the page: any user name, a key as the password.
     """
     service: Service = app.state.service
     keys = service.config.api_keys
     i18n = gr.I18n(en=EN, zh=ZH, **{"zh-CN": ZH, "zh-TW": ZH})
-    # fonts of the reader's machine: the page asks no other address for anything
+    # fonts of the reader's machine: the page loads nothing from other addresses
     theme = Default(primary_hue="blue", font=("system-ui", "sans-serif"), font_mono=("monospace",))
-    page = make_page(service, i18n)
-    page.has_launched = True
 
     @app.get(PATH + "/gradio_api/file=http{rest:path}", include_in_schema=False)
     async def elsewhere(rest: str) -> None:  # gradio would fetch it
@@ -103,7 +144,7 @@ def mount_page(app: FastAPI) -> FastAPI:
 
     return gr.mount_gradio_app(
         app,
-        page,
+        make_page(service, i18n),
         path=PATH,
         auth=(lambda _user, password: password in keys) if keys else None,
         max_file_size=service.config.max_picture_bytes,
@@ -116,7 +157,7 @@ def mount_page(app: FastAPI) -> FastAPI:
 
 
 def make_page(service: Service, words: Any) -> Page:
-    """The layout: a tab to ask and, where a model holds a decoder, one to draw."""
+    """The layout: a tab to ask and, if a model has a decoder, one to draw."""
     with Page() as page:
         if not service.painters:
             ask_tab(service, words)
@@ -129,34 +170,59 @@ def make_page(service: Service, words: Any) -> Page:
     return page
 
 
+@contextlib.contextmanager
+def _visitor_errors(late: str, refusals: type[Exception]) -> Iterator[None]:
+    """Show a visitor the message of a refusal or an exceeded limit; ``late`` if time is up."""
+    try:
+        yield
+    except HTTPException as error:
+        raise gr.Error(error.detail) from None
+    except QueueFull:
+        raise gr.Error("the server is busy; try again / 服务器繁忙，请重试") from None
+    except (TooLate, TimeoutError):
+        raise gr.Error(late) from None
+    except refusals as error:
+        raise gr.Error(str(error)) from None
+
+
+def _image_input(label: Any, height: int, elem_id: str, **options: Any) -> gr.Image:
+    return gr.Image(
+        type="filepath",
+        image_mode=None,  # as it was uploaded: gradio does not delete the copies that it converts
+        label=label,
+        sources=["upload", "clipboard"],
+        height=height,
+        elem_id=elem_id,
+        **options,
+    )
+
+
+def _instruction_input(choices: list[str], label: Any, elem_id: str) -> gr.Dropdown:
+    return gr.Dropdown(
+        choices=choices, value=choices[0], allow_custom_value=True, label=label, elem_id=elem_id
+    )
+
+
+# --- the tab to ask --------------------------------------------------------------------------
+
+
 def ask_tab(service: Service, words: Any) -> None:
-    """Picture, instruction and candidates; what happens on a click is ``ask``."""
+    """Image, instruction and candidates; the button calls ``ask``."""
     models = {name: NAMES.get(name, name) for name in service.batchers}
-    examples = draw_examples()
+    examples = [
+        (render(sample_scene(random.Random(seed)), 256), text, candidates)
+        for seed, text, candidates in EXAMPLES
+    ]
     history = gr.State([])
     gr.Markdown(words("title"), elem_id="title")
     gr.Markdown(words("about"))
     with gr.Row():
         with gr.Column(scale=2):
-            picture = gr.Image(
-                type="filepath",
-                format="png",
-                image_mode=None,  # as it was uploaded: gradio forgets the copies that it converts
-                label=words("picture"),
-                sources=["upload", "clipboard"],
-                height=260,
-                elem_id="picture",
-            )
-            instruction = gr.Dropdown(
-                choices=INSTRUCTIONS,
-                value=INSTRUCTIONS[0],
-                allow_custom_value=True,
-                label=words("instruction"),
-                elem_id="instruction",
-            )
+            image = _image_input(words("picture"), 260, "picture", format="png")
+            instruction = _instruction_input(INSTRUCTIONS, words("instruction"), "instruction")
             candidates = gr.Textbox(label=words("candidates"))
             button = gr.Button(words("ask"), variant="primary", elem_id="ask")
-            # files of their own, which stay when a chosen example is deleted with the uploads
+            # separate files, which stay when a chosen example is deleted with the uploads
             thumbnails = gr.Dataset(
                 components=[gr.Image(format="png", render=False)],
                 samples=[[shown.resize((128, 128))] for shown, *_ in examples],
@@ -165,7 +231,19 @@ def ask_tab(service: Service, words: Any) -> None:
                 elem_id="examples",
             )
         with gr.Column(scale=3):
-            answers, rankings = _answers(models, words)
+            answers, rankings = [], []
+            with gr.Row():
+                for name, title in models.items():
+                    with gr.Column():
+                        gr.Markdown(f"### {title}")
+                        answer = gr.Textbox(
+                            label=words("answer_of"), elem_id=f"answer-{name}", lines=2
+                        )
+                        ranking = gr.Label(
+                            label=words("ranking_of"), show_heading=False, elem_id=f"ranking-{name}"
+                        )
+                    answers.append(answer)
+                    rankings.append(ranking)
             gr.Markdown(words("looks"), elem_id="looks-title")
             looks = gr.Gallery(
                 show_label=False, columns=6, height="auto", elem_id="looks", buttons=[]
@@ -177,41 +255,15 @@ def ask_tab(service: Service, words: Any) -> None:
         interactive=False,
         wrap=True,
     )
-    asked = [picture, instruction, candidates]
-    thumbnails.click(examples.__getitem__, thumbnails, asked, api_visibility="private")
+    inputs = [image, instruction, candidates]
+    thumbnails.click(examples.__getitem__, thumbnails, inputs, api_visibility="private")
     button.click(
         lambda *values: ask(service, *values),
-        [*asked, history],
+        [*inputs, history],
         [*answers, *rankings, looks, history, table],
         concurrency_limit=4,
         api_visibility="private",
     )
-
-
-def _answers(models: dict[str, str], words: Any) -> tuple[list[gr.Textbox], list[gr.Label]]:
-    """Side by side for each model: its name, its answer and its ranking."""
-    answers, rankings = [], []
-    with gr.Row():
-        for name, title in models.items():
-            with gr.Column():
-                gr.Markdown(f"### {title}")
-                answers.append(
-                    gr.Textbox(label=words("answer_of"), elem_id=f"answer-{name}", lines=2)
-                )
-                rankings.append(
-                    gr.Label(
-                        label=words("ranking_of"), show_heading=False, elem_id=f"ranking-{name}"
-                    )
-                )
-    return answers, rankings
-
-
-def draw_examples() -> list[tuple[Image.Image, str, str]]:
-    """Pictures of the embedded world; what to ask of each, and candidates."""
-    return [
-        (render(sample_scene(random.Random(seed)), 256), text, candidates)
-        for seed, text, candidates in EXAMPLES
-    ]
 
 
 def ask(
@@ -222,47 +274,37 @@ def ask(
         raise gr.Error("a picture and an instruction are needed / 需要图片和指令")
     parts = (part.strip() for part in re.split("[,，、]", candidates or ""))
     options = tuple(dict.fromkeys(part for part in parts if part))
-    try:
+    with _visitor_errors("the answer took too long / 回答超时", BadImage):
         service.check_candidates(options)
-        picture = decode_picture(Path(file).read_bytes(), service.config, "the picture")
-        jobs = {
-            name: _jobs(service, name, picture, instruction, options) for name in service.batchers
-        }
-        found = {name: [_wait(job) for job in own] for name, own in jobs.items()}
-    except BadPicture as error:
-        raise gr.Error(str(error)) from None
-    except HTTPException as error:
-        raise gr.Error(error.detail) from None
-    except QueueFull:
-        raise gr.Error("the server is busy; try again / 服务器繁忙，请重试") from None
-    except (TooLate, TimeoutError):
-        raise gr.Error("the answer took too long / 回答超时") from None
-    if any(results[0].lost for results in found.values()):
+        image = decode(Path(file).read_bytes(), service.config, "the picture")
+        jobs = [_submit(service, name, image, instruction, options) for name in service.batchers]
+        # of each model: the answer, the attention and, with candidates, their scores
+        results = [[service.wait(job) for job in submitted] for submitted in jobs]
+    if any(answer.lost for answer, *_ in results):
         gr.Warning(
             "the instruction is too long: its beginning was not read / 指令过长，开头未被读取"
         )
-    said = [results[0].text for results in found.values()]
+    answers = [answer.text for answer, *_ in results]
     bars = [
-        dict(zip(options, probabilities(results[2]), strict=True)) if options else None
-        for results in found.values()
+        dict(zip(options, probabilities(scores[0]), strict=True)) if scores else None
+        for _, _, *scores in results
     ]
-    attention = next(iter(found.values()))[1]
-    history = [*history, [len(history) + 1, instruction, *said]][-50:]
-    return *said, *bars, overlays(picture, attention[0]), history, history
+    history = [*history, [len(history) + 1, instruction, *answers]][-50:]
+    return *answers, *bars, overlays(image, results[0][1][0]), history, history
 
 
-def _jobs(
-    service: Service, name: str, picture: Image.Image, instruction: str, options: tuple[str, ...]
+def _submit(
+    service: Service, name: str, image: Image.Image, instruction: str, options: tuple[str, ...]
 ) -> list[Job]:
-    """To answer, to look and, where there are candidates, to rank; all submitted."""
-    batcher, config = service.batchers[name], service.config
+    """Submits a job to answer, one to look and, with candidates, one to rank."""
+    batcher = service.batchers[name]
     shared: dict[str, Any] = {
-        "pixels": (batcher.engine.images.transform(picture),),
+        "pixels": (batcher.engine.images.transform(image),),
         "instruction": instruction,
-        "deadline": time.monotonic() + config.timeout_s,
+        "deadline": service.deadline,
     }
     decoding = batcher.engine.decoding
-    most = min(decoding.max_new_tokens, config.max_tokens)
+    most = min(decoding.max_new_tokens, service.config.max_tokens)
     answering = Job(**shared, decoding=decoding.override(max_new_tokens=most))
     jobs = [answering, Job(**shared, look=True)]
     if options:
@@ -272,25 +314,81 @@ def _jobs(
     return jobs
 
 
-def _wait(job: Job) -> Any:
-    return job.future.result(max(0.0, job.deadline - time.monotonic()))
-
-
-def overlays(picture: Image.Image, attention: Tensor, side: int = 160) -> list[tuple[Any, str]]:
-    """The picture under a heat map of each query [Q, P], the mean of all of them first."""
-    base = np.asarray(picture.resize((side, side))).astype(np.float32)
+def overlays(
+    image: Image.Image, attention: Float[Tensor, "Q P"], side: int = 160
+) -> list[tuple[Any, str]]:
+    """The image under a heat map of each query, the mean of all queries first."""
+    base = np.asarray(image.resize((side, side))).astype(np.float32)
     grid = math.isqrt(attention.shape[1])
-    patches = attention[:, -grid * grid :]  # without the class token, where there is one
+    patches = attention[:, -grid * grid :]  # without the class token, if there is one
     count = len(patches)
     maps = [(f"1-{count}", patches.mean(0)), *((str(i + 1), one) for i, one in enumerate(patches))]
     return [(_heat(base, one.unflatten(0, (grid, grid)).numpy()), name) for name, one in maps]
 
 
 def _heat(base: np.ndarray, weights: np.ndarray) -> Image.Image:
-    """Lit where the weight is, in the dark where it is not."""
+    """The image, bright where the weight is high and dark elsewhere."""
     weights = weights / max(float(weights.max()), 1e-9)
     small = Image.fromarray((weights * 255).astype(np.uint8))
     heat = np.asarray(small.resize(base.shape[:2], Image.Resampling.BICUBIC), np.float32) / 255
     glow = np.stack([64 * heat, 36 * heat, 0 * heat], axis=-1)
     mixed = base * (0.25 + 0.75 * heat[..., None]) + glow
     return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
+
+
+# --- the tab to draw -------------------------------------------------------------------------
+
+
+def draw_tab(service: Service, words: Any) -> None:
+    """Instruction, subject image and settings; the button calls ``paint``."""
+    with gr.Row():
+        with gr.Column(scale=1):
+            instruction = _instruction_input(DRAW_INSTRUCTIONS, words("what"), "what")
+            subject = _image_input(words("subject"), 240, "subject")
+            number = gr.Slider(1, 8, value=4, step=1, label=words("how_many"))
+            guidance = gr.Slider(1, 5, value=2, step=0.5, label=words("guidance"))
+            seed = gr.Number(value=0, precision=0, label=words("seed"))
+            button = gr.Button(words("draw"), variant="primary", elem_id="draw-button")
+        with gr.Column(scale=2):
+            drawn = gr.Gallery(
+                label=words("drawn"), show_label=False, columns=4, elem_id="drawn", format="png"
+            )
+    button.click(
+        lambda *values: paint(service, *values),
+        [instruction, subject, number, guidance, seed],
+        drawn,
+        concurrency_limit=4,
+        api_visibility="private",
+    )
+
+
+def paint(
+    service: Service,
+    instruction: str,
+    file: str | None,
+    number: int,
+    guidance: float,
+    seed: int | None,
+) -> list[Image.Image]:
+    """Images by the first model that draws, enlarged for display."""
+    batcher = next(iter(service.painters.values()))
+    with _visitor_errors("drawing took too long / 绘图超时", ValueError):
+        batcher.engine.painter.check(instruction or "", int(number))
+        subject = None
+        if file:
+            subject = decode(Path(file).read_bytes(), service.config, "the picture")
+        drawing = {
+            "image": subject,
+            "num_images": int(number),
+            "guidance": float(guidance),
+            "seed": None if seed is None or seed < 0 else int(seed),
+        }
+        deadline = service.deadline
+        job = Job(pixels=(), instruction=instruction, drawing=drawing, deadline=deadline)
+        batcher.submit(job)
+        images: list[Image.Image] = service.wait(job)
+    times = max(1, SHOWN // images[0].width)
+    return [
+        image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+        for image in images
+    ]

@@ -1,6 +1,6 @@
-"""What the server reads and writes: OpenAI's chat completions and images, and ranking.
+"""Requests and responses: OpenAI's chat completions and images, and ranking.
 
-Unknown fields are refused: a setting that is silently ignored is an answer to another question.
+Unknown fields are refused: ignoring a setting silently would answer another question.
 """
 
 from typing import Annotated, Any, Literal
@@ -42,7 +42,7 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 def _form(content: Any) -> str | None:
-    """Which of the two forms a content has, so that an error is told of that form alone."""
+    """The form of a content, so that an error names that form only."""
     return "text" if isinstance(content, str) else "parts" if isinstance(content, list) else None
 
 
@@ -57,7 +57,7 @@ Content = Annotated[
 
 
 class Message(_Body):
-    """Pictures of all messages are looked at together, in their order."""
+    """The model reads the images of all messages together, in their order."""
 
     role: Literal["system", "user", "assistant"]
     content: Content
@@ -80,15 +80,15 @@ class StreamOptions(_Body):
 
 
 class ChatRequest(_Body):
-    """A subset of OpenAI's request; the last four fields are this project's own."""
+    """A subset of OpenAI's request; the last four fields are additions of this project."""
 
-    model: str | None = Field(None, max_length=200, description="One of /v1/models; the first.")
+    model: str | None = Field(
+        None, max_length=200, description="One of /v1/models; by default the first."
+    )
     messages: list[Message] = Field(min_length=1, max_length=64)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(
-        None, ge=0, le=MAX_TEMPERATURE, description="0 or none: search."
-    )
+    temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE, description="0: search.")
     top_p: TopP | None = None
     n: Literal[1] = 1
     stream: bool | None = False
@@ -101,29 +101,33 @@ class ChatRequest(_Body):
 
 
 class RankRequest(_Body):
-    """Which candidate is the answer, by log-likelihood."""
+    """Rank candidates as the answer, by log-likelihood."""
 
-    model: str | None = Field(None, max_length=200, description="One of /v1/models; the first.")
-    images: list[str] = Field(min_length=1, description="URLs as in a chat; many are a video.")
+    model: str | None = Field(
+        None, max_length=200, description="One of /v1/models; by default the first."
+    )
+    images: list[str] = Field(min_length=1, description="URLs as in a chat; several are a video.")
     instruction: Text
     candidates: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(min_length=1)
     normalization: Literal["sum", "mean"] = "sum"
 
 
 class ImageRequest(_Body):
-    """A subset of OpenAI's request; the last five fields are this project's own."""
+    """A subset of OpenAI's request; the last five fields are additions of this project."""
 
     prompt: Text = Field(description="What to draw.")
-    model: str | None = Field(None, max_length=200, description="One that draws; the first.")
+    model: str | None = Field(
+        None, max_length=200, description="One that draws; by default the first."
+    )
     n: int | None = Field(1, ge=1, le=10)
-    size: str | None = Field(None, max_length=20, description="auto, or the decoder's own.")
+    size: str | None = Field(None, max_length=20, description="auto, or the size of the decoder.")
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png", "jpeg", "webp"] = "png"
     user: str | None = Field(None, max_length=200)
     image: str | None = Field(None, description="URL as in a chat: the subject to draw from.")
-    seed: int | None = Field(None, ge=0, lt=1 << 63, description="The same draws the same.")
+    seed: int | None = Field(None, ge=0, lt=1 << 63, description="The same seed draws the same.")
     steps: int = Field(20, ge=1, le=100)
-    guidance: float = Field(2.0, ge=0, le=30, description="How strictly to follow; 1 is plain.")
+    guidance: float = Field(2.0, ge=0, le=30, description="Weight of the prompt; 1 is none extra.")
     image_guidance: float | None = Field(None, ge=0, le=30, description="None: as guidance.")
 
 
@@ -143,8 +147,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_lost: int = Field(
-        description="Tokens at the beginning of a prompt too long for the model, which it did not "
-        "read."
+        description="Tokens at the start of a too long prompt that the model did not read."
     )
 
 
@@ -158,7 +161,7 @@ class ChatResponse(BaseModel):
 
 
 class RankedCandidate(BaseModel):
-    """``probability`` is among the candidates given."""
+    """``probability`` is relative to the other candidates."""
 
     text: str
     log_likelihood: float
@@ -166,7 +169,7 @@ class RankedCandidate(BaseModel):
 
 
 class RankResponse(BaseModel):
-    """The candidates in the order of the request, and the most likely one."""
+    """The candidates in the order of the request, and the likeliest."""
 
     model: str
     best: str

@@ -1,4 +1,4 @@
-"""What the handlers and the page share: a batcher for each model, the limits and the counters."""
+"""What handlers and page share: a batcher for each model, the limits and the counters."""
 
 import asyncio
 import math
@@ -11,37 +11,37 @@ from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
 from instructblip.inference.engine import Engine
-from instructblip.serving.batching import (
-    Batcher,
-    Job,
-    QueueFull,
-    TooLate,
-)
+from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.incoming import read_picture
+from instructblip.serving.incoming import read_image
 from instructblip.serving.metrics import Metrics
 
 
 class Service:
-    """What the handlers share: a batcher for each model, the limits and the counters."""
+    """A batcher for each of ``engines``, by the name that requests choose."""
 
     def __init__(self, engines: Mapping[str, Engine], config: ServeConfig) -> None:
         self.config = config
-        self.metrics = Metrics()
+        self.metrics = Metrics(lambda: self.waiting)
         self.batchers = {
             name: Batcher(engine, config.max_batch, config.max_queue, self.metrics.batch)
             for name, engine in engines.items()
         }
         self.painters = {n: b for n, b in self.batchers.items() if b.engine.can_draw}
-        self.metrics.follow_queue(lambda: self.waiting)
         self.created = int(time.time())
-        self.decoders = asyncio.Semaphore(4)  # decoded pictures are large: few at a time
+        self.decoders = asyncio.Semaphore(4)  # decoded images are large: few at a time
 
     @property
     def waiting(self) -> int:
         return sum(batcher.waiting for batcher in self.batchers.values())
 
+    @property
+    def deadline(self) -> float:
+        """When a request that arrives now must be answered."""
+        return time.monotonic() + self.config.timeout_s
+
     def choose(self, model: str | None) -> tuple[str, Batcher]:
+        """Name and batcher of a model; None is the first. Raises HTTPException."""
         name = next(iter(self.batchers)) if model is None else model
         if name not in self.batchers:
             known = ", ".join(self.batchers)
@@ -49,7 +49,7 @@ class Service:
         return name, self.batchers[name]
 
     def check_candidates(self, candidates: Sequence[str]) -> None:
-        """HTTPException where there are too many, or they are too long together."""
+        """Raise HTTPException if there are too many candidates, or too many characters in all."""
         count, most = len(candidates), self.config.max_candidates
         if count > most:
             raise HTTPException(413, f"{count} candidates; at most {most}")
@@ -60,36 +60,46 @@ class Service:
             )
 
     async def pixels(self, urls: list[str], engine: Engine, where: str) -> tuple[Tensor, ...]:
-        """Decoded and resized pictures, off the event loop."""
+        """Images decoded and transformed off the event loop. Raises HTTPException, BadImage."""
         if len(urls) > self.config.max_pictures:
             raise HTTPException(
-                413, f"{where}: {len(urls)} pictures; at most {self.config.max_pictures}"
+                413, f"{where}: {len(urls)} images; at most {self.config.max_pictures}"
             )
 
         def load(url: str, place: str) -> Tensor:
-            return engine.images.transform(read_picture(url, self.config, place))
+            return engine.images.transform(read_image(url, self.config, place))
 
-        found = []
-        for number, url in enumerate(urls):
+        pixels = []
+        for number, url in enumerate(urls, 1):
             async with self.decoders:
-                found.append(await run_in_threadpool(load, url, f"{where}, picture {number + 1}"))
-        return tuple(found)
+                pixels.append(await run_in_threadpool(load, url, f"{where}, image {number}"))
+        return tuple(pixels)
 
     def submit(self, batcher: Batcher, job: Job) -> None:
+        """Queue a job. Raises HTTPException 429 if the queue is full."""
         try:
             batcher.submit(job)
         except QueueFull:
             raise too_busy() from None
 
     async def result(self, job: Job) -> Any:
-        """The job's result, or 504 when its time is up; leaving early frees its place."""
+        """The job's result. Raises HTTPException 504 when its time is up; cancelling this frees the
+        job's place."""
         try:
             seconds = max(0.0, job.deadline - time.monotonic())
             return await asyncio.wait_for(asyncio.wrap_future(job.future), seconds)
         except (TooLate, TimeoutError):
             raise HTTPException(504, f"no answer within {self.config.timeout_s:g} s") from None
         finally:
-            job.left = True
+            job.leave()
+
+    @staticmethod
+    def wait(job: Job) -> Any:
+        """``result`` for a thread. Raises TooLate or TimeoutError when the time is up."""
+        try:
+            return job.future.result(max(0.0, job.deadline - time.monotonic()))
+        finally:
+            job.leave()
 
 
 def too_busy() -> HTTPException:
@@ -97,7 +107,7 @@ def too_busy() -> HTTPException:
 
 
 def probabilities(scores: list[float]) -> list[float]:
-    """Log-likelihoods in nats as shares that sum to 1."""
+    """The softmax of log-likelihoods in nats."""
     top = max(scores)
     weights = [math.exp(score - top) for score in scores]
     return [weight / sum(weights) for weight in weights]
