@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from instructblip.evaluation import captions, ptb
+from instructblip.evaluation import captions
 
 
 def scored(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -36,7 +36,7 @@ def main() -> None:
     read = json.loads(options.file.read_text(encoding="utf-8"))
     records = read["annotations"] if isinstance(read, dict) else read
     texts = [record["caption"] for record in records]
-    ours, theirs = ptb.tokenize(texts, "python"), ptb.tokenize(texts, "ptb_java")
+    ours, theirs = captions.tokenize(texts, "python"), captions.tokenize(texts, "ptb_java")
     other = [i for i in range(len(texts)) if ours[i] != theirs[i]]
     for i in other[: options.shown]:
         print(f"{texts[i]!r}\n  python {ours[i]}\n  java   {theirs[i]}")

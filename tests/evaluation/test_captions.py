@@ -2,8 +2,8 @@
 
 import pytest
 
-from instructblip.evaluation import captions, ptb
-from instructblip.evaluation.ptb import Tokenizer
+from instructblip.evaluation import captions
+from instructblip.evaluation.captions import CaptionTokenizer
 from tests.evaluation.caption_cases import CANDIDATES, REFERENCES
 
 CIDER = [3.1587930634409784, 2.856927902374791, 2.3433023919727245, 3.5221002257271055]
@@ -18,16 +18,16 @@ BLEU_4 += [6.541924350393833e-08, 0.0]
 
 
 @pytest.fixture(params=["python", "ptb_java"])
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+def tokenizer(request: pytest.FixtureRequest) -> CaptionTokenizer:
     if request.param == "ptb_java":
         try:
-            ptb.java_package()
+            captions.java_package()
         except FileNotFoundError as error:
             pytest.skip(str(error))
     return request.param
 
 
-def test_scores_are_those_of_pycocoevalcap(tokenizer: Tokenizer) -> None:
+def test_scores_are_those_of_pycocoevalcap(tokenizer: CaptionTokenizer) -> None:
     cider = captions.cider(CANDIDATES, REFERENCES, tokenizer)
     assert cider.value == pytest.approx(sum(CIDER) / 6, abs=1e-12)
     assert cider.per_image == pytest.approx(CIDER, abs=1e-12)
@@ -45,7 +45,7 @@ def test_scores_are_those_of_pycocoevalcap(tokenizer: Tokenizer) -> None:
 
 def test_meteor_is_that_of_the_original_program() -> None:
     try:
-        ptb.java_package()
+        captions.java_package()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     found = captions.meteor(CANDIDATES, REFERENCES)
@@ -54,11 +54,11 @@ def test_meteor_is_that_of_the_original_program() -> None:
 
 
 def test_meteor_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ptb, "find_spec", lambda name: None)
+    monkeypatch.setattr(captions, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"METEOR needs .*instructblip\[caption-metrics\]"):
         captions.meteor(["a"], [["a"]])
     monkeypatch.undo()
-    monkeypatch.setattr(ptb.shutil, "which", lambda name: None)
+    monkeypatch.setattr(captions.shutil, "which", lambda name: None)
     with pytest.raises(FileNotFoundError, match="java"):
         captions.cider(["a"], [["a"]], "ptb_java")
 
@@ -101,25 +101,25 @@ TOKENS = {
 
 
 @pytest.mark.parametrize("caption", TOKENS)
-def test_python_tokens_are_those_of_java(caption: str, tokenizer: Tokenizer) -> None:
-    assert " ".join(ptb.tokenize([caption], tokenizer)[0]) == TOKENS[caption]
+def test_python_tokens_are_those_of_java(caption: str, tokenizer: CaptionTokenizer) -> None:
+    assert " ".join(captions.tokenize([caption], tokenizer)[0]) == TOKENS[caption]
 
 
-def test_line_breaks_do_not_shift_captions(tokenizer: Tokenizer) -> None:
+def test_line_breaks_do_not_shift_captions(tokenizer: CaptionTokenizer) -> None:
     odd = ["a\rb", "c\u2028d", "e\x0bf\x0c", "", "last\n", "\n"]
     expected = [["a", "b"], ["c", "d"], ["e", "f"], [], ["last"], []]
-    assert ptb.tokenize(odd, tokenizer) == expected
-    assert ptb.tokenize(["", ""], tokenizer) == [[], []]
+    assert captions.tokenize(odd, tokenizer) == expected
+    assert captions.tokenize(["", ""], tokenizer) == [[], []]
 
 
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="1 candidates and 0"):
         captions.cider(["a"], [])
-    with pytest.raises(ValueError, match="picture 0: expected a list of references"):
+    with pytest.raises(ValueError, match="image 0: expected a list of references"):
         captions.bleu(["a"], [[]])
     with pytest.raises(ValueError, match="list of references"):
         captions.rouge_l(["a"], ["a"])
     with pytest.raises(ValueError, match="from 1 to 4"):
         captions.bleu(["a"], [["a"]], n=5)
     with pytest.raises(ValueError, match="tokenizer must be"):
-        ptb.tokenize(["a"], "nltk")  # pyright: ignore[reportArgumentType]
+        captions.tokenize(["a"], "nltk")  # pyright: ignore[reportArgumentType]

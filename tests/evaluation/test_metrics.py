@@ -135,30 +135,6 @@ def test_anls_counts_a_similarity_of_one_half() -> None:
     assert metrics.anls("ab  ", ["ax"]) == 0.75  # raw lengths: the blanks count below the line
 
 
-def test_pope_reads_the_first_sentence() -> None:
-    answers = ["No", "There is no dog.", "It isn't. no", "", "NO", "Yes, not there"]
-    assert [metrics.pope_answer(text) for text in answers] == [
-        "no",
-        "no",
-        "yes",
-        "yes",
-        "yes",
-        "no",
-    ]
-    found = metrics.pope(["yes", "yes", "no", "no"], ["yes", "no", "no", "yes"])
-    assert found == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.5}
-    assert math.isnan(metrics.pope(["no"], ["no"])["precision"])
-
-
-def test_retrieval_recall_takes_the_best_match() -> None:
-    scores = [[0.9, 0.5, 0.1], [0.9, 0.5, 0.1]]
-    assert metrics.retrieval_recall(scores, [[0, 2], [2]], ks=(1, 2, 3)) == {
-        "r@1": 0.5,
-        "r@2": 0.5,
-        "r@3": 1.0,
-    }
-
-
 def test_no_answers_is_an_error() -> None:
     for metric in (metrics.vqa_accuracy, metrics.aokvqa_accuracy, metrics.exact_match):
         with pytest.raises(ValueError, match="at least one answer"):

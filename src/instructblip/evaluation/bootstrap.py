@@ -1,23 +1,25 @@
 """Bootstrap intervals and paired tests, seeded and vectorised.
 
-A resample draws n of n samples with replacement. Two models that answered the same samples are
-resampled with the SAME draws (the draws depend on seed and n alone), so that a difference compares
-like with like. Every function works with a ``Score``'s raw material: ``samples`` [n] and, for the
-area under the ROC curve, ``labels`` [n].
+A resample draws n of n samples with replacement. The draws depend on seed and n alone, so two
+models that answered the same samples are resampled with the SAME draws and their difference is
+paired. The functions take the ``samples`` [n] of a ``Score`` and, for the area under the ROC curve,
+its ``labels`` [n].
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import Float64, Int64, Real
+from numpy import ndarray
 
-Floats = NDArray[np.float64]
+Floats = Float64[ndarray, " _"]
 
 RESAMPLES = 1000
-LEVEL = 0.95
+_TAIL = 50 * (1 - 0.95)
+"""Percent of the resampled values on either side of an interval."""
 _BLOCK = 1 << 22
-"""Draws held in memory at a time."""
+"""Draws in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,14 @@ class Difference:
 
 
 def resample(
-    samples: Floats, labels: Floats | None = None, seed: int = 0, resamples: int = RESAMPLES
-) -> Floats:
-    """Values [resamples], 0 to 100: means of ``samples``, or AUROCs if ``labels`` are given.
+    samples: Real[ndarray, " n"],
+    labels: Real[ndarray, " n"] | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Float64[ndarray, " resamples"]:
+    """Return values from 0 to 100: means of ``samples``, or AUROCs if ``labels`` are given.
 
-    A resample that happens to hold one class only has no AUROC and gives nan.
+    A resample that contains one class only has no AUROC: its value is nan.
     """
     values = np.asarray(samples, dtype=np.float64)
     if labels is None:
@@ -59,33 +64,32 @@ def resample(
     return 100 * np.concatenate(blocks)
 
 
-def interval(values: Floats, level: float = LEVEL) -> Interval:
-    """Percentile interval of resampled values; nan only if all of them are."""
-    tail = 50 * (1 - level)
+def interval(values: Float64[ndarray, " r"]) -> Interval:
+    """Return the 95 % percentile interval of resampled values; nan only if all of them are."""
     if np.isnan(values).all():
         return Interval(float("nan"), float("nan"))
-    low, high = np.nanpercentile(values, [tail, 100 - tail])
+    low, high = np.nanpercentile(values, [_TAIL, 100 - _TAIL])
     return Interval(float(low), float(high))
 
 
-def difference(value: float, a: Floats, b: Floats, level: float = LEVEL) -> Difference:
-    """``value`` = a - b with interval and p from values resampled with the same draws."""
+def difference(value: float, a: Float64[ndarray, " r"], b: Float64[ndarray, " r"]) -> Difference:
+    """Return ``value``, which is a - b, with its interval and p from values of the same draws."""
     deltas = a - b
     deltas = deltas[~np.isnan(deltas)]
-    bounds = interval(deltas, level)
-    # One is added so that no finite number of resamples claims p = 0.
+    bounds = interval(deltas)
+    # Adding one keeps p above 0: a finite number of resamples cannot show that p is 0.
     below = (np.sum(deltas <= 0) + 1) / (len(deltas) + 1)
     above = (np.sum(deltas >= 0) + 1) / (len(deltas) + 1)
     return Difference(value, bounds.low, bounds.high, float(min(1.0, 2 * min(below, above))))
 
 
-def mean_over_sets(resampled: Sequence[Floats]) -> Floats:
-    """Resampled values of a mean over data sets: sample by sample within each set."""
+def mean_over_sets(resampled: Sequence[Float64[ndarray, " r"]]) -> Float64[ndarray, " r"]:
+    """Return resampled values of a mean over data sets, each resampled within itself."""
     return np.mean(np.stack(list(resampled)), axis=0)
 
 
-def _draws(n: int, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
-    """Indices [block, n]; always the same for the same n and seed."""
+def _draws(n: int, seed: int, resamples: int) -> Iterator[Int64[ndarray, "block n"]]:
+    """Yield indices, always the same for the same n and seed."""
     if n == 0:
         raise ValueError("cannot resample an empty set")
     rng = np.random.default_rng([seed, n])
@@ -94,15 +98,23 @@ def _draws(n: int, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
         yield rng.integers(0, n, size=(min(rows, resamples - start), n))
 
 
-def _counts(draws: NDArray[np.int64]) -> Floats:
-    """How often each of n samples was drawn, [block, n]."""
+def _counts(draws: Int64[ndarray, "block n"]) -> Float64[ndarray, "block n"]:
+    """Count how often each of n samples was drawn, with one bincount for the whole block."""
     rows, n = draws.shape
     flat = (draws + np.arange(rows)[:, None] * n).ravel()
     return np.bincount(flat, minlength=rows * n).reshape(rows, n).astype(np.float64)
 
 
-def _weighted_auroc(weights: Floats, labels: Floats, starts: NDArray[np.int64]) -> Floats:
-    """AUROC [block] of samples sorted by score; ``starts`` mark groups of equal score."""
+def _weighted_auroc(
+    weights: Float64[ndarray, "block n"],
+    labels: Float64[ndarray, " n"],
+    starts: Int64[ndarray, " groups"],
+) -> Float64[ndarray, " block"]:
+    """AUROCs of samples sorted by score; ``starts`` mark groups of equal score.
+
+    The AUROC is the share of (positive, negative) pairs that the score orders rightly: a positive
+    wins against every negative in a lower group, and half against one in its own.
+    """
     positive = np.add.reduceat(weights * labels, starts, axis=1)
     negative = np.add.reduceat(weights * (1 - labels), starts, axis=1)
     below = np.cumsum(negative, axis=1) - negative

@@ -1,32 +1,38 @@
 """CIDEr, BLEU, ROUGE-L and METEOR of captions, equal to pycocoevalcap on the same tokens.
 
-All four take one candidate per picture and one or more references. Values are raw: CIDEr 1.2 is
+All four take one candidate per image and one or more references. Values are raw: CIDEr 1.2 is
 published as "120", the others lie between 0 and 1.
+
+The COCO caption server defines these scores on the tokens of Stanford's PTBTokenizer 3.4.1, in
+lower case and without punctuation. The tokenizer "python" implements its rules: the same tokens for
+more than 99 of 100 ordinary captions, not for every odd string (emoji, rare abbreviations,
+fractions such as ½). "ptb_java" runs the original from the package pycocoevalcap. A score always
+names its tokenizer.
 """
 
 import math
+import re
+import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from instructblip.evaluation.ptb import (
-    Tokenizer,
-    java_package,
-    tokenize,
-)
-
+CaptionTokenizer = Literal["ptb_java", "python"]
 Ngrams = Counter[tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionScore:
-    """A value for the corpus, one per picture, and the tokenizer they were computed with.
+    """The score of the corpus, one per image, and the tokenizer they were computed with.
 
-    ``value, per_image = cider(...)`` takes the first two.
+    ``value, per_image = cider(...)`` unpacks the first two.
     """
 
     value: float
@@ -40,21 +46,20 @@ class CaptionScore:
 def cider(
     candidates: Sequence[str],
     references: Sequence[Sequence[str]],
-    tokenizer: Tokenizer = "python",
+    tokenizer: CaptionTokenizer = "python",
 ) -> CaptionScore:
-    """CIDEr as coco-caption computes it, which is CIDEr-D: clipped counts and a length penalty.
+    """CIDEr-D, which coco-caption calls CIDEr: clipped counts and a length penalty.
 
     Cosine of tf-idf vectors of 1- to 4-grams, averaged over references and n, times 10. The
-    document frequencies come from the references given here: the value belongs to the whole set,
-    a subset has another one, and a single picture always scores 0. Quirks kept: "length" counts
-    bigrams; sigma is 6.
+    document frequencies come from ``references``, so a subset has another score and a single image
+    always scores 0.
     """
-    said, expected = _tokens(candidates, references, tokenizer)
-    cooked = [[_ngrams(reference) for reference in group] for group in expected]
-    frequency = Counter(gram for group in cooked for gram in set().union(*group))
-    log_images = math.log(len(said))
+    predicted, expected = _tokens(candidates, references, tokenizer)
+    ngrams = [[_ngrams(reference) for reference in group] for group in expected]
+    frequency = Counter(gram for group in ngrams for gram in set().union(*group))
+    log_images = math.log(len(predicted))
     per_image = []
-    for tokens, group in zip(said, cooked, strict=True):
+    for tokens, group in zip(predicted, ngrams, strict=True):
         candidate = _tfidf(_ngrams(tokens), frequency, log_images)
         sums = [_cider_d(candidate, _tfidf(ref, frequency, log_images)) for ref in group]
         per_image.append(10 * math.fsum(sums) / len(group))
@@ -64,18 +69,18 @@ def cider(
 def bleu(
     candidates: Sequence[str],
     references: Sequence[Sequence[str]],
-    tokenizer: Tokenizer = "python",
+    tokenizer: CaptionTokenizer = "python",
     n: int = 4,
 ) -> CaptionScore:
     """Corpus BLEU-n (n from 1 to 4) against the reference that is closest in length.
 
-    The brevity penalty and the precisions are of the whole corpus; ``per_image`` is the same
-    formula on one picture. Smoothing constants 1e-15 and 1e-9 as in coco-caption.
+    Brevity penalty and precisions are those of the whole corpus; ``per_image`` applies the same
+    formula to one image.
     """
     if not 1 <= n <= 4:
         raise ValueError(f"n of BLEU must be from 1 to 4; got {n}")
-    said, expected = _tokens(candidates, references, tokenizer)
-    counts = [_bleu_counts(t, group, n) for t, group in zip(said, expected, strict=True)]
+    predicted, expected = _tokens(candidates, references, tokenizer)
+    counts = [_bleu_counts(t, group, n) for t, group in zip(predicted, expected, strict=True)]
     total = np.sum(counts, axis=0)
     return CaptionScore(_bleu(total, n), [_bleu(row, n) for row in counts], tokenizer)
 
@@ -83,30 +88,30 @@ def bleu(
 def rouge_l(
     candidates: Sequence[str],
     references: Sequence[Sequence[str]],
-    tokenizer: Tokenizer = "python",
+    tokenizer: CaptionTokenizer = "python",
 ) -> CaptionScore:
-    """ROUGE-L with beta 1.2: F of the longest common subsequence, best precision and best recall.
+    """ROUGE-L: F score (beta 1.2) of the longest common subsequence.
 
-    The two maxima may come from different references. Without any token left a caption counts as
-    one empty token, as in coco-caption: two empty captions agree.
+    Best precision and best recall may come from different references. As in coco-caption a caption
+    without tokens counts as one empty token: two empty captions agree.
     """
-    said, expected = _tokens(candidates, references, tokenizer)
-    per_image = [_rouge_l(t, group) for t, group in zip(said, expected, strict=True)]
+    predicted, expected = _tokens(candidates, references, tokenizer)
+    per_image = [_rouge_l(t, group) for t, group in zip(predicted, expected, strict=True)]
     return CaptionScore(float(np.mean(per_image)), per_image, tokenizer)
 
 
 def meteor(
     candidates: Sequence[str],
     references: Sequence[Sequence[str]],
-    tokenizer: Tokenizer = "python",
+    tokenizer: CaptionTokenizer = "python",
 ) -> CaptionScore:
-    """METEOR 1.5 by its authors' Java program, out of the extra ``caption-metrics``.
+    """METEOR 1.5 by its authors' Java program, which the extra ``caption-metrics`` brings.
 
-    Stems, synonyms and a table of paraphrases; the program takes seconds to start and 2 GB of
-    memory. FileNotFoundError says what is missing.
+    Compares stems, synonyms and paraphrases; needs 2 GB of memory and seconds to start. Raises
+    FileNotFoundError if the package or Java is missing.
     """
     folder = java_package("METEOR") / "meteor"
-    said, expected = _tokens(candidates, references, tokenizer)
+    predicted, expected = _tokens(candidates, references, tokenizer)
     command = ["java", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Xmx2G", "-jar"]
     command += ["meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
     program = subprocess.Popen(
@@ -120,11 +125,11 @@ def meteor(
     with program:  # closes the pipes and waits
         matches = [
             _converse(program, "SCORE", *map(_meteor_text, group), _meteor_text(tokens))
-            for tokens, group in zip(said, expected, strict=True)
+            for tokens, group in zip(predicted, expected, strict=True)
         ]
         assert program.stdout is not None
         per_image = [float(_converse(program, "EVAL", *matches))]
-        per_image += [float(program.stdout.readline()) for _ in said]
+        per_image += [float(program.stdout.readline()) for _ in predicted]
     return CaptionScore(per_image.pop(), per_image, tokenizer)
 
 
@@ -133,33 +138,33 @@ def _meteor_text(tokens: Sequence[str]) -> str:
 
 
 def _converse(program: "subprocess.Popen[str]", *fields: str) -> str:
-    """One line to the program and one back; its fields are divided by three bars."""
+    """Write one line to the program and return the line it answers; " ||| " separates fields."""
     assert program.stdin is not None
     assert program.stdout is not None
     program.stdin.write(" ||| ".join(fields) + "\n")
     program.stdin.flush()
     answer = program.stdout.readline().strip()
     if not answer:
-        raise RuntimeError(f"METEOR's program ended before it answered {fields[0]}")
+        raise RuntimeError(f"the program of METEOR ended before it answered {fields[0]}")
     return answer
 
 
 def _tokens(
-    candidates: Sequence[str], references: Sequence[Sequence[str]], tokenizer: Tokenizer
+    candidates: Sequence[str], references: Sequence[Sequence[str]], tokenizer: CaptionTokenizer
 ) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """Tokens of candidates and references, tokenised in one go: Java starts once."""
+    """Tokens of candidates and references, in one call so that Java starts once."""
     if not candidates or len(candidates) != len(references):
         raise ValueError(
-            f"expected one candidate per picture and at least one picture; got {len(candidates)} "
+            f"expected one candidate per image and at least one image; got {len(candidates)} "
             f"candidates and {len(references)} lists of references"
         )
-    for place, group in enumerate(references):
+    for index, group in enumerate(references):
         if isinstance(group, str) or not group:
-            raise ValueError(f"picture {place}: expected a list of references; got {group!r}")
+            raise ValueError(f"image {index}: expected a list of references; got {group!r}")
     flat = [*candidates, *(reference for group in references for reference in group)]
     rows = iter(tokenize(flat, tokenizer))
-    said = [next(rows) for _ in candidates]
-    return said, [[next(rows) for _ in group] for group in references]
+    predicted = [next(rows) for _ in candidates]
+    return predicted, [[next(rows) for _ in group] for group in references]
 
 
 def _ngrams(tokens: Sequence[str], longest: int = 4) -> Ngrams:
@@ -181,11 +186,12 @@ def _tfidf(grams: Ngrams, frequency: Counter[tuple[str, ...]], log_images: float
         weight = count * (log_images - math.log(max(1, frequency[gram])))
         weights[gram] = weight
         squares[len(gram) - 1] += weight**2
-        length += count if len(gram) == 2 else 0
+        length += count if len(gram) == 2 else 0  # cider_scorer.py: bigrams are the length
     return _Vectors(weights, [math.sqrt(square) for square in squares], length)
 
 
 def _cider_d(candidate: _Vectors, reference: _Vectors, sigma: float = 6.0) -> float:
+    """Cosine of two captions over 1- to 4-grams, with counts clipped at the reference's."""
     products = [0.0] * 4
     for gram, weight in candidate.weights.items():
         other = reference.weights.get(gram, 0.0)
@@ -211,7 +217,7 @@ def _bleu_counts(tokens: Sequence[str], references: Sequence[Sequence[str]], n: 
 
 
 def _bleu(counts: np.ndarray, n: int) -> float:
-    small, tiny = 1e-9, 1e-15
+    small, tiny = 1e-9, 1e-15  # bleu_scorer.py smooths with these
     length, reference_length = counts[0], counts[1]
     precisions = (counts[2 : 2 + n] + tiny) / (counts[2 + n :] + small)
     score = float(np.prod(precisions)) ** (1 / n)
@@ -235,12 +241,150 @@ def _rouge_l(
 
 
 def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    row = [0] * (len(b) + 1)
+    row = [0] * (len(b) + 1)  # lengths for the tokens of a so far and every start of b
     for left in a:
         diagonal = 0
         for j, right in enumerate(b, start=1):
-            diagonal, row[j] = (
-                row[j],
-                diagonal + 1 if left == right else max(row[j], row[j - 1]),
-            )
+            longest = diagonal + 1 if left == right else max(row[j], row[j - 1])
+            diagonal, row[j] = row[j], longest
     return row[-1]
+
+
+# pycocoevalcap, ptbtokenizer.py: PUNCTUATIONS. Tokens are in lower case by then, so its "-LRB-"
+# removes nothing and a bracket remains in the caption as the word "-lrb-".
+PUNCTUATION = frozenset(
+    {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-"}
+    | {".", "?", "!", ",", ":", "-", "--", "...", ";"}
+)
+
+_REWRITTEN = {
+    "(": "-lrb-",
+    ")": "-rrb-",
+    "[": "-lsb-",
+    "]": "-rsb-",
+    "{": "-lcb-",
+    "}": "-rcb-",
+    "’": "'",
+    "‘": "`",
+    "“": "``",
+    "”": "''",
+    "…": "...",
+    "–": "--",
+    "—": "--",
+    "£": "#",
+    "€": "$",
+    "¢": "cents",
+    "½": "1/2",
+    "¼": "1/4",
+    "¾": "3/4",
+}
+
+_ABBREVIATIONS = (
+    "jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri "
+    "mr mrs ms dr prof sr jr rev gen col lt sgt capt gov sen rep pres st ste ave blvd rd ft mt "
+    "co corp inc ltd bros bldg univ vs etc al ph.d"
+)
+
+_SPLIT_WORDS = {
+    "cannot": ["can", "not"],
+    "gonna": ["gon", "na"],
+    "gotta": ["got", "ta"],
+    "wanna": ["wan", "na"],
+    "gimme": ["gim", "me"],
+    "lemme": ["lem", "me"],
+    "'tis": ["'t", "is"],
+    "'twas": ["'t", "was"],
+}
+
+_TOKEN = re.compile(
+    r"""
+      https?://[^\s<>"]+ | www\.[\w.-]+\w(?:/[^\s<>"]*)?      # addresses
+    | [\w.+-]+@[\w-]+(?:\.[\w-]+)+ | @[a-z]\w* | \#[a-z]\w*
+    | </?[a-z][^<>]*>                                          # a tag such as <unk> is one word
+    | \.(?:[ ]?\.)+                                            # ... and . . .
+    | (?:ABBREVIATIONS)\.(?![^\W_]|\.) | no\.(?=[ ]\d) | (?-i:[A-Z])\.(?=[ ]|$)
+    | [a-z](?:\.[a-z])+\.?(?![^\W_])                           # u.s. p.m.
+    | (?-i:[A-Z]+(?:&[A-Z]+)+)                                 # B&W, but b & w
+    | (?<!\w)[-+]?\d+(?:[:/.,-]\d+)+(?:st|nd|rd|th|s)?(?:-[^\W_]+)*(?![^\W_])
+    | \d+(?::\d\d) | (?<!\w)[-+]\d+(?![^\W_])
+    | '\d\ds(?![^\W_]) | '(?:em|n'|tis|twas|cause)(?![^\W_]) | o'clock | ma'am
+    | (?:[cdjlo]|qu)'(?!(?:s|re|ve|ll|d|m)(?![^\W_]))[^\W\d_]\w* | y'(?=all)
+    | n't(?![^\W_]) | [^\W_]+?(?=n't(?![^\W_]))               # is n't
+    | [^\W\d_][^\W_]*(?:[.!?][^\W\d_][^\W_]*)+                # a missing space.Here
+    | [^\W_]+(?:[-_/][^\W_]+)*
+    | '(?:s|re|ve|ll|d|m)(?![^\W_])
+    | [!?]{2,} | --+ | ''|``
+    | \S
+    """.replace("ABBREVIATIONS", "|".join(_ABBREVIATIONS.split())),
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def tokenize(captions: Sequence[str], tokenizer: CaptionTokenizer = "python") -> list[list[str]]:
+    """Return the tokens of each caption, in lower case and without punctuation."""
+    # White space becomes single spaces: Java gets one caption per line, and a line break inside a
+    # caption (also CR, VT, FF, U+2028) would silently shift all captions after it.
+    captions = [" ".join(caption.split()) for caption in captions]
+    if tokenizer == "python":
+        tokens = [_python_tokens(caption) for caption in captions]
+    elif tokenizer == "ptb_java":
+        tokens = _java_tokens(captions)
+    else:
+        raise ValueError(f"tokenizer must be 'ptb_java' or 'python'; got {tokenizer!r}")
+    return [[token for token in row if token not in PUNCTUATION] for row in tokens]
+
+
+def _python_tokens(caption: str) -> list[str]:
+    tokens: list[str] = []
+    opened = False
+    for token in _TOKEN.findall(caption.replace("’", "'")):
+        token = token.lower()
+        if token == '"':
+            token = "''" if opened else "``"
+            opened = not opened
+        if token[0] == "." and len(token) > 1:
+            token = "..."
+        elif token.startswith("--"):
+            token = "--"
+        if token in _SPLIT_WORDS:
+            tokens += _SPLIT_WORDS[token]
+        else:
+            tokens.append(_REWRITTEN.get(token, token))
+    return tokens
+
+
+def java_package(what: str = "tokenizer 'ptb_java'") -> Path:
+    """Return the folder of pycocoevalcap. Raises FileNotFoundError if it or Java is missing."""
+    spec = find_spec("pycocoevalcap")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"{what} needs the package pycocoevalcap: pip install 'instructblip[caption-metrics]'; "
+            "tokenizer='python' and the other metrics work without it"
+        )
+    if shutil.which("java") is None:
+        raise FileNotFoundError(
+            f"{what} needs the program java, version 8 or later; tokenizer='python' and the other "
+            "metrics work without it"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _java_tokens(captions: Sequence[str]) -> list[list[str]]:
+    jar = java_package() / "tokenizer" / "stanford-corenlp-3.4.1.jar"
+    # pycocoevalcap's wrapper is not used since it writes into the folder of its package.
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "captions.txt"
+        file.write_text("\n".join(captions), encoding="utf-8")
+        command = ["java", "-Dfile.encoding=UTF-8", "-cp", str(jar)]
+        command += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+        done = subprocess.run([*command, str(file)], capture_output=True, check=False)
+    lines = done.stdout.decode("utf-8").rstrip("\n").split("\n")
+    if captions and not any(captions):
+        return [[] for _ in captions]
+    lines += [""] * (len(captions) - len(lines))  # empty captions at the end leave no line
+    if done.returncode or len(lines) != len(captions):
+        raise RuntimeError(
+            f"the Java tokenizer gave {len(lines)} lines for {len(captions)} captions: "
+            f"{done.stderr.decode('utf-8', 'replace')[-500:]}"
+        )
+    return [line.split() for line in lines]

@@ -15,8 +15,8 @@ from instructblip.data.samples import Examples
 from instructblip.data.templates import render_prompt, template_hash
 from instructblip.evaluation.batching import Batches, BatchSize
 from instructblip.evaluation.benchmarks import Benchmark
+from instructblip.evaluation.captions import CaptionTokenizer
 from instructblip.evaluation.predictions import PredictionLog
-from instructblip.evaluation.ptb import Tokenizer
 from instructblip.evaluation.result import Result, make_result
 from instructblip.evaluation.scoring import probabilities, scorer_of
 
@@ -51,7 +51,7 @@ def evaluate(
     blind_seed: int | None = None,
     out: Path | str | None = None,
     vocabulary: Sequence[str] | None = None,
-    tokenizer: Tokenizer = "python",
+    tokenizer: CaptionTokenizer = "python",
     progress: bool = True,
     together: bool = False,
 ) -> Result:
@@ -66,7 +66,7 @@ def evaluate(
         out: a folder for settings.json, predictions.jsonl (as they come) and result.json. A run
             that was stopped goes on there; one with other settings is refused.
         vocabulary: the answers to rank, for benchmarks that rank the training answers.
-        tokenizer: of captions; see ``evaluation.ptb``.
+        tokenizer: of captions; see ``evaluation.captions``.
         together: every rank answers all samples, in step: for a model whose weights they share out.
 
     Raises ValueError for samples without answers, repeated ids, a set too small for the blind

@@ -1,44 +1,15 @@
-"""Scores of single answers and of rankings, equal to the official scorers.
+"""Scores of single answers and of rankings, equal to those of the official scorers.
 
-Every accuracy is a number from 0 to 1 for one prediction; a benchmark's figure is the mean times
-100. Captions are scored in ``captions.py``. Where official versions disagree, ``variant`` names
-one.
+An accuracy is a number from 0 to 1 for one prediction; the score of a benchmark is their mean times
+100. ``captions.py`` scores captions. Where official versions disagree, ``variant`` chooses one.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 from instructblip.evaluation import normalize
-from instructblip.evaluation.captions import (
-    bleu,
-    cider,
-    meteor,
-    rouge_l,
-)
-
-__all__ = [
-    "anls",
-    "aokvqa_accuracy",
-    "auroc",
-    "bleu",
-    "cider",
-    "exact_match",
-    "gqa_accuracy",
-    "ivqa_accuracy",
-    "meteor",
-    "okvqa_accuracy",
-    "pope",
-    "pope_answer",
-    "rank_of",
-    "retrieval_recall",
-    "rouge_l",
-    "textvqa_accuracy",
-    "visdial_metrics",
-    "vqa_accuracy",
-]
 
 VqaVariant = Literal["official_2021", "official_2017"]
 GqaVariant = Literal["official_exact", "lavis", "lmms_eval"]
@@ -47,16 +18,15 @@ GqaVariant = Literal["official_exact", "lavis", "lmms_eval"]
 def vqa_accuracy(
     prediction: str, answers: Sequence[str], variant: VqaVariant = "official_2021"
 ) -> float:
-    """Agreement with ten people: min(1, n / 3) of nine of them, averaged over who is left out.
+    """Agreement with ten annotators: min(1, n / 3) over nine, averaged over who is left out.
 
-    Source: GT-Vision-Lab/VQA ``vqaEval.py``; checked case by case against it under Python 2.7.
+    Official VQA evaluation, GT-Vision-Lab/VQA ``vqaEval.py``, compared with it case by case under
+    Python 2.7. A single answer scores 0, since nobody remains when that annotator is left out.
 
-    - ``official_2021`` (master): prediction and answers are normalised alike, and not at all when
-      all answers are equal; then "Yes." does not match ten times "yes".
-    - ``official_2017`` (also LAVIS): the prediction is always normalised; the answers lose their
-      punctuation only, and that only when they differ. An answer "the two dogs" is never matched.
-
-    With a single answer the accuracy is 0: nobody is left when that person is left out.
+    - ``official_2021`` (master) normalises prediction and answers alike, and neither of them when
+      all answers are equal: "Yes." does not match ten times "yes".
+    - ``official_2017`` (also LAVIS) always normalises the prediction. The answers lose only their
+      punctuation, and only when they differ: an answer "the two dogs" is never matched.
     """
     _require_answers(answers)
     prediction = normalize.clean_space(prediction)
@@ -76,7 +46,8 @@ def vqa_accuracy(
 
 
 def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA accuracy after MMF's normalisation of both sides (``m4c_evaluators.py``).
+    """VQA accuracy after normalising both sides as MMF does (facebookresearch/mmf
+    ``m4c_evaluators.py``: ``TextVQAAccuracyEvaluator``).
 
     Raises ValueError unless there are exactly ten answers, as the original asserts.
     """
@@ -93,9 +64,9 @@ def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 def okvqa_accuracy(
     prediction: str, answers: Sequence[str], variant: VqaVariant = "official_2021"
 ) -> float:
-    """VQA accuracy over OK-VQA's ten answers: five people, each answer listed twice in the file.
+    """VQA accuracy over OK-VQA's ten answers: five annotators, each listed twice in the file.
 
-    Five answers are doubled here, so that both ways of storing them score alike.
+    Five answers are doubled, so that both ways of storing them score alike.
     """
     _require_answers(answers)
     doubled = [answer for answer in answers for _ in range(2)] if len(answers) == 5 else answers
@@ -103,20 +74,21 @@ def okvqa_accuracy(
 
 
 def aokvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """A-OKVQA direct answers: min(1, n / 3) over all answers, raw strings, nobody left out.
+    """A-OKVQA direct answers: min(1, n / 3) over all answers, equal strings, nobody left out.
 
-    Source: allenai/aokvqa ``eval_predictions.py``. The benchmark skips questions marked
-    ``difficult_direct_answer``.
+    Source: allenai/aokvqa ``evaluation/eval_predictions.py``, whose benchmark skips the questions
+    marked ``difficult_direct_answer``.
     """
     _require_answers(answers)
     return min(1.0, sum(prediction == answer for answer in answers) / 3)
 
 
 def gqa_accuracy(prediction: str, answer: str, variant: GqaVariant = "official_exact") -> float:
-    """1 for the right answer. The variants differ in what they forgive.
+    """Return 1 for the right answer. The variants differ in how they normalise both sides:
 
-    ``official_exact``: the organisers' ``eval.py``, equal strings. ``lavis``: both sides after the
-    VQA normalisation. ``lmms_eval``: both without case and ASCII punctuation.
+    - ``official_exact`` not at all (GQA ``eval.py``);
+    - ``lavis`` as VQA does (LAVIS ``tasks/vqa.py``: ``GQATask``);
+    - ``lmms_eval`` without case and ASCII punctuation (lmms-eval ``gqa.yaml``).
     """
     if variant == "official_exact":
         return float(prediction == answer)
@@ -132,16 +104,17 @@ def gqa_accuracy(prediction: str, answer: str, variant: GqaVariant = "official_e
 
 
 def ivqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """iVQA: min(1, n / 2) of its five annotators, equal strings (antoyang/just-ask).
+    """iVQA: min(1, n / 2) over its five annotators, equal strings.
 
-    The original only knows answers of its own vocabulary; ranking that vocabulary gives its figure.
+    Source: antoyang/just-ask ``util.py``: ``compute_aggreeings``, which knows only the answers of
+    its vocabulary; ranking that vocabulary gives its score.
     """
     _require_answers(answers)
     return min(1.0, sum(prediction == answer for answer in answers) / 2)
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction is one of the answers, ignoring case and outer or repeated blanks."""
+    """Return 1 if the prediction is one of the answers, ignoring case and extra white space."""
     _require_answers(answers)
     return float(_plain(prediction) in {_plain(answer) for answer in answers})
 
@@ -153,10 +126,10 @@ def visdial_metrics(
 ) -> dict[str, float]:
     """Visual Dialog: r@1, r@5, r@10, mean rank and mrr; with ``relevance`` also ndcg.
 
-    ``scores[i]`` are the scores of the options of round i, the higher the better; ranks start at 1
-    and equal scores keep the order of the options. NDCG cuts at k, the number of options with
-    non-zero relevance, as batra-mlp-lab/visdial-challenge-starter-pytorch does; a round without
-    a relevant option is an error (the original divides by zero).
+    ``scores[i]`` are the scores of the options of round i, higher is better. Ranks start at 1;
+    equal scores keep the order of the options. NDCG cuts at k, the number of options with non-zero
+    relevance (batra-mlp-lab/visdial-challenge-starter-pytorch ``visdialch/metrics.py``). A round
+    without a relevant option raises ValueError, where the original divides by zero.
     """
     if not scores or len(scores) != len(gt_index):
         raise ValueError(
@@ -168,13 +141,13 @@ def visdial_metrics(
     result |= {"mean": float(ranks.mean()), "mrr": float((1 / ranks).mean())}
     if relevance is not None:
         pairs = zip(scores, relevance, strict=True)
-        result["ndcg"] = float(np.mean([_ndcg(row, worth) for row, worth in pairs]))
+        result["ndcg"] = float(np.mean([_ndcg(row, gains) for row, gains in pairs]))
     return result
 
 
 def rank_of(scores: Sequence[float], index: int) -> int:
-    """Rank, from 1, of option ``index`` by descending score."""
-    values = _finite(scores)
+    """Return the rank, from 1, of option ``index`` by descending score."""
+    values = _without_nan(scores)
     if not 0 <= index < len(values):
         raise ValueError(f"the right option must be one of {len(values)}; got index {index}")
     return int(np.flatnonzero(np.argsort(-values, kind="stable") == index)[0]) + 1
@@ -183,14 +156,14 @@ def rank_of(scores: Sequence[float], index: int) -> int:
 def auroc(labels: Sequence[int | bool], scores: Sequence[float]) -> float | None:
     """Area under the ROC curve, 0 to 1, by scikit-learn; None when only one class is present.
 
-    Scores are taken as they are: no sigmoid, float64 (other libraries squash log-likelihoods into
-    ties). Ties count one half.
+    Scores stay float64 and get no sigmoid, which would turn log-likelihoods into ties. A tie counts
+    one half.
     """
     if len(labels) != len(scores) or not len(labels):
         raise ValueError(f"got {len(labels)} labels and {len(scores)} scores; expected as many")
     if not set(map(int, labels)) <= {0, 1}:
         raise ValueError(f"labels must be 0 or 1; got {sorted(set(labels))[:5]}")
-    values = _finite(scores)
+    values = _without_nan(scores)
     if len(set(map(int, labels))) < 2:
         return None
     from sklearn.metrics import roc_auc_score  # slow to import, and only two sets need it
@@ -199,26 +172,26 @@ def auroc(labels: Sequence[int | bool], scores: Sequence[float]) -> float | None
 
 
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
-    """Normalised Levenshtein similarity to the nearest answer; below ``threshold`` it is 0.
+    """Normalised Levenshtein similarity to the nearest answer; 0 below ``threshold``.
 
-    Source: the RRC script of DocVQA and InfographicVQA. Distance between lower-cased texts with
-    single blanks, divided by the length of the RAW texts; a similarity of exactly 0.5 counts.
+    Source: the Robust Reading Competition's script for DocVQA and InfographicVQA. A similarity of
+    exactly 0.5 counts.
     """
     _require_answers(answers)
-    said = " ".join(prediction.strip().lower().split())
+    predicted = _plain(prediction)
     distances = []
     for answer in answers:
-        expected = " ".join(answer.strip().lower().split())
-        # upper() as in the original: some letters grow ("ß" counts two).
+        # As in the original: the distance of the cleaned texts is divided by the length of the raw
+        # ones, and of their upper case, where some letters grow ("ß" has two).
         length = max(len(answer.upper()), len(prediction.upper()))
-        distances.append(levenshtein(expected, said) / length if length else 0.0)
+        distances.append(_levenshtein(_plain(answer), predicted) / length if length else 0.0)
     similarity = 1 - min(distances)
     return similarity if similarity >= threshold else 0.0
 
 
-def levenshtein(a: str, b: str) -> int:
+def _levenshtein(a: str, b: str) -> int:
     """Fewest insertions, deletions and substitutions of characters that turn a into b."""
-    row = list(range(len(b) + 1))
+    row = list(range(len(b) + 1))  # distances of the first i letters of a to every start of b
     for i, left in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
         for j, right in enumerate(b, start=1):
@@ -226,56 +199,9 @@ def levenshtein(a: str, b: str) -> int:
     return row[-1]
 
 
-def pope_answer(text: str) -> Literal["yes", "no"]:
-    """How POPE reads a free answer: "no" if the first sentence has the word No, no or not.
-
-    Anything else is "yes": also "", "NO" and "isn't" (AoiDragon/POPE ``evaluate.py``).
-    """
-    words = text.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "not", "no"} & set(words) else "yes"
-
-
-def pope(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """POPE: accuracy, precision, recall, f1 and yes_ratio, with "yes" as the positive class.
-
-    Where the original divides by zero (nothing said or labelled "yes") the figure is nan.
-    """
-    if not predictions or len(predictions) != len(labels):
-        raise ValueError(f"got {len(predictions)} predictions and {len(labels)} labels")
-    said = np.array([pope_answer(text) == "yes" for text in predictions])
-    true = np.array([label != "no" for label in labels])
-    hits = float((said & true).sum())
-    precision, recall = _ratio(hits, said.sum()), _ratio(hits, true.sum())
-    return {
-        "accuracy": float((said == true).mean()),
-        "precision": precision,
-        "recall": recall,
-        "f1": _ratio(2 * precision * recall, precision + recall),
-        "yes_ratio": float(said.mean()),
-    }
-
-
-def retrieval_recall(
-    scores: Sequence[Sequence[float]],
-    matches: Sequence[Sequence[int]],
-    ks: Sequence[int] = (1, 5, 10),
-) -> dict[str, float]:
-    """r@k: share of queries with at least one match among the k best (LAVIS ``retrieval.py``).
-
-    ``scores[q]`` are the scores of all targets for query q, ``matches[q]`` the right targets: the
-    five captions of a picture, or the one picture of a caption.
-    """
-    if not scores or len(scores) != len(matches):
-        raise ValueError(f"got {len(scores)} queries and {len(matches)} lists of matches")
-    best = np.array(
-        [min(rank_of(row, i) for i in right) for row, right in zip(scores, matches, strict=True)]
-    )
-    return {f"r@{k}": float((best <= k).mean()) for k in ks}
-
-
 def _leave_one_out(prediction: str, answers: Sequence[str]) -> float:
-    # The original removes the person left out by comparing whole records, which are distinct by
-    # their answer_id; removing by position is the same.
+    # vqaEval.py compares whole records to find the annotator to leave out. They are distinct by
+    # answer_id, so leaving out by position is the same.
     hits = sum(answer == prediction for answer in answers)
     left = (hits - (answer == prediction) for answer in answers)
     return sum(min(1.0, n / 3) for n in left) / len(answers)
@@ -286,22 +212,22 @@ def _lavis_gqa(answer: str) -> str:
 
 
 def _ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
-    values, worth = _finite(scores), _finite(relevance)
-    if len(values) != len(worth):
-        raise ValueError(f"got {len(values)} scores and {len(worth)} relevances of a round")
-    k = int((worth != 0).sum())
+    values, gains = _without_nan(scores), _without_nan(relevance)
+    if len(values) != len(gains):
+        raise ValueError(f"got {len(values)} scores and {len(gains)} relevances of a round")
+    k = int((gains != 0).sum())
     if k == 0:
-        raise ValueError("a round has no relevant option: its NDCG is not defined; leave it out")
+        raise ValueError("a round has no relevant option, so its NDCG is not defined; leave it out")
     discounts = np.log2(np.arange(k) + 2)
     order = np.argsort(-values, kind="stable")[:k]
-    best = np.sort(worth)[::-1][:k]
-    return float((worth[order] / discounts).sum() / (best / discounts).sum())
+    best = np.sort(gains)[::-1][:k]
+    return float((gains[order] / discounts).sum() / (best / discounts).sum())
 
 
-def _finite(scores: Sequence[float]) -> np.ndarray:
+def _without_nan(scores: Sequence[float]) -> np.ndarray:
     values = np.asarray(scores, dtype=np.float64)
     if np.isnan(values).any():
-        raise ValueError("a score is NaN: the model's output is broken, and no ranking means it")
+        raise ValueError("a score is NaN: the output of the model is broken and ranks nothing")
     return values
 
 
@@ -309,13 +235,9 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole else math.nan
-
-
 def _require_answers(answers: Sequence[str]) -> None:
     if isinstance(answers, str) or not answers:
         raise ValueError(
-            f"expected a list of at least one answer; got {answers!r}. A test split without "
-            "answers can only be scored by its owner's server"
+            f"expected a list of at least one answer; got {answers!r}. Only the owner's server can "
+            "score a test split without answers"
         )

@@ -1,11 +1,11 @@
-"""How the official scorers rewrite an answer before they compare it.
+"""How the official scorers normalise an answer before they compare it.
 
-Four normalisers, each with its source. None is "the better one": a published number belongs to one
-of them, and they disagree on a few answers in a hundred.
+Each has its source. None is "the better one": a published score belongs to one of them, and they
+disagree on a few answers in a hundred.
 
 ==================  =====================================================================
 ``vqa``             GT-Vision-Lab/VQA, ``vqaEval.py`` (punctuation, then digits and articles)
-``vqa_punctuation``  the first half of it, all that the 2017 version does to the references
+``vqa_punctuation``  its first half, all that the 2017 version applies to the references
 ``textvqa``         facebookresearch/mmf, ``m4c_evaluators.py`` (TextVQA, ST-VQA)
 ``lmms_eval``       EvolvingLMMs-Lab/lmms-eval, ``exact_match`` ignoring case and punctuation
 ==================  =====================================================================
@@ -16,25 +16,13 @@ import string
 
 ARTICLES = frozenset(("a", "an", "the"))
 
-NUMBERS = {
-    "none": "0",
-    "zero": "0",
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
-}
+NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"}
+NUMBERS |= {"five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
-# The official table maps a contraction that lost an apostrophe to the one that has it. Most rows
-# follow from the contraction itself: the key leaves one apostrophe out, or either one of two.
+# vqaEval.py, ``contractions``: maps a contraction that lost an apostrophe to the one that has it.
+# Most rows follow from the contraction: the key omits its apostrophe, or either one of two.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
     haven't he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am
@@ -60,19 +48,19 @@ _IRREGULAR = {
 def _contraction_table() -> dict[str, str]:
     table = dict(_IRREGULAR)
     for word in _CONTRACTIONS.split():
-        places = [i for i, letter in enumerate(word) if letter == "'"]
-        for place in places:
-            table[word[:place] + word[place + 1 :]] = word
+        for i, letter in enumerate(word):
+            if letter == "'":
+                table[word[:i] + word[i + 1 :]] = word
     return table
 
 
 CONTRACTIONS = _contraction_table()
-"""The table of all three scorers. Its keys with a capital ("Im") never match a lower-cased word."""
+"""The table of all three scorers. Keys with a capital ("Im") never match a word in lower case."""
 
-# Two slips of the official code that its numbers depend on. The look-ahead was meant as a
-# look-behind, so that it never excludes anything: every full stop goes unless an ASCII digit
-# follows (Python 2's ``\d``). And ``re.UNICODE``, which is 32, stands where ``sub`` takes a count,
-# so that the 33rd full stop of an answer stays.
+# Two slips of vqaEval.py that its scores depend on. ``periodStrip`` looks ahead where a look-behind
+# was meant: it removes every full stop unless an ASCII digit follows (Python 2's ``\d``). And
+# ``processPunctuation`` passes re.UNICODE, which is 32, as the count of ``sub``: the 33rd full stop
+# of an answer stays.
 _FULL_STOP = re.compile(r"\.(?![0-9])")
 _MAX_FULL_STOPS = 32
 _GROUPED_DIGITS = re.compile(r"[0-9],[0-9]")
@@ -81,14 +69,14 @@ _FULL_STOP_ANY_DIGIT = re.compile(r"\.(?!\d)")
 
 
 def clean_space(answer: str) -> str:
-    """Line feeds and tabs to blanks, then ``strip``: the first step of the VQA scorers."""
+    """Replace line feeds and tabs by spaces, then strip: the first step of the VQA scorers."""
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def vqa_punctuation(answer: str) -> str:
-    """``processPunctuation``: drop a mark that touches a blank, turn any other into a blank.
+    """``processPunctuation``: remove a mark next to a space, replace any other by a space.
 
-    An answer that holds a number such as 1,000 loses all its marks without a blank.
+    If the answer contains a number such as 1,000, all marks are removed without a space.
     """
     return _punctuation(answer, _FULL_STOP)
 
@@ -100,22 +88,22 @@ def vqa_digits_and_articles(answer: str) -> str:
 
 
 def vqa(answer: str) -> str:
-    """The whole VQA normalisation, as the 2017 version gives it to a prediction."""
+    """The whole VQA normalisation, which the 2017 version applies to a prediction."""
     return vqa_digits_and_articles(vqa_punctuation(clean_space(answer)))
 
 
 def textvqa(answer: str) -> str:
-    """MMF's ``EvalAIAnswerProcessor``: commas and question marks go first, ``'s`` is split off.
+    """MMF's ``EvalAIAnswerProcessor``: removes commas and question marks first, splits ``'s`` off.
 
     Differs from ``vqa`` on about one answer in twenty: "men's" becomes "men 's". MMF runs under
-    Python 3, where the digits of other scripts count as digits.
+    Python 3, where digits of other scripts count as digits.
     """
     answer = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return vqa_digits_and_articles(_punctuation(clean_space(answer), _FULL_STOP_ANY_DIGIT))
 
 
 def lmms_eval(answer: str) -> str:
-    """Lower case without ASCII punctuation; white space and articles stay."""
+    """Lower case, no ASCII punctuation; white space and articles stay."""
     return answer.lower().translate(str.maketrans("", "", string.punctuation))
 
 
@@ -123,6 +111,6 @@ def _punctuation(answer: str, full_stop: re.Pattern[str]) -> str:
     grouped = _GROUPED_DIGITS.search(answer) is not None
     text = answer
     for mark in PUNCTUATION:
-        touches_blank = mark + " " in answer or " " + mark in answer
-        text = text.replace(mark, "" if touches_blank or grouped else " ")
+        next_to_space = mark + " " in answer or " " + mark in answer
+        text = text.replace(mark, "" if next_to_space or grouped else " ")
     return full_stop.sub("", text, count=_MAX_FULL_STOPS)

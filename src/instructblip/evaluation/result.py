@@ -15,12 +15,12 @@ from instructblip.evaluation.bootstrap import (
     mean_over_sets,
     resample,
 )
+from instructblip.evaluation.captions import CaptionTokenizer
 from instructblip.evaluation.predictions import (
     PREDICTIONS,
     read_predictions,
     write_json,
 )
-from instructblip.evaluation.ptb import Tokenizer
 from instructblip.evaluation.scoring import Score, scorer_of
 
 RESULT = "result.json"
@@ -42,7 +42,7 @@ class Result:
     tokenizer: str | None
     value: float | None
     n: int
-    others: dict[str, float | None]
+    others: dict[str, float]
     settings: dict[str, Any]
     image_root: str = ""
     score: Score = field(repr=False)
@@ -134,7 +134,7 @@ def describe_how(how: Mapping[str, Any]) -> str:
 def make_result(
     settings: dict[str, Any],
     predictions: list[dict[str, Any]],
-    tokenizer: Tokenizer = "python",
+    tokenizer: CaptionTokenizer = "python",
     image_root: str = "",
 ) -> Result:
     """Score predictions; ``settings["benchmark"]`` says how."""

@@ -1,4 +1,4 @@
-"""From predictions to a benchmark's figure, 0 to 100: one entry per metric in ``SCORERS``.
+"""From predictions to the score of a benchmark, 0 to 100: one entry per metric in ``SCORERS``.
 
 A prediction is a dict, one line of ``predictions.jsonl``::
 
@@ -7,9 +7,9 @@ A prediction is a dict, one line of ``predictions.jsonl``::
      "candidates": ["true", "false"], "log_likelihoods": [-0.1, -2.4],
      "probabilities": [0.91, 0.09]}
 
-The last three exist only where the answer was chosen by ranking. ``score`` is the prediction's own
-worth, 0 to 1, known at once; a figure that is no mean of these (AUROC, CIDEr) is computed at the
-end from all predictions.
+Only ranked predictions have the last three. ``score`` is that of the prediction alone, 0 to 1,
+known at once; a benchmark score that is not their mean (AUROC, CIDEr) is computed at the end from
+all predictions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ import numpy as np
 
 from instructblip.evaluation import captions, metrics
 from instructblip.evaluation.bootstrap import Floats
-from instructblip.evaluation.ptb import Tokenizer
+from instructblip.evaluation.captions import CaptionTokenizer
 
 Prediction = Mapping[str, Any]
 
@@ -29,49 +29,51 @@ Prediction = Mapping[str, Any]
 class Score:
     """``value`` 0 to 100 (CIDEr may exceed it), or None where the metric is not defined.
 
-    ``samples`` [n] are what is resampled: the mean of them, or with ``labels`` the area under the
-    ROC curve, is ``value / 100``. ``others`` are further figures of the same predictions.
+    ``samples`` [n] are resampled for intervals: their mean, or with ``labels`` the area under the
+    ROC curve, is ``value / 100``. ``others`` are further scores of the same predictions.
     """
 
     value: float | None
     samples: Floats
     labels: Floats | None = None
-    others: dict[str, float | None] = field(default_factory=dict)
+    others: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """One metric: the worth of one prediction, and if it is not their mean, the figure of all."""
+    """One metric: the score of one prediction, and of all of them if it is not the mean."""
 
     sample: Callable[[Prediction], float]
-    corpus: Callable[[Sequence[Prediction], Tokenizer], Score] | None = None
+    corpus: Callable[[Sequence[Prediction], CaptionTokenizer], Score] | None = None
     uses_tokenizer: bool = False
 
-    def score(self, predictions: Sequence[Prediction], tokenizer: Tokenizer = "python") -> Score:
-        """The figure of all predictions; ValueError if there is none."""
+    def score(
+        self, predictions: Sequence[Prediction], tokenizer: CaptionTokenizer = "python"
+    ) -> Score:
+        """Score all predictions. Raises ValueError if there are none."""
         if not predictions:
             raise ValueError("no predictions to score")
         if self.corpus is not None:
             return self.corpus(predictions, tokenizer)
-        return _mean(np.array([self.sample(prediction) for prediction in predictions]))
+        return _mean([self.sample(prediction) for prediction in predictions])
 
 
 def scorer_of(metric: str) -> Scorer:
-    """The scorer called ``metric``; ValueError lists the names when there is none."""
+    """Return the scorer called ``metric``. Raises ValueError with the known names."""
     if metric not in SCORERS:
         raise ValueError(f"no metric '{metric}'; expected one of {', '.join(SCORERS)}")
     return SCORERS[metric]
 
 
 def probabilities(log_likelihoods: Sequence[float]) -> list[float]:
-    """Softmax over the candidates of one sample."""
+    """Return the softmax over the candidates of one sample."""
     values = np.asarray(log_likelihoods, dtype=np.float64)
-    worth = np.exp(values - values.max())
-    return [float(p) for p in worth / worth.sum()]
+    exponentials = np.exp(values - values.max())
+    return [float(p) for p in exponentials / exponentials.sum()]
 
 
 def right_option(prediction: Prediction) -> int:
-    """Index of the right candidate: ``gt_index`` where the set gives one, else the answer's."""
+    """Return the index of the right candidate: ``gt_index`` of the set, or that of an answer."""
     if "gt_index" in prediction["extra"]:
         return int(prediction["extra"]["gt_index"])
     candidates = list(prediction["candidates"])
@@ -84,32 +86,30 @@ def right_option(prediction: Prediction) -> int:
     )
 
 
-def _mean(samples: Floats, **others: float | None) -> Score:
-    return Score(100 * float(samples.mean()), samples, others=others)
+def _mean(samples: Sequence[float], **others: float) -> Score:
+    values = np.array(samples)
+    return Score(100 * float(values.mean()), values, others=dict(others))
 
 
 def _reciprocal_rank(prediction: Prediction) -> float:
     return 1 / metrics.rank_of(prediction["log_likelihoods"], right_option(prediction))
 
 
-def _visdial(predictions: Sequence[Prediction], tokenizer: Tokenizer) -> Score:
+def _visdial(predictions: Sequence[Prediction], tokenizer: CaptionTokenizer) -> Score:
     scores = [p["log_likelihoods"] for p in predictions]
-    right = [right_option(p) for p in predictions]
-    others: dict[str, float | None] = dict(metrics.visdial_metrics(scores, right))
+    others = metrics.visdial_metrics(scores, [right_option(p) for p in predictions])
     rated = [p for p in predictions if "gt_relevance" in p["extra"]]
     if rated:
-        dense = metrics.visdial_metrics(
+        others["ndcg"] = metrics.visdial_metrics(
             [p["log_likelihoods"] for p in rated],
             [right_option(p) for p in rated],
             [p["extra"]["gt_relevance"] for p in rated],
-        )
-        others["ndcg"] = dense["ndcg"]
-    samples = np.array([_reciprocal_rank(p) for p in predictions])
-    return Score(100 * float(samples.mean()), samples, others=others)
+        )["ndcg"]
+    return _mean([_reciprocal_rank(p) for p in predictions], **others)
 
 
-def _auroc(predictions: Sequence[Prediction], tokenizer: Tokenizer) -> Score:
-    """The score of a sample is log p(first candidate) - log p(second): "yes" comes first."""
+def _auroc(predictions: Sequence[Prediction], tokenizer: CaptionTokenizer) -> Score:
+    """A sample scores log p(first candidate) - log p(second); the first one is the positive."""
     margins, labels = [], []
     for p in predictions:
         if len(p["candidates"]) != 2:
@@ -118,29 +118,38 @@ def _auroc(predictions: Sequence[Prediction], tokenizer: Tokenizer) -> Score:
                 f"got {len(p['candidates'])}"
             )
         margins.append(p["log_likelihoods"][0] - p["log_likelihoods"][1])
-        labels.append(float(right_option(p) == 0))
-    area = metrics.auroc([int(label) for label in labels], margins)
+        labels.append(int(right_option(p) == 0))
+    area = metrics.auroc(labels, margins)
     accuracy = float(np.mean([_exact(p) for p in predictions]))
     return Score(
         None if area is None else 100 * area,
         np.array(margins),
-        np.array(labels),
+        np.array(labels, dtype=np.float64),
         {"accuracy": 100 * accuracy},
     )
 
 
-def _captions(main: str) -> Callable[[Sequence[Prediction], Tokenizer], Score]:
-    def score(predictions: Sequence[Prediction], tokenizer: Tokenizer) -> Score:
-        said = [p["prediction"] for p in predictions]
-        expected = [p["answers"] for p in predictions]
-        found = {
-            "cider": captions.cider(said, expected, tokenizer),
-            "rouge_l": captions.rouge_l(said, expected, tokenizer),
-            "bleu_4": captions.bleu(said, expected, tokenizer),
+CAPTION_METRICS = {
+    "cider": captions.cider,
+    "rouge_l": captions.rouge_l,
+    "bleu_4": captions.bleu,
+    "meteor": captions.meteor,
+}
+
+
+def _captions(main: str) -> Callable[[Sequence[Prediction], CaptionTokenizer], Score]:
+    """Score by the caption metric ``main``; CIDEr, ROUGE-L and BLEU-4 are reported beside it."""
+
+    def score(predictions: Sequence[Prediction], tokenizer: CaptionTokenizer) -> Score:
+        candidates = [p["prediction"] for p in predictions]
+        references = [p["answers"] for p in predictions]
+        scores = {
+            name: CAPTION_METRICS[name](candidates, references, tokenizer)
+            for name in dict.fromkeys(("cider", "rouge_l", "bleu_4", main))
         }
-        others = {name: 100 * one.value for name, one in found.items() if name != main}
-        samples = np.array(found[main].per_image)
-        return Score(100 * found[main].value, samples, others=dict(others))
+        result = scores.pop(main)
+        others = {name: 100 * each.value for name, each in scores.items()}
+        return Score(100 * result.value, np.array(result.per_image), others=others)
 
     return score
 
@@ -182,5 +191,6 @@ SCORERS: dict[str, Scorer] = {
     "auroc": Scorer(_exact, _auroc),
     "cider": Scorer(_rouge, _captions("cider"), uses_tokenizer=True),
     "rouge_l": Scorer(_rouge, _captions("rouge_l"), uses_tokenizer=True),
+    "meteor": Scorer(_rouge, _captions("meteor"), uses_tokenizer=True),
 }
-"""The name of a metric says its variant; the tokenizer of captions is a choice of the run."""
+"""The name of a metric includes its variant; the run chooses the tokenizer of captions."""
