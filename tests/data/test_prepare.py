@@ -16,14 +16,13 @@ import pytest
 from instructblip.core.batch import Example
 from instructblip.data.features import hash_images
 from instructblip.data.prepared import images as facts_module
-from instructblip.data.prepared import partial as partial_module
 from instructblip.data.prepared import prepare as prepare_module
 from instructblip.data.prepared.check import check_dataset, unchecked
 from instructblip.data.prepared.dataset import PreparedDataset
 from instructblip.data.prepared.images import read_facts, summary
-from instructblip.data.prepared.partial import claim
 from instructblip.data.prepared.prepare import (
     Job,
+    claim,
     prepare,
     prepare_all,
 )
@@ -32,7 +31,7 @@ from instructblip.data.sources import SOURCES, Source
 from tests.testing import write_picture, write_vqa
 
 
-def test_examples_come_back_as_they_were_read(tmp_path: Path) -> None:
+def test_prepared_examples_equal_those_read(tmp_path: Path) -> None:
     full = Example(
         dataset="own",
         split="train",
@@ -89,7 +88,7 @@ def test_manifest_and_idempotence(tmp_path: Path) -> None:
     assert len(prepare("vqav2", root, "train", tmp_path / "out")) == 8
 
 
-def test_a_file_that_appears_later_is_noticed(tmp_path: Path) -> None:
+def test_a_file_that_appears_later_is_read(tmp_path: Path) -> None:
     record = {"question_id": 1, "image_id": "a", "question": "q", "answers": ["x"]}
     (tmp_path / "annotations").mkdir()
     (tmp_path / "images").mkdir()
@@ -131,7 +130,7 @@ def test_sets_are_prepared_side_by_side(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(prepare_all(jobs, workers=2)) == 2
 
 
-def test_how_far_a_reader_is(tmp_path: Path) -> None:
+def test_position_of_a_reader(tmp_path: Path) -> None:
     root = write_vqa(tmp_path, 4)
     size = sum(path.stat().st_size for path in (root / "annotations").iterdir())
     with note_files() as files:
@@ -144,7 +143,7 @@ def test_how_far_a_reader_is(tmp_path: Path) -> None:
 
 
 class Stopped(BaseException):
-    """As a signal that ends the program."""
+    """Raised like a signal that ends the program."""
 
 
 def interrupted(read: Any, after: int) -> Source:
@@ -157,13 +156,13 @@ def interrupted(read: Any, after: int) -> Source:
     return Source(part, "vqa", "own", "none")
 
 
-def test_an_interrupted_preparation_goes_on(
+def test_an_interrupted_preparation_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, out = write_vqa(tmp_path / "vqav2", 40), tmp_path / "out"
     (root / "images" / "COCO_train2014_000000000002.jpg").unlink()
     monkeypatch.setattr(prepare_module, "ROWS_PER_BATCH", 5)
-    monkeypatch.setattr(partial_module, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", -1.0)
     read = SOURCES["vqav2"].read
     whole = Source(read, "vqa", "own", "none")
     expected = prepare("own", root, "train", tmp_path / "other", source=whole, max_bad_rate=0.1)
@@ -176,9 +175,9 @@ def test_an_interrupted_preparation_goes_on(
     with (part / "data.arrow").open("ab") as file:
         file.write(b"half a batch")  # what a power cut leaves
     appended: list[str] = []
-    real = partial_module.to_batch
+    real = prepare_module.to_batch
     monkeypatch.setattr(
-        partial_module, "to_batch", lambda e: (appended.extend(x.id for x in e), real(e))[1]
+        prepare_module, "to_batch", lambda e: (appended.extend(x.id for x in e), real(e))[1]
     )
     data = prepare("own", root, "train", out, source=whole, max_bad_rate=0.1)
     assert appended == [str(i) for i in range(32, 40)]
@@ -192,7 +191,7 @@ def test_an_interrupted_preparation_goes_on(
 
 
 @pytest.mark.parametrize("change", ["annotations", "pictures", "settings"])
-def test_what_has_changed_since_is_read_again(
+def test_after_a_change_everything_is_read_again(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, out = write_vqa(tmp_path / "vqav2", 12), tmp_path / "out"
@@ -200,7 +199,7 @@ def test_what_has_changed_since_is_read_again(
     content = picture.read_bytes()
     picture.unlink()
     monkeypatch.setattr(prepare_module, "ROWS_PER_BATCH", 2)
-    monkeypatch.setattr(partial_module, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", -1.0)
     read = SOURCES["vqav2"].read
     with pytest.raises(Stopped):
         prepare("own", root, "train", out, source=interrupted(read, 8), max_bad_rate=0.5)
@@ -216,7 +215,7 @@ def test_what_has_changed_since_is_read_again(
     assert (len(data), data.manifest["bad"]) == count
 
 
-def test_pictures_are_not_read_again_after_an_interruption(
+def test_images_are_not_read_again_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, out = write_vqa(tmp_path / "vqav2", 8), tmp_path / "out"
@@ -242,17 +241,19 @@ def test_pictures_are_not_read_again_after_an_interruption(
     assert images["bytes"] == sum(path.stat().st_size for path in (root / "images").iterdir())
 
 
-def test_hashes_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashes_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, out = write_vqa(tmp_path / "vqav2", 6), tmp_path / "out"
     data = prepare("vqav2", root, "train", out)
     facts = read_facts(data.path / "pictures.arrow")
     for name, fact in facts.items():
         assert fact.sha256 == hashlib.sha256((root / "images" / name).read_bytes()).digest()
     assert data.manifest["images"] == summary(facts)
-    monkeypatch.setattr(facts_module, "image_fault", None)  # read by prepare: not read again
+    monkeypatch.setattr(
+        facts_module, "image_fault", None
+    )  # prepare has read them: they are not read again
     check_dataset(data)
     paths = [str(root / "images" / name) for name in facts]
-    digests = hash_images(paths, data.facts())  # nor by a store of features
+    digests = hash_images(paths, data.facts())  # nor by a feature store
     assert digests == {path: facts[Path(path).name].sha256.hex() for path in paths}
     monkeypatch.undo()
     write_picture(root / "images" / "COCO_train2014_000000000001.jpg", seed=99)
@@ -263,7 +264,7 @@ def test_hashes_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_two_processes_prepare_one_set(tmp_path: Path) -> None:
-    """The second waits for the first, and finds the work done."""
+    """The second waits for the first and returns its result."""
     root, out = write_vqa(tmp_path / "vqav2", 6), tmp_path / "out"
     folder = out / "vqav2" / ".train.part"
     made: list[PreparedDataset] = []

@@ -1,56 +1,112 @@
-"""Read a source once, verify it, and keep it memory-mapped.
+"""Reads the annotations of a data set once, verifies them and stores them memory-mapped.
 
-``out/<source>/<split>/`` holds ``data.arrow``, ``manifest.json``, ``bad_samples.jsonl`` and
-``pictures.arrow`` (size, date, sha256 and fault of every picture). Pictures stay where they are.
-Preparing again does nothing while the annotation files are the same; an interrupted preparation
-goes on where it stopped.
+``out/<name>/<split>/`` then holds::
+
+    data.arrow           the examples (dataset.py)
+    manifest.json        source, counts, settings, and a stamp of every annotation file
+    bad_samples.jsonl    samples that were left out, by file, record and reason
+    pictures.arrow       size, date, sha256 and fault of every image (images.py)
+
+Images stay where they are. Preparing again does nothing as long as the annotation files are the
+same.
+
+During a preparation ``.<split>.part/`` beside it holds ``data.arrow`` as far as it is written, and
+``state.json``, which says how many of its bytes are valid and from which files they were read. An
+interrupted preparation resumes there, or begins again if one of these files has changed. In the end
+the folder is renamed to ``<split>/``.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from instructblip.core.batch import Example
-from instructblip.core.files import put_directory, recover, write_json, write_text
+from instructblip.core.files import flush, put_directory, recover, write_json, write_text
 from instructblip.core.progress import progress_bar
 from instructblip.data.prepared.dataset import (
     DATA_FILE,
     FORMAT_VERSION,
     MANIFEST_FILE,
+    SCHEMA,
     PreparedDataset,
     image_names,
+    to_batch,
 )
-from instructblip.data.prepared.images import (
-    FACTS_FILE,
-    read_facts,
-    summary,
-    update_facts,
-)
-from instructblip.data.prepared.partial import (
-    LOCK_FILE,
-    STATE_FILE,
-    Partial,
-    claim,
-)
-from instructblip.data.prepared.stamps import (
-    same_files,
-    sha256_of,
-    stamps_of,
-)
-from instructblip.data.reading.opened import note_files
-from instructblip.data.reading.records import image_name
+from instructblip.data.prepared.images import FACTS_FILE, read_facts, summary, update_facts
+from instructblip.data.reading.opened import FilesRead, note_files
+from instructblip.data.reading.records import image_name, walk_files
 from instructblip.data.sources import Source, source_of
 
 BAD_FILE = "bad_samples.jsonl"
+STATE_FILE = "state.json"
+LOCK_FILE = "lock"
 ROWS_PER_BATCH = 2048
+SAVE_SECONDS = 10.0
 PARALLEL_BYTES = 1 << 27
+"""Bytes of annotations from which several processes prepare faster than one."""
+ANNOTATION_FILES = (".json", ".jsonl", ".csv", ".txt", ".arrow")
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One split to prepare: ``source`` is read from ``root`` into ``out/<name>/<split>/``.
+
+    An example whose image is missing, or a training example without answer, is a bad sample. More
+    than ``max_bad_rate`` of them raise ValueError naming the first few; fewer are left out, counted
+    in the manifest and listed in ``bad_samples.jsonl``.
+    """
+
+    name: str
+    root: Path
+    split: str
+    out: Path
+    source: Source
+    max_bad_rate: float = 0.0
+
+    @property
+    def target(self) -> Path:
+        return self.out / self.name / self.split
+
+    def run(self, progress: bool = True) -> PreparedDataset:
+        """Prepares the split, unless it was prepared from the same files."""
+        if self.split not in ("train", "val", "test"):
+            raise ValueError(f"split '{self.split}'; expected train, val or test")
+        if not self.root.is_dir():
+            raise FileNotFoundError(
+                f"{self.root.resolve()} does not exist; '{self.name}' needs "
+                f"{self.source.files.format(split=self.split)} there, and {self.source.images}/"
+            )
+        if _is_current(self):
+            return PreparedDataset(self.target)
+        part = self.target.with_name(f".{self.split}.part")
+        with claim(part):
+            recover(self.target.parent)
+            try:
+                # Another process may have prepared it while this one waited.
+                if not _is_current(self):
+                    _write(self, part, progress)
+                    for name in (STATE_FILE, LOCK_FILE):
+                        (part / name).unlink()
+                    put_directory(part, self.target)
+            except (ValueError, FileNotFoundError):
+                # Something is wrong with the user's files, which will change before the next try.
+                shutil.rmtree(part)
+                raise
+            shutil.rmtree(part, ignore_errors=True)
+        return PreparedDataset(self.target)
 
 
 def prepare(
@@ -61,256 +117,346 @@ def prepare(
     *,
     source: Source | None = None,
     max_bad_rate: float = 0.0,
-    progress: bool = True,
 ) -> PreparedDataset:
-    """Reads ``SOURCES[name]`` (or ``source``) from ``root`` into ``out/<name>/<split>/``.
-
-    A picture that is missing, or a training example without answer, is a bad sample. More than
-    ``max_bad_rate`` of them raise ValueError naming the first few; fewer are left out, counted in
-    the manifest and listed in ``bad_samples.jsonl``. Broken annotation files always raise.
-    """
-    if split not in ("train", "val", "test"):
-        raise ValueError(f"split '{split}'; expected train, val or test")
-    source = source or source_of(name)
-    root, target = Path(root).resolve(), Path(out) / name / split
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"{root} does not exist; '{name}' needs {source.files.format(split=split)} there, "
-            f"and {source.images}/"
-        )
-    if _unchanged(target, root, source, max_bad_rate):
-        return PreparedDataset(target)
-    folder = target.with_name(f".{split}.part")
-    with claim(folder):
-        recover(target.parent)
-        try:
-            # Another process may have prepared it while this one waited.
-            if not _unchanged(target, root, source, max_bad_rate):
-                _write(folder, target, name, source, root, max_bad_rate, progress)
-                _replace(folder, target)
-        except (ValueError, FileNotFoundError):
-            # The user's files are to blame: they will be others when it is tried again.
-            shutil.rmtree(folder)
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
-    return PreparedDataset(target)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """The arguments of one ``prepare``."""
-
-    name: str
-    root: Path
-    split: str
-    out: Path
-    source: Source
-    max_bad_rate: float = 0.0
-
-    def run(self, progress: bool = True) -> PreparedDataset:
-        return prepare(
-            self.name,
-            self.root,
-            self.split,
-            self.out,
-            source=self.source,
-            max_bad_rate=self.max_bad_rate,
-            progress=progress,
-        )
+    """Prepares a split of ``source``, by default ``SOURCES[name]``: see ``Job``."""
+    return Job(name, Path(root), split, Path(out), source or source_of(name), max_bad_rate).run()
 
 
 def prepare_all(jobs: list[Job], workers: int | None = None) -> list[PreparedDataset]:
-    """Prepares several sets at a time, one in each process. Those that are done stay done.
+    """Prepares several splits, each in its own process. After an error those done stay prepared.
 
-    A process takes seconds to start, so small sets are prepared one after the other.
+    A process takes seconds to start, so small sets are prepared here, one after the other.
     """
-    todo = list(dict.fromkeys(job.out / job.name / job.split for job in jobs))
-    workers = min(workers or os.cpu_count() or 1, len(todo))
+    unique = {job.target: job for job in jobs}
+    workers = min(workers or os.cpu_count() or 1, len(unique))
     if workers == 1 or sum(_annotation_bytes(job) for job in jobs) < PARALLEL_BYTES:
         return [job.run() for job in jobs]
-    unique = {job.out / job.name / job.split: job for job in jobs}
+    done: dict[Path, PreparedDataset] = {}
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
         progress_bar("preparing", "data sets") as advance,
     ):
-        running = {pool.submit(job.run, False): key for key, job in unique.items()}
-        done = {}
+        running = {pool.submit(job.run, False): target for target, job in unique.items()}
         for future in as_completed(running):
             done[running[future]] = future.result()
             advance(len(done), len(running))
-    return [done[job.out / job.name / job.split] for job in jobs]
+    return [done[job.target] for job in jobs]
 
 
 def _annotation_bytes(job: Job) -> int:
-    """An estimate; 0 for what is prepared already, so that nothing is started for it."""
-    target = job.out / job.name / job.split
-    if (target / "manifest.json").is_file():
+    """An estimate of the bytes to read; 0 for what is prepared."""
+    if (job.target / MANIFEST_FILE).is_file():
         return 0
     files = [*job.root.glob("annotations/*"), *job.root.glob("*.*")]
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
-def _write(
-    folder: Path,
-    target: Path,
-    name: str,
-    source: Source,
-    root: Path,
-    max_bad_rate: float,
-    progress: bool,
-) -> None:
-    """Writes the prepared files of ``target`` into ``folder``; the manifest comes last."""
-    split, image_root = target.name, root / source.images
-    rows = _read(folder, name, source, root, split, progress)
-    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rows.bad)
-    count = sum(rows.tasks.values())
-    if len(rows.bad) > max_bad_rate * rows.seen:
-        kept = target.with_name(f"{split}.{BAD_FILE}")
-        write_text(kept, lines)
+def _is_current(job: Job) -> bool:
+    """Whether the split was prepared from the annotation files that are there now."""
+    try:
+        manifest = json.loads((job.target / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    root = job.root.resolve()
+    return (
+        manifest.get("format_version") == FORMAT_VERSION
+        and manifest["root"] == str(root)
+        and manifest["settings"] == job.source.settings
+        and manifest["max_bad_rate"] == job.max_bad_rate
+        and (job.target / DATA_FILE).is_file()
+        and _same_files(manifest, root, job.out.resolve(), by_content=True)
+    )
+
+
+def _write(job: Job, part: Path, progress: bool) -> None:
+    """Writes all prepared files into ``part``, the manifest last."""
+    root, out = job.root.resolve(), job.out.resolve()
+    image_root, title = root / job.source.images, f"{job.name} {job.split}"
+    rows = _read(job, part, progress)
+    bad_lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rows.bad)
+    if len(rows.bad) > job.max_bad_rate * rows.seen:
+        listed = job.target.with_name(f"{job.split}.{BAD_FILE}")
+        write_text(listed, bad_lines)
         shown = "".join(f"\n  {b['file']}:{b['record']}: {b['reason']}" for b in rows.bad[:5])
         raise ValueError(
-            f"{name} {split}: {len(rows.bad)} of {rows.seen} samples are bad, more than the rate "
-            f"of {max_bad_rate:g} allowed:{shown}\nAll are in {kept}. Repair them, or raise "
-            "`max_bad_rate` to leave them out"
+            f"{title}: {len(rows.bad)} of {rows.seen} samples are bad, more than the rate of "
+            f"{job.max_bad_rate:g} allowed:{shown}\nAll are listed in {listed}. Repair them, or "
+            "raise `max_bad_rate` to leave them out"
         )
+    count = sum(rows.tasks.values())
     if not count:
-        raise ValueError(f"{name} {split}: no example in {root}; expected {source.files}")
-    (folder / BAD_FILE).write_text(lines, encoding="utf-8")
+        raise ValueError(f"{title}: no example in {root}; expected {job.source.files}")
+    (part / BAD_FILE).write_text(bad_lines, encoding="utf-8")
     facts = update_facts(
-        folder / FACTS_FILE,
-        image_names(folder / DATA_FILE),
+        part / FACTS_FILE,
+        image_names(part / DATA_FILE),
         image_root,
-        f"{name} {split}",
-        known=read_facts(target / FACTS_FILE),
+        title,
+        known=read_facts(job.target / FACTS_FILE),
         progress=progress,
     )
     manifest = {
         "format_version": FORMAT_VERSION,
-        "source": name,
-        "split": split,
+        "source": job.name,
+        "split": job.split,
         "count": count,
         "tasks": dict(rows.tasks),
         "bad": len(rows.bad),
         "bad_reasons": dict(Counter(line["kind"] for line in rows.bad)),
-        "max_bad_rate": max_bad_rate,
+        "max_bad_rate": job.max_bad_rate,
         "root": str(root),
-        "settings": source.settings,
+        "settings": job.source.settings,
         "image_root": str(image_root),
         "images": summary(facts),
-        "bytes": (folder / DATA_FILE).stat().st_size,
-        "licence": source.licence,
+        "bytes": (part / DATA_FILE).stat().st_size,
+        "licence": job.source.licence,
         "annotations": [
-            stamp | {"sha256": sha256_of(root / stamp["file"], _out_of(target))}
+            stamp | {"sha256": _sha256_of(root / stamp["file"], out)}
             for stamp in rows.files["annotations"]
         ],
         "absent": rows.files["absent"],
     }
-    write_json(folder / MANIFEST_FILE, manifest)
+    write_json(part / MANIFEST_FILE, manifest)
 
 
-def _read(
-    folder: Path, name: str, source: Source, root: Path, split: str, progress: bool
-) -> Partial:
-    """Reads all rows into ``folder``, or those that an interrupted preparation had not reached."""
-    image_root, out = root / source.images, _out_of(folder)
-    key = {"version": FORMAT_VERSION, "root": str(root), "settings": source.settings}
-    rows = Partial(folder, key)
-    check = _Check(image_root, split, rows)
-    repaired = any(not name or check.there(name) for name in rows.missing)
-    if repaired or not same_files(rows.files, root, out, by_content=False):
+def _read(job: Job, part: Path, progress: bool) -> "_Rows":
+    """Reads all examples into ``part``, or those that an interrupted preparation has not read."""
+    root, out = job.root.resolve(), job.out.resolve()
+    key = {"version": FORMAT_VERSION, "root": str(root), "settings": job.source.settings}
+    rows = _Rows(part, key)
+    images = _ImageNames(root / job.source.images)
+    repaired = any(not name or name in images for name in rows.missing)
+    if repaired or not _same_files(rows.files, root, out, by_content=False):
         rows.restart()
     with (
         note_files() as files,
-        progress_bar(f"{name} {split}", "bytes", shown=progress) as advance,
+        progress_bar(f"{job.name} {job.split}", "bytes", shown=progress) as advance,
     ):
-        unread = () if rows.ended else islice(source.read(root, split), rows.seen, None)
-        good = check.good(unread)
+        unread = () if rows.ended else islice(job.source.read(root, job.split), rows.seen, None)
+        good = _good(unread, job.split, images, rows)
         while examples := list(islice(good, ROWS_PER_BATCH)):
             rows.append(examples)
             advance(*files.position())
             if rows.due():
-                rows.save(stamps_of(files, root, out))
+                rows.save(_stamps_of(files, root, out))
         if not rows.ended:
-            rows.save(stamps_of(files, root, out), ended=True)
+            rows.save(_stamps_of(files, root, out), ended=True)
     rows.close()
     return rows
 
 
-class _Check:
-    """Passes good examples on and notes the bad ones in ``rows``."""
-
-    def __init__(self, image_root: Path, split: str, rows: Partial) -> None:
-        self.image_root, self.split, self.rows = image_root, split, rows
-        self.listed: dict[str, frozenset[str]] = {}
-        self.unreadable: dict[str, str] = {}
-
-    def good(self, examples: Iterable[Example]) -> Iterator[Example]:
-        for example in examples:
-            found = self.fault(example)
-            if found is None:
-                yield example
-                continue
-            file, _, record = example.where.partition(":")
-            kind, reason = found
-            self.rows.bad.append({"file": file, "record": record, "kind": kind, "reason": reason})
-
-    def fault(self, example: Example) -> tuple[str, str] | None:
+def _good(
+    examples: Iterable[Example], split: str, images: "_ImageNames", rows: "_Rows"
+) -> Iterator[Example]:
+    """The good examples; the others are listed in ``rows.bad``."""
+    for example in examples:
+        names = (n for n in example.images if image_name(n, example.where) not in images)
+        absent = next(names, None)
         if not example.images:
-            self.rows.missing.append("")  # the names under which they may appear are unknown
-            return "no image", "no image, or no frames in the folder of this video"
-        for name in example.images:
-            if not self.there(image_name(name, example.where)):
-                self.rows.missing.append(name)
-                if (folder := name.rpartition("/")[0]) in self.unreadable:
-                    return "unreadable folder", self.unreadable[folder]
-                return "missing image", f"image {self.image_root / name} does not exist"
-        if self.split == "train" and not example.taught:
-            return "no answer", "a training example needs an answer"
-        return None
+            rows.missing.append("")  # the names under which they may appear are unknown
+            kind, reason = "no image", "no image, or no frames in the folder of this video"
+        elif absent is not None:
+            rows.missing.append(absent)
+            kind, reason = images.fault(absent)
+        elif split == "train" and not example.taught:
+            kind, reason = "no answer", "a training example needs an answer"
+        else:
+            yield example
+            continue
+        file, _, record = example.where.partition(":")
+        rows.bad.append({"file": file, "record": record, "kind": kind, "reason": reason})
 
-    def there(self, name: str) -> bool:
-        """Whether the picture of this name exists; its contents are not looked at."""
+
+class _ImageNames:
+    """The names of image files below a folder: ``"a/b.jpg" in names``.
+
+    Each folder is listed once, since a stat for every image is slow on a network file system.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._folders: dict[str, frozenset[str]] = {}
+        self._unreadable: dict[str, str] = {}
+
+    def __contains__(self, name: str) -> bool:
         folder, _, base = name.rpartition("/")
-        return base in self.names(folder)
-
-    def names(self, folder: str) -> frozenset[str]:
-        """File names of a folder, read in one pass: a stat per picture is slow on a network."""
-        if folder not in self.listed:
-            path = self.image_root / folder
+        if folder not in self._folders:
             names: list[str] = []
             try:
-                names = [entry.name for entry in os.scandir(path)]
+                names = [entry.name for entry in os.scandir(self.root / folder)]
             except (FileNotFoundError, NotADirectoryError):
                 pass
             except OSError as error:
-                self.unreadable[folder] = f"folder {path} cannot be read: {error.strerror}"
-            self.listed[folder] = frozenset(names)
-        return self.listed[folder]
+                reason = f"folder {self.root / folder} cannot be read: {error.strerror}"
+                self._unreadable[folder] = reason
+            self._folders[folder] = frozenset(names)
+        return base in self._folders[folder]
+
+    def fault(self, name: str) -> tuple[str, str]:
+        """(kind, reason) for an image that is not there."""
+        if reason := self._unreadable.get(name.rpartition("/")[0]):
+            return "unreadable folder", reason
+        return "missing image", f"image {self.root / name} does not exist"
 
 
-def _unchanged(target: Path, root: Path, source: Source, max_bad_rate: float) -> bool:
-    """Whether ``target`` was prepared from the files that are at ``root`` now."""
-    try:
-        manifest = json.loads((target / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+class _Rows:
+    """The examples written so far to ``data.arrow`` in ``folder``, and what they were read from.
+
+    Begins with the rows that an earlier preparation with the same ``key`` has left there. ``bad``
+    are the lines of ``bad_samples.jsonl``, ``missing`` the names of missing images, and ``files``
+    the result of ``_stamps_of``.
+    """
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        self.folder, self.key = folder, key
+        try:
+            state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            state = {}
+        self._start(state if state.get("key") == key else {})
+
+    def _start(self, state: dict[str, Any]) -> None:
+        self.tasks: Counter[str] = Counter(state.get("tasks", {}))
+        self.bad: list[dict[str, str]] = state.get("bad", [])
+        self.missing: list[str] = state.get("missing", [])
+        self.files: dict[str, Any] = state.get("files", {})
+        self.ended: bool = state.get("ended", False)
+        self._data = (self.folder / DATA_FILE).open("a+b")
+        self._data.truncate(state.get("bytes", 0))  # a kill may have left half a batch after it
+        if not state:
+            self._data.write(SCHEMA.serialize())
+        self._saved = time.monotonic()
+
+    def restart(self) -> None:
+        """Discards all rows."""
+        self.close()
+        self._start({})
+
+    @property
+    def seen(self) -> int:
+        """Number of examples read, good and bad."""
+        return sum(self.tasks.values()) + len(self.bad)
+
+    def append(self, examples: list[Example]) -> None:
+        self._data.write(to_batch(examples).serialize())
+        self.tasks.update(example.task for example in examples)
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() - self._saved > SAVE_SECONDS
+
+    def save(self, files: dict[str, Any], ended: bool = False) -> None:
+        """Makes all rows so far available to the next preparation."""
+        self.files, self.ended = files, ended
+        if ended:
+            self._data.write(END_OF_STREAM)
+        flush(self._data)
+        state = {
+            "key": self.key,
+            "tasks": dict(self.tasks),
+            "bad": self.bad,
+            "missing": self.missing,
+            "files": files,
+            "ended": ended,
+            "bytes": self._data.seek(0, os.SEEK_END),
+        }
+        write_json(self.folder / STATE_FILE, state)
+        self._saved = time.monotonic()
+
+    def close(self) -> None:
+        self._data.close()
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Creates ``folder`` and locks other processes out of it; waits while another has the lock.
+
+    The folder may be renamed or removed inside the block. ValueError where files cannot be locked.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / LOCK_FILE
+        with path.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                raise ValueError(
+                    f"{folder}: files cannot be locked there ({error.strerror}); set data.prepared "
+                    "to a folder of another file system"
+                ) from None
+            # The process that had the lock may have finished and removed the folder. Then this lock
+            # is of a file that is gone, and a new folder has to be locked.
+            try:
+                still_there = os.path.samestat(path.stat(), os.fstat(lock.fileno()))
+            except FileNotFoundError:
+                still_there = False
+            if still_there:
+                yield
+                return
+
+
+# Stamps of annotation files: their size, date and hash. A folder of small files has one stamp with
+# a hash over their names, sizes and dates. ``without`` is the folder of all prepared data, which
+# may lie inside such a folder and is no part of it.
+
+
+def _stamps_of(files: FilesRead, root: Path, without: Path) -> dict[str, Any]:
+    """Stamps of the files that a reader read, and names of those it would have read."""
+    return {
+        "annotations": [_stamp(path, root, without) for path in files.present],
+        "absent": [str(path.relative_to(root)) for path in files.absent],
+    }
+
+
+def _same_files(stamps: dict[str, Any], root: Path, without: Path, by_content: bool) -> bool:
+    """Whether the files of ``_stamps_of`` are unchanged, and none of the absent ones has appeared.
+
+    ``by_content`` compares the hashes of files whose date has changed.
+    """
+    if any((root / name).exists() for name in stamps.get("absent", ())):
         return False
-    return (
-        manifest.get("format_version") == FORMAT_VERSION
-        and manifest["root"] == str(root)
-        and manifest["settings"] == source.settings
-        and manifest["max_bad_rate"] == max_bad_rate
-        and (target / DATA_FILE).is_file()
-        and same_files(manifest, root, _out_of(target), by_content=True)
-    )
+    for known in stamps.get("annotations", ()):
+        path = root / known["file"]
+        if not path.exists():
+            return False
+        now = _stamp(path, root, without)
+        if now["bytes"] != known["bytes"]:
+            return False
+        touched = any(known.get(key) != value for key, value in now.items())
+        if touched and not (by_content and _sha256_of(path, without) == known["sha256"]):
+            return False
+    return True
 
 
-def _out_of(target: Path) -> Path:
-    """The folder of all prepared data, in which ``target`` is ``<name>/<split>``."""
-    return target.parents[1].resolve()
+def _stamp(path: Path, root: Path, without: Path) -> dict[str, Any]:
+    file = str(path.relative_to(root))
+    if not path.is_dir():
+        status = path.stat()
+        return {"file": file, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+    stats = [(str(f.relative_to(path)), f.stat()) for f in _files_of(path, without)]
+    listed = [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
+    return {
+        "file": file,
+        "bytes": sum(size for _, size, _ in listed),
+        "listing": hashlib.sha256(repr(listed).encode()).hexdigest(),
+    }
 
 
-def _replace(folder: Path, target: Path) -> None:
-    """Puts the finished folder in place; what was there stays until the new one is whole."""
-    for name in (STATE_FILE, LOCK_FILE):
-        (folder / name).unlink()
-    put_directory(folder, target)
+def _sha256_of(path: Path, without: Path) -> str:
+    """Of a file, or of the names and contents of a folder's annotation files."""
+    digest = hashlib.sha256()
+    for file in _files_of(path, without) if path.is_dir() else [path]:
+        if file != path:
+            digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _files_of(folder: Path, without: Path) -> list[Path]:
+    """The annotation files of a folder."""
+    files = [file for file in walk_files(folder) if file.suffix.lower() in ANNOTATION_FILES]
+    if folder not in without.parents:
+        return files
+    return [file for file in files if without not in file.parents]
