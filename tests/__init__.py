@@ -4,6 +4,7 @@ from jaxtyping import install_import_hook
 
 CHECKED: list[str] = [
     "instructblip.data",
+    "instructblip.inference",
     "instructblip.model.language",
     "instructblip.text_to_image",
 ]

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 
 from instructblip.cli import main as cli
-from instructblip.cli.stages_use import load_engine
 from instructblip.inference.batch import (
     answer_requests,
-    open_pictures,
     read_requests,
 )
 from instructblip.inference.chat import (
@@ -20,6 +18,7 @@ from instructblip.inference.chat import (
     run_chat,
 )
 from instructblip.inference.engine import Engine
+from instructblip.inference.inputs import open_images
 from instructblip.inference.streaming import TextStream
 from instructblip.model.decoding import Decoding
 from tests.inference.test_engine import QUESTION, write_model
@@ -84,7 +83,7 @@ def test_no_half_characters_and_nothing_after_the_end() -> None:
 
 
 def test_the_paper_decodes_where_the_model_does_not_say(folder: Path) -> None:
-    engine = load_engine(str(folder), device="cpu")
+    engine = Engine.from_pretrained(folder, device="cpu")
     assert engine.decoding == Decoding(num_beams=2, max_new_tokens=4, repetition_penalty=1.5)
 
 
@@ -94,7 +93,7 @@ def test_command_answers_one_picture(
     options = ["--model", str(folder), "--instruction", QUESTION]
     code, out, _ = call(capsys, "answer", "--image", str(pictures[0]), *options)
     assert code == 0
-    expected = load_engine(str(folder), device="cpu").answer(pictures[0], QUESTION)
+    expected = Engine.from_pretrained(folder, device="cpu").answer(pictures[0], QUESTION)
     assert out == expected + "\n"
     _, longer, _ = call(
         capsys, "answer", "--image", str(pictures[0]), *options, "--max-new-tokens", "9"
@@ -107,7 +106,7 @@ def test_command_answers_one_picture(
 def test_command_answers_a_folder_and_a_jsonl_like_one_by_one(
     folder: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine = load_engine(str(folder), device="cpu")
+    engine = Engine.from_pretrained(folder, device="cpu")
     alone = [engine.answer(p, QUESTION) for p in pictures]
     out = tmp_path / "deep" / "answers.jsonl"
     options = ["--model", str(folder), "--out", str(out), "--instruction", QUESTION]
@@ -152,7 +151,7 @@ def test_bad_requests_are_named(tmp_path: Path, line: str, message: str) -> None
     with pytest.raises(ValueError, match=message):
         read_requests(file)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         read_requests(tmp_path / "empty", "what?")
     with pytest.raises(FileNotFoundError, match="expected a folder"):
         read_requests(tmp_path / "absent", "what?")
@@ -264,7 +263,7 @@ def test_chat_remembers_turns_and_pictures(engine: Engine, pictures: list[Path])
     (first,) = engine.answer(frames, "what?", **decoding)
     asked = f"Dialog history: Question: what? Answer: {first}. and red?"
     (second,) = engine.answer(frames, asked, **decoding)
-    told = ["no picture yet", first, "no command /nonsense", second, first]
+    told = ["no image yet", first, "no command /nonsense", second, first]
     told += ["/image needs a path", "nowhere.png does not exist", "Commands:"]
     place = 0
     for expected in told:
@@ -276,7 +275,7 @@ def test_a_video_is_four_of_its_frames(engine: Engine, tmp_path: Path) -> None:
     pytest.importorskip("av")
     clip = tmp_path / "a clip.mp4"
     write_video(clip, [(250, 20, 20)] * 20 + [(20, 20, 250)] * 20)
-    frames = open_pictures([clip])
+    frames = open_images([clip])
     reds = [image.getpixel((30, 20))[0] for image in frames]  # type: ignore[union-attr]
     assert [red > 128 for red in reds] == [True, True, False, False]
     decoding: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 6}

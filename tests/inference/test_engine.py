@@ -161,7 +161,7 @@ def test_a_blip2_reads_no_instruction_in_its_qformer(tmp_path: Path, pictures: l
 
 def test_an_aware_model_needs_its_qformer_tokenizer(engine: Engine) -> None:
     with pytest.raises(ValueError, match="qformer_tokenizer"):
-        Engine(engine.model, replace(engine.tokens, qformer=None), engine.images.transform)
+        Engine(engine.model, replace(engine.tokens, qformer=None), engine.images)
 
 
 def test_fingerprint_follows_the_weights(folder: Path, engine: Engine, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_fingerprint_follows_the_weights(folder: Path, engine: Engine, tmp_path:
 def test_bad_pictures_and_counts_are_named(
     engine: Engine, pictures: list[Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="4 pictures and 2 instructions"):
+    with pytest.raises(ValueError, match="4 images and 2 instructions"):
         engine.answer(pictures, [QUESTION] * 2)
     with pytest.raises(FileNotFoundError, match=r"missing\.png"):
         engine.answer(tmp_path / "missing.png", QUESTION)

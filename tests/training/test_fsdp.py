@@ -17,7 +17,7 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
 from instructblip.training.log import read_metrics, without_timings
-from instructblip.training.train import resolve_device, train
+from instructblip.training.train import train
 from tests.parity.tiny import tiny_batch, tiny_transformers
 from tests.training.toy import toy_config
 
@@ -76,7 +76,7 @@ def run(start: Path, folder: Path, steps: int, resume: bool = False) -> None:
         elif isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
     shape_language(model, recipe)
-    shard_language(model, resolve_device(recipe.training.device))
+    shard_language(model, distributed.resolve_device(recipe.training.device))
     frozen = {n: p for n, p in model.language_model.named_parameters() if not p.requires_grad}
     parts = [name for name, p in frozen.items() if distributed.is_sharded(p)]
     assert bool(parts) == (distributed.world_size() > 1)

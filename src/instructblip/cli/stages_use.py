@@ -19,9 +19,9 @@ ModelForm = Literal["transformers", "lavis"]
 
 def answer(model: str, images: Sequence[Path], instruction: str, decoding: Decoding) -> str:
     """Print the answer as it comes; several pictures, or a video file, are looked at together."""
-    from instructblip.inference.batch import open_pictures
+    from instructblip.inference.inputs import open_images
 
-    pictures = open_pictures(images)  # a wrong path is told before the model is read
+    pictures = open_images(images)  # a wrong path is told before the model is read
     engine = load_engine(model)
     said = ""
     for piece in engine.stream(pictures, instruction, **decoding):
@@ -61,10 +61,10 @@ def answer_many(
 
 def chat(model: str, images: Sequence[Path], decoding: Decoding) -> None:
     """Ask about pictures in the terminal, turn by turn."""
-    from instructblip.inference.batch import open_pictures
     from instructblip.inference.chat import Conversation, run_chat
+    from instructblip.inference.inputs import open_images
 
-    conversation = Conversation(open_pictures(images))
+    conversation = Conversation(open_images(images))
     engine = load_engine(model)
     show = functools.partial(print, end="", flush=True)
     run_chat(engine, conversation, lambda: input("> "), show, **decoding)

@@ -35,6 +35,25 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of that name; ``auto`` is this rank's GPU if there is one, else the CPU.
+
+    Raises ValueError for a device that torch does not find here.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank())
+        return torch.device("cpu")
+    device = torch.device(device)
+    count = torch.get_device_module(device).device_count()
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"device {device}: torch finds {count} devices of type {device.type} here; "
+            "take another, or auto"
+        )
+    return device
+
+
 def is_main() -> bool:
     """Whether this process writes files and prints."""
     return rank() == 0

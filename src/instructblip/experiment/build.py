@@ -52,7 +52,7 @@ from instructblip.recipe.load import differences, load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
 from instructblip.training.config import TrainingConfig
 from instructblip.training.run_directory import refuse_existing
-from instructblip.training.train import Batches, Evaluate, TrainResult, resolve_device
+from instructblip.training.train import Batches, Evaluate, TrainResult
 from instructblip.training.train import train as run_loop
 
 DATA_FILE = "data.json"
@@ -226,7 +226,7 @@ def load_model(recipe: Recipe, trainable: Sequence[str] | None = None) -> Instru
     frozen, compute = training_dtypes(recipe.training)
     model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=compute)
     if recipe.training.parallel == "fsdp2":
-        shard_language(model, resolve_device(recipe.training.device))
+        shard_language(model, distributed.resolve_device(recipe.training.device))
     return model
 
 
@@ -236,7 +236,7 @@ def training_dtypes(training: TrainingConfig) -> tuple[torch.dtype | None, torch
     On a CPU memory is plenty, and fp32 keeps frozen weights bit-identical when they are saved.
     """
     half = torch.bfloat16 if training.precision == "bf16" else None
-    return half if resolve_device(training.device).type == "cuda" else None, half
+    return half if distributed.resolve_device(training.device).type == "cuda" else None, half
 
 
 def shape_language(
@@ -387,8 +387,7 @@ def make_validation(recipe: Recipe, model: InstructBlip, held: Sequence[Held]) -
         settings.validation_limit,
         times=training.steps // (training.validate_every or training.steps),
     )
-    engine = Engine(model, tokens, transform)
-    engine.images = replace(images, features=features)
+    engine = Engine(model, tokens, replace(images, features=features))
 
     def validate(_model: nn.Module) -> dict[str, float]:
         scores = {}

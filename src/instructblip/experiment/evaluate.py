@@ -10,14 +10,12 @@ from instructblip.data.samples import Examples
 from instructblip.evaluation.evaluate import Answerer
 from instructblip.evaluation.evaluate import evaluate as answer_benchmark
 from instructblip.evaluation.result import Result
-from instructblip.experiment.build import with_limits
 from instructblip.experiment.datasets import benchmarks_of, prepare_benchmarks
 from instructblip.experiment.features import evaluation_features
 from instructblip.inference.baseline import TransformersModel, is_baseline
 from instructblip.inference.engine import Engine
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
-from instructblip.training.train import resolve_device
 
 
 def evaluate(
@@ -73,27 +71,28 @@ def load_answerer(
 ) -> Answerer:
     """A saved model that answers ``datasets``, from stored features where they save time."""
     if is_baseline(Path(model)):
-        device = resolve_device(recipe.training.device)
+        device = distributed.resolve_device(recipe.training.device)
         return TransformersModel(Path(model), device, recipe.data.num_frames)
     engine = load_engine(recipe, model, instruction_aware)
     # Twice: benchmarks are answered again, by the next model or without the images.
     features = evaluation_features(
         recipe, engine.model, engine.images, datasets, recipe.evaluation.limit, times=2
     )
-    engine.images = replace(engine.images, features=features)
-    return engine
+    return engine.with_images(replace(engine.images, features=features))
 
 
 def load_engine(recipe: Recipe, model: str, instruction_aware: bool | None = None) -> Engine:
     """A saved model on the device and with the lengths and frames of the recipe."""
-    engine = Engine.from_pretrained(
+    data = recipe.data
+    return Engine.from_pretrained(
         model,
-        device=resolve_device(recipe.training.device),
+        device=distributed.resolve_device(recipe.training.device),
         instruction_aware=instruction_aware,
+        num_frames=data.num_frames,
+        max_instruction=data.max_instruction,
+        max_prompt=data.max_prompt,
+        max_response=data.max_response,
     )
-    engine.tokens = with_limits(recipe, engine.tokens, engine.model.config)
-    engine.images = replace(engine.images, num_frames=recipe.data.num_frames)
-    return engine
 
 
 def recipe_of(model: str) -> str:

@@ -30,7 +30,6 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.model.trainable import part_of
 from instructblip.recipe.schema import Recipe
 from instructblip.training.checkpoint import saved_steps
-from instructblip.training.train import resolve_device
 
 FEATURES_FILE = "features.json"
 """In a run directory: whether the run reads stored features. A resumed run keeps to it."""
@@ -170,7 +169,7 @@ def _wanted(recipe: Recipe, model: InstructBlip, transform: ImageTransform) -> b
 
 
 def _encoder(recipe: Recipe, model: InstructBlip) -> Encode:
-    device = resolve_device(recipe.training.device)
+    device = distributed.resolve_device(recipe.training.device)
     model.vision_model.to(device)
 
     def encode(pixels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Any transformers image-text-to-text model in a local directory, as a baseline for evaluation.
 
-One sample at a time: what such a model says must not depend on how its processor pads. Nothing is
-fetched and no code of the directory is run.
+One sample at a time, so that an answer does not depend on how the processor pads. Nothing is
+downloaded and no code of the directory is run.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -22,7 +21,7 @@ from instructblip.model.config import READERS
 
 
 def is_baseline(directory: Path) -> bool:
-    """Whether ``directory`` holds a transformers model that is none of ours."""
+    """Whether ``directory`` holds a transformers model that is not a BLIP-2 or InstructBLIP."""
     config = directory / "config.json"
     return config.is_file() and read_json(config).get("model_type") not in READERS
 
@@ -31,9 +30,9 @@ class TransformersModel:
     """A model with its processor: an ``Answerer`` for `evaluate`.
 
     Args:
-        directory: as ``save_pretrained`` of model and processor wrote it.
+        directory: as ``save_pretrained`` of model and processor writes it.
         device: where to run.
-        num_frames: pictures that stand for a video.
+        num_frames: frames of a video that the model sees.
     """
 
     def __init__(self, directory: Path, device: torch.device, num_frames: int = 4) -> None:
@@ -55,17 +54,17 @@ class TransformersModel:
     def answer_examples(
         self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path, **decoding: Any
     ) -> list[str]:
-        """One answer per example, prompt and end token cut off."""
-        said = []
+        """One answer per example, without prompt and end token."""
+        answers = []
         for example, prompt in zip(examples, prompts, strict=True):
             inputs = self._inputs(example, prompt, image_root)
             row = self.model.generate(**inputs, do_sample=False, **decoding)[0]
-            asked = inputs["input_ids"][0]
+            prompt_ids = inputs["input_ids"][0]
             # Some models return the prompt before the answer, some do not.
-            if len(row) >= len(asked) and torch.equal(row[: len(asked)], asked):
-                row = row[len(asked) :]
-            said.append(self.processor.decode(row, skip_special_tokens=True).strip())
-        return said
+            if len(row) >= len(prompt_ids) and torch.equal(row[: len(prompt_ids)], prompt_ids):
+                row = row[len(prompt_ids) :]
+            answers.append(self.processor.decode(row, skip_special_tokens=True).strip())
+        return answers
 
     @torch.no_grad()
     def rank_examples(
@@ -77,15 +76,15 @@ class TransformersModel:
     ) -> list[list[float]]:
         """Summed log-likelihoods of the candidates and their end token, one forward each."""
         ranked = []
-        for example, prompt, own in zip(examples, prompts, candidates, strict=True):
+        for example, prompt, texts in zip(examples, prompts, candidates, strict=True):
             inputs = self._inputs(example, prompt, image_root)
-            ranked.append([self._likelihood(inputs, text) for text in own])
+            ranked.append([self._likelihood(inputs, text) for text in texts])
         return ranked
 
     def _likelihood(self, inputs: dict[str, Tensor], candidate: str) -> float:
         tokenizer = self.processor.tokenizer
         seq2seq = self.model.config.is_encoder_decoder
-        # Behind a prompt that is one row with it, the answer is a word of its own.
+        # After a prompt in the same row, the answer begins a new word.
         text = candidate if seq2seq else f" {candidate}"
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         response = torch.tensor([[*ids, tokenizer.eos_token_id]], device=self.device)
@@ -93,30 +92,27 @@ class TransformersModel:
             logits = self.model(**inputs, labels=response).logits[0]
         else:
             whole = dict(inputs)
-            for name, more in (("input_ids", response), ("attention_mask", response * 0 + 1)):
-                whole[name] = torch.cat([inputs[name], more], dim=1)
+            for name, ids in (("input_ids", response), ("attention_mask", response * 0 + 1)):
+                whole[name] = torch.cat([inputs[name], ids], dim=1)
             logits = self.model(**whole).logits[0, -response.shape[1] - 1 : -1]
-        found = logits.float().log_softmax(-1).gather(1, response[0][:, None])
-        return float(found.sum())
+        scores = logits.float().log_softmax(-1).gather(1, response[0][:, None])
+        return float(scores.sum())
 
     def _inputs(self, example: Example, prompt: str, image_root: Path) -> dict[str, Tensor]:
         names = example.images
         frames = [names[i] for i in evenly_spaced(len(names), self.num_frames)]
         images = [load_image(name, image_root) for name in frames]
         text = self._text(prompt, len(images))
-        inputs = self.processor(images=_one_or_many(images), text=text, return_tensors="pt")
+        one_or_many = images[0] if len(images) == 1 else images
+        inputs = self.processor(images=one_or_many, text=text, return_tensors="pt")
         inputs = {k: v for k, v in inputs.items() if k != "token_type_ids"}
         return {k: v.to(self.device) for k, v in inputs.items()}
 
-    def _text(self, prompt: str, pictures: int) -> str:
-        """The prompt in the model's chat form if it has one, else behind its image tokens."""
+    def _text(self, prompt: str, num_images: int) -> str:
+        """The prompt in the model's chat template if it has one, else after its image tokens."""
         if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}] * pictures + [{"type": "text", "text": prompt}]
+            content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
             turns = [{"role": "user", "content": content}]
             return self.processor.apply_chat_template(turns, add_generation_prompt=True)
         token = getattr(self.processor, "image_token", None)
-        return f"{token * pictures}\n{prompt}" if token else prompt
-
-
-def _one_or_many(images: list[Image.Image]) -> Image.Image | list[Image.Image]:
-    return images[0] if len(images) == 1 else images
+        return f"{token * num_images}\n{prompt}" if token else prompt

@@ -1,8 +1,8 @@
-"""A model that answers: pictures and instructions in, texts or log-likelihoods out.
+"""A model that answers: images and instructions in, texts or log-likelihoods out.
 
-``Engine.answer`` walks the steps of training and evaluation, with the same tokens, the same
-pixels and the same Q-Former; there is no second path. The instruction is taken as it is written
-and read twice, by the Q-Former and by the language model; no template is put around it.
+``Engine.answer`` takes the steps of training and evaluation, with the same tokens, pixels and
+Q-Former; there is no second path. The instruction is used as it is written and read twice, by the
+Q-Former and by the language model; no template is put around it.
 """
 
 import functools
@@ -13,24 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
-from instructblip.core.batch import (
-    Batch,
-    Example,
-    Sample,
-)
+from instructblip.core.batch import Batch, Example, Sample
+from instructblip.core.distributed import resolve_device
 from instructblip.data.images import ImageTransform, to_rgb
 from instructblip.data.samples import ImageReader, collate, make_sample
 from instructblip.data.templates import Rendered, warn_of_other_templates
 from instructblip.data.tokens import Tokens
 from instructblip.inference.fingerprint import fingerprint
-from instructblip.inference.inputs import (
-    Picture,
-    batches_of,
-    broadcast,
-    key_of,
-)
+from instructblip.inference.inputs import ImageInput, broadcast, group_samples, image_key
 from instructblip.inference.streaming import TextStream, stream_text
 from instructblip.model.attention import cross_attention
 from instructblip.model.checkpoints.directory import model_directory
@@ -45,24 +39,27 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """Model, tokenizers and picture transform, and the decoding settings stored with them.
+    """A model with its tokenizers, its image reader and its decoding settings.
 
     Not safe to call from several threads at once.
 
     Args:
-        model: on the device it shall run on.
-        tokens: without a Q-Former tokenizer for a BLIP-2; one that is there is then not used.
-        transform: with ``train=False``.
-        decoding: defaults of ``answer``.
+        model: on the device where it runs.
+        tokens: the tokenizers; that of the Q-Former is ignored for a BLIP-2.
+        images: reads the images; its transform does not augment.
+        decoding: settings of ``answer`` below those of a call.
         fingerprint: changes whenever the answers could; names the model in evaluation results.
         batch_size: samples answered at a time.
+
+    Raises:
+        ValueError: for an instruction-aware model without a Q-Former tokenizer.
     """
 
     def __init__(
         self,
         model: InstructBlip,
         tokens: Tokens,
-        transform: ImageTransform,
+        images: ImageReader,
         decoding: Decoding = PAPER,
         fingerprint: str = "in memory",
         batch_size: int = 32,
@@ -75,10 +72,9 @@ class Engine:
             )
         self.model = model
         longest = min(tokens.max_instruction, model.config.qformer.max_position_embeddings)
-        self.tokens = replace(
-            tokens, qformer=tokens.qformer if aware else None, max_instruction=longest
-        )
-        self.images = ImageReader(transform)
+        qformer = tokens.qformer if aware else None
+        self.tokens = replace(tokens, qformer=qformer, max_instruction=longest)
+        self.images = images
         self.decoding = decoding
         self.fingerprint = fingerprint
         self.batch_size = batch_size
@@ -92,32 +88,45 @@ class Engine:
         instruction_aware: bool | None = None,
         batch_size: int = 32,
         decoding: Mapping[str, Any] | None = None,
+        num_frames: int = 4,
+        **limits: int,
     ) -> "Engine":
         """Load a model directory, a run directory or "starter", with its tokenizers and settings.
 
         Args:
             device: "auto" takes a GPU if there is one.
-            dtype: type of image encoder and language model; None keeps fp32 on a CPU and takes
-                bf16 on a GPU. The Q-Former is always fp32.
-            instruction_aware: None keeps what the directory is: a BLIP-2's Q-Former reads no
-                instruction, an InstructBLIP's does.
-            decoding: settings above the stored ones, which are above the paper's.
+            dtype: type of image encoder and language model; None is fp32 on a CPU and bf16 on a
+                GPU. The Q-Former is always fp32.
+            instruction_aware: whether the Q-Former reads the instruction; None as the model was
+                saved: a BLIP-2's does not, an InstructBLIP's does.
+            decoding: settings above those that the directory stores, which are above the paper's.
+            num_frames: frames of a video that evaluation reads.
+            limits: ``max_instruction``, ``max_prompt`` and ``max_response`` of ``Tokens``.
         """
         directory = model_directory(path)
         warn_of_other_templates(directory)
         model = InstructBlip.from_pretrained(directory, instruction_aware=instruction_aware)
-        stored = _stored_decoding(directory, model)
-        place = _device(device)
+        try:
+            stored = PAPER.override(**stored_overrides(model.generation_settings))
+        except ValueError as error:
+            raise ValueError(f"{directory / 'generation_config.json'}: {error}") from None
+        place = resolve_device(device)
         dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
         model.requires_grad_(False)
         model.to_training_dtypes(frozen_dtype=dtype).to(place).eval()
         return cls(
             model,
-            Tokens.from_pretrained(directory),
-            ImageTransform.from_pretrained(directory),
-            decoding=stored.override(**(decoding or {})),
-            fingerprint=fingerprint(directory, model.config.instruction_aware),
-            batch_size=batch_size,
+            Tokens.from_pretrained(directory, **limits),
+            ImageReader(ImageTransform.from_pretrained(directory), num_frames),
+            stored.override(**(decoding or {})),
+            fingerprint(directory, model.config.instruction_aware),
+            batch_size,
+        )
+
+    def with_images(self, images: ImageReader) -> "Engine":
+        """The same model with another image reader, such as one of stored features."""
+        return Engine(
+            self.model, self.tokens, images, self.decoding, self.fingerprint, self.batch_size
         )
 
     @property
@@ -126,50 +135,54 @@ class Engine:
         return self.model.query_tokens.device
 
     @overload
-    def answer(self, images: Picture, instructions: str, **decoding: Any) -> str: ...
+    def answer(self, images: ImageInput, instructions: str, **decoding: Any) -> str: ...
 
     @overload
     def answer(
         self,
-        images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]],
+        images: ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]],
         instructions: str | Sequence[str],
         **decoding: Any,
     ) -> str | list[str]: ...
 
     def answer(
         self,
-        images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]],
+        images: ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]],
         instructions: str | Sequence[str],
         **decoding: Any,
     ) -> str | list[str]:
-        """What the model says. One picture and one instruction give a text, lists give a list.
+        """The model's answer: a text for one image and one instruction, a list for lists.
 
-        A single picture serves all instructions of a list, and a single instruction all pictures.
-        A picture that is itself a list holds the frames of a video. ``decoding`` overrides
-        settings of the engine's ``Decoding`` (num_beams, max_new_tokens, ...). Raises ValueError
-        for an unknown setting or a value out of its range, before an image is read.
+        A single image goes with all instructions of a list, and a single instruction with all
+        images. An image that is itself a list holds the frames of a video.
+
+        Args:
+            decoding: settings of ``Decoding`` (num_beams, max_new_tokens, ...) above the engine's.
+
+        Raises:
+            ValueError: before an image is read, for an unknown setting, a value out of its range,
+                or counts that do not match.
+            FileNotFoundError: for a missing image.
         """
         settings = self.decoding.override(**decoding)
-        single = isinstance(images, Picture) and isinstance(instructions, str)
-        videos, texts = broadcast(images, instructions)
-        samples = self._samples(videos, texts)
-        found: dict[int, str] = {}
-        for places in batches_of(samples, self.batch_size):
-            ids = self.respond([samples[i] for i in places], settings)
-            found |= {i: self.tokens.decode(own) for i, own in zip(places, ids, strict=True)}
-        said = [found[i] for i in range(len(samples))]
-        return said[0] if single else said
+        single = isinstance(images, ImageInput) and isinstance(instructions, str)
+        samples = self._samples(*broadcast(images, instructions))
+        answers = [""] * len(samples)
+        for group in group_samples(samples, self.batch_size):
+            rows = self.respond([samples[i] for i in group], settings)
+            for i, ids in zip(group, rows, strict=True):
+                answers[i] = self.tokens.decode(ids)
+        return answers[0] if single else answers
 
     def stream(
-        self, image: Picture | Sequence[Picture], instruction: str, **decoding: Any
+        self, image: ImageInput | Sequence[ImageInput], instruction: str, **decoding: Any
     ) -> Iterator[str]:
-        """The pieces of an answer as they come; joined they are what ``answer`` says.
+        """Yields the answer in pieces as they are generated; joined they equal ``answer``.
 
         With beams there is one piece. ``image`` may be a list of the frames of a video.
         """
         settings = self.decoding.override(**decoding)
-        frames = [image] if isinstance(image, Picture) else list(image)
-        (sample,) = self._samples([frames], [instruction])
+        (sample,) = self._samples(*broadcast([_frames(image)], instruction))
         yield from stream_text(
             TextStream(self.tokens, self.ends),
             lambda on_tokens: self.respond([sample], settings, on_tokens)[0],
@@ -185,24 +198,23 @@ class Engine:
     def respond(
         self, samples: Sequence[Sample], decoding: Decoding, on_tokens: OnTokens | None = None
     ) -> list[list[int]]:
-        """Token ids of the answer to each sample, as one batch. All samples must have as many
-        frames. See ``generate_responses``."""
-        return generate_responses(self.model, self._collate(list(samples)), on_tokens, decoding)
+        """Token ids of the answer to each sample, as one batch. All samples must have the same
+        number of frames. See ``generate_responses``."""
+        return generate_responses(self.model, self._collate(samples), on_tokens, decoding)
 
     def rank(
         self,
-        image: Picture | Sequence[Picture],
+        image: ImageInput | Sequence[ImageInput],
         instruction: str,
         candidates: Sequence[str],
         normalization: Normalization = "sum",
     ) -> list[float]:
         """Log-likelihood in nats of each candidate as the answer, its end token included.
 
-        ``image`` is a picture, or a list of the frames of a video. ``normalization`` "mean" divides
-        by the number of tokens: "sum" favours short candidates.
+        ``image`` may be a list of the frames of a video. ``normalization`` "mean" divides by the
+        number of tokens; "sum" favors short candidates.
         """
-        frames = [image] if isinstance(image, Picture) else list(image)
-        samples = self._samples([frames], [instruction])
+        samples = self._samples(*broadcast([_frames(image)], instruction))
         return self.rank_samples(samples, [candidates], normalization)[0]
 
     def rank_samples(
@@ -214,26 +226,26 @@ class Engine:
     ) -> list[list[float]]:
         """Log-likelihoods of each sample's candidates, as one batch. See ``rank_candidates``."""
         ids = [self.tokens.candidates(list(texts)) for texts in candidates]
-        batch = self._collate(list(samples))
+        batch = self._collate(samples)
         scores = rank_candidates(self.model, batch, ids, normalization, on_chunk=on_chunk)
-        return [own.tolist() for own in scores]
+        return [row.tolist() for row in scores]
 
-    def look(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """Where each query looks, [B, F, Q, P], as one batch; see ``cross_attention``."""
-        return cross_attention(self.model, self._collate(list(samples))).cpu()
+    def look(self, samples: Sequence[Sample]) -> Float[Tensor, "B F Q P"]:
+        """Attention of each query token to the image, as one batch; see ``cross_attention``."""
+        return cross_attention(self.model, self._collate(samples)).cpu()
 
     def draw(
         self,
         instruction: str,
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         num_images: int = 1,
         seed: int | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
-        """Pictures of what ``instruction`` says; ``image`` is the subject it speaks of.
+        """Images of what ``instruction`` describes; ``image`` shows the subject that it refers to.
 
         ``settings`` are those of ``Painter.draw``: steps, guidance, image_guidance, on_step. Raises
-        FileNotFoundError where the model's directory holds no decoder.
+        FileNotFoundError if the model's directory holds no decoder.
         """
         return self.painter.draw(instruction, image, num_images, seed, **settings)
 
@@ -246,7 +258,7 @@ class Engine:
 
     @functools.cached_property
     def painter(self) -> "Painter":
-        """The decoder around this model's Q-Former, loaded when it is first asked for."""
+        """The decoder around this model's Q-Former, loaded at first use."""
         from instructblip.text_to_image.pretrained import from_pretrained
         from instructblip.text_to_image.sample import Painter
 
@@ -265,9 +277,9 @@ class Engine:
         Settings that are not given are those of ``GREEDY``, not the stored ones: a score depends on
         the benchmark's settings alone.
         """
-        batch = self._batch_of(examples, prompts, image_root)
-        ids = generate_responses(self.model, batch, decoding=GREEDY.override(**decoding))
-        return [self.tokens.decode(own) for own in ids]
+        samples = self._example_samples(examples, prompts, image_root)
+        rows = self.respond(samples, GREEDY.override(**decoding))
+        return [self.tokens.decode(ids) for ids in rows]
 
     def rank_examples(
         self,
@@ -276,25 +288,22 @@ class Engine:
         image_root: Path,
         candidates: Sequence[Sequence[str]],
     ) -> list[list[float]]:
-        """Log-likelihoods of each example's candidates, summed, as one batch."""
-        batch = self._batch_of(examples, prompts, image_root)
-        ids = [self.tokens.candidates(list(texts)) for texts in candidates]
-        return [scores.tolist() for scores in rank_candidates(self.model, batch, ids)]
+        """Summed log-likelihoods of each example's candidates, as one batch."""
+        return self.rank_samples(self._example_samples(examples, prompts, image_root), candidates)
 
-    def _batch_of(
+    def _example_samples(
         self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path
-    ) -> Batch:
-        samples = [
+    ) -> list[Sample]:
+        return [
             make_sample(example, Rendered(prompt, prompt), self.tokens, self.images, image_root)
             for example, prompt in zip(examples, prompts, strict=True)
         ]
-        return self._collate(samples)
 
-    def _samples(self, videos: Sequence[Sequence[Picture]], texts: Sequence[str]) -> list[Sample]:
-        pixels: dict[str, torch.Tensor] = {}
+    def _samples(self, videos: list[list[ImageInput]], texts: list[str]) -> list[Sample]:
+        pixels: dict[str, Tensor] = {}
         samples = []
         for frames, text in zip(videos, texts, strict=True):
-            keys = tuple(key_of(frame) for frame in frames)
+            keys = tuple(image_key(frame) for frame in frames)
             for key, frame in zip(keys, frames, strict=True):
                 if key not in pixels:
                     pixels[key] = self._pixels(frame, key)
@@ -302,30 +311,32 @@ class Engine:
             if self.lost_tokens(text):
                 most = self.tokens.max_prompt
                 warnings.warn(
-                    f"a prompt has more than {most} tokens: it lost its beginning", stacklevel=2
+                    f"a prompt has more than {most} tokens: it lost its beginning", stacklevel=3
                 )
         return samples
 
     def lost_tokens(self, text: str) -> int:
-        """Tokens at the beginning of a prompt that the model will not read: it is too long."""
+        """Number of tokens at the beginning of a prompt that are cut off since it is too long."""
         if len(text.encode(errors="surrogatepass")) + 2 <= self.tokens.max_prompt:
             return 0  # a token stands for at least one byte; two are special
         return max(0, self.tokens.prompt_length(text) - self.tokens.max_prompt)
 
-    def sample(self, keys: tuple[str, ...], pixels: tuple[torch.Tensor, ...], text: str) -> Sample:
-        """What the model reads: frames, each [3, S, S] and with a key, and the instruction."""
+    def sample(
+        self, keys: tuple[str, ...], pixels: tuple[Float[Tensor, "3 S S"], ...], text: str
+    ) -> Sample:
+        """What the model reads: the frames with their keys, and the instruction."""
         qformer_ids, prompt_ids, _ = self.tokens.tokenize(Rendered(text, text))
         return Sample(
             image_keys=keys, pixels=pixels, qformer_ids=qformer_ids, prompt_ids=prompt_ids
         )
 
-    def _pixels(self, picture: Picture, key: str) -> torch.Tensor:
-        if isinstance(picture, Image.Image):
-            return self.images.transform(to_rgb(picture))
+    def _pixels(self, image: ImageInput, key: str) -> Float[Tensor, "3 S S"]:
+        if isinstance(image, Image.Image):
+            return self.images.transform(to_rgb(image))
         return self.images.load(key, None, flip=False)
 
-    def _collate(self, samples: list[Sample]) -> Batch:
-        return collate(samples).to(self.device)
+    def _collate(self, samples: Sequence[Sample]) -> Batch:
+        return collate(list(samples)).to(self.device)
 
 
 def load(path: str | Path, **options: Any) -> Engine:
@@ -333,15 +344,5 @@ def load(path: str | Path, **options: Any) -> Engine:
     return Engine.from_pretrained(path, **options)
 
 
-def _stored_decoding(directory: Path, model: InstructBlip) -> Decoding:
-    """The paper's decoding below what the model directory stores."""
-    try:
-        return PAPER.override(**stored_overrides(model.generation_settings))
-    except ValueError as error:
-        raise ValueError(f"{directory / 'generation_config.json'}: {error}") from None
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _frames(image: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    return [image] if isinstance(image, ImageInput) else list(image)

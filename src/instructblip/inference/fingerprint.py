@@ -1,4 +1,4 @@
-"""What names a saved model in results: a hash that changes whenever its answers could."""
+"""Identifies a saved model in results by a hash that changes whenever its answers could."""
 
 import hashlib
 from pathlib import Path
@@ -7,14 +7,14 @@ from instructblip.data.images import PREPROCESSORS
 from instructblip.model.checkpoints.weights import WEIGHT_FILES
 
 _HASH_WHOLE = 1 << 28
-"""Weights up to this many bytes are hashed whole; of larger ones the size and ``_SAMPLES`` pieces
-of ``_PIECE`` bytes, evenly spread, the first and the last among them."""
+"""Weights up to this many bytes are hashed whole; of larger ones the size and ``_SAMPLES``
+evenly spaced pieces of ``_PIECE`` bytes, the first and the last included."""
 _SAMPLES, _PIECE = 256, 1 << 16
 
 
 def fingerprint(directory: Path, instruction_aware: bool) -> str:
-    """Hash of a model directory: its config, its weights, its tokenizers, what its pictures and
-    answers go through, and whether its Q-Former reads the instruction."""
+    """Hash of a model directory: its config, weights, tokenizers, image transform and decoding
+    settings, and whether its Q-Former reads the instruction."""
     digest = hashlib.sha256(b"aware" if instruction_aware else b"plain")
     files = [directory / "config.json", *(directory / name for name in WEIGHT_FILES)]
     files += [directory / name for name in (*PREPROCESSORS, "generation_config.json")]

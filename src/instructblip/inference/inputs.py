@@ -1,31 +1,39 @@
-"""Pictures and instructions as callers give them: paired, named, and sorted into batches."""
+"""Images and instructions as callers give them: opened, paired, and grouped into batches."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from instructblip.core.batch import Sample
+from instructblip.data.images import load_image
+from instructblip.data.reading.frames import VIDEO_SUFFIXES, extract_frames
 
-Picture = Image.Image | str | Path
+ImageInput = Image.Image | str | Path
 """A Pillow image or the path of one."""
+FRAMES = 4
+"""Frames that stand for a video, evenly spaced, as in the paper."""
 
 
 def broadcast(
-    images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]],
+    images: ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]],
     instructions: str | Sequence[str],
-) -> tuple[list[list[Picture]], list[str]]:
-    """As many lists of frames as instructions."""
+) -> tuple[list[list[ImageInput]], list[str]]:
+    """As many lists of frames as instructions; a single one of either is repeated.
+
+    Raises ValueError for counts that do not match and for a video without frames.
+    """
     texts = [instructions] if isinstance(instructions, str) else list(instructions)
-    given = [images] if isinstance(images, Picture) else list(images)
-    videos = [[one] if isinstance(one, Picture) else list(one) for one in given]
-    if isinstance(images, Picture):
+    given = [images] if isinstance(images, ImageInput) else list(images)
+    videos = [[one] if isinstance(one, ImageInput) else list(one) for one in given]
+    if isinstance(images, ImageInput):
         videos *= len(texts)
     if isinstance(instructions, str):
         texts *= len(videos)
     if len(videos) != len(texts):
         raise ValueError(
-            f"got {len(videos)} pictures and {len(texts)} instructions; expected as many of one as "
+            f"got {len(videos)} images and {len(texts)} instructions; expected as many of one as "
             "of the other, or one of either"
         )
     if not all(videos):
@@ -33,27 +41,41 @@ def broadcast(
     return videos, texts
 
 
-def key_of(picture: Picture) -> str:
-    """What tells a picture from the others of a call: its path, or which object it is."""
-    # Alive as long as the list that holds it, so that the id is not given twice.
-    return f"image {id(picture)}" if isinstance(picture, Image.Image) else str(picture)
+def image_key(image: ImageInput) -> str:
+    """What identifies an image within a call: its path, or which object it is."""
+    # The list that holds the object keeps it alive, so that its id is not given twice.
+    return f"image {id(image)}" if isinstance(image, Image.Image) else str(image)
 
 
-def batches_of(samples: Sequence[Sample], size: int) -> list[list[int]]:
-    """Indices of up to ``size`` samples that go together: as many frames, and about as long."""
-    order = sorted(
-        range(len(samples)),
-        key=lambda i: (len(samples[i].image_keys), len(samples[i].prompt_ids)),
-    )
-    batches: list[list[int]] = []
-    for i in order:
-        fits = (
-            batches
-            and len(batches[-1]) < size
-            and len(samples[batches[-1][0]].image_keys) == len(samples[i].image_keys)
-        )
-        if fits:
-            batches[-1].append(i)
+def group_samples(samples: Sequence[Sample], size: int) -> list[list[int]]:
+    """Indices of up to ``size`` samples that form a batch: the same number of frames, and prompts
+    of similar length."""
+    frames = [len(sample.image_keys) for sample in samples]
+    groups: list[list[int]] = []
+    for i in sorted(range(len(samples)), key=lambda i: (frames[i], len(samples[i].prompt_ids))):
+        if groups and len(groups[-1]) < size and frames[groups[-1][0]] == frames[i]:
+            groups[-1].append(i)
         else:
-            batches.append([i])
-    return batches
+            groups.append([i])
+    return groups
+
+
+def open_images(paths: Sequence[Path]) -> list[ImageInput]:
+    """The images that one question is about: the frames of a video file, other paths as they are.
+
+    Raises ValueError or FileNotFoundError, naming the file, for what cannot be decoded.
+    """
+    images: list[ImageInput] = []
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; give an image or a video, or --batch FOLDER")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            with tempfile.TemporaryDirectory() as folder:
+                files = extract_frames(path, Path(folder) / "frames", FRAMES)
+                images += [load_image(file) for file in sorted(files.iterdir())]
+        else:
+            load_image(path)
+            images.append(path)
+    return images

@@ -1,15 +1,16 @@
-"""Token ids that come one by one -> pieces of text that never have to be taken back."""
+"""Token ids that arrive one by one -> pieces of text that are final."""
 
 import threading
 from collections.abc import Callable, Collection, Iterator
 from queue import Queue
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from instructblip.model.language.generate import OnTokens
 
 
+@runtime_checkable
 class Decoder(Protocol):
-    """What turns ids into text (``Tokens``)."""
+    """Turns ids into text (``Tokens``)."""
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -17,9 +18,9 @@ class Decoder(Protocol):
 class TextStream:
     """The text of an answer, piece by piece: the pieces joined are ``decode`` of all ids.
 
-    A piece waits for the next token, which may still change it: the bytes of a character come in
-    several tokens, and a tokenizer may put or drop a space depending on what follows. ``ends`` are
-    the end tokens; what comes after one is padding.
+    A piece waits for the next token, which may still change it: a character may be the bytes of
+    several tokens, and a tokenizer may add or drop a space depending on what follows. ``ends`` are
+    the end tokens; whatever follows one is padding.
     """
 
     def __init__(self, tokens: Decoder, ends: Collection[int]) -> None:
@@ -29,7 +30,7 @@ class TextStream:
         self.ended = False
 
     def add(self, token: int) -> str:
-        """What the newest token makes certain: often nothing."""
+        """The text that the newest token makes final: often none."""
         self.ended = self.ended or token in self.ends
         if self.ended:
             return ""
@@ -41,7 +42,7 @@ class TextStream:
         return self._give(certain)
 
     def rest(self, ids: list[int]) -> str:
-        """The remainder, once the answer's ids are all known."""
+        """The remaining text, once all ids of the answer are known."""
         return self._give(self.tokens.decode(ids))
 
     def _give(self, text: str) -> str:
@@ -50,10 +51,10 @@ class TextStream:
 
 
 def stream_text(text: TextStream, respond: Callable[[OnTokens], list[int]]) -> Iterator[str]:
-    """The pieces of one answer while ``respond`` makes it, in a thread of its own.
+    """The pieces of one answer while ``respond`` makes it, in another thread.
 
-    ``respond`` tells each newest token and returns all ids at the end; closing the iterator stops
-    it at the next token.
+    ``respond`` calls back with each new token and returns all ids at the end; closing the iterator
+    stops it at the next token.
     """
     pieces: Queue[str | Exception | None] = Queue()
     stopped = threading.Event()

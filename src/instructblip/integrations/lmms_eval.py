@@ -13,7 +13,7 @@ from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
 from instructblip.inference.engine import Engine
-from instructblip.inference.inputs import Picture
+from instructblip.inference.inputs import ImageInput
 
 MODEL_ID = "instructblip_engine"
 """Not "instructblip", which is lmms-eval's own adapter of transformers' class."""
@@ -86,8 +86,8 @@ class EngineLmms(lmms):
         return str(continuation).strip()
 
     def _pictures(
-        self, to_visual: Callable[[Any], list[Picture]], doc_id: int, task: str, split: str
-    ) -> list[Picture]:
+        self, to_visual: Callable[[Any], list[ImageInput]], doc_id: int, task: str, split: str
+    ) -> list[ImageInput]:
         pictures = to_visual(self.task_dict[task][split][doc_id])
         if not pictures:
             raise ValueError(f"{task} {split} {doc_id}: no picture; every question needs one")

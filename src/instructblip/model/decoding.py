@@ -55,7 +55,7 @@ class Decoding(BaseModel):
     min_new_tokens: MinNewTokens = 1
     length_penalty: LengthPenalty = 1.0
     repetition_penalty: RepetitionPenalty = 1.5
-    do_sample: bool = Field(False, description="Whether to sample; otherwise search.")
+    do_sample: bool = Field(default=False, description="Whether to sample; otherwise search.")
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
 

@@ -95,7 +95,7 @@ def train(
         OSError: if a checkpoint cannot be written; older ones are intact.
     """
     began = time.monotonic()
-    device = resolve_device(config.device)
+    device = distributed.resolve_device(config.device)
     model.to(device).train()
     parameters = trainable_parameters(model)
     optimizer = make_optimizer(model, config)
@@ -305,25 +305,6 @@ def losses(progress: Progress) -> dict[str, Any]:
     total = [sum(part) for part in zip(*window.values(), strict=True)] or [0.0, 0.0]
     own = {name: loss / max(1, tokens) for name, (loss, tokens) in sorted(window.items())}
     return {"loss": total[0] / max(1, total[1]), "losses": own, "tokens": int(total[1])}
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` is this rank's GPU if there is one, else the CPU.
-
-    Raises ValueError for a device that torch does not find here.
-    """
-    if name != "auto":
-        device = torch.device(name)
-        found = torch.get_device_module(device).device_count()
-        if (device.index or 0) >= found:
-            raise ValueError(
-                f"training.device={name}: torch finds {found} devices of type {device.type} here; "
-                "take another, or auto"
-            )
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda", distributed.local_rank())
-    return torch.device("cpu")
 
 
 def _add_to_window(
