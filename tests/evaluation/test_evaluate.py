@@ -15,9 +15,9 @@ from torch import multiprocessing
 
 from instructblip.core import distributed
 from instructblip.data.prepared.prepare import prepare
-from instructblip.evaluation.batching import Batches
 from instructblip.evaluation.benchmarks import select_benchmarks
 from instructblip.evaluation.evaluate import (
+    AdaptiveBatches,
     derange,
     evaluate,
     pick,
@@ -148,10 +148,10 @@ def test_batches_halve_when_memory_is_short_and_double_while_it_pays(
         clock[0] += 1.0  # whatever the size: larger is faster
         sizes.append(len(part))
 
-    Batches("auto").run(range(300), answer)
+    AdaptiveBatches("auto").run(range(300), answer)
     assert sizes == [16, 32, 64, 64, 64, 60]  # 128 did not fit
     sizes.clear()
-    Batches(150).run(range(300), answer)
+    AdaptiveBatches(150).run(range(300), answer)
     assert sizes == [75] * 4
 
     def no_faster(part: Sequence[int]) -> None:
@@ -159,7 +159,7 @@ def test_batches_halve_when_memory_is_short_and_double_while_it_pays(
         sizes.append(len(part))
 
     sizes.clear()
-    Batches("auto").run(range(200), no_faster)
+    AdaptiveBatches("auto").run(range(200), no_faster)
     assert set(sizes[:-1]) == {16, 32}
     assert sum(sizes) == 200
 
@@ -167,9 +167,9 @@ def test_batches_halve_when_memory_is_short_and_double_while_it_pays(
         raise torch.OutOfMemoryError("not even one")
 
     with pytest.raises(torch.OutOfMemoryError):
-        Batches(4).run(range(3), never)
+        AdaptiveBatches(4).run(range(3), never)
     with pytest.raises(ValueError, match="at least 1, or auto"):
-        Batches(0)
+        AdaptiveBatches(0)
 
 
 def test_predictions_of_other_settings_are_not_continued(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def _check_pair(first: Result, second: Result) -> None:
             f"{first.benchmark}: scored with the tokenizers {first.tokenizer} and "
             f"{second.tokenizer}; use one"
         )
-    blind = any(result.settings.get("blind_seed") is not None for result in (first, second))
+    blind = any(result.blind for result in (first, second))
     if _samples(first, not blind) != _samples(second, not blind):
         raise ValueError(
             f"{first.benchmark}: the models did not answer the same samples ({first.n} and "

@@ -1,37 +1,44 @@
-"""Answer a benchmark with a model: batch by batch, sample by sample on disk, then the figure."""
+"""Answer a benchmark with a model: batch by batch, sample by sample on disk, then the score."""
 
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
 
 from instructblip.core import distributed
 from instructblip.core.batch import Example
+from instructblip.core.progress import progress_bar
 from instructblip.data.samples import Examples
 from instructblip.data.templates import render_prompt, template_hash
-from instructblip.evaluation.batching import Batches, BatchSize
 from instructblip.evaluation.benchmarks import Benchmark
 from instructblip.evaluation.captions import CaptionTokenizer
 from instructblip.evaluation.predictions import PredictionLog
 from instructblip.evaluation.result import Result, make_result
 from instructblip.evaluation.scoring import probabilities, scorer_of
 
+BatchSize = int | Literal["auto"]
 
+
+@runtime_checkable
 class Answerer(Protocol):
-    """What evaluation needs of a model: ``serving.engine.Engine``, or a test's stand-in.
+    """What evaluation needs of a model; ``inference.engine.Engine`` has it.
 
-    ``fingerprint`` changes whenever the answers could; pictures are ``image_root / images[i]``.
+    ``fingerprint`` changes whenever the answers could. Images are ``image_root / images[i]``.
     """
 
     fingerprint: str
 
     def answer_examples(
         self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path, **decoding: Any
-    ) -> list[str]: ...
+    ) -> list[str]:
+        """Return one response per example."""
+        ...
 
     def rank_examples(
         self,
@@ -39,7 +46,9 @@ class Answerer(Protocol):
         prompts: Sequence[str],
         image_root: Path,
         candidates: Sequence[Sequence[str]],
-    ) -> list[list[float]]: ...
+    ) -> list[list[float]]:
+        """Return the log-likelihood of each candidate of each example."""
+        ...
 
 
 def evaluate(
@@ -55,28 +64,28 @@ def evaluate(
     progress: bool = True,
     together: bool = False,
 ) -> Result:
-    """The figure of ``engine`` on ``benchmark``, whose examples are ``dataset``.
+    """Return the score of ``engine`` on ``benchmark``, whose examples are ``dataset``.
 
-    In a process group every rank answers its share of the samples and all return the same result;
-    call it on all of them.
+    In a process group call it on all ranks: each answers its share of the samples, and all return
+    the same result.
 
     Args:
-        limit: this many samples, spread evenly over the set; None for all.
-        blind_seed: the blind control: every sample gets another sample's picture.
-        out: a folder for settings.json, predictions.jsonl (as they come) and result.json. A run
-            that was stopped goes on there; one with other settings is refused.
-        vocabulary: the answers to rank, for benchmarks that rank the training answers.
+        limit: number of samples, spread evenly over the set; None for all.
+        blind_seed: evaluates the blind control: every sample gets the images of another one.
+        out: folder for settings.json, predictions.jsonl (written as they come) and result.json. An
+            interrupted evaluation resumes there; a folder of other settings is refused.
+        vocabulary: the answers to rank, for benchmarks that rank the answers of training.
         tokenizer: of captions; see ``evaluation.captions``.
-        together: every rank answers all samples, in step: for a model whose weights they share out.
+        together: every rank answers all samples, in step, for a model whose weights are sharded.
 
     Raises ValueError for samples without answers, repeated ids, a set too small for the blind
-    control, or a benchmark that needs a vocabulary and got none.
+    control, or a missing vocabulary.
     """
-    picked = pick(len(dataset), limit)
-    examples = [dataset[i] for i in picked]
+    examples = [dataset[i] for i in pick(len(dataset), limit)]
     _check(examples, benchmark, vocabulary)
+    candidates = [_candidates(example, benchmark, vocabulary) for example in examples]
     if blind_seed is not None:
-        examples = swap_pictures(examples, blind_seed)
+        examples = swap_images(examples, blind_seed)
     prompts = [render_prompt(example, benchmark.prompt).prompt for example in examples]
     settings = {
         "benchmark": benchmark.settings(),
@@ -89,17 +98,21 @@ def evaluate(
         "data": _data_hash(examples, prompts, vocabulary if benchmark.vocabulary else None),
     }
     folder = None if out is None else Path(out)
+    shown = progress and distributed.is_main()
     with PredictionLog(folder, settings) as log:
         share = _share(examples, prompts, log, together)
-        with _progress(len(share), benchmark.name, progress) as advance:
+        with progress_bar(benchmark.name, shown=shown) as advance:
+            answered = 0
 
-            def answer(batch: Sequence[int]) -> None:
-                own, texts = [examples[i] for i in batch], [prompts[i] for i in batch]
-                found = _answer(engine, benchmark, own, texts, dataset.image_root, vocabulary)
-                log.add({"index": i, **one} for i, one in zip(batch, found, strict=True))
-                advance(len(batch))
+            def answer(indices: Sequence[int]) -> None:
+                nonlocal answered
+                parts = ([column[i] for i in indices] for column in (examples, prompts, candidates))
+                predictions = _answer(engine, benchmark, dataset.image_root, *parts)
+                log.add({"index": i, **p} for i, p in zip(indices, predictions, strict=True))
+                answered += len(indices)
+                advance(answered, len(share))
 
-            Batches(batch_size).run(share, answer)
+            AdaptiveBatches(batch_size).run(share, answer)
         log.gather()
         predictions = [log.done[example.id] for example in examples]
     result = make_result(settings, predictions, tokenizer, str(dataset.image_root))
@@ -108,31 +121,8 @@ def evaluate(
     return result
 
 
-def _data_hash(
-    examples: Sequence[Example], prompts: Sequence[str], vocabulary: Sequence[str] | None
-) -> str:
-    """Changes with the samples, their references and the answers to choose from; the pictures
-    count by name."""
-    own = [
-        [_describe(example, prompt), example.choices]
-        for example, prompt in zip(examples, prompts, strict=True)
-    ]
-    text = json.dumps([own, vocabulary], ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _share(
-    examples: Sequence[Example], prompts: Sequence[str], log: PredictionLog, together: bool
-) -> list[int]:
-    """What is left to answer for this rank, longest first: what does not fit into memory fails at
-    once, and batches are even."""
-    todo = [i for i, example in enumerate(examples) if example.id not in log.done]
-    todo.sort(key=lambda i: (-len(examples[i].images), -len(prompts[i]), examples[i].images))
-    return todo if together else todo[distributed.rank() :: distributed.world_size()]
-
-
 def pick(count: int, limit: int | None) -> list[int]:
-    """``limit`` of ``count`` indices, spread evenly: sets are often sorted by kind."""
+    """Return ``limit`` of ``count`` indices, spread evenly, since sets are often sorted by kind."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1; got {limit}")
     if limit is None or limit >= count:
@@ -140,36 +130,8 @@ def pick(count: int, limit: int | None) -> list[int]:
     return [i * count // limit for i in range(limit)]
 
 
-def derange(keys: Sequence[Any], seed: int) -> list[int]:
-    """For each sample the index of another one whose key differs; each index is given once.
-
-    Samples are sorted by key, the order of the keys drawn at random, and then turned by the size
-    of the largest group of equal keys: nobody lands in the own group. ValueError if one key
-    belongs to more than half of the samples, where no such exchange exists.
-    """
-    groups: dict[Any, list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
-    largest = max((len(group) for group in groups.values()), default=0)
-    if 2 * largest > len(keys):
-        raise ValueError(
-            f"the blind control cannot swap pictures: {largest} of {len(keys)} samples show the "
-            "same one; evaluate more samples"
-        )
-    rng = random.Random(seed)
-    order = sorted(groups.values(), key=lambda group: group[0])
-    rng.shuffle(order)
-    for group in order:
-        rng.shuffle(group)
-    row = [i for group in order for i in group]
-    givers = [0] * len(row)
-    for place, i in enumerate(row):
-        givers[i] = row[(place + largest) % len(row)]
-    return givers
-
-
-def swap_pictures(examples: Sequence[Example], seed: int) -> list[Example]:
-    """The blind control: the same texts, each with the pictures of another sample."""
+def swap_images(examples: Sequence[Example], seed: int) -> list[Example]:
+    """Return the blind control: the same texts, each with the images of another sample."""
     givers = derange([example.images for example in examples], seed)
     return [
         replace(example, images=examples[giver].images)
@@ -177,17 +139,78 @@ def swap_pictures(examples: Sequence[Example], seed: int) -> list[Example]:
     ]
 
 
-def candidates_of(
-    example: Example, benchmark: Benchmark, vocabulary: Sequence[str] | None
-) -> tuple[str, ...]:
-    """What the sample's answer is chosen from."""
-    if benchmark.candidates is not None:
-        return benchmark.candidates
-    if benchmark.vocabulary:
-        return tuple(vocabulary or ())
-    if not example.choices:
-        raise ValueError(f"{example.where}: no choices to rank for {benchmark.name}")
-    return example.choices
+def derange(keys: Sequence[Any], seed: int) -> list[int]:
+    """Return for each sample the index of one whose key differs; each index occurs once.
+
+    Samples in groups of equal keys, the groups in random order, form a ring. Turning it by the size
+    of the largest group moves every sample out of its group. Raises ValueError if more than half of
+    the samples have the same key: then no such exchange exists.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    largest = max((len(group) for group in groups.values()), default=0)
+    if 2 * largest > len(keys):
+        raise ValueError(
+            f"the blind control cannot swap images: {largest} of {len(keys)} samples show the "
+            "same one; evaluate more samples"
+        )
+    rng = random.Random(seed)
+    order = list(groups.values())
+    rng.shuffle(order)
+    for group in order:
+        rng.shuffle(group)
+    ring = [i for group in order for i in group]
+    givers = [0] * len(ring)
+    for place, i in enumerate(ring):
+        givers[i] = ring[(place + largest) % len(ring)]
+    return givers
+
+
+class AdaptiveBatches:
+    """Runs a function over parts of a list and adapts their size.
+
+    "auto" starts with 16 and doubles while that answers more samples per second. With any setting,
+    a batch that does not fit into memory runs again in halves, and the size stays there. The size
+    changes speed and memory, not the answers.
+    """
+
+    START, LARGEST = 16, 512
+    GAIN = 1.05
+    """How much faster a larger batch has to be for the size to stay."""
+
+    def __init__(self, size: BatchSize) -> None:
+        if size != "auto" and size < 1:
+            raise ValueError(f"batch_size must be at least 1, or auto; got {size}")
+        self.size: int = self.START if size == "auto" else size
+        self.growing = size == "auto"
+        self._rate = 0.0
+
+    def run(self, indices: Sequence[int], answer: Callable[[Sequence[int]], None]) -> None:
+        """Call ``answer`` with every index once, in order, ``size`` at a time."""
+        done = 0
+        while done < len(indices):
+            part = indices[done : done + self.size]
+            began = time.perf_counter()
+            try:
+                answer(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                self.size, self.growing = len(part) // 2, False
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            done += len(part)
+            if self.growing and len(part) == self.size:
+                self._grow(len(part) / max(time.perf_counter() - began, 1e-9))
+
+    def _grow(self, rate: float) -> None:
+        if rate < self.GAIN * self._rate or self.size >= self.LARGEST:
+            self.growing = False
+            return
+        self._rate = rate
+        self.size = min(self.LARGEST, 2 * self.size)
 
 
 def _check(
@@ -204,62 +227,89 @@ def _check(
     for example in examples:
         if not example.answers:
             raise ValueError(
-                f"{example.where}: no answers to score {benchmark.name} with; split "
-                f"'{example.split}' may be scored by its owner's server only"
+                f"{example.where}: no answers to score {benchmark.name} with; perhaps only the "
+                f"server of its owner scores split '{example.split}'"
             )
         if example.id in seen:
             raise ValueError(f"{example.where}: id {example.id!r} appears twice in the set")
         seen.add(example.id)
 
 
+def _candidates(
+    example: Example, benchmark: Benchmark, vocabulary: Sequence[str] | None
+) -> tuple[str, ...]:
+    """What the answer of the example is chosen from; nothing for a generated one."""
+    if benchmark.mode == "generate":
+        return ()
+    if benchmark.candidates is not None:
+        return benchmark.candidates
+    if benchmark.vocabulary:
+        return tuple(vocabulary or ())
+    if not example.choices:
+        raise ValueError(f"{example.where}: no choices to rank for {benchmark.name}")
+    return example.choices
+
+
+def _data_hash(
+    examples: Sequence[Example], prompts: Sequence[str], vocabulary: Sequence[str] | None
+) -> str:
+    """Changes with samples, references and choices; images count by name, not by content."""
+    samples = [
+        [_describe(example, prompt), example.choices]
+        for example, prompt in zip(examples, prompts, strict=True)
+    ]
+    text = json.dumps([samples, vocabulary], ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _share(
+    examples: Sequence[Example], prompts: Sequence[str], log: PredictionLog, together: bool
+) -> list[int]:
+    """What remains for this rank, longest first: what does not fit into memory fails at once, and
+    samples of a batch have similar lengths."""
+    todo = [i for i, example in enumerate(examples) if example.id not in log.done]
+    todo.sort(key=lambda i: (-len(examples[i].images), -len(prompts[i]), examples[i].images))
+    return todo if together else todo[distributed.rank() :: distributed.world_size()]
+
+
 def _answer(
     engine: Answerer,
     benchmark: Benchmark,
+    image_root: Path,
     examples: Sequence[Example],
     prompts: Sequence[str],
-    image_root: Path,
-    vocabulary: Sequence[str] | None,
+    candidates: Sequence[Sequence[str]],
 ) -> list[dict[str, Any]]:
-    """One prediction per example, scored."""
-    found = [_describe(e, p) for e, p in zip(examples, prompts, strict=True)]
+    """One scored prediction per example."""
+    predictions = [_describe(e, p) for e, p in zip(examples, prompts, strict=True)]
     if benchmark.mode == "generate":
         texts = engine.answer_examples(examples, prompts, image_root, **benchmark.decoding)
-        for prediction, text in zip(found, texts, strict=True):
+        for prediction, text in zip(predictions, texts, strict=True):
             prediction["prediction"] = text
     else:
-        candidates = [candidates_of(example, benchmark, vocabulary) for example in examples]
-        ranked = _rank(engine, benchmark, examples, prompts, image_root, candidates)
-        for prediction, names, scores in zip(found, candidates, ranked, strict=True):
-            best = max(range(len(scores)), key=scores.__getitem__)
-            prediction |= {
-                "prediction": names[best],
-                "candidates": list(names),
-                "log_likelihoods": scores,
-                "probabilities": probabilities(scores),
-            }
+        # Each candidate in all its wordings, ranked together.
+        worded = [[(c, *benchmark.verbalizers.get(c, ())) for c in names] for names in candidates]
+        flat = [[wording for wordings in names for wording in wordings] for names in worded]
+        ranked = engine.rank_examples(examples, prompts, image_root, flat)
+        for prediction, wordings, row in zip(predictions, worded, ranked, strict=True):
+            prediction |= _choose(wordings, row)
     sample = scorer_of(benchmark.metric).sample
-    return [{**prediction, "score": sample(prediction)} for prediction in found]
+    return [{**prediction, "score": sample(prediction)} for prediction in predictions]
 
 
-def _rank(
-    engine: Answerer,
-    benchmark: Benchmark,
-    examples: Sequence[Example],
-    prompts: Sequence[str],
-    image_root: Path,
-    candidates: Sequence[Sequence[str]],
-) -> list[list[float]]:
-    """Log-likelihood of each candidate in its best wording."""
-    worded = [[(c, *benchmark.verbalizers.get(c, ())) for c in own] for own in candidates]
-    flat = [[wording for group in own for wording in group] for own in worded]
-    ranked = engine.rank_examples(examples, prompts, image_root, flat)
-    found = []
-    for groups, scores in zip(worded, ranked, strict=True):
-        if any(score != score for score in scores):
-            raise ValueError("a candidate's log-likelihood is NaN: the model's output is broken")
-        rest = iter(scores)
-        found.append([max(next(rest) for _ in group) for group in groups])
-    return found
+def _choose(candidates: Sequence[Sequence[str]], scores: Sequence[float]) -> dict[str, Any]:
+    """The best candidate and the scores of all. A candidate, here a tuple of wordings, scores as
+    its likeliest wording; ``scores`` has all wordings in one row."""
+    if any(score != score for score in scores):
+        raise ValueError("a candidate's log-likelihood is NaN: the output of the model is broken")
+    rest = iter(scores)
+    best = [max(next(rest) for _ in wordings) for wordings in candidates]
+    return {
+        "prediction": candidates[max(range(len(best)), key=best.__getitem__)][0],
+        "candidates": [wordings[0] for wordings in candidates],
+        "log_likelihoods": best,
+        "probabilities": probabilities(best),
+    }
 
 
 def _describe(example: Example, prompt: str) -> dict[str, Any]:
@@ -272,20 +322,3 @@ def _describe(example: Example, prompt: str) -> dict[str, Any]:
         "answers": list(example.answers),
         "extra": example.extra,
     }
-
-
-@contextmanager
-def _progress(total: int, name: str, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A function that moves a bar on the main rank's standard error; it vanishes when done."""
-    if not shown or not distributed.is_main():
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with bar:
-        task = bar.add_task(name, total=total)
-        yield lambda count: bar.advance(task, count)

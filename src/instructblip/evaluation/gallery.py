@@ -71,7 +71,7 @@ def make_cards(models: Mapping[str, Sequence[Result]], per_set: int) -> list[Car
     seeing = {
         model: {r.benchmark: r for r in results}
         for model, results in models.items()
-        if not any(r.settings.get("blind_seed") is not None for r in results)
+        if not any(r.blind for r in results)
     }
     if not seeing:
         return []

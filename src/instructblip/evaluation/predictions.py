@@ -1,9 +1,8 @@
-"""predictions.jsonl: one line per answered sample, written as they come, resumed after a stop.
+"""predictions.jsonl: a line per answered sample, written as they come, from which a run resumes.
 
-Beside it lies ``settings.json``: what the predictions depend on. A file of other settings is never
-continued and never overwritten. A line that a kill left half-written is cut off. In a process
-group each rank writes ``predictions.rank<N>.jsonl``; they are joined into the one file at the end,
-or at the next start, whatever the number of ranks then.
+``settings.json`` beside it holds what the predictions depend on; a file of other settings is never
+continued or overwritten. In a process group each rank writes ``predictions.rank<N>.jsonl``; they
+are joined into one file at the end, or at the next start with any number of ranks.
 """
 
 import json
@@ -19,28 +18,28 @@ SETTINGS = "settings.json"
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a predictions file; ValueError names a broken one or a repeated id."""
-    found: dict[str, dict[str, Any]] = {}
+    """Return the whole lines of a file. Raises ValueError for a broken one or a repeated id."""
+    predictions: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(whole_lines(path), start=1):
         try:
             prediction = json.loads(line)
             identifier = prediction["id"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}:line {number}: is not a prediction ({error}); delete the line, and it is "
-                "answered again"
+                f"{path}:line {number}: is not a prediction ({error}); delete the line, and the "
+                "sample is answered again"
             ) from None
-        if identifier in found:
+        if identifier in predictions:
             raise ValueError(f"{path}:line {number}: id {identifier!r} appears twice")
-        found[identifier] = prediction
-    return list(found.values())
+        predictions[identifier] = prediction
+    return list(predictions.values())
 
 
 class PredictionLog:
     """The predictions of one benchmark: those on disk, and a place to add more.
 
     Args:
-        folder: where the files lie; None keeps the predictions in memory only.
+        folder: folder of the files; None keeps the predictions in memory only.
         settings: what the predictions depend on.
     """
 
@@ -73,14 +72,14 @@ class PredictionLog:
         if distributed.world_size() == 1:
             return
         self.__exit__()
-        for own in distributed.gather_objects(self.done):
-            self.done |= own
+        for part in distributed.gather_objects(self.done):
+            self.done |= part
         if self.folder is not None and distributed.is_main():
             _join_parts(self.folder)
         distributed.barrier()
 
     def add(self, predictions: Iterable[dict[str, Any]]) -> None:
-        """Keep a batch; on disk before this returns, so that a kill loses one batch at most."""
+        """Add a batch. It is on disk before this returns: a kill loses one batch at most."""
         lines = []
         for prediction in predictions:
             self.done[prediction["id"]] = prediction
@@ -100,19 +99,18 @@ class PredictionLog:
                 raise ValueError(
                     f"{self.folder} holds predictions made with another "
                     f"{', '.join(sorted(changed))}; choose another output folder, or delete this "
-                    "one to start anew"
+                    "one to start again"
                 )
         elif (self.folder / PREDICTIONS).is_file():
             raise ValueError(
-                f"{self.folder} holds {PREDICTIONS} without {SETTINGS}: it is not known what they "
-                "were made with; choose another output folder"
+                f"{self.folder} holds {PREDICTIONS} without {SETTINGS}: the settings of its "
+                "predictions are unknown; choose another output folder"
             )
         else:
             write_json(path, settings, indent=2)
 
 
 def _part(folder: Path) -> Path:
-    """The file that this rank writes."""
     rank = distributed.rank()
     return folder / (f"predictions.rank{rank}.jsonl" if rank else PREDICTIONS)
 
@@ -124,8 +122,8 @@ def _join_parts(folder: Path) -> None:
     for part in sorted(folder.glob("predictions.rank*.jsonl")):
         cut_last_line(part)
         known = {p["id"] for p in read_predictions(path)}
-        fresh = [p for p in read_predictions(part) if p["id"] not in known]
+        new = [p for p in read_predictions(part) if p["id"] not in known]
         with path.open("a", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(p, ensure_ascii=False) + "\n" for p in fresh)
+            file.writelines(json.dumps(p, ensure_ascii=False) + "\n" for p in new)
             flush(file)
         part.unlink()

@@ -108,11 +108,7 @@ def write_report(
 
 def _blind(models: Mapping[str, Sequence[Result]]) -> set[str]:
     """The models that are blind controls."""
-    return {
-        model
-        for model, results in models.items()
-        if any(result.settings.get("blind_seed") is not None for result in results)
-    }
+    return {model for model, results in models.items() if any(result.blind for result in results)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The figure of one benchmark with all that it depends on, and means over benchmarks."""
+"""The score of one benchmark with all that it depends on, and means over benchmarks."""
 
 import json
 import zlib
@@ -30,8 +30,8 @@ RESULT = "result.json"
 class Result:
     """One benchmark, one model. ``value`` is 0 to 100 (CIDEr may exceed it), None if undefined.
 
-    ``settings`` are those of the predictions: benchmark, model, limit, blind. ``predictions`` are
-    in the order of the data set. ``score`` holds what the bootstrap draws from.
+    ``settings`` are those of the predictions: benchmark, model, limit, blind seed. ``predictions``
+    are in the order of the data set. The bootstrap resamples ``score``.
     """
 
     benchmark: str
@@ -50,37 +50,39 @@ class Result:
 
     @property
     def seed(self) -> int:
-        """Seed of the resamples: its own for each benchmark, the same for each model."""
+        """Seed of the resamples: one per benchmark, the same for every model."""
         return zlib.crc32(self.benchmark.encode())
 
     def resampled(self) -> Floats:
-        """Bootstrap values of the figure."""
+        """Return bootstrap values of the score."""
         return resample(self.score.samples, self.score.labels, self.seed)
 
     @property
     def interval(self) -> Interval | None:
-        """The 95 % bootstrap interval; None where the figure is not defined."""
+        """The 95 % bootstrap interval; None where the score is not defined."""
         return None if self.value is None else interval(self.resampled())
 
     @property
     def how(self) -> dict[str, Any]:
-        """What the figure depends on beside the model and the samples."""
-        asked = self.settings["benchmark"]
-        own = {name: asked[name] for name in ("mode", "decoding", "prompt")}
-        return {"metric": self.metric, "tokenizer": self.tokenizer, **own}
+        """What the score depends on beside the model and the samples."""
+        asked = {name: self.settings["benchmark"][name] for name in ("mode", "decoding", "prompt")}
+        return {"metric": self.metric, "tokenizer": self.tokenizer, **asked}
+
+    @property
+    def blind(self) -> bool:
+        """Whether the images were swapped between samples: a control, not a score of the model."""
+        return self.settings.get("blind_seed") is not None
 
     def describe(self) -> str:
-        """The figure and what it was measured with, in one line."""
-        bounds = self.interval
-        if self.value is None or bounds is None:
-            figure = "not defined (one class only)"
-        else:
-            figure = f"{self.value:.2f} [{bounds.low:.2f}, {bounds.high:.2f}]"
-        blind = "; blind control" if self.settings.get("blind_seed") is not None else ""
-        return f"{self.benchmark} {figure}  n {self.n}; {describe_how(self.how)}{blind}"
+        """Return the score and what it was measured with, in one line."""
+        score, bounds = "not defined (one class only)", self.interval
+        if bounds is not None:
+            score = f"{self.value:.2f} [{bounds.low:.2f}, {bounds.high:.2f}]"
+        blind = "; blind control" if self.blind else ""
+        return f"{self.benchmark} {score}  n {self.n}; {describe_how(self.how)}{blind}"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the predictions."""
+        """Return everything but the predictions."""
         bounds = self.interval
         names = ("benchmark", "title", "role", "unseen_type", "metric", "tokenizer", "value", "n")
         return {
@@ -97,13 +99,13 @@ class Result:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Result":
-        """Read a folder that ``evaluate(..., out=folder)`` finished; the figure is scored anew."""
+        """Read a folder that ``evaluate(..., out=folder)`` finished, and score it again."""
         folder = Path(folder)
         file = folder / RESULT
         if not file.is_file():
             raise FileNotFoundError(
                 f"{folder} holds no {RESULT}: the evaluation has not finished; run it again with "
-                "the same settings and it goes on where it stopped"
+                "the same settings, and it resumes"
             )
         by_id = read_predictions(folder / PREDICTIONS)
         try:
@@ -113,8 +115,9 @@ class Result:
                 tokenizer = stored["tokenizer"] or "python"
                 return make_result(stored["settings"], by_id, tokenizer, stored["image_root"])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{folder} is damaged ({what}); evaluate again") from None
+            raise ValueError(
+                f"{folder} is damaged ({type(error).__name__}: {error}); evaluate again"
+            ) from None
         raise ValueError(
             f"{folder}: {RESULT} is about {stored['n']} samples, {PREDICTIONS} holds "
             f"{len(by_id)}; evaluate again"
@@ -122,7 +125,7 @@ class Result:
 
 
 def describe_how(how: Mapping[str, Any]) -> str:
-    """``Result.how`` as words: scorer, tokenizer, decoding, prompt."""
+    """Return ``Result.how`` in words: metric, tokenizer, decoding, prompt."""
     tokens = f"; tokenizer {how['tokenizer']}" if how["tokenizer"] else ""
     decoding = ", ".join(f"{k} {v}" for k, v in how["decoding"].items())
     return (
@@ -137,7 +140,7 @@ def make_result(
     tokenizer: CaptionTokenizer = "python",
     image_root: str = "",
 ) -> Result:
-    """Score predictions; ``settings["benchmark"]`` says how."""
+    """Score predictions as ``settings["benchmark"]`` specifies."""
     asked = settings["benchmark"]
     scorer = scorer_of(asked["metric"])
     score = scorer.score(predictions, tokenizer)
@@ -160,7 +163,7 @@ def make_result(
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """Plain mean of the figures of some data sets, each counting once, and its interval."""
+    """Mean of the scores of some data sets, each counting once, and its interval."""
 
     value: float
     interval: Interval
@@ -168,23 +171,23 @@ class Mean:
 
 
 def summarise(results: Sequence[Result]) -> dict[str, Mean]:
-    """{"held_in": Mean, "held_out": Mean, "finetuned": Mean}, a role without results left out.
+    """Return the mean of each role: held_in, held_out, finetuned; without those that have none.
 
     The interval comes from resampling the samples within each set; the choice of the sets is taken
-    as given. ValueError for a set whose figure is not defined.
+    as given. Raises ValueError for a set whose score is not defined.
     """
     means = {}
     for role in get_args(Role):
-        own = [result for result in results if result.role == role]
-        if not own:
+        members = [result for result in results if result.role == role]
+        if not members:
             continue
-        undefined = [result.benchmark for result in own if result.value is None]
+        undefined = [result.benchmark for result in members if result.value is None]
         if undefined:
             raise ValueError(
                 f"no mean over {role}: {', '.join(undefined)} has labels of one class only, and "
                 "no AUROC; evaluate more samples"
             )
-        value = sum(result.value or 0.0 for result in own) / len(own)
-        bounds = interval(mean_over_sets([result.resampled() for result in own]))
-        means[role] = Mean(value, bounds, tuple(result.benchmark for result in own))
+        value = sum(result.value or 0.0 for result in members) / len(members)
+        bounds = interval(mean_over_sets([result.resampled() for result in members]))
+        means[role] = Mean(value, bounds, tuple(result.benchmark for result in members))
     return means

@@ -62,7 +62,7 @@ def card(
     Raises ValueError for a blind control and for two results of one benchmark.
     """
     for result in results:
-        if result.settings.get("blind_seed") is not None:
+        if result.blind:
             raise ValueError(f"{result.benchmark}: a blind control, not what the model can do")
     repeated = [name for name, count in Counter(r.benchmark for r in results).items() if count > 1]
     if repeated:
