@@ -1,6 +1,7 @@
 """Step 4: puts the trained parts together as a BLIP-2 directory in transformers' format.
 
-    python runs/starter/assemble.py --vision DIR --language DIR --qformer DIR --out DIR
+    python runs/starter/assemble.py --tokenizers DIR --vision RUN --language TERM1 TERM2 \
+        --qformer RUN --out DIR
 
 Beside what transformers reads: the Q-Former's tokenizer and ``text_branch.safetensors``, the text
 half of the stage-1 Q-Former (what a Blip2ForImageTextRetrieval checkpoint carries for the real
@@ -12,13 +13,10 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
+from qformer import assemble, load_tokens
 from safetensors.torch import load_file
-from train_blip2 import assemble
-from transformers import AutoTokenizer
 
 from instructblip.data.images import ImageTransform
-from instructblip.data.tokens import Tokens
 from instructblip.model.checkpoints.text_branch import save_text_branch
 from instructblip.model.instructblip import InstructBlip
 
@@ -86,17 +84,15 @@ def card(out: Path, parameters: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("vision", "language", "qformer", "out"):
+    for name in ("tokenizers", "vision", "qformer", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--language", type=Path, nargs=2, required=True, help="both terms")
     args = parser.parse_args()
-    tokens = Tokens(
-        AutoTokenizer.from_pretrained(str(args.language)),
-        AutoTokenizer.from_pretrained(str(args.language / "qformer_tokenizer")),
-    )
-    aware = assemble(args.language, tokens)
-    aware.vision_model.load_state_dict(load_file(args.vision / "vision.safetensors"))
-    state = torch.load(args.qformer / "qformer.pt", weights_only=True)["model"]
-    aware.load_state_dict(state, strict=False)
+    tokens = load_tokens(args.tokenizers)
+    aware = assemble(args.vision / "last", args.language[-1] / "last", tokens)
+    trained = load_file(args.qformer / "last" / "pretraining.safetensors")
+    weights = {n.removeprefix("model."): p for n, p in trained.items() if n.startswith("model.")}
+    aware.load_state_dict(weights, strict=False)
     plain = InstructBlip(aware.config.model_copy(update={"instruction_aware": False}))
     kept = plain.state_dict().keys()
     plain.load_state_dict({k: v for k, v in aware.state_dict().items() if k in kept})
@@ -105,11 +101,9 @@ def main() -> None:
     tokens.save_pretrained(args.out)
     ImageTransform(image_size=64, mean=(0.5,) * 3, std=(0.5,) * 3).save_pretrained(args.out)
     shutil.copy(args.vision / "vision_accuracy.json", args.out)
-    terms = [
-        json.loads((args.language / f"term{i}" / "text_accuracy.json").read_text()) for i in (1, 2)
-    ]
-    told = {**terms[-1], "steps": [term["steps"] for term in terms]}
-    (args.out / "text_accuracy.json").write_text(json.dumps(told, indent=1))
+    terms = [json.loads((term / "text_accuracy.json").read_text()) for term in args.language]
+    accuracy = {**terms[-1], "steps": [term["steps"] for term in terms]}
+    (args.out / "text_accuracy.json").write_text(json.dumps(accuracy, indent=1))
     settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_new_tokens": 40}
     settings |= {"num_beams": 1, "repetition_penalty": 1.0}  # "a red circle and a red square"
     (args.out / "generation_config.json").write_text(json.dumps(settings, indent=2))

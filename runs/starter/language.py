@@ -1,36 +1,36 @@
 """Step 1: the starter's language model, a small Llama, learns the world from text alone.
 
-    python runs/starter/train_language.py OUT --minutes 36
-    python runs/starter/train_language.py OUT --term 2 --minutes 36
+    python runs/starter/language.py TOKENIZERS OUT --steps 3900
+    python runs/starter/language.py TOKENIZERS OUT2 --term 2 --start OUT/last --steps 3550
 
-OUT holds the tokenizers already. The second term starts from the model of the first, with lessons
-of its own (`corpus.TERMS`). Matrices are trained with Muon, which gets over the plateau on
-which AdamW leaves the binding of colours to shapes; the rest with AdamW. Loss on responses only.
-Writes OUT/termN/checkpoint.pt as it goes and resumes from it; the last state is written to OUT as a
-transformers directory, text accuracy per kind of question to OUT/termN/text_accuracy.json.
+The second term starts from the model of the first, with lessons of its own (`corpus.TERMS`).
+Matrices are trained with Muon: with AdamW the binding of colours to shapes stays on a plateau. Loss
+on responses only. OUT is a run directory: it resumes, OUT/last is a transformers directory, and
+OUT/text_accuracy.json has the accuracy of each kind of question.
 """
 
 import argparse
 import json
 import random
-import time
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from corpus import TERMS, Document, document, things
-from muon import Muon
-from starter_io import save_checkpoint, take_checkpoint
-from torch import Tensor
+from lessons import Lesson, teach
+from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from instructblip.core.batch import LossOutput
 from instructblip.scenes.language import describe
 from instructblip.scenes.questions import QUESTIONS
 from instructblip.scenes.world import sample_scene
 
 SCENES = 24  # documents a step
 LESSON_STEPS = 300
-RATES = (1.0, 0.5)  # of the learning rates in each term
+RATES = (5e-3, 2.5e-3)  # highest learning rate of each term
 SUMMED = (0.5, 0.85)  # share of documents told thing by thing
 NOISE = 0.05  # of an embedding's size: soft prompts will not be exact words
 
@@ -52,15 +52,6 @@ def build(vocab_size: int) -> LlamaForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
     )
     return LlamaForCausalLM(config)
-
-
-def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    return [
-        Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
 
 
 Row = tuple[list[list[int]], list[bool]]
@@ -105,9 +96,9 @@ def tensors(rows: list[Row]) -> tuple[Tensor, Tensor]:
     return ids, loss
 
 
-def equal_lengths(rows, parts: int = 3) -> list[list]:
+def equal_lengths(rows: list[tuple[int, Row]], parts: int = 3) -> list[list[tuple[int, Row]]]:
     """The rows in ``parts`` groups of similar length: padding is work for nothing."""
-    rows = sorted(rows, key=lambda row: len(row[0]))
+    rows = sorted(rows, key=lambda row: len(row[1][0]))
     size = -(-len(rows) // parts)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
@@ -151,69 +142,69 @@ def accuracy(model, tokenizer, number: int = 150, summed: float = 0.0) -> dict[s
     return found
 
 
+class TextModel(nn.Module):
+    """The language model under the training loop. A lesson's content are ids and loss marks."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def loss(self, lesson: Lesson) -> LossOutput:
+        total = torch.zeros(())
+        sums = torch.zeros(len(lesson))
+        for rows in equal_lengths(lesson.content):
+            ids, loss = tensors([row for _, row in rows])
+            logits, targets = response_logits(self.model, ids, loss, noise=NOISE)
+            losses = F.cross_entropy(logits, targets, reduction="none")
+            total = total + losses.sum()
+            places = torch.tensor([place for place, _ in rows])[loss[:, 1:].nonzero()[:, 0]]
+            sums.index_add_(0, places, losses.detach())
+        tokens = lesson.response_mask.sum(1)
+        return LossOutput(total, tokens.sum(), sums, tokens)
+
+
+def lesson_of(step: int, term: int, tokenizer: Any) -> Lesson:
+    """The documents of a step: three quarters on the lesson of the day, the rest on everything."""
+    rng = random.Random(step + 1_000_000 * (term - 1))
+    lessons, number = TERMS[term - 1], step // LESSON_STEPS
+    given = lessons[number] if number < len(lessons) else None
+    # Some of everything from the start: tokens that are only ever wrong would become alike.
+    documents = [document(rng, lesson=one) for one in [given, given, given, None] * (SCENES // 4)]
+    rng.shuffle(documents)
+    rows = rows_of(documents, tokenizer, SUMMED[term - 1])
+    _, loss = tensors(rows)
+    return Lesson.of("text", step, list(enumerate(rows)), loss[:, 1:].long())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("tokenizers", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=36)
     parser.add_argument("--term", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--start", type=Path)
+    parser.add_argument("--steps", type=int, default=3900)
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(str(args.out))
+    tokenizer = AutoTokenizer.from_pretrained(str(args.tokenizers))
     model = build(-(-len(tokenizer) // 64) * 64)
-    if args.term == 2:
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(str(args.out)).state_dict())
-    opts = optimizers(model)
-    base = [o.param_groups[0]["lr"] * RATES[args.term - 1] for o in opts]
-    lessons, checkpoints = TERMS[args.term - 1], args.out / f"term{args.term}"
-    step, spent = take_checkpoint(checkpoints, model, opts)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, step {step}")
-    start = last = time.monotonic() - spent
-    hits, running = 0.0, []
-    while (elapsed := time.monotonic() - start) < 60 * args.minutes:
-        factor = min((step + 1) / 50, 1 - elapsed / (60 * args.minutes))
-        rng = random.Random(step + 1_000_000 * (args.term - 1))
-        number = step // LESSON_STEPS
-        given = lessons[number] if number < len(lessons) else None
-        # Some of everything from the start: tokens that are only ever wrong would become alike.
-        mixed = [given, given, given, None] * (SCENES // 4)
-        documents = [document(rng, lesson=one) for one in mixed]
-        rng.shuffle(documents)
-        rows = rows_of(documents, tokenizer, SUMMED[args.term - 1])
-        right = []
-        total, tokens = 0.0, sum(sum(marks) for _, marks in rows)
-        for part in equal_lengths(rows):
-            logits, targets = response_logits(model, *tensors(part), noise=NOISE)
-            loss = F.cross_entropy(logits, targets, reduction="sum") / tokens
-            loss.backward()
-            total += loss.item()
-            right.append((logits.argmax(-1) == targets)[targets != tokenizer.eos_token_id])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, lr in zip(opts, base, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * factor
-            optimizer.step()
-            optimizer.zero_grad()
-        running.append(total)
-        step += 1
-        hits = 0.95 * hits + 0.05 * torch.cat(right).float().mean().item()
-        if step % 100 == 0:
-            mean, running = sum(running) / len(running), []
-            print(f"{step} {elapsed:.0f}s loss {mean:.4f} hits {hits:.3f}", flush=True)
-        if step % 400 == 0:
-            for summed in (0.0, 1.0):
-                print(
-                    f"  summed {summed:.0f}: {accuracy(model, tokenizer, 100, summed)}", flush=True
-                )
-        if time.monotonic() - last > 120:
-            save_checkpoint(checkpoints, model, opts, step, elapsed)
-            last = time.monotonic()
+    if args.start:
+        model = LlamaForCausalLM.from_pretrained(str(args.start))
     model.generation_config.eos_token_id = 2
-    model.save_pretrained(str(args.out))
-    told = {how: accuracy(model, tokenizer, 400, share) for how, share in TOLD.items()}
-    (checkpoints / "text_accuracy.json").write_text(json.dumps({"steps": step, **told}, indent=1))
-    print(told)
+
+    def make(step: int) -> Lesson:
+        return lesson_of(step, args.term, tokenizer)
+
+    rate = RATES[args.term - 1]
+    if not teach(TextModel(model), make, args.out, args.steps, rate, model.save_pretrained):
+        sys.exit("stopped: run it again to resume")
+    model.eval()
+    scores = {how: accuracy(model, tokenizer, 400, share) for how, share in FORMS.items()}
+    text = json.dumps({"steps": args.steps, **scores}, indent=1)
+    (args.out / "text_accuracy.json").write_text(text)
+    print(scores)
 
 
-TOLD = {"words": 0.0, "things": 1.0}
-"""A scene told word by word, and with one position for each thing."""
+FORMS = {"words": 0.0, "things": 1.0}
+"""A scene described word by word, and with one position for each thing."""
 
 
 if __name__ == "__main__":

@@ -1,29 +1,29 @@
-"""Step 2: the starter's vision tower learns what stands where in a picture.
+"""Step 2: the starter's image encoder learns what stands where in an image.
 
-    python runs/starter/train_vision.py OUT --minutes 20
+    python runs/starter/vision.py OUT --steps 1600
 
-Dense supervision: a throw-away head reads the tokens around each of the nine cells and names what
-stands there (colour, shape, size, printed word, handwritten digit), and every token names its own
-row and column: nothing else would keep a patch from being the same wherever it stands, and then no
-Q-Former can tell where things are. Only the tower is kept.
-Pictures of the training world alone: no held-out colour-shape pair, no digit kept for tests.
+Dense supervision: a head that is discarded afterwards reads the tokens around each of the nine
+cells and names what stands there (colour, shape, size, printed word, handwritten digit), and every
+token names its own row and column: nothing else would keep a patch from being the same wherever it
+stands, and then no Q-Former can say where things are. Images of the training world alone: no
+held-out colour-shape pair, no digit kept for tests. OUT is a run directory: it resumes.
 """
 
 import argparse
 import json
 import math
 import random
-import time
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from muon import Muon
+from lessons import Lesson, teach
 from safetensors.torch import save_file
-from starter_io import save_checkpoint, take_checkpoint
 from torch import Tensor, nn
 
+from instructblip.core.batch import LossOutput
 from instructblip.model.config import VisionConfig
 from instructblip.model.vision import VisionModel
 from instructblip.scenes.world import (
@@ -132,53 +132,44 @@ def accuracy(tower: nn.Module, reader: nn.Module) -> dict[str, float]:
     return found
 
 
+class Encoder(nn.Module):
+    """The image encoder and its two heads under the training loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = VisionModel(CONFIG)
+        self.cells = CellReader(CONFIG.hidden_size)
+        self.places = PlaceReader(CONFIG)
+
+    def loss(self, lesson: Lesson) -> LossOutput:
+        pixels, wanted = lesson.content
+        features = self.tower(pixels)
+        losses = [
+            F.cross_entropy(logits.flatten(0, 1), wanted[..., k].flatten())
+            for k, logits in enumerate(self.cells(features))
+        ]
+        return lesson.mean_loss(torch.stack([*losses, self.places.loss(features)]).sum())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--steps", type=int, default=1600)
     args = parser.parse_args()
     torch.manual_seed(0)
-    tower, reader = VisionModel(CONFIG), CellReader(CONFIG.hidden_size)
-    where = PlaceReader(CONFIG)
-    model = nn.ModuleDict({"tower": tower, "reader": reader, "where": where})
-    matrices = [
-        p for n, p in tower.named_parameters() if p.ndim == 2 and "encoder" in n and "weight" in n
-    ]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    opts: list[torch.optim.Optimizer] = [
-        Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
-    base = [o.param_groups[0]["lr"] for o in opts]
-    step, spent = take_checkpoint(args.out, model, opts)
-    print(f"{sum(p.numel() for p in tower.parameters()) / 1e6:.2f} M parameters, step {step}")
-    start = last = time.monotonic() - spent
-    while (elapsed := time.monotonic() - start) < 60 * args.minutes:
-        factor = min(1.0, (step + 1) / 50, (1 - elapsed / (60 * args.minutes)) / 0.4)
-        pixels, wanted = batch(random.Random(step), PICTURES)
-        features = tower(pixels)
-        looks = sum(F.cross_entropy(x.flatten(0, 1), wanted[..., k].flatten())
-                    for k, x in enumerate(reader(features)))  # fmt: skip
-        places = where.loss(features)
-        loss = looks + places
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, lr in zip(opts, base, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * factor
-            optimizer.step()
-            optimizer.zero_grad()
-        step += 1
-        if step % 100 == 0:
-            scores = accuracy(tower, reader)
-            told = f"loss {looks.item():.4f}, of the places {places.item():.4f}"
-            print(f"{step} {elapsed:.0f}s {told} {scores}", flush=True)
-        if time.monotonic() - last > 120:
-            save_checkpoint(args.out, model, opts, step, elapsed)
-            last = time.monotonic()
-    args.out.mkdir(parents=True, exist_ok=True)
-    save_file(tower.state_dict(), args.out / "vision.safetensors")
-    scores = {"pictures": step * PICTURES, **accuracy(tower, reader)}
+    model = Encoder()
+
+    def make(step: int) -> Lesson:
+        content = batch(random.Random(step), PICTURES)
+        return Lesson.of("scenes", step, content, torch.ones(PICTURES, 1, dtype=torch.long))
+
+    def export(folder: Path) -> None:
+        save_file(model.tower.state_dict(), folder / "vision.safetensors")
+
+    if not teach(model, make, args.out, args.steps, 5e-3, export):
+        sys.exit("stopped: run it again to resume")
+    model.eval()
+    scores = {"pictures": args.steps * PICTURES, **accuracy(model.tower, model.cells)}
     (args.out / "vision_accuracy.json").write_text(json.dumps(scores, indent=1))
     print(scores)
 
