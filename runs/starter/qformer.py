@@ -5,12 +5,13 @@
     python runs/starter/qformer.py captions ... --start OUT/last
 
 ``match`` and ``phrases`` are stage 1 (BLIP-2, section 3.2) with the heads of the package's
-`Stage1`: matching, with a negative that differs in one word, and grounded captions; then contrastive
-learning on phrases, each about one thing. ``captions`` is stage 2 (section 3.3): captions through the
-frozen language model, in the form "instruction, then caption" that it knows, then, as in BLIP-2, of
-the image alone. The phrases continue beside them: with captions alone the queries forget where
-things stand. No instruction reaches the Q-Former here, and no question is asked: the result
-describes images and follows instructions poorly, as BLIP-2 does. OUT is a run directory: it resumes.
+`Stage1`: matching, with a negative that differs in one word, and grounded captions; then
+contrastive learning on phrases, each about one thing. ``captions`` is stage 2 (section 3.3):
+captions through the frozen language model, in the form "instruction, then caption" that it knows,
+then, as in BLIP-2, of the image alone. The phrases continue beside them: with captions alone the
+queries forget where things stand. No instruction reaches the Q-Former here, and no question is
+asked: the result describes images and follows instructions poorly, as BLIP-2 does. OUT is a run
+directory: it resumes.
 """
 
 import argparse
