@@ -10,7 +10,8 @@ import math
 import random
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -69,20 +70,12 @@ def load_image(name: str | Path, root: Path | None = None) -> Image.Image:
 def decode_image(data: bytes, where: str) -> Image.Image:
     """The bytes of an image file as RGB; ValueError names ``where``."""
     try:
-        with warnings.catch_warnings():
-            # The size is checked below against a lower limit.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS}")
-                image.load()
-                ImageOps.exif_transpose(image, in_place=True)
-                return to_rgb(image)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "empty file" if not data else _fault(error)
+        with _opened(data) as image:
+            return _decoded(image)
+    except _DECODING_ERRORS as error:
         raise ValueError(
-            f"image {where}: cannot be decoded: {reason}; download it again or remove its "
-            "annotations"
+            f"image {where}: cannot be decoded: {_reason(data, error)}; download it again or "
+            "remove its annotations"
         ) from None
 
 
@@ -92,31 +85,17 @@ def image_fault(data: bytes, decode: bool = False) -> str | None:
     Reads the header and compares the end of the file with the one its format prescribes. Decodes
     the whole image where the end is another, and always with ``decode``.
     """
-    if not data:
-        return "empty file"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                width, height, kind = image.width, image.height, image.format or ""
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        return _fault(error)
-    if width * height > MAX_PIXELS:
-        return f"{width} x {height} pixels; at most {MAX_PIXELS}"
-    if not decode and kind in _ENDS and _ENDS[kind](data):
-        return None
-    try:
-        decode_image(data, "")
-    except ValueError as error:
-        return str(error).removeprefix("image : cannot be decoded: ").partition(";")[0]
+        with _opened(data) as image:
+            is_complete = _ENDS.get(image.format or "", lambda _: False)
+            if decode or not is_complete(data):
+                _decoded(image)
+    except _DECODING_ERRORS as error:
+        return _reason(data, error)
     return None
 
 
-def _fault(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its message shows an address in memory
-        return "not an image in any format that Pillow reads"
-    return str(error) or type(error).__name__
-
+_DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 # How a complete file ends. A JPEG may have more bytes after its end: then it is decoded.
 _ENDS: dict[str, Callable[[bytes], bool]] = {
@@ -124,6 +103,32 @@ _ENDS: dict[str, Callable[[bytes], bool]] = {
     "PNG": lambda data: data[-8:-4] == b"IEND",
     "WEBP": lambda data: len(data) >= int.from_bytes(data[4:8], "little") + 8,
 }
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image with its header read and its size checked, not decoded."""
+    with warnings.catch_warnings():
+        # Pillow warns of fewer pixels than it refuses; MAX_PIXELS is below both.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS}")
+            yield image
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image)
+
+
+def _reason(data: bytes, error: Exception) -> str:
+    if not data:
+        return "empty file"
+    if isinstance(error, UnidentifiedImageError):  # its message shows an address in memory
+        return "not an image in any format that Pillow reads"
+    return str(error) or type(error).__name__
 
 
 def _scale_of_grey(image: Image.Image) -> float:
