@@ -1,4 +1,4 @@
-"""Stored image features: what is stored once is exact, survives a kill, and is never stale."""
+"""Stored image features are exact, survive a kill and are never stale."""
 
 import os
 import pickle
@@ -31,7 +31,7 @@ TRANSFORM = ImageTransform(image_size=8)
 
 
 class Encoder:
-    """Counts the pictures it sees: two tokens of four features each."""
+    """Two tokens of four features for each image, and a count of the images encoded."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -43,7 +43,7 @@ class Encoder:
 
 @pytest.fixture
 def paths(tmp_path: Path) -> list[str]:
-    """Five pictures; the last has the bytes of the first."""
+    """Five images; the last has the bytes of the first."""
     found = [str(write_picture(tmp_path / "images" / f"{i}.png", seed=i)) for i in range(5)]
     Path(found[4]).write_bytes(Path(found[0]).read_bytes())
     return found
@@ -59,7 +59,7 @@ def stored(
     return features, encoder
 
 
-def test_features_are_exact_and_equal_pictures_are_stored_once(tmp_path: Path, paths: list[str]):
+def test_features_are_exact_and_equal_images_are_stored_once(tmp_path: Path, paths: list[str]):
     features, encoder = stored(tmp_path, paths)
     assert encoder.seen == len(features.store) == 4
     for path in paths:
@@ -72,7 +72,7 @@ def test_features_are_exact_and_equal_pictures_are_stored_once(tmp_path: Path, p
     assert again.view(7) == 0
 
 
-def test_a_changed_picture_is_encoded_anew(tmp_path: Path, paths: list[str]):
+def test_a_changed_image_is_encoded_again(tmp_path: Path, paths: list[str]):
     before, _ = stored(tmp_path, paths)
     old = before(paths[1], 0).clone()
     write_picture(Path(paths[1]), seed=99)
@@ -82,21 +82,21 @@ def test_a_changed_picture_is_encoded_anew(tmp_path: Path, paths: list[str]):
     assert torch.equal(after(paths[2], 0), before(paths[2], 0))
 
 
-def test_a_vanished_picture_is_named(tmp_path: Path, paths: list[str]):
+def test_a_missing_image_is_named(tmp_path: Path, paths: list[str]):
     stored(tmp_path, paths)
     Path(paths[3]).unlink()
     with pytest.raises(FileNotFoundError, match=r"3\.png does not exist any more"):
         stored(tmp_path, paths)
 
 
-def test_a_picture_that_was_not_stored_is_named(tmp_path: Path, paths: list[str]):
+def test_an_image_without_features_is_named(tmp_path: Path, paths: list[str]):
     features, _ = stored(tmp_path, paths[:2])
     with pytest.raises(ValueError, match=r"3\.png has no stored features.*instructblip cache"):
         features(paths[3], 0)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
-def test_smaller_types_stay_near(tmp_path: Path, paths: list[str], kind: FeatureType):
+def test_smaller_types_are_close(tmp_path: Path, paths: list[str], kind: FeatureType):
     features, _ = stored(tmp_path, paths, kind)
     exact, _ = stored(tmp_path / "exact", paths)
     for path in paths:
@@ -114,7 +114,7 @@ def test_each_token_has_its_own_scale():
     assert torch.isfinite(quantize(torch.zeros(1, 1, 4))[1]).all()
 
 
-def test_views_are_crops_never_mirrored(tmp_path: Path):
+def test_views_are_crops_and_never_mirrored(tmp_path: Path):
     ramp = np.tile(np.arange(0, 240, 10, dtype=np.uint8), (24, 1))
     path = tmp_path / "ramp.png"
     Image.fromarray(np.stack([ramp] * 3, axis=2)).save(path)
@@ -127,7 +127,7 @@ def test_views_are_crops_never_mirrored(tmp_path: Path):
 
 
 def test_the_frames_of_a_video_share_each_crop(tmp_path: Path):
-    """Frames of one picture, of different bytes, are cropped alike; a still picture on its own."""
+    """Frames with the same pixels but other bytes are cropped alike, and otherwise as an image."""
     pixels = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
     paths = []
     for number in range(3):
@@ -149,20 +149,20 @@ def test_the_frames_of_a_video_share_each_crop(tmp_path: Path):
         fill(features, TRANSFORM.for_training(), encode, batch_size=2, workers=0)
         return features, seen
 
-    pictures, seen = crops(frozenset())
+    separate, seen = crops(frozenset())
     assert len(seen) == 6
     features, seen = crops(shown)
-    assert len(seen) == 4, "the first frame and the still picture were stored before"
+    assert len(seen) == 4, "the first frame and the single image were stored before"
     for view in range(2):
         first = features(paths[0], view)
         close = {"rtol": 0, "atol": 0.1}
         torch.testing.assert_close(features(paths[1], view, paths[0]), first, **close)
         torch.testing.assert_close(features(paths[2], view, paths[0]), first, **close)
         assert (features(paths[1], view, paths[1]) - first).abs().max() > 0.5
-        assert torch.equal(features(paths[1], view, paths[1]), pictures(paths[1], view))
+        assert torch.equal(features(paths[1], view, paths[1]), separate(paths[1], view))
 
 
-def test_a_kill_loses_the_shard_in_work_and_nothing_else(
+def test_a_kill_loses_only_the_shard_being_written(
     tmp_path: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(features_module, "SHARD_BYTES", 1)  # a shard for each batch
@@ -181,7 +181,7 @@ def test_a_kill_loses_the_shard_in_work_and_nothing_else(
     assert encoder.seen == 2
 
 
-def test_a_damaged_shard_is_set_aside(tmp_path: Path, paths: list[str]):
+def test_a_damaged_shard_is_replaced(tmp_path: Path, paths: list[str]):
     stored(tmp_path, paths)
     (shard,) = (tmp_path / "store").glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-5])
@@ -191,7 +191,7 @@ def test_a_damaged_shard_is_set_aside(tmp_path: Path, paths: list[str]):
     assert features(paths[0], 0).shape == (2, 4)
 
 
-def test_a_full_disk_says_so_and_leaves_nothing(
+def test_a_full_disk_is_reported_and_leaves_nothing(
     tmp_path: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     def full(_tensors: object, path: Path, metadata: object = None) -> None:
@@ -224,7 +224,7 @@ def test_ranks_share_the_work(
     assert len(FeatureStore(tmp_path / "store", "fp32")) == 5
 
 
-def test_the_name_of_a_store_holds_all_that_changes_its_features():
+def test_the_name_of_a_store_depends_on_all_that_changes_features():
     names = {
         store_name(TRANSFORM, "a", "fp32"),
         store_name(TRANSFORM, "b", "fp32"),
@@ -235,7 +235,7 @@ def test_the_name_of_a_store_holds_all_that_changes_its_features():
     assert len(names) == 5
 
 
-def test_costs_decide(tmp_path: Path, paths: list[str]):
+def test_costs_show_whether_storing_saves_time(tmp_path: Path, paths: list[str]):
     dear = Costs(load=1.0, encode=10.0, write=1.0, read=1.0, nbytes=1)
     assert dear.saving(missing=10, reads=10) < 0 < dear.saving(missing=10, reads=40)
     cheap = Costs(load=1.0, encode=1.0, write=1.0, read=2.0, nbytes=1)
@@ -247,7 +247,7 @@ def test_costs_decide(tmp_path: Path, paths: list[str]):
     assert not (tmp_path / "store").exists() or not list((tmp_path / "store").iterdir())
 
 
-def test_an_unchanged_picture_is_not_read_again(paths: list[str]):
+def test_an_unchanged_image_is_not_read_again(paths: list[str]):
     known = dict(gather_facts(paths, Path(), {}))
     first = hash_images(paths, known)
     assert first == hash_images(paths, {})

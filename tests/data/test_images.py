@@ -1,4 +1,4 @@
-"""Pictures of every kind decode to RGB, and the pixels are those of transformers."""
+"""Images of every kind decode to RGB, and the pixels equal those of transformers."""
 
 import io
 import random
@@ -35,7 +35,7 @@ def test_pixels_are_those_of_transformers(size: tuple[int, int], side: int, tmp_
     torch.testing.assert_close(got, expected.float(), atol=1e-6, rtol=0)
 
 
-def test_config_goes_to_and_comes_from_transformers(tmp_path: Path) -> None:
+def test_config_is_that_of_transformers(tmp_path: Path) -> None:
     transform = ImageTransform(image_size=30, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
     transform.save_pretrained(tmp_path)
     assert ImageTransform.from_pretrained(tmp_path) == transform
@@ -63,7 +63,7 @@ def colour_of(file: io.BytesIO, tmp_path: Path) -> tuple[int, ...]:
     return tuple(int(c) for c in colour)
 
 
-def test_modes(tmp_path: Path) -> None:
+def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
     red = Image.new("RGB", (8, 8), (200, 10, 10))
     assert colour_of(saved(red.convert("P"), "PNG"), tmp_path)[0] > 150
     assert colour_of(saved(red.convert("CMYK"), "JPEG", quality=95), tmp_path)[0] > 150
@@ -101,10 +101,10 @@ def test_exif_rotation(tmp_path: Path) -> None:
     assert load_image(path).size == (4, 8)
 
 
-def test_unreadable_pictures_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = write_picture(tmp_path / "a.jpg", (64, 64)).read_bytes()
     path = tmp_path / "b.jpg"
-    for content in (whole[: len(whole) // 2], whole[:30], b"", b"GIF89a", b"no picture"):
+    for content in (whole[: len(whole) // 2], whole[:30], b"", b"GIF89a", b"no image"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=re.escape(str(path)) + ".*download it again"):
             load_image(path)

@@ -1,4 +1,4 @@
-"""Rendering: places are filled, nothing an example has is lost, one answer is chosen."""
+"""Rendering fills all places, loses no part of an example and chooses one answer."""
 
 import random
 import re
@@ -45,7 +45,7 @@ def test_every_task_has_ten_to_fifteen_short_templates() -> None:
             assert ("{options}" in template) == (task == "multiple_choice")
 
 
-def test_one_answer_by_its_frequency() -> None:
+def test_one_answer_is_chosen_by_its_frequency() -> None:
     rng = random.Random(0)
     rendered = [render_instruction(EXAMPLE, rng) for _ in range(2000)]
     counts = Counter(r.response for r in rendered)
@@ -57,7 +57,7 @@ def test_one_answer_by_its_frequency() -> None:
         render_instruction(replace(EXAMPLE, answers=()), rng)
 
 
-def test_an_empty_answer_is_never_drawn() -> None:
+def test_an_empty_answer_is_never_chosen() -> None:
     silent = Example(dataset="d", split="train", id="1", images=(), task="caption")
     mostly = replace(silent, answers=("",) * 8 + ("red", " "))
     assert {render_instruction(mostly, random.Random(i)).response for i in range(50)} == {"red"}
@@ -65,7 +65,7 @@ def test_an_empty_answer_is_never_drawn() -> None:
         render_instruction(replace(silent, answers=("", " ")), random.Random(0))
 
 
-def test_the_same_code_renders_training_and_evaluation() -> None:
+def test_training_and_evaluation_render_alike() -> None:
     for template in TEMPLATES["vqa"]:
         trained = render_instruction(EXAMPLE, random.Random(0), template)
         assert render_prompt(EXAMPLE, template).prompt == trained.prompt
@@ -73,7 +73,7 @@ def test_the_same_code_renders_training_and_evaluation() -> None:
     assert render_prompt(EXAMPLE).response == ""
 
 
-def test_what_the_template_does_not_name_is_put_in_front() -> None:
+def test_parts_that_the_template_does_not_name_come_first() -> None:
     full = replace(
         EXAMPLE,
         question="and the cup?",
@@ -104,7 +104,7 @@ def test_options_are_lettered_and_the_response_is_the_text() -> None:
     assert rendered.response == "blue"
 
 
-def test_llava_keeps_its_own_instruction() -> None:
+def test_llava_questions_are_the_whole_instruction() -> None:
     own = replace(EXAMPLE, task="instruct", question="Describe\n\nit, please.", answers=("A. B!",))
     rendered = render_instruction(own, random.Random(0))
     assert (rendered.prompt, rendered.response) == ("Describe\n\nit, please.", "A. B!")
@@ -160,7 +160,7 @@ def test_chinese_parts() -> None:
 def test_a_model_with_other_templates_warns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    warn_of_other_templates(tmp_path)  # a model from elsewhere says nothing
+    warn_of_other_templates(tmp_path)  # no file, no warning
     (tmp_path / TEMPLATES_FILE).write_text(templates_note())
     warn_of_other_templates(tmp_path)
     monkeypatch.setitem(TEMPLATES, "vqa", ("{question} Now:",))

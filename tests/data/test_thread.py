@@ -1,4 +1,4 @@
-"""The thin thread: official files -> prepare -> templates -> tokens -> collate -> loader."""
+"""The whole way: official files -> prepare -> templates -> tokens -> collate -> loader."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tokens: what each tokenizer style makes of instruction, prompt and response."""
+"""The ids of instruction, prompt and response for each kind of tokenizer."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,13 @@ STYLES = {"llama": llama_like, "bytes": byte_level}
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("response", ["red", "a red cat.", "42", "red red"])
-def test_prompt_and_response_in_a_row_read_as_one_text(style: str, response: str) -> None:
+def test_prompt_and_response_ids_decode_to_one_text(style: str, response: str) -> None:
     tokens = Tokens(language=STYLES[style]())
     _, prompt_ids, response_ids = tokens.tokenize(Rendered(PROMPT, PROMPT, response))
     if style == "bytes" or "42" not in response:
         assert tokens.decode(prompt_ids + response_ids) == f"{PROMPT} {response}"
         assert tokens.decode(response_ids) == response
-    # The ids are those of the text tokenised in one piece.
+    # The ids equal those of the whole text.
     whole = tokens.prompt(f"{PROMPT} {response}")
     assert prompt_ids + response_ids == [*whole, tokens.eos_id]
 
@@ -33,7 +33,7 @@ def test_special_tokens_of_a_decoder() -> None:
     assert prompt_ids[0] == tokens.language.bos_token_id
     assert tokens.eos_id not in prompt_ids
     assert response_ids == [tokens.language.convert_tokens_to_ids("▁red"), tokens.eos_id]
-    # A tokenizer that closes every text does not close the prompt of a decoder.
+    # A tokenizer that ends every text with an end token does not end the prompt of a decoder.
     assert tokens.eos_id not in Tokens(language=t5_like()).prompt(PROMPT)
     assert tokens.tokenize(Rendered(PROMPT, PROMPT))[2] == []
 
@@ -45,7 +45,7 @@ def test_special_tokens_of_an_encoder_decoder() -> None:
     assert response_ids == [tokens.language.convert_tokens_to_ids("▁red"), tokens.eos_id]
 
 
-def test_truncation_keeps_what_matters() -> None:
+def test_truncation_keeps_question_and_special_tokens() -> None:
     qformer = wordpiece()
     tokens = Tokens(llama_like(), qformer, max_instruction=6, max_prompt=5, max_response=4)
     text = "blue blue blue blue blue is red"
@@ -78,7 +78,7 @@ def test_special_tokens_written_in_a_text_are_text(make: type[PreTrainedTokenize
     assert wordpiece().convert_ids_to_tokens(instruction).count("[SEP]") == 1
 
 
-def test_candidates_are_tokenised_as_responses() -> None:
+def test_candidates_are_tokenized_as_responses() -> None:
     tokens = Tokens(language=llama_like())
     assert tokens.candidates(["red", "a cat"]) == [tokens.response("red"), tokens.response("a cat")]
 

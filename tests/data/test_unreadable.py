@@ -1,4 +1,4 @@
-"""Folders and files that may not be read: told by name, never passed over."""
+"""Folders and files without read permission are named in errors and never ignored."""
 
 import os
 import tempfile
@@ -23,7 +23,7 @@ NOBODY = 65534
 
 @contextmanager
 def as_a_user() -> Iterator[None]:
-    """Without root's right to read everything."""
+    """Runs the test as a user whom permissions apply to."""
     if os.geteuid():
         yield
         return
@@ -36,7 +36,7 @@ def as_a_user() -> Iterator[None]:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder of that user, as the folders of pytest are root's alone."""
+    """A folder of that user, since pytest's folders belong to root."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o777)
         yield Path(name)
@@ -100,13 +100,13 @@ CASES: dict[str, tuple[Callable[[Path], None], str, Callable[[Path], Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_what_may_not_be_read_is_named(case: tuple[Any, ...], folder: Path) -> None:
+def test_unreadable_files_and_folders_are_named(case: tuple[Any, ...], folder: Path) -> None:
     write, name, read = case
     write(folder)
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o755)
         os.chown(path, NOBODY if os.geteuid() == 0 else -1, -1)
-    read(folder)  # and every module that it needs is imported while Python's own may be read
+    read(folder)  # imports all modules that it needs while they are readable
     with as_a_user():
         read(folder)
     with shut(folder / name), pytest.raises((ValueError, PermissionError)) as raised:
@@ -114,7 +114,7 @@ def test_what_may_not_be_read_is_named(case: tuple[Any, ...], folder: Path) -> N
     assert str(folder / name) in str(raised.value)
 
 
-def test_pictures_in_a_closed_folder_are_listed(folder: Path) -> None:
+def test_images_in_an_unreadable_folder_are_listed(folder: Path) -> None:
     root = write_vqa(folder / "vqav2", 4)
     inside = root / "images" / "train2014"
     inside.mkdir()
@@ -133,12 +133,12 @@ def test_pictures_in_a_closed_folder_are_listed(folder: Path) -> None:
     assert "questions.json:record 0: folder" in str(error.value)
 
 
-def test_a_closed_picture_is_a_bad_sample(folder: Path) -> None:
+def test_an_image_without_permission_is_a_bad_sample(folder: Path) -> None:
     dataset = vizwiz(folder, [{}, {}])
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o777)
     check_dataset(dataset)
-    os.utime(folder / "images" / "train1.png", ns=(1, 1))  # looked at anew
+    os.utime(folder / "images" / "train1.png", ns=(1, 1))  # so that it is read again
     with shut(folder / "images" / "train1.png"):
         diagnosis = check_dataset(dataset)
     assert diagnosis.left_out == (1,)
