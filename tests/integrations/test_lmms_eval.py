@@ -1,4 +1,4 @@
-"""lmms-eval, offline, on a task made on the spot, finds and runs the plug-in."""
+"""lmms-eval finds and runs the plug-in, offline, on two generated tasks."""
 
 import json
 import os
@@ -22,23 +22,23 @@ QUESTION = "Question: what is red? Short answer:"
 CHOICES = ["red", "blue", "the cat"]
 
 
-def test_lmms_eval_runs_us(tmp_path: Path) -> None:
+def test_lmms_eval_runs_the_engine(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "instructblip")
     engine = Engine.from_pretrained(model, device="cpu")
-    pictures = [write_picture(tmp_path / f"{i}.png", seed=i) for i in range(4)]
+    images = [write_picture(tmp_path / f"{i}.png", seed=i) for i in range(4)]
     greedy = {"num_beams": 1, "max_new_tokens": 4, "min_new_tokens": 0, "repetition_penalty": 1.0}
-    said = engine.answer(pictures, QUESTION, **greedy)
-    ranked = [engine.rank(picture, QUESTION, CHOICES) for picture in pictures]
+    answers = engine.answer(images, QUESTION, **greedy)
+    ranked = [engine.rank(image, QUESTION, CHOICES) for image in images]
     best = [scores.index(max(scores)) for scores in ranked]
     records = [
         {
-            "image": Image.open(picture),
+            "image": Image.open(image),
             "prompt": QUESTION,
             "choices": CHOICES,
             "answer": answer if i else "something else",
             "label": right if i else (right + 1) % 3,
         }
-        for i, (picture, answer, right) in enumerate(zip(pictures, said, best, strict=True))
+        for i, (image, answer, right) in enumerate(zip(images, answers, best, strict=True))
     ]
     data = tmp_path / "data"
     datasets.DatasetDict({"test": datasets.Dataset.from_list(records)}).save_to_disk(data)
@@ -63,7 +63,7 @@ def test_lmms_eval_runs_us(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     (file,) = (tmp_path / "out").rglob("*results.json")
     results = json.loads(file.read_text())["results"]
-    found = {task: [v for k, v in own.items() if k.split(",")[0] in ("exact_match", "acc")]
-             for task, own in results.items()}  # fmt: skip
-    assert found == {"toy_free": [0.75], "toy_choice": [0.75]}
+    scores = {task: [v for k, v in each.items() if k.split(",")[0] in ("exact_match", "acc")]
+              for task, each in results.items()}  # fmt: skip
+    assert scores == {"toy_free": [0.75], "toy_choice": [0.75]}
     print(done.stdout[-1500:])

@@ -1,8 +1,8 @@
 """A plug-in for lmms-eval: ``lmms-eval --model instructblip_engine --model_args pretrained=DIR``.
 
 lmms-eval finds ``manifest`` through the entry point group ``lmms_eval.models``. Generation and
-multiple choice both run through the engine; ``until`` cuts an answer, ``max_new_tokens`` and
-``num_beams`` of a task are kept, its sampling settings only where the task samples.
+multiple choice both run through the engine. Of a task's settings, ``until`` cuts answers, the
+lengths and ``num_beams`` apply, and the sampling settings apply only if the task samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,16 +16,22 @@ from instructblip.inference.engine import Engine
 from instructblip.inference.inputs import ImageInput
 
 MODEL_ID = "instructblip_engine"
-"""Not "instructblip", which is lmms-eval's own adapter of transformers' class."""
+"""Differs from "instructblip", lmms-eval's adapter of transformers' class."""
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval registers."""
+    """The entry that lmms-eval registers."""
     return ModelManifest(MODEL_ID, simple_class_path=f"{__name__}.{EngineLmms.__name__}")
 
 
 class EngineLmms(lmms):
-    """Args: a model or run directory, or "starter"; samples at a time; "auto", "cpu", "cuda"."""
+    """The engine behind lmms-eval's interface.
+
+    Args:
+        pretrained: a model or run directory, or "starter".
+        batch_size: samples at a time; "auto" is ``max_batch_size``.
+        device: "auto", "cpu" or "cuda".
+    """
 
     def __init__(
         self,
@@ -39,42 +45,42 @@ class EngineLmms(lmms):
         self.engine = Engine.from_pretrained(pretrained, device=device, batch_size=size)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """One answer a request; those with the same settings go together."""
+        """One answer per request; requests with the same settings share batches."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(i)
-        said = [""] * len(requests)
+        answers = [""] * len(requests)
         for group in groups.values():
             settings = requests[group[0]].args[1]
-            asked = [requests[i].args for i in group]
-            images = [self._pictures(*arguments[2:6]) for arguments in asked]
-            texts = [_prompt(arguments[0]) for arguments in asked]
-            answers = self.engine.answer(images, texts, **_decoding(settings))
-            for i, answer in zip(group, answers, strict=True):
-                said[i] = _cut(answer, settings.get("until"))
-        return said
+            arguments = [requests[i].args for i in group]
+            images = [self._images(*each[2:6]) for each in arguments]
+            prompts = [_prompt(each[0]) for each in arguments]
+            texts = self.engine.answer(images, prompts, **_decoding(settings))
+            for i, text in zip(group, texts, strict=True):
+                answers[i] = _cut(text, settings.get("until"))
+        return answers
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """(negative log-likelihood, whether greedy decoding says it) of each continuation.
+        """(negative log-likelihood, whether greedy decoding gives it) of each continuation.
 
-        lmms-eval takes the smallest value as its choice, and keeps a tuple whole only inside a
+        lmms-eval chooses the smallest value, and preserves a tuple only inside a
         ``GenerationResult``. All continuations of one question are ranked together.
         """
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, request in enumerate(requests):
             context, _, _, doc_id, task, split = request.args
             groups.setdefault((context, doc_id, task, split), []).append(i)
-        found: list[Any] = [None] * len(requests)
+        results: list[Any] = [None] * len(requests)
         for group in groups.values():
             context, _, *where = requests[group[0]].args
-            images, prompt = self._pictures(*where), _prompt(context)
+            images, prompt = self._images(*where), _prompt(context)
             texts = [self._continuation(requests[i]) for i in group]
             scores = self.engine.rank(images, prompt, texts)
             longest = max(len(self.engine.tokens.response(text)) for text in texts)
             (greedy,) = self.engine.answer([images], [prompt], **_greedy(longest))
             for i, text, score in zip(group, texts, scores, strict=True):
-                found[i] = GenerationResult(text=(-score, greedy == text))  # type: ignore[arg-type]
-        return found
+                results[i] = GenerationResult(text=(-score, greedy == text))  # type: ignore[arg-type]
+        return results
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         raise NotImplementedError("conversations of several rounds are not supported")
@@ -85,21 +91,22 @@ class EngineLmms(lmms):
             continuation = continuation(self.task_dict[task][split][doc_id])
         return str(continuation).strip()
 
-    def _pictures(
+    def _images(
         self, to_visual: Callable[[Any], list[ImageInput]], doc_id: int, task: str, split: str
     ) -> list[ImageInput]:
-        pictures = to_visual(self.task_dict[task][split][doc_id])
-        if not pictures:
-            raise ValueError(f"{task} {split} {doc_id}: no picture; every question needs one")
-        return pictures
+        images = to_visual(self.task_dict[task][split][doc_id])
+        if not images:
+            raise ValueError(f"{task} {split} {doc_id}: no image; every question needs one")
+        return images
 
 
 def _prompt(context: str) -> str:
-    """The text as it is, without the place that some tasks mark for the picture."""
+    """The text without the image placeholder of some tasks."""
     return context.replace("<image>", "").strip()
 
 
 def _greedy(tokens: int) -> dict[str, Any]:
+    """Greedy decoding of at most ``tokens`` tokens."""
     return {"num_beams": 1, "max_new_tokens": tokens, "min_new_tokens": 0,
             "repetition_penalty": 1.0, "do_sample": False}  # fmt: skip
 
@@ -109,11 +116,12 @@ def _decoding(settings: dict[str, Any]) -> dict[str, Any]:
     names = ["num_beams", "max_new_tokens", "min_new_tokens", "length_penalty"]
     if settings.get("do_sample"):
         names += ["do_sample", "temperature", "top_p"]
-    found = {name: settings[name] for name in names if settings.get(name) is not None}
-    return _greedy(128) | found
+    given = {name: settings[name] for name in names if settings.get(name) is not None}
+    return _greedy(128) | given
 
 
 def _cut(answer: str, until: str | Sequence[str] | None) -> str:
+    """The answer up to the first of the stop strings."""
     for stop in [until] if isinstance(until, str) else until or ():
         answer = answer.split(stop)[0] if stop else answer
     return answer
