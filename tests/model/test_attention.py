@@ -1,6 +1,6 @@
-"""A kernel for packed rows is used where it agrees with rows attended to alone, and only there.
+"""Packed attention uses a kernel only where it agrees with rows attended to one by one.
 
-The kernel itself needs a GPU; in its place stands one with its signature.
+The kernel needs a GPU; a function with the same signature replaces it here.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def reference(
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    """What the documentation of ``varlen_attn`` promises."""
+    """The documented behaviour of ``varlen_attn``."""
     assert query.shape[1] == key.shape[1], "heads are not shared by default"
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     lengths = cu_seq_q.diff().tolist()
@@ -47,7 +47,7 @@ def reference(
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch):
-    """As if the CPU were a device for the kernel."""
+    """The CPU counts as a device of the kernel."""
     monkeypatch.setattr(attention, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setattr(attention, "KERNEL_DTYPES", (torch.float32, torch.bfloat16))
     monkeypatch.setattr(attention, "ONE_BY_ONE", ())
@@ -57,7 +57,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("language", ["llama", "opt", "gpt2", "qwen2"])
-def test_packed_rows_give_the_losses_of_padded_ones(
+def test_packed_equals_padded_with_the_kernel(
     language: str, on_cpu: None, monkeypatch: pytest.MonkeyPatch
 ):
     calls: list[int] = []
@@ -70,18 +70,18 @@ def test_packed_rows_give_the_losses_of_padded_ones(
     monkeypatch.setattr(attention, "KERNEL_WIDTHS", range(1, 257))  # tiny heads are 4 wide
     model = tiny_model(language)
     batch = tiny_batch(model.config)
-    losses, slopes = model.loss(batch), gradients(model, batch)
+    losses, packed = model.loss(batch), gradients(model, batch)
     tokens = model.language.join(model.encode_queries(batch), batch).inputs_embeds.shape[1]
-    assert calls.count(tokens) >= 2  # and the rows of the trial
+    assert calls.count(tokens) >= 2  # besides the comparison's
     model.language_model.set_attn_implementation("sdpa")
     padded = model.loss(batch)
     torch.testing.assert_close(losses.sample_losses, padded.sample_losses, rtol=1e-5, atol=1e-5)
     for name, value in gradients(model, batch).items():
-        torch.testing.assert_close(slopes[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("language", ["llama", "opt"])
-def test_the_trial_may_stand_in_a_checkpointed_layer(
+def test_the_comparison_may_run_inside_a_checkpointed_layer(
     language: str, on_cpu: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(attention, "varlen_attn", reference)
@@ -105,11 +105,11 @@ def sees_other_rows(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: An
     return F.scaled_dot_product_attention(*rows, is_causal=True).transpose(0, 1)
 
 
-def has_no_slope(*states: Any, **settings: Any) -> Tensor:
+def has_no_gradient(*states: Any, **settings: Any) -> Tensor:
     return reference(*states, **settings).detach()
 
 
-def halves_the_slope(*states: Any, **settings: Any) -> Tensor:
+def halves_the_gradient(*states: Any, **settings: Any) -> Tensor:
     result = reference(*states, **settings)
     return result / 2 + result.detach() / 2
 
@@ -125,15 +125,15 @@ def has_another_signature(
     [
         (sees_ahead, "differs"),
         (sees_other_rows, "differs"),
-        (has_no_slope, "fails"),
-        (halves_the_slope, "differs"),
+        (has_no_gradient, "fails"),
+        (halves_the_gradient, "differs"),
         (has_another_signature, "TypeError"),
         (None, "fails"),
-        (attention.varlen_attn, "fails"),  # the kernel itself, which a CPU has not
+        (attention.varlen_attn, "fails"),  # the kernel itself, which does not run on a CPU
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_kernel_that_errs_is_not_used(
+def test_a_kernel_that_fails_or_differs_is_not_used(
     kernel: Callable[..., Tensor] | None,
     says: str,
     dtype: torch.dtype,
@@ -149,7 +149,7 @@ def test_a_kernel_that_errs_is_not_used(
     assert attention.kernel_works_on(query)
 
 
-def test_trial_leaves_the_random_numbers_and_works_in_inference_mode(
+def test_the_comparison_keeps_the_random_state_and_runs_in_inference_mode(
     on_cpu: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(attention, "varlen_attn", reference)
@@ -160,12 +160,12 @@ def test_trial_leaves_the_random_numbers_and_works_in_inference_mode(
 
 
 @pytest.mark.parametrize("width", [12, 264])
-def test_widths_the_kernel_has_not(width: int, on_cpu: None, monkeypatch: pytest.MonkeyPatch):
+def test_head_widths_without_a_kernel(width: int, on_cpu: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention, "varlen_attn", reference)
     assert not attention.kernel_works_on(torch.zeros(1, 2, 4, width))
 
 
-def test_a_cpu_attends_without_it():
+def test_a_cpu_does_not_use_the_kernel():
     assert not attention.kernel_works_on(torch.zeros(1, 2, 4, 16, dtype=torch.bfloat16))
 
 

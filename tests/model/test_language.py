@@ -1,4 +1,4 @@
-"""Generation and ranking do not depend on padding, batching or the shared prefix."""
+"""Loss, generation and ranking do not depend on padding, batching or the shared prefix."""
 
 from dataclasses import replace
 
@@ -113,7 +113,7 @@ def test_batch_equals_single(model, extra_padding):
 
 
 def test_first_greedy_token_is_the_most_likely_candidate(model):
-    """Generation pads on the left, ranking continues a cache: both predict from the same prefix."""
+    """Generation pads on the left and ranking continues a cache; both continue the same prefix."""
     batch = tiny_batch(model.config)
     best = respond(model, batch, max_new_tokens=1)
     candidates = [[[token] for token in range(VOCAB)] for _ in best]
@@ -151,8 +151,8 @@ def test_rank_equals_one_forward_per_candidate(model, normalization, include_end
             torch.testing.assert_close(ranked[sample][index], expected, rtol=0, atol=1e-4)
 
 
-def one_forward_each(model, alone, candidates):
-    """The definition: the loss of each candidate as the response of a batch of its own."""
+def plain_scores(model, alone, candidates):
+    """The definition: the loss of each candidate as the response of a batch of one sample."""
     return torch.stack(
         [-model.loss(replace(alone, **padded("response", [ids]))).loss_sum for ids in candidates]
     ).detach()
@@ -163,18 +163,18 @@ FAMILY = [[5, 6, 7, 2], [5, 6, 2], [5, 6, 8, 9, 2], [5, 2], [10, 6, 7, 2], [5, 6
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("chunk", [1, 3, 256])
-def test_common_beginnings_change_no_score(model, attention, chunk):
+def test_common_prefixes_change_no_score(model, attention, chunk):
     batch = tiny_batch(model.config)
     model.language_model.set_attn_implementation(attention)
     groups = [FAMILY, FAMILY[2:4], FAMILY[::-1]]
     ranked = rank_candidates(model, batch, groups, chunk=chunk)
     for sample, group in enumerate(groups):
-        expected = one_forward_each(model, single(batch, sample), group)
+        expected = plain_scores(model, single(batch, sample), group)
         torch.testing.assert_close(ranked[sample], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("language", ["llama", "t5"])
-def test_what_candidates_share_is_computed_once(language):
+def test_shared_tokens_of_candidates_are_computed_once(language):
     """The prefix runs once per sample, and a packed tree holds each of its nodes once."""
     model = tiny_model(language)
     batch = single(tiny_batch(model.config), 2)
@@ -187,19 +187,19 @@ def test_what_candidates_share_is_computed_once(language):
     rank_candidates(model, batch, [FAMILY])
     prefix = 3 + 6  # queries and prompt
     if language == "t5":
-        # Rows: 5 6 7; 5 6 8 9; 10 6 7. "5" and "5 6" lie within them.
+        # Rows: 5 6 7; 5 6 8 9; 10 6 7. They contain "5" and "5 6".
         assert seen == {"encoder": [(1, prefix)], "decoder": [(1, 1), (3, 4)]}
     else:
         assert seen == {"base_model": [(1, prefix), (1, 8)]}  # 5 6 7 8 9 and 10 6 7
 
 
-def test_a_chunk_ends_where_its_trees_would_be_too_wide():
+def test_a_chunk_ends_before_its_trees_have_too_many_nodes():
     long = [[i % 7, i, *[8] * 190, 2] for i in range(100, 356)]
     pairs = sort_candidates([long, FAMILY, [[9] * 5000]], True, 3)
     chunks = list(in_chunks(pairs, 256))
     assert [pair for chunk in chunks for pair in chunk] == pairs
     sizes = [len(Forest.of(chunk)) for chunk in chunks]
-    assert sizes.pop() == 4999  # one candidate is never cut
+    assert sizes.pop() == 4999  # a candidate is never cut
     assert all(1800 < size <= 2000 for size in sizes[:-1])
     family = sort_candidates([FAMILY] * 60, True, 60)
     assert [len(chunk) for chunk in in_chunks(family, 256)] == [256, 164]
@@ -211,7 +211,7 @@ def _size(kwargs):
     return tuple((given if given is not None else kwargs["input_ids"]).shape[:2])
 
 
-def test_rank_refuses_what_it_cannot_score():
+def test_rank_refuses_candidates_without_tokens():
     model = tiny_model("llama")
     batch = tiny_batch(model.config)
     with pytest.raises(ValueError, match="no token to score"):
@@ -244,16 +244,16 @@ def test_generation_options(language):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("language", ["llama", "opt", "gpt2", "qwen2"])
-def test_beams_in_one_row_are_those_of_transformers(
+def test_beams_in_one_row_equal_those_of_transformers(
     language: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ):
     model = tiny_model(language)
-    with torch.no_grad():  # lively enough that beams change places
+    with torch.no_grad():  # large enough weights that beams change places
         model.language_projection.weight.mul_(10)
         model.language_model.get_input_embeddings().weight.mul_(5)
     model.language_model.set_attn_implementation(attention)
     batch = tiny_batch(model.config)
-    everything = [
+    settings = [
         {"num_beams": 4},
         {"num_beams": 3, "length_penalty": -1.0, "repetition_penalty": 1.5},
         {"num_beams": 2, "min_new_tokens": 8},
@@ -266,7 +266,7 @@ def test_beams_in_one_row_are_those_of_transformers(
         reorder(tree, beams)
 
     monkeypatch.setattr(BeamTree, "reorder_cache", note)
-    rows = [respond(model, batch, max_new_tokens=8, **o) for o in everything]
+    rows = [respond(model, batch, max_new_tokens=8, **o) for o in settings]
     assert any(moved)
     replaced: list[int] = []
 
@@ -275,13 +275,13 @@ def test_beams_in_one_row_are_those_of_transformers(
         return tree.language.model
 
     monkeypatch.setattr(BeamTree, "model", plain)
-    for options, own in zip(everything, rows, strict=True):
-        assert respond(model, batch, max_new_tokens=8, **options) == own
+    for options, expected in zip(settings, rows, strict=True):
+        assert respond(model, batch, max_new_tokens=8, **options) == expected
     assert replaced == [4, 3, 2]
 
 
-def test_answer_is_cut_at_the_end_token():
-    """A greedy run continued past its end token is the same up to it."""
+def test_a_response_is_cut_at_its_end_token():
+    """An end token in the middle of a greedy response cuts it there."""
     model = tiny_model("llama")
     batch = tiny_batch(model.config)
     rows = respond(model, batch, max_new_tokens=6)
@@ -290,7 +290,7 @@ def test_answer_is_cut_at_the_end_token():
     assert cut[0] == rows[0][: rows[0].index(rows[0][2])]
 
 
-def test_generation_leaves_the_mode_and_gives_no_gradient():
+def test_generation_restores_the_training_mode():
     model = tiny_model("llama").train()
     respond(model, tiny_batch(model.config), max_new_tokens=1)
     assert model.training

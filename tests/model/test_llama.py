@@ -1,4 +1,4 @@
-"""Faster layers over packed rows give the numbers and the slopes of transformers' own."""
+"""Fused layers over packed rows: the results and gradients of their plain definitions."""
 
 import pytest
 import torch
@@ -12,13 +12,14 @@ from instructblip.model.language.fast.llama import (
     _project,
     _Rotation,
     _SiluTimes,
+    rms_norm,
 )
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
 from tests.parity.tiny import tiny_batch
 
 
-def slope(result: Tensor, states: Tensor) -> Tensor:
+def gradient(result: Tensor, states: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     outer = torch.randn(result.shape, generator=generator).to(result.dtype)
     return torch.autograd.grad(result, states, outer)[0]
@@ -29,9 +30,13 @@ def test_frozen_norm(dtype: torch.dtype, apart: float):
     theirs = LlamaRMSNorm(16, eps=0.1).to(dtype).requires_grad_(False)
     theirs.weight.uniform_(0.5, 1.5)
     states = torch.randn(1, 5, 16, dtype=dtype, requires_grad=True)
-    expected, got = theirs(states), _FrozenRMSNorm.apply(states, theirs.weight, 0.1)
+    expected = rms_norm(states, theirs.weight, 0.1)
+    assert torch.equal(expected, theirs(states))
+    got = _FrozenRMSNorm.apply(states, theirs.weight, 0.1)
     torch.testing.assert_close(got, expected, rtol=apart, atol=apart)
-    torch.testing.assert_close(slope(got, states), slope(expected, states), rtol=apart, atol=apart)
+    torch.testing.assert_close(
+        gradient(got, states), gradient(expected, states), rtol=apart, atol=apart
+    )
 
 
 def test_rotation():
@@ -41,7 +46,7 @@ def test_rotation():
     expected, _ = apply_rotary_pos_emb(states, states, cos, sin, unsqueeze_dim=2)
     got = _Rotation.apply(states, cos[:, :, None], angles.sin()[:, :, None])
     torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(slope(got, states), slope(expected, states))
+    torch.testing.assert_close(gradient(got, states), gradient(expected, states))
 
 
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
@@ -50,14 +55,14 @@ def test_gate(dtype: torch.dtype, apart: float):
     for states in (gate, up):
         expected, got = torch.nn.functional.silu(gate) * up, _SiluTimes.apply(gate, up)
         torch.testing.assert_close(got, expected, rtol=apart, atol=apart)
-        slopes = (slope(result, states) for result in (got, expected))
-        torch.testing.assert_close(*slopes, rtol=apart, atol=apart)
+        both = (gradient(result, states) for result in (got, expected))
+        torch.testing.assert_close(*both, rtol=apart, atol=apart)
     kept = saved_bytes(lambda: _SiluTimes.apply(gate, up), torch.nn.Identity())
     assert kept == gate.nbytes + up.nbytes  # no activation beside them
 
 
 @pytest.mark.parametrize("language", ["llama", "qwen2"])
-def test_layers_use_it(language: str, monkeypatch: pytest.MonkeyPatch):
+def test_layers_fuse_the_gate(language: str, monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
     apply = _SiluTimes.apply
     monkeypatch.setattr(_SiluTimes, "apply", lambda *xs: calls.append(1) or apply(*xs))
@@ -78,10 +83,10 @@ def test_frozen_linears(layers: list[torch.nn.Linear]):
     expected = [layer(states) for layer in layers]
     torch.testing.assert_close(list(got), expected)
     results = [torch.cat(list(x), dim=2) for x in (got, expected)]
-    torch.testing.assert_close(slope(results[0], states), slope(results[1], states))
+    torch.testing.assert_close(gradient(results[0], states), gradient(results[1], states))
 
 
-def test_linears_that_train_or_change_types_are_called_one_by_one():
+def test_linears_that_train_or_autocast_run_one_by_one():
     states = torch.randn(1, 5, 16, requires_grad=True)
     layers = linears(True, True)
     layers[1].requires_grad_(True)
@@ -91,11 +96,11 @@ def test_linears_that_train_or_change_types_are_called_one_by_one():
     with torch.autocast("cpu", torch.bfloat16):
         first, second = _project(states, *layers)
     assert first.dtype == second.dtype == torch.bfloat16
-    slope(first + second[..., :8], states)
+    gradient(first + second[..., :8], states)
 
 
 @pytest.mark.parametrize("language", ["llama", "qwen2"])
-def test_a_language_model_that_trains_has_the_slopes_of_padded_rows(language: str):
+def test_a_trainable_language_model_has_the_gradients_of_padded_rows(language: str):
     model = tiny_model(language).set_trainable(("qformer", "language_model"))
     for name, parameter in model.named_parameters():
         if "layernorm" in name:
@@ -109,7 +114,7 @@ def test_a_language_model_that_trains_has_the_slopes_of_padded_rows(language: st
         torch.testing.assert_close(packed[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_last_layer_goes_on_with_what_is_read():
+def test_the_last_layer_computes_only_labelled_tokens():
     model = tiny_model("llama")
     batch = tiny_batch(model.config)
     counts = []
@@ -122,8 +127,8 @@ def test_the_last_layer_goes_on_with_what_is_read():
 
 
 @pytest.mark.parametrize("language", ["llama", "qwen2"])
-def test_sums_stay_in_fp32_where_products_do_not(language: str):
-    """What runs from layer to layer is not rounded to the type of the products."""
+def test_hidden_states_stay_in_fp32_under_autocast(language: str):
+    """The states between layers are not rounded to the dtype of the matrix products."""
     model = tiny_model(language).to_training_dtypes(compute_dtype=torch.bfloat16)
     kinds: dict[str, set[torch.dtype]] = {"q-former": set(), "language": set()}
 

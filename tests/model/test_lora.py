@@ -1,4 +1,4 @@
-"""An adapter beside the frozen language model: what it changes, its files, and PEFT's reading."""
+"""LoRA: what an adapter changes, and its files, which PEFT reads."""
 
 import json
 from pathlib import Path
@@ -16,6 +16,7 @@ from instructblip.model.language.lora import (
     add_lora,
     load_lora,
     merge_lora,
+    save_lora,
 )
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
@@ -27,7 +28,7 @@ def loss_of(model: InstructBlip) -> torch.Tensor:
 
 
 def adapted(model: InstructBlip, **settings: object) -> InstructBlip:
-    """``model`` with an adapter that says something."""
+    """``model`` with an adapter that changes its results."""
     add_lora(model.language_model, LoraConfig.model_validate({"rank": 2, **settings}))
     with torch.no_grad():
         for adapter in adapters(model.language_model).values():
@@ -41,8 +42,8 @@ def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> InstructBlip:
     return InstructBlip.from_pretrained(tmp_path / "start")
 
 
-def test_begins_as_nothing_and_learns(loaded: InstructBlip):
-    with torch.no_grad():  # else the last norm of the image encoder, where it trains, is folded
+def test_an_untrained_adapter_changes_nothing_and_gets_gradients(loaded: InstructBlip):
+    with torch.no_grad():  # with gradients, a trainable last norm of the image encoder is folded
         before = loss_of(loaded)
         add_lora(loaded.language_model, LoraConfig(rank=2))
         assert torch.equal(loss_of(loaded), before)
@@ -50,17 +51,17 @@ def test_begins_as_nothing_and_learns(loaded: InstructBlip):
     trained = dict(loaded.trainable_parameters())
     assert trained
     assert all(name.endswith((".lora.A", ".lora.B")) for name in trained)
-    slopes = gradients(loaded, tiny_batch(loaded.config))
-    assert all(slopes[name].abs().max() > 0 for name in trained if name.endswith("B"))
+    computed = gradients(loaded, tiny_batch(loaded.config))
+    assert all(computed[name].abs().max() > 0 for name in trained if name.endswith("B"))
 
 
-def test_dropout_is_of_the_adapter_alone():
+def test_only_the_adapter_has_dropout():
     model = adapted(tiny_model("opt"), dropout=0.5).train()
     for name, module in model.language_model.named_modules():
         assert module.training == ("lora" in name.split(".")), name
 
 
-def test_saved_loaded_and_merged_are_one_model(loaded: InstructBlip, tmp_path: Path):
+def test_saving_loading_and_merging_change_no_result(loaded: InstructBlip, tmp_path: Path):
     plain = loss_of(loaded)
     model = adapted(loaded)
     expected = loss_of(model)
@@ -78,7 +79,7 @@ def test_saved_loaded_and_merged_are_one_model(loaded: InstructBlip, tmp_path: P
     assert not (tmp_path / "merged" / FOLDER).exists()
 
 
-def test_export_merges_or_keeps_apart(tmp_path: Path):
+def test_export_merges_the_adapter_or_keeps_its_files(tmp_path: Path):
     tiny_transformers("llama").save_pretrained(tmp_path / "start")
     model = adapted(InstructBlip.from_pretrained(tmp_path / "start"))
     expected = loss_of(model)
@@ -101,14 +102,12 @@ def test_export_merges_or_keeps_apart(tmp_path: Path):
         cli.main([*keep, str(tmp_path / "merged"), str(tmp_path / "x")])
 
 
-def test_files_are_those_of_peft(tmp_path: Path):
+def test_peft_reads_our_files_and_we_read_theirs(tmp_path: Path):
     peft = pytest.importorskip("peft")
     for language in ("llama", "gpt2"):
         model = adapted(tiny_model(language))
         ids = torch.arange(6)[None] + 4
         expected = model.language_model(input_ids=ids).logits
-        from instructblip.model.language.lora import save_lora
-
         save_lora(model.language_model, tmp_path / language)
         theirs = tiny_model(language).language_model
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / language)
@@ -119,14 +118,12 @@ def test_files_are_those_of_peft(tmp_path: Path):
         torch.testing.assert_close(ours.language_model(input_ids=ids).logits, expected)
 
 
-def test_what_does_not_fit_is_told(tmp_path: Path):
+def test_adapters_that_do_not_fit_are_refused(tmp_path: Path):
     model = adapted(tiny_model("llama"))
     with pytest.raises(ValueError, match=r"'query'.*are no layers of a llama.*q_proj"):
         add_lora(tiny_model("llama").language_model, LoraConfig(targets=("query",)))
     with pytest.raises(ValueError, match="no adapter to train"):
         tiny_model("llama").set_trainable(("lora",))
-    from instructblip.model.language.lora import save_lora
-
     save_lora(model.language_model, tmp_path / "a")
     with pytest.raises(ValueError, match="another language model"):
         load_lora(tiny_model("opt").language_model.model.decoder.layers[0], tmp_path / "a")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from instructblip.core.batch import Batch
@@ -18,7 +19,7 @@ from tests.model.test_language import tiny_model
 from tests.parity.tiny import padded, tiny_batch
 
 
-def test_slots_tokens_and_positions_name_each_other():
+def test_slots_index_and_positions_agree():
     packed = Packing.of(torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool())
     assert packed.slots.tolist() == [0, 1, 3, 6, 7, 8]
     assert packed.positions.tolist() == [[0, 1, 0, 0, 1, 2]]
@@ -29,6 +30,15 @@ def test_slots_tokens_and_positions_name_each_other():
     assert torch.equal(packed.pack(rows.transpose(1, 2)), states.transpose(1, 2))
 
 
+def test_wrong_shapes_are_caught():
+    """Every test run compares annotated shapes with tensors (tests/__init__.py)."""
+    packed = Packing.of(torch.ones(2, 3).bool())
+    with pytest.raises(TypeCheckError):
+        replace(packed, positions=packed.positions[:, 1:])
+    with pytest.raises(TypeCheckError):
+        head.token_losses(torch.nn.Linear(4, 9), torch.zeros(3, 4), torch.zeros(2).long())
+
+
 @pytest.mark.parametrize("devices", [(), ("cpu",)])
 @pytest.mark.parametrize("language", ["llama", "opt", "gpt2", "qwen2", "t5", "t5-scaled"])
 def test_packed_equals_padded(
@@ -36,25 +46,25 @@ def test_packed_equals_padded(
 ):
     monkeypatch.setattr(attention, "ONE_BY_ONE", devices)
     model = tiny_model(language)
-    if language == "t5":  # its table of distances too
+    if language == "t5":  # the table of relative positions gets a gradient too
         model.set_trainable(("qformer", "language_model"))
     batch = tiny_batch(model.config)
     assert packs(model.language_model)
     joined = model.language.join(model.encode_queries(batch), batch)
     assert joined.packing is not None
     slots = joined.packing.index.numel()
-    assert joined.inputs_embeds.shape[1] < slots  # there was padding to be saved
-    packed, slopes = model.loss(batch), gradients(model, batch)
+    assert joined.inputs_embeds.shape[1] < slots  # there is padding to save
+    packed, packed_gradients = model.loss(batch), gradients(model, batch)
     model.language_model.set_attn_implementation("sdpa")
     assert not packs(model.language_model)
     padded = model.loss(batch)
     torch.testing.assert_close(packed.sample_losses, padded.sample_losses, rtol=1e-5, atol=1e-5)
     for name, value in gradients(model, batch).items():
-        torch.testing.assert_close(slopes[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed_gradients[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_decoder_does_not_read_the_last_token_of_a_row(packed: bool):
+def test_the_last_token_of_a_row_is_not_read(packed: bool):
     """It is predicted, and predicts nothing."""
     model = tiny_model("llama")
     if not packed:
@@ -74,7 +84,7 @@ def test_a_decoder_does_not_read_the_last_token_of_a_row(packed: bool):
 
 
 def ragged(samples: int, prompt: int, response: int, seed: int) -> Batch:
-    """A batch of rows up to these lengths, the first of them whole."""
+    """A batch of rows of random lengths; the first row has the greatest."""
     generator = torch.Generator().manual_seed(seed)
 
     def rows(name: str, longest: int) -> dict[str, torch.Tensor]:
@@ -103,9 +113,9 @@ def test_t5_packed_equals_padded(
     devices: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Long prompts reach all of T5's distances; what trains in the paper's run gets its slope."""
+    """Long prompts reach all distances of T5; the Q-Former gets the gradients of padded rows."""
     monkeypatch.setattr(attention, "ONE_BY_ONE", devices)
-    model = tiny_model("t5").double()  # so that what differs is not rounding
+    model = tiny_model("t5").double()  # rounding is far below the tolerance
     batch = ragged(samples, prompt, response, seed=samples)
     assert batch.pixel_values is not None
     batch = replace(batch, pixel_values=batch.pixel_values.double())
@@ -114,7 +124,7 @@ def test_t5_packed_equals_padded(
     assert joined.inputs_embeds.shape[1] == samples * queries + int(batch.prompt_mask.sum())
     assert joined.decoder_ids is not None
     assert joined.decoder_ids.shape == (1, int(batch.response_mask.sum()))
-    packed, slopes = model.loss(batch), gradients(model, batch)
+    packed, packed_gradients = model.loss(batch), gradients(model, batch)
     model.language_model.set_attn_implementation("sdpa")
     padded_loss = model.loss(batch)
     torch.testing.assert_close(
@@ -123,11 +133,11 @@ def test_t5_packed_equals_padded(
     expected = gradients(model, batch)
     assert expected["query_tokens"].abs().max() > 1e-4
     for name, value in expected.items():
-        torch.testing.assert_close(slopes[name], value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed_gradients[name], value, rtol=1e-5, atol=1e-5)
 
 
-def test_t5_makes_its_bias_for_one_sample(monkeypatch: pytest.MonkeyPatch):
-    """Not for all pairs of columns of the row that holds the batch."""
+def test_t5_computes_its_bias_for_one_sample(monkeypatch: pytest.MonkeyPatch):
+    """Not for all pairs of columns of the packed row."""
     model = tiny_model("t5")
     batch = ragged(5, 12, 7, seed=0)
     made = []
@@ -162,9 +172,9 @@ def test_padding_of_the_instruction_changes_nothing():
         qformer_ids=torch.cat([batch.qformer_ids, batch.qformer_ids[:, :more]], 1),
         qformer_mask=torch.cat([batch.qformer_mask, batch.qformer_mask.new_zeros(3, more)], 1),
     )
-    slopes = gradients(model, batch)
+    expected = gradients(model, batch)
     for name, value in gradients(model, longer).items():
-        torch.testing.assert_close(value, slopes[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_other_decoders_keep_padded_rows():
@@ -175,10 +185,10 @@ def test_other_decoders_keep_padded_rows():
 
 
 @pytest.mark.parametrize("language", ["llama", "t5"])
-def test_frozen_head_has_the_slopes_of_a_trained_one(
+def test_a_frozen_head_gives_the_gradients_of_a_trainable_one(
     language: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """The frozen head brings its own backward pass; in chunks or at once it is autograd's."""
+    """The backward pass of the frozen head equals autograd's, in one chunk and in several."""
 
     def of(model: InstructBlip) -> dict[str, torch.Tensor]:
         return gradients(model, tiny_batch(model.config))

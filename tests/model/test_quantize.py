@@ -1,4 +1,4 @@
-"""Frozen weights in 8 or 4 bits: how far off, the right slope, and files that keep the original."""
+"""Frozen weights in 8 or 4 bits: their error, their gradients, and checkpoints without codes."""
 
 from pathlib import Path
 
@@ -22,21 +22,21 @@ from tests.model.test_lora import adapted
 from tests.parity.tiny import tiny_batch, tiny_transformers
 
 ERRORS: dict[Kind, float] = {"int8": 0.01, "fp8": 0.035, "nf4": 0.11}
-"""Root mean square error of normal weights, relative: 8 bits a row, 3 bits of mantissa, 4 bits."""
+"""Relative root mean square error of normal weights: 8 bits, 3 bits of mantissa, 4 bits."""
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_codes_stand_near_the_weights(kind: Kind):
+def test_codes_approximate_the_weights(kind: Kind):
     torch.manual_seed(0)
     linear = nn.Linear(96, 50).requires_grad_(False)
     nn.init.normal_(linear.weight, std=0.02)
     layer = QuantizedLinear(linear, kind)
-    found = layer.dequantized(torch.float32)
-    error = (found - linear.weight).norm() / linear.weight.norm()
+    weight = layer.dequantized(torch.float32)
+    error = (weight - linear.weight).norm() / linear.weight.norm()
     assert ERRORS[kind] / 4 < error < ERRORS[kind]
     again = QuantizedLinear(nn.Linear(96, 50), kind)
     again.codes, again.scale = layer.codes, layer.scale
-    assert torch.equal(again.dequantized(torch.float32), found)
+    assert torch.equal(again.dequantized(torch.float32), weight)
     numbers = layer.codes.numel() + 4 * layer.scale.numel()
     assert numbers < linear.weight.numel() * (0.6 if kind == "nf4" else 1.1)
 
@@ -52,15 +52,15 @@ def test_levels_are_the_quantiles_of_a_normal_distribution():
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_slope_of_the_inputs(kind: Kind):
+def test_gradient_of_the_inputs(kind: Kind):
     linear = nn.Linear(20, 12).requires_grad_(False)
     layer = QuantizedLinear(linear, kind)
     same = nn.Linear(20, 12)
     same.weight.data, same.bias.data = layer.dequantized(torch.float32), linear.bias.data
     x = torch.randn(3, 5, 20, requires_grad=True)
     (expected,) = torch.autograd.grad(same(x).square().sum(), x)
-    (found,) = torch.autograd.grad(layer(x).square().sum(), x)
-    torch.testing.assert_close(found, expected)
+    (got,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("language", ["llama", "t5"])
@@ -68,7 +68,7 @@ def test_model_in_8_bits(language: str, tmp_path: Path):
     tiny_transformers(language).save_pretrained(tmp_path / "start")
     plain = InstructBlip.from_pretrained(tmp_path / "start")
     batch = tiny_batch(plain.config)
-    expected, slopes = plain.loss(batch).loss_sum, gradients(plain, batch)
+    expected, exact = plain.loss(batch).loss_sum, gradients(plain, batch)
     kept = saved_bytes(lambda: plain.loss(batch).loss_sum, plain)
     model = InstructBlip.from_pretrained(tmp_path / "start")
     quantize_linears(model.language_model, "int8")
@@ -77,8 +77,8 @@ def test_model_in_8_bits(language: str, tmp_path: Path):
     assert loss != expected
     torch.testing.assert_close(loss, expected, rtol=0.01, atol=0)
     for name, value in gradients(model, batch).items():
-        error = (value - slopes[name]).norm()
-        assert error <= 0.1 * slopes[name].norm() + 1e-3, name
+        error = (value - exact[name]).norm()
+        assert error <= 0.1 * exact[name].norm() + 1e-3, name
     assert saved_bytes(lambda: model.loss(batch).loss_sum, model) <= kept
     model.save_pretrained(tmp_path / "saved")
     stored = load_file(tmp_path / "saved" / "model.safetensors")
@@ -89,7 +89,7 @@ def test_model_in_8_bits(language: str, tmp_path: Path):
 
 @pytest.mark.parametrize("language", ["llama", "t5"])
 @pytest.mark.parametrize("kind", ERRORS)
-def test_adapters_stay_beside_quantized_weights(language: str, kind: Kind, tmp_path: Path):
+def test_quantized_layers_keep_their_adapters(language: str, kind: Kind, tmp_path: Path):
     tiny_transformers(language).save_pretrained(tmp_path / "start")
     plain = InstructBlip.from_pretrained(tmp_path / "start")
     batch = tiny_batch(plain.config)
@@ -99,10 +99,10 @@ def test_adapters_stay_beside_quantized_weights(language: str, kind: Kind, tmp_p
     quantize_linears(model.language_model, kind)
     assert adapters(model.language_model) == before
     assert model.loss(batch).loss_sum != plain.loss(batch).loss_sum
-    slopes = gradients(model, batch)
-    named = [name for name in slopes if name.endswith("lora.B")]
+    computed = gradients(model, batch)
+    named = [name for name in computed if name.endswith("lora.B")]
     assert len(named) == len(before)
-    assert all(slopes[name].abs().max() > 0 for name in named)
+    assert all(computed[name].abs().max() > 0 for name in named)
     model.save_pretrained(tmp_path / "saved")
     kept = adapters(InstructBlip.from_pretrained(tmp_path / "saved").language_model)
     for name, adapter in kept.items():
@@ -112,12 +112,12 @@ def test_adapters_stay_beside_quantized_weights(language: str, kind: Kind, tmp_p
     torch.testing.assert_close(model.loss(batch).loss_sum, plain.loss(batch).loss_sum)
 
 
-def test_a_model_without_linear_layers_is_told():
+def test_a_model_without_linear_layers_is_refused():
     with pytest.raises(ValueError, match="gpt2 has no linear layers"):
         quantize_linears(tiny_model("gpt2").language_model, "int8")
 
 
-def test_what_trains_is_not_quantized():
+def test_trainable_weights_are_refused():
     model: InstructBlip = tiny_model("llama").set_trainable(("language_model",))
     with pytest.raises(ValueError, match=r"model.quantize=nf4 needs a frozen.*q_proj trains"):
         quantize_linears(model.language_model, "nf4")

@@ -1,29 +1,27 @@
-"""LoRA on the frozen language model, in the files of PEFT.
+"""LoRA on the frozen language model, in PEFT's file format.
 
-Beside a chosen linear layer W runs a product of two thin matrices: W x + (alpha / rank) B A x
-(Hu et al., 2021). B begins at zero, so an untrained adapter changes nothing. Layers keep their
-class and names: the adapter is a module ``lora`` of the layer and is added by a forward hook,
-whatever the layer's weights are stored as.
+An adapter adds a product of two thin matrices to the result of a linear layer W:
+W x + (alpha / rank) B A x (Hu et al., 2021). B starts at zero, so an untrained adapter changes
+nothing. Layers keep their class and their names: the adapter is a submodule ``lora`` of the layer,
+applied by a forward hook, whatever format the layer's weights have.
 """
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from instructblip.model.checkpoints.weights import (
-    read_json,
-    read_weights,
-    write_weights,
-)
+from instructblip.model.checkpoints.weights import read_json, read_weights, write_weights
 from instructblip.model.config import LoraConfig
 
 FOLDER = "language_adapter"
-"""Where a model directory keeps its adapter."""
+"""The folder of the adapter in a model directory."""
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -35,7 +33,8 @@ TARGETS = {
     "bloom": ("query_key_value",),
     "gpt_neox": ("query_key_value",),
 }
-"""Last names of the layers adapted by default: what makes queries and values, as in the paper."""
+"""Layers adapted by default, by the last part of their names: the projections to queries and
+values, as in the paper. Other model types have ``DEFAULT_TARGETS``."""
 
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 
@@ -48,11 +47,11 @@ UNSUPPORTED = {
     "modules_to_save": None,
     "lora_bias": False,
 }
-"""What PEFT can do besides plain LoRA, with the value that asks for none of it."""
+"""Settings of PEFT beyond plain LoRA, with the values that switch them off."""
 
 
 class Lora(nn.Module):
-    """x [..., in] -> alpha / rank * B A dropout(x) [..., out], in its own fp32 weights."""
+    """x [..., in] -> alpha / rank * B A dropout(x) [..., out], with fp32 weights."""
 
     def __init__(self, inputs: int, outputs: int, config: LoraConfig) -> None:
         super().__init__()
@@ -66,7 +65,7 @@ class Lora(nn.Module):
     def scale(self) -> float:
         return self.config.alpha / self.config.rank
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         inputs = self.dropout(inputs).to(self.A.dtype)
         return F.linear(F.linear(inputs, self.A), self.B) * self.scale
 
@@ -76,40 +75,35 @@ def _add(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
 
 
 def add_lora(model: Any, config: LoraConfig) -> None:
-    """Put an untrained adapter beside each target of a transformers language model.
+    """Add an untrained adapter to each target layer of a transformers language model.
 
-    Raises ValueError where no layer has one of the target names.
+    Raises ValueError if no layer has one of the target names.
     """
-    own = config.targets or TARGETS.get(model.config.model_type, DEFAULT_TARGETS)
+    targets = config.targets or TARGETS.get(model.config.model_type, DEFAULT_TARGETS)
     linear = {name: m for name, m in model.named_modules() if _sizes(m) is not None}
-    chosen = [m for name, m in linear.items() if name.rpartition(".")[2] in own]
-    if not chosen:
-        known = sorted({name.rpartition(".")[2] for name in linear})
+    if not _last_parts(linear) & set(targets):
         raise ValueError(
-            f"model.lora.targets {list(own)} are no layers of a {model.config.model_type}; "
-            f"choose from {', '.join(known)}"
+            f"model.lora.targets {list(targets)} are no layers of a {model.config.model_type}; "
+            f"choose from {', '.join(sorted(_last_parts(linear)))}"
         )
-    for layer in chosen:
-        inputs, outputs = _sizes(layer) or (0, 0)
-        layer.lora = Lora(inputs, outputs, config)
-        layer.register_forward_hook(_add)
+    for name, layer in linear.items():
+        if name.rpartition(".")[2] in targets:
+            inputs, outputs = _sizes(layer) or (0, 0)
+            layer.lora = Lora(inputs, outputs, config)
+            layer.register_forward_hook(_add)
 
 
 def adapters(model: nn.Module) -> dict[str, Lora]:
-    """Adapters by the name of the layer they stand beside."""
+    """The adapters of a model by the name of their layer."""
     return {
         name.removesuffix(".lora"): m for name, m in model.named_modules() if isinstance(m, Lora)
     }
 
 
 def save_lora(model: Any, directory: Path) -> None:
-    """Write ``directory`` as PEFT would: PeftModel.from_pretrained(language_model, directory)."""
-    found = adapters(model)
-    config = next(iter(found.values())).config
-    weights = {}
-    for name, lora in found.items():
-        weights[f"{PREFIX}{name}.lora_A.weight"] = lora.A
-        weights[f"{PREFIX}{name}.lora_B.weight"] = lora.B
+    """Write ``directory`` so that PeftModel.from_pretrained(language_model, directory) reads it."""
+    layers = adapters(model)
+    config = next(iter(layers.values())).config
     values = {
         "peft_type": "LORA",
         "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
@@ -117,21 +111,21 @@ def save_lora(model: Any, directory: Path) -> None:
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": sorted({name.rpartition(".")[2] for name in found}),
-        "fan_in_fan_out": any(_is_transposed(model.get_submodule(name)) for name in found),
+        "target_modules": sorted(_last_parts(layers)),
+        "fan_in_fan_out": any(_is_transposed(model.get_submodule(name)) for name in layers),
         "inference_mode": True,
         **UNSUPPORTED,
     }
     directory.mkdir(parents=True)
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
-    write_weights(weights, directory / WEIGHTS_FILE)
+    write_weights(_peft_weights(model), directory / WEIGHTS_FILE)
 
 
 def load_lora(model: Any, directory: Path) -> None:
     """Add the adapter in ``directory``, ours or PEFT's, to a language model.
 
-    Raises ValueError for another kind of adapter, or one whose layers this model does not have.
+    Raises ValueError for another kind of adapter, and for an adapter of another model.
     """
     values = read_json(directory / CONFIG_FILE)
     odd = {k: values[k] for k, plain in UNSUPPORTED.items() if values.get(k) not in (plain, None)}
@@ -141,32 +135,30 @@ def load_lora(model: Any, directory: Path) -> None:
             f"{values.get('peft_type')} with {odd or 'nothing else'}. Merge it with PEFT first"
         )
     weights = read_weights(directory / WEIGHTS_FILE)
-    layers = {n.removeprefix(PREFIX).rpartition(".lora_")[0] for n in weights}
-    targets = tuple(sorted({name.rpartition(".")[2] for name in layers}))
+    layers = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in weights}
     add_lora(
         model,
         LoraConfig(
             rank=values["r"],
             alpha=values["lora_alpha"],
             dropout=values.get("lora_dropout", 0.0),
-            targets=targets,
+            targets=tuple(sorted(_last_parts(layers))),
         ),
     )
-    found = adapters(model)
-    if set(found) != layers or len(weights) != 2 * len(layers):
-        other = sorted(set(found) ^ layers)[:3] or sorted(weights)[:3]
+    expected = _peft_weights(model)
+    if set(expected) != set(weights):
+        other = sorted(set(expected) ^ set(weights))[:3]
         raise ValueError(
-            f"{directory / WEIGHTS_FILE} was made for another language model: {', '.join(other)}"
+            f"{directory / WEIGHTS_FILE} belongs to another language model: {', '.join(other)}"
         )
     with torch.no_grad():
-        for name, lora in found.items():
-            lora.A.copy_(weights[f"{PREFIX}{name}.lora_A.weight"])
-            lora.B.copy_(weights[f"{PREFIX}{name}.lora_B.weight"])
+        for name, parameter in expected.items():
+            parameter.copy_(weights[name])
 
 
 @torch.no_grad()
 def merge_lora(model: Any) -> None:
-    """Add each adapter to the weights beside it and remove it: the same answers, plain files."""
+    """Add each adapter to the weights of its layer and remove it; the results do not change."""
     for name, lora in adapters(model).items():
         layer = model.get_submodule(name)
         if not isinstance(layer.weight, nn.Parameter):
@@ -177,8 +169,22 @@ def merge_lora(model: Any) -> None:
         layer._forward_hooks.clear()
 
 
+def _peft_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of all adapters by their names in PEFT's files."""
+    return {
+        f"{PREFIX}{name}.lora_{letter}.weight": parameter
+        for name, adapter in adapters(model).items()
+        for letter, parameter in (("A", adapter.A), ("B", adapter.B))
+    }
+
+
+def _last_parts(names: Iterable[str]) -> set[str]:
+    """The last parts of dotted names: "q_proj" of "layers.0.self_attn.q_proj"."""
+    return {name.rpartition(".")[2] for name in names}
+
+
 def _sizes(layer: nn.Module) -> tuple[int, int] | None:
-    """Inputs and outputs of a linear layer, of GPT-2's transposed kind too; else None."""
+    """Input and output widths of a linear layer or of GPT-2's transposed one; None for others."""
     if _is_transposed(layer):
         return int(layer.nx), int(layer.nf)  # type: ignore[arg-type]
     inputs, outputs = getattr(layer, "in_features", None), getattr(layer, "out_features", None)

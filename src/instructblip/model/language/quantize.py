@@ -1,8 +1,8 @@
-"""Frozen weights of the language model in 8 or 4 bits: a linear layer that has no weight to train.
+"""Frozen linear layers of the language model in 8 or 4 bits.
 
-The codes are turned back into numbers for each product, forward and backward, and never kept: what
-autograd holds of a layer is the codes. No kernel of its own, so it runs wherever PyTorch does; it
-saves memory and not time.
+Each product, forward and backward, dequantizes the weights and discards them again, so autograd
+keeps only the codes. No custom kernel is involved: it runs wherever PyTorch runs, and it saves
+memory but no time.
 """
 
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 Kind = Literal["int8", "fp8", "nf4"]
 
 BLOCK = 64
-"""Neighbouring nf4 weights that share a scale."""
+"""Consecutive nf4 weights that share a scale."""
 
 NF4 = (
     -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
@@ -25,7 +25,8 @@ NF4 = (
 
 
 def quantize(weight: Float[Tensor, "out in"], kind: Kind) -> tuple[Tensor, Tensor]:
-    """Codes (bytes) and fp32 scales: one scale a row for int8 and fp8, one a block for nf4."""
+    """Codes as uint8 and scales in fp32: one scale per row for int8 and fp8, one per block of
+    ``BLOCK`` weights for nf4, which stores two codes in a byte."""
     weight = weight.detach().float()
     if kind == "nf4":
         blocks = F.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
@@ -44,7 +45,7 @@ def quantize(weight: Float[Tensor, "out in"], kind: Kind) -> tuple[Tensor, Tenso
 def dequantize(
     codes: Tensor, scale: Tensor, kind: Kind, shape: tuple[int, int], dtype: torch.dtype
 ) -> Float[Tensor, "out in"]:
-    """The numbers that the codes stand for."""
+    """The weights that `quantize` encoded, rounded to its levels."""
     if kind == "nf4":
         levels = torch.tensor(NF4, device=codes.device)
         pairs = torch.stack([codes >> 4, codes & 15], dim=1).flatten().int()
@@ -55,7 +56,7 @@ def dequantize(
 
 
 class _Product(torch.autograd.Function):
-    """inputs @ weight.T with a gradient for the inputs alone."""
+    """inputs @ weight.T, with a gradient for the inputs only."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, layer: "QuantizedLinear") -> Tensor:
@@ -68,7 +69,7 @@ class _Product(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen nn.Linear whose weight is kept as codes."""
+    """A frozen nn.Linear whose weight is stored as codes."""
 
     codes: Tensor
     scale: Tensor
@@ -79,21 +80,21 @@ class QuantizedLinear(nn.Module):
         self.kind: Kind = kind
         self.in_features, self.out_features = linear.in_features, linear.out_features
         codes, scale = quantize(linear.weight, kind)
-        # No part of the state dict: what is saved are the weights as they were before.
+        # Not in the state dict: a checkpoint contains the original weights.
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.bias = linear.bias
 
     @property
     def weight(self) -> Tensor:
-        """The codes: transformers asks T5's layers for the type of their weight."""
+        """The codes, since transformers reads the dtype of the weight of T5's layers."""
         return self.codes.view(torch.int8)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         shape = (self.out_features, self.in_features)
         return dequantize(self.codes, self.scale, self.kind, shape, dtype)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         if torch.is_autocast_enabled(inputs.device.type):
             inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
         product = _Product.apply(inputs, self)
@@ -101,32 +102,34 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize_linears(model: Any, kind: Kind) -> None:
-    """Quantize every linear layer of a language model but its head; adapters beside them stay.
+    """Quantize every linear layer of a language model except its head; LoRA adapters stay.
 
-    Raises ValueError if any of them trains, or if there is none.
+    Raises ValueError if one of the layers is trainable, or if there is none.
     """
-    head, found = model.get_output_embeddings(), False
-    for name, parent in list(model.named_modules()):
-        for child, layer in list(parent.named_children()):
-            if not isinstance(layer, nn.Linear) or layer is head:
-                continue
-            if layer.weight.requires_grad:
-                raise ValueError(
-                    f"model.quantize={kind} needs a frozen language model, and {name}.{child} "
-                    "trains: take language_model out of training.trainable, or add model.lora"
-                )
-            quantized = QuantizedLinear(layer, kind)
-            if "lora" in layer._modules:  # the adapter, and the hook that adds what it says
-                quantized.lora, quantized._forward_hooks = layer.lora, layer._forward_hooks
-            setattr(parent, child, quantized)
-            found = True
-    if not found:
+    head = model.get_output_embeddings()
+    linears = [
+        (name, parent, child, layer)
+        for name, parent in model.named_modules()
+        for child, layer in parent.named_children()
+        if isinstance(layer, nn.Linear) and layer is not head
+    ]
+    if not linears:
         raise ValueError(
-            f"model.quantize={kind}: a {model.config.model_type} has no linear layers that could "
-            "be quantized; leave it out"
+            f"model.quantize={kind}: a {model.config.model_type} has no linear layers to "
+            "quantize; remove the key"
         )
+    for name, parent, child, layer in linears:
+        if layer.weight.requires_grad:
+            raise ValueError(
+                f"model.quantize={kind} needs a frozen language model, and {name}.{child} "
+                "trains: remove language_model from training.trainable, or add model.lora"
+            )
+        quantized = QuantizedLinear(layer, kind)
+        if "lora" in layer._modules:  # the adapter, and the hook that applies it
+            quantized.lora, quantized._forward_hooks = layer.lora, layer._forward_hooks
+        setattr(parent, child, quantized)
 
 
 def quantized_names(model: nn.Module) -> list[str]:
-    """Names that the weights had before they were quantized."""
+    """The state-dict names of the weights that are quantized now."""
     return [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
