@@ -87,7 +87,7 @@ def ragged(samples: int, prompt: int, response: int, seed: int) -> Batch:
     """A batch of rows of random lengths; the first row has the greatest."""
     generator = torch.Generator().manual_seed(seed)
 
-    def rows(name: str, longest: int) -> dict[str, torch.Tensor]:
+    def rows(name: str, longest: int) -> dict[str, Any]:
         lengths = torch.randint(1, longest + 1, (samples,), generator=generator)
         lengths[0] = longest
         ids = [torch.randint(4, 30, (int(n),), generator=generator).tolist() for n in lengths]

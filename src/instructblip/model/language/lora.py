@@ -169,7 +169,7 @@ def merge_lora(model: Any) -> None:
         layer._forward_hooks.clear()
 
 
-def _peft_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def _peft_weights(model: nn.Module) -> dict[str, Tensor]:
     """The parameters of all adapters by their names in PEFT's files."""
     return {
         f"{PREFIX}{name}.lora_{letter}.weight": parameter
