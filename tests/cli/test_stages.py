@@ -18,6 +18,7 @@ from instructblip.cli import (
     stages,
     stages_measure,
 )
+from instructblip.evaluation.result import load_results
 from instructblip.experiment import build, datasets
 from instructblip.experiment import features as caching
 from instructblip.model.checkpoints.directory import model_directory
@@ -223,8 +224,8 @@ def test_evaluate_takes_a_model_alone_and_goes_on(
 def test_folders_of_one_name_are_told_apart(out: Path, tmp_path: Path):
     first, second = out / "results" / "blip2", tmp_path / "blip2"
     shutil.copytree(first, second)
-    assert list(stages_measure.load_results([first, second])) == [str(first), str(second)]
-    assert list(stages_measure.load_results([first])) == ["blip2"]
+    assert list(load_results([first, second])) == [str(first), str(second)]
+    assert list(load_results([first])) == ["blip2"]
 
 
 def test_a_recipe_may_ask_otherwise(out: Path, overrides: list[str]):

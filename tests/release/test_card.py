@@ -1,13 +1,14 @@
-"""The model card: data with their terms, figures and settings, and no folder of this machine."""
+"""The model card: data with their terms, scores and settings, and no folder of this machine."""
 
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from instructblip.core.batch import Example
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.recipe.load import load_recipe
-from instructblip.release.card import card
+from instructblip.release.card import model_card
 from tests.evaluation.fakes import FakeEngine, ListDataset, benchmark, colour_questions
 
 
@@ -17,8 +18,10 @@ def test_a_card_with_all_of_it() -> None:
     ).to_yaml()
     assert "/secret/place" in recipe
     result = evaluate(FakeEngine(), benchmark(), colour_questions())
-    parts = {"qformer": 1_234_567}
-    text = card("mine", "InstructBlipForConditionalGeneration", parts, recipe, [result])
+    parts, settings = {"qformer": 1_234_567}, yaml.safe_load(recipe)
+    text = model_card(
+        "mine", "InstructBlipForConditionalGeneration", parts, yaml.safe_load(recipe), [result]
+    )
     assert text.startswith("---\nlibrary_name: transformers\n")
     assert "# mine\n\nAn InstructBLIP" in text
     assert "| qformer | 1,234,567 |" in text
@@ -32,7 +35,7 @@ def test_a_card_with_all_of_it() -> None:
 
 
 def test_a_card_without_recipe_and_figures() -> None:
-    text = card("plain", "Blip2ForConditionalGeneration", {})
+    text = model_card("plain", "Blip2ForConditionalGeneration", {})
     assert "A BLIP-2" in text
     assert text.count("Not known.") == 2
     assert "Not evaluated." in text
@@ -47,16 +50,16 @@ def test_figures_of_a_card() -> None:
         ListDataset([replace(e, choices=("red", "blue"), answers=("red",)) for e in reds()]),
     )
     assert one_class.value is None
-    text = card("mine", "InstructBlipForConditionalGeneration", {}, None, [some, one_class])
+    text = model_card("mine", "InstructBlipForConditionalGeneration", {}, None, [some, one_class])
     assert "| 4 of 12 |" in text
     assert r"Question \|" in text
     assert "| memes | not defined: one class only |" in text
     assert "| mean, held-in | 100.0 [100.0, 100.0] | 1 set |" in text
     blind = evaluate(FakeEngine(), benchmark(), colour_questions(), blind_seed=0)
     with pytest.raises(ValueError, match="blind control"):
-        card("mine", "x", {}, None, [blind])
+        model_card("mine", "x", {}, None, [blind])
     with pytest.raises(ValueError, match="two results of toy"):
-        card("mine", "x", {}, None, [some, some])
+        model_card("mine", "x", {}, None, [some, some])
 
 
 def reds() -> list[Example]:

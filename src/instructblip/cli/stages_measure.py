@@ -47,6 +47,7 @@ def compare(
     """
     from instructblip.evaluation import compare as comparing
     from instructblip.evaluation import tables
+    from instructblip.evaluation.result import load_results
 
     if (recipe or overrides) and not any(map(_is_model, models)):
         raise ValueError(
@@ -142,6 +143,7 @@ def report(
     of answers, drawn pictures, the curves of ``runs``."""
     from instructblip.core.version import __version__
     from instructblip.evaluation.report import write_report
+    from instructblip.evaluation.result import load_results
 
     for run in runs:
         if not (run / "metrics.jsonl").is_file():
@@ -170,19 +172,3 @@ def drawn_sets(folder: Path) -> "list[DrawnSet]":
         )
         for kind in read_drawings(folder)
     ]
-
-
-def load_results(folders: Sequence[Path]) -> "dict[str, list[Result]]":
-    """The results of each folder that `evaluate` wrote, by the folder's name, or by its path where
-    two have the same name."""
-    from instructblip.evaluation.result import Result
-
-    found = {}
-    names = [folder.name for folder in folders]
-    for folder in folders:
-        paths = sorted(folder.glob("*/result.json"))
-        if not paths:
-            raise FileNotFoundError(f"{folder} holds no results: run `instructblip evaluate` first")
-        name = folder.name if names.count(folder.name) == 1 else str(folder)
-        found[name] = [Result.load(path.parent) for path in paths]
-    return found

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from instructblip.cli.stages_measure import RECIPE_FILE, load_results
-
 if TYPE_CHECKING:
     from instructblip.inference.engine import Engine
     from instructblip.serving.config import ServeConfig
@@ -155,15 +153,9 @@ def import_checkpoint(
     checkpoint: Path, vision: Path, language: Path, qformer_tokenizer: Path | None, out: Path
 ) -> None:
     """Write a checkpoint of the official code as a directory that transformers reads too."""
-    from instructblip.data.images import ImageTransform
-    from instructblip.model.checkpoints.directory import check_output
-    from instructblip.model.checkpoints.lavis import import_lavis, language_tokenizer
-    from instructblip.release.checkpoints import write_imported
+    from instructblip.release import assemble
 
-    check_output(out)
-    model = import_lavis(checkpoint, vision, language)
-    transform = ImageTransform(image_size=model.config.vision.image_size)
-    write_imported(model, language_tokenizer(language), qformer_tokenizer, transform, out)
+    assemble.import_checkpoint(checkpoint, vision, language, qformer_tokenizer, out)
     inspect(str(out))
 
 
@@ -171,16 +163,9 @@ def combine(
     vision: Path, language: Path, qformer_tokenizer: Path, out: Path, queries: int, layers: int
 ) -> None:
     """Write a model of two frozen parts and a fresh Q-Former, ready to be trained."""
-    from instructblip.data.images import ImageTransform
-    from instructblip.data.tokens import load_tokenizer
-    from instructblip.model.checkpoints.combine import combine as combine_parts
-    from instructblip.model.checkpoints.directory import check_output
-    from instructblip.release.checkpoints import write_imported
+    from instructblip.release.assemble import combine_parts
 
-    check_output(out)
-    transform, tokenizer = ImageTransform.from_pretrained(vision), load_tokenizer(language)
-    model = combine_parts(vision, language, {"num_hidden_layers": layers}, queries)
-    write_imported(model, tokenizer, qformer_tokenizer, transform, out)
+    combine_parts(vision, language, qformer_tokenizer, out, queries, layers)
     inspect(str(out))
 
 
@@ -192,49 +177,16 @@ def export(
     image_encoder: bool,
     keep_lora: bool = False,
 ) -> None:
-    """Write a model for others: a transformers directory with its card, or a LAVIS file.
+    """Write a model for others: a transformers directory with its card, or a LAVIS file."""
+    from instructblip.evaluation.result import load_results
+    from instructblip.model.language.lora import FOLDER
+    from instructblip.release.export import export_model
 
-    A LoRA adapter is merged, or with ``keep_lora`` left apart in PEFT's files. Raises ValueError
-    for an ``out`` that is in use, and where a LAVIS file would leave out what was trained.
-    """
-    from instructblip.model.checkpoints.directory import check_output, model_directory
-    from instructblip.model.checkpoints.lavis import export_lavis, refuse_loss
-    from instructblip.model.instructblip import InstructBlip
-    from instructblip.model.language.lora import (
-        FOLDER,
-        adapters,
-        merge_lora,
-    )
-    from instructblip.release.checkpoints import write_exported
-
-    check_output(out, file=form == "lavis")
-    source = model_directory(model)
-    if form == "lavis":
-        if keep_lora:
-            raise ValueError("a LAVIS file has no place for an adapter: leave out --keep-lora")
-        refuse_loss(_trained(source), image_encoder)
-        export_lavis(InstructBlip.from_pretrained(model), out, image_encoder)
-        inspect(str(out))
-        return
-    loaded = InstructBlip.from_pretrained(model)
-    if keep_lora and not adapters(loaded.language_model):
-        raise ValueError(f"{model} has no LoRA adapter to keep apart: leave out --keep-lora")
-    if not keep_lora:
-        merge_lora(loaded.language_model)
-    found = [result for own in load_results(results).values() for result in own]
-    write_exported(loaded, out, source, found)
+    scores = [result for each in load_results(results).values() for result in each]
+    export_model(model, out, form, scores, image_encoder, keep_lora)
     inspect(str(out))
     if keep_lora:
         print(f"adapter in PEFT's files: {out / FOLDER}")
-
-
-def _trained(directory: Path) -> list[str]:
-    """The parts that the recipe beside a model says were trained; none without a recipe."""
-    import yaml
-
-    file = directory / RECIPE_FILE
-    recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return list(recipe.get("training", {}).get("trainable", ()))
 
 
 def load_engine(model: str, **options: Any) -> "Engine":

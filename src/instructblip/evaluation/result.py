@@ -124,6 +124,23 @@ class Result:
         )
 
 
+def load_results(folders: Sequence[Path]) -> dict[str, list[Result]]:
+    """Read the results in folders that ``evaluate`` wrote, one subfolder for each benchmark.
+
+    Returns them by the name of the folder, or by its path where two have the same name. Raises
+    FileNotFoundError for a folder without results.
+    """
+    models = {}
+    names = [folder.name for folder in folders]
+    for folder in folders:
+        paths = sorted(folder.glob(f"*/{RESULT}"))
+        if not paths:
+            raise FileNotFoundError(f"{folder} holds no results: run `instructblip evaluate` first")
+        name = folder.name if names.count(folder.name) == 1 else str(folder)
+        models[name] = [Result.load(path.parent) for path in paths]
+    return models
+
+
 def describe_how(how: Mapping[str, Any]) -> str:
     """Return ``Result.how`` in words: metric, tokenizer, decoding, prompt."""
     tokens = f"; tokenizer {how['tokenizer']}" if how["tokenizer"] else ""

@@ -1,4 +1,4 @@
-"""The model card: what a model is, what it was tuned on and how, and its figures."""
+"""The model card: what a model is, what it was tuned on and how, and its scores."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,7 @@ import yaml
 
 from instructblip.core.version import __version__
 from instructblip.data.sources import SOURCES
-from instructblip.evaluation.result import (
-    Result,
-    describe_how,
-    summarise,
-)
+from instructblip.evaluation.result import Result, describe_how, summarise
 
 CARD = """---
 library_name: transformers
@@ -43,21 +39,21 @@ with `instructblip.load("{name}")`.
 """
 
 
-def card(
+def model_card(
     name: str,
     reader: str,
     parts: Mapping[str, int],
-    recipe: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
     results: Sequence[Result] = (),
 ) -> str:
-    """The ``README.md`` of a model directory; what is not known is said to be unknown.
+    """Return the ``README.md`` of a model directory, which says what is not known.
 
     Args:
-        name: of the model, as its directory's.
-        reader: transformers' class that loads it.
-        parts: parameters by part of the model.
-        recipe: the YAML that it was tuned with. Folders of this machine stay out of the card.
-        results: what ``evaluate`` found, one for each benchmark, with the pictures.
+        name: of the model and its directory.
+        reader: class of transformers that loads it.
+        parts: number of parameters by part of the model.
+        recipe: what it was tuned with; None if unknown. Folders of this machine stay out.
+        results: of ``evaluate``, one for each benchmark.
 
     Raises ValueError for a blind control and for two results of one benchmark.
     """
@@ -67,16 +63,15 @@ def card(
     repeated = [name for name, count in Counter(r.benchmark for r in results).items() if count > 1]
     if repeated:
         raise ValueError(f"two results of {', '.join(repeated)}: give one folder for each")
-    settings = yaml.safe_load(recipe) if recipe else None
     return CARD.format(
         name=name,
         kind="A BLIP-2" if reader.startswith("Blip2") else "An InstructBLIP",
         version=__version__,
         reader=reader,
         parameters="\n".join(f"| {part} | {count:,} |" for part, count in parts.items()),
-        data=_data(settings["data"]["sets"]) if settings else "Not known.",
-        figures=_figures(results) if results else "Not evaluated.",
-        recipe=f"```yaml\n{_recipe(settings)}\n```" if settings else "Not known.",
+        data=_data(recipe["data"]["sets"]) if recipe else "Not known.",
+        figures=_scores(results) if results else "Not evaluated.",
+        recipe=f"```yaml\n{_yaml(recipe)}\n```" if recipe else "Not known.",
     )
 
 
@@ -89,28 +84,28 @@ def _data(sets: Mapping[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _recipe(settings: Any) -> str:
-    """The settings that say something: no empty ones, no folders."""
+def _yaml(recipe: Mapping[str, Any]) -> str:
+    """The recipe without empty settings and without folders."""
 
-    def told(value: Any) -> Any:
+    def clean(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        inner = {k: told(v) for k, v in value.items() if k not in ("root", "prepared")}
+        inner = {k: clean(v) for k, v in value.items() if k not in ("root", "prepared")}
         return {k: v for k, v in inner.items() if v not in (None, {}, [])}
 
-    return yaml.safe_dump(told(settings), sort_keys=False).strip()
+    return yaml.safe_dump(clean(recipe), sort_keys=False).strip()
 
 
-def _figures(results: Sequence[Result]) -> str:
-    """Each figure with its 95 % bootstrap interval, how many samples, and how they were asked."""
+def _scores(results: Sequence[Result]) -> str:
+    """Each score with its 95 % bootstrap interval, the number of samples, prompt and decoding."""
     lines = ["| benchmark | figure, 0 to 100 | samples | how |", "|---|---|---|---|"]
     for result in results:
         bounds, asked = result.interval, f"{result.n:,} of {result.settings['of']:,}"
-        figure = "not defined: one class only"
+        score = "not defined: one class only"
         if bounds is not None:
-            figure = f"{result.value:.1f} [{bounds.low:.1f}, {bounds.high:.1f}]"
+            score = f"{result.value:.1f} [{bounds.low:.1f}, {bounds.high:.1f}]"
         how = describe_how(result.how).replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {result.benchmark} | {figure} | {asked} | {how} |")
+        lines.append(f"| {result.benchmark} | {score} | {asked} | {how} |")
     for role, mean in summarise([r for r in results if r.value is not None]).items():
         low, high = mean.interval.low, mean.interval.high
         sets = f"{len(mean.datasets)} set{'s' if len(mean.datasets) > 1 else ''}"

@@ -1,4 +1,4 @@
-"""What is exported, a user of transformers alone can ask, and hears the same."""
+"""An exported model answers in transformers as it does here."""
 
 from pathlib import Path
 
@@ -11,8 +11,7 @@ from instructblip.evaluation.evaluate import evaluate
 from instructblip.inference.engine import Engine
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.checkpoints.text_branch import TEXT_BRANCH_FILE
-from instructblip.model.instructblip import InstructBlip
-from instructblip.release.checkpoints import write_exported
+from instructblip.release.export import export_model
 from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
 from tests.inference.test_engine import QUESTION, write_model
 from tests.testing import write_picture
@@ -20,7 +19,7 @@ from tests.testing import write_picture
 
 def test_transformers_model_and_processor_answer_as_the_engine(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", "instructblip", rows=261)  # one more for <image>
-    write_exported(InstructBlip.from_pretrained(source), tmp_path / "out", source)
+    export_model(source, tmp_path / "out")
     engine = Engine.from_pretrained(tmp_path / "out", device="cpu")
     processor = InstructBlipProcessor.from_pretrained(tmp_path / "out")
     model = InstructBlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
@@ -33,38 +32,37 @@ def test_transformers_model_and_processor_answer_as_the_engine(tmp_path: Path) -
     assert inputs["input_ids"][0].tolist() == [260] * placeholders + sample.prompt_ids
     assert inputs["qformer_input_ids"][0].tolist() == sample.qformer_ids
     torch.testing.assert_close(inputs["pixel_values"][0], pixels, rtol=0, atol=1e-5)
-    said = model.generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=6)[0]
-    answer = engine.tokens.decode(said[len(inputs["input_ids"][0]) :].tolist())
+    ids = model.generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=6)[0]
+    answer = engine.tokens.decode(ids[len(inputs["input_ids"][0]) :].tolist())
     greedy = {"num_beams": 1, "max_new_tokens": 6, "repetition_penalty": 1.0}
     assert answer == engine.answer(file, QUESTION, **greedy)
 
 
-def test_figures_of_another_model_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_results_of_another_model_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", "instructblip")
-    model = InstructBlip.from_pretrained(source)
-    own = FakeEngine(fingerprint=fingerprint(source, True))
-    result = evaluate(own, benchmark(), colour_questions())
+    engine = FakeEngine(fingerprint=fingerprint(source, True))
+    result = evaluate(engine, benchmark(), colour_questions())
     other = evaluate(FakeEngine(), benchmark(), colour_questions())
     with pytest.raises(ValueError, match="results of toy are another model's"):
-        write_exported(model, tmp_path / "out", source, [other])
+        export_model(source, tmp_path / "out", results=[other])
     assert not (tmp_path / "out").exists()
-    write_exported(model, tmp_path / "out", source, [result])
+    export_model(source, tmp_path / "out", results=[result])
     assert "| toy | 100.0 [" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_fingerprint_knows_all_that_answers_depend_on(tmp_path: Path) -> None:
+def test_a_fingerprint_covers_all_that_answers_depend_on(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", "instructblip")
-    found = {fingerprint(source, True), fingerprint(source, False)}
+    fingerprints = {fingerprint(source, True), fingerprint(source, False)}
     for name in ("preprocessor_config.json", "qformer_tokenizer/tokenizer.json", "config.json"):
         file = source / name
         assert file.is_file(), name
         file.write_text(file.read_text() + " ")
-        found.add(fingerprint(source, True))
-    assert len(found) == 5
+        fingerprints.add(fingerprint(source, True))
+    assert len(fingerprints) == 5
 
 
 def test_a_blip2_keeps_the_text_branch_beside_it(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", "blip2")
     (source / TEXT_BRANCH_FILE).write_bytes(b"as it was")
-    write_exported(InstructBlip.from_pretrained(source), tmp_path / "out", source)
+    export_model(source, tmp_path / "out")
     assert (tmp_path / "out" / TEXT_BRANCH_FILE).read_bytes() == b"as it was"
