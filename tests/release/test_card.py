@@ -19,9 +19,7 @@ def test_a_card_with_all_of_it() -> None:
     assert "/secret/place" in recipe
     result = evaluate(FakeEngine(), benchmark(), colour_questions())
     parts, settings = {"qformer": 1_234_567}, yaml.safe_load(recipe)
-    text = model_card(
-        "mine", "InstructBlipForConditionalGeneration", parts, yaml.safe_load(recipe), [result]
-    )
+    text = model_card("mine", "InstructBlipForConditionalGeneration", parts, settings, [result])
     assert text.startswith("---\nlibrary_name: transformers\n")
     assert "# mine\n\nAn InstructBLIP" in text
     assert "| qformer | 1,234,567 |" in text

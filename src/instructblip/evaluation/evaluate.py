@@ -106,8 +106,14 @@ def evaluate(
 
             def answer(indices: Sequence[int]) -> None:
                 nonlocal answered
-                parts = ([column[i] for i in indices] for column in (examples, prompts, candidates))
-                predictions = _answer(engine, benchmark, dataset.image_root, *parts)
+                predictions = _answer(
+                    engine,
+                    benchmark,
+                    dataset.image_root,
+                    [examples[i] for i in indices],
+                    [prompts[i] for i in indices],
+                    [candidates[i] for i in indices],
+                )
                 log.add({"index": i, **p} for i, p in zip(indices, predictions, strict=True))
                 answered += len(indices)
                 advance(answered, len(share))
