@@ -297,7 +297,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def test_own_data_alone_train_without_validation(overrides: list[str], tmp_path: Path):
     """The recipe of docs/data.md, read from there."""
-    text = (DOCS / "data.md").read_text().split("## Data of your own")[1]
+    text = (DOCS / "data.md").read_text().split("## Custom data")[1]
     (tmp_path / "own.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     for i in range(4):
         write_picture(tmp_path / "photos" / "pictures" / f"{i}.png", seed=i)
