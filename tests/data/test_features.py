@@ -101,9 +101,9 @@ def test_smaller_types_are_close(tmp_path: Path, paths: list[str], kind: Feature
     exact, _ = stored(tmp_path / "exact", paths)
     for path in paths:
         assert features(path, 0).dtype == torch.bfloat16
-        torch.testing.assert_close(
-            features(path, 0).float(), exact(path, 0), rtol=2**-7, atol=exact(path, 0).max() / 127
-        )
+        expected = exact(path, 0)
+        close = {"rtol": 2**-7, "atol": float(expected.max()) / 127}
+        torch.testing.assert_close(features(path, 0).float(), expected, **close)
 
 
 def test_each_token_has_its_own_scale():
