@@ -3,7 +3,7 @@
 `attend` is registered in transformers' attention interface, so the language models themselves stay
 as transformers defines them. It has three implementations of the same result:
 
-- one sample after the other (`_one_by_one`): the definition, and the fastest one on a CPU;
+- one sample after the other (`one_by_one`): the definition, and the fastest one on a CPU;
 - PyTorch's flash attention for rows of different lengths (`varlen_attn`), on a GPU in half
   precision. The kernel is young and its signature has changed between releases, so it is compared
   with the definition, gradients included, once per device, dtype and head width;
@@ -87,13 +87,17 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **bias, **settings)
     keys = packing if memory is None or module.is_causal else memory
     if one_by_one(query):
+        lengths = zip(packing.lengths, keys.lengths, strict=True)
+        biases = [None if position_bias is None else position_bias[..., :x, :y] for x, y in lengths]
         rows = zip(
-            query.split(packing.lengths, 2),
+            query.split(packing.lengths, 2),  # [1, heads, length, d] each
             key.split(keys.lengths, 2),
             value.split(keys.lengths, 2),
+            biases,
             strict=True,
         )
-        return _one_by_one(module, rows, position_bias, settings), None
+        contexts = [sdpa_attention_forward(module, *row, **settings)[0] for row in rows]
+        return torch.cat(contexts, 1), None
     plain = position_bias is None and module.is_causal and not settings.get("dropout")
     if plain and kernel_works_on(query):
         longest, scale = max(packing.lengths), settings.get("scaling")
@@ -108,27 +112,11 @@ AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def _one_by_one(
-    module: torch.nn.Module, rows: Any, position_bias: Tensor | None, settings: dict[str, Any]
-) -> Tensor:
-    contexts = []
-    for q, k, v in rows:  # [1, heads, length, d]
-        bias = position_bias
-        if bias is not None:
-            bias = bias[..., : q.shape[2], : k.shape[2]]
-        contexts.append(sdpa_attention_forward(module, q, k, v, bias, **settings)[0])
-    return torch.cat(contexts, 1)
-
-
 def kernel_works_on(query: Float[Tensor, "1 H n d"]) -> bool:
     """Whether `attend_by_kernel` can be used for queries like these."""
-    width = query.shape[-1]
-    fits = query.dtype in KERNEL_DTYPES and width in KERNEL_WIDTHS
-    return (
-        query.device.type in KERNEL_DEVICES
-        and fits
-        and _kernel_agrees(query.device, query.dtype, width)
-    )
+    device, dtype, width = query.device, query.dtype, query.shape[-1]
+    fits = device.type in KERNEL_DEVICES and dtype in KERNEL_DTYPES and width in KERNEL_WIDTHS
+    return fits and _kernel_agrees(device, dtype, width)
 
 
 def attend_by_kernel(
