@@ -16,8 +16,8 @@ from instructblip.data.prepared.check import check_dataset
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.reading.records import MAX_TEXT
 from instructblip.data.sources import SOURCES
-from tests.data.test_hostile_input import VALUES, places, replaced
 from tests.data.test_custom import TURNS
+from tests.data.test_hostile_input import VALUES, places, replaced
 from tests.data.test_unreadable import own
 from tests.testing import write_picture, write_tar
 

@@ -6,7 +6,7 @@ question whose answer follows from the scene. It returns None where the kind doe
 """
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,7 +65,7 @@ def _but(values: Iterable[str], value: str) -> tuple[str, ...]:
 
 def _about_shape(
     kind: str,
-    forms: tuple[str, ...],
+    forms: Sequence[str],
     answer: Callable[[Thing], str | None],
     options: Iterable[str],
     unique: str = "name",
@@ -266,10 +266,7 @@ QUESTIONS: dict[str, Asker] = {
         why="the {name} is {place}",
     ),
     "size": _about_shape(
-        "size",
-        ("is the {name} small or large?", "how big is the {name}?"),
-        lambda t: t.size,
-        SIZES,
+        "size", ("is the {name} small or large?", "how big is the {name}?"), lambda t: t.size, SIZES
     ),
     "corners": _about_shape(
         "corners",
@@ -284,10 +281,7 @@ QUESTIONS: dict[str, Asker] = {
     ),
     "fruit": _about_shape(
         "fruit",
-        (
-            "which fruit has the color of the {name}?",
-            "the {name} has the color of which fruit?",
-        ),
+        ("which fruit has the color of the {name}?", "the {name} has the color of which fruit?"),
         lambda t: FRUIT[t.colour],
         FRUIT.values(),
         why="the {name} is {colour}",

@@ -16,15 +16,7 @@ from instructblip.scenes.questions import (
     VQA_KINDS,
     Question,
 )
-from instructblip.scenes.world import (
-    COLOURS,
-    SHAPES,
-    WORDS,
-    Scene,
-    Thing,
-    render,
-    sample_scene,
-)
+from instructblip.scenes.world import COLOURS, SHAPES, WORDS, Scene, Thing, render, sample_scene
 
 ANNOTATOR_ERROR = 0.03
 
@@ -44,7 +36,7 @@ class SetFolder:
         """Draw ``scene`` to ``images/<name>``, a JPEG without chroma subsampling or a PNG."""
         path = self.root / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        options = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
+        options: dict[str, Any] = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
         render(scene).save(path, **options)
         return name
 

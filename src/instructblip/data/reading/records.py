@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from instructblip.core.batch import Example
-from instructblip.data.reading.opened import has_image_folder, note_file, open_text
+from instructblip.data.reading.opened import open_text
 from instructblip.data.reading.streaming import refuse_constant, stream_values
 
 MAX_TEXT = 100_000
@@ -96,27 +96,6 @@ def _unreadable(error: OSError) -> ValueError:
     )
 
 
-def find_optional(root: Path, *names: str) -> Path | None:
-    """The first of ``annotations/<name>`` that exists, or None."""
-    for name in names:
-        path = root / "annotations" / name
-        note_file(path, present := path.exists())
-        if present:
-            return path
-    return None
-
-
-def find_file(root: Path, *names: str) -> Path:
-    """The first of ``annotations/<name>`` that exists; FileNotFoundError lists the names."""
-    path = find_optional(root, *names)
-    if path is None:
-        raise FileNotFoundError(
-            f"none of {', '.join(names)} is in {root / 'annotations'}; download the owner's file "
-            "and put it there, unpacked (`annotations/` beside `images/`)"
-        )
-    return path
-
-
 @dataclass(frozen=True, slots=True)
 class Record:
     """One object of a file and its place there; the accessors check presence and type."""
@@ -185,7 +164,7 @@ class Record:
             Record(item, f"{self.where}, {name} {i}", self.remedy) for i, item in enumerate(value)
         ]
 
-    def pick(self, name: str, options: tuple[str, ...]) -> str:
+    def pick(self, name: str, options: Sequence[str]) -> str:
         """The option that the index in field ``name`` points at."""
         index = self.integer(name)
         if not 0 <= index < len(options):
@@ -346,19 +325,3 @@ def image_name(name: str, where: str) -> str:
             f"{MAX_NAME} bytes between two slashes"
         )
     return normal
-
-
-def place_image(root: Path, name: str, where: str, *folders: str) -> str:
-    """Path of an image below ``images/``, where the owner's archive may have its own sub-folder.
-
-    Depending on which folders exist, it is: the name as written, ``folders/<file name>``, or
-    ``<file name>`` alone.
-    """
-    name = image_name(name, where)
-    parent, _, base = name.rpartition("/")
-    if parent and has_image_folder(root, parent):
-        return name
-    for folder in folders:
-        if has_image_folder(root, folder):
-            return f"{folder}/{base}"
-    return base

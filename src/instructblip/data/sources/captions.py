@@ -20,123 +20,95 @@ from pathlib import Path
 from instructblip.core.batch import Example
 from instructblip.data.custom.files import CustomSet
 from instructblip.data.custom.formats import custom_source
-from instructblip.data.reading.records import (
-    Record,
-    find_file,
-    find_optional,
-    place_image,
-    read_records,
-    read_text,
-)
+from instructblip.data.reading.records import Record, read_records, read_text
 from instructblip.data.reading.streaming import has_field
+from instructblip.data.sources.split import COCO_FOLDERS, Split
 
-COCO_FOLDERS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017")
 FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images")
 
 
-def coco_caption(root: Path, split: str) -> Iterator[Example]:
+def coco_caption(split: Split) -> Iterator[Example]:
     """``coco_karpathy_{split}.json``, else ``captions_{split}2014.json``; of the owner's test
     split ``image_info_test2014.json``, without captions."""
-    official = (f"captions_{split}2014.json", f"image_info_{split}2014.json")
-    path = find_file(root, f"coco_karpathy_{split}.json", *official)
+    name = split.name
+    official = (f"captions_{name}2014.json", f"image_info_{name}2014.json")
+    path = split.find(f"coco_karpathy_{name}.json", *official)
     if path.name.startswith("coco_karpathy"):
-        yield from _grouped(root, path, "coco_caption", split)
+        yield from _grouped(split, path)
     else:
-        yield from _coco_style(root, path, "coco_caption", split, (f"{split}2014",))
+        yield from _coco_style(split, path, f"{name}2014")
 
 
-def nocaps(root: Path, split: str) -> Iterator[Example]:
+def nocaps(split: Split) -> Iterator[Example]:
     """``nocaps_val_4500_captions.json``; test: ``nocaps_test_image_info.json``, no captions."""
-    names = {"val": ("nocaps_val_4500_captions.json", "nocaps_val.json")}.get(
-        split, (f"nocaps_{split}_4500_captions.json", f"nocaps_{split}_image_info.json")
-    )
-    path = find_file(root, *names)
-    yield from _coco_style(root, path, "nocaps", split, (split, "val", "test"))
+    other = "nocaps_val.json" if split.name == "val" else f"nocaps_{split.name}_image_info.json"
+    path = split.find(f"nocaps_{split.name}_4500_captions.json", other)
+    yield from _coco_style(split, path, split.name, "val", "test")
 
 
-def web_capfilt(root: Path, split: str) -> Iterator[Example]:
+def web_capfilt(split: Split) -> Iterator[Example]:
     """``web_capfilt.json`` or ``ccs_synthetic_filtered_large.json``: ``[{image, caption}]``.
 
-    The owner's file has a URL in place of each picture. Whoever fetched them with img2dataset has
-    .tar shards of pictures and captions: those are read from ``root`` when there is no such file.
+    The owner's file has a URL in place of each image. img2dataset downloads them into .tar shards
+    of images and captions, which are read from ``root`` when there is no such file.
     """
     names = ("web_capfilt.json", "ccs_synthetic_filtered_large.json")
-    names = names if split == "train" else (f"web_capfilt_{split}.json",)
-    if (path := find_optional(root, *names)) is None and any(root.glob("*.tar")):
-        shards = custom_source(CustomSet("web_capfilt", "webdataset", "*.tar", "images"))
-        yield from shards.read(root, split)
+    names = names if split.name == "train" else (f"web_capfilt_{split.name}.json",)
+    if (path := split.find_optional(*names)) is None and any(split.root.glob("*.tar")):
+        shards = custom_source(CustomSet(split.dataset, "webdataset", "*.tar", "images"))
+        yield from shards.read(split.root, split.name)
         return
-    for key, record in read_records(path or find_file(root, *names)):
+    for key, record in read_records(path or split.find(*names)):
         if "url" in record and "image" not in record:
-            record.fail("image", "the path of the picture, which was fetched from its URL before")
-        yield Example(
-            dataset="web_capfilt",
-            split=split,
-            id=key,
-            images=(place_image(root, record.text("image"), record.where),),
-            task="caption",
-            answers=(record.text("caption"),),
-            where=record.where,
-        )
+            record.fail("image", "the path of the image, downloaded from its URL beforehand")
+        image = split.image(record.text("image"), record.where)
+        yield split.example(record.where, key, image, answers=(record.text("caption"),))
 
 
-def flickr30k(root: Path, split: str) -> Iterator[Example]:
+def flickr30k(split: Split) -> Iterator[Example]:
     """``dataset_flickr30k.json`` (Karpathy), else ``flickr30k_{split}.json`` (LAVIS), else the
-    owner's ``results_20130124.token``, with the pictures of the split listed in ``{split}.txt``.
+    owner's ``results_20130124.token``, with the images of the split listed in ``{split}.txt``.
 
     ``{"images": [{"filename": "1000.jpg", "imgid": 0, "split": "test",
     "sentences": [{"raw": "A man rides."}]}], "dataset": "flickr30k"}``
     """
-    token = "results_20130124.token"
-    path = find_file(root, "dataset_flickr30k.json", f"flickr30k_{split}.json", token)
+    token, lavis = "results_20130124.token", f"flickr30k_{split.name}.json"
+    path = split.find("dataset_flickr30k.json", lavis, token)
     if path.name == token:
-        yield from _flickr_token(root, path, split)
+        yield from _flickr_token(split, path)
         return
-    if path.name != "dataset_flickr30k.json":
-        yield from _grouped(root, path, "flickr30k", split)
+    if path.name == lavis:
+        yield from _grouped(split, path)
         return
     for _, record in read_records(path, "images"):
-        if record.text("split") != split:
-            continue
-        name = record.text("filename")
-        yield Example(
-            dataset="flickr30k",
-            split=split,
-            id=record.identifier("imgid") if "imgid" in record else name,
-            images=(place_image(root, name, record.where, *FLICKR_FOLDERS),),
-            task="caption",
-            answers=tuple(sentence.text("raw") for sentence in record.records("sentences")),
-            where=record.where,
-        )
+        if record.text("split") == split.name:
+            name = record.text("filename")
+            yield split.example(
+                record.where,
+                record.identifier("imgid") if "imgid" in record else name,
+                split.image(name, record.where, *FLICKR_FOLDERS),
+                answers=tuple(sentence.text("raw") for sentence in record.records("sentences")),
+            )
 
 
-def _flickr_token(root: Path, path: Path, split: str) -> Iterator[Example]:
+def _flickr_token(split: Split, path: Path) -> Iterator[Example]:
     """``1000092795.jpg#0<tab>Two young men are outside.``; in ``{split}.txt`` ``1000092795``."""
-    listed = {line.strip() for line, _ in read_text(find_file(root, f"{split}.txt"))} - {""}
-    pictures: dict[str, tuple[str, list[str]]] = {}
+    listed = {line.strip() for line, _ in read_text(split.find(f"{split.name}.txt"))} - {""}
+    images: dict[str, tuple[str, list[str]]] = {}
     for line, where in read_text(path):
         name, hash_sign, rest = line.partition("#")
         number, tab, caption = rest.partition("\t")
         if not (hash_sign and tab and number.isdecimal()):
-            raise ValueError(f"{where}: is {line[:80]!r}; expected picture.jpg#0, a tab, a caption")
+            raise ValueError(f"{where}: is {line[:80]!r}; expected image.jpg#0, a tab, a caption")
         if Path(name).stem in listed:
             record = Record({"caption": caption}, where)
-            pictures.setdefault(name, (where, []))[1].append(record.text("caption"))
-    for name, (where, captions) in pictures.items():
-        yield Example(
-            dataset="flickr30k",
-            split=split,
-            id=name,
-            images=(place_image(root, name, where, *FLICKR_FOLDERS),),
-            task="caption",
-            answers=tuple(captions),
-            where=where,
-        )
+            images.setdefault(name, (where, []))[1].append(record.text("caption"))
+    for name, (where, captions) in images.items():
+        image = split.image(name, where, *FLICKR_FOLDERS)
+        yield split.example(where, name, image, answers=tuple(captions))
 
 
-def _coco_style(
-    root: Path, path: Path, dataset: str, split: str, folders: tuple[str, ...]
-) -> Iterator[Example]:
+def _coco_style(split: Split, path: Path, *folders: str) -> Iterator[Example]:
     captions: dict[str, list[str]] = {}
     if has_field(path, "annotations"):  # test files leave it out
         for _, record in read_records(path, "annotations"):
@@ -144,40 +116,34 @@ def _coco_style(
             captions.setdefault(record.identifier("image_id"), []).append(text)
     for _, record in read_records(path, "images"):
         image_id = record.identifier("id")
-        yield Example(
-            dataset=dataset,
-            split=split,
-            id=image_id,
-            images=(place_image(root, record.text("file_name"), record.where, *folders),),
-            task="caption",
+        yield split.example(
+            record.where,
+            image_id,
+            split.image(record.text("file_name"), record.where, *folders),
             answers=tuple(captions.pop(image_id, ())),
-            where=record.where,
             extra={"domain": record.text("domain")} if "domain" in record else {},
         )
     if captions:
         raise ValueError(
-            f"{path.name}: {len(captions)} captions name pictures that 'images' does not list, "
+            f"{path.name}: {len(captions)} images have captions but are not listed in 'images', "
             f"first image_id {next(iter(captions))}; download the file again"
         )
 
 
-def _grouped(root: Path, path: Path, dataset: str, split: str) -> Iterator[Example]:
-    """A list of {image, caption: text or list}, one example per picture, in order of the file."""
-    pictures: dict[str, tuple[Record, list[str]]] = {}
+def _grouped(split: Split, path: Path) -> Iterator[Example]:
+    """A list of {image, caption: text or list}, one example per image, in order of the file."""
+    images: dict[str, tuple[Record, list[str]]] = {}
     for _, record in read_records(path):
-        _, captions = pictures.setdefault(record.text("image"), (record, []))
+        _, captions = images.setdefault(record.text("image"), (record, []))
         if isinstance(record.data.get("caption"), list):
             captions.extend(record.texts("caption"))
         else:
             captions.append(record.text("caption"))
-    for name, (record, captions) in pictures.items():
+    for name, (record, captions) in images.items():
         digits = re.findall(r"\d+", Path(name).stem)
-        yield Example(
-            dataset=dataset,
-            split=split,
-            id=str(int(digits[-1])) if digits else name,
-            images=(place_image(root, name, record.where, *COCO_FOLDERS, *FLICKR_FOLDERS),),
-            task="caption",
+        yield split.example(
+            record.where,
+            str(int(digits[-1])) if digits else name,
+            split.image(name, record.where, *COCO_FOLDERS, *FLICKR_FOLDERS),
             answers=tuple(captions),
-            where=record.where,
         )

@@ -24,72 +24,64 @@ A-OKVQA (aokvqa_v1p0_{split}.json) is read as multiple choice and as direct answ
 The test file has neither ``correct_choice_idx`` nor ``direct_answers``. LAVIS's file of the same
 name adds ``image``.
 
-Question generation turns a set round: the instruction holds an answer (``Example.question``) and
-the response is the question.
+Question generation swaps the two: the instruction holds an answer (``Example.question``), and the
+response is the question.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from sys import intern
+from typing import Any
 
 from instructblip.core.batch import Example
-from instructblip.data.reading.records import (
-    Record,
-    find_file,
-    find_optional,
-    place_image,
-    read_records,
-)
+from instructblip.data.reading.records import Record, read_records
 from instructblip.data.reading.streaming import is_list
-from instructblip.data.sources.captions import COCO_FOLDERS
+from instructblip.data.sources.split import COCO_FOLDERS, Reader, Split
 
 
-def vqav2(root: Path, split: str) -> Iterator[Example]:
+def vqav2(split: Split) -> Iterator[Example]:
     """``v2_OpenEnded_mscoco_{split}2014_questions.json`` and ``v2_mscoco_{split}2014_annotations``.
 
     Test questions are of 2015 and have no annotations. Else ``vqa_train.json``,
     ``vqa_{split}_eval.json`` or ``vqa_{split}.json``.
     """
-    yield from _two_files(root, split, "vqav2", "v2_", "vqa")
+    yield from _two_files(split, "v2_", "vqa")
 
 
-def okvqa(root: Path, split: str) -> Iterator[Example]:
+def okvqa(split: Split) -> Iterator[Example]:
     """``OpenEnded_mscoco_{split}2014_questions.json`` and ``mscoco_{split}2014_annotations.json``.
 
     Else ``okvqa_train.json``, ``okvqa_{split}_eval.json`` or ``okvqa_{split}.json``.
     """
-    yield from _two_files(root, split, "okvqa", "", "okvqa")
+    yield from _two_files(split, "", "okvqa")
 
 
-def _two_files(root: Path, split: str, dataset: str, prefix: str, lavis: str) -> Iterator[Example]:
-    years = (f"{split}2014", "test2015", "test-dev2015") if split == "test" else (f"{split}2014",)
+def _two_files(split: Split, prefix: str, lavis: str) -> Iterator[Example]:
+    is_test = split.name == "test"
+    years = [f"{split.name}2014", *(["test2015", "test-dev2015"] if is_test else [])]
     official = [f"{prefix}OpenEnded_mscoco_{year}_questions.json" for year in years]
-    joined = [f"{lavis}_{split}_eval.json", f"{lavis}_{split}.json"]
-    path = find_file(root, *official, *joined)
+    joined = [f"{lavis}_{split.name}_eval.json", f"{lavis}_{split.name}.json"]
+    path = split.find(*official, *joined)
     if path.name in joined:
-        yield from _joined(root, path, dataset, split)
+        yield from _joined(split, path)
         return
     year = path.name.removeprefix(f"{prefix}OpenEnded_mscoco_").removesuffix("_questions.json")
-    annotations = find_optional(root, f"{prefix}mscoco_{year}_annotations.json")
-    if annotations is None and split != "test":
-        find_file(root, f"{prefix}mscoco_{year}_annotations.json")
+    find = split.find_optional if is_test else split.find
+    annotations = find(f"{prefix}mscoco_{year}_annotations.json")
     answered = _read_annotations(annotations) if annotations else {}
     folder = year.replace("test-dev", "test")
     for _, record in read_records(path, "questions"):
         question_id, image_id = record.identifier("question_id"), record.integer("image_id")
-        answers, kinds = answered.pop(question_id, ((), ("", "")))
-        yield Example(
-            dataset=dataset,
-            split=split,
-            id=question_id,
-            images=(place_image(root, f"COCO_{folder}_{image_id:012d}.jpg", record.where, folder),),
-            task="vqa",
+        answers, types = answered.pop(question_id, ((), ("", "")))
+        yield split.example(
+            record.where,
+            question_id,
+            split.image(f"COCO_{folder}_{image_id:012d}.jpg", record.where, folder),
             question=record.text("question"),
             answers=answers,
-            where=record.where,
-            extra=_named(question_type=kinds[0], answer_type=kinds[1]),
+            extra=_given(question_type=types[0], answer_type=types[1]),
         )
     if answered:
         raise ValueError(
@@ -103,94 +95,71 @@ def _read_annotations(path: Path) -> dict[str, tuple[tuple[str, ...], tuple[str,
     answered = {}
     for _, record in read_records(path, "annotations"):
         answers = tuple(intern(answer.text("answer")) for answer in record.records("answers"))
-        kinds = (intern(record.text("question_type", "")), intern(record.text("answer_type", "")))
+        types = (intern(record.text("question_type", "")), intern(record.text("answer_type", "")))
         question_id = record.identifier("question_id")
         if question_id in answered:
             record.fail("question_id", "each question once")
-        answered[question_id] = (answers, kinds)
+        answered[question_id] = (answers, types)
     return answered
 
 
-def _joined(root: Path, path: Path, dataset: str, split: str) -> Iterator[Example]:
+def _joined(split: Split, path: Path) -> Iterator[Example]:
     for _, record in read_records(path):
-        yield Example(
-            dataset=dataset,
-            split=split,
-            id=record.identifier("question_id"),
-            images=(place_image(root, record.text("image"), record.where, *COCO_FOLDERS),),
-            task="vqa",
+        yield split.example(
+            record.where,
+            record.identifier("question_id"),
+            split.image(record.text("image"), record.where, *COCO_FOLDERS),
             question=record.text("question"),
             answers=_one_or_many(record, "answer"),
-            where=record.where,
         )
 
 
-def aokvqa(root: Path, split: str) -> Iterator[Example]:
+def aokvqa(split: Split) -> Iterator[Example]:
     """The question with its choices; the answer is the text of the right choice."""
-    for record, image in _aokvqa_records(root, split):
+    for record, image in _aokvqa_records(split):
         choices = record.texts("choices")
-        right = "correct_choice_idx" in record
-        yield Example(
-            dataset="aokvqa",
-            split=split,
-            id=record.identifier("question_id"),
-            images=(image,),
-            task="multiple_choice",
+        has_answer = "correct_choice_idx" in record
+        yield split.example(
+            record.where,
+            record.identifier("question_id"),
+            image,
             question=record.text("question"),
             choices=choices,
-            answers=(record.pick("correct_choice_idx", choices),) if right else (),
-            where=record.where,
+            answers=(record.pick("correct_choice_idx", choices),) if has_answer else (),
         )
 
 
-def aokvqa_direct(root: Path, split: str) -> Iterator[Example]:
+def aokvqa_direct(split: Split) -> Iterator[Example]:
     """The question alone, with the direct answers (ten, repeated as often as they were given)."""
-    for record, image in _aokvqa_records(root, split):
-        yield Example(
-            dataset="aokvqa_direct",
-            split=split,
-            id=record.identifier("question_id"),
-            images=(image,),
-            task="vqa",
+    for record, image in _aokvqa_records(split):
+        yield split.example(
+            record.where,
+            record.identifier("question_id"),
+            image,
             question=record.text("question"),
             answers=record.texts("direct_answers") if "direct_answers" in record else (),
-            where=record.where,
         )
 
 
-def _aokvqa_records(root: Path, split: str) -> Iterator[tuple[Record, str]]:
-    for _, record in read_records(find_file(root, f"aokvqa_v1p0_{split}.json")):
+def _aokvqa_records(split: Split) -> Iterator[tuple[Record, str]]:
+    for _, record in read_records(split.find(f"aokvqa_v1p0_{split.name}.json")):
         if "image" in record:
             name = record.text("image")
         else:
             name = f"{record.integer('image_id'):012d}.jpg"
-        yield record, place_image(root, name, record.where, f"{split}2017", *COCO_FOLDERS)
+        yield record, split.image(name, record.where, f"{split.name}2017", *COCO_FOLDERS)
 
 
-def vqav2_question(root: Path, split: str) -> Iterator[Example]:
-    """The files of ``vqav2``."""
-    yield from _turned_round(vqav2, "vqav2_question", root, split)
+def asked_for(read: Reader, split: Split) -> Iterator[Example]:
+    """The questions of another reader as responses.
 
-
-def okvqa_question(root: Path, split: str) -> Iterator[Example]:
-    """The files of ``okvqa``."""
-    yield from _turned_round(okvqa, "okvqa_question", root, split)
-
-
-def aokvqa_question(root: Path, split: str) -> Iterator[Example]:
-    """The files of ``aokvqa``; the answer is the right choice."""
-    yield from _turned_round(aokvqa, "aokvqa_question", root, split)
-
-
-def _turned_round(
-    read: Callable[[Path, str], Iterator[Example]], dataset: str, root: Path, split: str
-) -> Iterator[Example]:
-    for example in read(root, split):
+    Of several answers the instruction holds the most frequent one, so that it is the same each
+    time and people agree on the pair.
+    """
+    for example in read(split):
         counted = Counter(example.answers).most_common(1)
         yield replace(
             example,
-            dataset=dataset,
-            task="ask",
             question=counted[0][0] if counted else "",
             # Without an answer there is nothing to ask for: left empty, it is reported as bad.
             answers=(example.question,) if counted else (),
@@ -198,59 +167,52 @@ def _turned_round(
         )
 
 
-def gqa(root: Path, split: str) -> Iterator[Example]:
+def gqa(split: Split) -> Iterator[Example]:
     """``{split}_balanced_questions.json`` (test: ``testdev_balanced_questions.json`` first).
 
     ``{"201640614": {"question": "What is left of the cup?", "imageId": "n161313",
     "answer": "spoon", "types": {"structural": "query", "semantic": "rel"}}}``; LAVIS's file of
     the same name is a list of ``{"question_id", "question", "image", "answer"}``.
     """
-    parts = ("testdev", "test") if split == "test" else (split,)
+    parts = ("testdev", "test") if split.name == "test" else (split.name,)
     names = [f"{p}{part}_balanced_questions.json" for part in parts for p in ("", "gqa_")]
-    path = find_file(root, *names)
+    path = split.find(*names)
     lavis = is_list(path)
     for key, record in read_records(path):
         name = record.text("image") if lavis else f"{record.identifier('imageId')}.jpg"
-        kinds = record.data.get("types")
-        kinds = kinds if isinstance(kinds, dict) else {}
-        yield Example(
-            dataset="gqa",
-            split=split,
-            id=record.identifier("question_id") if lavis else key,
-            images=(place_image(root, name, record.where, "images"),),
-            task="vqa",
+        types = record.data.get("types")
+        types = types if isinstance(types, dict) else {}
+        yield split.example(
+            record.where,
+            record.identifier("question_id") if lavis else key,
+            split.image(name, record.where, "images"),
             question=record.text("question"),
             answers=(record.text("answer"),) if "answer" in record else (),
-            where=record.where,
-            extra=_named(
-                question_type=str(kinds.get("structural") or ""),
-                semantic_type=str(kinds.get("semantic") or ""),
+            extra=_given(
+                question_type=str(types.get("structural") or ""),
+                semantic_type=str(types.get("semantic") or ""),
             ),
         )
 
 
-def vizwiz(root: Path, split: str) -> Iterator[Example]:
+def vizwiz(split: Split) -> Iterator[Example]:
     """``{split}.json`` or ``vizwiz_{split}.json``; test has no answers.
 
     ``[{"image": "VizWiz_val_00000000.jpg", "question": "What is this?", "answerable": 0,
     "answer_type": "unanswerable", "answers": [{"answer": "unanswerable"}]}]``
     """
-    path = find_file(root, f"{split}.json", f"vizwiz_{split}.json")
-    for key, record in read_records(path):
+    for key, record in read_records(split.find(f"{split.name}.json", f"vizwiz_{split.name}.json")):
         name = record.text("image")
         answers = record.records("answers") if "answers" in record else []
-        extra = _named(answer_type=record.text("answer_type", ""))
+        extra = _given(answer_type=record.text("answer_type", ""))
         if "answerable" in record:
             extra["answerable"] = record.integer("answerable")
-        yield Example(
-            dataset="vizwiz",
-            split=split,
-            id=Path(name).stem or key,
-            images=(place_image(root, name, record.where, split),),
-            task="vqa",
+        yield split.example(
+            record.where,
+            Path(name).stem or key,
+            split.image(name, record.where, split.name),
             question=record.text("question"),
             answers=tuple(answer.text("answer") for answer in answers),
-            where=record.where,
             extra=extra,
         )
 
@@ -261,6 +223,6 @@ def _one_or_many(record: Record, name: str) -> tuple[str, ...]:
     return record.texts(name) if isinstance(record.data[name], list) else (record.text(name),)
 
 
-def _named(**values: str) -> dict[str, str | int]:
-    """The values that the file gave."""
+def _given(**values: str) -> dict[str, Any]:
+    """The values that are not empty."""
     return {name: value for name, value in values.items() if value}

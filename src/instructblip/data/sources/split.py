@@ -1,0 +1,78 @@
+"""The files of one split of a published data set, as its reader sees them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from instructblip.core.batch import Example
+from instructblip.data.reading.opened import has_image_folder, note_file
+from instructblip.data.reading.records import image_name
+
+COCO_FOLDERS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017")
+"""Folders that COCO's archives of images unpack to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One split of one data set: ``root/annotations``, ``root/images``, and what all examples of
+    the split have in common."""
+
+    root: Path
+    name: str
+    dataset: str
+    task: str
+
+    def find_optional(self, *names: str) -> Path | None:
+        """The first of ``annotations/<name>`` that exists, or None."""
+        for name in names:
+            path = self.root / "annotations" / name
+            note_file(path, present := path.exists())
+            if present:
+                return path
+        return None
+
+    def find(self, *names: str) -> Path:
+        """The first of ``annotations/<name>`` that exists; FileNotFoundError lists the names."""
+        path = self.find_optional(*names)
+        if path is None:
+            raise FileNotFoundError(
+                f"none of {', '.join(names)} is in {self.root / 'annotations'}; download the "
+                "owner's file and put it there, unpacked (`annotations/` beside `images/`)"
+            )
+        return path
+
+    def image(self, name: str, where: str, *folders: str) -> str:
+        """Path of an image below ``images/``, where the owner's archive may have its own folder.
+
+        Depending on which folders exist, it is: the name as written, ``folders/<file name>``, or
+        ``<file name>`` alone.
+        """
+        name = image_name(name, where)
+        parent, _, base = name.rpartition("/")
+        if parent and has_image_folder(self.root, parent):
+            return name
+        for folder in folders:
+            if has_image_folder(self.root, folder):
+                return f"{folder}/{base}"
+        return base
+
+    def example(self, where: str, id: str, *images: str, **fields: Any) -> Example:
+        """An example with the other ``fields`` of ``Example``, empty without them."""
+        return Example(
+            dataset=self.dataset,
+            split=self.name,
+            id=id,
+            images=images,
+            task=self.task,
+            where=where,
+            **fields,
+        )
+
+
+Reader = Callable[[Split], Iterator[Example]]
+"""Yields the examples of a split in the order of its file."""
+
+
+def read_split(read: Reader, dataset: str, task: str, root: Path, split: str) -> Iterator[Example]:
+    yield from read(Split(root, split, dataset, task))
