@@ -1,4 +1,4 @@
-"""The server: OpenAI's client talks to it, its limits hold, and nothing leaks."""
+"""The server: OpenAI's client, its limits, and that nothing leaks."""
 
 import asyncio
 import base64
@@ -70,7 +70,9 @@ def error_of(response: Any, status: int) -> str:
     return response.json()["error"]["message"]
 
 
-def test_the_openai_client_talks_to_it(model_folder: Path, engine: Engine, png: list[Path]) -> None:
+def test_the_openai_client_gets_answers(
+    model_folder: Path, engine: Engine, png: list[Path]
+) -> None:
     with running(create_app({"tuned": greedy_engine(model_folder)})) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
         assert [model.id for model in client.models.list()] == ["tuned"]
@@ -113,7 +115,7 @@ def test_settings_of_a_request(client: TestClient, engine: Engine, png: list[Pat
     assert say(client, body(png[0], text, model="blip2")) != say(client, body(png[0], text))
 
 
-def test_turns_and_several_pictures(client: TestClient, engine: Engine, png: list[Path]) -> None:
+def test_turns_and_several_images(client: TestClient, engine: Engine, png: list[Path]) -> None:
     first = body(png[0], "what?")["messages"][0]
     second = body(png[1], "and red?")["messages"][0]
     messages = [
@@ -129,7 +131,9 @@ def test_turns_and_several_pictures(client: TestClient, engine: Engine, png: lis
     )
 
 
-def test_a_prompt_that_is_cut_is_told(client: TestClient, engine: Engine, png: list[Path]) -> None:
+def test_lost_prompt_tokens_are_reported(
+    client: TestClient, engine: Engine, png: list[Path]
+) -> None:
     most = engine.tokens.max_prompt
     for text, lost in (("a", 0), (" ".join("a" * (most + 7)), None)):
         if lost is None:
@@ -211,7 +215,7 @@ def bad_pictures(png: Path) -> list[tuple[str, int, str]]:
     ]
 
 
-def test_bad_pictures_are_refused_by_place(client: TestClient, png: list[Path]) -> None:
+def test_bad_images_are_refused_by_place(client: TestClient, png: list[Path]) -> None:
     for url, status, message in bad_pictures(png[0]):
         request = body(png[0])
         request["messages"][0]["content"][1]["image_url"]["url"] = url
@@ -267,7 +271,7 @@ def test_unknown_fields_and_missing_parts(client: TestClient, png: list[Path]) -
         ("a", "content.parts.0: Input should be"),
     ],
 )
-def test_a_mistake_in_a_part_is_told_of_the_part(client: TestClient, part: Any, place: str) -> None:
+def test_an_error_in_a_part_names_the_part(client: TestClient, part: Any, place: str) -> None:
     request = {"messages": [{"role": "user", "content": [part]}]}
     assert place in error_of(client.post(CHAT, json=request), 422)
     for content, message in ((None, "a text or a list of parts"), ("a" * 16_001, "at most 16000")):
@@ -351,7 +355,7 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.01)
 
 
-def test_what_waits_goes_together_and_what_does_not_fit_is_refused(
+def test_waiting_jobs_run_together_and_a_full_queue_refuses(
     engine: Engine, png: list[Path]
 ) -> None:
     slow: Any = Slow(engine)
@@ -372,7 +376,7 @@ def test_what_waits_goes_together_and_what_does_not_fit_is_refused(
         batcher.submit(jobs_of(engine, png)[0])
 
 
-def test_time_is_up_for_what_waits_and_for_what_runs(engine: Engine, png: list[Path]) -> None:
+def test_waiting_and_running_jobs_time_out(engine: Engine, png: list[Path]) -> None:
     slow: Any = Slow(engine)
     batcher = Batcher(slow, max_batch=1)
     runs, waits, stays = jobs_of(engine, png[:3])
@@ -388,7 +392,7 @@ def test_time_is_up_for_what_waits_and_for_what_runs(engine: Engine, png: list[P
     batcher.close()
 
 
-def test_ranking_stops_when_no_one_waits(engine: Engine, png: list[Path]) -> None:
+def test_ranking_stops_when_nobody_waits(engine: Engine, png: list[Path]) -> None:
     begun = []
 
     class Counting(Slow):
@@ -451,9 +455,7 @@ def test_429_and_504_over_http(engine: Engine, model_folder: Path, png: list[Pat
         assert refused[0].headers["retry-after"] == "1"
 
 
-def test_a_stream_whose_time_is_up_while_the_client_reads_says_so(
-    engine: Engine, png: list[Path]
-) -> None:
+def test_a_stream_reports_a_timeout_while_the_client_reads(engine: Engine, png: list[Path]) -> None:
     (job,) = jobs_of(engine, png[:1], deadline=time.monotonic() + 0.2)
 
     async def read() -> list[str]:
@@ -472,7 +474,7 @@ def test_a_stream_whose_time_is_up_while_the_client_reads_says_so(
     assert job.gone
 
 
-def test_unexpected_errors_tell_nothing(model_folder: Path, png: list[Path]) -> None:
+def test_unexpected_errors_reveal_nothing(model_folder: Path, png: list[Path]) -> None:
     engine: Any = Slow(greedy_engine(model_folder))
     engine.__dict__["respond"] = lambda *_args, **_kwargs: 1 / 0
     app = create_app({"tuned": engine})
@@ -481,7 +483,7 @@ def test_unexpected_errors_tell_nothing(model_folder: Path, png: list[Path]) -> 
         assert "internal error" in client.post(CHAT, json=body(png[0], stream=True)).text
 
 
-def test_shutdown_finishes_what_is_under_way(
+def test_shutdown_finishes_admitted_requests(
     engine: Engine, model_folder: Path, png: list[Path]
 ) -> None:
     slow: Any = Slow(greedy_engine(model_folder))
@@ -566,7 +568,9 @@ def test_no_private_address_is_fetched(monkeypatch: pytest.MonkeyPatch, address:
         incoming.fetch("https://pictures.example/a.png", config, "here")
 
 
-def test_pictures_of_a_listed_host(monkeypatch: pytest.MonkeyPatch, png: list[Path]) -> None:
+def test_images_of_a_listed_host_are_fetched(
+    monkeypatch: pytest.MonkeyPatch, png: list[Path]
+) -> None:
     content = png[0].read_bytes()
     asked = []
 
@@ -603,7 +607,7 @@ def test_pictures_of_a_listed_host(monkeypatch: pytest.MonkeyPatch, png: list[Pa
     server.shutdown()
 
 
-def test_the_command_serves_what_it_was_told(
+def test_the_command_passes_its_options_to_the_server(
     model_folder: Path, blip2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[Any, dict[str, Any]]] = []
@@ -636,7 +640,9 @@ def test_the_command_serves_what_it_was_told(
         cli.main(["serve", "--api-keys", str(keys), "--debug"])
 
 
-def test_a_port_in_use_is_told_before_the_model_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_is_refused_before_the_model_loads(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(SystemExit, match="2"):

@@ -1,4 +1,4 @@
-"""Drawing over HTTP and on the page: what the engine draws, OpenAI's form, clear refusals."""
+"""Drawing over HTTP and on the page: the engine's images, OpenAI's form, clear refusals."""
 
 import base64
 import io
@@ -120,7 +120,7 @@ def test_formats(client: TestClient, kind: str) -> None:
         ({"style": "vivid"}, 422, "style: Extra inputs are not permitted"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(
+def test_bad_drawing_requests_are_refused(
     client: TestClient, request_: dict[str, Any], status: int, message: str
 ) -> None:
     response = client.post(ROUTE, json={**ASKED, **request_})
@@ -128,7 +128,7 @@ def test_what_cannot_be_drawn_is_refused(
     assert message in response.json()["error"]["message"]
 
 
-def test_a_server_without_a_decoder_says_so(model_folder: Path) -> None:
+def test_a_server_without_a_decoder_refuses_to_draw(model_folder: Path) -> None:
     with TestClient(create_app({"answers": greedy_engine(model_folder)})) as client:
         response = client.post(ROUTE, json=ASKED)
         assert response.status_code == 404
@@ -146,7 +146,7 @@ def test_a_decoder_that_does_not_fit_stops_the_server(drawing_folder: Path, tmp_
         create_app({"other": greedy_engine(other)})
 
 
-def test_whoever_left_is_not_drawn_for(engine: Engine) -> None:
+def test_drawing_stops_when_nobody_waits(engine: Engine) -> None:
     batcher = Batcher(engine)
     try:
         late = Job(pixels=(), instruction="red", drawing={"steps": 100}, deadline=time.monotonic())

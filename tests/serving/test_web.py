@@ -86,7 +86,7 @@ def test_the_page_fits_a_phone(address: str) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
-def test_what_the_page_shows_is_what_the_engines_say(
+def test_the_page_shows_the_answers_of_the_engines(
     model_folder: Path, blip2_folder: Path, png: list[Path]
 ) -> None:
     served = {"instructblip": greedy_engine(model_folder), "blip2": greedy_engine(blip2_folder)}
@@ -150,7 +150,7 @@ ROUTES = pytest.mark.parametrize("route", ["run/predict", "queue/join"])
 
 @ROUTES
 @pytest.mark.parametrize("where", ["picture", "instruction"])
-def test_no_file_of_the_server_is_given_away(
+def test_no_file_of_the_server_is_served(
     address: str, cache: Path, tmp_path: Path, png: list[Path], route: str, where: str
 ) -> None:
     secret = tmp_path / "instructblip-secret.png"
@@ -193,7 +193,7 @@ def test_the_page_fetches_nothing(
 
 
 @ROUTES
-def test_an_uploaded_picture_is_answered(
+def test_an_uploaded_image_is_answered(
     address: str, engines: dict[str, Engine], png: list[Path], route: str
 ) -> None:
     with png[0].open("rb") as file:
@@ -202,7 +202,7 @@ def test_an_uploaded_picture_is_answered(
     assert engines["instructblip"].answer(png[0], "what?") in press(address, file_of(path), route)
 
 
-def test_attention_is_what_the_layer_uses(engines: dict[str, Engine]) -> None:
+def test_attention_equals_that_of_the_layer(engines: dict[str, Engine]) -> None:
     model = engines["blip2"].model
     batch = tiny_batch(model.config)
     weights = cross_attention(model, batch)

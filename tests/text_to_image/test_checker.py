@@ -1,4 +1,4 @@
-"""The checker reads rendered scenes and is not fooled by other prompts or by broken pictures."""
+"""The checker reads rendered scenes, and rejects other prompts and broken images."""
 
 import random
 from dataclasses import replace
@@ -51,7 +51,7 @@ def test_mismatched_prompts_are_wrong():
     assert np.mean(right) <= 0.01
 
 
-def test_one_wrong_attribute_is_noticed():
+def test_one_wrong_attribute_is_detected():
     thing = Thing("shape", "star", 0, 2, "blue", "large")
     picture = render(Scene((thing,), seed=5))
     assert check_image(picture, [thing]).exact
@@ -63,7 +63,7 @@ def test_one_wrong_attribute_is_noticed():
     assert not check_image(render(Scene((thing, extra), seed=5)), [thing]).exact
 
 
-def test_pieces_and_noise_are_no_shapes():
+def test_pieces_and_noise_are_not_shapes():
     picture = np.array(render(Scene((Thing("shape", "circle", 1, 1, "red", "large"),), seed=2)))
     picture[:32] = picture[0, 0]  # the upper half is gone
     found = find_things(Image.fromarray(picture))

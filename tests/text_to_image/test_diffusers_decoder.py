@@ -1,4 +1,4 @@
-"""Tiny Stable Diffusion and Sana directories, made on the spot, behind the decoder interface."""
+"""Tiny generated Stable Diffusion and Sana directories behind the decoder interface."""
 
 import shutil
 from pathlib import Path

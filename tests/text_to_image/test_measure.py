@@ -1,9 +1,11 @@
 """The checker over fresh prompts, Frechet distance, cycle check, CLIP score."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from instructblip.scenes.world import HELD_OUT_PAIRS, Thing
@@ -88,6 +90,42 @@ def test_the_cycle_check_asks_about_every_object():
     assert "in the middle" in engine.asked[-1]
     with pytest.raises(ValueError, match="nothing to ask"):
         cycle_check(engine, [image], [[]])
+
+
+def write_clip(folder: Path) -> Path:
+    """A tiny random CLIP that reads letters."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    letters = [chr(c) for c in range(97, 123)]
+    pieces = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({p: i for i, p in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=32
+    )
+    small = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+    text = {"vocab_size": len(pieces), "max_position_embeddings": 32, "eos_token_id": 53}
+    vision = {"image_size": 16, "patch_size": 8}
+    config = CLIPConfig(text_config=small | text, vision_config=small | vision, projection_dim=8)
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_clip_score_is_the_mean_of_clipped_cosines(tmp_path: Path):
+    clip = write_clip(tmp_path)
+    images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    apart = [clip_score([i], [t], clip) for i, t in zip(images, ("red", "blue"), strict=True)]
+    assert clip_score(images, ["red", "blue"], clip) == pytest.approx(np.mean(apart), abs=1e-3)
+    assert min(apart) == 0  # a negative cosine
+    assert 0 < max(apart) <= 100
+    with pytest.raises(ValueError, match="2 images and 1 texts"):
+        clip_score(images, ["red"], clip)
 
 
 def test_clip_score_needs_a_local_clip(tmp_path: Path):

@@ -17,7 +17,7 @@ from instructblip.text_to_image.batches import (
 )
 from instructblip.text_to_image.checker import check_image, find_things
 from instructblip.text_to_image.tasks import (
-    CaptionedPictures,
+    CaptionedImages,
     InstructionFile,
     SceneDrawings,
     SubjectDrawings,
@@ -99,9 +99,9 @@ def test_a_caption_asks_for_its_image(tmp_path: Path):
         dataset="coco", split="train", id="1", images=("a.png",), task="caption",
         answers=("a red cat", " ", "one cat", ""),
     )  # fmt: skip
-    drawings = CaptionedPictures(FolderSet([example], tmp_path))
+    drawings = CaptionedImages(FolderSet([example], tmp_path))
     for seed in range(8):
-        assert "cat" in CaptionedPictures(FolderSet([example], tmp_path), seed)[0].instruction
+        assert "cat" in CaptionedImages(FolderSet([example], tmp_path), seed)[0].instruction
     assert drawings[0].target is not None
     assert drawings[0].target().size[0] > 0
 

@@ -21,7 +21,7 @@ from instructblip.text_to_image.model import TextToImage
 from instructblip.text_to_image.pretrained import from_pretrained, save_pretrained
 from instructblip.text_to_image.sample import Painter
 from instructblip.text_to_image.tasks import (
-    CaptionedPictures,
+    CaptionedImages,
     Drawings,
     InstructionFile,
     SceneDrawings,
@@ -128,7 +128,7 @@ def make_set(recipe: Recipe, name: str, entry: DrawingSet) -> Drawings:
     folder = entry.source if where == data.where_of(entry.source) else f"{entry.source}@draw-{name}"
     source, rate = source_of(entry.source), data.max_bad_rate
     prepared = Job(folder, data.root / where, "train", data.prepared_root, source, rate).run()
-    return CaptionedPictures(prepared, data.seed)
+    return CaptionedImages(prepared, data.seed)
 
 
 def make_validation(recipe: Recipe, model: TextToImage) -> Evaluate | None:

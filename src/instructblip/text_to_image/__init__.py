@@ -1,1 +1,1 @@
-"""Text to image: the Q-Former's tokens drive a picture decoder."""
+"""Text to image: the tokens of the Q-Former condition an image decoder."""

@@ -14,13 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw
 
-from instructblip.scenes.world import (
-    COLOURS,
-    DRAW,
-    IMAGE_SIZE,
-    SHAPES,
-    Thing,
-)
+from instructblip.scenes.world import COLOURS, DRAW, IMAGE_SIZE, SHAPES, Thing
 
 CELL = IMAGE_SIZE / 3
 REACH = 12  # half the side of the window around the centre of a cell, in pixels

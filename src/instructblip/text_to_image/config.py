@@ -107,6 +107,5 @@ class TextToImageConfig(_Config):
         default=NativeConfig(), discriminator="kind", description="The decoder that draws."
     )
     qformer: str | None = Field(
-        default=None,
-        description="Hash of the Q-Former's weights; written when the model is saved.",
+        default=None, description="Hash of the Q-Former's weights; written when the model is saved."
     )

@@ -12,11 +12,7 @@ from torch import Tensor
 
 from instructblip.core.batch import Batch
 from instructblip.core.files import replacing
-from instructblip.data.images import (
-    ImageTransform,
-    load_image,
-    to_rgb,
-)
+from instructblip.data.images import ImageTransform, load_image, to_rgb
 from instructblip.data.tokens import Tokens
 from instructblip.text_to_image.batches import collate_drawings
 from instructblip.text_to_image.decoder import Condition, Decoder, Images, Mask
@@ -75,8 +71,9 @@ def _conditions(
     index = batch.image_index[:, 0]
     features = model.encode(batch)
     no_image, no_text = torch.full_like(index, -1), torch.zeros_like(batch.qformer_mask)
-    separate = image_guidance is not None and features is not None
-    image_only = image_guidance - guidance if separate else 0.0
+    if image_guidance is None or features is None:
+        image_guidance = guidance
+    image_only = image_guidance - guidance
     factors: list[tuple[float, Int[Tensor, " B"], Int[Tensor, "B I"]]] = [
         (guidance, index, batch.qformer_mask),
         (image_only, index, no_text),

@@ -19,11 +19,7 @@ from instructblip.data.images import load_image
 from instructblip.data.order import mix
 from instructblip.data.reading.records import image_name
 from instructblip.data.samples import Examples
-from instructblip.scenes.language import (
-    at,
-    join,
-    phrase,
-)
+from instructblip.scenes.language import at, join, phrase
 from instructblip.scenes.world import (
     COLOURS,
     HELD_OUT_PAIRS,
@@ -124,7 +120,7 @@ class InstructionFile:
         )
 
 
-class CaptionedPictures:
+class CaptionedImages:
     """A caption set in reverse: a caption asks for its image. The index decides the template."""
 
     def __init__(self, examples: Examples, seed: int = 0) -> None:
