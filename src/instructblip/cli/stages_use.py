@@ -33,9 +33,8 @@ def answer_many(
     model: str, source: Path, instruction: str | None, out: Path, decoding: Decoding
 ) -> int:
     """Answer a folder or a JSONL into a JSONL; returns how many pictures could not be read."""
-    from rich.progress import Progress
-
     from instructblip.core.files import replacing
+    from instructblip.core.progress import progress_bar
     from instructblip.inference.batch import answer_requests, read_requests
 
     requests = read_requests(source, instruction)
@@ -45,14 +44,13 @@ def answer_many(
     with (
         replacing(out) as temporary,
         temporary.open("w", encoding="utf-8") as file,
-        Progress() as progress,
+        progress_bar("answering", "images") as bar,
     ):
-        bar = progress.add_task("answering", total=len(requests))
         for records in answer_requests(engine, requests, **decoding):
             for record in records:
                 bad += "error" in record
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            progress.advance(bar, len(records))
+            bar.advance(len(records), len(requests))
     print(f"{len(requests) - bad} answers in {out}" + (f"; {bad} with an error" if bad else ""))
     return bad
 

@@ -1,7 +1,10 @@
-"""Ranks, world size and reductions: the only file that knows ``torch.distributed``.
+"""Ranks, world size and reductions: the only file that uses ``torch.distributed``.
 
-Every function works without a process group, where there is one rank and reductions are no-ops.
+Every function works without a process group; there is then one rank, and reductions do nothing.
 ``torchrun --nproc-per-node N -m instructblip train RECIPE`` sets what `process_group` reads.
+
+Training with several ranks does not wrap the model in torch's DistributedDataParallel: each rank
+runs its micro batches, and `sum_gradients` sums the gradients once per step, after the last one.
 """
 
 import os
@@ -14,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 BUCKET_BYTES = 32 * 2**20
-"""Gradients travel in flat buckets of about this size: few calls, little extra memory."""
+"""Gradients are summed in flat buckets of about this size: few calls, little extra memory."""
 
 
 def is_initialised() -> bool:
@@ -22,7 +25,7 @@ def is_initialised() -> bool:
 
 
 def rank() -> int:
-    """This process among all processes, from 0."""
+    """The number of this process among all processes, from 0."""
     return dist.get_rank() if is_initialised() else 0
 
 
@@ -31,7 +34,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """This process among those of the same machine: which GPU it takes."""
+    """The number of this process among those of the same machine, which is its GPU's."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -61,7 +64,7 @@ def is_main() -> bool:
 
 @contextmanager
 def process_group(backend: str | None = None) -> Iterator[None]:
-    """Join torchrun's other processes, if it started us; leave them at the end."""
+    """Join the process group if torchrun started this process; leave it at the end."""
     started = "WORLD_SIZE" in os.environ and "RANK" in os.environ and not is_initialised()
     if started:
         if torch.cuda.is_available():
@@ -81,7 +84,7 @@ def barrier() -> None:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The first rank does the work, the others then find it done."""
+    """Let the first rank run the block before all others do, which then find its work done."""
     if not is_main():
         barrier()
     yield
@@ -90,14 +93,14 @@ def main_first() -> Iterator[None]:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum ``tensor`` over the ranks, in place; returned for convenience."""
+    """Sum ``tensor`` over the ranks, in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` is set on any rank; the same answer on all of them."""
+    """Whether ``flag`` is set on any rank; the same on all ranks."""
     if world_size() == 1:
         return flag
     return bool(all_reduce_sum(torch.tensor(float(flag), device=device)).item())
@@ -122,18 +125,20 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sum the gradients over the ranks, in flat buckets; of sparse ones the rows that they hold.
+    """Sum the gradients over the ranks, in flat buckets; of sparse ones, the rows that they hold.
 
-    A parameter without a gradient on this rank counts as zeros, so that every rank issues the same
-    collectives whatever its batch held; one that has none on any rank stays without. Each micro
-    batch is already divided by the tokens of the global step, so the sum is the gradient of the
-    mean over response tokens.
+    A missing gradient counts as zeros, so that every rank calls the same collectives whatever its
+    batch held; a parameter without a gradient on any rank stays without. The loss of each micro
+    batch is divided by the tokens of the global step, so that the sum is the gradient of the mean
+    over response tokens.
     """
     if world_size() == 1:
         return
     trained = [p for p in parameters if p.requires_grad]
-    own = [(p.grad is not None, p.grad is not None and p.grad.is_sparse) for p in trained]
-    ranks = all_reduce_sum(torch.tensor(own, dtype=torch.float, device=trained[0].device)).tolist()
+    flags = [(p.grad is not None, p.grad is not None and p.grad.is_sparse) for p in trained]
+    ranks = all_reduce_sum(
+        torch.tensor(flags, dtype=torch.float, device=trained[0].device)
+    ).tolist()
     present = [(p, sparse) for p, (some, sparse) in zip(trained, ranks, strict=True) if some]
     for table in (p for p, sparse in present if sparse):
         _sum_rows(table)
@@ -150,27 +155,27 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def _sum_rows(table: Tensor) -> None:
-    """Sum a sparse gradient: first which rows any rank holds, then these."""
+    """Sum a sparse gradient: first find the rows that any rank holds, then sum these."""
     held = table.new_zeros(len(table))
-    own = None if table.grad is None else table.grad.coalesce()
-    if own is not None:
-        held[own.indices()[0]] = 1
+    gradient = None if table.grad is None else table.grad.coalesce()
+    if gradient is not None:
+        held[gradient.indices()[0]] = 1
     rows = all_reduce_sum(held).nonzero()[:, 0]
     values = table.new_zeros(len(rows), *table.shape[1:])
-    if own is not None:
-        values[torch.searchsorted(rows, own.indices()[0])] = own.values()
+    if gradient is not None:
+        values[torch.searchsorted(rows, gradient.indices()[0])] = gradient.values()
     table.grad = torch.sparse_coo_tensor(
         rows[None], all_reduce_sum(values), table.shape, is_coalesced=True, check_invariants=False
     )
 
 
 def shard(stack: nn.Module, layers: list[nn.Module], device: torch.device) -> None:
-    """Keep of the frozen parameters of ``layers`` one part of world size on each rank (FSDP2).
+    """Shard the frozen parameters of ``layers`` over the ranks (FSDP2).
 
-    A layer's parameters come together for the moment in which it runs, forward and backward, so all
-    ranks must call ``stack``, the module that owns the layers, equally often. What trains stays
-    whole on every rank, and with it its optimiser state and the checkpoints: a run goes on with
-    any number of ranks. Without a process group nothing is done.
+    A layer's parameters are gathered while it runs, forward and backward, so that all ranks must
+    call ``stack``, the module that owns the layers, equally often. Trainable parameters stay whole
+    on every rank, and so do their optimiser state and the checkpoints: a run can resume with any
+    number of ranks. Does nothing without a process group.
     """
     if world_size() == 1:
         return
@@ -187,7 +192,7 @@ def shard(stack: nn.Module, layers: list[nn.Module], device: torch.device) -> No
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds a part of ``tensor`` only."""
+    """Whether this rank holds only a part of ``tensor``."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)

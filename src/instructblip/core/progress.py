@@ -1,18 +1,50 @@
-"""A progress bar on a terminal, and nothing where there is none."""
+"""The one progress bar: on a terminal, and nothing where there is none."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-Advance = Callable[[int, int], None]
-"""Told how much is done, and how much there is in all (it may grow)."""
+
+class ProgressBar:
+    """What `progress_bar` yields. ``bar`` is rich's, or None where nothing is shown."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._done = 0
+
+    def __call__(self, done: int, total: int, **fields: str) -> None:
+        """Show that ``done`` of ``total`` (which may grow) is done, and ``fields`` beside it."""
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, **fields)
+
+    def advance(self, count: int, total: int) -> None:
+        """Show that ``count`` more of ``total`` are done."""
+        self._done += count
+        self(self._done, total)
+
+    def print(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)
+
+    @property
+    def shown(self) -> bool:
+        return self._bar is not None
 
 
 @contextmanager
-def progress_bar(title: str, unit: str = "", shown: bool = True) -> Iterator[Advance]:
-    """``with progress_bar("vqav2 train") as advance: advance(done, total)``."""
+def progress_bar(
+    title: str, unit: str = "", shown: bool = True, fields: tuple[str, ...] = ()
+) -> Iterator[ProgressBar]:
+    """Show a bar while the block runs: ``with progress_bar("vqav2", "bytes") as bar: bar(1, 10)``.
+
+    ``fields`` are names of further values that calls give; with them the bar stays when it is done.
+    """
     if not shown or not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield ProgressBar(None)
         return
     from rich.console import Console
     from rich.progress import (
@@ -28,8 +60,9 @@ def progress_bar(title: str, unit: str = "", shown: bool = True) -> Iterator[Adv
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
+        *(TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with Progress(*columns, console=Console(stderr=True), transient=not fields) as bar:
+        bar.add_task(title, total=None, **dict.fromkeys(fields, "-"))
+        yield ProgressBar(bar)

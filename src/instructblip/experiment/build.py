@@ -285,7 +285,7 @@ def _refuse_unsharded(recipe: Recipe) -> None:
         raise ValueError(
             "training.parallel=fsdp2 shards frozen weights of full precision: set "
             "model.quantize=null and take language_model out of training.trainable, or train "
-            "with parallel=ddp"
+            "with parallel=replicate"
         )
 
 

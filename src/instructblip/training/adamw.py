@@ -1,8 +1,8 @@
-"""AdamW that walks, of a large table of embeddings, over the rows that were ever read.
+"""AdamW that updates only those rows of a large embedding table that some batch has read.
 
 A batch reads a few hundred of a tokenizer's tens of thousands of words. Gradient and moments of all
-other rows are zero, and moving them costs as much as a tenth of the network: their gradients stay
-sparse (PyTorch's ``nn.Embedding.sparse``) until they are here.
+other rows are zero, and an update of all rows costs as much as a tenth of the network. Gradients of
+large tables are therefore sparse (PyTorch's ``nn.Embedding.sparse``).
 """
 
 from collections import Counter
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 LARGE = 2**20
-"""Numbers in a table from which on its gradient is sparse: below, looking up its rows costs more
-than it saves."""
+"""Elements of a table from which on its gradient is sparse: for a smaller one, the search for its
+rows costs more than it saves."""
 TOGETHER = 1024
-"""Rows moved at once, so that they stay in the processor's cache."""
+"""Rows updated at once, so that they stay in the processor's cache."""
 
 
 def large_tables(model: nn.Module) -> Iterator[nn.Embedding]:
-    """The trained tables of ``model`` of at least `LARGE` numbers that no other module shares."""
+    """Yield the trainable tables of at least `LARGE` elements that no other module shares."""
     owners: Counter[Tensor] = Counter()
     for module in model.modules():
         owners.update(module.parameters(recurse=False))
@@ -34,11 +34,11 @@ def large_tables(model: nn.Module) -> Iterator[nn.Embedding]:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, and sparse gradients: of their parameters it moves the rows read so far.
+    """torch's AdamW; of parameters with sparse gradients it updates the rows read so far.
 
-    Those move as torch's would, whether this step read them or not. A row that no step has read
-    keeps its value, where torch's would shrink it by the weight decay: a word that no instruction
-    had stays as pre-training left it.
+    They are updated as torch's AdamW would, whether or not this step read them. A row that no step
+    has read keeps its value, where torch's would shrink it by the weight decay: a word that occurs
+    in no instruction stays as pre-training left it.
     """
 
     @torch.no_grad()
@@ -51,13 +51,13 @@ class AdamW(torch.optim.AdamW):
                     p.grad = None
         super().step()
         for table, gradient, group in tables:
-            self._move(table, gradient.indices()[0], gradient.values(), group)
+            self._update_rows(table, gradient.indices()[0], gradient.values(), group)
 
-    def _move(
+    def _update_rows(
         self,
         table: Float[Tensor, "V D"],
         ids: Int[Tensor, " k"],
-        slopes: Float[Tensor, "k D"],
+        gradients: Float[Tensor, "k D"],
         group: dict[str, Any],
     ) -> None:
         state = self.state[table]
@@ -65,19 +65,19 @@ class AdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), device=table.device)
             state["exp_avg"] = torch.zeros_like(table)
             state["exp_avg_sq"] = torch.zeros_like(table)
-        if "read" not in state:  # begun here, or by torch's AdamW
+        if "read" not in state:  # new, or from a checkpoint of torch's AdamW
             state["read"] = (state["exp_avg_sq"] != 0).any(1).to(table.dtype)
         state["read"][ids] = 1
         rows = state["read"].nonzero()[:, 0]
-        slope = slopes.new_zeros(len(rows), table.shape[1])
-        slope[torch.searchsorted(rows, ids)] = slopes
+        gradient = gradients.new_zeros(len(rows), table.shape[1])  # zero for rows not in this batch
+        gradient[torch.searchsorted(rows, ids)] = gradients
         whole = (table, state["exp_avg"], state["exp_avg_sq"])
-        for own, above in zip(rows.split(TOGETHER), slope.split(TOGETHER), strict=True):
-            parts = [tensor.index_select(0, own) for tensor in whole]
+        for chunk, its_gradient in zip(rows.split(TOGETHER), gradient.split(TOGETHER), strict=True):
+            parts = [tensor.index_select(0, chunk) for tensor in whole]
             values, mean, square = parts
             adamw(
                 [values],
-                [above],
+                [its_gradient],
                 [mean],
                 [square],
                 [],
@@ -92,5 +92,5 @@ class AdamW(torch.optim.AdamW):
                 maximize=False,
             )
             for tensor, part in zip(whole, parts, strict=True):
-                tensor.index_copy_(0, own, part)
+                tensor.index_copy_(0, chunk, part)
         state["step"] += 1

@@ -1,9 +1,9 @@
 """Checkpoints that survive a kill at any moment.
 
-One checkpoint is a folder ``step_000100/``: the trained parameters, the optimiser, how far the run
-is, and a manifest with the size and sha256 of each of them. It is written under a temporary name,
-flushed to the disk and renamed, so a folder of that name is either complete or was damaged later;
-the manifest tells, and the one before it is used.
+A checkpoint is a folder ``step_000100/``: trained parameters, optimiser state, progress, and a
+manifest with the size and sha256 of each file. It is written whole or not at all, so that a folder
+of that name was complete once. If the manifest shows that it was damaged later, the checkpoint
+before it is used.
 """
 
 import errno
@@ -34,12 +34,12 @@ FULL = {
     errno.EDQUOT: ("the disk quota is used up", "Free some space there"),
     errno.EFBIG: ("a file is larger than the disk or `ulimit -f` allows", "Raise the limit"),
 }
-"""Errors of a write for which there is no room, each with what it means and the remedy."""
+"""Errors of a write for which there is no room: what each means, and the remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Everything a run needs to go on after ``step`` finished updates."""
+    """Everything that a run needs to continue after ``step`` updates."""
 
     step: int
     path: Path
@@ -57,7 +57,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in ``folder``, oldest first, complete or not."""
+    """The steps of the checkpoints in ``folder``, oldest first, complete or not."""
     names = (p.name.removeprefix("step_") for p in folder.glob("step_*") if p.is_dir())
     return sorted(int(name) for name in names if name.isdigit())
 
@@ -70,19 +70,17 @@ def save_checkpoint(
     progress: dict[str, Any],
     notes: dict[str, str] | None = None,
 ) -> Path:
-    """Write ``folder/step_NNNNNN`` in full or not at all.
+    """Write ``folder/step_NNNNNN``, whole or not at all, and return its path.
 
-    ``notes`` are further text files to store beside it, by name (the resolved recipe).
-
-    Raises:
-        OSError: if it cannot be written (no room); older checkpoints are untouched.
+    ``notes`` are further text files to store with it, by name. Raises OSError if there is no room;
+    older checkpoints are then intact.
     """
 
     with write_directory(checkpoint_path(folder, step)) as path:
-        # a copy of a parameter that shares memory with another one is stored as its own tensor
+        # safetensors refuses tensors that share memory, hence the clones
         tensors = {name: p.detach().cpu().contiguous().clone() for name, p in parameters.items()}
         save_file(tensors, path / PARAMETERS)
-        with (path / OPTIMIZER).open("wb") as file:  # Python's: torch's own hides why it failed
+        with (path / OPTIMIZER).open("wb") as file:  # torch's own writer hides the errno
             torch.save(optimizer, file)
         (path / PROGRESS).write_text(json.dumps({"step": step, **progress}, indent=1))
         for name, text in (notes or {}).items():
@@ -93,7 +91,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint back, to CPU.
+    """Read one checkpoint to the CPU.
 
     Raises:
         DamagedCheckpointError: if a file is missing, cut short or changed.
@@ -113,9 +111,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest complete checkpoint, or None if there is none yet.
-
-    A damaged one is passed over with a warning that names it.
+    """The newest complete checkpoint, or None if there is none; a damaged one causes a warning.
 
     Raises:
         DamagedCheckpointError: if there are checkpoints and none of them is complete.
@@ -135,7 +131,7 @@ def load_latest(folder: Path) -> Checkpoint | None:
 
 
 def verify(path: Path, *, content: bool = True) -> None:
-    """Compare a checkpoint with its manifest: sizes, and the bytes themselves with ``content``.
+    """Compare a checkpoint with its manifest: sizes, and with ``content`` the bytes themselves.
 
     Raises:
         DamagedCheckpointError: naming the first file that differs.
@@ -161,8 +157,7 @@ def verify(path: Path, *, content: bool = True) -> None:
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
     """Delete all but the newest ``keep_last`` complete checkpoints and the best one.
 
-    Damaged checkpoints, and what a kill left of deleted ones, do not count as kept: the only good
-    one is never deleted.
+    Damaged checkpoints do not count, so that the only good one is never deleted.
     """
     steps = saved_steps(folder)
     complete = [step for step in steps if _is_complete(checkpoint_path(folder, step))]
@@ -176,7 +171,8 @@ def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
 def write_directory(path: Path) -> Iterator[Path]:
     """`replacing_directory`, with an OSError that states the remedy if there is no room."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _remedy(path), replacing_directory(path) as temporary:
+    # around and inside: what fills the disk may be the temporary directory, which is gone outside
+    with _remedy(path), replacing_directory(path) as temporary, _remedy(path):
         yield temporary
 
 
@@ -197,8 +193,8 @@ def _remedy(path: Path) -> Iterator[None]:
 
 
 def _why_full(error: Exception, folder: Path) -> int | None:
-    """Which of ``FULL`` a failed write met, if any."""
-    # torch and safetensors wrap it in errors of their own; else ask the disk itself
+    """The number of ``FULL`` that made a write fail, or None."""
+    # torch and safetensors wrap the system's error in their own; else ask the disk itself
     met = {getattr(one, "errno", None) for one in (error, error.__context__)}
     for number in FULL:
         if number in met or os.strerror(number) in str(error):

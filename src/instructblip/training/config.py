@@ -1,4 +1,4 @@
-"""What a training run can be told."""
+"""The settings of a training run."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -22,25 +23,30 @@ def _device(name: str) -> str:
     return name
 
 
+def _parallel(value: object) -> object:
+    # the earlier name: nothing here is torch's DistributedDataParallel
+    return "replicate" if value == "ddp" else value
+
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingConfig(BaseModel):
-    """The optimiser, its schedule, and how often the run looks up. Defaults are the paper's."""
+    """The optimiser, its schedule, and what happens how often. Defaults are the paper's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     trainable: tuple[str, ...] = ("qformer",)
-    """Which parts of the model move; all the rest stays bit-identical."""
+    """Parts of the model that are trained; all others stay bit-identical."""
     steps: PositiveInt = 60_000
-    """Optimiser steps of the whole run."""
+    """Optimiser steps of the run."""
     batch_size: PositiveInt = 128
     """Samples of one optimiser step, over all ranks and all accumulated micro batches."""
     accumulate: PositiveInt = 1
     """Micro batches that each rank runs before one optimiser step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw is the paper's; muon orthogonalises the updates of matrices inside networks, which
-    learns small models from scratch in fewer steps."""
+    """adamw is the paper's; muon orthogonalises the updates of matrices inside networks, with which
+    small models learn from scratch in fewer steps."""
     learning_rate: PositiveFloat = 1e-5
     """Highest learning rate, reached when the warm-up ends."""
     min_learning_rate: NonNegativeFloat = 0.0
@@ -52,39 +58,41 @@ class TrainingConfig(BaseModel):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's decay of the first and of the second moment."""
     weight_decay: NonNegativeFloat = 0.05
-    """AdamW's weight decay; on matrices and query tokens, never on biases, norms and the vectors of
-    words that no batch had."""
+    """AdamW's weight decay of matrices and query tokens; biases, norms and the embeddings of words
+    that occur in no batch do not decay."""
     clip_norm: PositiveFloat | None = 1.0
-    """Largest global gradient norm, above which gradients are scaled down; null for none."""
+    """Largest norm of all gradients together, above which they are scaled down; null for none."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of forward and backward; what is trained keeps fp32 weights either way."""
-    parallel: Literal["ddp", "fsdp2"] = "ddp"
-    """What several ranks hold: all of the model each, or the layers of the frozen language model in
-    parts (fsdp2), for one that does not fit a device."""
+    """Arithmetic of forward and backward pass; trainable parameters are fp32 either way."""
+    parallel: Annotated[Literal["replicate", "fsdp2"], BeforeValidator(_parallel)] = "replicate"
+    """What each of several ranks holds: replicate, the whole model; fsdp2, a part of each layer of
+    the frozen language model, for one that does not fit a device. Either way the ranks sum the
+    gradients of the trainable parameters; ddp is an earlier name of replicate."""
     checkpoint_activations: bool = False
     """Run the language model's layers again in the backward pass instead of keeping their
-    activations: a third more time in it, a fraction of the memory, the same gradients."""
+    activations: the same gradients with a fraction of the memory and a third more time."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
-    """Where to train: auto, cpu, cuda, mps or xpu, or cuda:1; auto takes a GPU if there is one."""
+    """Device: auto, cpu, cuda, mps or xpu, or one of several as cuda:1; auto takes a GPU if there
+    is one."""
     workers: NonNegativeInt = 2
-    """Processes that prepare batches ahead of the model; 0 for the training process itself."""
+    """Processes that prepare batches ahead of the model; 0 uses the training process itself."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    """Decides dropout; order and templates of the samples have the data's own seed."""
+    """Seed of the dropout; the order and the templates of samples follow ``data.seed``."""
     validate_every: PositiveInt | None = 3000
     """Steps between validations on the held-in sets; null for the last step only."""
     save_every: PositiveInt = 1000
     """Steps between checkpoints; one is also written at every validation and at the end."""
     keep_last: PositiveInt = 2
-    """Newest checkpoints kept; the one of the best validation is kept besides them."""
+    """Newest checkpoints that are kept, besides the one of the best validation."""
     log_every: PositiveInt = 20
     """Steps between lines of metrics.jsonl."""
     watchdog_seconds: PositiveFloat | None = 1800.0
-    """Seconds that a batch or a step may take before the rank says what it was at and ends with an
-    error, in place of waiting for ever; null for no limit."""
+    """Seconds that a batch or a step may take before the rank reports what it is doing and ends
+    with an error instead of waiting for ever; null for no limit."""
     profile: bool = False
-    """Trace three steps: trace.json and profile.txt, what each part of a step costs."""
+    """Trace three steps into trace.json, and write the time of each part into profile.txt."""
     early_stopping_patience: PositiveInt | None = None
-    """Validations in a row without a new best after which the run stops; null for never."""
+    """Validations in a row without a new best score after which the run stops; null for never."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -1,19 +1,19 @@
-"""What a run says: metrics.jsonl, a progress bar or plain lines, and curves as a picture."""
+"""The log of a run: metrics.jsonl, a progress bar or printed lines, and curves.png."""
 
 import json
-import sys
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from instructblip.core.files import flush, replacing, whole_lines, write_text
+from instructblip.core.progress import progress_bar
 from instructblip.training.config import TrainingConfig
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 TIMINGS = ("seconds_per_step", "samples_per_second", "waited_for_data")
-"""Keys of a line that differ between two otherwise identical runs."""
+"""Keys of a line of metrics.jsonl that differ between two otherwise identical runs."""
 
 
 class RunLog:
@@ -22,51 +22,50 @@ class RunLog:
     Args:
         folder: the run directory.
         config: for the number of steps and the steps between lines.
-        start: steps already done. Later lines of an interrupted run are dropped, so that the file
-            of a resumed run equals that of an uninterrupted one, timings apart.
+        start: steps already done. Later lines of an interrupted run are removed, so that the file
+            of a resumed run equals that of an uninterrupted one but for the timings.
         validated: the step of the last validation that the resumed run knows of.
-        active: False on all ranks but the first, where every method does nothing.
+        active: False on all ranks but the first; every method then does nothing.
     """
 
     def __init__(
         self, folder: Path, config: TrainingConfig, start: int, validated: int, active: bool = True
     ) -> None:
         self.folder, self.steps, self.active = folder, config.steps, active
+        self._start = start
         self._samples = config.batch_size
         self._seconds: deque[float] = deque(maxlen=max(config.log_every, 20))
         self._waits: deque[float] = deque(maxlen=self._seconds.maxlen)
         self._ticks, self._sum, self._sum_of_waits = 0, 0.0, 0.0
         self._file = None
-        self._bar = _bar(config.steps, start) if active and sys.stderr.isatty() else None
+        self._bars = progress_bar("training", shown=active, fields=("loss", "lr", "samples/s"))
         if active:
             folder.mkdir(parents=True, exist_ok=True)
             drop_lines_after(folder / METRICS, start, validated)
             self._file = (folder / METRICS).open("a", encoding="utf-8")
 
     def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
+        self._bar = self._bars.__enter__()
+        self._bar(self._start, self.steps)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+    def __exit__(self, *error: Any) -> None:
+        self._bars.__exit__(*error)
         if self._file:
             self._file.close()
 
     def tick(self, step: int, seconds: float, waited: float) -> None:
-        """Note that ``step`` steps are done, the last of them in ``seconds``, of which the loop
+        """Record that ``step`` steps are done, the last of them in ``seconds``, of which the loop
         ``waited`` for its batch."""
         self._seconds.append(seconds)
         self._waits.append(waited)
         if self._ticks:
             self._sum, self._sum_of_waits = self._sum + seconds, self._sum_of_waits + waited
         self._ticks += 1
-        if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=step)
+        self._bar(step, self.steps)
 
     def train(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line about the steps since the line before."""
+        """Write one line about the steps since the previous line."""
         if not self.active:
             return
         per_step = sum(self._seconds) / max(1, len(self._seconds))
@@ -75,49 +74,47 @@ class RunLog:
         figures = (round(per_step, 5), round(rate, 2), round(waited, 5))
         timings = dict(zip(TIMINGS, figures, strict=True))
         self._write({"step": step, **metrics, **timings})
-        if self._bar:
-            shown = {
-                "loss": f"{metrics['loss']:.3f}",
-                "lr": f"{metrics['lr']:.1e}",
-                "rate": f"{rate:.0f}",
-            }
-            self._bar.update(self._bar.task_ids[0], completed=step, **shown)
+        if self._bar.shown:
+            loss, lr = f"{metrics['loss']:.3f}", f"{metrics['lr']:.1e}"
+            self._bar(step, self.steps, **{"loss": loss, "lr": lr, "samples/s": f"{rate:.0f}"})
             return
         left = _clock(per_step * (self.steps - step))
-        self.say(
+        self.print(
             f"step {step}/{self.steps}  loss {metrics['loss']:.3f}  lr {metrics['lr']:.1e}  "
             f"{rate:.0f} samples/s  {waited:.1%} waiting  {left} left"
         )
 
     @property
     def waited_for_data(self) -> float | None:
-        """Share of the time of the steps in which the loop waited for its batch; None before the
-        second step. The first one, in which the workers start, is left out."""
+        """Share of the steps' time that the loop waited for batches; None before the second step.
+
+        The first step, in which the workers start, does not count.
+        """
         return self._sum_of_waits / max(self._sum, 1e-9) if self._ticks > 1 else None
 
     def validation(self, step: int, scores: Mapping[str, float], best: bool) -> None:
-        """One line about a validation, and the curves drawn anew."""
+        """Write one line about a validation, and draw the curves again."""
         if not self.active:
             return
         self._write({"step": step, "validation": dict(scores)})
         listed = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        self.say(
+        self.print(
             f"step {step}/{self.steps}  validation: {listed}{'  (best so far)' if best else ''}"
         )
-        self.curves()
+        self.draw_curves()
 
-    def curves(self) -> None:
+    def draw_curves(self) -> None:
+        """Draw curves.png from the lines so far."""
         if self.active:
             draw_curves(read_metrics(self.folder / METRICS), self.folder / CURVES)
 
-    def say(self, text: str) -> None:
-        if self._bar:
-            self._bar.console.print(text, highlight=False, markup=False)
-        elif self.active:
-            print(text, flush=True)
+    def print(self, text: str) -> None:
+        """Print a line on the terminal."""
+        if self.active:
+            self._bar.print(text)
 
     def flush(self) -> None:
-        """Force the lines written so far to the disk: before a checkpoint relies on them."""
+        """Flush the lines written so far to the disk."""
         if self._file:
             flush(self._file)
 
@@ -128,19 +125,19 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a last line cut short by a kill is left out."""
+    """The lines of a metrics file; ignores a last line that a kill cut short."""
     return [json.loads(line) for line in whole_lines(path)]
 
 
 def drop_lines_after(path: Path, step: int, validated: int) -> None:
-    """Keep the lines up to ``step``, validations up to ``validated``: a new file, renamed."""
+    """Keep the lines up to ``step``, and validations up to ``validated``."""
     lines = read_metrics(path)
     kept = [v for v in lines if v["step"] <= (validated if "validation" in v else step)]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
-    """Loss, learning rate and validation against the step, side by side."""
+    """Draw loss, learning rate and validation against the step, side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -152,14 +149,14 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
     steps = [line["step"] for line in training]
     loss.plot(steps, [line["loss"] for line in training], color="black", linewidth=1.5)
     for name in sorted({name for line in training for name in line["losses"]}):
-        own = [(line["step"], line["losses"][name]) for line in training if name in line["losses"]]
-        loss.plot(*zip(*own, strict=True), alpha=0.4, linewidth=0.8, label=name)
+        points = [(v["step"], v["losses"][name]) for v in training if name in v["losses"]]
+        loss.plot(*zip(*points, strict=True), alpha=0.4, linewidth=0.8, label=name)
     rate.plot(steps, [line["lr"] for line in training], color="black")
     for name in sorted({name for line in checks for name in line["validation"]}):
-        own = [(c["step"], c["validation"][name]) for c in checks if name in c["validation"]]
+        points = [(v["step"], v["validation"][name]) for v in checks if name in v["validation"]]
         width = 2.0 if name == "score" else 0.8
         validation.plot(
-            *zip(*own, strict=True), marker="o", markersize=3, linewidth=width, label=name
+            *zip(*points, strict=True), marker="o", markersize=3, linewidth=width, label=name
         )
     titles = ("loss per response token (nats)", "learning rate", "validation")
     for axis, title in zip((loss, rate, validation), titles, strict=True):
@@ -173,31 +170,8 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def without_timings(line: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a line two identical runs share."""
+    """A line without its timings: what two identical runs share."""
     return {key: value for key, value in line.items() if key not in TIMINGS}
-
-
-def _bar(steps: int, start: int) -> Any:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    texts = ("loss {task.fields[loss]}", "lr {task.fields[lr]}", "{task.fields[rate]} samples/s")
-    columns = [TextColumn(text) for text in texts]
-    bar = Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        *columns,
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    bar.add_task("training", total=steps, completed=start, loss="-", lr="-", rate="-")
-    return bar
 
 
 def _clock(seconds: float) -> str:

@@ -1,10 +1,10 @@
 """Muon for the matrices inside a network, AdamW for the rest, at one learning rate.
 
-Muon (Jordan et al. 2024): Nesterov momentum, then five Newton-Schulz iterations that bring the
-update close to the nearest semi-orthogonal matrix. Its entries are scaled to a root mean square of
+Muon (Jordan et al. 2024) takes Nesterov momentum, then five Newton-Schulz iterations that bring the
+update close to the nearest semi-orthogonal matrix. The update is scaled to a root mean square of
 0.2, about that of AdamW's updates, so that one schedule serves both (Liu et al. 2025, "Muon is
-scalable for LLM training"). In fp32 and with matrices of one shape at once: torch.optim.Muon
-iterates in bfloat16, for which many CPUs have no instructions.
+scalable for LLM training"). It runs in fp32 and on all matrices of one shape at once;
+torch.optim.Muon iterates in bfloat16, for which many CPUs have no instructions.
 """
 
 import re
@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -22,7 +23,8 @@ TABLES = re.compile(r"embed|(^|\.)(shared|wte|wpe|lm_head|word_head|relative_att
 
 
 class Muon(torch.optim.Optimizer):
-    """Matrices are parameters of two dimensions, but for embeddings and output heads (`TABLES`)."""
+    """Muon on parameters of two dimensions, AdamW on all others and on embeddings and output heads
+    (`TABLES`)."""
 
     def __init__(
         self,
@@ -82,8 +84,14 @@ class Muon(torch.optim.Optimizer):
             p.addcdiv_(state["mean"], root, value=-group["lr"] / (1 - beta1**step))
 
 
-def orthogonalise(update: Tensor, iterations: int = 5) -> Tensor:
-    """[K, rows, columns] -> each matrix close to its nearest semi-orthogonal one."""
+def orthogonalise(
+    update: Float[Tensor, "K rows columns"], iterations: int = 5
+) -> Float[Tensor, "K rows columns"]:
+    """Bring each of K matrices close to its nearest semi-orthogonal one.
+
+    A Newton-Schulz iteration maps each singular value s to a s + b s^3 + c s^5, which drives all of
+    them towards 1 and leaves the singular vectors as they are; no decomposition is computed.
+    """
     tall = update.shape[1] > update.shape[2]
     x = update.mT if tall else update
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

@@ -1,4 +1,4 @@
-"""AdamW with weight decay on matrices only; linear warm-up, then cosine, at every step."""
+"""What is trained, by which optimiser, at which learning rate."""
 
 import math
 from collections.abc import Iterable
@@ -15,8 +15,8 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     """Learning rate of the update that follows ``step`` finished updates.
 
     Linear from ``warmup_start_learning_rate`` at step 0 to ``learning_rate`` at ``warmup_steps``,
-    then half a cosine to ``min_learning_rate`` at ``steps``. The official code holds the cosine
-    still within an epoch; per step is what the paper's text says.
+    then half a cosine to ``min_learning_rate`` at ``steps``. It changes in every step, as the paper
+    says; the official code changes it once per epoch.
     """
     if step < config.warmup_steps:
         start = config.warmup_start_learning_rate
@@ -27,7 +27,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name to parameter of everything that moves, in the model's order."""
+    """The parameters that require a gradient, by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -41,12 +41,10 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW in two groups, with decay and without, fused where the device offers it; or Muon.
+    """Build AdamW, fused where the device offers it, or Muon, for the trainable parameters.
 
-    For a fused AdamW the large embedding tables of ``model`` are set to sparse gradients.
-
-    Raises:
-        ValueError: if nothing is trainable.
+    For a fused AdamW the large embedding tables of ``model`` get sparse gradients. Raises
+    ValueError if nothing is trainable.
     """
     parameters = trainable_parameters(model)
     if not parameters:
@@ -79,13 +77,16 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
 
 
 def coalesce_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up what sparse gradients hold of one row: after each micro batch, or they grow."""
+    """Add up the entries that sparse gradients have for one row.
+
+    Called after each micro batch, since a sparse gradient otherwise grows with each of them.
+    """
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
 
 
-def numbers_of_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The gradients there are; of sparse ones, which are coalesced, the rows that they hold."""
+def gradient_values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients that are not None; of sparse ones, which must be coalesced, their rows."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     return [g.values() if g.is_sparse else g for g in gradients]

@@ -1,8 +1,8 @@
-"""Where the time of a step goes: a trace to look at, and a table by part.
+"""Profile of a step: a trace, and a table of the time by part.
 
-Operations of the forward pass belong to the part (``instructblip.core.regions``) they run in.
-Those of the backward pass carry the sequence number of the operation whose gradient they compute,
-and so belong to the same part.
+An operation of the forward pass belongs to the part (``core.regions``) in which it runs. One of the
+backward pass carries the sequence number of the operation whose gradient it computes, and belongs
+to the same part.
 """
 
 from collections import defaultdict
@@ -18,7 +18,7 @@ from instructblip.core.regions import PREFIX
 
 TRACE, TABLE = "trace.json", "profile.txt"
 STEPS = 3
-"""Steps in the trace, after one to warm up and one to start the profiler."""
+"""Steps in the trace, after one that is skipped and one that warms up."""
 
 BACKWARD = "autograd::engine::evaluate_function"
 STEP = "ProfilerStep"
@@ -29,10 +29,10 @@ Times = dict[tuple[str, bool], list[float]]
 
 
 class Profile:
-    """Traces ``STEPS`` steps near the beginning of a run, if ``active``; else does nothing."""
+    """Traces ``STEPS`` steps near the start of a run if ``active``; otherwise does nothing."""
 
     def __init__(self, folder: Path, active: bool) -> None:
-        self.folder, self.said = folder, ""
+        self.folder, self._table = folder, ""
         self._profile = None
         if active:
             activities = [ProfilerActivity.CPU]
@@ -54,34 +54,34 @@ class Profile:
             self._profile.__exit__(*error)
 
     def step(self) -> str:
-        """Note the end of a step; returns the table when it is written, once."""
+        """Mark the end of a step; returns the table once, when it is ready, else ""."""
         if self._profile:
             self._profile.step()
-        said, self.said = self.said, ""
-        return said
+        ready, self._table = self._table, ""
+        return ready
 
     def _write(self, traced: profile) -> None:
         with replacing(self.folder / TRACE) as temporary:
             traced.export_chrome_trace(str(temporary))
-        self.said = table(traced.events())
-        write_text(self.folder / TABLE, self.said + "\n")
+        self._table = table(traced.events())
+        write_text(self.folder / TABLE, self._table + "\n")
 
 
 def times_of(events: Any) -> Times:
-    """Own time of every operation, added up by part."""
-    ours = [e for e in events if e.device_type == DeviceType.CPU]
-    ours.sort(key=lambda event: event.time_range.start)
+    """Time of all operations, without those that they call, by part."""
+    on_cpu = [e for e in events if e.device_type == DeviceType.CPU]
+    on_cpu.sort(key=lambda event: event.time_range.start)
     forward: dict[int, str] = {}  # by sequence number
-    for event in ours:
+    for event in on_cpu:
         if event.sequence_nr >= 0 and not _is_backward(event) and (name := _label(event)):
             forward[event.sequence_nr] = name
     times: Times = defaultdict(lambda: [0.0, 0.0])
-    for event in ours:
+    for event in on_cpu:
         root = _backward_root(event)
         name = _label(event) or (forward.get(root.sequence_nr) if root else None)
-        own = times[name or REST, root is not None and name is not None]
-        own[0] += event.self_cpu_time_total
-        own[1] += event.self_device_time_total
+        entry = times[name or REST, root is not None and name is not None]
+        entry[0] += event.self_cpu_time_total
+        entry[1] += event.self_device_time_total
     return times
 
 
@@ -96,9 +96,9 @@ def table(events: Any) -> str:
         for e in events
         if e.name.startswith(STEP) and e.device_type == DeviceType.CPU
     )
-    if on_gpu:  # what the GPU did not do, it waited for
+    if on_gpu:  # the GPU is idle where it runs nothing
         times[REST, False][1] = wall - sum(gpu for _, gpu in times.values())
-    whole = sum(own[column] for own in times.values()) or 1.0
+    whole = sum(entry[column] for entry in times.values()) or 1.0
     where = "GPU" if on_gpu else "CPU"
     lines = [f"{where + ' ms a step':20} {'forward':>9} {'backward':>9} {'share':>7}"]
     names = sorted({name for name, _ in times}, key=lambda name: (name == REST, name))

@@ -1,4 +1,4 @@
-"""The run directory: checkpoints/ to resume from, best/ and last/ to load, and how far it is."""
+"""The run directory: checkpoints/ to resume from, best/ and last/ to load, and the progress."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -20,12 +20,12 @@ from instructblip.training.checkpoint import (
 )
 
 Export = Callable[[Path], Any]
-"""Fill an empty directory with the model as users load it."""
+"""Fills an empty directory with the model as users load it."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run is: what a checkpoint holds besides weights and optimiser."""
+    """How far a run is: what a checkpoint holds besides weights and optimiser state."""
 
     step: int = 0
     best_score: float | None = None
@@ -33,11 +33,14 @@ class Progress:
     validated_step: int = 0
     validations_without_best: int = 0
     window: dict[str, list[float]] = field(default_factory=dict)
-    """Per data set: loss sum and response tokens since the last line of the log."""
+    """Per data set: sum of the loss and number of response tokens since the last logged line."""
 
 
 class RunFiles:
-    """Writes what a run leaves in ``folder``; only the first rank touches the disk."""
+    """Reads and writes the run directory ``folder``; only the first rank writes.
+
+    ``last_good`` is the newest checkpoint, ``saved_step`` its step.
+    """
 
     def __init__(
         self,
@@ -74,17 +77,20 @@ class RunFiles:
         if checkpoint is None:
             return Progress()
         self.last_good, self.saved_step = checkpoint.path, checkpoint.step
-        progress = _apply(checkpoint, parameters, optimizer)
+        progress = _load(checkpoint, parameters, optimizer)
         distributed.barrier()
-        if distributed.is_main():  # a kill may have come between the save and this
+        if distributed.is_main():  # a kill may have prevented it after the save
             prune(self.checkpoints, self.keep_last, progress.best_step)
         return progress
 
     def write_notes(self) -> None:
-        """Put the notes into the run directory: what was refused before left those of the run."""
+        """Write the notes into the run directory, once the run is known to start.
+
+        A run that is refused leaves the notes of the one before.
+        """
         if distributed.is_main():
-            for note, text in self.notes.items():
-                write_text(self.folder / note, text)
+            for name, text in self.notes.items():
+                write_text(self.folder / name, text)
 
     def save(
         self,
@@ -95,22 +101,20 @@ class RunFiles:
         """Write a checkpoint of ``progress.step``, then delete those no longer needed."""
         merge_windows(progress)
         if distributed.is_main():
-            state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-            path = save_checkpoint(
+            self.last_good = save_checkpoint(
                 self.checkpoints,
                 progress.step,
                 {name: parameter.detach() for name, parameter in parameters.items()},
-                state,
+                {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()},
                 asdict(progress),
                 self.notes,
             )
             prune(self.checkpoints, self.keep_last, progress.best_step)
-            self.last_good = path
         self.saved_step = progress.step
         distributed.barrier()
 
     def export_to(self, name: str) -> None:
-        """Write the model into ``folder/name``, replacing what stood there in one move."""
+        """Write the model and the notes into ``folder/name``, replacing what was there."""
         if self.export is None:
             return
         if distributed.is_main():
@@ -131,7 +135,7 @@ def refuse_existing(folder: Path) -> None:
 
 
 def merge_windows(progress: Progress) -> None:
-    """Move every rank's loss window to the first rank."""
+    """Move the loss windows of all ranks to the first rank."""
     windows = distributed.gather_objects(progress.window)
     progress.window = {}
     if distributed.is_main():
@@ -142,44 +146,42 @@ def merge_windows(progress: Progress) -> None:
                 total[1] += tokens
 
 
-def _apply(
+def _load(
     checkpoint: Checkpoint,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> Progress:
+    """Copy a checkpoint into parameters, optimiser and random state; returns its progress."""
     saved = checkpoint.parameters
-    other = sorted(set(saved) ^ set(parameters))
-    other += sorted(
+    different = sorted(set(saved) ^ set(parameters))
+    different += sorted(
         n for n in set(saved) & set(parameters) if saved[n].shape != parameters[n].shape
     )
-    if other:
+    if different:
         raise ValueError(
-            f"checkpoint {checkpoint.path} trained other parameters than this recipe: {len(other)} "
-            f"differ, such as {', '.join(other[:3])}; resume with the recipe stored beside it"
+            f"checkpoint {checkpoint.path} trained other parameters than this recipe: "
+            f"{len(different)} differ, such as {', '.join(different[:3])}; resume with the recipe "
+            "stored beside it"
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-    _load_moments(checkpoint, optimizer)
-    torch.set_rng_state(checkpoint.optimizer["rng"])
-    known = {f.name for f in fields(Progress)}
-    progress = Progress(**{k: v for k, v in checkpoint.progress.items() if k in known})
-    if not distributed.is_main():
-        progress.window = {}  # the first rank holds the sum over all of them
-    return progress
-
-
-def _load_moments(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
-    """The optimiser's state; its settings, such as weight decay, are those of the recipe."""
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    saved = checkpoint.optimizer["optimizer"]
-    if [len(g["params"]) for g in saved["param_groups"]] != [
-        len(g["params"]) for g in optimizer.param_groups
+    state = checkpoint.optimizer["optimizer"]
+    if [len(group["params"]) for group in state["param_groups"]] != [
+        len(group["params"]) for group in optimizer.param_groups
     ]:
         raise ValueError(
             f"checkpoint {checkpoint.path} was written by another training.optimizer than "
             f"{type(optimizer).__name__}; resume with the recipe stored beside it"
         )
-    optimizer.load_state_dict(saved)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    # moments come from the checkpoint, settings such as the weight decay from the recipe
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    torch.set_rng_state(checkpoint.optimizer["rng"])
+    known = {f.name for f in fields(Progress)}
+    progress = Progress(**{k: v for k, v in checkpoint.progress.items() if k in known})
+    if not distributed.is_main():
+        progress.window = {}  # the first rank has the sum over all ranks
+    return progress

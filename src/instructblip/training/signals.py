@@ -1,4 +1,4 @@
-"""SIGTERM, as spot machines and schedulers send it: finish the step, save, leave in order."""
+"""SIGTERM, which spot machines and schedulers send: the run finishes the step, saves and ends."""
 
 import signal
 import threading
@@ -9,12 +9,12 @@ from typing import Self
 
 
 class Interrupted(BaseException):
-    """Raised by SIGTERM inside `Termination.interruptible`: a request, not an error, and so no
-    ``Exception`` that something on the way might catch."""
+    """Raised by SIGTERM inside `Termination.interruptible`. It is no ``Exception``, which code on
+    the way might catch."""
 
 
 class Termination:
-    """While active, SIGTERM sets ``requested`` instead of ending the process."""
+    """A context in which SIGTERM sets ``requested`` instead of ending the process."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -39,7 +39,7 @@ class Termination:
 
     @contextmanager
     def interruptible(self, enabled: bool = True) -> Iterator[None]:
-        """Work that may be given up half-way without loss: validation."""
+        """Let SIGTERM interrupt the block, which loses nothing that matters: a validation."""
         self._raise = enabled
         try:
             if enabled and self.requested:

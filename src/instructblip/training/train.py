@@ -1,9 +1,10 @@
-"""THE loop. It drives anything with ``.loss(batch)`` and reads from top to bottom.
+"""THE training loop.
 
-Each turn keeps one order: evaluate, save, stop, step, log. The turn at ``step`` looks at the model
-after ``step`` finished updates. What is evaluated is saved first, so that an error in there costs
-no step. Batches and dropout are functions of (seed, step, rank), so a run that resumes from a
-checkpoint goes on bit for bit.
+It trains any module that has ``loss(batch)`` and reads from top to bottom. `train` is the loop; the
+functions below it are its parts, in the order in which they are called.
+
+A run resumes bit for bit: the batches are a function of (seed, step, rank), dropout is seeded anew
+in each step, and a checkpoint holds everything else.
 """
 
 import math
@@ -23,29 +24,24 @@ from instructblip.training.config import TrainingConfig
 from instructblip.training.log import RunLog
 from instructblip.training.optim import (
     coalesce_gradients,
+    gradient_values,
     learning_rate,
     make_optimizer,
-    numbers_of_gradients,
     trainable_parameters,
 )
 from instructblip.training.profile import Profile
-from instructblip.training.run_directory import (
-    Export,
-    Progress,
-    RunFiles,
-    merge_windows,
-)
+from instructblip.training.run_directory import Export, Progress, RunFiles, merge_windows
 from instructblip.training.signals import Interrupted, Termination
 from instructblip.training.watchdog import Watchdog
 
 Evaluate = Callable[[Any], Mapping[str, float]]
-"""Scores of the model on the held-in sets; ``score`` is the one to maximise."""
+"""Takes the model and returns its scores on the held-in sets; ``score`` is to be maximised."""
 Stopped = Literal["finished", "early", "terminated"]
 
 
 @runtime_checkable
 class Batches(Protocol):
-    """This rank's micro batches in order, from the first one of ``step`` on."""
+    """The micro batches of this rank, in order, from the first one of ``step`` on."""
 
     def iterate(self, step: int) -> Iterator[Batch]: ...
 
@@ -56,8 +52,11 @@ class NonFiniteLossError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """How a run ended. ``best_score`` is None without validation; ``seconds`` is wall time;
-    ``waited_for_data`` is `RunLog.waited_for_data` of this rank."""
+    """How a run ended.
+
+    ``best_score`` is None without validation; ``seconds`` is wall time; ``waited_for_data`` is
+    `RunLog.waited_for_data` of this rank.
+    """
 
     step: int
     stopped: Stopped
@@ -82,15 +81,15 @@ def train(
 
     Args:
         model: ``loss(batch)`` returns ``loss_sum`` and ``sample_losses`` [B], sums in nats.
-        batches: this rank's micro batches, ``config.accumulate`` of them for every step.
+        batches: the micro batches of this rank, ``config.accumulate`` for every step.
         evaluate: called with the model in eval mode; ``score`` decides which weights are the best.
         folder: the run directory: checkpoints/, metrics.jsonl, curves.png, best/ and last/.
-        resume: go on from the newest complete checkpoint in ``folder``, if there is one.
+        resume: continue from the newest complete checkpoint in ``folder``, if there is one.
         export: writes best/ and last/; without it there are checkpoints only.
         notes: text files stored in the run directory, each checkpoint and each export, by name.
 
     Raises:
-        NonFiniteLossError: naming step and samples, before any weight is touched.
+        NonFiniteLossError: naming step and samples, before any weight changes.
         ValueError: if ``folder`` already holds a run and ``resume`` is off.
         OSError: if a checkpoint cannot be written; older ones are intact.
     """
@@ -103,45 +102,65 @@ def train(
     progress = files.restore(parameters, optimizer, resume)
     files.write_notes()
     stream = batches.iterate(progress.step)
-    main = distributed.is_main()
-    log = RunLog(folder, config, progress.step, progress.validated_step, active=main)
-    profile = Profile(folder, active=config.profile and main)
+    is_main = distributed.is_main()
+    log = RunLog(folder, config, progress.step, progress.validated_step, active=is_main)
+    profile = Profile(folder, active=config.profile and is_main)
     watchdog = Watchdog(config.watchdog_seconds)
+
+    def save() -> None:
+        log.flush()  # a checkpoint relies on the lines before it
+        files.save(parameters, optimizer, progress)
+
     with Termination() as termination, log, profile, watchdog:
         while True:
-            step = progress.step
-            # evaluate ------------------------------------------------------------------------
+            step = progress.step  # updates made so far; the model is the one after them
+
+            # Validate. The step is saved first, so that an error in the validation does not lose
+            # it, and again afterwards, with the score.
             watchdog.rest()
+            validated = False
             due = step > progress.validated_step and is_due(step, config.validate_every, config)
-            if due and evaluate is not None and step > files.saved_step:
-                log.flush()
-                files.save(parameters, optimizer, progress)
-            validated = due and validate(model, evaluate, progress, termination, log, files)
-            # save ----------------------------------------------------------------------------
+            if evaluate is not None and due:
+                if step > files.saved_step:
+                    save()
+                validated = validate(model, evaluate, progress, termination, log, files)
+
+            # Save: every so often, at the end, and when the process is asked to stop. All ranks
+            # stop together, since a rank that is alone would wait for the others for ever.
             terminated = distributed.any_rank(termination.requested, device)
             due = terminated or is_due(step, config.save_every, config)
             if validated or (due and step > files.saved_step):
-                log.flush()
-                files.save(parameters, optimizer, progress)
-            # stop ----------------------------------------------------------------------------
+                save()
+
+            # Stop.
             stopped = reason_to_stop(progress, config, terminated)
             if stopped:
                 break
-            # step ----------------------------------------------------------------------------
+
+            # Fetch the micro batches of one step.
             tick = time.monotonic()
-            micro_batches = next_batches(stream, step, config, watchdog)
+            watchdog.watch(step, "waiting for data")
+            with part("input"):
+                micro_batches = [next(stream) for _ in range(config.accumulate)]
             waited = time.monotonic() - tick
+
+            # Make one update: forward and backward over the micro batches, then the optimiser.
+            watchdog.watch(step, "in the step", micro_batches)
             rate = learning_rate(step, config)
-            torch.manual_seed(seed_of(config.seed, step, distributed.rank()))
+            torch.manual_seed(seed_of(config.seed, step, distributed.rank()))  # of the dropout
             norm = update(
                 model, parameters, optimizer, micro_batches, rate, progress, config, files
             )
             progress.step += 1
-            # log -----------------------------------------------------------------------------
+
+            # Log the losses since the last line, summed over the ranks.
             log.tick(progress.step, time.monotonic() - tick, waited)
-            log_step(log, progress, config, lr=rate, grad_norm=norm)
-            if said := profile.step():
-                log.say(said)
+            if progress.step % config.log_every == 0 or progress.step == config.steps:
+                merge_windows(progress)
+                log.train(progress.step, {**losses(progress), "lr": rate, "grad_norm": norm})
+                progress.window = {}
+            if table := profile.step():
+                log.print(table)
         finish(stopped, progress, files, log)
     return TrainResult(
         step=progress.step,
@@ -153,89 +172,24 @@ def train(
     )
 
 
-def next_batches(
-    stream: Iterator[Batch], step: int, config: TrainingConfig, watchdog: Watchdog
-) -> list[Batch]:
-    """The micro batches of ``step``. The watchdog knows what is waited for, then what they hold."""
-    watchdog.watch(step, "waiting for data")
-    with part("input"):
-        micro_batches = [next(stream) for _ in range(config.accumulate)]
-    watchdog.watch(step, "in the step", micro_batches)
-    return micro_batches
-
-
-def log_step(log: RunLog, progress: Progress, config: TrainingConfig, **figures: float) -> None:
-    """Log ``figures`` and the losses since the last time, where that is due; begin a new window."""
-    step = progress.step
-    if step % config.log_every and step != config.steps:
-        return
-    merge_windows(progress)
-    log.train(step, {**losses(progress), **figures})
-    progress.window = {}
-
-
-def update(
-    model: Any,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    micro_batches: list[Batch],
-    rate: float,
-    progress: Progress,
-    config: TrainingConfig,
-    files: RunFiles,
-) -> float:
-    """One optimiser step over the micro batches of all ranks; returns the gradient norm.
-
-    The loss is the mean over the response tokens of the whole global step: the tokens are counted
-    first, and each micro batch's sum is divided by that count, so that accumulation and ranks
-    change nothing. Adds to ``progress.window``.
-
-    Raises:
-        NonFiniteLossError: before the weights change.
-    """
-    device = next(iter(parameters.values())).device
-    own_tokens = sum(batch.num_response_tokens for batch in micro_batches)
-    tokens = distributed.all_reduce_sum(torch.tensor(float(own_tokens), device=device))
-    sample_losses: list[Tensor] = []
-    for batch in micro_batches:
-        output = model.loss(batch.to(device))
-        (output.loss_sum / tokens).backward()
-        coalesce_gradients(parameters.values())
-        sample_losses.append(output.sample_losses.detach().float())
-    distributed.sum_gradients(parameters.values())
-    with part("optimiser"):
-        norm = nn.utils.get_total_norm(numbers_of_gradients(parameters.values()))
-    *values, norm_value = torch.cat([*sample_losses, norm.float().reshape(1)]).tolist()  # one sync
-    bad = not (math.isfinite(norm_value) and all(map(math.isfinite, values)))
-    if distributed.any_rank(bad, device):
-        raise NonFiniteLossError(
-            _blame(progress.step, micro_batches, values, norm_value, files.last_good)
-        )
-    with part("optimiser"):
-        if config.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters.values(), config.clip_norm, norm)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    _add_to_window(progress.window, micro_batches, values)
-    return norm_value
+def is_due(step: int, every: int | None, config: TrainingConfig) -> bool:
+    """Whether what happens ``every`` so many steps, and at the end, happens at ``step``."""
+    return step > 0 and (step >= config.steps or (every is not None and step % every == 0))
 
 
 def validate(
     model: nn.Module,
-    evaluate: Evaluate | None,
+    evaluate: Evaluate,
     progress: Progress,
     termination: Termination,
     log: RunLog,
     files: RunFiles,
 ) -> bool:
-    """Score the model, keep it as best/ if it is, and write that down in ``progress``.
+    """Score the model, export it as best/ if its score is the highest, and note that in
+    ``progress``.
 
-    Returns whether it did: SIGTERM gives a validation up, and the run that resumes does it again.
+    Returns False if SIGTERM interrupted it; the resumed run then validates again.
     """
-    if evaluate is None:
-        return False
     model.eval()
     try:
         with torch.no_grad(), termination.interruptible(distributed.world_size() == 1):
@@ -256,7 +210,7 @@ def validate(
 
 
 def reason_to_stop(progress: Progress, config: TrainingConfig, terminated: bool) -> Stopped | None:
-    """Why the run ends here, or None to go on."""
+    """Why the run ends here, or None to continue."""
     patience = config.early_stopping_patience
     if terminated:
         return "terminated"
@@ -267,44 +221,87 @@ def reason_to_stop(progress: Progress, config: TrainingConfig, terminated: bool)
     return None
 
 
-def finish(stopped: Stopped, progress: Progress, files: RunFiles, log: RunLog) -> None:
-    """Leave the last weights and the curves, unless the run will be resumed; say why it ended."""
-    if stopped != "terminated":
-        files.export_to("last")
-        log.curves()
-    log.say(describe_end(stopped, progress))
-    if log.waited_for_data is not None:
-        log.say(f"waited for data {log.waited_for_data:.1%} of the time of the steps")
-
-
-def describe_end(stopped: Stopped, progress: Progress) -> str:
-    """One line about why the run ended and what to do with it."""
-    if stopped == "terminated":
-        return f"SIGTERM: saved step {progress.step}; continue with --resume"
-    why = "stopped early" if stopped == "early" else "finished"
-    best = f"; best at step {progress.best_step}" if progress.best_step else ""
-    return f"{why} at step {progress.step}{best}"
-
-
-def is_due(step: int, every: int | None, config: TrainingConfig) -> bool:
-    """Whether something done ``every`` so many steps, and at the end, is due at ``step``."""
-    return step > 0 and (step >= config.steps or (every is not None and step % every == 0))
-
-
 def seed_of(seed: int, step: int, rank: int) -> int:
-    """A seed of its own for the dropout of each step and rank: splitmix64's finaliser."""
+    """A seed for the dropout of each step and rank: the finaliser of splitmix64."""
     value = (seed * 1_000_003 + step * 65_537 + rank + 0x9E3779B97F4A7C15) % 2**64
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
     return value ^ (value >> 31)
 
 
+def update(
+    model: Any,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[Batch],
+    rate: float,
+    progress: Progress,
+    config: TrainingConfig,
+    files: RunFiles,
+) -> float:
+    """Make one optimiser step over the micro batches of all ranks; returns the gradient norm.
+
+    The loss is the mean over the response tokens of the whole global step, so that neither
+    accumulation nor the number of ranks changes it: 1 x 8 samples give the gradient of 8 x 1. Adds
+    the losses to ``progress.window``.
+
+    Raises:
+        NonFiniteLossError: before the weights change.
+    """
+    # The tokens of all micro batches of all ranks are counted first; each loss is a sum over
+    # tokens, divided by this count. Gradients then simply add up, here and over the ranks.
+    device = next(iter(parameters.values())).device
+    num_tokens = float(sum(batch.num_response_tokens for batch in micro_batches))
+    tokens = distributed.all_reduce_sum(torch.tensor(num_tokens, device=device))
+    sample_losses: list[Tensor] = []
+    for batch in micro_batches:
+        output = model.loss(batch.to(device))
+        (output.loss_sum / tokens).backward()
+        coalesce_gradients(parameters.values())
+        sample_losses.append(output.sample_losses.detach().float())  # [B]
+    distributed.sum_gradients(parameters.values())
+
+    # One copy from the device brings all losses and the gradient norm: each copy waits for the
+    # device to finish.
+    with part("optimiser"):
+        norm = nn.utils.get_total_norm(gradient_values(parameters.values()))
+    *values, norm_value = torch.cat([*sample_losses, norm.float().reshape(1)]).tolist()
+    bad = not (math.isfinite(norm_value) and all(map(math.isfinite, values)))
+    if distributed.any_rank(bad, device):
+        raise NonFiniteLossError(
+            _describe_non_finite(progress.step, micro_batches, values, norm_value, files.last_good)
+        )
+    with part("optimiser"):
+        if config.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters.values(), config.clip_norm, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    _add_to_window(progress.window, micro_batches, values)
+    return norm_value
+
+
 def losses(progress: Progress) -> dict[str, Any]:
-    """Mean loss per response token over the window, and for each data set."""
+    """Mean loss per response token in the window, over all data sets and for each of them."""
     window = progress.window
-    total = [sum(part) for part in zip(*window.values(), strict=True)] or [0.0, 0.0]
-    own = {name: loss / max(1, tokens) for name, (loss, tokens) in sorted(window.items())}
-    return {"loss": total[0] / max(1, total[1]), "losses": own, "tokens": int(total[1])}
+    total = [sum(column) for column in zip(*window.values(), strict=True)] or [0.0, 0.0]
+    by_set = {name: loss / max(1, tokens) for name, (loss, tokens) in sorted(window.items())}
+    return {"loss": total[0] / max(1, total[1]), "losses": by_set, "tokens": int(total[1])}
+
+
+def finish(stopped: Stopped, progress: Progress, files: RunFiles, log: RunLog) -> None:
+    """Export last/ and draw the curves, unless the run will be resumed; print why it ended."""
+    if stopped == "terminated":
+        log.print(f"SIGTERM: saved step {progress.step}; continue with --resume")
+    else:
+        files.export_to("last")
+        log.draw_curves()
+        why = "stopped early" if stopped == "early" else "finished"
+        best = f"; best at step {progress.best_step}" if progress.best_step else ""
+        log.print(f"{why} at step {progress.step}{best}")
+    if log.waited_for_data is not None:
+        log.print(f"waited for data {log.waited_for_data:.1%} of the time of the steps")
 
 
 def _add_to_window(
@@ -318,7 +315,7 @@ def _add_to_window(
         total[1] += count
 
 
-def _blame(
+def _describe_non_finite(
     step: int, batches: list[Batch], values: list[float], norm: float, last_good: Path | None
 ) -> str:
     names = [
@@ -326,9 +323,9 @@ def _blame(
         for batch in batches
         for i in range(len(batch))
     ]
-    culprits = [f"{n} ({v})" for n, v in zip(names, values, strict=True) if not math.isfinite(v)]
-    what = f"the loss of {len(culprits)} samples is not finite: {', '.join(culprits[:8])}"
-    if not culprits:
+    bad = [f"{n} ({v})" for n, v in zip(names, values, strict=True) if not math.isfinite(v)]
+    what = f"the loss of {len(bad)} samples is not finite: {', '.join(bad[:8])}"
+    if not bad:
         what = f"the gradient norm is {norm}, each loss here is finite; samples: "
         what += ", ".join(names[:32])
     sets = sorted({name for batch in batches for name in batch.datasets})

@@ -1,8 +1,8 @@
-"""A rank that waits for ever says so and ends, so that the others and the user learn why.
+"""A rank that hangs reports what it was doing and ends.
 
-A collective waits for its slowest rank, so one worker that hangs on a dead disk stops them all
-without a word. Here every rank watches itself: the one that says "waiting for data" is the cause,
-those that are "in the step" wait for it. Ending lets ``torchrun --max-restarts`` begin anew.
+A collective waits for its slowest rank, so that one worker that hangs on a dead disk silently stops
+them all. Every rank watches itself: the one that reports "waiting for data" is the cause, those "in
+the step" wait for it. Once it ends, ``torchrun --max-restarts`` can start the run again.
 """
 
 import faulthandler
@@ -17,7 +17,7 @@ from instructblip.core import distributed
 from instructblip.core.batch import Batch
 
 EXIT_CODE = 75
-"""EX_TEMPFAIL: to be tried again."""
+"""EX_TEMPFAIL: a temporary failure; try again."""
 
 
 class Watchdog:
@@ -41,12 +41,12 @@ class Watchdog:
             self._thread.join()
 
     def watch(self, step: int, doing: str, batches: Sequence[Batch] = ()) -> None:
-        """From now on the rank is ``doing`` something that has an end."""
+        """Start the clock: the rank is now ``doing`` something that must end in time."""
         self._step, self._doing, self._batches = step, doing, tuple(batches)
         self._began = time.monotonic()
 
     def rest(self) -> None:
-        """What follows takes as long as it takes: validation, saving."""
+        """Stop the clock: what follows has no limit, as validation and saving."""
         self._began = None
 
     def _look(self) -> None:
@@ -59,11 +59,11 @@ class Watchdog:
                 os._exit(EXIT_CODE)
 
     def describe(self) -> str:
-        """One line: rank, step, what it was at, which samples."""
+        """One line: rank, step, what the rank was doing, and with which samples."""
         samples = [
-            f"{name}/{own}"
+            f"{name}/{identifier}"
             for batch in self._batches
-            for name, own in zip(batch.datasets, batch.ids, strict=True)
+            for name, identifier in zip(batch.datasets, batch.ids, strict=True)
         ]
         held = f", samples {', '.join(samples[:16])}" if samples else ""
         return (
