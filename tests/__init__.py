@@ -3,10 +3,12 @@
 from jaxtyping import install_import_hook
 
 CHECKED: list[str] = [
+    "instructblip.core",
     "instructblip.data",
     "instructblip.inference",
     "instructblip.model.language",
     "instructblip.text_to_image",
+    "instructblip.training",
 ]
 """Packages whose annotations are checked, when their modules are imported."""
 

@@ -88,3 +88,10 @@ def test_micro_batches_over_ranks():
     assert config.micro_batch_size(4) == 2
     with pytest.raises(ValueError, match="choose a multiple of 15"):
         config.micro_batch_size(5)
+
+
+def test_the_earlier_name_of_replicate_is_accepted():
+    assert TrainingConfig().parallel == "replicate"
+    assert TrainingConfig.model_validate({"parallel": "ddp"}) == TrainingConfig()
+    with pytest.raises(ValidationError, match="replicate"):
+        TrainingConfig.model_validate({"parallel": "dp"})

@@ -1,7 +1,7 @@
 """The settings of a training run."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -95,7 +95,7 @@ class TrainingConfig(BaseModel):
     """Validations in a row without a new best score after which the run stops; null for never."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _fits_together(self) -> "TrainingConfig":
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}"

@@ -4,7 +4,7 @@ import json
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from instructblip.core.files import flush, replacing, whole_lines, write_text
 from instructblip.core.progress import progress_bar
@@ -44,7 +44,7 @@ class RunLog:
             drop_lines_after(folder / METRICS, start, validated)
             self._file = (folder / METRICS).open("a", encoding="utf-8")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunLog":
         self._bar = self._bars.__enter__()
         self._bar(self._start, self.steps)
         return self

@@ -7,7 +7,7 @@ to the same part.
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
@@ -44,7 +44,7 @@ class Profile:
                 on_trace_ready=self._write,
             )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Profile":
         if self._profile:
             self._profile.__enter__()
         return self

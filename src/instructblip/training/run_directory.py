@@ -32,7 +32,7 @@ class Progress:
     best_step: int | None = None
     validated_step: int = 0
     validations_without_best: int = 0
-    window: dict[str, list[float]] = field(default_factory=dict)
+    window: dict[str, list[float | int]] = field(default_factory=dict)
     """Per data set: sum of the loss and number of response tokens since the last logged line."""
 
 

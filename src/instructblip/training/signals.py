@@ -5,7 +5,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Self
 
 
 class Interrupted(BaseException):
@@ -20,7 +19,7 @@ class Termination:
         self.requested = False
         self._raise = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Termination":
         # Python delivers signals to the main thread only and refuses handlers elsewhere
         self._installed = threading.current_thread() is threading.main_thread()
         if self._installed:

@@ -305,7 +305,7 @@ def finish(stopped: Stopped, progress: Progress, files: RunFiles, log: RunLog) -
 
 
 def _add_to_window(
-    window: dict[str, list[float]], batches: list[Batch], values: list[float]
+    window: dict[str, list[float | int]], batches: list[Batch], values: list[float]
 ) -> None:
     names = [name for batch in batches for name in (batch.datasets or ("data",) * len(batch))]
     tokens = [n for batch in batches for n in batch.response_mask.sum(1).tolist()]

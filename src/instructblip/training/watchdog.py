@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 from instructblip.core import distributed
 from instructblip.core.batch import Batch
@@ -30,7 +30,7 @@ class Watchdog:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Watchdog":
         if self.seconds is not None:
             self._thread.start()
         return self
