@@ -15,13 +15,13 @@ class ProgressBar:
 
     def __call__(self, done: int, total: int, **fields: str) -> None:
         """Show that ``done`` of ``total`` (which may grow) is done, and ``fields`` beside it."""
+        self._done = done
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total, **fields)
 
     def advance(self, count: int, total: int) -> None:
         """Show that ``count`` more of ``total`` are done."""
-        self._done += count
-        self(self._done, total)
+        self(self._done + count, total)
 
     def print(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -64,5 +64,6 @@ def progress_bar(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=not fields) as bar:
-        bar.add_task(title, total=None, **dict.fromkeys(fields, "-"))
+        values: dict[str, Any] = dict.fromkeys(fields, "-")
+        bar.add_task(title, total=None, **values)
         yield ProgressBar(bar)
