@@ -5,6 +5,8 @@ from jaxtyping import install_import_hook
 CHECKED: list[str] = [
     "instructblip.core",
     "instructblip.data",
+    "instructblip.evaluation",
+    "instructblip.release",
     "instructblip.inference",
     "instructblip.model.language",
     "instructblip.text_to_image",

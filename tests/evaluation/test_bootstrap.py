@@ -30,7 +30,7 @@ def test_resampled_auroc_is_the_auroc_of_the_resample() -> None:
     labels, scores = rng.integers(0, 2, 40), rng.integers(0, 6, 40).astype(float)
     values = resample(scores, labels, seed=1, resamples=5)
     draws = np.random.default_rng([1, 40]).integers(0, 40, size=(5, 40))
-    expected = [auroc(list(labels[row]), list(scores[row])) for row in draws]
+    expected = [auroc(labels[row].tolist(), scores[row].tolist()) for row in draws]
     assert values == pytest.approx([100 * (area or 0) for area in expected])
 
 

@@ -1,5 +1,7 @@
 """CIDEr, BLEU, ROUGE-L and the tokenizer against stored figures of pycocoevalcap."""
 
+import inspect
+
 import pytest
 
 from instructblip.evaluation import captions
@@ -122,4 +124,4 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="from 1 to 4"):
         captions.bleu(["a"], [["a"]], n=5)
     with pytest.raises(ValueError, match="tokenizer must be"):
-        captions.tokenize(["a"], "nltk")  # pyright: ignore[reportArgumentType]
+        inspect.unwrap(captions.tokenize)(["a"], "nltk")  # without the checker of annotations

@@ -1,5 +1,6 @@
 """Known values of every metric; figures marked "official" came out of the original scorers."""
 
+import inspect
 import math
 
 import pytest
@@ -77,7 +78,7 @@ def test_gqa_variants_forgive_differently() -> None:
     assert scores("a cup", "cup") == [0, 1, 0]
     assert scores("t-shirt", "t shirt") == [0, 1, 0]
     with pytest.raises(ValueError, match="variant"):
-        metrics.gqa_accuracy("a", "a", "exact")  # pyright: ignore[reportArgumentType]
+        inspect.unwrap(metrics.gqa_accuracy)("a", "a", "exact")  # without the annotation checker
 
 
 def test_ivqa_wants_two_of_five() -> None:

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from instructblip.core.batch import Example
-from instructblip.evaluation.charts import (
+from instructblip.evaluation.evaluate import evaluate
+from instructblip.evaluation.report import (
     line_chart,
+    make_cards,
     radar_chart,
     training_charts,
+    write_report,
 )
-from instructblip.evaluation.evaluate import evaluate
-from instructblip.evaluation.gallery import make_cards
-from instructblip.evaluation.report import write_report
 from instructblip.evaluation.result import Result
 from tests.evaluation.fakes import FakeEngine, ListDataset, benchmark, colour_questions
 from tests.testing import write_picture
@@ -170,8 +170,8 @@ def test_a_card_holds_frames_candidates_and_the_change(tmp_path: Path) -> None:
     card = make_cards({"old": [wrong], "new": [right]}, 1)[0]
     assert card.change == "gained"
     assert make_cards({"old": [right], "new": [wrong]}, 1)[0].change == "lost"
-    assert len(card.pictures) == 4
-    assert card.pictures[0].startswith("data:image/png;base64,")
+    assert len(card.images) == 4
+    assert card.images[0].startswith("data:image/png;base64,")
     options = card.answers[-1].options
     assert [option.probability for option in options] == sorted(
         (option.probability for option in options), reverse=True

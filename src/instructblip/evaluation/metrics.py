@@ -122,7 +122,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 def visdial_metrics(
     scores: Sequence[Sequence[float]],
     gt_index: Sequence[int],
-    relevance: Sequence[Sequence[float]] | None = None,
+    relevance: Sequence[Sequence[int | float]] | None = None,
 ) -> dict[str, float]:
     """Visual Dialog: r@1, r@5, r@10, mean rank and mrr; with ``relevance`` also ndcg.
 
@@ -211,7 +211,7 @@ def _lavis_gqa(answer: str) -> str:
     return normalize.vqa_digits_and_articles(normalize.vqa_punctuation(answer))
 
 
-def _ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
+def _ndcg(scores: Sequence[float], relevance: Sequence[int | float]) -> float:
     values, gains = _without_nan(scores), _without_nan(relevance)
     if len(values) != len(gains):
         raise ValueError(f"got {len(values)} scores and {len(gains)} relevances of a round")
@@ -224,7 +224,7 @@ def _ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
     return float((gains[order] / discounts).sum() / (best / discounts).sum())
 
 
-def _without_nan(scores: Sequence[float]) -> np.ndarray:
+def _without_nan(scores: Sequence[int | float]) -> np.ndarray:
     values = np.asarray(scores, dtype=np.float64)
     if np.isnan(values).any():
         raise ValueError("a score is NaN: the output of the model is broken and ranks nothing")

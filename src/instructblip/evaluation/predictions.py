@@ -8,7 +8,7 @@ are joined into one file at the end, or at the next start with any number of ran
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 from instructblip.core import distributed
 from instructblip.core.files import cut_last_line, flush, whole_lines, write_json
@@ -49,7 +49,7 @@ class PredictionLog:
         self.done: dict[str, dict[str, Any]] = {}
         self._file: TextIO | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "PredictionLog":
         if self.folder is None:
             return self
         if distributed.is_main():

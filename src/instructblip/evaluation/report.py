@@ -1,10 +1,16 @@
 """report.html: one file that opens without a network and without a server.
 
-Everything is inside: tables, charts, pictures, style and a few lines of script. A content security
-policy in the page forbids any request. Texts of data sets and models are escaped by the template
-engine; none is ever put into script or style.
+It contains everything: tables, charts, images, style and a few lines of script. A content security
+policy forbids any request. The template engine escapes the texts of data sets and models, and none
+is put into script or style. First the page, then its gallery of samples, then the geometry of its
+charts.
 """
 
+import base64
+import hashlib
+import io
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,21 +19,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from instructblip.core.files import write_text
-from instructblip.evaluation.charts import (
-    Radar,
-    radar_chart,
-    training_charts,
-)
-from instructblip.evaluation.compare import (
-    ROLES,
-    Comparison,
-    Row,
-    compare,
-)
-from instructblip.evaluation.gallery import make_cards, thumbnail
+from instructblip.data.images import load_image
+from instructblip.evaluation.benchmarks import BENCHMARKS
+from instructblip.evaluation.compare import ROLES, Comparison, Row, compare
 from instructblip.evaluation.result import Result
-
-TEMPLATE = "report.html.j2"
+from instructblip.training.log import read_metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +64,13 @@ def write_report(
     """Write the report of ``models`` to ``path``, whole or not at all.
 
     Args:
-        models: results by the name to show; the first is the baseline unless ``baseline`` says
-            otherwise, the last that is no blind control is the one the report is about.
+        models: results by the name to show. The report is about the last one that is no blind
+            control.
         lead: a sentence or two under the title.
+        baseline: name of the model that the others are compared with; the first by default.
         curves: name of a run -> its metrics.jsonl.
-        facts: label -> value, for the foot of the page (seconds, recipe, version, ...).
-        samples_per_set: cards in the gallery per benchmark; 0 leaves it out.
+        facts: label -> value at the foot of the page (seconds, recipe, version, ...).
+        samples_per_set: cards in the gallery per benchmark; 0 omits the gallery.
         drawn: generated images with the figures of each kind of prompt; a separate section.
     """
     path = Path(path)
@@ -108,12 +105,12 @@ def write_report(
 
 def _blind(models: Mapping[str, Sequence[Result]]) -> set[str]:
     """The models that are blind controls."""
-    return {model for model, results in models.items() if any(result.blind for result in results)}
+    return {model for model, results in models.items() if any(r.blind for r in results)}
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A headline figure: one role's mean of the subject, beside every other model's."""
+    """A headline score: the mean of a role for the subject, beside that of every other model."""
 
     role: str
     row: Row
@@ -135,20 +132,17 @@ def _drawn_cards(drawn: DrawnSet) -> list[DrawnImage]:
     ]
 
 
-def _radars(comparison: Comparison) -> list[Radar]:
-    """One chart a role, over the sets for which every model has a figure."""
+def _radars(comparison: Comparison) -> "list[Radar]":
+    """One chart per role, over the sets for which every model has a score."""
     charts = []
     for role, name in ROLES.items():
         rows = [row for row in comparison.rows if row.role == role]
-        figures = {
-            row.title: [cell.value for m in comparison.models if (cell := row.cells.get(m))]
-            for row in rows
-        }
-        shared = {
-            title: [value for value in values if value is not None]
-            for title, values in figures.items()
-            if len(values) == len(comparison.models) and None not in values
-        }
+        shared: dict[str, list[float]] = {}
+        for row in rows:
+            cells = (row.cells.get(model) for model in comparison.models)
+            values = [cell.value for cell in cells if cell and cell.value is not None]
+            if len(values) == len(comparison.models):
+                shared[row.title] = values
         models = {
             model: [values[i] for values in shared.values()]
             for i, model in enumerate(comparison.models)
@@ -165,12 +159,12 @@ def _scale(comparison: Comparison) -> float:
 
 def _settings(models: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
     """How each benchmark was asked and scored."""
-    found: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
     for results in models.values():
         for result in results:
             asked = result.settings["benchmark"]
             decoding = ", ".join(f"{k} {v}" for k, v in asked["decoding"].items())
-            found.setdefault(
+            settings.setdefault(
                 result.benchmark,
                 {
                     "name": result.benchmark,
@@ -183,7 +177,7 @@ def _settings(models: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
                     "split": f"{asked['source']} {asked['split']}",
                 },
             )
-    return list(found.values())
+    return list(settings.values())
 
 
 def _template() -> Template:
@@ -197,9 +191,373 @@ def _template() -> Template:
     environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.1f}"
     environment.filters["signed"] = _signed
     environment.filters["percent"] = lambda value: f"{100 * value:.0f} %"
-    return environment.get_template(TEMPLATE)
+    return environment.get_template("report.html.j2")
 
 
 def _signed(value: float) -> str:
-    """One digit with its sign; what rounds to nothing has none."""
+    """One decimal with its sign; what rounds to zero has none."""
     return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"
+
+
+THUMBNAIL = 288
+RIGHT_FROM = 0.5
+"""The least score that counts as right: most accuracies, a close caption."""
+RECIPROCAL_RANKS = ("mrr",)
+"""Metrics whose score is one over a rank: only the first rank is right."""
+MAX_FRAMES = 4
+MAX_CANDIDATES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A ranked candidate; ``probability`` among the candidates of its sample."""
+
+    text: str
+    probability: float
+    chosen: bool
+    expected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CardAnswer:
+    """The answer of one model. ``options`` are the most probable candidates, if it ranked."""
+
+    model: str
+    colour: int
+    text: str
+    score: float
+    right: bool
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One sample. ``images`` are data URLs, None for an image that could not be read.
+
+    ``change`` compares the last model with the baseline, which is the first one: gained, lost or
+    same; None where the baseline has no answer or is the last model itself.
+    """
+
+    benchmark: str
+    title: str
+    id: str
+    images: tuple[str | None, ...]
+    prompt: str
+    references: tuple[tuple[str, int], ...]
+    answers: tuple[CardAnswer, ...]
+    change: str | None
+
+    @property
+    def right(self) -> bool:
+        """Whether the last model, which the report is about, is right."""
+        return self.answers[-1].right
+
+
+def make_cards(models: Mapping[str, Sequence[Result]], per_set: int) -> list[Card]:
+    """Return up to ``per_set`` samples of each benchmark, half of them wrong if there are as many.
+
+    Blind controls are left out, since they saw other images.
+    """
+    blind = _blind(models)
+    seeing = {
+        model: {r.benchmark: r for r in results}
+        for model, results in models.items()
+        if model not in blind
+    }
+    if not seeing:
+        return []
+    colours = {model: place for place, model in enumerate(models)}
+    baseline = next(iter(models))
+    cards = []
+    for name, result in next(reversed(seeing.values())).items():
+        by_model = {model: results[name] for model, results in seeing.items() if name in results}
+        for index in _choose(result, per_set):
+            cards.append(_card(result, index, by_model, colours, baseline))
+    return cards
+
+
+def _choose(result: Result, count: int) -> list[int]:
+    """Indices of samples, half right and half wrong if possible, the same ones every time."""
+
+    def key(index: int) -> str:
+        return hashlib.sha256(str(result.predictions[index]["id"]).encode()).hexdigest()
+
+    order = sorted(range(result.n), key=key)
+    marks = [_is_right(prediction, result.metric) for prediction in result.predictions]
+    right = [i for i in order if marks[i]]
+    wrong = [i for i in order if not marks[i]]
+    half = count // 2
+    few_wrong = min(len(wrong), max(half, count - len(right)))
+    return sorted(right[: count - few_wrong] + wrong[:few_wrong])
+
+
+def _is_right(prediction: Mapping[str, Any], metric: str) -> bool:
+    return prediction["score"] >= (1.0 if metric in RECIPROCAL_RANKS else RIGHT_FROM)
+
+
+def _card(
+    result: Result,
+    index: int,
+    by_model: Mapping[str, Result],
+    colours: Mapping[str, int],
+    baseline: str,
+) -> Card:
+    sample = result.predictions[index]
+    answers = tuple(
+        _answer(model, colours[model], one.predictions[index], result.metric)
+        for model, one in by_model.items()
+    )
+    change = None
+    if answers[0].model == baseline and len(answers) > 1:
+        before, after = answers[0].right, answers[-1].right
+        change = "same" if before == after else "gained" if after else "lost"
+    names = sample["images"]
+    if len(names) > MAX_FRAMES:
+        names = [names[i * len(names) // MAX_FRAMES] for i in range(MAX_FRAMES)]
+    return Card(
+        benchmark=result.benchmark,
+        title=result.title,
+        id=str(sample["id"]),
+        images=tuple(_thumbnail_or_none(name, Path(result.image_root)) for name in names),
+        prompt=sample["prompt"],
+        references=tuple(Counter(sample["answers"]).most_common()),
+        answers=answers,
+        change=change,
+    )
+
+
+def _answer(model: str, colour: int, prediction: Mapping[str, Any], metric: str) -> CardAnswer:
+    options: list[Option] = []
+    if "candidates" in prediction:
+        expected = set(prediction["answers"])
+        ranked = zip(prediction["candidates"], prediction["probabilities"], strict=True)
+        options = [
+            Option(text, p, text == prediction["prediction"], text in expected)
+            for text, p in sorted(ranked, key=lambda pair: -pair[1])[:MAX_CANDIDATES]
+        ]
+    return CardAnswer(
+        model,
+        colour,
+        prediction["prediction"],
+        prediction["score"],
+        _is_right(prediction, metric),
+        tuple(options),
+    )
+
+
+def _thumbnail_or_none(name: str, root: Path) -> str | None:
+    """None without the image: results may be on another machine, and their scores still show."""
+    try:
+        return thumbnail(name, root)
+    except (OSError, ValueError):
+        return None
+
+
+def thumbnail(name: str, root: Path) -> str:
+    """Return an image as a data URL: a small one as PNG without loss, others as a small JPEG."""
+    image = load_image(name, root)
+    small = max(image.size) <= THUMBNAIL // 2
+    if not small:
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+    data = io.BytesIO()
+    image.save(data, "PNG" if small else "JPEG", quality=82, optimize=True)
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+WIDTH, HEIGHT = 460, 250
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 30
+
+Points = Sequence[tuple[int | float, int | float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """``points`` are those of an SVG polyline; ``colour`` is an index into the palette."""
+
+    label: str
+    points: str
+    colour: int
+    last: str
+    end: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Curves with ticks as (position, label)."""
+
+    title: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    lines: list[Curve]
+
+    width = WIDTH
+    height = HEIGHT
+    left = LEFT
+    right = WIDTH - RIGHT
+    bottom = HEIGHT - BOTTOM
+
+
+def line_chart(title: str, series: Mapping[str, Points]) -> Chart | None:
+    """Return a chart of all series on common axes; None if no series has a finite point."""
+    finite = {
+        label: [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+        for label, points in series.items()
+    }
+    finite = {label: points for label, points in finite.items() if points}
+    if not finite:
+        return None
+    xs = [x for points in finite.values() for x, _ in points]
+    ys = [y for points in finite.values() for _, y in points]
+    x_ticks, (x_low, x_high) = _axis(min(xs), max(xs))
+    y_ticks, (y_low, y_high) = _axis(min(ys), max(ys))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+        down = HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+        return round(across, 1), round(down, 1)
+
+    lines = []
+    for colour, (label, points) in enumerate(finite.items()):
+        placed = [place(x, y) for x, y in _thin(points)]
+        text = " ".join(f"{x},{y}" for x, y in placed)
+        lines.append(Curve(label, text, colour, _label(points[-1][1]), placed[-1]))
+    return Chart(
+        title,
+        [(place(x, y_low)[0], _label(x)) for x in x_ticks],
+        [(place(x_low, y)[1], _label(y)) for y in y_ticks],
+        lines,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Spoke:
+    """One axis of a radar chart: its end, its label and the place of the label."""
+
+    label: str
+    best: str
+    end: tuple[float, float]
+    text: tuple[float, float]
+    anchor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Web:
+    """The scores of one model as the points of an SVG polygon."""
+
+    label: str
+    points: str
+    colour: int
+
+
+@dataclass(frozen=True, slots=True)
+class Radar:
+    """Models over data sets. An axis ends at the score of the best model."""
+
+    title: str
+    spokes: list[Spoke]
+    rings: list[str]
+    webs: list[Web]
+
+    width = 600
+    height = 370
+    centre = (300, 185)
+    radius = 132
+
+
+def radar_chart(
+    title: str, labels: Sequence[str], models: Mapping[str, Sequence[int | float]]
+) -> Radar | None:
+    """Return one axis per set, from 0 to the score of the best model; None for less than three."""
+    if len(labels) < 3 or not models:
+        return None
+    best = [max(figures[i] for figures in models.values()) for i in range(len(labels))]
+
+    def place(axis: int, share: float) -> tuple[float, float]:
+        turn = 2 * math.pi * axis / len(labels)
+        x, y = Radar.centre
+        return (
+            round(x + Radar.radius * share * math.sin(turn), 1),
+            round(y - Radar.radius * share * math.cos(turn), 1),
+        )
+
+    def points(shares: Sequence[float]) -> str:
+        return " ".join(f"{x},{y}" for x, y in map(place, range(len(labels)), shares))
+
+    spokes = []
+    for i, label in enumerate(labels):
+        text = place(i, 1.1)
+        aside = text[0] - Radar.centre[0]
+        anchor = "middle" if abs(aside) < 12 else "start" if aside > 0 else "end"
+        spokes.append(Spoke(label, f"{best[i]:.1f}", place(i, 1.0), text, anchor))
+    webs = []
+    for colour, (model, scores) in enumerate(models.items()):
+        shares = [max(0.0, s) / b if b > 0 else 0.0 for s, b in zip(scores, best, strict=True)]
+        webs.append(Web(model, points(shares), colour))
+    rings = [points([share] * len(labels)) for share in (0.25, 0.5, 0.75, 1.0)]
+    return Radar(title, spokes, rings, webs)
+
+
+def training_charts(metrics: Path, name: str) -> list[Chart]:
+    """Return charts of one run: training loss, validation, its means over held-in and held-out."""
+    lines = read_metrics(metrics)
+    loss = [(line["step"], line["loss"]) for line in lines if _is_number(line.get("loss"))]
+    checks: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        for label, value in (line.get("validation") or {}).items():
+            if _is_number(value):
+                checks.setdefault(label, []).append((line["step"], value))
+    titles = {
+        f"{name}: loss per response token": {"training": loss},
+        f"{name}: validation": checks,
+        f"{name}: held-in and held-out": _role_means(checks),
+    }
+    charts = (line_chart(title, series) for title, series in titles.items())
+    return [chart for chart in charts if chart is not None]
+
+
+def _role_means(checks: Mapping[str, Points]) -> dict[str, Points]:
+    """Mean of the held-in and of the held-out sets at each validation, where both were scored."""
+    means: dict[str, Points] = {}
+    for role, title in ROLES.items():
+        curves = [
+            points
+            for name, points in checks.items()
+            if name in BENCHMARKS and BENCHMARKS[name].role == role
+        ]
+        if curves:
+            means[title] = [
+                (column[0][0], sum(y for _, y in column) / len(column))
+                for column in zip(*curves, strict=False)
+            ]
+    return means if len(means) > 1 else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _axis(low: float, high: float, wanted: int = 5) -> tuple[list[float], tuple[float, float]]:
+    """Round ticks, and the range from the first to the last: it includes ``low`` and ``high``."""
+    if low == high:
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    raw = (high - low) / (wanted - 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * k for k in (1, 2, 2.5, 5, 10) if power * k >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = [k * step for k in range(first, last + 1)]
+    return ticks, (ticks[0], ticks[-1])
+
+
+def _thin(points: Points, most: int = 400) -> Points:
+    """At most ``most`` points, including the last."""
+    if len(points) <= most:
+        return points
+    kept = [points[i * len(points) // most] for i in range(most)]
+    return [*kept[:-1], points[-1]]
+
+
+def _label(value: float) -> str:
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
