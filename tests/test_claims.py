@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_multitask_inputs_hold_no_instruction() -> None:
     prompts = {}
     for name in ("multitask_plain", "multitask_names"):
         (template,) = load_recipe(BASE, TUNED[name]).data.sets["okvqa"].templates or ()
-        prompts[name] = render_instruction(asked, np.random.default_rng(0), template).prompt
+        prompts[name] = render_instruction(asked, random.Random(0), template).prompt
     assert prompts == {
         "multitask_plain": "what is red?",
         "multitask_names": "okvqa: what is red?",

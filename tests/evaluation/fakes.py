@@ -26,7 +26,7 @@ class ListDataset:
 
 @dataclass
 class FakeEngine:
-    """Says the name of the picture's colour (``red_3.png``); ranks candidates alike."""
+    """Answers and ranks by the colour in the name of the image (``red_3.png``)."""
 
     fingerprint: str = "fake"
     stop_after: int | None = None
@@ -63,7 +63,7 @@ COLOURS = ("red", "green", "blue")
 
 
 def colour_questions(count: int = 12) -> ListDataset:
-    """What colour? Each picture under two questions; the right answer is in the picture's name."""
+    """What colour? Two questions about each image, whose name contains the right answer."""
     examples = []
     for i in range(count):
         colour = COLOURS[(i // 2) % 3]

@@ -55,7 +55,7 @@ def test_meteor_is_that_of_the_original_program() -> None:
     assert found.value == pytest.approx(0.4220739138299799, abs=1e-12)
 
 
-def test_meteor_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meteor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captions, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"METEOR needs .*instructblip\[caption-metrics\]"):
         captions.meteor(["a"], [["a"]])
@@ -70,7 +70,7 @@ def test_a_score_is_a_value_and_a_list() -> None:
     assert value == pytest.approx(sum(per_image) / 6)
 
 
-def test_cider_of_one_picture_is_zero() -> None:
+def test_cider_of_one_image_is_zero() -> None:
     assert captions.cider(["a red dog"], [["a red dog"]]).value == 0.0
     assert captions.rouge_l(["a red dog"], [["a red dog"]]).value == 1.0
 

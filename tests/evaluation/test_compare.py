@@ -12,8 +12,8 @@ from instructblip.evaluation import tables
 from instructblip.evaluation.benchmarks import BENCHMARKS
 from instructblip.evaluation.compare import Comparison, compare
 from instructblip.evaluation.evaluate import evaluate
-from instructblip.evaluation.published import PUBLISHED
 from instructblip.evaluation.result import Result
+from instructblip.evaluation.tables import PUBLISHED
 from tests.evaluation.fakes import FakeEngine, ListDataset, benchmark, colour_questions
 
 

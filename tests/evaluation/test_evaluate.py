@@ -1,4 +1,4 @@
-"""The evaluation loop: figures, resumption, the blind control, and what it refuses."""
+"""The evaluation loop: scores, resuming, the blind control, and what it refuses."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_ranked_predictions_carry_candidates_and_probabilities() -> None:
     assert first["probabilities"][0] == max(first["probabilities"])
 
 
-def test_a_candidate_is_worth_its_best_wording() -> None:
+def test_a_candidate_scores_as_its_best_wording() -> None:
     worded = benchmark(
         mode="rank", candidates=("warm", "cold"), verbalizers={"warm": ("red",), "cold": ("blue",)}
     )
@@ -89,7 +89,7 @@ def test_auroc_and_its_one_class_case() -> None:
         summarise([undefined])
 
 
-def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes(tmp_path: Path) -> None:
     dataset, asked = colour_questions(), benchmark()
     with pytest.raises(KeyboardInterrupt):
         evaluate(FakeEngine(stop_after=2), asked, dataset, batch_size=3, out=tmp_path)
@@ -258,7 +258,7 @@ def test_limit_spreads_over_the_set() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(keys=st.lists(st.integers(0, 6), max_size=40), seed=st.integers(0, 5))
-def test_derangement_gives_nobody_an_equal_picture(keys: list[int], seed: int) -> None:
+def test_derangement_gives_no_sample_an_equal_image(keys: list[int], seed: int) -> None:
     if keys and 2 * max(keys.count(key) for key in keys) > len(keys):
         with pytest.raises(ValueError, match="cannot swap"):
             derange(keys, seed)

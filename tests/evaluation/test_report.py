@@ -1,4 +1,4 @@
-"""The report: complete, offline, and deaf to what texts try to be."""
+"""The report is complete, needs no network, and escapes all texts."""
 
 import json
 import math
@@ -189,7 +189,7 @@ def test_of_ranks_the_first_alone_is_right(tmp_path: Path) -> None:
     assert not any(card.right for card in make_cards({"m": [second]}, 4))
 
 
-def test_the_change_is_against_the_baseline(tmp_path: Path) -> None:
+def test_changes_are_compared_with_the_baseline(tmp_path: Path) -> None:
     data = dataset(tmp_path)
     names = ("one", "two")
     first, second = (evaluate(FakeEngine(), benchmark(name=name), data) for name in names)
@@ -204,7 +204,7 @@ def test_the_change_is_against_the_baseline(tmp_path: Path) -> None:
     assert "right, and old wrong" not in text
 
 
-def test_a_picture_that_is_gone_leaves_the_figures(tmp_path: Path) -> None:
+def test_scores_show_without_their_images(tmp_path: Path) -> None:
     data = dataset(tmp_path / "here")
     result = evaluate(FakeEngine(), benchmark(), data)
     gone = replace(result, image_root=str(tmp_path / "elsewhere"))

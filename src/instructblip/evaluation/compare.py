@@ -1,7 +1,7 @@
-"""Several models on the same benchmarks, side by side; ``tables.py`` writes it down.
+"""Several models on the same benchmarks, side by side; ``tables.py`` prints the comparison.
 
-Differences are paired: both models answered the same samples, the bootstrap draws the same ones
-for both, and only sets that all models have enter the means.
+Differences are paired: both models answered the same samples, and the bootstrap draws the same ones
+for both. Only sets that all models have enter the means.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ ROLES = {"held_in": "held-in", "held_out": "held-out", "finetuned": "fine-tuned"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A figure and its 95 % interval; all None where the metric is not defined."""
+    """A score and its 95 % interval; all None where the metric is not defined."""
 
     value: float | None
     low: float | None
@@ -59,35 +59,34 @@ class Comparison:
 
 
 def compare(models: Mapping[str, Sequence[Result]], baseline: str | None = None) -> Comparison:
-    """Put the results of ``models`` side by side, each held to ``baseline`` (the first).
+    """Put the results of ``models`` side by side, each compared with ``baseline`` (the first).
 
-    Raises ValueError when two models did not answer the same samples of a benchmark under the same
-    settings: their difference would mean nothing.
+    Raises ValueError unless all models answered the same samples of a benchmark with the same
+    settings: otherwise their difference means nothing.
     """
     if not models:
-        raise ValueError("nothing to compare: no model")
+        raise ValueError("no model to compare")
     base = next(iter(models)) if baseline is None else baseline
     if base not in models:
         raise ValueError(f"baseline {base!r} is none of the models: {', '.join(models)}")
-    found = {model: {r.benchmark: r for r in results} for model, results in models.items()}
+    by_model = {model: {r.benchmark: r for r in results} for model, results in models.items()}
     names: dict[str, Result] = {}
     for results in models.values():
         for result in results:
             _check_pair(names.setdefault(result.benchmark, result), result)
     ordered = sorted(names.values(), key=lambda r: list(ROLES).index(r.role))
-    drawn = {
+    resampled = {
         (model, name): result.resampled()
-        for model, own in found.items()
-        for name, result in own.items()
+        for model, results in by_model.items()
+        for name, result in results.items()
         if result.value is not None
     }
-    rows = tuple(_row(result, found, drawn, base) for result in ordered)
-    means = tuple(
-        mean
+    rows = tuple(_row(result, by_model, resampled, base) for result in ordered)
+    means = (
+        _mean_row([row for row in rows if row.role == role], role, by_model, resampled, base)
         for role in ROLES
-        if (mean := _mean_row([row for row in rows if row.role == role], role, found, drawn, base))
     )
-    return Comparison(tuple(models), base, rows, means)
+    return Comparison(tuple(models), base, rows, tuple(mean for mean in means if mean))
 
 
 def _check_pair(first: Result, second: Result) -> None:
@@ -110,21 +109,21 @@ def _check_pair(first: Result, second: Result) -> None:
 
 
 def _samples(result: Result, seeing: bool) -> list[list[Any]]:
-    """What was asked; a blind control saw other pictures."""
+    """What was asked, without the images for a blind control, which saw other ones."""
     names = ("id", "prompt", "answers", "candidates", *(["images"] if seeing else []))
     return [[prediction.get(name) for name in names] for prediction in result.predictions]
 
 
-Found = Mapping[str, Mapping[str, Result]]
-Drawn = Mapping[tuple[str, str], Floats]
+Results = Mapping[str, Mapping[str, Result]]  # by model and benchmark
+Resampled = Mapping[tuple[str, str], Floats]  # of (model, benchmark)
 
 
-def _row(result: Result, found: Found, drawn: Drawn, base: str) -> Row:
+def _row(result: Result, by_model: Results, resampled: Resampled, base: str) -> Row:
     name = result.benchmark
     cells = {
-        model: _cell(own[name].value, drawn.get((model, name)), own[name].n)
-        for model, own in found.items()
-        if name in own
+        model: _cell(results[name].value, resampled.get((model, name)), results[name].n)
+        for model, results in by_model.items()
+        if name in results
     }
     return Row(
         name=name,
@@ -134,24 +133,26 @@ def _row(result: Result, found: Found, drawn: Drawn, base: str) -> Row:
         unseen_type=result.unseen_type,
         how=result.how,
         cells=cells,
-        differences=_differences(cells, {m: drawn.get((m, name)) for m in cells}, base),
+        differences=_differences(cells, {m: resampled.get((m, name)) for m in cells}, base),
     )
 
 
-def _mean_row(rows: list[Row], role: str, found: Found, drawn: Drawn, base: str) -> Row | None:
-    """The mean over the sets of one role for which all models have a figure."""
+def _mean_row(
+    rows: list[Row], role: str, by_model: Results, resampled: Resampled, base: str
+) -> Row | None:
+    """The mean over the sets of one role for which all models have a score."""
     shared = [
         row.name
         for row in rows
-        if all(model in row.cells and row.cells[model].value is not None for model in found)
+        if all(model in row.cells and row.cells[model].value is not None for model in by_model)
     ]
     if not shared:
         return None
-    resampled = {m: mean_over_sets([drawn[m, name] for name in shared]) for m in found}
+    means = {m: mean_over_sets([resampled[m, name] for name in shared]) for m in by_model}
     cells = {}
-    for model, own in found.items():
-        value = sum(own[name].value or 0.0 for name in shared) / len(shared)
-        cells[model] = _cell(value, resampled[model], len(shared))
+    for model, results in by_model.items():
+        value = sum(results[name].value or 0.0 for name in shared) / len(shared)
+        cells[model] = _cell(value, means[model], len(shared))
     return Row(
         name=f"mean_{role}",
         title=f"mean of {len(shared)} {ROLES[role]} sets",
@@ -160,7 +161,7 @@ def _mean_row(rows: list[Row], role: str, found: Found, drawn: Drawn, base: str)
         unseen_type=False,
         how=None,
         cells=cells,
-        differences=_differences(cells, dict(resampled), base),
+        differences=_differences(cells, means, base),
     )
 
 
@@ -174,13 +175,13 @@ def _cell(value: float | None, resampled: Floats | None, n: int) -> Cell:
 def _differences(
     cells: Mapping[str, Cell], resampled: Mapping[str, Floats | None], base: str
 ) -> dict[str, Difference]:
-    found = {}
-    ours = cells.get(base)
+    differences = {}
+    baseline = cells.get(base)
     for model, cell in cells.items():
-        if model == base or ours is None or cell.value is None or ours.value is None:
+        if model == base or baseline is None or cell.value is None or baseline.value is None:
             continue
         a, b = resampled[model], resampled[base]
         assert a is not None
         assert b is not None
-        found[model] = difference(cell.value - ours.value, a, b)
-    return found
+        differences[model] = difference(cell.value - baseline.value, a, b)
+    return differences
