@@ -3,6 +3,8 @@
 import io
 import json
 import tarfile
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,12 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from instructblip.data.custom.files import CustomSet
+from instructblip.data.custom.formats import custom_source
+from instructblip.data.prepared.dataset import PreparedDataset
+from instructblip.data.prepared.prepare import prepare
+from instructblip.data.reading.records import MAX_TEXT
 
 WORDS = ("question", "short", "answer", "what", "is", "the", "red", "blue", "cat", ":", "?", ".")
 
@@ -123,7 +131,7 @@ def write_vqa(root: Path, count: int, split: str = "train") -> Path:
 
 def write_json_lines(path: Path, *records: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    lines = [json.dumps(record) + "\n" for record in records]
     path.write_text("".join(lines), encoding="utf-8")
     return path
 
@@ -134,3 +142,84 @@ def write_tar(path: Path, files: dict[str, bytes]) -> None:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
+
+
+TURNS = [
+    {"from": "system", "value": "Be kind."},
+    {"from": "human", "value": "<image>\nWhat is it?"},
+    {"from": "gpt", "value": "A cup."},
+    {"from": "human", "value": "Which colour?"},
+    {"from": "gpt", "value": "Red."},
+]
+"""A dialogue about one image, in the form of LLaVA."""
+
+HOSTILE_VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    7,
+    -1,
+    10**30,
+    float("nan"),
+    float("inf"),
+    "",
+    "/etc/passwd",
+    "../../../etc/passwd",
+    "a\u2028b\u2029c\x85d",
+    "half \ud800 character",
+    "nul\0byte",
+    "n" * 300 + ".jpg",
+    "x" * (MAX_TEXT + 1),
+    [],
+    [[]],
+    {},
+    {"": None},
+)
+"""Values that a field of an annotation file should not have."""
+
+
+def places(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The first record of each list, and every field below it."""
+    if here:
+        yield here
+    if isinstance(value, dict):
+        for key in list(value)[:12]:
+            yield from places(value[key], (*here, key))
+    elif isinstance(value, list) and value:
+        yield from places(value[0], (*here, 0))
+
+
+def replaced(value: Any, place: tuple[Any, ...], new: Any) -> Any:
+    """A copy with another value at ``place``; without it, for ``...``."""
+    value = deepcopy(value)
+    inner = value
+    for key in place[:-1]:
+        inner = inner[key]
+    if new is ...:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = new
+    return value
+
+
+def read_custom(root: Path, form: str, path: str | None = None) -> list[Any]:
+    """The examples of a custom data set, read and not prepared."""
+    return list(custom_source(CustomSet("mine", form, path)).read(root, "train"))
+
+
+def prepare_vizwiz(
+    root: Path, records: list[dict[str, Any]], split: str = "train"
+) -> PreparedDataset:
+    """A set with one image per record, written unless the test has written it."""
+    for i, record in enumerate(records):
+        record.setdefault("image", f"{split}{i}.png")
+        record.setdefault("question", f"What is {i}?")
+        record.setdefault("answers", [{"answer": f"cup {i}"}])
+        if not (root / "images" / record["image"]).exists():
+            write_picture(root / "images" / record["image"], seed=hash((split, i)) % 1000)
+    write_json(root / "annotations" / f"{split}.json", records)
+    return prepare("vizwiz", root, split, root / "prepared")
+
+
+def bad_samples(dataset: PreparedDataset) -> list[dict[str, Any]]:
+    text = (dataset.path / "bad_samples.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]

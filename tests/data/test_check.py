@@ -1,11 +1,9 @@
 """The check lists every bad sample by file, record and reason, and notices what has changed."""
 
-import json
 import os
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -17,27 +15,9 @@ from instructblip.data.prepared.check import (
     left_out,
     unchecked,
 )
-from instructblip.data.prepared.dataset import PreparedDataset
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.tokens import Tokens
-from tests.testing import llama_like, write_json, write_picture
-
-
-def vizwiz(root: Path, records: list[dict[str, Any]], split: str = "train") -> PreparedDataset:
-    """A set with one image per record, written unless the test has written it."""
-    for i, record in enumerate(records):
-        record.setdefault("image", f"{split}{i}.png")
-        record.setdefault("question", f"What is {i}?")
-        record.setdefault("answers", [{"answer": f"cup {i}"}])
-        if not (root / "images" / record["image"]).exists():
-            write_picture(root / "images" / record["image"], seed=hash((split, i)) % 1000)
-    write_json(root / "annotations" / f"{split}.json", records)
-    return prepare("vizwiz", root, split, root / "prepared")
-
-
-def lines(dataset: PreparedDataset) -> list[dict[str, Any]]:
-    text = (dataset.path / "bad_samples.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+from tests.testing import bad_samples, llama_like, prepare_vizwiz, write_picture
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -59,12 +39,12 @@ def test_unreadable_images(tmp_path: Path):
     (images / "text.jpg").write_text("<html>not found</html>")
     (images / "bomb.png").write_bytes(png_header(9000, 9000))
     (images / "folder.png").mkdir()
-    dataset = vizwiz(tmp_path, [{"image": name} for name in [*names, "later.png"]])
+    dataset = prepare_vizwiz(tmp_path, [{"image": name} for name in [*names, "later.png"]])
     (images / "later.png").unlink()
     diagnosis = check_dataset(dataset)
     assert diagnosis.left_out == tuple(range(1, 8)) == left_out(dataset)
     assert diagnosis.kinds == {"unreadable image": 7}
-    found = {Path(line["reason"].partition(": ")[0]).name: line for line in lines(dataset)}
+    found = {Path(line["reason"].partition(": ")[0]).name: line for line in bad_samples(dataset)}
     assert {line["file"] for line in found.values()} == {"train.json"}
     assert found["half.jpg"]["record"] == "record 2"
     for name, reason in [
@@ -101,7 +81,7 @@ def test_damage_in_the_middle_needs_decoding(tmp_path: Path):
 
 def test_faults_of_texts(tmp_path: Path, tokens: Tokens):
     long = "word " * 400
-    dataset = vizwiz(
+    dataset = prepare_vizwiz(
         tmp_path,
         [
             {},
@@ -114,7 +94,7 @@ def test_faults_of_texts(tmp_path: Path, tokens: Tokens):
         ],
     )
     diagnosis = check_dataset(dataset, tokens=tokens)
-    found = [(line["index"], line["kind"]) for line in lines(dataset)]
+    found = [(line["index"], line["kind"]) for line in bad_samples(dataset)]
     assert found == [
         (1, "duplicate"),
         (1, "duplicate id"),
@@ -125,42 +105,42 @@ def test_faults_of_texts(tmp_path: Path, tokens: Tokens):
     ]
     assert diagnosis.left_out == (2, 3, 5)
     length = tokens.response_length(long.strip())
-    assert f"{length} tokens; training cuts it to 256" in lines(dataset)[-1]["reason"]
+    assert f"{length} tokens; training cuts it to 256" in bad_samples(dataset)[-1]["reason"]
     check_dataset(dataset)  # without tokens no length is known; lines do not accumulate
-    assert [line["index"] for line in lines(dataset)] == [1, 1, 2, 3, 5]
+    assert [line["index"] for line in bad_samples(dataset)] == [1, 1, 2, 3, 5]
 
 
 def test_prompts_that_training_would_cut(tmp_path: Path):
     tokens = Tokens(llama_like(), max_prompt=64)
-    dataset = vizwiz(tmp_path, [{}, {"question": "is it red? " * 9}])
+    dataset = prepare_vizwiz(tmp_path, [{}, {"question": "is it red? " * 9}])
     assert check_dataset(dataset, tokens=tokens).kinds == {"over-long prompt": 1}
-    (line,) = lines(dataset)
+    (line,) = bad_samples(dataset)
     assert line["index"] == 1
     assert "training cuts its beginning to leave 64 (data.max_prompt)" in line["reason"]
 
 
 def test_answers_may_be_missing_in_a_test_split(tmp_path: Path):
-    assert not check_dataset(vizwiz(tmp_path, [{"answers": []}], "test")).kinds
+    assert not check_dataset(prepare_vizwiz(tmp_path, [{"answers": []}], "test")).kinds
 
 
 def test_leaked_images_are_found_by_content(tmp_path: Path):
-    train = vizwiz(tmp_path, [{}, {}, {}])
+    train = prepare_vizwiz(tmp_path, [{}, {}, {}])
     copy = tmp_path / "images" / "other_name.png"
     copy.write_bytes((tmp_path / "images" / "train1.png").read_bytes())
-    test = vizwiz(tmp_path, [{}, {"image": copy.name}], "test")
+    test = prepare_vizwiz(tmp_path, [{}, {"image": copy.name}], "test")
     check_dataset(test)
     evaluated = evaluated_images([test])
     diagnosis = check_dataset(train, evaluated=evaluated, against=["vizwiz test"])
     assert (diagnosis.kinds, diagnosis.left_out) == ({"leaked image": 1}, ())
-    assert lines(train)[0]["index"] == 1
-    assert "train1.png is also an image of vizwiz test" in lines(train)[0]["reason"]
+    assert bad_samples(train)[0]["index"] == 1
+    assert "train1.png is also an image of vizwiz test" in bad_samples(train)[0]["reason"]
     dropped = check_dataset(train, evaluated=evaluated, drop_leaked=True)
     assert dropped.left_out == (1,)
 
 
 def test_examples_that_prepare_left_out_stay_listed(tmp_path: Path):
     records = [{"image": "a.png"}, {"image": "b.png"}, {"answers": [{"answer": "nan"}]}]
-    vizwiz(tmp_path, records)
+    prepare_vizwiz(tmp_path, records)
     (tmp_path / "images" / "a.png").unlink()
     dataset = prepare("vizwiz", tmp_path, "train", tmp_path / "new", max_bad_rate=0.5)
     for _ in range(2):
@@ -168,11 +148,11 @@ def test_examples_that_prepare_left_out_stay_listed(tmp_path: Path):
         assert "2 examples (1 left out before: 1 x missing image), 2 images: 1 x placeh" in text
         assert "record 0: missing image: image" in text
         assert "bad_samples.jsonl" in text
-        assert [line["kind"] for line in lines(dataset)] == ["missing image", "placeholder"]
+        assert [line["kind"] for line in bad_samples(dataset)] == ["missing image", "placeholder"]
 
 
 def test_changes_are_noticed(tmp_path: Path):
-    dataset = vizwiz(tmp_path, [{}, {}])
+    dataset = prepare_vizwiz(tmp_path, [{}, {}])
     assert unchecked(dataset) == "was never checked"
     check_dataset(dataset, against=["vizwiz test"])
     assert unchecked(dataset) == unchecked(dataset, ["vizwiz test"]) == ""
@@ -187,12 +167,12 @@ def test_changes_are_noticed(tmp_path: Path):
     picture.unlink()
     assert "image train1.png" in unchecked(dataset)
 
-    again = vizwiz(tmp_path, [{}, {}, {}])
+    again = prepare_vizwiz(tmp_path, [{}, {}, {}])
     assert unchecked(again) == "was never checked"
 
 
 def test_images_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    dataset = vizwiz(tmp_path, [{}, {}, {"image": "train0.png"}])
+    dataset = prepare_vizwiz(tmp_path, [{}, {}, {"image": "train0.png"}])
     assert check_dataset(dataset).num_images == 2
     write_picture(tmp_path / "images" / "train1.png", seed=77)
     read: list[str] = []

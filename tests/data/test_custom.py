@@ -21,7 +21,7 @@ from instructblip.data.prepared.prepare import prepare
 from instructblip.data.templates import render_prompt
 from instructblip.experiment.datasets import prepare_training
 from instructblip.recipe.load import load_recipe
-from tests.testing import write_json, write_picture, write_tar, write_vqa
+from tests.testing import TURNS, write_json, write_json_lines, write_picture, write_tar, write_vqa
 
 
 def read(root: Path, form: str, split: str = "train", **options: Any) -> list[Example]:
@@ -30,24 +30,11 @@ def read(root: Path, form: str, split: str = "train", **options: Any) -> list[Ex
     return list(data)
 
 
-def write_lines(path: Path, *records: Any) -> None:
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-
-
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     for i in range(3):
         write_picture(tmp_path / f"{i}.png", seed=i)
     return tmp_path
-
-
-TURNS = [
-    {"from": "system", "value": "Be kind."},
-    {"from": "human", "value": "<image>\nWhat is it?"},
-    {"from": "gpt", "value": "A cup."},
-    {"from": "human", "value": "Which colour?"},
-    {"from": "gpt", "value": "Red."},
-]
 
 
 def assert_dialogue(found: list[Example]) -> None:
@@ -73,7 +60,7 @@ def test_sharegpt(root: Path):
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     messages = [{"role": roles[t["from"]], "content": t["value"]} for t in TURNS]
     (root / "data.json").unlink()
-    write_lines(root / "data.jsonl", {"images": ["0.png"], "messages": messages})
+    write_json_lines(root / "data.jsonl", {"images": ["0.png"], "messages": messages})
     assert_dialogue(read(root, "sharegpt"))
 
 
@@ -85,11 +72,11 @@ def test_openai_messages(root: Path):
         {"role": "user", "content": "Which colour?"},
         {"role": "assistant", "content": "Red."},
     ]
-    write_lines(root / "data.jsonl", {"messages": [asked, *rest]})
+    write_json_lines(root / "data.jsonl", {"messages": [asked, *rest]})
     assert_dialogue(read(root, "openai_messages"))
     data = base64.b64encode((root / "1.png").read_bytes()).decode()
     url["image_url"] = {"url": f"data:image/png;base64,{data}"}
-    write_lines(root / "data.jsonl", {"messages": [asked, *rest]})
+    write_json_lines(root / "data.jsonl", {"messages": [asked, *rest]})
     (name,) = read(root, "openai_messages")[0].images
     assert (root / name).read_bytes() == (root / "1.png").read_bytes()
 
@@ -102,7 +89,7 @@ ROWS = [{"file": "0.png", "ask": "What?", "reply": "cup"}, {"file": "1.png", "as
 def test_table(suffix: str, root: Path):
     path = root / f"train{suffix}"
     if suffix == ".jsonl":
-        write_lines(path, *ROWS)
+        write_json_lines(path, *ROWS)
     elif suffix == ".json":
         write_json(path, ROWS)
     elif suffix == ".parquet":
@@ -122,13 +109,13 @@ def test_table(suffix: str, root: Path):
 
 def test_table_with_choices(root: Path):
     row = {"image": "0.png", "question": "Which?", "choices": ["red", "blue"], "answer": 1}
-    write_lines(root / "a.jsonl", row, row | {"answer": "red", "context": "Look.", "id": 5})
+    write_json_lines(root / "a.jsonl", row, row | {"answer": "red", "context": "Look.", "id": 5})
     first, second = read(root, "table", path="a.jsonl")
     assert (first.task, first.answers) == ("multiple_choice", ("blue",))
     assert (second.answers, second.context, second.id) == (("red",), "Look.", "5")
     (root / "a.csv").write_text("image,question,choices,answer\n0.png,Which?,red | blue,0\n")
     assert read(root, "table", path="a.csv")[0].answers == ("red",)
-    write_lines(root / "a.jsonl", row | {"answer": 7})
+    write_json_lines(root / "a.jsonl", row | {"answer": 7})
     with pytest.raises(ValueError, match=r"a\.jsonl:line 1: field 'answer' is 7"):
         read(root, "table", path="a.jsonl")
 
@@ -139,7 +126,7 @@ def test_headings_whatever_their_case(root: Path):
         (found,) = read(root, "table", path="a.csv")
         assert (found.question, found.answers) == ("what is it?", ("yes",))
         assert found.task == ("instruct" if "INSTR" in header else "vqa")
-    write_lines(root / "a.jsonl", {"image": "0.png", "ANSWER": "a", "Answer": "b"})
+    write_json_lines(root / "a.jsonl", {"image": "0.png", "ANSWER": "a", "Answer": "b"})
     with pytest.raises(ValueError, match=r"line 1: columns \['ANSWER', 'Answer'\] have one name"):
         read(root, "table", path="a.jsonl")
     (root / "a.csv").write_text("image,answer, Answer\n0.png,a,b\n")
@@ -164,23 +151,23 @@ def test_a_question_under_another_heading_is_no_caption(root: Path):
 
 def test_an_answer_that_counts_nothing(root: Path):
     row = {"image": "0.png", "question": "how many dogs?", "caption": "a red square"}
-    write_lines(root / "a.jsonl", row | {"answer": 0}, row | {"answer": [0]}, row)
+    write_json_lines(root / "a.jsonl", row | {"answer": 0}, row | {"answer": [0]}, row)
     assert [e.answers[0] for e in read(root, "table", path="a.jsonl")] == ["0", "0", "a red square"]
     own = custom_source(CustomSet("mine", "table", "a.jsonl"))
     for nothing in ("", None, []):
-        write_lines(root / "a.jsonl", row | {"answer": nothing})
+        write_json_lines(root / "a.jsonl", row | {"answer": nothing})
         (found,) = own.read(root, "train")
         assert found.answers == ()
-    write_lines(root / "a.jsonl", row | {"answer": "", "question": ""})
+    write_json_lines(root / "a.jsonl", row | {"answer": "", "question": ""})
     assert read(root, "table", path="a.jsonl")[0].answers == ("a red square",)
 
 
 def test_choices_in_digits(root: Path):
     row = {"image": "0.png", "question": "how many?", "choices": ["1", "2", "3"]}
-    write_lines(root / "a.jsonl", *(row | {"answer": a} for a in (0, 1, "3", "1", [2])))
+    write_json_lines(root / "a.jsonl", *(row | {"answer": a} for a in (0, 1, "3", "1", [2])))
     answers = [e.answers[0] for e in read(root, "table", path="a.jsonl")]
     assert answers == ["1", "2", "3", "1", "3"]
-    write_lines(root / "a.jsonl", *(row | {"answer": a, "choices": [1, 2, 3]} for a in (1, 0)))
+    write_json_lines(root / "a.jsonl", *(row | {"answer": a, "choices": [1, 2, 3]} for a in (1, 0)))
     with pytest.raises(
         ValueError, match=r"line 2: field 'answer' is 0, an index, but digits are the"
     ):
@@ -197,7 +184,7 @@ def test_choices_in_digits(root: Path):
 
 def test_an_instruction_with_choices_keeps_them(root: Path):
     row = {"image": "0.png", "instruction": "Choose.", "choices": ["red", "blue"], "answer": "red"}
-    write_lines(root / "a.jsonl", row)
+    write_json_lines(root / "a.jsonl", row)
     (found,) = read(root, "table", path="a.jsonl")
     assert found.task == "multiple_choice"
     assert "(a) red (b) blue" in render_prompt(found).prompt
@@ -211,7 +198,7 @@ def test_json_that_goes_on_after_its_end(root: Path):
 
 
 def test_other_settings_prepare_again(root: Path):
-    write_lines(root / "a.jsonl", {"image": "0.png", "text": "one", "other": "two"})
+    write_json_lines(root / "a.jsonl", {"image": "0.png", "text": "one", "other": "two"})
     for column, answer in (("text", "one"), ("other", "two")):
         (found,) = read(
             root, "table", path="a.jsonl", columns=(("answer", column),), task="caption"
@@ -538,7 +525,7 @@ def test_an_unknown_export_format_is_refused_before_data_is_read(tmp_path: Path)
 
 
 def test_recipe_reads_own_data_from_anywhere(root: Path):
-    write_lines(root / "a.jsonl", {"file": "0.png", "text": "A cup."})
+    write_json_lines(root / "a.jsonl", {"file": "0.png", "text": "A cup."})
     memory = fsspec.filesystem("memory")
     memory.put(str(root / "a.jsonl"), "/mine/a.jsonl")
     memory.put(str(root / "0.png"), "/mine/0.png")

@@ -10,7 +10,7 @@ from instructblip.data.sources import SOURCES
 from instructblip.data.templates import TEMPLATES
 from instructblip.data.templates_zh import TEMPLATES_ZH
 from instructblip.recipe.schema import Format
-from tests.data.test_sources import CASES
+from tests.data.miniatures import CASES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
 HEAD = (

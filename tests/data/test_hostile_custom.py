@@ -16,10 +16,16 @@ from instructblip.data.prepared.check import check_dataset
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.reading.records import MAX_TEXT
 from instructblip.data.sources import SOURCES
-from tests.data.test_custom import TURNS
-from tests.data.test_hostile_input import VALUES, places, replaced
-from tests.data.test_unreadable import own
-from tests.testing import write_picture, write_tar
+from tests.testing import (
+    HOSTILE_VALUES,
+    TURNS,
+    places,
+    read_custom,
+    replaced,
+    write_json_lines,
+    write_picture,
+    write_tar,
+)
 
 PART = {"type": "image_url", "image_url": {"url": "0.png"}}
 ASKED = {"role": "user", "content": [PART, {"type": "text", "text": "What?"}]}
@@ -33,17 +39,17 @@ WHOLE: dict[str, Any] = {
 }
 
 
-def write_lines(path: Path, record: Any) -> None:
-    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
-
-
 def write_sample(path: Path, record: Any) -> None:
     write_tar(path, {"1.json": json.dumps(record).encode()})
 
 
 FORMS: dict[str, tuple[str, Callable[[Path, Any], None], dict[str, Any]]] = {
-    **{name: ("rows.jsonl", write_lines, WHOLE[name]) for name in WHOLE if name != "imagefolder"},
-    "imagefolder": ("metadata.jsonl", write_lines, WHOLE["imagefolder"]),
+    **{
+        name: ("rows.jsonl", write_json_lines, WHOLE[name])
+        for name in WHOLE
+        if name != "imagefolder"
+    },
+    "imagefolder": ("metadata.jsonl", write_json_lines, WHOLE["imagefolder"]),
     "webdataset": ("rows.tar", write_sample, {"question": "Which?", "answer": "red", "id": 3}),
 }
 
@@ -53,10 +59,10 @@ def test_wrong_values_in_every_field(form: str, tmp_path: Path) -> None:
     name, write, whole = FORMS[form]
     write_picture(tmp_path / "0.png")
     for place in places(whole):
-        for hostile in (*VALUES, ...):
+        for hostile in (*HOSTILE_VALUES, ...):
             write(tmp_path / name, replaced(whole, place, hostile))
             what = f"{place} {str(hostile)[:40]!r}"
-            good(tmp_path, name, what, lambda: own(tmp_path, form))
+            good(tmp_path, name, what, lambda: read_custom(tmp_path, form))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -68,13 +74,13 @@ def test_files_that_are_cut_or_no_text(form: str, tmp_path: Path) -> None:
     cuts = [content[:cut] for cut in range(0, len(content) - 1, max(1, len(content) // 30))]
     for i, data in enumerate([*cuts, *NO_TEXT, b"\xff" + content, b"\xef\xbb\xbf" + content]):
         (tmp_path / name).write_bytes(data)
-        good(tmp_path, name, f"content {i}", lambda: own(tmp_path, form))
+        good(tmp_path, name, f"content {i}", lambda: read_custom(tmp_path, form))
 
 
 NO_TEXT = (b"", b"\xff\xfe\0", b"[" * 9000, b"null\n", b"7\n", b"<html>404</html>", b"\0" * 99)
 
 
-@pytest.mark.parametrize("hostile", VALUES)
+@pytest.mark.parametrize("hostile", HOSTILE_VALUES)
 def test_parquet(hostile: Any, tmp_path: Path) -> None:
     write_picture(tmp_path / "0.png")
     for column in ROW:
@@ -87,10 +93,15 @@ def test_parquet(hostile: Any, tmp_path: Path) -> None:
         ):
             continue
         pq.write_table(rows, tmp_path / "rows.parquet")
-        good(tmp_path, "rows.parquet", f"{column} {hostile!r:.40}", lambda: own(tmp_path, "table"))
+        good(
+            tmp_path,
+            "rows.parquet",
+            f"{column} {hostile!r:.40}",
+            lambda: read_custom(tmp_path, "table"),
+        )
 
 
-CELLS = [v for v in VALUES if isinstance(v, str) and "\ud800" not in v] + [
+CELLS = [v for v in HOSTILE_VALUES if isinstance(v, str) and "\ud800" not in v] + [
     'a "b',
     '"',
     "a,b",
@@ -115,7 +126,7 @@ def test_tables_of_plain_text(cell: str, tmp_path: Path) -> None:
             lambda: list(read(tmp_path, "test")),
         )
     (tmp_path / "rows.csv").write_text(f"image,answer\n{cell},{cell}\n")
-    good(tmp_path, "rows.csv", "a row", lambda: own(tmp_path, "table"))
+    good(tmp_path, "rows.csv", "a row", lambda: read_custom(tmp_path, "table"))
 
 
 def good(root: Path, file: str, what: str, read: Callable[[], list[Example]]) -> None:
@@ -141,9 +152,9 @@ def good(root: Path, file: str, what: str, read: Callable[[], list[Example]]) ->
 def test_a_text_of_ten_megabytes(tmp_path: Path) -> None:
     write_picture(tmp_path / "0.png")
     for field in ("file_name", "answer"):
-        write_lines(tmp_path / "rows.jsonl", ROW | {field: "x" * 10_000_000})
+        write_json_lines(tmp_path / "rows.jsonl", ROW | {field: "x" * 10_000_000})
         with pytest.raises(ValueError, match=r"rows\.jsonl:line 1: .* has 10000000 characters"):
-            own(tmp_path, "table")
+            read_custom(tmp_path, "table")
 
 
 def test_an_id_twice_is_listed(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ names the file. Nothing else may come out: no other exception, no path outside, 
 """
 
 import json
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,29 +13,9 @@ import pytest
 
 from instructblip.data.reading.records import MAX_TEXT
 from instructblip.data.sources import SOURCES
-from tests.data.test_sources import CASES, write_files
+from tests.data.miniatures import CASES, write_files
+from tests.testing import HOSTILE_VALUES, places, replaced
 
-VALUES: tuple[Any, ...] = (
-    None,
-    True,
-    7,
-    -1,
-    10**30,
-    float("nan"),
-    float("inf"),
-    "",
-    "/etc/passwd",
-    "../../../etc/passwd",
-    "a\u2028b\u2029c\x85d",
-    "half \ud800 character",
-    "nul\0byte",
-    "n" * 300 + ".jpg",
-    "x" * (MAX_TEXT + 1),
-    [],
-    [[]],
-    {},
-    {"": None},
-)
 FIRST: dict[Any, tuple[Any, ...]] = {}
 for case in CASES:
     if not case[0].endswith("_question"):  # they read the files of other sets, with their readers
@@ -55,7 +34,7 @@ def test_wrong_values_in_every_field(case: tuple[Any, ...], tmp_path: Path):
         if not name.endswith(("json", "jsonl")):
             continue
         for place in places(value):
-            for hostile in (*VALUES, ...):
+            for hostile in (*HOSTILE_VALUES, ...):
                 write_raw(tmp_path / name, replaced(value, place, hostile))
                 read(tmp_path, case, f"{name} {place} {str(hostile)[:40]!r}")
         write_files(tmp_path, {name: value})
@@ -112,30 +91,6 @@ def read(root: Path, case: tuple[Any, ...], what: str) -> None:
         json.dumps([example.question, example.answers, example.extra]).encode()
         example.question.encode()
         assert len(example.question) <= MAX_TEXT
-
-
-def places(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The first record of each list, and every field below it."""
-    if here:
-        yield here
-    if isinstance(value, dict):
-        for key in list(value)[:12]:
-            yield from places(value[key], (*here, key))
-    elif isinstance(value, list) and value:
-        yield from places(value[0], (*here, 0))
-
-
-def replaced(value: Any, place: tuple[Any, ...], new: Any) -> Any:
-    """A copy with another value at ``place``; without it, for ``...``."""
-    value = deepcopy(value)
-    inner = value
-    for key in place[:-1]:
-        inner = inner[key]
-    if new is ...:
-        del inner[place[-1]]
-    else:
-        inner[place[-1]] = new
-    return value
 
 
 def write_raw(path: Path, value: Any) -> None:

@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 
-from instructblip.data.custom.files import CustomSet
 from instructblip.data.custom.folder import read_folder
-from instructblip.data.custom.formats import custom_source
 from instructblip.data.prepared.check import check_dataset
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.sources import SOURCES
-from tests.data.test_check import lines, vizwiz
-from tests.testing import write_json, write_picture, write_vqa
+from tests.testing import (
+    bad_samples,
+    prepare_vizwiz,
+    read_custom,
+    write_json,
+    write_picture,
+    write_vqa,
+)
 
 NOBODY = 65534
 
@@ -56,17 +60,13 @@ def shut(path: Path) -> Iterator[None]:
         path.chmod(mode)
 
 
-def own(root: Path, form: str, path: str | None = None) -> list[Any]:
-    return list(custom_source(CustomSet("mine", form, path)).read(root, "train"))
-
-
-def own_folder(root: Path) -> None:
+def custom_folder(root: Path) -> None:
     for name in ("a/0.png", "b/1.png"):
         write_picture(root / name)
         (root / name).with_suffix(".txt").write_text("A cup.")
 
 
-def own_tables(root: Path) -> None:
+def custom_tables(root: Path) -> None:
     for part in ("a", "b"):
         write_json(root / part / "rows.json", [{"image": "x.png", "answer": "cup"}])
 
@@ -83,12 +83,12 @@ def frames(root: Path) -> None:
 
 
 CASES: dict[str, tuple[Callable[[Path], None], str, Callable[[Path], Any]]] = {
-    "imagefolder": (own_folder, "b", lambda root: own(root, "imagefolder")),
-    "tune": (own_folder, "b", read_folder),
-    "table": (own_tables, "b", lambda root: own(root, "table", "*/*.json")),
-    "deep table": (own_tables, "b", lambda root: own(root, "table", "**/*.json")),
-    "table, root": (own_tables, ".", lambda root: own(root, "table", "*/*.json")),
-    "file": (own_tables, "b/rows.json", lambda root: own(root, "table", "*/*.json")),
+    "imagefolder": (custom_folder, "b", lambda root: read_custom(root, "imagefolder")),
+    "tune": (custom_folder, "b", read_folder),
+    "table": (custom_tables, "b", lambda root: read_custom(root, "table", "*/*.json")),
+    "deep table": (custom_tables, "b", lambda root: read_custom(root, "table", "**/*.json")),
+    "table, root": (custom_tables, ".", lambda root: read_custom(root, "table", "*/*.json")),
+    "file": (custom_tables, "b/rows.json", lambda root: read_custom(root, "table", "*/*.json")),
     "iconqa": (
         icons,
         "images/test/choose_txt/b",
@@ -134,7 +134,7 @@ def test_images_in_an_unreadable_folder_are_listed(folder: Path) -> None:
 
 
 def test_an_image_without_permission_is_a_bad_sample(folder: Path) -> None:
-    dataset = vizwiz(folder, [{}, {}])
+    dataset = prepare_vizwiz(folder, [{}, {}])
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o777)
     check_dataset(dataset)
@@ -142,4 +142,4 @@ def test_an_image_without_permission_is_a_bad_sample(folder: Path) -> None:
     with shut(folder / "images" / "train1.png"):
         diagnosis = check_dataset(dataset)
     assert diagnosis.left_out == (1,)
-    assert "train1.png: cannot be read: Permission denied" in lines(dataset)[0]["reason"]
+    assert "train1.png: cannot be read: Permission denied" in bad_samples(dataset)[0]["reason"]

@@ -1,4 +1,4 @@
-"""The embedded world: small pictures, written in the official formats of the real data sets."""
+"""The embedded world: small images, written in the official formats of the real data sets."""
 
 from instructblip.scenes.official import SCENE_SETS, write_scenes
 

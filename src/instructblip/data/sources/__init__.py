@@ -21,9 +21,9 @@ from instructblip.data.sources.vqa import (
 
 __all__ = ["SOURCES", "Source", "source_of"]
 
-COCO = "annotations CC BY 4.0; pictures under the terms of Flickr"
-OF_COCO = "Apache-2.0; pictures of COCO"
-OPEN_IMAGES = "annotations CC BY 4.0; pictures CC BY 2.0"
+COCO = "annotations CC BY 4.0; images under the terms of Flickr"
+OF_COCO = "Apache-2.0; images of COCO"
+OPEN_IMAGES = "annotations CC BY 4.0; images CC BY 2.0"
 LLAVA = "CC BY-NC 4.0, and the terms of use of the model that wrote it"
 OWNER = "see the owner's terms"
 OCR_FILE = "; for OCR tokens TextVQA_Rosetta_OCR_v0.2_{split}.json"
@@ -107,7 +107,7 @@ TABLE: dict[str, tuple[Reader, str, str, str]] = {
     "visual_dialog": (
         visual_dialog,
         "dialogue",
-        "CC BY 4.0; pictures of COCO",
+        "CC BY 4.0; images of COCO",
         "visdial_1.0_{split}.json; visdial_1.0_{split}_dense_annotations.json",
     ),
     "hatefulmemes": (hatefulmemes, "classify", OWNER, "{split}.jsonl"),
