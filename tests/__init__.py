@@ -8,7 +8,7 @@ CHECKED: list[str] = [
     "instructblip.evaluation",
     "instructblip.release",
     "instructblip.inference",
-    "instructblip.model.language",
+    "instructblip.model",
     "instructblip.text_to_image",
     "instructblip.training",
 ]

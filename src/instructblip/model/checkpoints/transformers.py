@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,9 @@ ASSETS = (
 """What a model directory holds besides config and weights; copied along when the model is saved."""
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 class Pretrained(nn.Module):
     """Reading and writing model directories; ``InstructBlip`` inherits it.
 
@@ -72,12 +75,12 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Model],
         path: str | Path,
         instruction_aware: bool | None = None,
         text_branch: str | Path | None = None,
         image_size: int | None = None,
-    ) -> Self:
+    ) -> Model:
         """Load a model in fp32, in eval mode, with the default trainable set.
 
         Args:
@@ -109,7 +112,7 @@ class Pretrained(nn.Module):
             weights |= find_text_branch(directory, text_branch)
         config = _fit_config(config, weights, aware, image_size)
         with contextlib.nullcontext() if text_branch == "random" else NoRandomWeights():
-            model = cls(
+            model: Any = cls(
                 config,
                 assets=directory,
                 generation_settings=read_json(settings) if settings.is_file() else {},
@@ -166,10 +169,6 @@ class Pretrained(nn.Module):
         assert self.assets is not None, "such a model was loaded from a directory"
         stored = read_weights(self.assets)
         return {name: stored[name] for name in names}
-
-    def set_trainable(self, choice: tuple[str, ...]) -> Self:
-        """Choose the parameters that train; defined by the model."""
-        raise NotImplementedError
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str) -> None:
