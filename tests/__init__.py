@@ -7,6 +7,7 @@ CHECKED: list[str] = [
     "instructblip.data",
     "instructblip.evaluation",
     "instructblip.release",
+    "instructblip.scenes",
     "instructblip.inference",
     "instructblip.model",
     "instructblip.text_to_image",

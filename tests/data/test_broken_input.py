@@ -94,7 +94,7 @@ def test_value_that_never_closes_is_bounded(
         list(stream_values(path))
 
 
-def test_missing_picture_stops_or_is_counted(tmp_path: Path) -> None:
+def test_missing_images_stop_or_are_counted(tmp_path: Path) -> None:
     root = write_vqa(tmp_path / "vqav2", 8)
     (root / "images" / "COCO_train2014_000000000002.jpg").unlink()
     with pytest.raises(ValueError, match=r"(?s)2 of 8 samples are bad.*questions\.json:record 4: "):

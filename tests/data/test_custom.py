@@ -1,4 +1,4 @@
-"""Data of one's own in the formats that people have, read without code."""
+"""Custom data in its formats, read without code."""
 
 import base64
 import json
@@ -120,7 +120,7 @@ def test_table_with_choices(root: Path):
         read(root, "table", path="a.jsonl")
 
 
-def test_headings_whatever_their_case(root: Path):
+def test_case_and_space_of_headings_are_ignored(root: Path):
     for header in ("image,Question,answer", "image, question,ANSWER", "Image ,INSTRUCTION,answer"):
         (root / "a.csv").write_text(f"{header}\n0.png,what is it?,yes\n")
         (found,) = read(root, "table", path="a.csv")
@@ -149,7 +149,7 @@ def test_a_question_under_another_heading_is_no_caption(root: Path):
         read(root, "table", path="a.csv", columns=(("context", "cntext"),))
 
 
-def test_an_answer_that_counts_nothing(root: Path):
+def test_zero_is_an_answer_and_an_empty_column_is_none(root: Path):
     row = {"image": "0.png", "question": "how many dogs?", "caption": "a red square"}
     write_json_lines(root / "a.jsonl", row | {"answer": 0}, row | {"answer": [0]}, row)
     assert [e.answers[0] for e in read(root, "table", path="a.jsonl")] == ["0", "0", "a red square"]
@@ -190,7 +190,7 @@ def test_an_instruction_with_choices_keeps_them(root: Path):
     assert "(a) red (b) blue" in render_prompt(found).prompt
 
 
-def test_json_that_goes_on_after_its_end(root: Path):
+def test_json_with_text_after_its_end(root: Path):
     for more in ('[{"image": "1.png", "answer": "b"}]', "junk"):
         (root / "a.json").write_text('[{"image": "0.png", "answer": "a"}]\n' + more)
         with pytest.raises(ValueError, match=r"a\.json:.* follows the end of the value"):
@@ -224,7 +224,7 @@ def test_imagefolder_with_captions_beside(root: Path):
         read(root, "imagefolder")
 
 
-def test_texts_without_a_picture_that_can_be_read_are_told(root: Path):
+def test_texts_without_a_readable_image_cause_a_warning(root: Path):
     for name in ("0", "1", "2", "p", "q"):
         (root / f"{name}.txt").write_text("A cup.")
     for name in ("p.heic", "q.HEIC"):
@@ -238,7 +238,7 @@ def test_texts_without_a_picture_that_can_be_read_are_told(root: Path):
     assert len(read(root, "imagefolder")) == 1  # the table speaks for all, and nothing is told
 
 
-def test_members_that_are_passed_over_are_counted(root: Path):
+def test_skipped_members_of_a_shard_are_counted(root: Path):
     png = (root / "0.png").read_bytes()
     files = {"1.png": png, "1.txt": b"A cup.", "v1.0_x.png": png, "v1.0_x.txt": b"A dog."}
     write_tar(root / "a.tar", files)
@@ -248,7 +248,7 @@ def test_members_that_are_passed_over_are_counted(root: Path):
 
 
 @pytest.mark.parametrize("name", ["Metadata.csv", "metadata.CSV", "METADATA.Csv"])
-def test_names_of_tables_whatever_their_case(root: Path, name: str):
+def test_case_of_table_names_is_ignored(root: Path, name: str):
     (root / name).write_text("file_name,text\n0.png,A cup.\n")
     assert read(root, "imagefolder")[0].answers == ("A cup.",)
     (root / "P.CSV").write_text("image,text\n1.png,A dog.\n")
@@ -272,7 +272,7 @@ def test_tables_as_spreadsheets_save_them(root: Path):
         read(root, "table")
 
 
-def test_nobody_else_is_the_owner_of_ones_own_table(root: Path):
+def test_errors_of_custom_data_mention_no_owner(root: Path):
     write_json(root / "a.json", [{"image": "0.png", "conversations": [{"from": "robot"}]}])
     for form in ("llava_json", "table"):
         with pytest.raises(ValueError, match=r"a\.json:record 0") as error:
@@ -291,7 +291,7 @@ def test_imagefolder_with_metadata(root: Path):
         read(root, "imagefolder")
 
 
-def test_captions_that_change_places_are_noticed(root: Path):
+def test_swapped_captions_are_read_again(root: Path):
     (root / "2.png").unlink()
     for i, caption in enumerate(("A cup.", "A dog.")):
         (root / f"{i}.txt").write_text(caption)
@@ -302,7 +302,7 @@ def test_captions_that_change_places_are_noticed(root: Path):
     assert [e.answers[0] for e in read(root, "imagefolder")] == ["A dog.", "A cup."]
 
 
-def test_links_that_lead_in_circles_are_followed_once(root: Path):
+def test_circular_links_are_followed_once(root: Path):
     write_picture(root / "deep" / "a.png")
     for path in root.rglob("*.png"):
         path.with_suffix(".txt").write_text("A cup.")
@@ -317,7 +317,7 @@ def test_links_that_lead_in_circles_are_followed_once(root: Path):
     assert read(root, "imagefolder")[-1].answers == ("A red dog.",)
 
 
-def test_imagefolder_with_metadata_beside_its_pictures(root: Path):
+def test_imagefolder_with_metadata_beside_its_images(root: Path):
     for i in range(2):
         (root / "images").mkdir(exist_ok=True)
         (root / f"{i}.png").rename(root / "images" / f"{i}.png")
@@ -344,7 +344,7 @@ def test_imagefolder_with_splits_below_images(root: Path):
         )
 
 
-def test_pictures_that_no_table_covers_need_a_caption(root: Path):
+def test_images_that_no_table_covers_need_a_caption(root: Path):
     (root / "x").mkdir()
     (root / "0.png").rename(root / "x" / "0.png")
     (root / "x" / "metadata.csv").write_text("file_name,text,,\n0.png,A cup.,,\n")
@@ -454,7 +454,7 @@ def test_broken_input(form: str, name: str, content: Any, message: str, root: Pa
         read(root, form)
 
 
-def test_a_cut_shard_is_named(root: Path):
+def test_error_names_a_truncated_shard(root: Path):
     write_tar(root / "a.tar", {f"{i}.png": (root / "0.png").read_bytes() for i in range(30)})
     data = (root / "a.tar").read_bytes()
     (root / "a.tar").write_bytes(data[: len(data) // 2])
@@ -476,7 +476,7 @@ def test_paths_stay_below_the_root(root: Path):
     ("form", "reader"),
     [("llava", "llava_json"), ("sharegpt", "sharegpt"), ("messages", "openai_messages")],
 )
-def test_export_comes_back(form: Any, reader: str, tmp_path: Path):
+def test_an_export_is_read_again(form: Any, reader: str, tmp_path: Path):
     data = prepare("vqav2", write_vqa(tmp_path / "vqav2", 6), "train", tmp_path / "prepared")
     path = export(data, "vqav2", form, tmp_path / "out", "vqav2/images", seed=3)
     first = path.read_bytes()
@@ -491,7 +491,7 @@ def test_export_comes_back(form: Any, reader: str, tmp_path: Path):
         assert (tmp_path / after.images[0]).samefile(data.image_root / before.images[0])
 
 
-def test_export_of_a_linked_set_comes_back(tmp_path: Path):
+def test_an_export_of_a_linked_set_is_read_again(tmp_path: Path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "vqav2").symlink_to(write_vqa(tmp_path / "big" / "vqav2", 4))
     recipe = load_recipe("scenes", [f"data.root={tmp_path / 'data'}", "data.sets={vqav2: {}}"])
@@ -524,7 +524,7 @@ def test_an_unknown_export_format_is_refused_before_data_is_read(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["vqav2"]
 
 
-def test_recipe_reads_own_data_from_anywhere(root: Path):
+def test_recipe_reads_custom_data_from_a_url(root: Path):
     write_json_lines(root / "a.jsonl", {"file": "0.png", "text": "A cup."})
     memory = fsspec.filesystem("memory")
     memory.put(str(root / "a.jsonl"), "/mine/a.jsonl")

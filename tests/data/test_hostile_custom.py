@@ -1,4 +1,4 @@
-"""One's own data against broken and hostile files, and ivqa's table: as in test_hostile_input."""
+"""Custom data and iVQA's table with broken and hostile files: as in test_hostile_input."""
 
 import json
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def test_wrong_values_in_every_field(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_files_that_are_cut_or_no_text(form: str, tmp_path: Path) -> None:
+def test_truncated_and_binary_files(form: str, tmp_path: Path) -> None:
     name, write, whole = FORMS[form]
     write_picture(tmp_path / "0.png")
     write(tmp_path / name, whole)

@@ -41,7 +41,7 @@ def test_wrong_values_in_every_field(case: tuple[Any, ...], tmp_path: Path):
 
 
 @pytest.mark.parametrize("case", MINIATURES, ids=IDS)
-def test_files_that_are_cut_or_no_text(case: tuple[Any, ...], tmp_path: Path):
+def test_truncated_and_binary_files(case: tuple[Any, ...], tmp_path: Path):
     files = case[2]
     write_files(tmp_path, files)
     for name in [name for name in files if name.endswith(("json", "jsonl"))]:

@@ -55,7 +55,7 @@ def test_broken_lines_of_flickr(line: str, tmp_path: Path) -> None:
         list(SOURCES["flickr30k"].read(tmp_path, "test"))
 
 
-def test_visdial_pictures_of_train_are_found_in_both_halves(tmp_path: Path) -> None:
+def test_visdial_train_images_are_in_either_half_of_coco(tmp_path: Path) -> None:
     picture = "images/val2014/COCO_val2014_000000000185.jpg"
     files = {"annotations/visdial_1.0_train.json": VISDIAL, "images/train2014/": None, picture: ""}
     write_files(tmp_path, files)

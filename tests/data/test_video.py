@@ -1,4 +1,4 @@
-"""Frames out of video files: evenly spaced, in RGB, once."""
+"""Frames of video files: evenly spaced, in RGB, extracted once."""
 
 from pathlib import Path
 

@@ -112,7 +112,7 @@ def test_captions_of_a_known_scene():
     ]
 
 
-def test_picture_shows_what_stands_there():
+def test_image_shows_the_shapes_of_the_scene():
     pixels = np.asarray(render(SCENE)).astype(int)
     for thing in SCENE.shapes:
         centre = pixels[int((thing.row + 0.5) * 64 / 3), int((thing.column + 0.5) * 64 / 3)]
@@ -167,7 +167,7 @@ def test_held_in_questions_are_of_held_in_kinds(world):
     assert {a["question_type"] for a in annotations} <= set(HELD_IN_KINDS)
 
 
-def test_same_seed_same_bytes_and_another_seed_other_pictures(tmp_path, world):
+def test_the_seed_determines_the_bytes(tmp_path, world):
     sets = ("vqav2", "iconqa", "ocrvqa")
     again = write_scenes(tmp_path / "again", seed=3, scale=0.02, sets=sets)
     for name in sets:
@@ -180,7 +180,7 @@ def test_same_seed_same_bytes_and_another_seed_other_pictures(tmp_path, world):
     assert (other / "images" / name).read_bytes() != (world["vqav2"] / "images" / name).read_bytes()
 
 
-def test_finished_folder_is_left_alone_and_one_of_other_settings_is_written_again(tmp_path):
+def test_a_set_is_written_again_only_with_other_settings(tmp_path):
     folder = write_scenes(tmp_path, scale=0.02, sets=("vsr",))["vsr"]
     note = folder / "note.txt"
     note.write_text("mine")
@@ -215,7 +215,7 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 
 @pytest.mark.parametrize("scale", [-1, 0, math.nan, math.inf])
-def test_a_scale_is_a_size(scale, tmp_path):
+def test_scale_is_positive_and_finite(scale, tmp_path):
     with pytest.raises(ValueError, match=r"scale .*expected a number above 0"):
         write_scenes(tmp_path / "root", scale=scale)
     assert not (tmp_path / "root").exists()
@@ -226,7 +226,7 @@ def test_unknown_set_is_named(tmp_path):
         write_scenes(tmp_path, sets=("vqa",))
 
 
-def test_lost_pictures_are_unanswerable_and_blurred(world):
+def test_unanswerable_images_are_blurred(world):
     examples = list(SOURCES["vizwiz"].read(world["vizwiz"], "val"))
     assert {len(e.answers) for e in examples} == {10}
     for example in examples:

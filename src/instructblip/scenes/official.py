@@ -53,7 +53,7 @@ class SceneSet:
 
 
 def write_scenes(
-    root: str | Path, seed: int = 0, scale: float = 1.0, sets: tuple[str, ...] | None = None
+    root: str | Path, seed: int = 0, scale: float | int = 1.0, sets: tuple[str, ...] | None = None
 ) -> dict[str, Path]:
     """Write the sets of the embedded world below ``root``; returns the folder of each.
 

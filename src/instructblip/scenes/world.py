@@ -9,6 +9,7 @@ digits). Training and evaluation images show different handwriting, and six colo
 import functools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -165,7 +166,7 @@ def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(scene.blur)) if scene.blur else image
 
 
-def _polygon(points: list[tuple[float, float]]):
+def _polygon(points: Sequence[tuple[float | int, float | int]]):
     def draw_polygon(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, fill) -> None:
         draw.polygon([(x + r * px, y + r * py) for px, py in points], fill=fill)
 
