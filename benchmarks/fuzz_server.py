@@ -190,7 +190,7 @@ def resident_mb() -> float:
 
 
 def main() -> None:
-    from instructblip.cli.stages_use import load_engine
+    from instructblip import load
     from instructblip.serving.api import create_app
 
     parser = argparse.ArgumentParser()
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf)
     args = parser.parse_args()
     watch, until = Watch(), time.monotonic() + args.seconds
-    app = create_app({"model": load_engine(args.model, device="cpu")})
+    app = create_app({"model": load(args.model, device="cpu")})
     rounds = args.requests // ROUND
     with TestClient(app, raise_server_exceptions=False) as client:
         fuzz_round(client, Watch(), rounds)  # buffers and caches fill once

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from instructblip.cli import stages
+from instructblip.experiment.train import train
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
 from instructblip.training import train as training
@@ -72,7 +72,7 @@ def start(recipe: Recipe, out: Path, phase: Any) -> int:
         training.update = told(b"s", training.update)
         RunFiles.save = told(b"w", RunFiles.save)
         RunFiles.export_to = told(b"w", RunFiles.export_to)
-        stages.train(recipe, out, resume=True)
+        train(recipe, out, resume=True)
         code = 0
     except BaseException:
         traceback.print_exc()

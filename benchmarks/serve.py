@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 
-from instructblip.cli.stages_use import load_engine
+import instructblip
 from instructblip.scenes.world import render, sample_scene
 
 INSTRUCTIONS = ("A short image description.", "Question: how many shapes are there? Short answer:")
@@ -34,7 +34,7 @@ INSTRUCTIONS = ("A short image description.", "Question: how many shapes are the
 
 def questions(model: str, max_tokens: int) -> list[tuple[dict[str, Any], str]]:
     """Requests and the answers that the engine gives to each on its own."""
-    engine, rng, found = load_engine(model, device="cpu"), random.Random(0), []
+    engine, rng, found = instructblip.load(model, device="cpu"), random.Random(0), []
     for number in range(24):
         picture = render(sample_scene(rng))
         file = io.BytesIO()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from instructblip.cli import stages
+from instructblip.cli.training import tune
 
 SKIES = {"day": "lightblue", "night": "midnightblue"}
 
@@ -36,4 +36,4 @@ def draw(folder: Path, count: int = 240) -> None:
 if __name__ == "__main__":
     root = Path(sys.argv[1] if len(sys.argv) > 1 else "out/game")
     draw(root / "pictures")
-    stages.tune(root / "pictures", "starter", root / "tuned", sys.argv[2:])
+    tune(root / "pictures", sys.argv[2:], out=root / "tuned")

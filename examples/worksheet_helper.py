@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from instructblip.cli import stages
+from instructblip.cli.training import tune
 
 
 def draw(folder: Path, count: int = 240) -> None:
@@ -37,4 +37,4 @@ def draw(folder: Path, count: int = 240) -> None:
 if __name__ == "__main__":
     root = Path(sys.argv[1] if len(sys.argv) > 1 else "out/worksheets")
     draw(root / "pictures")
-    stages.tune(root / "pictures", "starter", root / "tuned", sys.argv[2:])
+    tune(root / "pictures", sys.argv[2:], out=root / "tuned")

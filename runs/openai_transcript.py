@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from instructblip.cli.stages_use import load_engine
+from instructblip import load
 from instructblip.scenes.world import render, sample_scene
 from instructblip.serving.api import create_app
 from runs.screenshots import served
@@ -112,8 +112,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/howto/openai.md"))
     args = parser.parse_args()
     engines = {
-        "instructblip": load_engine(args.model),
-        "blip2": load_engine(args.before, instruction_aware=False),
+        "instructblip": load(args.model),
+        "blip2": load(args.before, instruction_aware=False),
     }
     with served(create_app(engines)) as address:
         write_page(address, args.out)

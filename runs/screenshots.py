@@ -20,7 +20,7 @@ from typing import Any
 import uvicorn
 from playwright.sync_api import Page, sync_playwright
 
-from instructblip.cli.stages_use import load_engine
+from instructblip import load
 from instructblip.serving.api import create_app
 from instructblip.serving.page import (
     EN,
@@ -91,8 +91,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     engines = {
-        "instructblip": load_engine(args.model),
-        "blip2": load_engine(args.before, instruction_aware=False),
+        "instructblip": load(args.model),
+        "blip2": load(args.before, instruction_aware=False),
     }
     with served(mount_page(create_app(engines))) as address:
         for language, locale in (("en", "en-GB"), ("zh", "zh-CN")):

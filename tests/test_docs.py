@@ -1,6 +1,7 @@
 """Every command of the docs runs through the real command line, and the site builds."""
 
 import ast
+import functools
 import inspect
 import re
 import shlex
@@ -8,15 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.models import CommandInfo
 
-from instructblip.cli import (
-    main as cli,
-)
-from instructblip.cli import (
-    stages,
-    stages_measure,
-    stages_use,
-)
+import instructblip.cli.main as cli
+from instructblip.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -32,36 +28,39 @@ def commands() -> list[tuple[str, str]]:
     ]
 
 
+def registered() -> list[CommandInfo]:
+    groups = [group.typer_instance for group in cli.app.registered_groups]
+    return [command for app in groups for command in app.registered_commands]  # type: ignore
+
+
 def test_there_are_commands() -> None:
     shown = {line.split()[1] for _, line in commands()}
-    registered = [
-        command for app in (cli.app, cli.measure, cli.use) for command in app.registered_commands
-    ]
-    names = {command.name or command.callback.__name__ for command in registered}
+    names = {command.name or command.callback.__name__ for command in registered()}
     assert not names - shown, "a command that no page shows"
 
 
 @pytest.mark.parametrize(("page", "line"), commands())
-def test_commands_reach_their_stage(
+def test_commands_are_those_of_the_program(
     page: str, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Options, values and overrides are those of the program: what a stage then does has tests of
-    its own, so here each is replaced by one that checks that it is called as it is declared."""
+    """Options, values and overrides are those of the program: what a command then does has tests of
+    its own, so here each is replaced by one that reads its recipe and records the call."""
     called: list[str] = []
 
-    def stand_in(name: str, stage: Any) -> Any:
-        def record(*args: Any, **kwargs: Any) -> Any:
-            inspect.signature(stage).bind(*args, **kwargs)
-            called.append(name)
-            return name == "check"  # whether all is well
+    def stand_in(command: Any) -> Any:
+        @functools.wraps(command)
+        def record(**given: Any) -> None:
+            inspect.signature(command).bind(**given)
+            words = [str(word) for word in given.get("arguments") or given.get("models") or ()]
+            overrides = given.get("overrides") or [word for word in words if "=" in word]
+            if given.get("recipe") or overrides:
+                load_recipe(given.get("recipe") or "scenes", overrides)
+            called.append(command.__name__)
 
         return record
 
-    for module in (stages, stages_measure, stages_use):
-        for name, stage in vars(module).copy().items():
-            own = inspect.isfunction(stage) and stage.__module__ == module.__name__
-            if own and name != "recipe_of":
-                monkeypatch.setattr(module, name, stand_in(name, stage))
+    for command in registered():
+        monkeypatch.setattr(command, "callback", stand_in(command.callback))
     (tmp_path / "keys.txt").write_text("a-key\n")
     (tmp_path / "my.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)

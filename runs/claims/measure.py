@@ -18,12 +18,14 @@ from pathlib import Path
 
 import torch
 
-from instructblip.cli import stages, stages_measure
 from instructblip.evaluation.predictions import write_json
+from instructblip.experiment.evaluate import evaluate
+from instructblip.experiment.train import cache, train
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import differences, load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
+from instructblip.scenes.official import write_scenes
 from runs.claims.conditions import BASE, DOWNSTREAM, FEW, Job, Plan
 
 DONE = "done.json"
@@ -49,9 +51,9 @@ def prepare(plan: Plan, scale: float) -> None:
 
     BLIP-2 is looked at every time: its predictions are refused if the starter has changed.
     """
-    stages.scenes(plan.work / "scenes", scale=scale)
+    write_scenes(plan.work / "scenes", scale=scale)
     extra = [f"data.sets.{name}={{}}" for name in DOWNSTREAM]
-    stages.cache(load_recipe(BASE, [*plan.common, *extra, "data.check=run"]))
+    cache(load_recipe(BASE, [*plan.common, *extra, "data.check=run"]))
     keep_queries(plan.start, FEW, plan.few_queries)
     job = plan.baseline()
     began = time.monotonic()
@@ -73,7 +75,7 @@ def answer(plan: Plan, job: Job, model: str) -> None:
     """Ask ``model`` the benchmarks of a job."""
     results = plan.work / job.name / "results"
     aware = False if job.unread else None  # None: as the model is
-    stages_measure.evaluate(recipe_of(plan, job), model, results, instruction_aware=aware)
+    evaluate(recipe_of(plan, job), model, results, instruction_aware=aware)
 
 
 def do(plan: Plan, job: Job) -> None:
@@ -82,7 +84,7 @@ def do(plan: Plan, job: Job) -> None:
     recipe, folder = recipe_of(plan, job), plan.work / job.name
     model = job.model
     if model is None:
-        stopped = stages.train(recipe, folder, resume=True).stopped
+        stopped = train(recipe, folder, resume=True).stopped
         if stopped == "terminated":
             raise SystemExit(f"{job.name}: told to stop; it goes on from its checkpoint")
         model = f"{folder}/last"

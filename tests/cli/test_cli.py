@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from instructblip.cli import main as cli
-from instructblip.cli import stages
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.model.config import VisionConfig
+from instructblip.scenes import official
 from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
 
 SOURCE = Path(cli.__file__).parents[2]
@@ -52,6 +53,33 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]):
     assert "Traceback" not in err
 
 
+def test_choices_are_those_of_the_package(capsys: pytest.CaptureFixture[str]):
+    from instructblip.cli.data import ExportForm
+    from instructblip.data.export import Form
+
+    assert get_args(ExportForm) == get_args(Form)
+    for command in ("compare a", "export starter x", "prepare scenes"):
+        option = "--export" if command.startswith("prepare") else "--format"
+        code, _, err = call(capsys, *command.split(), option, "lava")
+        assert code == 2
+        assert "'lava' is not one of" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("command", ["answer", "chat"])
+def test_the_decoding_options_are_those_of_the_model(
+    command: str, capsys: pytest.CaptureFixture[str]
+):
+    from instructblip.model.decoding import Decoding
+
+    _, out, _ = call(capsys, command, "--help")
+    text = " ".join(out.split())
+    for name, field in Decoding.model_fields.items():
+        option = f"--{name.replace('_', '-')}"
+        assert (option in text) == (name != "do_sample")
+        assert name == "do_sample" or field.description in text  # type: ignore[operator]
+    assert "A whole number from 1 to 100; 5 in the paper." in text
+
+
 def test_debug_shows_where():
     with pytest.raises(FileNotFoundError):
         cli.main(["--debug", "train", "quikstart"])
@@ -60,10 +88,10 @@ def test_debug_shows_where():
 
 
 def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch):
-    def broken(*_args: object) -> None:
+    def broken(*_args: object, **_options: object) -> None:
         raise AssertionError("ours")
 
-    monkeypatch.setattr(stages, "scenes", broken)
+    monkeypatch.setattr(official, "write_scenes", broken)
     with pytest.raises(AssertionError, match="ours"):
         cli.main(["scenes"])
 
@@ -185,8 +213,9 @@ def test_train_refuses_to_overwrite_a_run(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_resume_names_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from instructblip.experiment.build import compare_with_saved
     from instructblip.recipe.load import load_recipe
 
     (tmp_path / "recipe.yaml").write_text(load_recipe("scenes").to_yaml())
-    stages._tell_changes(load_recipe("scenes", ["training.seed=5"]), tmp_path, resume=True)
+    compare_with_saved(load_recipe("scenes", ["training.seed=5"]), tmp_path, resume=True)
     assert "resuming with a changed recipe: training.seed: 0 -> 5" in capsys.readouterr().out

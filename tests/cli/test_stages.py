@@ -1,4 +1,4 @@
-"""The stages on a tiny random BLIP-2 and a corner of the embedded world, through the real files."""
+"""The commands on a tiny random BLIP-2 and a corner of Scenes, through the real files."""
 
 import json
 import os
@@ -11,16 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from instructblip.cli import (
-    main as cli,
-)
-from instructblip.cli import (
-    stages,
-    stages_measure,
-)
+from instructblip.cli import data, evaluation, training
+from instructblip.cli import main as cli
 from instructblip.evaluation.result import load_results
 from instructblip.experiment import build, datasets
 from instructblip.experiment import features as caching
+from instructblip.experiment.evaluate import evaluate
+from instructblip.experiment.train import cache, train
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
@@ -65,8 +62,12 @@ def out(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> Path:
     return out
 
 
+def settings_of(out: Path, overrides: list[str], *more: str) -> list[str]:
+    return [f"data.root={out / 'scenes'}", *overrides, *more]
+
+
 def recipe_of(out: Path, overrides: list[str], *more: str) -> Recipe:
-    return load_recipe("quickstart", [f"data.root={out / 'scenes'}", *overrides, *more])
+    return load_recipe("quickstart", settings_of(out, overrides, *more))
 
 
 def test_quickstart_writes_its_figures(out: Path):
@@ -103,10 +104,10 @@ def test_a_run_holds_all_it_needs(out: Path, overrides: list[str]):
 def test_resume_is_exact_through_the_real_parts(out: Path, overrides: list[str], tmp_path: Path):
     whole = load_file(out / "run" / "last" / "model.safetensors")
     recipe = recipe_of(out, overrides)
-    stages.train(recipe, tmp_path / "cut")
+    train(recipe, tmp_path / "cut")
     # as if the run had stopped after step 2
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_000004")
-    result = stages.train(recipe, tmp_path / "cut", resume=True)
+    result = train(recipe, tmp_path / "cut", resume=True)
     assert result.step == 4
     resumed = load_file(tmp_path / "cut" / "last" / "model.safetensors")
     assert whole.keys() == resumed.keys()
@@ -118,23 +119,23 @@ def test_a_resumed_run_names_changed_data(
     out: Path, overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     recipe = recipe_of(out, overrides)
-    stages.train(recipe, tmp_path)
-    stages.train(recipe, tmp_path, resume=True)
+    train(recipe, tmp_path)
+    train(recipe, tmp_path, resume=True)
     assert "resuming with other data" not in capsys.readouterr().out
     known = json.loads((tmp_path / "data.json").read_text())
     known["vqav2"] = known["vqav2"].replace(" ", "0 ")
     (tmp_path / "data.json").write_text(json.dumps(known))
-    stages.train(recipe, tmp_path, resume=True)
+    train(recipe, tmp_path, resume=True)
     assert "resuming with other data: vqav2 changed" in capsys.readouterr().out
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(out: Path, overrides: list[str], tmp_path: Path):
-    stages.train(recipe_of(out, overrides), tmp_path)
+    train(recipe_of(out, overrides), tmp_path)
     (tmp_path / "data.json").write_text('{"vqav2": "what it was"}')
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for other in ("training.optimizer=adamw", "evaluation.decoding={num_beems: 5}"):
         with pytest.raises(ValueError, match=r"another training\.optimizer|unknown decoding"):
-            stages.train(recipe_of(out, overrides, other), tmp_path, resume=True)
+            train(recipe_of(out, overrides, other), tmp_path, resume=True)
         assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
@@ -151,12 +152,12 @@ def test_a_resumed_run_reads_features_if_it_began_so(
     settings = ["features.cache=auto", "features.dtype=int8", f"features.root={store}"]
     recipe = recipe_of(out, overrides, *settings, "evaluation.validation=[]")
     monkeypatch.setattr(caching, "features_pay", lambda *_: began_with)
-    whole = _last_weights(stages.train(recipe, tmp_path / "run"), tmp_path)
+    whole = _last_weights(train(recipe, tmp_path / "run"), tmp_path)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004")
     monkeypatch.setattr(caching, "features_pay", lambda *_: not began_with)
-    shutil.rmtree(store) if began_with else stages.cache(recipe)
+    shutil.rmtree(store) if began_with else cache(recipe)
     capsys.readouterr()
-    resumed = _last_weights(stages.train(recipe, tmp_path / "run", resume=True), tmp_path)
+    resumed = _last_weights(train(recipe, tmp_path / "run", resume=True), tmp_path)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     said = capsys.readouterr().out
     assert (f"not read from {store}" in said) == (not began_with)
@@ -188,16 +189,15 @@ def test_torchrun_answers_as_one_process_does(out: Path, tmp_path: Path):
 
 def test_compare_and_evaluate(out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]):
     folders = [out / "results" / "blip2", out / "results" / "instructblip"]
-    stages_measure.compare(folders)
+    evaluation.compare(folders)
     assert "mean of 2 held-in sets" in capsys.readouterr().out
-    stages_measure.compare(folders, "json")
+    evaluation.compare(folders, "json")
     assert json.loads(capsys.readouterr().out)["models"] == ["blip2", "instructblip"]
     for form, sign in (("markdown", "| held-in | choices |"), ("latex", r"\begin{tabular}")):
-        cli_form: stages_measure.Form = form  # type: ignore[assignment]
-        stages_measure.compare(folders, cli_form)
+        evaluation.compare(folders, form)  # type: ignore[arg-type]
         assert sign in capsys.readouterr().out
     recipe = recipe_of(out, overrides, "evaluation.benchmarks=[scenes_vsr]")
-    (result,) = stages_measure.evaluate(recipe, str(out / "run"), out / "again")
+    (result,) = evaluate(recipe, str(out / "run"), out / "again")
     stored = json.loads((out / "results.json").read_text())["models"]["instructblip"]
     assert result.value == stored["datasets"]["scenes_vsr"]
 
@@ -246,7 +246,7 @@ def test_a_benchmark_without_its_data_says_what_to_get(
 ):
     recipe = recipe_of(out, overrides, "evaluation.benchmarks=[scenes_gqa, flickr30k, ivqa]")
     with pytest.raises(FileNotFoundError) as error:
-        stages_measure.evaluate(recipe, str(out / "run"), out / "missing")
+        evaluate(recipe, str(out / "run"), out / "missing")
     text = str(error.value)
     assert "flickr30k_test.json" in text
     assert "https://shannon.cs.illinois.edu/DenotationGraph/" in text
@@ -254,17 +254,17 @@ def test_a_benchmark_without_its_data_says_what_to_get(
     assert "scenes_gqa" not in text
     elsewhere = recipe_of(out, ["data.root=nowhere"], "evaluation.benchmarks=[scenes_gqa]")
     with pytest.raises(FileNotFoundError, match="`instructblip scenes nowhere` draws it"):
-        stages_measure.evaluate(elsewhere, str(out / "run"), out / "missing")
+        evaluate(elsewhere, str(out / "run"), out / "missing")
     (tmp_path / "vqav2" / "images").mkdir(parents=True)  # real data: not a place to draw
     real = recipe_of(out, [f"data.root={tmp_path}"], "evaluation.benchmarks=[scenes_gqa]")
     with pytest.raises(FileNotFoundError, match=r"not beside other data such as .*vqav2: draw"):
-        stages_measure.evaluate(real, str(out / "run"), out / "missing")
+        evaluate(real, str(out / "run"), out / "missing")
 
 
 def test_prepare_prints_the_mixture(
     out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ):
-    stages.prepare(recipe_of(out, overrides, "data.sets.vqav2.weight=0"))
+    data.prepare("quickstart", settings_of(out, overrides, "data.sets.vqav2.weight=0"))
     printed = capsys.readouterr().out
     assert "coco_caption" in printed
     assert "epochs" in printed
@@ -277,19 +277,19 @@ def test_quickstart_again_starts_afresh_but_spares_what_is_not_its_own(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="was not written by a quickstart"):
-        stages.quickstart(tmp_path, overrides, scale=0.02)
+        training.quickstart(overrides, tmp_path, scale=0.02)
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
 
 
 def test_show(out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]):
-    recipe = recipe_of(out, overrides)
-    stages.show(recipe, 1)
+    settings = settings_of(out, overrides)
+    data.show("quickstart", settings, 1)
     said = capsys.readouterr().out
     assert "vqav2  step" in said
     assert "carry loss (in brackets)" in said
-    stages.show(recipe, 2, out / "show.html")
+    data.show("quickstart", settings, 2, out / "show.html")
     articles = (out / "show.html").read_text(encoding="utf-8").count("<article>")
-    assert articles == 2 * len(recipe.data.sets)
+    assert articles == 2 * len(recipe_of(out, overrides).data.sets)
 
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -305,9 +305,9 @@ def test_own_data_alone_train_without_validation(overrides: list[str], tmp_path:
     (tmp_path / "photos" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = [one for one in overrides if not one.startswith("evaluation.")]
     recipe = load_recipe(tmp_path / "own.yaml", [f"data.root={tmp_path}", *settings])
-    assert stages.check(recipe)
-    result = stages.train(recipe, tmp_path / "run")
+    data.check(str(tmp_path / "own.yaml"), [f"data.root={tmp_path}", *settings])
+    result = train(recipe, tmp_path / "run")
     assert (result.step, result.best_step) == (4, None)
     assert model_directory(tmp_path / "run") == tmp_path / "run" / "last"
-    assert stages.train(recipe, tmp_path / "run", resume=True).step == 4
-    stages.cache(recipe)
+    assert train(recipe, tmp_path / "run", resume=True).step == 4
+    cache(recipe)

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from instructblip.cli import stages
+from instructblip.cli import data as commands
+from instructblip.cli import main as cli
 from instructblip.core.batch import Example
 from instructblip.data.custom.files import CustomSet
 from instructblip.data.custom.folder import read_folder
@@ -494,10 +495,10 @@ def test_an_export_is_read_again(form: Any, reader: str, tmp_path: Path):
 def test_an_export_of_a_linked_set_is_read_again(tmp_path: Path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "vqav2").symlink_to(write_vqa(tmp_path / "big" / "vqav2", 4))
-    recipe = load_recipe("scenes", [f"data.root={tmp_path / 'data'}", "data.sets={vqav2: {}}"])
+    settings = [f"data.root={tmp_path / 'data'}", "data.sets={vqav2: {}}"]
     out = tmp_path / "data" / "out"
     for form in get_args(Form):
-        stages.prepare(recipe, form=form, out=out)
+        commands.prepare("scenes", settings, export=form, out=out)
     written = sorted(path.name for path in out.iterdir())
     endings = ("llava.json", "messages.jsonl", "parquet", "sharegpt.json")
     assert written == [f"vqav2.{ending}" for ending in endings]
@@ -516,11 +517,14 @@ def test_export_parquet(tmp_path: Path):
     assert rows[0]["response"] in rows[0]["answers"]
 
 
-def test_an_unknown_export_format_is_refused_before_data_is_read(tmp_path: Path):
+def test_an_unknown_export_format_is_refused_before_data_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     write_vqa(tmp_path / "vqav2", 4)
-    recipe = load_recipe("scenes", [f"data.root={tmp_path}", "data.sets={vqav2: {}}"])
-    with pytest.raises(ValueError, match="export format 'lava'; expected one of llava"):
-        stages.prepare(recipe, form="lava", out=tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["prepare", "scenes", f"data.root={tmp_path}", "--export", "lava"])
+    assert stop.value.code == 2
+    assert "'lava' is not one of 'llava', 'sharegpt'" in " ".join(capsys.readouterr().err.split())
     assert [path.name for path in tmp_path.iterdir()] == ["vqav2"]
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from instructblip.cli import main as cli
-from instructblip.cli import stages
+from instructblip.cli.data import check
 from instructblip.data.custom.folder import read_folder, split_by_image
+from instructblip.experiment.train import train
 from instructblip.experiment.tune import (
     MEASURES,
     held_sets,
@@ -231,6 +232,6 @@ def test_the_recipe_that_tune_writes_trains(
     monkeypatch.chdir(tmp_path / "own")
     recipe = load_recipe(tmp_path / "own" / "tuned" / "recipe.yaml")
     assert recipe.data.num_frames == 6  # a sample's pictures are all seen
-    assert stages.check(recipe)
+    check(str(tmp_path / "own" / "tuned" / "recipe.yaml"))
     for run in ("first", "second"):
-        assert stages.train(recipe, tmp_path / run).step == 2
+        assert train(recipe, tmp_path / run).step == 2

@@ -99,7 +99,7 @@ def test_command_answers_one_picture(
         capsys, "answer", "--image", str(pictures[0]), *options, "--max-new-tokens", "9"
     )
     assert len(longer) > len(out)
-    with pytest.raises(ValueError, match="either --image PICTURE or --batch"):
+    with pytest.raises(ValueError, match="either --image IMAGE or --batch"):
         cli.main(["answer", "--debug"])
 
 

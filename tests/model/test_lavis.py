@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from instructblip.cli import main as cli
-from instructblip.cli import stages_use
+from instructblip.cli.models import ModelForm, combine, export, import_
 from instructblip.data.tokens import Tokens
 from instructblip.model.checkpoints.directory import check_output, model_directory
 from instructblip.model.checkpoints.inspection import inspect_checkpoint
@@ -236,7 +236,7 @@ def test_a_lavis_file_that_would_lose_what_was_trained_is_refused(tmp_path: Path
         recipe = {"training": {"trainable": trainable}}
         (tmp_path / "model" / "recipe.yaml").write_text(json.dumps(recipe))
         out = tmp_path / f"{len(trainable)}.pth"
-        stages_use.export(str(tmp_path / "model"), out, "lavis", [], image_encoder)
+        export(str(tmp_path / "model"), out, "lavis", image_encoder=image_encoder)
 
     tiny_transformers("llama").save_pretrained(tmp_path / "model")
     for part in ("lora", "language_model"):
@@ -250,7 +250,7 @@ def test_a_lavis_file_that_would_lose_what_was_trained_is_refused(tmp_path: Path
     add_lora(model.language_model, LoraConfig())
     model.save_pretrained(tmp_path / "adapted")
     with pytest.raises(ValueError, match="'lora'"):
-        stages_use.export(str(tmp_path / "adapted"), tmp_path / "x.pth", "lavis", [], False)
+        export(str(tmp_path / "adapted"), tmp_path / "x.pth", "lavis")
 
 
 def test_flan_t5_uses_the_exact_gelu(tmp_path: Path) -> None:
@@ -292,8 +292,9 @@ def test_commands(parts: dict[str, Path], tmp_path: Path, capsys: pytest.Capture
     card = (tmp_path / "copy" / "README.md").read_text()
     assert "InstructBlipForConditionalGeneration" in card
     assert "| language_projection" in card or "| projection" in card
-    with pytest.raises(ValueError, match="expected transformers or lavis"):
+    with pytest.raises(SystemExit) as stop:
         cli.main(["export", out, out, "--format", "onnx", "--debug"])
+    assert stop.value.code == 2
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_commands(parts: dict[str, Path], tmp_path: Path, capsys: pytest.Capture
     ],
 )
 def test_nothing_that_stands_at_out_is_lost(
-    tmp_path: Path, existing: str, form: stages_use.ModelForm, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, existing: str, form: ModelForm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(InstructBlip, "from_pretrained", pytest.fail)
     file = tmp_path / "tuned" / existing
@@ -318,7 +319,7 @@ def test_nothing_that_stands_at_out_is_lost(
     out = tmp_path / "tuned" / Path(existing).parts[0]
     match = "--format lavis" if file.name == "new.pth" else f"{out} exists"
     with pytest.raises(ValueError, match=match):
-        stages_use.export("starter", out, form, [], image_encoder=False)
+        export("starter", out, form)
     if file.name != "new.pth":
         assert file.read_text() == "mine"
 
@@ -331,9 +332,9 @@ def test_import_and_combine_take_no_directory_in_use(tmp_path: Path) -> None:
     (used / "config.json").write_text("{}")
     none = tmp_path / "none"
     with pytest.raises(ValueError, match="exists"):
-        stages_use.import_checkpoint(none, none, none, None, used)
+        import_(none, none, none, used)
     with pytest.raises(ValueError, match="exists"):
-        stages_use.combine(none, none, none, used, 32, 12)
+        combine(none, none, none, used)
 
 
 def test_inspect_names_what_is_missing(parts: dict[str, Path], tmp_path: Path) -> None:

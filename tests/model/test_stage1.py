@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from instructblip.cli import stages
+from instructblip.experiment.pretrain import pretrain
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.stage1 import (
@@ -135,7 +135,7 @@ def test_what_a_stage_would_not_do_is_refused(
     short: list[str], setting: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        stages.pretrain(load_recipe("pretrain_scenes", [*short, setting]), 1, tmp_path / "one")
+        pretrain(load_recipe("pretrain_scenes", [*short, setting]), 1, tmp_path / "one")
 
 
 def test_ranks_share_a_stage(short: list[str], tmp_path: Path) -> None:
@@ -151,10 +151,10 @@ def test_ranks_share_a_stage(short: list[str], tmp_path: Path) -> None:
 
 def test_both_stages_from_a_recipe(short: list[str], tmp_path: Path) -> None:
     first = load_recipe("pretrain_scenes", short)
-    stages.pretrain(first, 1, tmp_path / "one")
+    pretrain(first, 1, tmp_path / "one")
     again = [f"model.start={tmp_path / 'one'}", "model.text_branch=null"]
     second = load_recipe("pretrain_scenes", [*short, *again])
-    stages.pretrain(second, 2, tmp_path / "two")
+    pretrain(second, 2, tmp_path / "two")
     one, two = (load_file(tmp_path / n / "last" / "model.safetensors") for n in ("one", "two"))
     moved = {name for name in one if not torch.equal(one[name], two[name])}
     assert "language_projection.weight" in moved

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instructblip.cli.stages_measure import drawn_sets
+from instructblip.cli.evaluation import drawn_sets
 from instructblip.evaluation.report import write_report
 from instructblip.text_to_image.gallery import (
     INDEX,

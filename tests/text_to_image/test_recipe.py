@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from instructblip.cli import stages
 from instructblip.experiment.build import build
 from instructblip.experiment.draw import Drawing, make_set
+from instructblip.experiment.train import train
 from instructblip.recipe.load import load_recipe
 from instructblip.scenes.official import write_scenes
 from instructblip.text_to_image.pretrained import from_pretrained
@@ -28,7 +28,7 @@ SMALL = [
 
 def test_the_recipe_trains_and_its_run_draws(directory: Path, tmp_path: Path):
     recipe = load_recipe("draw", [f"model.start={directory}", *SMALL])
-    result = stages.train(recipe, tmp_path / "run")
+    result = train(recipe, tmp_path / "run")
     assert (result.step, result.stopped) == (4, "finished")
     pictures = Painter.from_pretrained(tmp_path / "run").draw("the red cat", seed=0, steps=2)
     assert pictures[0].size == (64, 64)
@@ -36,7 +36,7 @@ def test_the_recipe_trains_and_its_run_draws(directory: Path, tmp_path: Path):
 
 def test_a_run_goes_on_from_another(directory: Path, tmp_path: Path):
     recipe = load_recipe("draw", [f"model.start={directory}", *SMALL])
-    stages.train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run")
     more = load_recipe(
         "draw", [f"model.start={directory}", f"drawing.start={tmp_path / 'run'}", *SMALL[2:]]
     )
@@ -46,7 +46,7 @@ def test_a_run_goes_on_from_another(directory: Path, tmp_path: Path):
         assert torch.equal(value, second.conditioner.state_dict()[name])
     assert any(name.startswith("decoder.") for name, _ in second.trainable_parameters())
     assert second.training
-    assert stages.train(more, tmp_path / "more").step == 4
+    assert train(more, tmp_path / "more").step == 4
 
 
 def test_understanding_is_interleaved_while_the_qformer_trains(directory: Path, tmp_path: Path):
@@ -62,7 +62,7 @@ def test_understanding_is_interleaved_while_the_qformer_trains(directory: Path, 
     batches = build(recipe, Drawing()).batches.iterate(0)
     kinds = [next(batches).target_values is None for _ in range(4)]
     assert kinds == [False, True, False, True]
-    assert stages.train(recipe, tmp_path / "run").step == 4
+    assert train(recipe, tmp_path / "run").step == 4
 
 
 def test_two_roots_of_one_source_are_prepared_apart(tmp_path: Path):

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -51,13 +51,6 @@ _SCHEMA = pa.schema(
         ("answers", _TEXTS),
     ]
 )
-
-
-def check_form(form: str) -> Form:
-    """Returns ``form``; ValueError lists the formats."""
-    if form not in get_args(Form):
-        raise ValueError(f"export format '{form}'; expected one of {', '.join(get_args(Form))}")
-    return cast(Form, form)
 
 
 def export(

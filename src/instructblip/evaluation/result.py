@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from instructblip.evaluation.benchmarks import Role
+from instructblip.evaluation.benchmarks import Role, groups_of
 from instructblip.evaluation.bootstrap import (
     Floats,
     Interval,
@@ -208,3 +208,24 @@ def summarise(results: Sequence[Result]) -> dict[str, Mean]:
         bounds = interval(mean_over_sets([result.resampled() for result in members]))
         means[role] = Mean(value, bounds, tuple(result.benchmark for result in members))
     return means
+
+
+def select_results(
+    results: Mapping[str, Sequence[Result]], benchmarks: Sequence[str]
+) -> dict[str, list[Result]]:
+    """The results of the benchmarks, or groups of them, called ``benchmarks``. Raises ValueError
+    for a name without results."""
+    names = {
+        result.benchmark: {result.benchmark, *groups_of(result.benchmark, result.role)}
+        for each in results.values()
+        for result in each
+    }
+    absent = set(benchmarks).difference(*names.values())
+    if absent:
+        raise ValueError(
+            f"no results of {', '.join(sorted(absent))}: there are {', '.join(sorted(names))}"
+        )
+    return {
+        model: [result for result in each if names[result.benchmark].intersection(benchmarks)]
+        for model, each in results.items()
+    }

@@ -1,0 +1,123 @@
+"""The commands about data: writing Scenes, preparing, checking, showing and caching sets."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from instructblip.cli.options import Overrides, RecipeName, Scale, read_recipe
+
+app = typer.Typer()
+
+ExportForm = Literal["llava", "sharegpt", "messages", "parquet"]
+
+
+@app.command()
+def scenes(
+    root: Annotated[Path, typer.Argument(help="Folder to write to.", file_okay=False)] = Path(
+        "data/scenes"
+    ),
+    seed: Annotated[int, typer.Option(help="Another seed is another world.")] = 0,
+    scale: Scale = 1.0,
+) -> None:
+    """Write the embedded world in the official file formats."""
+    from instructblip.scenes.official import write_scenes
+
+    folders = write_scenes(root, seed=seed, scale=scale)
+    print(f"{len(folders)} data sets in {root}: {', '.join(folders)}")
+
+
+@app.command()
+def prepare(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Data sets read at a time; one a core by default.")
+    ] = None,
+    export: Annotated[ExportForm | None, typer.Option(help="Write samples in this format.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the export.", file_okay=False)] = Path(
+        "out/export"
+    ),
+) -> None:
+    """Read, verify and index the data sets of a recipe; print its mixture."""
+    from instructblip.data.export import export as write_export
+    from instructblip.data.prepared.prepare import prepare_all
+    from instructblip.experiment import datasets as sets
+
+    resolved = read_recipe(recipe, overrides)
+    names = sets.training_names(resolved)
+    jobs = [sets.job_of(resolved, name) for name in names]
+    prepared = prepare_all(jobs, workers)
+    datasets = dict(zip(names, prepared, strict=True))
+    if export is None:
+        print("".join(f"{dataset.describe()}\n" for dataset in prepared))
+        print(sets.describe_mixture(resolved, sets.make_mixture(resolved, datasets)))
+        return
+    data = resolved.data
+    for job, (name, dataset) in zip(jobs, datasets.items(), strict=True):
+        entry = data.sets[name]
+        prefix = os.path.relpath(job.root / job.source.images, data.root)  # links stay links
+        path = write_export(
+            dataset, name, export, out, prefix, data.seed, entry.templates, entry.language
+        )
+        print(path, flush=True)
+    print(f"paths of images are relative to {data.root}")
+
+
+@app.command()
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every image whole; slower.")
+    ] = False,
+) -> None:
+    """Find what is wrong with the data sets of a recipe, before training does; 1 if too much."""
+    from instructblip.experiment.datasets import check_recipe, passes
+
+    resolved = read_recipe(recipe, overrides)
+    failed = False
+    for diagnosis in check_recipe(resolved, decode):
+        passed = not isinstance(diagnosis, str) and passes(resolved, diagnosis)
+        text = diagnosis if isinstance(diagnosis, str) else diagnosis.describe()
+        print(f"{'ok' if passed else 'FAILED':7} {text}", flush=True)
+        failed = failed or not passed
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    count: Annotated[
+        int, typer.Option("-n", "--count", min=1, help="Samples of each data set.")
+    ] = 2,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page instead of printing.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Show training samples as the model reads them: image, texts, and what the loss covers."""
+    from rich.console import Console
+
+    from instructblip.data.show import to_terminal, training_samples, write_page
+    from instructblip.experiment.build import training_samples as sample_loader
+
+    resolved = read_recipe(recipe, overrides)
+    samples = training_samples(sample_loader(resolved), count)
+    if html:
+        print(write_page(html, samples, {"model": resolved.model.start}))
+        return
+    console = Console()
+    for sample in samples:
+        text = to_terminal(sample, console.is_terminal)
+        console.print(text, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def cache(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Compute the image features of a recipe's data sets once, for all its runs."""
+    from instructblip.experiment.train import cache as run
+
+    run(read_recipe(recipe, overrides))

@@ -1,0 +1,215 @@
+"""The commands that measure a model: evaluating, comparing, reporting."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from instructblip.cli.options import read_recipe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from instructblip.evaluation.report import DrawnSet
+
+app = typer.Typer()
+
+Limit = Annotated[int | None, typer.Option(help="Samples of each set; all if absent.")]
+TableForm = Literal["table", "markdown", "latex", "json"]
+
+
+@app.command()
+def evaluate(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[RECIPE] MODEL [A.B=C]...",
+            help="A run or model directory, or `starter`; before it a recipe, if not the model's.",
+        ),
+    ],
+    benchmarks: Annotated[
+        str | None, typer.Option(help="Benchmarks or groups, with commas; else the recipe's.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Result folder; out/results/<model> by default.", file_okay=False),
+    ] = None,
+    limit: Limit = None,
+    batch_size: Annotated[
+        str | None, typer.Option(help="Samples at a time, or `auto`; changes no answer.")
+    ] = None,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Swap the images between samples: the control.")
+    ] = False,
+) -> None:
+    """Answer benchmarks with a model, sample by sample on disk; an interrupted run resumes there.
+
+    Under torchrun all ranks share the samples.
+    """
+    from instructblip.experiment.evaluate import evaluate as run
+    from instructblip.experiment.evaluate import recipe_of
+
+    overrides = [text for text in arguments if _is_override(text)]
+    names = [text for text in arguments if text not in overrides]
+    if len(names) not in (1, 2):
+        raise ValueError(f"expected [RECIPE] MODEL [A.B=C]...; got {' '.join(names) or 'no model'}")
+    model = names[-1]
+    overrides += _evaluation_overrides(
+        benchmarks=benchmarks and f"[{benchmarks}]", limit=limit, batch_size=batch_size
+    )
+    recipe = read_recipe(names[0] if len(names) == 2 else recipe_of(model), overrides)
+    folder = out or Path("out/results") / (Path(model).resolve().name + ("_blind" if blind else ""))
+    run(recipe, model, folder, blind_seed=0 if blind else None)
+
+
+@app.command()
+def compare(
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER... [A.B=C]...",
+            help="Result folders of `evaluate`, or models, which are evaluated first.",
+        ),
+    ],
+    form: Annotated[TableForm, typer.Option("--format", help="Of the printed tables.")] = "table",
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe for models; else the model's own.")
+    ] = None,
+    benchmarks: Annotated[
+        str | None, typer.Option(help="Benchmarks or groups, with commas; else all there are.")
+    ] = None,
+    limit: Limit = None,
+    out: Annotated[Path, typer.Option(help="Where results of models go.", file_okay=False)] = Path(
+        "out/results"
+    ),
+    intervals: Annotated[
+        bool, typer.Option("--intervals", help="95 % intervals in the terminal's table as well.")
+    ] = False,
+) -> None:
+    """Print the scores of two or more models side by side, each compared with the first.
+
+    A model is a run, a BLIP-2, an InstructBLIP or any transformers image-text-to-text directory.
+    """
+    from instructblip.evaluation import tables
+    from instructblip.evaluation.compare import compare as compare_results
+    from instructblip.evaluation.result import load_results, select_results
+
+    paths = [path for path in models if not _is_override(str(path))]
+    overrides = [str(path) for path in models if path not in paths]
+    overrides += _evaluation_overrides(limit=limit)
+    if (recipe or overrides) and not any(map(_is_model, paths)):
+        raise ValueError(
+            "results stand as they were evaluated: leave out --recipe, --limit and A.B=C, or give "
+            "models"
+        )
+    chosen = [name.strip() for name in benchmarks.split(",")] if benchmarks else []
+    overrides += _evaluation_overrides(benchmarks=f"[{', '.join(chosen)}]" if chosen else None)
+    names = [path.name for path in paths]
+    folders = [
+        _evaluated(path, recipe, overrides, out / _name_of(path, names.count(path.name) > 1))
+        for path in paths
+    ]
+    results = load_results(folders)
+    comparison = compare_results(select_results(results, chosen) if chosen else results)
+    if form == "table":
+        _print_tables(tables.to_rich(comparison, intervals), tables.measured_with(comparison))
+    elif form == "json":
+        print(json.dumps(tables.to_json(comparison), indent=2))
+    else:
+        print(tables.to_latex(comparison) if form == "latex" else tables.to_markdown(comparison))
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Result folders of `evaluate`.")],
+    out: Annotated[Path, typer.Option(help="The HTML file.", dir_okay=False)] = Path(
+        "out/report.html"
+    ),
+    run: Annotated[list[Path] | None, typer.Option(help="Run directory: its curves.")] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Name of the folder that the others are compared with; the first."),
+    ] = None,
+    drawn: Annotated[
+        Path | None, typer.Option(help="Folder of images from benchmarks/draw.py --out.")
+    ] = None,
+) -> None:
+    """Write tables, charts, a gallery of answers and curves into one offline HTML file."""
+    from instructblip.core.version import __version__
+    from instructblip.evaluation.report import write_report
+    from instructblip.evaluation.result import load_results
+
+    runs = run or []
+    for folder in runs:
+        if not (folder / "metrics.jsonl").is_file():
+            raise FileNotFoundError(f"{folder} holds no metrics.jsonl: give the folder of a run")
+    page = write_report(
+        out,
+        load_results(folders),
+        baseline=baseline,
+        curves={folder.name: folder / "metrics.jsonl" for folder in runs},
+        facts={"version": __version__},
+        drawn=drawn_sets(drawn) if drawn else (),
+    )
+    print(page)
+
+
+def drawn_sets(folder: Path) -> "list[DrawnSet]":
+    """The images that ``benchmarks/draw.py --out`` wrote into ``folder``, for the report."""
+    from instructblip.evaluation.report import DrawnImage, DrawnSet
+    from instructblip.text_to_image.gallery import read_drawings
+
+    return [
+        DrawnSet(
+            kind.kind.replace("_", " "),
+            folder,
+            asdict(kind.figures),
+            [DrawnImage(d.prompt, d.picture, d.subject, d.right) for d in kind.drawings],
+        )
+        for kind in read_drawings(folder)
+    ]
+
+
+def _evaluation_overrides(**given: str | int | None) -> list[str]:
+    return [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
+
+
+def _is_override(text: str) -> bool:
+    return "=" in text and not Path(text).exists()  # a folder may be called lr=1
+
+
+def _is_model(path: Path) -> bool:
+    return str(path) == "starter" or any(
+        (folder / "config.json").is_file() for folder in (path, path / "best", path / "last")
+    )
+
+
+def _name_of(path: Path, whole: bool) -> str:
+    """The name of a model's results: that of its folder, or its ``whole`` path in one word."""
+    return "_".join(p for p in path.parts if p.strip("./")) if whole else path.resolve().name
+
+
+def _evaluated(path: Path, recipe: str | None, overrides: list[str], folder: Path) -> Path:
+    """A folder of results: ``path`` itself, or ``folder`` with those of the model at ``path``."""
+    from instructblip.experiment.evaluate import evaluate as run
+    from instructblip.experiment.evaluate import recipe_of
+
+    if not _is_model(path):
+        return path
+    run(read_recipe(recipe or recipe_of(str(path)), overrides), str(path), folder)
+    return folder
+
+
+def _print_tables(shown: "Sequence[Table]", notes: Sequence[str]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(160, console.width))
+    for table in shown:
+        console.print(table)
+    for note in notes:
+        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)

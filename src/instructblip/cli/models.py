@@ -1,0 +1,257 @@
+"""The commands that use a model: answering, serving, drawing, and converting checkpoints."""
+
+import functools
+import socket
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from instructblip.cli.options import DecodingCommand, DecodingOptions, Images, Model
+
+app = typer.Typer()
+
+ModelForm = Literal["transformers", "lavis"]
+
+
+@app.command(cls=DecodingCommand)
+def answer(
+    image: Images = None,
+    instruction: Annotated[str | None, typer.Option(help="What to ask.")] = None,
+    batch: Annotated[
+        Path | None, typer.Option(help="A folder of images, or a JSONL of requests.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Where the answers of --batch go.", dir_okay=False)
+    ] = Path("out/answers.jsonl"),
+    model: Model = "starter",
+    decoding: DecodingOptions = None,
+) -> None:
+    """Answer an instruction about an image, or about every image of a folder or a JSONL."""
+    if (batch is None) == (image is None):
+        raise ValueError("give either --image IMAGE or --batch FOLDER_OR_JSONL")
+    if instruction is not None and not instruction.strip():
+        raise ValueError("--instruction is empty; say what to ask")
+    if batch is None and not instruction:
+        raise ValueError("say with --instruction what to ask")
+    from instructblip.inference.batch import read_requests, write_answers
+    from instructblip.inference.engine import Engine
+    from instructblip.inference.inputs import open_images
+
+    settings = decoding or {}
+    if batch is not None:
+        requests = read_requests(batch, instruction)
+        out.parent.mkdir(parents=True, exist_ok=True)  # an error comes before the model is read
+        errors = write_answers(Engine.from_pretrained(model), requests, out, **settings)
+        failed = f"; {errors} with an error" if errors else ""
+        print(f"{len(requests) - errors} answers in {out}{failed}")
+        raise typer.Exit(1 if errors else 0)
+    images = open_images(image or [])  # a wrong path is reported before the model is read
+    for piece in Engine.from_pretrained(model).stream(images, instruction or "", **settings):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command(cls=DecodingCommand)
+def chat(image: Images = None, model: Model = "starter", decoding: DecodingOptions = None) -> None:
+    """Ask about images in the terminal, over several turns."""
+    from instructblip.inference.chat import Conversation, run_chat
+    from instructblip.inference.engine import Engine
+    from instructblip.inference.inputs import open_images
+
+    conversation = Conversation(open_images(image or []))
+    engine = Engine.from_pretrained(model)
+    show = functools.partial(print, end="", flush=True)
+    run_chat(engine, conversation, lambda: input("> "), show, **(decoding or {}))
+
+
+@app.command()
+def serve(
+    model: Model = "starter",
+    before: Annotated[
+        str | None, typer.Option(help="A BLIP-2 to answer beside it, as model `blip2`.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
+    page: Annotated[bool, typer.Option(help="Whether to show the page at /page.")] = True,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of API keys, one a line; none: open to all.")
+    ] = None,
+    image_host: Annotated[
+        list[str] | None, typer.Option(help="Host that images may be fetched from; none.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Requests answered together.")] = 32,
+    max_queue: Annotated[int, typer.Option(help="Requests that wait; beyond them 429.")] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
+    max_beams: Annotated[int, typer.Option(help="Beams that a request may ask for.")] = 8,
+    timeout: Annotated[float, typer.Option(help="Seconds of a request.")] = 60.0,
+) -> None:
+    """Serve a model over HTTP: OpenAI's chat completions, ranking, metrics and a page."""
+    from pydantic import ValidationError
+
+    from instructblip.inference.engine import Engine
+    from instructblip.serving.config import ServeConfig
+
+    keys = tuple(api_keys.read_text(encoding="utf-8-sig").split()) if api_keys else ()
+    if api_keys and not keys:
+        raise ValueError(f"{api_keys} holds no keys; expected one a line")
+    try:
+        config = ServeConfig(
+            max_batch=max_batch,
+            max_queue=max_queue,
+            max_tokens=max_tokens,
+            max_beams=max_beams,
+            timeout_s=timeout,
+            api_keys=keys,
+            image_hosts=tuple(name.lower() for name in image_host or ()),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).removesuffix("_s").replace("_", "-")
+        raise ValueError(f"--{option}: {first['msg']}; got {first['input']}") from None
+    try:
+        import uvicorn
+
+        from instructblip.serving.api import create_app
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing: pip install 'instructblip[serve]'") from error
+
+    _check_address(host, port)  # before the model is read
+    engines = {"instructblip": Engine.from_pretrained(model)}
+    if before is not None:
+        engines["blip2"] = Engine.from_pretrained(before, instruction_aware=False)
+    app = create_app(engines, config)
+    if page:
+        from instructblip.serving.page import mount_page
+
+        app = mount_page(app)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        timeout_graceful_shutdown=int(config.timeout_s) + 1,
+        timeout_keep_alive=75,  # longer than a busy client waits before its next request
+        server_header=False,
+    )
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise ValueError unless a server may listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.bind((host, port))
+    except OSError as error:
+        raise ValueError(
+            f"{host}:{port} cannot be listened on: {error.strerror}; choose another with --port, "
+            "or another address with --host"
+        ) from error
+
+
+@app.command()
+def draw(
+    instruction: Annotated[str, typer.Argument(help="What to draw.")],
+    out: Annotated[Path, typer.Option(help="The image file.", dir_okay=False)] = Path("drawn.png"),
+    image: Annotated[Path | None, typer.Option(help="An image to take from.")] = None,
+    model: Annotated[str, typer.Option(help="A directory that draws, or `starter`.")] = "starter",
+    num_images: Annotated[int, typer.Option(help="Number of images.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps from noise to image.")] = 20,
+    guidance: Annotated[float, typer.Option(help="How strictly to follow; 1 is plain.")] = 2.0,
+    image_guidance: Annotated[
+        float | None, typer.Option(help="The same for --image; by default as --guidance.")
+    ] = None,
+) -> None:
+    """Draw what an instruction describes, alone or about an image.
+
+    Several images are numbered: x_0.png, x_1.png.
+    """
+    from instructblip.text_to_image.sample import Painter, save_picture
+
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out {out}: expected a file that ends in .png, .jpg or .webp")
+    images = Painter.from_pretrained(model).draw(
+        instruction,
+        image,
+        num_images,
+        seed,
+        steps=steps,
+        guidance=guidance,
+        image_guidance=image_guidance,
+    )
+    for number, drawn in enumerate(images):
+        file = out if num_images == 1 else out.with_stem(f"{out.stem}_{number}")
+        save_picture(drawn, file)
+        print(file)
+
+
+@app.command(name="inspect")
+def inspect_(
+    path: Annotated[str, typer.Argument(help="A model or run directory, `starter`, or a .pth.")],
+) -> None:
+    """Print what a checkpoint is: its sizes, what is trainable, what is missing."""
+    from instructblip.model.checkpoints.inspection import inspect_checkpoint
+
+    print(inspect_checkpoint(path).describe())
+
+
+@app.command(name="import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pth of the official code (LAVIS).")],
+    vision: Annotated[Path, typer.Option(help="eva_vit_g.pth, or weights of an image encoder.")],
+    language: Annotated[Path, typer.Option(help="transformers directory of the language model.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    qformer_tokenizer: Annotated[
+        Path | None, typer.Option(help="Directory of BERT's tokenizer; none for a BLIP-2.")
+    ] = None,
+) -> None:
+    """Convert a checkpoint of the official code to a directory that transformers reads too."""
+    from instructblip.release.assemble import import_checkpoint
+
+    import_checkpoint(checkpoint, vision, language, qformer_tokenizer, out)
+    inspect_(str(out))
+
+
+@app.command()
+def combine(
+    vision: Annotated[Path, typer.Option(help="CLIP, SigLIP, or a BLIP-2 with its EVA-CLIP.")],
+    language: Annotated[Path, typer.Option(help="A Llama, Qwen, Gemma, OPT or T5 directory.")],
+    qformer_tokenizer: Annotated[Path, typer.Option(help="Directory of BERT's tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    queries: Annotated[int, typer.Option(help="Query tokens.", min=1)] = 32,
+    layers: Annotated[int, typer.Option(help="Layers of the Q-Former.", min=1)] = 12,
+) -> None:
+    """Combine an image encoder and a language model, with a new Q-Former between them."""
+    from instructblip.release.assemble import combine_parts
+
+    combine_parts(vision, language, qformer_tokenizer, out, queries, layers)
+    inspect_(str(out))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A run or model directory, or `starter`.")],
+    out: Annotated[Path, typer.Argument(help="Directory, or .pth file, to write.")],
+    form: Annotated[ModelForm, typer.Option("--format", help="What reads it.")] = "transformers",
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Result folder whose scores the card shows.")
+    ] = None,
+    image_encoder: Annotated[
+        bool, typer.Option("--image-encoder", help="lavis: with the image encoder.")
+    ] = False,
+    keep_lora: Annotated[
+        bool,
+        typer.Option("--keep-lora", help="Write a LoRA adapter separately, in PEFT's files."),
+    ] = False,
+) -> None:
+    """Write a model for others, with its card. A LoRA adapter is merged unless it is kept."""
+    from instructblip.evaluation.result import load_results
+    from instructblip.model.language.lora import FOLDER
+    from instructblip.release.export import export_model
+
+    scores = [result for each in load_results(results or []).values() for result in each]
+    export_model(model, out, form, scores, image_encoder, keep_lora)
+    inspect_(str(out))
+    if keep_lora:
+        print(f"adapter in PEFT's files: {out / FOLDER}")

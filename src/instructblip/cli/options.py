@@ -1,0 +1,76 @@
+"""Arguments and options that several commands share."""
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from instructblip.recipe.schema import Recipe
+
+RecipeName = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[A.B=C]...", help="Settings in place of the recipe's."),
+]
+Scale = Annotated[float, typer.Option(help="Size of the data sets; 1 for all.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue where an earlier run stopped.")]
+Model = Annotated[
+    str, typer.Option("--model", help="A run or model directory, hf://OWNER/NAME, or `starter`.")
+]
+Images = Annotated[
+    list[Path] | None,
+    typer.Option("--image", help="An image or a video; several are read together."),
+]
+DecodingOptions = Annotated[dict[str, Any] | None, typer.Option(parser=dict)]
+"""The parameter ``decoding`` of a command that is a `DecodingCommand`."""
+
+
+class DecodingCommand(TyperCommand):
+    """A command whose parameter ``decoding`` is filled from one option for each field of
+    ``Decoding``, which is imported only when the command runs or shows its help."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        *others, help_option = [p for p in super().get_params(ctx) if p.name != "decoding"]
+        return [*others, *_decoding_options(), help_option]
+
+    def invoke(self, ctx: Any) -> Any:
+        from instructblip.model.decoding import Decoding, check_overrides
+
+        given = {name: ctx.params.pop(name, None) for name in Decoding.model_fields}
+        ctx.params["decoding"] = check_overrides(given)
+        return super().invoke(ctx)
+
+
+def _decoding_options() -> list[Any]:
+    """The options that typer makes of a function with the fields of ``Decoding`` as parameters."""
+    from instructblip.model.decoding import PAPER, Decoding, allowed_values
+
+    def declare(**_decoding: Any) -> None: ...
+
+    for name, field in Decoding.model_fields.items():
+        if name == "do_sample":  # a temperature or top_p turns it on
+            continue
+        text = f"{field.description} {allowed_values(name).capitalize()}"
+        text += f"; {field.default} in the paper." if name in PAPER.generate_options() else "."
+        kind: Any = field.annotation
+        declare.__annotations__[name] = Annotated[kind | None, typer.Option(help=text)]
+    declare.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+            for name, kind in declare.__annotations__.items()
+            if name in Decoding.model_fields
+        ]
+    )
+    app = typer.Typer(add_completion=False)
+    app.command()(declare)
+    return [p for p in typer.main.get_command(app).params if p.name in Decoding.model_fields]
+
+
+def read_recipe(recipe: str, overrides: list[str] | None) -> "Recipe":
+    """The recipe of a command's arguments."""
+    from instructblip.recipe.load import load_recipe
+
+    return load_recipe(recipe, overrides or [])

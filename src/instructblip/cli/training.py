@@ -1,0 +1,174 @@
+"""The commands that train, and `memory`, which predicts what training needs."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from instructblip.cli import data, evaluation
+from instructblip.cli.options import Model, Overrides, RecipeName, Resume, Scale, read_recipe
+
+if TYPE_CHECKING:
+    from instructblip.evaluation.result import Result
+
+app = typer.Typer()
+
+NEXT = """
+Open {report}: tables, charts, and the answers of both models to each image.
+{out}/results.json holds the same scores. What to type next:
+  instructblip train scenes data.root={out}/scenes --out out/longer     a longer run
+  instructblip evaluate scenes {run} data.root={out}/scenes             all samples of every set
+  instructblip train RECIPE.yaml                                        with your data
+"""
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of data, run and results.", file_okay=False)
+    ] = Path("out/quickstart"),
+    resume: Resume = False,
+    scale: Scale = 1.0,
+) -> None:
+    """Tune a small BLIP-2 on the embedded world and compare before and after: minutes, offline."""
+    from instructblip.experiment.evaluate import evaluate
+    from instructblip.experiment.train import train as run_training
+
+    recipe = read_recipe("quickstart", [f"data.root={out / 'scenes'}", *(overrides or [])])
+    run, results = out / "run", out / "results"
+    seconds: dict[str, float] = {}
+    if not resume:
+        _remove_earlier(run, results)
+    with _clock(seconds, "scenes"):
+        data.scenes(out / "scenes", scale=scale)
+    with _clock(seconds, "evaluate_blip2"):
+        before = evaluate(recipe, recipe.model.start, results / "blip2", instruction_aware=False)
+    with _clock(seconds, "train"):
+        if run_training(recipe, run, resume).stopped == "terminated":
+            return
+    tuned = str(run / "last")  # not the best: validation chose that on images evaluated here
+    with _clock(seconds, "evaluate_instructblip"):
+        after = evaluate(recipe, tuned, results / "instructblip")
+    with _clock(seconds, "evaluate_blind"):
+        blind = evaluate(recipe, tuned, results / "instructblip_blind", blind_seed=0)
+    models = {"blip2": before, "instructblip": after, "instructblip_blind": blind}
+    folders = [results / name for name in models]
+    with _clock(seconds, "report"):
+        evaluation.report(folders, out / "report.html", [run])
+    _write_results(out / "results.json", seconds, models)
+    evaluation.compare(folders)
+    print(NEXT.format(out=out, run=run, report=out / "report.html"))
+
+
+def _write_results(
+    path: Path, seconds: dict[str, float], models: "dict[str, list[Result]]"
+) -> None:
+    """Write the scores of several models, 0 to 100, and the seconds that each step took."""
+    from instructblip.core.files import write_json
+    from instructblip.evaluation.result import summarise
+
+    scores = {
+        name: {role: mean.value for role, mean in summarise(results).items()}
+        | {"datasets": {result.benchmark: result.value for result in results}}
+        for name, results in models.items()
+    }
+    seconds = {**seconds, "total": sum(seconds.values())}
+    rounded = {step: round(value, 1) for step, value in seconds.items()}
+    write_json(path, {"seconds": rounded, "models": scores}, indent=2)
+
+
+@contextmanager
+def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - began
+
+
+def _remove_earlier(run: Path, results: Path) -> None:
+    """Remove what an earlier quickstart wrote; anything else there belongs to the user."""
+    from instructblip.recipe.schema import RECIPE_FILE
+
+    for folder in (run, *results.glob("*")):
+        if folder.exists() and not (folder / RECIPE_FILE).is_file():
+            raise ValueError(
+                f"{folder} was not written by a quickstart: choose another folder with --out"
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; out/<recipe> by default.", file_okay=False)
+    ] = None,
+    resume: Resume = False,
+) -> None:
+    """Tune the model of a recipe."""
+    from instructblip.experiment.train import train as run
+
+    run(read_recipe(recipe, overrides), out or Path("out") / Path(recipe).stem, resume)
+
+
+@app.command()
+def tune(
+    root: Annotated[Path, typer.Argument(help="Folder of images with captions or questions.")],
+    overrides: Overrides = None,
+    model: Model = "starter",
+    out: Annotated[
+        Path, typer.Option(help="Folder of run, results and report.", file_okay=False)
+    ] = Path("out/tuned"),
+    resume: Resume = False,
+) -> None:
+    """Tune a model on a folder of your data: check, split, tune, evaluate before and after."""
+    from instructblip.experiment.tune import tune as run
+
+    page = run(root, model, out, overrides or [], resume)
+    print(f"\nOpen {page}. To try the model:\n  instructblip serve --model {out / 'run'}")
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    stage: Annotated[int, typer.Option(min=1, max=2, help="1: see; 2: tell.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Run directory.", file_okay=False)] = None,
+    resume: Resume = False,
+) -> None:
+    """Run a stage of BLIP-2's pre-training for a new pair of image encoder and language model."""
+    from instructblip.experiment.pretrain import pretrain as run
+
+    folder = out or Path("out") / f"{Path(recipe).stem}_stage{stage}"
+    run(read_recipe(recipe, overrides), stage, folder, resume)
+
+
+@app.command()
+def memory(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(min=1, help="How many devices share a batch.")] = 1,
+    gigabytes: Annotated[
+        float | None, typer.Option(help="GiB of each; by default those of the GPU here.")
+    ] = None,
+) -> None:
+    """Predict the memory that a recipe needs on each device, without loading anything."""
+    import torch
+
+    from instructblip.experiment.memory import advise, predict_memory
+
+    resolved = read_recipe(recipe, overrides)
+    predicted = predict_memory(resolved, devices)
+    shares = ("frozen", "trained", "optimizer", "gradients", "activations", "passing", "encoder")
+    for name in (*shares, "peak"):
+        print(f"{name:12} {getattr(predicted, name) / 2**30:9.3f} GiB")
+    available = None if gigabytes is None else int(gigabytes * 2**30)
+    if available is None and torch.cuda.is_available():
+        available = torch.cuda.mem_get_info()[1]
+    if available is not None:
+        print(advise(predicted, available, resolved, devices))
