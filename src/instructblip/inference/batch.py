@@ -109,17 +109,16 @@ def answer_requests(
 def write_answers(engine: Engine, requests: Sequence[Request], out: Path, **decoding: Any) -> int:
     """Write the answered records to the JSONL ``out``; returns the number of those with an
     error."""
-    errors = done = 0
+    errors = 0
     with (
         replacing(out) as temporary,
         temporary.open("w", encoding="utf-8") as file,
-        progress_bar("answering") as advance,
+        progress_bar("answering", "images") as bar,
     ):
         for records in answer_requests(engine, requests, **decoding):
             file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
             errors += sum("error" in record for record in records)
-            done += len(records)
-            advance(done, len(requests))
+            bar.advance(len(records), len(requests))
     return errors
 
 
