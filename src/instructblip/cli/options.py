@@ -24,7 +24,7 @@ Images = Annotated[
     list[Path] | None,
     typer.Option("--image", help="An image or a video; several are read together."),
 ]
-DecodingOptions = Annotated[dict[str, Any] | None, typer.Option(parser=dict)]
+DecodingOptions = Annotated[dict[str, Any] | None, typer.Option(parser=str)]
 """The parameter ``decoding`` of a command that is a `DecodingCommand`."""
 
 
