@@ -99,6 +99,7 @@ class PackedQFormer(QFormer):
         tokens = rows.pack(hidden)  # [n, D]
         last = len(self.encoder.layer) - 1
         for depth, layer in enumerate(self.encoder.layer):
+            assert isinstance(layer, QFormerLayer)
             keep = keep_text or depth < last
             tokens = run_layer(
                 layer, tokens, num_queries, rows, allowed, image_features, image_index, keep

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from instructblip.model.vision import VisionMLP, VisionModel
+from instructblip.model.vision import VisionLayer, VisionMLP, VisionModel
 
 
 @torch.no_grad()
@@ -25,6 +25,7 @@ def encode_frozen(
 def _encode(vision: VisionModel, pixel_values: Float[Tensor, "n 3 S S"]) -> Float[Tensor, "n P V"]:
     hidden = vision.embed(pixel_values)
     for layer in vision.encoder.layers:
+        assert isinstance(layer, VisionLayer)
         hidden.add_(layer.self_attn(layer.layer_norm1(hidden)))
         hidden.add_(_feed_forward(layer.mlp, layer.layer_norm2(hidden)))
     return hidden
