@@ -1,4 +1,4 @@
-"""What trains, what stays frozen, how pictures and frames reach the language model."""
+"""What trains, what stays frozen, how images and frames reach the language model."""
 
 from dataclasses import replace
 
@@ -30,13 +30,13 @@ def model():
     return tiny_model()
 
 
-def test_config_survives_transformers(model):
+def test_config_is_the_same_after_a_round_trip_through_transformers(model):
     for aware in (True, False):
         config = model.config.model_copy(update={"instruction_aware": aware})
         assert InstructBlipConfig.from_transformers(config.to_transformers()) == config
 
 
-def test_config_refuses_what_does_not_fit(model):
+def test_config_refuses_values_that_do_not_fit(model):
     values = model.config.model_dump()
     with pytest.raises(ValidationError, match="encoder_hidden_size must equal"):
         InstructBlipConfig(**{**values, "vision": {**values["vision"], "hidden_size": 32}})
@@ -103,7 +103,7 @@ def test_every_parameter_belongs_to_one_part(model):
 
 
 @pytest.mark.parametrize("part", [*PARTS, ("query_tokens", "projection")])
-def test_chosen_parts_move_and_the_rest_is_bit_identical(part):
+def test_chosen_parts_change_and_the_rest_is_bit_identical(part):
     choice = (part,) if isinstance(part, str) else part
     model = tiny_model()
     if part == "lora":
@@ -154,7 +154,7 @@ def test_frozen_dropout_is_off_and_trained_dropout_is_on():
     assert not model.qformer.training
 
 
-# --- pictures ------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------
 
 
 def test_cached_features_are_taken_before_the_last_norm(model):
@@ -167,7 +167,7 @@ def test_cached_features_are_taken_before_the_last_norm(model):
     assert torch.equal(model.loss(cached).loss_sum, model.loss(batch).loss_sum)
 
 
-def test_shared_picture_equals_its_copies(model):
+def test_shared_image_equals_its_copies(model):
     model.eval()
     batch = tiny_batch(model.config)
     copies = replace(
@@ -180,7 +180,7 @@ def test_shared_picture_equals_its_copies(model):
     )
 
 
-def test_video_is_its_frames_one_after_the_other(model):
+def test_video_is_its_frames_in_order(model):
     model.eval()
     batch = tiny_batch(model.config)
     video = replace(batch, image_index=torch.tensor([[0, 1], [1, 1], [1, 0]]))
@@ -194,7 +194,7 @@ def test_video_is_its_frames_one_after_the_other(model):
         )
 
 
-def test_instruction_moves_the_queries_only_where_it_is_read():
+def test_instruction_changes_the_queries_only_where_it_is_read():
     batch = tiny_batch(tiny_model().config)
     other = replace(batch, qformer_ids=(batch.qformer_ids + 5) % 40)
     aware, blind = tiny_model().eval(), tiny_model(aware=False).eval()
@@ -203,7 +203,7 @@ def test_instruction_moves_the_queries_only_where_it_is_read():
     assert not any("intermediate.dense" in name for name in blind.state_dict())
 
 
-def test_wrong_picture_size_and_long_instruction_are_refused(model):
+def test_wrong_image_size_and_long_instruction_are_refused(model):
     batch = tiny_batch(model.config)
     with pytest.raises(ValueError, match="16 x 16 pixels; got"):
         model.loss(replace(batch, pixel_values=torch.zeros(2, 3, 20, 20)))
@@ -238,7 +238,7 @@ def test_trained_language_model_keeps_fp32_masters(model):
     model.loss(tiny_batch(model.config)).loss_sum.backward()
 
 
-# --- the Q-Former by itself ----------------------------------------------------------------------
+# --- the Q-Former alone --------------------------------------------------------------------------
 
 
 def stage1_inputs(model):
@@ -259,10 +259,10 @@ def test_causal_text_sees_queries_and_earlier_text_only(model):
     torch.testing.assert_close(plain[0], changed[0])
     torch.testing.assert_close(plain[1][:, :2], changed[1][:, :2])
     assert not torch.allclose(plain[1][:, 2], changed[1][:, 2])
-    other_picture = model.qformer.hidden_states(
+    other_image = model.qformer.hidden_states(
         queries, features.flip(0), ids, mask, index, causal_text=True
     )
-    assert not torch.allclose(plain[1], other_picture[1])
+    assert not torch.allclose(plain[1], other_image[1])
 
 
 def test_text_alone_ignores_padding(model):
@@ -279,13 +279,13 @@ def test_text_alone_ignores_padding(model):
     torch.testing.assert_close(padded[:, : ids.shape[1]], text)
 
 
-def test_blip2_has_no_text_to_give():
+def test_blip2_has_no_hidden_states_of_text():
     model = tiny_model(aware=False)
     with pytest.raises(ValueError, match="no text branch"):
         model.qformer.hidden_states(*stage1_inputs(model))
 
 
-def test_loading_gives_eval_mode_and_the_default_set(tmp_path):
+def test_a_loaded_model_is_in_eval_mode_with_the_default_set(tmp_path):
     tiny_transformers().save_pretrained(tmp_path)
     loaded = InstructBlip.from_pretrained(tmp_path)
     assert not loaded.training

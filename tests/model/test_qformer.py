@@ -1,4 +1,4 @@
-"""The cross-attention by fewer products against the plain one."""
+"""Cross-attention in fewer products against the plain one."""
 
 from collections.abc import Callable
 
@@ -29,14 +29,14 @@ def attention() -> CrossAttention:
 
 
 def run(call: Callable, attention: CrossAttention, queries: int) -> dict[str, torch.Tensor]:
-    """Result and gradients of queries [4, queries, 24] that look at states [4, 9, 10]."""
+    """Result and gradients of queries [4, queries, 24] that read states [4, 9, 10]."""
     torch.manual_seed(1)
     hidden = torch.randn(ROWS, queries, CONFIG.hidden_size).double().requires_grad_()
     states = torch.randn(ROWS, TOKENS, CONFIG.encoder_hidden_size).double().requires_grad_()
     context = call(attention, hidden, states)
     inputs = {"hidden": hidden, "states": states, **dict(attention.named_parameters())}
-    slopes = torch.autograd.grad((context * torch.randn_like(context)).sum(), [*inputs.values()])
-    return {"context": context, **dict(zip(inputs, slopes, strict=True))}
+    gradients = torch.autograd.grad((context * torch.randn_like(context)).sum(), [*inputs.values()])
+    return {"context": context, **dict(zip(inputs, gradients, strict=True))}
 
 
 @pytest.mark.parametrize("queries", [1, WIDTH - 1, WIDTH])
@@ -44,20 +44,22 @@ def test_equals_the_plain_attention(
     attention: CrossAttention, queries: int, monkeypatch: pytest.MonkeyPatch
 ):
     attention.eval()
-    seen = run(CrossAttention.forward, attention, queries)
-    if queries < WIDTH:  # and not because it went the plain way
+    fast = run(CrossAttention.forward, attention, queries)
+    if queries < WIDTH:  # and not because it ran the plain attention
         monkeypatch.setattr(F, "scaled_dot_product_attention", None)
         run(CrossAttention.forward, attention, queries)
         monkeypatch.undo()
     for name, value in run(MultiHeadAttention.forward, attention, queries).items():
-        torch.testing.assert_close(seen[name], value, rtol=1e-6, atol=1e-7, msg=name)
+        torch.testing.assert_close(fast[name], value, rtol=1e-6, atol=1e-7, msg=name)
 
 
-def test_shares_drop_as_in_the_plain_attention(
+def test_weights_drop_as_in_the_plain_attention(
     attention: CrossAttention, monkeypatch: pytest.MonkeyPatch
 ):
-    """With shares that no longer sum to one, values keep their bias for what is left."""
-    dropped = torch.rand(ROWS, HEADS, 3, TOKENS).double().round() * 2  # each share, or nothing
+    """Where weights no longer sum to one, the bias of the values counts as often as their sum."""
+    dropped = (
+        torch.rand(ROWS, HEADS, 3, TOKENS).double().round() * 2
+    )  # each weight twice, or nothing
 
     def plain(attention: CrossAttention, hidden: torch.Tensor, states: torch.Tensor):
         query, key, value = (
@@ -68,33 +70,33 @@ def test_shares_drop_as_in_the_plain_attention(
                 (attention.value, states),
             )
         )
-        shares = (query @ key.mT * WIDTH**-0.5).softmax(-1) * dropped
-        return (shares @ value).transpose(1, 2).flatten(2)
+        weights = (query @ key.mT * WIDTH**-0.5).softmax(-1) * dropped
+        return (weights @ value).transpose(1, 2).flatten(2)
 
-    def drop(shares: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
+    def drop(weights: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
         assert (rate, training) == (0.5, True)
-        return shares * dropped.flatten(1, 2)
+        return weights * dropped.flatten(1, 2)
 
     monkeypatch.setattr(F, "dropout", drop)
-    seen = run(CrossAttention.forward, attention.train(), 3)
+    fast = run(CrossAttention.forward, attention.train(), 3)
     for name, value in run(plain, attention, 3).items():
-        torch.testing.assert_close(seen[name], value, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(fast[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_half_precision_goes_the_plain_way(attention: CrossAttention):
+def test_half_precision_uses_the_plain_attention(attention: CrossAttention):
     attention.float().eval()
     hidden, states = torch.randn(ROWS, 2, 24), torch.randn(ROWS, TOKENS, 10)
     with torch.autocast("cpu", torch.bfloat16):
-        seen = attention(hidden, states)
-        assert torch.equal(seen, MultiHeadAttention.forward(attention, hidden, states))
+        fast = attention(hidden, states)
+        assert torch.equal(fast, MultiHeadAttention.forward(attention, hidden, states))
     attention.bfloat16()
     hidden, states = hidden.bfloat16(), states.bfloat16()
-    seen = attention(hidden, states)
-    assert torch.equal(seen, MultiHeadAttention.forward(attention, hidden, states))
+    fast = attention(hidden, states)
+    assert torch.equal(fast, MultiHeadAttention.forward(attention, hidden, states))
 
 
-def test_rows_that_share_a_picture_project_it_once(attention: CrossAttention):
-    """The plain way: keys and values are made for 2 pictures, not for 4 rows."""
+def test_rows_that_share_an_image_project_it_once(attention: CrossAttention):
+    """The plain definition makes keys and values for 2 images, not for 4 rows."""
     made: list[tuple[int, ...]] = []
     attention.key.register_forward_hook(lambda *args: made.append(tuple(args[2].shape)))
     index = torch.tensor([0, 1, 1, 0])

@@ -1,4 +1,4 @@
-"""BLIP-2's first stage: what each loss may see, hard negatives, and both stages end to end."""
+"""BLIP-2's first stage: what each loss may read, hard negatives, and both stages end to end."""
 
 import os
 import subprocess
@@ -33,12 +33,12 @@ def stage() -> Stage1:
     return Stage1(InstructBlip(config), embedding=8)
 
 
-def test_captions_of_one_picture_are_no_negatives() -> None:
+def test_captions_of_one_image_are_no_negatives() -> None:
     scores = torch.tensor([[1.0, 9.0, -5.0], [9.0, 1.0, -5.0], [-5.0, -5.0, 5.0]])
     shared = contrast(scores, torch.tensor([0, 0, 1]))
     apart = contrast(scores, torch.tensor([0, 1, 2]))
     assert shared < apart
-    # where all are one picture, every text is as good: the entropy of the uniform target
+    # where all show one image, every text is as good: the entropy of the uniform target
     assert contrast(torch.zeros(3, 3), torch.tensor([0, 0, 0])) == pytest.approx(1.0986, abs=1e-3)
     assert LABEL_SMOOTHING == 0.1
 
@@ -66,22 +66,22 @@ def test_a_caption_cannot_look_ahead_and_contrast_cannot_peek(stage: Stage1) -> 
     other = replace(batch, qformer_ids=changed)
     queries = stage.model.query_tokens.expand(3, -1, -1)
 
-    def told(b):
+    def text_states(b):
         index = b.image_index[:, 0]
         run = stage.model.qformer.hidden_states
         return run(queries, features, b.qformer_ids, b.qformer_mask, index, causal_text=True)[1]
 
-    assert torch.equal(told(batch)[0, :5], told(other)[0, :5])
-    assert not torch.equal(told(batch)[0, 5:], told(other)[0, 5:])
+    assert torch.equal(text_states(batch)[0, :5], text_states(other)[0, :5])
+    assert not torch.equal(text_states(batch)[0, 5:], text_states(other)[0, 5:])
     before, after = stage.similarity(features, batch), stage.similarity(features, other)
     assert torch.equal(before[:, 1:], after[:, 1:])
     assert not torch.equal(before[:, 0], after[:, 0])
 
 
-def test_negatives_are_of_another_picture_and_hard(
+def test_negatives_are_of_another_image_and_hard(
     stage: Stage1, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = tiny_batch(stage.model.config)  # pictures 0, 1, 0
+    batch = tiny_batch(stage.model.config)  # images 0, 1, 0
     features = stage.model.vision_model.norm(stage.model.features_of(batch))
     drawn: list[torch.Tensor] = []
     draw = torch.multinomial
@@ -93,16 +93,16 @@ def test_negatives_are_of_another_picture_and_hard(
     monkeypatch.setattr(torch, "multinomial", watch)
     similarity = torch.tensor([[9.0, 1.0, 9.0], [2.0, 9.0, 5.0], [9.0, 3.0, 9.0]])
     stage.match(features, batch, similarity)
-    texts, _pictures = drawn
+    texts, _images = drawn
     assert texts[0].tolist() == [0, 1, 0]
     assert texts[1, 1] == 0
     assert texts[1, 2] > texts[1, 0]
 
 
-def test_one_picture_has_no_negatives_and_trains_what_needs_none(stage: Stage1) -> None:
+def test_one_image_has_no_negatives_and_trains_what_needs_none(stage: Stage1) -> None:
     batch = tiny_batch(stage.model.config)
     alone = replace(batch, image_index=torch.zeros(3, 1, dtype=torch.long))
-    with pytest.warns(RuntimeWarning, match="one picture.*batch_size"):
+    with pytest.warns(RuntimeWarning, match="one image.*batch_size"):
         output = stage.loss(alone)
     output.loss_sum.backward()
     assert stage.match_head.weight.grad is None
@@ -131,7 +131,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         ("data.check=required", "instructblip check"),
     ],
 )
-def test_what_a_stage_would_not_do_is_refused(
+def test_settings_that_a_stage_ignores_are_refused(
     short: list[str], setting: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,7 +1,7 @@
-"""Where the queries look: the weights of the Q-Former's cross-attention over the picture."""
+"""Where the queries look: the weights of the Q-Former's cross-attention over the image."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from instructblip.core.batch import Batch
@@ -13,33 +13,31 @@ from instructblip.model.qformer import CrossAttention
 def cross_attention(model: InstructBlip, batch: Batch) -> Float[Tensor, "B F Q P"]:
     """Weights of each query over the tokens of each frame, class token first; rows sum to 1.
 
-    The mean over the heads of the last layer that attends to the picture: the one whose result the
-    language model is given. The forward pass itself computes no weights, so they are taken from
-    what goes into the layer.
+    The mean over the heads of the last layer that attends to the image. The forward pass computes
+    no weights, so a hook computes them from the inputs of that layer.
     """
     attention = [
         module for module in model.qformer.modules() if isinstance(module, CrossAttention)
     ][-1]
-    seen: list[Tensor] = []
+    captured: list[Tensor] = []
     handle = attention.register_forward_pre_hook(
-        lambda _, arguments: seen.append(_weights(attention, *arguments))
+        lambda _, arguments: captured.append(_weights(attention, *arguments))
     )
     try:
         model.encode_queries(batch)
     finally:
         handle.remove()
-    (weights,) = seen  # [B * F, Q, P]
+    (weights,) = captured  # [B * F, Q, P]
     return weights.unflatten(0, batch.image_index.shape)
 
 
 def _weights(
     attention: CrossAttention,
-    hidden: Tensor,
-    states: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-) -> Tensor:
-    assert mask is None, "queries see the whole picture"
+    hidden: Float[Tensor, "M Q D"],
+    states: Float[Tensor, "N P V"],
+    mask: None,
+    index: Int[Tensor, " M"] | None,
+) -> Float[Tensor, "M Q P"]:
     query, key = attention.query(hidden), attention.key(states)
     key = key if index is None else key[index]
     query, key = (x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for x in (query, key))

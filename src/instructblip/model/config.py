@@ -20,8 +20,8 @@ READERS = {
 TOKEN_KEYS = ("image_token_index", "image_token_id", "video_token_index", "video_token_id")
 
 OTHER_TOWER = "-other-tower"
-"""Ends the model_type of a model with an image encoder that transformers' InstructBLIP has not, so
-that transformers refuses it instead of loading it wrong."""
+"""Suffix of the model_type of a model whose image encoder transformers' InstructBLIP does not have,
+so that transformers refuses it instead of loading it wrong."""
 
 
 class _Config(BaseModel):
@@ -44,16 +44,14 @@ class VisionConfig(_Config):
     intermediate_size: int = Field(default=6144, gt=0, description="Width inside the feed-forward.")
     num_hidden_layers: int = Field(default=39, gt=0, description="Number of transformer layers.")
     num_attention_heads: int = Field(default=16, gt=0, description="Attention heads per layer.")
-    image_size: int = Field(
-        default=224, gt=0, description="Side S of the square picture in pixels."
-    )
+    image_size: int = Field(default=224, gt=0, description="Side S of the square image in pixels.")
     patch_size: int = Field(default=14, gt=0, description="Side of a patch in pixels.")
     hidden_act: Activation = Field(default="gelu", description="Activation of the feed-forward.")
     layer_norm_eps: float = Field(default=1e-6, gt=0, description="Epsilon of every LayerNorm.")
     post_layernorm_eps: float | None = Field(
         default=None,
         gt=0,
-        description="Epsilon of the last LayerNorm, where it is another (LAVIS: 1e-5).",
+        description="Epsilon of the last LayerNorm, where it differs (LAVIS: 1e-5).",
     )
     attention_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="Dropout on attention weights."
@@ -63,7 +61,7 @@ class VisionConfig(_Config):
     )
 
     class_token: bool = Field(
-        default=True, description="Whether a class token stands in front (SigLIP: no)."
+        default=True, description="Whether a class token comes first (SigLIP: no)."
     )
     pre_layernorm: bool = Field(
         default=False, description="A LayerNorm before the first layer (CLIP: yes)."
@@ -84,7 +82,7 @@ class VisionConfig(_Config):
 
     @property
     def in_transformers(self) -> bool:
-        """Whether transformers' InstructBLIP can be given such a tower."""
+        """Whether transformers' InstructBLIP has such an image encoder."""
         return self.class_token and not self.pre_layernorm and self.hidden_act != "quick_gelu"
 
 
@@ -109,25 +107,25 @@ class QFormerConfig(_Config):
         default=512, gt=0, description="Longest instruction in tokens."
     )
     layer_norm_eps: float = Field(default=1e-12, gt=0, description="Epsilon of every LayerNorm.")
-    initializer_range: float = Field(default=0.02, gt=0, description="Deviation of fresh weights.")
+    initializer_range: float = Field(default=0.02, gt=0, description="Deviation of new weights.")
     pad_token_id: int | None = Field(default=0, description="Row of the text embedding that pads.")
     cross_attention_frequency: int = Field(
-        default=2, gt=0, description="Every n-th layer, from the first on, attends to the picture."
+        default=2, gt=0, description="Every n-th layer, the first included, attends to the image."
     )
     encoder_hidden_size: int = Field(
-        default=1408, gt=0, description="Width of the picture's features."
+        default=1408, gt=0, description="Width V of the image features."
     )
 
 
 class LoraConfig(_Config):
-    """Thin matrices beside the language model's own (``model/lora.py``)."""
+    """Low-rank matrices beside those of the language model (``model/language/lora.py``)."""
 
     rank: int = Field(default=16, gt=0, description="Rows of A, columns of B.")
-    alpha: float = Field(default=32, gt=0, description="The product counts alpha / rank times.")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="On what the adapter reads.")
+    alpha: float = Field(default=32, gt=0, description="The product is scaled by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the input.")
     targets: tuple[str, ...] | None = Field(
         default=None,
-        description="Last names of the layers adapted; null for what makes queries and values.",
+        description="Last names of adapted layers; null for those that make queries and values.",
     )
 
 
@@ -137,7 +135,7 @@ class InstructBlipConfig(_Config):
     vision: VisionConfig = Field(description="The image encoder.")
     qformer: QFormerConfig = Field(description="The Q-Former.")
     language: dict[str, Any] = Field(description="transformers' text config as a dict.")
-    num_query_tokens: int = Field(default=32, gt=0, description="Query tokens Q per picture.")
+    num_query_tokens: int = Field(default=32, gt=0, description="Query tokens Q per image.")
     instruction_aware: bool = Field(
         default=True, description="Whether the Q-Former reads the instruction."
     )
@@ -169,7 +167,7 @@ class InstructBlipConfig(_Config):
         if str(kind).removesuffix(OTHER_TOWER) not in READERS:
             raise ValueError(
                 f"model_type must be one of {', '.join(READERS)}; got {kind!r}. Give a directory "
-                "that transformers' InstructBlip or Blip2 wrote, or one of this project's own."
+                "that transformers' InstructBlip or Blip2 wrote, or one that this project wrote."
             )
         vision = _select(VisionConfig, config.get("vision_config") or {})
         for name in ("image_size", "patch_size"):
@@ -226,7 +224,7 @@ class InstructBlipConfig(_Config):
 
 
 def _select(config: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
-    """The keys of ``values`` that ``config`` knows; transformers adds many that change nothing."""
+    """The keys of ``values`` that ``config`` has; transformers adds many without effect here."""
     return {name: values[name] for name in config.model_fields if name in values}
 
 

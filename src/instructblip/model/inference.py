@@ -1,4 +1,4 @@
-"""Answers by generation and by ranking candidates. Both walk the same steps as the loss."""
+"""Answers by generation and by ranking candidates, through the same steps as the loss."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,7 +23,7 @@ def generate_responses(
 
     Responses in the batch are ignored. The model answers in eval mode. ``on_tokens`` is called with
     the newest token of every sample [B] at each step, padding after its end; not with beams, whose
-    tokens are settled at the end. What it raises stops the run.
+    tokens are known at the end only. An error that it raises ends the run.
     """
     training = model.training
     model.eval()
@@ -48,10 +48,11 @@ def rank_candidates(
     """Log-likelihoods in nats [C] of the candidates of each sample, to be compared by argmax.
 
     ``candidates[b][c]`` are token ids that end with the end token; ``include_end=False`` leaves the
-    end token out of the score. "sum" adds up the tokens, "mean" divides by their number. Picture
+    end token out of the score. "sum" adds up the tokens, "mean" divides by their number. Image
     and prompt are encoded once; at most ``chunk`` candidates run at a time as a prefix tree, fewer
-    where they are long: it bounds memory and changes no score. What ``on_chunk``, called before
-    each chunk, raises stops the run. Raises ValueError for a candidate without a token to score.
+    where they are long, which limits memory and changes no score. ``on_chunk`` is called before
+    each chunk; an error that it raises ends the run. Raises ValueError for a candidate without a
+    token to score.
     """
     training = model.training
     model.eval()

@@ -18,7 +18,7 @@ from instructblip.model.vision import ACTIVATIONS
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention whose keys and values come from ``width`` wide states."""
+    """Attention whose keys and values come from states of width ``width``."""
 
     def __init__(self, config: QFormerConfig, width: int) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class QFormerLayer(nn.Module):
 
 
 class QFormerEmbeddings(nn.Module):
-    """Words plus positions for the text, nothing for the queries, one LayerNorm over both."""
+    """Words plus positions for the text, queries as they are, one LayerNorm over both."""
 
     def __init__(self, config: QFormerConfig, text: bool) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class QFormerEmbeddings(nn.Module):
 
 
 class QFormerEncoder(nn.Module):
-    """The stack of layers; a module of its own only for the sake of parameter names."""
+    """The stack of layers; a separate module for the sake of parameter names only."""
 
     def __init__(self, config: QFormerConfig, text: bool) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""BLIP-2's first stage: three losses that teach the Q-Former to see what a text says.
+"""BLIP-2's first stage: three losses that align the queries of the Q-Former with text.
 
-Contrast (queries and text apart), matching (both ways, with hard negatives) and grounded captions
-(the text sees the queries and what stands before it; BLIP-2, section 3.2 and figure 2). The three
-attention masks are those of ``QFormer.hidden_states``. The heads are thrown away afterwards.
+Image-text contrast (queries and text read apart), image-text matching (both read each other, with
+hard negatives) and image-grounded captions (text reads the queries and earlier text); BLIP-2,
+section 3.1 and figure 2. ``QFormer.hidden_states`` has the three attention masks. The heads are
+dropped after the stage.
 """
 
 import math
@@ -10,22 +11,22 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from instructblip.core.batch import IGNORE_INDEX, Batch, LossOutput
 from instructblip.model.instructblip import InstructBlip
 
 LABEL_SMOOTHING = 0.1
-"""Of the contrast, as in the official code."""
+"""Of the contrastive loss, as in the official code."""
 
 
 class Stage1(nn.Module):
     """Trains the Q-Former of an instruction-aware model on captions, given as ``qformer_ids``.
 
-    ``loss`` is the sum of the three losses, each a mean. It is given times the response tokens of
-    the batch, because the training loop divides by them. Negatives come from the batch of this
-    process alone. ValueError for a model without a text branch.
+    ``loss`` is the sum of the three losses, each a mean, times the response tokens of the batch,
+    because the training loop divides by them. Negatives come from the batch of this process only.
+    Raises ValueError for a model without a text branch.
     """
 
     def __init__(self, model: InstructBlip, embedding: int = 256) -> None:
@@ -43,15 +44,15 @@ class Stage1(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
 
     def loss(self, batch: Batch) -> LossOutput:
-        """All three losses of the captions and the first frames of their pictures."""
-        model, pictures = self.model, batch.image_index[:, 0]
+        """All three losses of the captions and the first frame of each sample."""
+        model, images = self.model, batch.image_index[:, 0]
         features = model.vision_model.norm(model.features_of(batch))  # [N, P, V]
         similarity = self.similarity(features, batch)
         losses = torch.stack(
             [
-                contrast(similarity, pictures),
+                contrast(similarity, images),
                 self.match(features, batch, similarity.detach()),
-                self.tell(features, batch),
+                self.caption(features, batch),
             ]
         )
         tokens = batch.response_mask.long().sum(1)
@@ -59,38 +60,38 @@ class Stage1(nn.Module):
         return LossOutput(mean * tokens.sum(), tokens.sum(), mean.detach() * tokens, tokens)
 
     def similarity(self, features: Float[Tensor, "N P V"], batch: Batch) -> Float[Tensor, "B B"]:
-        """Row i: the picture of sample i with the text of every sample; its best query counts."""
-        model, pictures = self.model, batch.image_index[:, 0]
-        none = batch.qformer_ids[:, :0]
+        """Row i: the image of sample i with the text of every sample, by the image's best query."""
+        model, no_text = self.model, batch.qformer_ids[:, :0]
         queries = model.query_tokens.expand(len(batch), -1, -1)
-        seen = model.qformer(queries, features, none, none, pictures)
+        queries = model.qformer(queries, features, no_text, no_text, batch.image_index[:, 0])
         _, text = model.qformer.hidden_states(None, None, batch.qformer_ids, batch.qformer_mask)
-        images = F.normalize(self.image_head(seen), dim=-1)  # [B, Q, E]
+        images = F.normalize(self.image_head(queries), dim=-1)  # [B, Q, E]
         texts = F.normalize(self.text_head(text[:, 0]), dim=-1)  # [B, E]
         scores = torch.einsum("iqe,je->ijq", images, texts).amax(2)
         return scores / self.log_temperature.exp()
 
     def match(
         self, features: Float[Tensor, "N P V"], batch: Batch, similarity: Float[Tensor, "B B"]
-    ) -> Tensor:
-        """Does the text fit the picture? Each pair, its text with a picture that is hard to tell
-        from its own, and its picture with such a text. 0 where all samples show one picture."""
-        pictures = batch.image_index[:, 0]
-        others = ~same_picture(pictures)
+    ) -> Float[Tensor, ""]:
+        """Whether a text fits an image: each pair of the batch, its text with a similar other image
+        and its image with a similar other text, drawn by similarity. 0 where all samples show one
+        image."""
+        images = batch.image_index[:, 0]
+        others = ~is_same_image(images)
         if not others.any():
             warnings.warn(
-                "a micro batch shows one picture alone and trains no matching, which needs another "
-                "one; a larger training.batch_size makes that rare",
+                "all samples of a micro batch show one image: it trains no matching, which needs "
+                "a second one; a larger training.batch_size makes that rare",
                 RuntimeWarning,
                 stacklevel=2,
             )
             return similarity.new_zeros(())
         weights = similarity.masked_fill(~others, -math.inf)
         hard_text = torch.multinomial(weights.softmax(1), 1)[:, 0]
-        hard_picture = torch.multinomial(weights.t().softmax(1), 1)[:, 0]
-        own = torch.arange(len(batch), device=pictures.device)
-        index = torch.cat([pictures, pictures[hard_picture], pictures])
-        text = torch.cat([own, own, hard_text])
+        hard_image = torch.multinomial(weights.t().softmax(1), 1)[:, 0]
+        samples = torch.arange(len(batch), device=images.device)
+        index = torch.cat([images, images[hard_image], images])
+        text = torch.cat([samples, samples, hard_text])
         queries, _ = self.model.qformer.hidden_states(
             self.model.query_tokens.expand(len(index), -1, -1),
             features,
@@ -102,29 +103,29 @@ class Stage1(nn.Module):
         fits = (torch.arange(len(index), device=index.device) < len(batch)).long()
         return F.cross_entropy(self.match_head(queries).mean(1), fits)
 
-    def tell(self, features: Float[Tensor, "N P V"], batch: Batch) -> Tensor:
-        """The next word of the caption; the first token stands for [DEC]."""
+    def caption(self, features: Float[Tensor, "N P V"], batch: Batch) -> Float[Tensor, ""]:
+        """The next token of the caption; its first token stands in for [DEC]."""
         ids, mask = batch.qformer_ids, batch.qformer_mask
         queries = self.model.query_tokens.expand(len(batch), -1, -1)
         _, text = self.model.qformer.hidden_states(
             queries, features, ids, mask, batch.image_index[:, 0], causal_text=True
         )
-        wanted = ids[:, 1:].masked_fill(mask[:, 1:] == 0, IGNORE_INDEX)
+        labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, IGNORE_INDEX)
         logits = self.word_head(text[:, :-1]).flatten(0, 1).float()
-        return F.cross_entropy(logits, wanted.flatten(), ignore_index=IGNORE_INDEX)
+        return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX)
 
 
-def same_picture(pictures: Tensor) -> Bool[Tensor, "B B"]:
-    """Which samples show the same picture: they are no negatives of each other."""
-    return pictures[:, None] == pictures[None]
+def is_same_image(images: Int[Tensor, " B"]) -> Bool[Tensor, "B B"]:
+    """Which samples show the same image: they are no negatives of each other."""
+    return images[:, None] == images[None]
 
 
-def contrast(similarity: Float[Tensor, "B B"], pictures: Tensor) -> Tensor:
-    """Cross-entropy both ways; captions of one picture share the target."""
-    same = same_picture(pictures).to(similarity.dtype)
-    wanted = same / same.sum(1, keepdim=True)
+def contrast(similarity: Float[Tensor, "B B"], images: Int[Tensor, " B"]) -> Float[Tensor, ""]:
+    """Cross-entropy from image to text and back; captions of one image share the target."""
+    same = is_same_image(images).to(similarity.dtype)
+    target = same / same.sum(1, keepdim=True)
     both = [
-        F.cross_entropy(scores, wanted, label_smoothing=LABEL_SMOOTHING)
+        F.cross_entropy(scores, target, label_smoothing=LABEL_SMOOTHING)
         for scores in (similarity, similarity.t())
     ]
     return (both[0] + both[1]) / 2

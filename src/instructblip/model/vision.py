@@ -1,8 +1,8 @@
-"""The image encoder: a pre-norm ViT whose last LayerNorm is a part of its own.
+"""The image encoder: a pre-norm ViT whose last LayerNorm is a separate part.
 
-Equal to transformers' InstructBlipVisionModel and Blip2VisionModel, names of parameters included.
-The body is frozen in both papers while the last LayerNorm is trained (``ln_vision`` in the
-official code), so ``VisionModel.body`` stops before it: that is also what a feature cache holds.
+It equals transformers' InstructBlipVisionModel and Blip2VisionModel, parameter names included. Both
+papers freeze the body and train the last LayerNorm (``ln_vision`` in the official code), so
+``VisionModel.body`` stops before it, and stored features are its output.
 """
 
 import math
@@ -103,7 +103,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """The stack of layers; a module of its own only for the sake of parameter names."""
+    """The stack of layers; a separate module for the sake of parameter names only."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

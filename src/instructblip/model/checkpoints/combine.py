@@ -1,8 +1,8 @@
-"""A new pair of image encoder and language model, with a fresh Q-Former between them.
+"""A new pair of image encoder and language model, with a new Q-Former between them.
 
 Image encoders: EVA-CLIP (from a BLIP-2 or InstructBLIP directory), CLIP and SigLIP, read from
-transformers' directories into our own encoder, which gives the same features. Language models:
-any that ``language.py`` drives (Llama, Qwen, Gemma, OPT, T5 families).
+transformers' directories into ``VisionModel``, which computes the same features. Language models:
+any that ``model/language`` drives (Llama, Qwen, Gemma, OPT, T5 families).
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ def combine(
     qformer: dict[str, Any] | None = None,
     num_query_tokens: int = 32,
 ) -> InstructBlip:
-    """An instruction-aware model of two frozen parts; the Q-Former is random and to be pre-trained.
+    """An instruction-aware model of two frozen parts and a random Q-Former, to be pre-trained.
 
     ``qformer`` are fields of ``QFormerConfig``; by default BERT-base, as in the paper.
     """
@@ -48,16 +48,16 @@ def combine(
     model = InstructBlip(config)
     weights = {f"vision_model.{name}": value for name, value in tower.items()}
     weights |= {f"language_model.{n}": v for n, v in read_weights(language).items()}
-    fresh = ("query_tokens", "qformer.", "language_projection.")
-    weights |= {n: v for n, v in model.state_dict().items() if n.startswith(fresh)}
+    new = ("query_tokens", "qformer.", "language_projection.")
+    weights |= {n: v for n, v in model.state_dict().items() if n.startswith(new)}
     load_weights(model, weights, f"{vision} and {language}")
     return model.eval()
 
 
 def read_vision(path: Path) -> tuple[VisionConfig, dict[str, Tensor]]:
-    """Config and weights of an image encoder, under the names of ``VisionModel``.
+    """Config and weights of an image encoder, by the names of ``VisionModel``.
 
-    Raises ValueError for a model that has none of the known kinds.
+    Raises ValueError for an image encoder of another kind.
     """
     values = read_json(path / "config.json")
     kind = str(values.get("model_type"))
@@ -73,14 +73,14 @@ def read_vision(path: Path) -> tuple[VisionConfig, dict[str, Tensor]]:
     family = kind.removesuffix("_vision_model")
     if family not in ("clip", "siglip"):
         raise ValueError(
-            f"{path}: an image encoder of model_type {kind!r}; expected CLIP, SigLIP, or that of a "
-            "BLIP-2 or InstructBLIP"
+            f"{path} holds an image encoder of model_type {kind!r}; expected CLIP, SigLIP, or that "
+            "of a BLIP-2 or InstructBLIP"
         )
-    own = values.get("vision_config", values)
+    given = values.get("vision_config", values)
     defaults = {"hidden_act": "quick_gelu" if family == "clip" else "gelu_pytorch_tanh"}
     defaults |= {"layer_norm_eps": 1e-5 if family == "clip" else 1e-6}
     config = VisionConfig(
-        **{**DEFAULTS[family], **defaults, **{k: own[k] for k in SHARED if k in own}},
+        **{**DEFAULTS[family], **defaults, **{k: given[k] for k in SHARED if k in given}},
         class_token=family == "clip",
         pre_layernorm=family == "clip",
     )
@@ -109,11 +109,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     }
     for family in ("clip", "siglip")
 }
-"""What transformers' configs leave out when it is the default."""
+"""Defaults of transformers, which its config files leave out."""
 
 
 def _fused(weights: dict[str, Tensor], config: VisionConfig) -> dict[str, Tensor]:
-    """CLIP's and SigLIP's tensors: one matrix for queries, keys and values, heads left out."""
+    """Tensors of CLIP or SigLIP with one matrix for queries, keys and values, without the heads."""
     ours: dict[str, Tensor] = {}
     for name, value in weights.items():
         if name.startswith(("head.", "embeddings.position_ids")):

@@ -1,5 +1,5 @@
-"""Which directory a model's name stands for: a path, a run, the starter, or the Hub; and which
-may be written."""
+"""The directory that a model's name stands for (a path, a run, the starter, the Hub), and whether
+a directory may be written."""
 
 import importlib.resources
 import re
@@ -14,7 +14,7 @@ def model_directory(path: str | Path) -> Path:
     """The directory with config.json that ``path`` stands for.
 
     "starter" is the model in the package; a run directory stands for its ``best``, else ``last``;
-    ``hf://OWNER/NAME[@REVISION]`` is fetched from the Hub: that name alone ever asks a network.
+    ``hf://OWNER/NAME[@REVISION]`` is fetched from the Hub; no other name uses the network.
     """
     if str(path).startswith(HUB):
         return _from_hub(str(path).removeprefix(HUB))
@@ -41,19 +41,18 @@ def model_directory(path: str | Path) -> Path:
 
 
 def check_output(out: Path, file: bool = False) -> None:
-    """Raise ValueError unless a model can be written to ``out`` and nothing there is lost.
+    """Raise ValueError unless a model can be written to ``out`` without replacing anything.
 
     A directory must be new or empty, a LAVIS ``file`` new.
     """
     if not file and out.suffix in (".pth", ".pt"):
         raise ValueError(
-            f"{out}: a directory is written here; --format lavis of `instructblip export` writes a "
+            f"{out}: this writes a directory; --format lavis of `instructblip export` writes a "
             f"{out.suffix} file"
         )
     if out.exists() and (file or not out.is_dir() or any(out.iterdir())):
         raise ValueError(
-            f"{out} exists, and all of it would be replaced: choose another name, or remove it "
-            "first"
+            f"{out} exists and would be replaced: choose another name, or remove it first"
         )
 
 
@@ -66,8 +65,8 @@ def _from_hub(name: str) -> Path:
         raise ValueError(f"{HUB}{name}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION")
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "qformer_tokenizer/*"]
     try:
-        found = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+        snapshot = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f"{HUB}{name} could not be fetched: {reason}") from error
-    return Path(found)
+    return Path(snapshot)

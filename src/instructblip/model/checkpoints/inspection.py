@@ -1,4 +1,4 @@
-"""What a checkpoint is, told from its config and the names and shapes in its files."""
+"""What a checkpoint holds, by its config and the names and shapes in its files."""
 
 import re
 from collections import Counter
@@ -22,13 +22,14 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.model.trainable import part_of
 
 TIED = re.compile(r"language_model\.(lm_head|(.*\.)?embed_tokens)\.weight")
-"""Names under which a language model may hold a matrix that it has under another one."""
+"""Names of matrices that a language model may store under another name only."""
+
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass
 class Inspection:
-    """``parts`` are parameters by part of the model, ``trainable`` those the paper trains."""
+    """``parts`` counts parameters by part, ``trainable`` those that the paper trains."""
 
     path: Path
     kind: str
@@ -51,10 +52,10 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | Path) -> Inspection:
-    """What ``path`` is: a model or run directory, "starter", or a file of the official code.
+    """Inspect a model or run directory, "starter", or a file of the official code.
 
-    Weights of a directory are not read, only their names and shapes. Raises FileNotFoundError or
-    ValueError for what is neither.
+    Of a directory with safetensors the names and shapes alone are read. Raises FileNotFoundError or
+    ValueError for anything else.
     """
     if Path(path).is_file():
         return _of_lavis(Path(path))
@@ -63,14 +64,14 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     config = InstructBlipConfig.from_transformers(values)
     with torch.device("meta"):
         model = InstructBlip(config)
-    found = Inspection(
+    report = Inspection(
         directory,
         "InstructBLIP" if config.instruction_aware else "BLIP-2",
         {
             "language model": str(config.language.get("model_type")),
-            "pictures": f"{config.vision.image_size} x {config.vision.image_size}",
+            "images": f"{config.vision.image_size} x {config.vision.image_size}",
             "query tokens": str(config.num_query_tokens),
-            "text branch beside it": str((directory / TEXT_BRANCH_FILE).is_file()),
+            "text branch file": str((directory / TEXT_BRANCH_FILE).is_file()),
             "tokenizers": ", ".join(_tokenizers(directory)) or "none",
         },
     )
@@ -80,34 +81,36 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         if not HARMLESS.fullmatch(name)
     }
     for name, parameter in model.named_parameters():
-        found.parts[part_of(name)] += parameter.numel()
-    found.trainable = sum(p.numel() for _, p in model.trainable_parameters())
+        report.parts[part_of(name)] += parameter.numel()
+    report.trainable = sum(p.numel() for _, p in model.trainable_parameters())
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     absent = [name for name in expected if name not in given and not TIED.fullmatch(name)]
-    found.missing = [f"{name} {list(expected[name])}" for name in absent]
-    found.unexpected = [
+    report.missing = [f"{name} {list(expected[name])}" for name in absent]
+    report.unexpected = [
         f"{n} {list(s)}" + (f", expected {list(expected[n])}" if n in expected else "")
         for n, s in given.items()
         if expected.get(n) != s
     ]
-    return found
+    return report
 
 
 def _of_lavis(file: Path) -> Inspection:
     weights = read_nested(file, "model")
     if not is_lavis(weights):
-        raise ValueError(f"{file} is no checkpoint of the official code; it holds {[*weights][:3]}")
+        raise ValueError(
+            f"{file} is not a checkpoint of the official code; it holds {[*weights][:3]}"
+        )
     ours = from_lavis(weights)
     known = {n: v for n, v in ours.items() if n.startswith(KNOWN)}
-    found = Inspection(file, "LAVIS checkpoint", {"tensors": str(len(weights))})
+    report = Inspection(file, "LAVIS checkpoint", {"tensors": str(len(weights))})
     for name, value in known.items():
         part = part_of(name)
-        found.parts[part] += value.numel()
-        found.trainable += value.numel() * (part not in ("vision_tower", "language_model"))
+        report.parts[part] += value.numel()
+        report.trainable += value.numel() * (part not in ("vision_tower", "language_model"))
     present = {name.split(".")[0] for name in known if not name.startswith(NORM)}
-    found.missing = [part for part in KNOWN if part.strip(".") not in present]
-    found.unexpected = [name for name in ours if name not in known]
-    return found
+    report.missing = [part for part in KNOWN if part.strip(".") not in present]
+    report.unexpected = [name for name in ours if name not in known]
+    return report
 
 
 NORM = "vision_model.post_layernorm."
@@ -120,7 +123,7 @@ def _tokenizers(directory: Path) -> list[str]:
 
 
 def _shapes(directory: Path) -> Shapes:
-    """Names and shapes; of safetensors the headers alone are read."""
+    """Names and shapes of all tensors; of safetensors only the headers are read."""
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
         return {name: tuple(value.shape) for name, value in read_weights(directory).items()}

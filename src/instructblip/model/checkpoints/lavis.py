@@ -1,15 +1,15 @@
-"""The official code's checkpoints (LAVIS ``.pth``): their names to ours and back.
+"""Checkpoints of the official code (LAVIS ``.pth``), to our names and back.
 
 A released InstructBLIP file is trimmed to what was trained: ``{"model": {...}}`` with the query
 tokens, the Q-Former, ``ln_vision`` and the projection. Image encoder (``eva_vit_g.pth``, a bare
-dict) and language model (a transformers directory) stand beside it. What differs from transformers:
+dict) and language model (a transformers directory) are separate. Differences from transformers:
 
-- the key bias of the image encoder does not exist: queries and values have one, keys have zero;
+- the image encoder has a bias for queries and values and none for keys;
 - ``ln_vision`` has torch's epsilon 1e-5, every other norm of the encoder 1e-6;
 - ``eva_vit_g.pth`` holds one block more than is used, and a head; both are left out;
 - the Q-Former's vocabulary has one row more than BERT's, for the token [DEC];
-- Vicuna's tokenizer begins with ``</s>``, has a pad token 32000 and a row for it;
-- Flan-T5 runs with the exact GELU, whatever its own config says.
+- Vicuna's prompts begin with ``</s>``, and its vocabulary has a pad token, 32000;
+- Flan-T5 runs with the exact GELU, whatever its config says.
 """
 
 import re
@@ -43,12 +43,12 @@ ENCODER_BLOCKS = 39
 """Of the 40 in ``eva_vit_g.pth``."""
 VICUNA_PAD = "[PAD]"
 BARE_ENCODER = ("blocks.", "cls_token", "pos_embed", "patch_embed.", "norm.", "head.", "fc_norm.")
-"""How the names of ``eva_vit_g.pth`` begin, which has no prefix."""
+"""Beginnings of the names in ``eva_vit_g.pth``, which has no prefix."""
 OTHER_HEADS = re.compile(
     r"(vision_proj|text_proj|itm_head)\..*|temp|Qformer\.cls\..*|Qformer\.bert\.pooler\..*"
     r"|Qformer\.bert\.embeddings\.position_ids|(visual_encoder\.)?(norm|fc_norm|head)\..*"
 )
-"""What stage 1 and the whole EVA-CLIP have on top: no part of the model that answers."""
+"""Heads of stage 1 and of EVA-CLIP, which are no part of the model."""
 
 NAMES = (
     ("visual_encoder.blocks.", "vision_model.encoder.layers."),
@@ -64,7 +64,7 @@ NAMES = (
     ("Qformer.bert.", "qformer."),
     ("attention.self.", "attention.attention."),
 )
-"""Parts of names: official, ours. From left to right one after the other; back in reverse."""
+"""Parts of names (official, ours), replaced in this order, and in reverse on the way back."""
 VISION_NAMES = (
     "vision_model.embeddings.patch_embedding.weight",
     "vision_model.embeddings.position_embedding",
@@ -81,7 +81,7 @@ def is_lavis(names: Any) -> bool:
 
 
 def from_lavis(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under our names, ``qkv.bias`` joined, what is no part of the model left out."""
+    """The tensors by our names, with ``qkv.bias`` joined and without other heads."""
     whole = {
         f"visual_encoder.{name}" if name.startswith(BARE_ENCODER) else name: value
         for name, value in weights.items()
@@ -103,9 +103,9 @@ def from_lavis(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def to_lavis(
     weights: dict[str, Tensor], projection: str, image_encoder: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors of a trimmed file under the official names; ``image_encoder`` adds that one too.
+    """The tensors of a trimmed file by the official names, with ``image_encoder`` or without.
 
-    Raises ValueError for an encoder with a key bias, which the official code cannot hold.
+    Raises ValueError for an encoder with a key bias, which the official code does not have.
     """
     lavis: dict[str, Tensor] = {}
     for name, value in weights.items():
@@ -152,15 +152,14 @@ def import_lavis(
 ) -> InstructBlip:
     """The whole model from its three parts, in fp32; `import` writes it with its tokenizers.
 
-    Where ``checkpoint`` holds weights of the image encoder or the language model, as one that
-    trained them does, these are taken. Raises ValueError for a file that is not the part it is
-    given for.
+    Weights of the image encoder or the language model in ``checkpoint``, as where they were
+    trained, take precedence. Raises ValueError for a file that does not hold its part.
 
     Args:
         checkpoint: a trimmed or whole ``.pth`` of an InstructBLIP or a BLIP-2.
-        vision: ``eva_vit_g.pth``, or a directory or file that holds the encoder under our names.
+        vision: ``eva_vit_g.pth``, or a directory or file with the encoder by our names.
         language: a transformers directory of the language model.
-        vision_heads: no tensor tells the number of heads; the official one by default.
+        vision_heads: attention heads, which no tensor shows; by default the official number.
         qformer_heads: likewise.
     """
     given = from_lavis(read_nested(checkpoint, "model"))
@@ -184,7 +183,7 @@ def import_lavis(
 
 
 def _check_parts(weights: dict[str, Tensor], vision: Path, checkpoint: Path) -> None:
-    """Raise ValueError naming the file without the tensors that ``_config_of`` measures."""
+    """Raise ValueError for a file without the tensors that ``_config_of`` measures."""
     for file, what, names in (
         (vision, "image encoder: expected eva_vit_g.pth or weights under our names", VISION_NAMES),
         (checkpoint, "Q-Former: expected a .pth of an InstructBLIP or a BLIP-2", QFORMER_NAMES),
@@ -196,8 +195,8 @@ def _check_parts(weights: dict[str, Tensor], vision: Path, checkpoint: Path) -> 
 def language_parts(
     language: Path, trained: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and weights of a language model as the official code changes them; ``trained`` take
-    the place of its own, with the row of [PAD] or without."""
+    """Config and weights of a language model as the official code changes them. ``trained`` weights
+    replace those in the directory, with the row of [PAD] or without it."""
     text, weights = read_language_config(language), read_weights(language)
     weights |= trained or {}
     if text.get("model_type") in ("t5", "mt5"):
@@ -205,7 +204,7 @@ def language_parts(
         return text, weights
     if text.get("model_type") == "llama" and text.get("pad_token_id") != text["vocab_size"] - 1:
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            # the row of [PAD]: masked wherever it stands, never trained
+            # the row of [PAD], which is always masked and never trained
             if name in weights and len(weights[name]) == text["vocab_size"]:
                 mean = weights[name].float().mean(0, keepdim=True).to(weights[name].dtype)
                 weights[name] = torch.cat([weights[name], mean])
@@ -215,7 +214,7 @@ def language_parts(
 
 
 def language_tokenizer(language: Path) -> Any:
-    """The tokenizer as the official code sets it up: Vicuna's prompts begin with ``</s>``."""
+    """The tokenizer as the official code configures it: Vicuna's prompts begin with ``</s>``."""
     folder = str(language)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if read_json(language / "config.json").get("model_type") != "llama":
@@ -233,7 +232,7 @@ def language_tokenizer(language: Path) -> Any:
 def _config_of(
     weights: dict[str, Tensor], text: dict[str, Any], vision_heads: int, qformer_heads: int
 ) -> InstructBlipConfig:
-    """Sizes are those of the tensors; the rest is as in the official code."""
+    """Sizes of the tensors; everything else as in the official code."""
     patch = weights[VISION_NAMES[0]]
     grid = int((weights["vision_model.embeddings.position_embedding"].shape[1] - 1) ** 0.5)
     blocks = 1 + max(_layer(name) for name in weights if name.startswith("vision_model.encoder."))
@@ -271,8 +270,8 @@ def _config_of(
 
 
 def _layer(name: str) -> int:
-    found = re.search(r"\.layers?\.(\d+)\.", name)
-    return int(found[1]) if found else 0
+    match = re.search(r"\.layers?\.(\d+)\.", name)
+    return int(match[1]) if match else 0
 
 
 def _drop_spare_blocks(weights: dict[str, Tensor], blocks: int) -> None:
@@ -282,7 +281,7 @@ def _drop_spare_blocks(weights: dict[str, Tensor], blocks: int) -> None:
 
 
 def refuse_loss(trained: Collection[str], image_encoder: bool) -> None:
-    """Raise ValueError where ``trained``, parts of a model, would be left out of a trimmed file."""
+    """Raise ValueError where a trimmed file would leave out one of the ``trained`` parts."""
     lost = sorted({"language_model", "lora"}.intersection(trained))
     if lost:
         raise ValueError(
@@ -291,15 +290,15 @@ def refuse_loss(trained: Collection[str], image_encoder: bool) -> None:
         )
     if "vision_tower" in trained and not image_encoder:
         raise ValueError(
-            "['vision_tower'] was trained, and a LAVIS file holds the image encoder on demand "
-            "alone: add --image-encoder"
+            "['vision_tower'] was trained, and a LAVIS file holds the image encoder on request "
+            "only: add --image-encoder"
         )
 
 
 def export_lavis(model: InstructBlip, file: Path, image_encoder: bool = False) -> None:
     """Write a trimmed ``.pth`` that the official code loads; see ``to_lavis``.
 
-    It holds no language model, which stands beside it: ValueError for one with an adapter.
+    The file holds no language model. Raises ValueError for a model with an adapter.
     """
     if adapters(model.language_model):
         refuse_loss(["lora"], image_encoder)

@@ -1,7 +1,7 @@
-"""The text branch of the Q-Former, which reads the instruction and which no BLIP-2 has.
+"""The text branch of the Q-Former, which reads the instruction and which a BLIP-2 does not have.
 
-It is word and position embeddings and the text feed-forwards: from a file beside a BLIP-2, from a
-Blip2ForImageTextRetrieval, or from BERT.
+It consists of word and position embeddings and the text feed-forwards, and comes from a file in the
+BLIP-2's directory, from a Blip2ForImageTextRetrieval, or from BERT.
 """
 
 import re
@@ -19,18 +19,17 @@ TEXT_BRANCH = re.compile(
     r"embeddings\.(word|position)_embeddings\.weight"
     r"|encoder\.layer\.\d+\.(intermediate|output)\.(dense|LayerNorm)\.(weight|bias)"
 )
-"""Names of the text branch inside the Q-Former, whole."""
+"""Parameter names of the text branch inside the Q-Former."""
 
 
 def in_text_branch(name: str) -> bool:
     """Whether a tensor of the model belongs to the text branch."""
-    return TEXT_BRANCH.fullmatch(name.removeprefix("qformer.")) is not None and (
-        name.startswith("qformer.")
-    )
+    prefix, _, rest = name.partition(".")
+    return prefix == "qformer" and TEXT_BRANCH.fullmatch(rest) is not None
 
 
 def find_text_branch(directory: Path, text_branch: str | Path | None) -> dict[str, Tensor]:
-    """The text branch for a BLIP-2 directory, by Q-Former names; empty when it is to be random."""
+    """The text branch for a BLIP-2 directory, by names ``qformer.*``; empty for "random"."""
     if text_branch == "random":
         return {}
     source = directory / TEXT_BRANCH_FILE if text_branch is None else Path(text_branch)
@@ -53,10 +52,10 @@ def find_text_branch(directory: Path, text_branch: str | Path | None) -> dict[st
 
 
 def read_text_branch(source: Path) -> dict[str, Tensor]:
-    """Tensors of a text branch as ``qformer.*``, from any of the three formats.
+    """Tensors of a text branch by names ``qformer.*``, from any of the three formats.
 
-    BERT's vocabulary gets one row more, for the [DEC] token that BLIP-2's tokenizer adds; nothing
-    reads it in instruction tuning, so it is the mean of the others.
+    BERT's vocabulary gets one more row for the [DEC] token that BLIP-2's tokenizer adds, the mean
+    of the others: instruction tuning does not read it.
     """
     weights = read_weights(source)
     is_bert = any("token_type_embeddings" in name for name in weights)

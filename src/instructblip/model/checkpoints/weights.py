@@ -1,4 +1,4 @@
-"""Tensors in files: read what others wrote without trusting it.
+"""Tensors in files, read without trusting whoever wrote them.
 
 Reads ``model.safetensors``, sharded safetensors with their index, and ``pytorch_model.bin``
 (sharded too) through ``torch.load(weights_only=True)``, which runs no code.
@@ -25,8 +25,8 @@ WEIGHT_FILES = (
 
 
 class NoRandomWeights(TorchFunctionMode):
-    """Inside it, modules are built with zeros in place of random weights: for a model that is
-    loaded right afterwards, where drawing 7 billion numbers would take a minute for nothing."""
+    """Builds modules with zeros in place of random weights, for a model that is loaded right
+    afterwards: drawing 7 billion numbers would take a minute for nothing."""
 
     DRAWS = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_")
 
@@ -35,7 +35,7 @@ class NoRandomWeights(TorchFunctionMode):
         if getattr(func, "__name__", "") not in self.DRAWS:
             return func(*args, **kwargs)
         tensor = args[0] if args else kwargs["tensor"]
-        tensor.detach().zero_()  # defined values, or sampling by rejection might never end
+        tensor.detach().zero_()  # defined values: sampling by rejection might not end on others
         return tensor
 
 
@@ -53,8 +53,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a model directory or of one weight file, by name, on the CPU.
 
-    Raises FileNotFoundError when there are none and ValueError for a file that is damaged, that
-    needs code to be unpickled, or whose index points outside the directory.
+    Raises FileNotFoundError when there are none, and ValueError for a file that is damaged, needs
+    code to be unpickled, or is an index that points outside the directory.
     """
     if path.is_file():
         return _read_file(path)
@@ -77,7 +77,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
 
 
 def _load(file: Path) -> Any:
-    """What a file holds, read without running code of it."""
+    """The content of a file, read without running code from it."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
     try:
@@ -87,7 +87,7 @@ def _load(file: Path) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch's unpickler raises anything for bytes that are no pickle
-        # what torch says of a pickle advises to trust it, so that safetensors alone gives a reason
+        # torch's message advises to trust the pickle, so only the reason of safetensors is shown
         reason = f" ({error})" if isinstance(error, SafetensorError) else ""
         raise ValueError(
             f"{file} cannot be read as tensors alone{reason}: it is damaged, or it is a pickle "
@@ -114,15 +114,14 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             )
         shard = _read_file(index.parent / file)
         listed = {name for name, where in names.items() if where == file}
-        absent = sorted(listed - shard.keys())
-        if absent:
+        if absent := sorted(listed - shard.keys()):
             raise ValueError(f"{index} promises {absent[:5]} in {file}, which lacks them")
         weights.update({name: shard[name] for name in listed})
     return weights
 
 
 def write_weights(weights: dict[str, Tensor], file: Path) -> None:
-    """One safetensors file. Of tensors that share their memory the first name alone is written."""
+    """Write one safetensors file. Tensors that share memory are written once, by the first name."""
     seen: set[tuple[int, torch.Size]] = set()
     distinct = {}
     for name, tensor in weights.items():
