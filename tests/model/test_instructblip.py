@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from pydantic import ValidationError
 from transformers import InstructBlipConfig as TheirConfig
 
@@ -192,6 +193,18 @@ def test_video_is_its_frames_in_order(model):
         torch.testing.assert_close(
             queries[:, frame * width : (frame + 1) * width], model.encode_queries(still)
         )
+
+
+def test_wrong_shapes_are_caught(model):
+    """The checker of annotations runs in this process: each call has one wrong dimension."""
+    batch = tiny_batch(model.config)
+    features = model.encode_image(batch.pixel_values)  # two images, three instructions
+    with pytest.raises(TypeCheckError):
+        model.encode_image(batch.pixel_values[:, :1])
+    with pytest.raises(TypeCheckError):
+        model.query_image(features, batch.qformer_ids, batch.qformer_mask[:2])
+    with pytest.raises(TypeCheckError):
+        model.project_queries(features[0])
 
 
 def test_instruction_changes_the_queries_only_where_it_is_read():

@@ -80,7 +80,7 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
     on_gpu = training.device.startswith("cuda") or (  # also one that is not here
         training.device == "auto" and torch.cuda.is_available()
     )
-    model.compute_dtype = torch.bfloat16 if half else None
+    model.to_training_dtypes(compute_dtype=torch.bfloat16 if half else None)
     for part in model.children():
         stored = torch.bfloat16 if half and on_gpu and is_big(part, model) else torch.float32
         retype(part, stored)

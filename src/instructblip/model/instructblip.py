@@ -211,7 +211,8 @@ class InstructBlip(Pretrained):
         always fp32: bf16 weights swallow most updates of size 1e-5. ``compute_dtype`` is the
         autocast dtype of the parts in fp32 (None: fp32).
         """
-        self.float()
+        if any(p.dtype != torch.float32 for p in self.parameters()):  # fake tensors cannot convert
+            self.float()
         if frozen_dtype is not None:
             for part in (
                 self.vision_model.embeddings,
