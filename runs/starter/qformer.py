@@ -105,7 +105,7 @@ def salient(scene: Scene, rng: random.Random) -> Scene:
     """What a web caption names: the large things, and what is small only where nothing is large.
 
     In any order: queries that are the words of a caption one after the other would not do, since
-    which colour goes with which shape has to be told whatever was said first.
+    which colour goes with which shape has to show whatever came first.
     """
     named = [t for t in scene.things if t.size == "large"] or scene.things
     return replace(scene, things=tuple(rng.sample(named, len(named))))

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _problem(detail: Mapping[str, Any]) -> str:
-    """One of pydantic's: the key, what it expects, what it got; or what a check of ours said."""
+    """One of pydantic's errors: the key, what it expects, what it got; or our message."""
     message = detail["msg"].removeprefix("Value error, ")
     key = ".".join(map(str, detail["loc"]))
     return f"{key}: {message} (got {detail['input']!r})" if key else message

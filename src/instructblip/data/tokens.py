@@ -158,7 +158,7 @@ def _anchor(tokenizer: Any) -> str | None:
 
 
 def _continue(tokenizer: Any, anchor: str | None, text: str) -> list[int] | None:
-    """The ids that ``text`` has after ``anchor`` and a space; None if they cannot be told apart."""
+    """The ids that ``text`` has after ``anchor`` and a space; None if they cannot be separated."""
     if anchor is None:
         return None
     head, whole = _encode(tokenizer, anchor), _encode(tokenizer, f"{anchor} {text}")

@@ -302,7 +302,7 @@ def evaluation_sets(recipe: Recipe) -> list[tuple[str, str]]:
 
 def evaluated_too(recipe: Recipe, name: str) -> str:
     """Why an entry of ``data.sets`` cannot be trained on: the recipe is evaluated on the same
-    split. Empty otherwise; the check finds single pictures that two sets share."""
+    split. Empty otherwise; the check finds single images that two sets share."""
     data = recipe.data
     entry, source = data.sets[name], data.source_of(name)
     if entry.format is not None or (source, entry.split) not in evaluation_sets(recipe):
