@@ -7,8 +7,7 @@ from typing import Any
 from instructblip.data.custom.formats import FORMATS
 from instructblip.data.custom.rows import ROLES
 from instructblip.data.sources import SOURCES
-from instructblip.data.templates import TEMPLATES
-from instructblip.data.templates_zh import TEMPLATES_ZH
+from instructblip.data.templates import TEMPLATES, TEMPLATES_ZH
 from instructblip.recipe.schema import Format
 from tests.data.miniatures import CASES
 

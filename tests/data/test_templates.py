@@ -13,6 +13,7 @@ from instructblip.data import templates as templates_module
 from instructblip.data.templates import (
     TEMPLATES,
     TEMPLATES_FILE,
+    TEMPLATES_ZH,
     check_template,
     render_instruction,
     render_prompt,
@@ -20,7 +21,6 @@ from instructblip.data.templates import (
     templates_note,
     warn_of_other_templates,
 )
-from instructblip.data.templates_zh import TEMPLATES_ZH
 
 EXAMPLE = Example(
     dataset="d",

@@ -9,7 +9,7 @@ template does not name it, it is put in front (``PARTS``), so that nothing is lo
     ocr_tokens   Words in the image: milk, fresh.
     history      Dialog history: Question: is it day? Answer: yes.
 
-A template in Chinese (``templates_zh.py``) has these parts in Chinese.
+A template in Chinese has these parts in Chinese. All texts are in ``templates.yaml``.
 
 Options are lettered: ``(a) red (b) blue``. The response is the bare answer, never its letter.
 """
@@ -21,10 +21,11 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import yaml
 
 from instructblip.core.batch import Example
-from instructblip.data.templates_zh import PARTS_ZH, TEMPLATES_ZH
 
 Language = Literal["en", "zh"]
 TEMPLATES_FILE = "templates.json"
@@ -35,11 +36,15 @@ RENDERER_VERSION = 2
 
 MAX_OCR_TOKENS = 30
 
-PARTS = {
-    "context": "Context: {context}",
-    "ocr_tokens": "Words in the image: {ocr_tokens}.",
-    "history": "Dialog history: {history}",
-}
+_TEXTS: dict[str, Any] = yaml.safe_load(
+    (Path(__file__).parent / "templates.yaml").read_text(encoding="utf-8")
+)
+TEMPLATES, TEMPLATES_ZH = (
+    {task: tuple(texts) for task, texts in _TEXTS[language]["templates"].items()}
+    for language in ("en", "zh")
+)
+PARTS: dict[str, str] = _TEXTS["en"]["parts"]
+PARTS_ZH: dict[str, str] = _TEXTS["zh"]["parts"]
 PLACES = ("question", "options", *PARTS)
 _PLACE = re.compile(r"\{([^{}]*)\}")
 _CHINESE = re.compile("[\u3400-\u9fff]")
@@ -161,122 +166,3 @@ def _history(turns: tuple[tuple[str, str], ...], chinese: bool) -> str:
 
 def _stop(text: str, mark: str = ".") -> str:
     return text if text.endswith((".", "!", "?", "。", "！", "？")) else text + mark
-
-
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "caption": (
-        "A short image description:",
-        "A short caption of the image:",
-        "Describe the image in a short sentence.",
-        "Write a short caption for this picture.",
-        "What does the picture show? Answer in one short sentence.",
-        "Say briefly what is in the image.",
-        "Briefly describe this picture.",
-        "Tell me in a few words what you see.",
-        "Give a short description of the picture.",
-        "In one sentence, what is in this image?",
-        "Look at the image and describe it briefly.",
-        "Sum up the picture in one short sentence.",
-    ),
-    "caption_ocr": (
-        "A short image description with the words in it:",
-        "A short caption that uses the words in the image:",
-        "Describe the image briefly. Mention the words you can read.",
-        "Write a short caption for this picture. Include the words in it.",
-        "Briefly say what is shown and what is written.",
-        "In one short sentence, describe the picture and its words.",
-        "Read the words in the image, then describe it briefly.",
-        "What does the picture show, and what does it say? Answer briefly.",
-        "Give a short description of the picture and the words on it.",
-        "Sum up the image and what is written in it, in one sentence.",
-    ),
-    "vqa": (
-        "Question: {question} Short answer:",
-        "{question} Short answer:",
-        "{question} Answer briefly.",
-        "Question: {question} Answer in a few words.",
-        "Look at the image and answer briefly: {question}",
-        "Answer the question about the picture in a few words. {question}",
-        "{question} A short answer is:",
-        "Give a short answer to this question about the image: {question}",
-        "From the picture, answer in one or two words: {question}",
-        "{question} Use the image and keep the answer short.",
-        "Q: {question} Short A:",
-        "What is the short answer to the question? {question}",
-    ),
-    "multiple_choice": (
-        "Question: {question} Options: {options}. Short answer:",
-        "{question} Options: {options}. Answer:",
-        "Question: {question} Choose one of these: {options}. Answer:",
-        "{question} Which of these is right? {options}. Answer:",
-        "Pick the right option. Question: {question} Options: {options}.",
-        "Look at the image and choose. {question} {options}. Answer:",
-        "Answer with one of the options. {question} Options: {options}.",
-        "{question} The choices are {options}. The right choice is:",
-        "Options: {options}. Question: {question} Answer:",
-        "Choose the best answer to the question: {question} {options}. Answer:",
-        "{question} Select one: {options}. Short answer:",
-    ),
-    "read": (
-        "Question: {question} Short answer:",
-        "{question} Read the image and answer briefly.",
-        "Read the words in the picture. {question} Short answer:",
-        "Use the words in the image to answer: {question} Short answer:",
-        "{question} Look at what is written. Short answer:",
-        "Answer briefly from the words you can read. {question}",
-        "{question} Answer with the words in the picture.",
-        "Read, then answer in a few words: {question}",
-        "What is written tells the answer. {question} Short answer:",
-        "Question about the words in the image: {question} Short answer:",
-    ),
-    "ask": (
-        "Answer: {question}. Question:",
-        'Ask a question about the image with the answer "{question}".',
-        'Write a question about the picture. Its answer is "{question}". Question:',
-        "The answer is {question}. What is the question?",
-        "Which question about this image has the answer {question}?",
-        "Look at the picture and ask a question. Answer: {question}. Question:",
-        'What could be asked here, if the answer is "{question}"?',
-        "Give a question that {question} is the right answer to.",
-        "Make a question for the answer {question}. Question:",
-        "{question} is the answer. The question about the image is:",
-    ),
-    "statement": (
-        'Based on the image, is this statement true or false? "{question}" Answer:',
-        '"{question}" True or false? Short answer:',
-        "True or false: {question} Answer:",
-        "Is it true or false? {question} Answer:",
-        'Look at the picture. Is this right? "{question}" Answer true or false.',
-        "Statement: {question} Is the statement true or false? Answer:",
-        "Check this statement with the image: {question} True or false?",
-        'The picture shows this: "{question}" True or false? Answer:',
-        "Say true or false. {question}",
-        "{question} Is this true or false for the image? Short answer:",
-    ),
-    "classify": (
-        'This is an image with: "{question}" written on it. Is it hateful? Answer:',
-        'Words in the image: "{question}". Is it hateful, yes or no?',
-        'The picture says "{question}". Is this hateful? Short answer:',
-        "Is this image hateful? It says: {question}. Answer yes or no.",
-        'Read "{question}" and look at the image. Is it hateful? Answer:',
-        'Does this picture attack people? It says "{question}". Answer:',
-        "Text: {question}. Is the image with this text hateful? Answer:",
-        'With "{question}" on it, is the image hateful? Yes or no?',
-        "Question: is the picture hateful? Its text: {question}. Short answer:",
-        'Is it hateful to show this image with "{question}"? Answer yes or no.',
-    ),
-    "dialogue": (
-        "Question: {question} Short answer:",
-        "{question} Short answer:",
-        "{question} Answer briefly.",
-        "Next question: {question} Short answer:",
-        "Go on with the dialog. Question: {question} Answer:",
-        "Now answer this about the image: {question} Short answer:",
-        "The next question is: {question} Answer in a few words.",
-        "{question} Give a short answer.",
-        "Keep the dialog in mind. {question} Short answer:",
-        "Last question: {question} Answer:",
-    ),
-    # The question of these data sets (LLaVA) is the whole instruction.
-    "instruct": ("{question}",),
-}
