@@ -1,8 +1,7 @@
-"""Reading annotation files record by record, with errors that name file, record and field.
+"""Reads annotation files record by record, with errors that name file, record and field.
 
-Annotation files run to hundreds of megabytes, so arrays and objects are streamed: one record is
-parsed at a time and a file is never in memory whole. Readers open files only through the functions
-below, so that ``prepare`` can note which files a data set was read from.
+Files of hundreds of megabytes are streamed, never in memory whole. Readers open files only through
+the functions below, so that ``prepare`` knows which files a data set was read from.
 """
 
 import csv
@@ -33,8 +32,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 class Source:
     """One data set: ``read(root, split)`` yields its examples in the order of the file.
 
-    ``root`` holds ``annotations/`` and ``images/``; ``split`` is train, val or test. ``files``
-    describes which of the owner's files belong there.
+    ``split`` is train, val or test. ``files`` describes which files belong into ``root``.
     """
 
     read: Callable[[Path, str], Iterator[Example]]
@@ -78,17 +76,6 @@ def walk_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def matching_files(folder: Path, pattern: str) -> list[Path]:
-    """The files below ``folder`` that match a pattern, sorted; ValueError for a folder on the way
-    that cannot be read."""
-    parts = pattern.split("/")
-    for depth in range(len(parts)):
-        for parent in folder.glob("/".join(parts[:depth])) if depth else [folder]:
-            if parent.is_dir():
-                list_folder(parent)
-    return sorted(path for path in folder.glob(pattern) if path.is_file())
-
-
 def _unreadable(error: OSError) -> ValueError:
     return ValueError(
         f"folder {error.filename} cannot be read ({error.strerror}); allow reading it, or move it "
@@ -123,9 +110,11 @@ class Record:
             self.fail(name, "a string")
         return _bounded(value, name, self.where)
 
-    def identifier(self, name: str) -> str:
-        """An identifier, which files write as a number or as a string."""
+    def identifier(self, name: str, default: str | None = None) -> str:
+        """An identifier, which files write as a number or as a string; ``default`` as in `text`."""
         value = self.data.get(name)
+        if value is None and default is not None:
+            return default
         if isinstance(value, bool) or not isinstance(value, int | str):
             self.fail(name, "a number or a string")
         return _bounded(str(value), name, self.where)
@@ -138,15 +127,21 @@ class Record:
             self.fail(name, "a whole number of at most 18 digits")
         return value
 
-    def texts(self, name: str) -> tuple[str, ...]:
-        """A list of strings; numbers become strings, since some files do not quote them."""
+    def texts(self, name: str, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
+        """A list of strings; ``default`` as in `text`. Numbers become strings, since some files do
+        not quote them."""
         value = self.data.get(name)
-        if not isinstance(value, list):
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, list) or not all(
+            isinstance(item, str | int | float) and not isinstance(item, bool) for item in value
+        ):
             self.fail(name, "a list of strings")
-        for item in value:
-            if isinstance(item, bool) or not isinstance(item, str | int | float):
-                self.fail(name, "a list of strings")
         return tuple(_bounded(str(item), name, self.where) for item in value)
+
+    def one_or_more(self, name: str) -> tuple[str, ...]:
+        """A string, or a list of strings."""
+        return self.texts(name) if isinstance(self.data.get(name), list) else (self.text(name),)
 
     def numbers(self, name: str) -> list[float]:
         """A list of numbers."""
@@ -178,12 +173,11 @@ def _bounded(text: str, name: str, where: str) -> str:
             f"{where}: field '{name}' has {len(text)} characters; expected at most {MAX_TEXT}. "
             "Check the file, or cut the text"
         )
-    if not text.isascii():
-        _encodable(text, name, where)
+    _check_encodable(text, name, where)
     return text.strip()
 
 
-def _encodable(text: str, name: str, where: str) -> None:
+def _check_encodable(text: str, name: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -194,7 +188,7 @@ def _encodable(text: str, name: str, where: str) -> None:
 
 
 def check_object(value: Any, where: str) -> dict[str, Any]:
-    """``value`` if it is a JSON object, else ValueError."""
+    """Returns ``value`` if it is a JSON object, else raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: is {repr(value)[:80]}; expected an object with fields")
     return value
@@ -239,14 +233,14 @@ def read_text(path: Path) -> Iterator[tuple[str, str]]:
         try:
             while line := file.readline(MAX_LINE + 1):
                 number += 1
+                where = f"{path.name}:line {number}"
                 if len(line) > MAX_LINE:
                     raise ValueError(
-                        f"{_line(path, number)}: has more than {MAX_LINE} characters; is this a "
-                        "file of lines?"
+                        f"{where}: has more than {MAX_LINE} characters; is this a file of lines?"
                     )
-                yield line.rstrip("\r\n"), _line(path, number)
+                yield line.rstrip("\r\n"), where
         except UnicodeDecodeError as error:
-            raise ValueError(f"{_line(path, number + 1)} {not_utf8(path, error)}") from None
+            raise ValueError(f"{path.name}:line {number + 1} {not_utf8(path, error)}") from None
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
@@ -255,10 +249,6 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
         utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
     got = "is UTF-16" if utf16 else f"is not UTF-8 ({error.reason})"
     return f"{got}; save it as UTF-8 (a spreadsheet as CSV UTF-8)"
-
-
-def _line(path: Path, number: int) -> str:
-    return f"{path.name}:line {number}"
 
 
 def read_table(path: Path, delimiter: str = ",") -> Iterator[Record]:
@@ -271,23 +261,23 @@ def read_table(path: Path, delimiter: str = ",") -> Iterator[Record]:
             before = int(file.readline(8).rstrip("\r\n") == f"sep={delimiter}")
             if not before:
                 file.seek(0)
-            _check_header(rows.fieldnames or (), _line(path, before + 1))
+            _check_header(rows.fieldnames or (), f"{path.name}:line {before + 1}")
             number = before + 1
             for row in rows:
                 number = before + rows.line_num
                 if None in row or None in row.values():
                     raise ValueError(
-                        f"{_line(path, number)} has more or fewer columns than the header "
+                        f"{path.name}:line {number} has more or fewer columns than the header "
                         f"({len(rows.fieldnames or ())}); put texts with commas in quotes"
                     )
-                yield Record(dict(row), _line(path, number))
+                yield Record(dict(row), f"{path.name}:line {number}")
         except csv.Error as error:
+            number = max(number + 1, before + rows.line_num)
             raise ValueError(
-                f"{_line(path, max(number + 1, before + rows.line_num))} is not readable as CSV "
-                f"({error}); repair the line"
+                f"{path.name}:line {number} is not readable as CSV ({error}); repair the line"
             ) from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{_line(path, number + 1)} {not_utf8(path, error)}") from None
+            raise ValueError(f"{path.name}:line {number + 1} {not_utf8(path, error)}") from None
 
 
 def _check_header(header: Sequence[str], where: str) -> None:
@@ -317,8 +307,7 @@ def image_name(name: str, where: str) -> str:
             f"{where}: image name {name[:200]!r} is empty or leaves the image root; expected a "
             f"relative path below it{slash}"
         )
-    if not name.isascii():
-        _encodable(name, "image", where)
+    _check_encodable(name, "image", where)
     if len(name) > MAX_NAME // 4 and max(map(len, normal.encode().split(b"/"))) > MAX_NAME:
         raise ValueError(
             f"{where}: image name {name[:80]!r}... has {len(name)} characters; expected at most "

@@ -42,12 +42,7 @@ TABLE: dict[str, tuple[Reader, str, str, str]] = {
         OWNER,
         "web_capfilt.json: a list of {image, caption}; or .tar shards in the folder itself",
     ),
-    "textcaps": (
-        textcaps,
-        "caption_ocr",
-        OPEN_IMAGES,
-        "TextCaps_0.1_{split}.json" + OCR_FILE,
-    ),
+    "textcaps": (textcaps, "caption_ocr", OPEN_IMAGES, "TextCaps_0.1_{split}.json" + OCR_FILE),
     "vqav2": (
         vqav2,
         "vqa",

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from instructblip.core.batch import Example
-from instructblip.data.custom.files import CustomSet
 from instructblip.data.custom.formats import custom_source
+from instructblip.data.custom.rows import CustomSet
 from instructblip.data.reading.records import Record, read_records, read_text
 from instructblip.data.reading.streaming import has_field
 from instructblip.data.sources.split import COCO_FOLDERS, Split
@@ -30,10 +30,9 @@ FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images")
 def coco_caption(split: Split) -> Iterator[Example]:
     """``coco_karpathy_{split}.json``, else ``captions_{split}2014.json``; of the owner's test
     split ``image_info_test2014.json``, without captions."""
-    name = split.name
-    official = (f"captions_{name}2014.json", f"image_info_{name}2014.json")
-    path = split.find(f"coco_karpathy_{name}.json", *official)
-    if path.name.startswith("coco_karpathy"):
+    name, lavis = split.name, f"coco_karpathy_{split.name}.json"
+    path = split.find(lavis, f"captions_{name}2014.json", f"image_info_{name}2014.json")
+    if path.name == lavis:
         yield from _grouped(split, path)
     else:
         yield from _coco_style(split, path, f"{name}2014")
@@ -76,19 +75,18 @@ def flickr30k(split: Split) -> Iterator[Example]:
     path = split.find("dataset_flickr30k.json", lavis, token)
     if path.name == token:
         yield from _flickr_token(split, path)
-        return
-    if path.name == lavis:
+    elif path.name == lavis:
         yield from _grouped(split, path)
-        return
-    for _, record in read_records(path, "images"):
-        if record.text("split") == split.name:
-            name = record.text("filename")
-            yield split.example(
-                record.where,
-                record.identifier("imgid") if "imgid" in record else name,
-                split.image(name, record.where, *FLICKR_FOLDERS),
-                answers=tuple(sentence.text("raw") for sentence in record.records("sentences")),
-            )
+    else:
+        for _, record in read_records(path, "images"):
+            if record.text("split") == split.name:
+                name = record.text("filename")
+                yield split.example(
+                    record.where,
+                    record.identifier("imgid", name),
+                    split.image(name, record.where, *FLICKR_FOLDERS),
+                    answers=tuple(each.text("raw") for each in record.records("sentences")),
+                )
 
 
 def _flickr_token(split: Split, path: Path) -> Iterator[Example]:
@@ -135,10 +133,7 @@ def _grouped(split: Split, path: Path) -> Iterator[Example]:
     images: dict[str, tuple[Record, list[str]]] = {}
     for _, record in read_records(path):
         _, captions = images.setdefault(record.text("image"), (record, []))
-        if isinstance(record.data.get("caption"), list):
-            captions.extend(record.texts("caption"))
-        else:
-            captions.append(record.text("caption"))
+        captions.extend(record.one_or_more("caption"))
     for name, (record, captions) in images.items():
         digits = re.findall(r"\d+", Path(name).stem)
         yield split.example(

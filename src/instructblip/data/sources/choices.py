@@ -57,7 +57,7 @@ def scienceqa(split: Split) -> Iterator[Example]:
 
 def _listed(split: Split, path: Path) -> Iterator[Example]:
     for key, record in read_records(path):
-        identifier = record.identifier("question_id") if "question_id" in record else key
+        identifier = record.identifier("question_id", key)
         yield _choice(split, record, identifier, record.text("image"))
 
 

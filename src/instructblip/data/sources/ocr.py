@@ -47,16 +47,15 @@ def textvqa(split: Split) -> Iterator[Example]:
     "answers": ["stop", "stop"]}]}``; OCR: ``{"data": [{"image_id": "a1b2",
     "ocr_tokens": ["STOP"]}]}``. Test has no answers.
     """
-    path = split.find(f"TextVQA_0.5.1_{split.name}.json")
     ocr = _read_ocr(split)
-    for _, record in read_records(path, "data"):
+    for _, record in read_records(split.find(f"TextVQA_0.5.1_{split.name}.json"), "data"):
         image_id = record.text("image_id")
         yield split.example(
             record.where,
             record.identifier("question_id"),
             split.image(f"{image_id}.jpg", record.where, *_folders(split)),
             question=record.text("question"),
-            answers=record.texts("answers") if "answers" in record else (),
+            answers=record.texts("answers", ()),
             ocr_tokens=ocr.get(image_id, ()),
         )
 
@@ -67,15 +66,13 @@ def textcaps(split: Split) -> Iterator[Example]:
     ``{"data": [{"image_id": "a1b2", "image_path": "train/a1b2.jpg", "caption_str": "A bottle
     that says milk.", "reference_strs": ["A bottle that says milk.", "..."]}]}``
     """
-    path = split.find(f"TextCaps_0.1_{split.name}.json")
     ocr = _read_ocr(split)
     images: dict[str, tuple[Record, dict[str, None]]] = {}
-    for _, record in read_records(path, "data"):
+    for _, record in read_records(split.find(f"TextCaps_0.1_{split.name}.json"), "data"):
         _, captions = images.setdefault(record.text("image_id"), (record, {}))
         if "caption_str" in record:
             captions[record.text("caption_str")] = None
-        if "reference_strs" in record:
-            captions.update(dict.fromkeys(record.texts("reference_strs")))
+        captions.update(dict.fromkeys(record.texts("reference_strs", ())))
     for image_id, (record, captions) in images.items():
         name = record.text("image_path", f"{image_id}.jpg")
         yield split.example(
@@ -88,15 +85,14 @@ def textcaps(split: Split) -> Iterator[Example]:
 
 
 def _folders(split: Split) -> tuple[str, ...]:
-    """Folders that the archives of TextVQA and TextCaps unpack to (val shares train's)."""
-    return (
-        ("test_images", "test") if split.name == "test" else ("train_images", "train", "train_val")
-    )
+    """Folders that the archives of TextVQA and TextCaps unpack to."""
+    if split.name == "test":
+        return "test_images", "test"
+    return "train_images", "train", "train_val"
 
 
 def _read_ocr(split: Split) -> dict[str, tuple[str, ...]]:
     """OCR tokens by image; empty without the file."""
     path = split.find_optional(f"TextVQA_Rosetta_OCR_v0.2_{split.name}.json")
-    if path is None:
-        return {}
-    return {r.text("image_id"): r.texts("ocr_tokens") for _, r in read_records(path, "data")}
+    records = read_records(path, "data") if path else ()
+    return {record.text("image_id"): record.texts("ocr_tokens") for _, record in records}

@@ -58,11 +58,9 @@ def _questions(split: Split, path: Path, names: dict[str, str] | None = None) ->
     frames = _Frames(split.root, names)
     for key, record in read_records(path):
         video = record.identifier("video_id" if "video_id" in record else "video")
-        for name in ("id", "question_id"):
-            key = record.identifier(name) if name in record else key
         yield split.example(
             record.where,
-            key,
+            record.identifier("question_id", record.identifier("id", key)),
             *frames.of(video, record.where),
             question=record.text("question"),
             answers=(record.text("answer"),) if "answer" in record else (),

@@ -42,19 +42,14 @@ from instructblip.data.sources.split import COCO_FOLDERS, Reader, Split
 
 
 def vqav2(split: Split) -> Iterator[Example]:
-    """``v2_OpenEnded_mscoco_{split}2014_questions.json`` and ``v2_mscoco_{split}2014_annotations``.
-
-    Test questions are of 2015 and have no annotations. Else ``vqa_train.json``,
-    ``vqa_{split}_eval.json`` or ``vqa_{split}.json``.
-    """
+    """The owner's two files, of 2015 and without annotations in the test split; else LAVIS's
+    ``vqa_{split}_eval.json`` or ``vqa_{split}.json``."""
     yield from _two_files(split, "v2_", "vqa")
 
 
 def okvqa(split: Split) -> Iterator[Example]:
-    """``OpenEnded_mscoco_{split}2014_questions.json`` and ``mscoco_{split}2014_annotations.json``.
-
-    Else ``okvqa_train.json``, ``okvqa_{split}_eval.json`` or ``okvqa_{split}.json``.
-    """
+    """Files named as those of VQAv2, without ``v2_``; else ``okvqa_{split}_eval.json`` or
+    ``okvqa_{split}.json``."""
     yield from _two_files(split, "", "okvqa")
 
 
@@ -110,61 +105,51 @@ def _joined(split: Split, path: Path) -> Iterator[Example]:
             record.identifier("question_id"),
             split.image(record.text("image"), record.where, *COCO_FOLDERS),
             question=record.text("question"),
-            answers=_one_or_many(record, "answer"),
+            answers=record.one_or_more("answer") if "answer" in record else (),
         )
 
 
 def aokvqa(split: Split) -> Iterator[Example]:
     """The question with its choices; the answer is the text of the right choice."""
-    for record, image in _aokvqa_records(split):
+    for record, common in _aokvqa_records(split):
         choices = record.texts("choices")
         has_answer = "correct_choice_idx" in record
-        yield split.example(
-            record.where,
-            record.identifier("question_id"),
-            image,
-            question=record.text("question"),
-            choices=choices,
-            answers=(record.pick("correct_choice_idx", choices),) if has_answer else (),
-        )
+        answers = (record.pick("correct_choice_idx", choices),) if has_answer else ()
+        yield replace(common, choices=choices, answers=answers)
 
 
 def aokvqa_direct(split: Split) -> Iterator[Example]:
     """The question alone, with the direct answers (ten, repeated as often as they were given)."""
-    for record, image in _aokvqa_records(split):
-        yield split.example(
-            record.where,
-            record.identifier("question_id"),
-            image,
-            question=record.text("question"),
-            answers=record.texts("direct_answers") if "direct_answers" in record else (),
-        )
+    for record, common in _aokvqa_records(split):
+        yield replace(common, answers=record.texts("direct_answers", ()))
 
 
-def _aokvqa_records(split: Split) -> Iterator[tuple[Record, str]]:
+def _aokvqa_records(split: Split) -> Iterator[tuple[Record, Example]]:
+    """Each record, and what its example has besides choices and answers."""
     for _, record in read_records(split.find(f"aokvqa_v1p0_{split.name}.json")):
-        if "image" in record:
-            name = record.text("image")
-        else:
-            name = f"{record.integer('image_id'):012d}.jpg"
-        yield record, split.image(name, record.where, f"{split.name}2017", *COCO_FOLDERS)
+        has_name = "image" in record
+        name = record.text("image") if has_name else f"{record.integer('image_id'):012d}.jpg"
+        yield (
+            record,
+            split.example(
+                record.where,
+                record.identifier("question_id"),
+                split.image(name, record.where, f"{split.name}2017", *COCO_FOLDERS),
+                question=record.text("question"),
+            ),
+        )
 
 
 def asked_for(read: Reader, split: Split) -> Iterator[Example]:
-    """The questions of another reader as responses.
-
-    Of several answers the instruction holds the most frequent one, so that it is the same each
-    time and people agree on the pair.
-    """
+    """The questions of another reader as responses to their most frequent answer: people agree on
+    it, and it is the same each time."""
     for example in read(split):
-        counted = Counter(example.answers).most_common(1)
-        yield replace(
-            example,
-            question=counted[0][0] if counted else "",
-            # Without an answer there is nothing to ask for: left empty, it is reported as bad.
-            answers=(example.question,) if counted else (),
-            choices=(),
-        )
+        if not example.answers:
+            # There is nothing to ask for. Left without an answer, the example counts as bad.
+            yield replace(example, question="", choices=())
+            continue
+        ((answer, _),) = Counter(example.answers).most_common(1)
+        yield replace(example, question=answer, answers=(example.question,), choices=())
 
 
 def gqa(split: Split) -> Iterator[Example]:
@@ -204,7 +189,7 @@ def vizwiz(split: Split) -> Iterator[Example]:
     for key, record in read_records(split.find(f"{split.name}.json", f"vizwiz_{split.name}.json")):
         name = record.text("image")
         answers = record.records("answers") if "answers" in record else []
-        extra = _given(answer_type=record.text("answer_type", ""))
+        extra: dict[str, Any] = _given(answer_type=record.text("answer_type", ""))
         if "answerable" in record:
             extra["answerable"] = record.integer("answerable")
         yield split.example(
@@ -217,12 +202,6 @@ def vizwiz(split: Split) -> Iterator[Example]:
         )
 
 
-def _one_or_many(record: Record, name: str) -> tuple[str, ...]:
-    if name not in record:
-        return ()
-    return record.texts(name) if isinstance(record.data[name], list) else (record.text(name),)
-
-
-def _given(**values: str) -> dict[str, Any]:
+def _given(**values: str) -> dict[str, str]:
     """The values that are not empty."""
     return {name: value for name, value in values.items() if value}
