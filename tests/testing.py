@@ -13,8 +13,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from instructblip.data.custom.files import CustomSet
 from instructblip.data.custom.formats import custom_source
+from instructblip.data.custom.rows import CustomSet
 from instructblip.data.prepared.dataset import PreparedDataset
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.reading.records import MAX_TEXT

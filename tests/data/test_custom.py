@@ -13,9 +13,9 @@ import pytest
 from instructblip.cli import data as commands
 from instructblip.cli import main as cli
 from instructblip.core.batch import Example
-from instructblip.data.custom.files import CustomSet
 from instructblip.data.custom.folder import read_folder
 from instructblip.data.custom.formats import custom_source
+from instructblip.data.custom.rows import CustomSet
 from instructblip.data.export import Form, export
 from instructblip.data.prepared.check import check_dataset
 from instructblip.data.prepared.prepare import prepare

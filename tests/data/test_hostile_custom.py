@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from instructblip.core.batch import Example
-from instructblip.data.custom.files import CustomSet
 from instructblip.data.custom.formats import custom_source
+from instructblip.data.custom.rows import CustomSet
 from instructblip.data.prepared.check import check_dataset
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.reading.records import MAX_TEXT

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from instructblip.data.custom.files import CustomSet
 from instructblip.data.custom.formats import custom_source
 from instructblip.data.custom.remote import fetch_tree, is_remote
+from instructblip.data.custom.rows import CustomSet
 from instructblip.data.order import Mixture
 from instructblip.data.prepared.check import (
     Diagnosis,

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from instructblip.core.batch import Example
-from instructblip.data.custom.files import CustomSet, records_of
-from instructblip.data.custom.formats import folder_examples, is_metadata
+from instructblip.data.custom.formats import folder_examples, is_metadata, records_of
+from instructblip.data.custom.rows import CustomSet
 from instructblip.data.images import load_image
 from instructblip.data.prepared.check import placeholders
 from instructblip.data.reading.records import walk_files

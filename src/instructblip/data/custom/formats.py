@@ -16,25 +16,23 @@ Images that are stored inside a file are written to ``extracted/`` below the ima
 their sha256. A dialogue becomes one example for each answer, with the turns before it.
 """
 
+import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 from instructblip.core.batch import Example
-from instructblip.data.custom.files import (
+from instructblip.data.custom.rows import (
     REMEDY,
-    TABLES,
+    ROLES,
     CustomSet,
-    below_root,
-    files_of,
+    Row,
+    examples_of,
     images_of,
     keep_image,
-    records_of,
 )
-from instructblip.data.custom.rows import ROLES, Row, examples_of
 from instructblip.data.reading.opened import note_file
 from instructblip.data.reading.records import (
     IMAGE_SUFFIXES,
@@ -42,10 +40,21 @@ from instructblip.data.reading.records import (
     Source,
     list_folder,
     not_utf8,
+    read_lines,
+    read_records,
+    read_table,
     walk_files,
 )
-from instructblip.data.reading.shards import read_saved, read_shard
+from instructblip.data.reading.shards import read_parquet, read_saved, read_shard
 
+TABLES: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": read_lines,
+    ".csv": read_table,
+    ".tsv": partial(read_table, delimiter="\t"),
+    ".parquet": read_parquet,
+}
+"""What reads the rows of a table, by suffix; ``.json`` has keys as well."""
+TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 SPEAKERS = {
     "human": "question",
     "user": "question",
@@ -62,26 +71,78 @@ def custom_source(custom: CustomSet) -> Source:
     if unknown := [role for role, _ in custom.columns if role not in ROLES]:
         raise ValueError(f"{custom.name}: columns {unknown}; expected some of {', '.join(ROLES)}")
     files = custom.path or f"the files of a {custom.format}"
-    read = FORMATS[custom.format]
-    read = partial(read if read is _conversations else partial(_each_row, read), custom)
     # Compared with the manifests of data prepared earlier, which name the class as it was then.
     settings = repr(custom).replace("CustomSet", "Own", 1)
+    read = partial(_examples, custom)
     return Source(read, custom.task or "", "your own", files, custom.images, settings)
 
 
-def _conversations(custom: CustomSet, root: Path, split: str) -> Iterator[Example]:
-    """One example for each answer of a dialogue: LLaVA, ShareGPT and OpenAI messages."""
-    for path in files_of(custom, root, split, (".json", ".jsonl")):
-        for key, record in records_of(path):
-            record = replace(record, remedy=REMEDY)
-            yield from _dialogue(custom, root / custom.images, split, key, record)
+def _examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example]:
+    """The examples of the files; raises the first error of a row."""
+    read, to_examples = FORMATS[custom.format]
+    for example in to_examples(custom, root, split, read(custom, root, split)):
+        if isinstance(example, ValueError):
+            raise example
+        yield example
+
+
+def folder_examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example | ValueError]:
+    """The example of each row of an imagefolder, or the error of the row."""
+    return examples_of(custom, root, split, _imagefolder(custom, root, split))
+
+
+def _files_of(custom: CustomSet, root: Path, split: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files that match ``custom.path``, or without it all that have one of the suffixes."""
+    pattern = _below_root(custom.path or "*").replace("{split}", split)
+    files = [path for path in _matching_files(root, pattern) if path.suffix.lower() in suffixes]
+    if not files:
+        raise FileNotFoundError(
+            f"{custom.name}: no {' or '.join(suffixes)} file matches {pattern} in {root}; set "
+            "`path` of the recipe's entry to the file, or to a pattern with * or {split}"
+        )
+    return files
+
+
+def _below_root(pattern: str) -> str:
+    """``pattern``; ValueError if it leaves the data root."""
+    if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
+        raise ValueError(f"path {pattern!r} leaves the data root; expected a path below it")
+    return pattern
+
+
+def records_of(path: Path) -> Iterator[tuple[str, Record]]:
+    """(key, record) of each row of a table or each value of a JSON file."""
+    note_file(path)
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        yield from read_records(path)
+    else:
+        yield from ((str(i), record) for i, record in enumerate(TABLES[suffix](path)))
+
+
+def _matching_files(folder: Path, pattern: str) -> list[Path]:
+    """The files below ``folder`` that match a pattern, sorted; ValueError for a folder on the way
+    that cannot be read."""
+    parts = pattern.split("/")
+    for depth in range(len(parts)):
+        for parent in folder.glob("/".join(parts[:depth])) if depth else [folder]:
+            if parent.is_dir():
+                list_folder(parent)
+    return sorted(path for path in folder.glob(pattern) if path.is_file())
+
+
+def _dialogues(custom: CustomSet, root: Path, split: str, rows: Iterable[Row]) -> Iterator[Example]:
+    for row in rows:
+        yield from _dialogue(custom, root / custom.images, split, row.key, row.record)
 
 
 def _dialogue(
     custom: CustomSet, image_root: Path, split: str, key: str, record: Record
 ) -> Iterator[Example]:
+    """One example for each answer."""
+    record = replace(record, remedy=REMEDY)
     field = "conversations" if "conversations" in record else "messages"
-    identifier = record.identifier("id") if "id" in record else key
+    identifier = record.identifier("id", key)
     images: list[str] = []
     for name in ("image", "images"):
         if name in record:
@@ -141,10 +202,14 @@ def _content(image_root: Path, turn: Record) -> tuple[str, list[str]]:
     return " ".join(texts), images
 
 
-def _table(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
-    for path in files_of(custom, root, split, TABLES):
-        for key, record in records_of(path):
-            yield Row(key, record)
+def _json_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
+    for path in _files_of(custom, root, split, (".json", ".jsonl")):
+        yield from itertools.starmap(Row, records_of(path))
+
+
+def _table_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
+    for path in _files_of(custom, root, split, TABLE_SUFFIXES):
+        yield from itertools.starmap(Row, records_of(path))
 
 
 def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
@@ -178,7 +243,7 @@ def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
 
 def is_metadata(path: Path) -> bool:
     """Whether a file is the table of an imagefolder."""
-    return path.stem.lower() == "metadata" and path.suffix.lower() in TABLES
+    return path.stem.lower() == "metadata" and path.suffix.lower() in TABLE_SUFFIXES
 
 
 def _folder_of_split(base: Path, split: str) -> Path:
@@ -202,7 +267,7 @@ def _warn_of_texts_alone(folder: Path, texts: dict[Path, Path], images: set[Path
 
 def _hf_dataset(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
     """The split of that name in a saved ``DatasetDict``, or a saved ``Dataset``."""
-    folder = root / below_root(custom.path or ".")
+    folder = root / _below_root(custom.path or ".")
     note_file(folder)
     for i, record in enumerate(read_saved(folder, split)):
         yield Row(str(i), record)
@@ -210,7 +275,7 @@ def _hf_dataset(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
 
 def _webdataset(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
     """Every .tar that ``path`` names (``train-*.tar``)."""
-    for path in files_of(custom, root, split, (".tar",)):
+    for path in _files_of(custom, root, split, (".tar",)):
         note_file(path)
         for key, parts, where in read_shard(path):
             data = next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), None)
@@ -243,28 +308,13 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def folder_examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example | ValueError]:
-    """The example of each row of an imagefolder, or the error of the row."""
-    yield from examples_of(custom, root, split, _imagefolder(custom, root, split))
-
-
-def _each_row(
-    read: Callable[[CustomSet, Path, str], Iterator[Row]], custom: CustomSet, root: Path, split: str
-) -> Iterator[Example]:
-    """The example of each row that ``read`` yields; raises the first error of a row."""
-    for example in examples_of(custom, root, split, read(custom, root, split)):
-        if isinstance(example, ValueError):
-            raise example
-        yield example
-
-
-FORMATS: dict[str, Callable[[CustomSet, Path, str], Iterator[Any]]] = {
-    "llava_json": _conversations,
-    "sharegpt": _conversations,
-    "openai_messages": _conversations,
-    "table": _table,
-    "imagefolder": _imagefolder,
-    "hf_dataset": _hf_dataset,
-    "webdataset": _webdataset,
+FORMATS = {
+    "llava_json": (_json_rows, _dialogues),
+    "sharegpt": (_json_rows, _dialogues),
+    "openai_messages": (_json_rows, _dialogues),
+    "table": (_table_rows, examples_of),
+    "imagefolder": (_imagefolder, examples_of),
+    "hf_dataset": (_hf_dataset, examples_of),
+    "webdataset": (_webdataset, examples_of),
 }
-"""Readers of (entry, root, split): ``_conversations`` yields examples, the others rows."""
+"""By format: what reads rows of (entry, root, split), and what makes examples of them."""

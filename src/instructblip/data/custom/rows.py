@@ -1,15 +1,20 @@
 """Rows of custom data -> examples: what each column means, and errors where that is unclear."""
 
+import base64
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from instructblip.core.batch import Example
-from instructblip.data.custom.files import REMEDY, CustomSet, images_of
-from instructblip.data.reading.records import Record
+from instructblip.core.files import replacing
+from instructblip.data.reading.records import Record, image_name
+
+REMEDY = "Repair the row, or the entry of the recipe that says how it is read"
+"""Ends the error messages about a record of custom data."""
 
 ROLES: dict[str, tuple[str, ...]] = {
     "id": (),
@@ -25,6 +30,18 @@ ROLES: dict[str, tuple[str, ...]] = {
 _QUESTION_ENDS = ("?", "？", "=", "＝", ":", "：")
 _BASE64 = re.compile(r"[\w+/-]{12,}={1,2}", re.ASCII)
 """An identifier or a digest, whose final ``=`` does not make it a question."""
+
+
+@dataclass(frozen=True, slots=True)
+class CustomSet:
+    """One custom data set of the recipe: its files, their images, the meaning of their columns."""
+
+    name: str
+    format: str
+    path: str | None = None
+    images: str = "."
+    columns: tuple[tuple[str, str], ...] = ()
+    task: str | None = None
 
 
 class Row(NamedTuple):
@@ -229,3 +246,52 @@ def _texts(record: Record, column: str, separator: str = "") -> tuple[str, ...]:
     text = _text(record, column)
     parts = text.split(separator) if separator else [text]
     return tuple(part.strip() for part in parts if part.strip())
+
+
+def images_of(image_root: Path, value: Any, where: str, folder: str = "") -> tuple[str, ...]:
+    """Paths below ``image_root`` of one image, or of a list of images or frames.
+
+    Paths in ``value`` are relative to ``folder`` below the image root. Images that come as bytes
+    or as ``data:`` URLs are written below the image root. Raises ValueError for anything else.
+    """
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(_image(image_root, one, where, folder) for one in values)
+
+
+def _image(image_root: Path, value: Any, where: str, folder: str) -> str:
+    if isinstance(value, dict):
+        if isinstance(data := value.get("bytes"), bytes):
+            return keep_image(image_root, data)
+        value = value.get("path")
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: an image is {repr(value)[:80]}; expected a path")
+    if value.startswith("data:"):
+        try:
+            data = base64.b64decode(value.partition(",")[2], validate=True)
+        except ValueError:  # binascii.Error is one; a letter beyond ASCII raises another
+            raise ValueError(f"{where}: the image is not base64; repair the line") from None
+        return keep_image(image_root, data)
+    if "://" in value:
+        raise ValueError(
+            f"{where}: image {value[:80]!r} is on the network, and images are not downloaded; "
+            "save it below the image root and write its path"
+        )
+    name = image_name(value, where)
+    return image_name(f"{folder}/{name}", where) if folder else name
+
+
+def keep_image(image_root: Path, data: bytes) -> str:
+    """Writes an image that is stored inside another file, under its hash; returns its name."""
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"extracted/{digest[:2]}/{digest}{_suffix(data)}"
+    path = image_root / name
+    if not path.is_file():
+        with replacing(path, synced=False) as temporary:
+            temporary.write_bytes(data)
+    return name
+
+
+def _suffix(data: bytes) -> str:
+    if data.startswith(b"\x89PNG"):
+        return ".png"
+    return ".webp" if data[8:12] == b"WEBP" else ".gif" if data[:3] == b"GIF" else ".jpg"
