@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from instructblip.core.batch import Batch, Example
 from instructblip.core.files import write_text
+from instructblip.core.pages import page_template
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.order import CYCLE
@@ -53,24 +53,37 @@ class Shown:
     qformer: tuple[Token, ...]
     language: tuple[Token, ...]
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """The texts by name; the instruction only where it differs from the prompt."""
+        rendered = self.rendered
+        texts = {"prompt": rendered.prompt, "response": rendered.response}
+        if rendered.instruction == rendered.prompt:
+            return texts
+        return {"instruction": rendered.instruction, **texts}
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens that carry loss."""
+        return sum(token.loss for token in self.language)
+
 
 def training_samples(loader: Loader, count: int) -> Iterator[Shown]:
     """The first ``count`` samples of each set, in the order in which training draws them.
 
     Sets that are drawn too rarely have fewer: the search ends after ``MAX_CYCLES`` cycles.
     """
-    slots: dict[int, list[int]] = {i: [] for i in range(len(loader.names))}
-    missing = {i for i, share in enumerate(loader.order.shares) if share}
+    slots: list[list[int]] = [[] for _ in loader.names]
+    wanted = sum(count for share in loader.order.shares if share)
     for slot in range(MAX_CYCLES * CYCLE):
-        dataset = loader.order[slot].dataset
-        if len(slots[dataset]) < count:
-            slots[dataset].append(slot)
-        if len(slots[dataset]) >= count:
-            missing.discard(dataset)
-        if not missing:
+        of_set = slots[loader.order[slot].dataset]
+        if len(of_set) < count:
+            of_set.append(slot)
+            wanted -= 1
+        if not wanted:
             break
-    for i, name in enumerate(loader.names):
-        for slot in slots[i]:
+    for name, of_set in zip(loader.names, slots, strict=True):
+        for slot in of_set:
             yield _show(loader, name, slot)
 
 
@@ -78,9 +91,8 @@ def _show(loader: Loader, name: str, slot: int) -> Shown:
     example, rendered = loader.rendered(slot)
     sample = loader.sample(slot)
     assert sample.pixels is not None
-    transform = loader.images.transform
+    transform, tokens = loader.images.transform, loader.tokens
     batch = collate([sample])
-    tokens = loader.tokens
     return Shown(
         name=name,
         step=loader.step_of(slot),
@@ -121,7 +133,7 @@ def to_terminal(shown: Shown, colour: bool) -> "Text":
     if colour:
         for line in _half_blocks(shown.images[0]):
             text.append_text(line)
-    for name, value in _texts(shown).items():
+    for name, value in shown.texts.items():
         text.append(f"{name:11}{value}\n")
     if shown.qformer:
         text.append("Q-Former   " + " ".join(token.text for token in shown.qformer) + "\n", "dim")
@@ -129,17 +141,10 @@ def to_terminal(shown: Shown, colour: bool) -> "Text":
     for token in shown.language:
         mark = token.text if colour or not token.loss else f"[{token.text}]"
         text.append(mark, "bold green" if token.loss else "dim").append(" ")
-    labels = sum(token.loss for token in shown.language)
-    how = "in green" if colour else "in brackets"
-    return text.append(f"\n           {labels} of {len(shown.language)} carry loss ({how})\n")
-
-
-def _texts(shown: Shown) -> dict[str, str]:
-    rendered = shown.rendered
-    texts = {"prompt": rendered.prompt, "response": rendered.response}
-    if rendered.instruction == rendered.prompt:
-        return texts
-    return {"instruction": rendered.instruction, **texts}
+    of_all = f"{shown.num_labels} of {len(shown.language)}"
+    return text.append(
+        f"\n           {of_all} carry loss (in {'green' if colour else 'brackets'})\n"
+    )
 
 
 def _half_blocks(image: Image.Image, columns: int = 32) -> "Iterator[Text]":
@@ -150,28 +155,17 @@ def _half_blocks(image: Image.Image, columns: int = 32) -> "Iterator[Text]":
     for upper, lower in zip(small[::2], small[1::2], strict=True):
         line = Text("           ")
         for above, below in zip(upper.tolist(), lower.tolist(), strict=True):
-            line.append(
-                "▀", f"rgb({','.join(map(str, above))}) on rgb({','.join(map(str, below))})"
-            )
+            line.append("▀", "rgb({},{},{}) on rgb({},{},{})".format(*above, *below))
         yield line.append("\n")
 
 
 def write_page(path: Path, shown: Iterable[Shown], facts: Mapping[str, str]) -> Path:
     """Writes an offline HTML page with ``facts`` about the run and the samples."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["data_uri"] = _data_uri
-    environment.globals["texts"] = _texts
     sets: dict[str, list[Shown]] = {}
     for one in shown:
         sets.setdefault(one.name, []).append(one)
-    page = environment.get_template("show.html.j2").render(sets=sets, facts=facts)
-    write_text(path, page)
+    template = page_template(Path(__file__).with_name("show.html.j2"), data_uri=_data_uri)
+    write_text(path, template.render(sets=sets, facts=facts))
     return path
 
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Template
 
 from instructblip.core.files import write_text
+from instructblip.core.pages import page_template
 from instructblip.data.images import load_image
 from instructblip.evaluation.benchmarks import BENCHMARKS
 from instructblip.evaluation.compare import ROLES, Comparison, Row, compare
@@ -181,17 +182,12 @@ def _settings(models: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
 
 
 def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return page_template(
+        Path(__file__).with_name("report.html.j2"),
+        figure=lambda value: "–" if value is None else f"{value:.1f}",
+        signed=_signed,
+        percent=lambda value: f"{100 * value:.0f} %",
     )
-    environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.1f}"
-    environment.filters["signed"] = _signed
-    environment.filters["percent"] = lambda value: f"{100 * value:.0f} %"
-    return environment.get_template("report.html.j2")
 
 
 def _signed(value: float) -> str:
