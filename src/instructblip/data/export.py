@@ -18,7 +18,8 @@ import json
 import os
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -33,12 +34,6 @@ from instructblip.data.templates import Language, render_instruction
 
 Form = Literal["llava", "sharegpt", "messages", "parquet"]
 """The formats that can be written."""
-_SUFFIXES = {
-    "llava": ".llava.json",
-    "sharegpt": ".sharegpt.json",
-    "messages": ".messages.jsonl",
-    "parquet": ".parquet",
-}
 _ROWS = 2048
 _TEXTS = pa.list_(pa.string())
 _SCHEMA = pa.schema(
@@ -68,30 +63,13 @@ def export(
     ``prefix`` is the path of the images relative to the folder that written paths are relative to.
     Returns the path ``folder/<name>.<form>.json``, ``.jsonl`` or ``.parquet``.
     """
-    rows = _rows(dataset, name, prefix, seed, templates, language)
-    path = folder / (name + _SUFFIXES[form])
-    with replacing(path) as temporary:
-        if form == "parquet":
-            _write_parquet(temporary, rows)
-        else:
-            _write_json(temporary, map(_RECORDS[form], rows), lines=form == "messages")
-    return path
 
-
-def _rows(
-    dataset: Examples,
-    name: str,
-    prefix: str,
-    seed: int,
-    templates: Sequence[str] | None,
-    language: Language,
-) -> Iterator[dict[str, Any]]:
-    for i in range(len(dataset)):
+    def row(i: int) -> dict[str, Any]:
         example = dataset[i]
         rng = random.Random(mix(seed, zlib.crc32(name.encode()), i))
         template = rng.choice(templates) if templates else None
         rendered = render_instruction(example, rng, template, language)
-        yield {
+        return {
             "id": f"{name}/{example.id}",
             "images": [os.path.normpath(f"{prefix}/{image}") for image in example.images],
             "prompt": rendered.prompt,
@@ -99,6 +77,12 @@ def _rows(
             "question": example.question,
             "answers": list(example.answers),
         }
+
+    suffix, write = _WRITERS[form]
+    path = folder / (name + suffix)
+    with replacing(path) as temporary:
+        write(temporary, map(row, range(len(dataset))))
+    return path
 
 
 def _llava(row: dict[str, Any]) -> dict[str, Any]:
@@ -126,23 +110,33 @@ def _messages(row: dict[str, Any]) -> dict[str, Any]:
     return {"id": row["id"], "messages": [prompt, response]}
 
 
-_RECORDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "llava": _llava,
-    "sharegpt": _sharegpt,
-    "messages": _messages,
-}
+_Rows = Iterator[dict[str, Any]]
+_Convert = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def _write_json(path: Path, records: Iterable[dict[str, Any]], lines: bool) -> None:
+def _write_json(convert: _Convert, path: Path, rows: _Rows) -> None:
     with path.open("w", encoding="utf-8") as file:
-        separator = "" if lines else "[\n"
-        for record in records:
-            file.write(separator + json.dumps(record, ensure_ascii=False))
-            separator = "\n" if lines else ",\n"
-        file.write("\n" if lines else "\n]\n" if separator == ",\n" else "[]\n")
+        separator = "[\n"
+        for row in rows:
+            file.write(separator + json.dumps(convert(row), ensure_ascii=False))
+            separator = ",\n"
+        file.write("\n]\n" if separator == ",\n" else "[]\n")
 
 
-def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+def _write_lines(convert: _Convert, path: Path, rows: _Rows) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(convert(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _write_parquet(path: Path, rows: _Rows) -> None:
     with pq.ParquetWriter(path, _SCHEMA) as writer:
         while part := list(islice(rows, _ROWS)):
             writer.write_table(pa.Table.from_pylist(part, schema=_SCHEMA))
+
+
+_WRITERS: dict[Form, tuple[str, Callable[[Path, _Rows], None]]] = {
+    "llava": (".llava.json", partial(_write_json, _llava)),
+    "sharegpt": (".sharegpt.json", partial(_write_json, _sharegpt)),
+    "messages": (".messages.jsonl", partial(_write_lines, _messages)),
+    "parquet": (".parquet", _write_parquet),
+}
