@@ -16,6 +16,7 @@ from instructblip.core.batch import (
     Batch,
     Sample,
 )
+from instructblip.data.features import Features, FeatureStore
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.order import (
@@ -180,15 +181,13 @@ def test_cache_is_bounded(tmp_path: Path) -> None:
     assert images._cached_bytes == 2 * 400 * 400 * 3
 
 
-def test_features_replace_pixels(sets: dict[str, Examples], tokens: Tokens) -> None:
-    class Stored:
-        def __call__(self, path: str, view: int, first: str) -> torch.Tensor:
+def test_features_replace_pixels(sets: dict[str, Examples], tokens: Tokens, tmp_path: Path) -> None:
+    class Stored(Features):
+        def __call__(self, path: str, view: int, first: str | None = None) -> torch.Tensor:
             return torch.full((4, 2), float(len(path) + view))
 
-        def view(self, seed: int) -> int:
-            return seed % 2
-
-    batch = make(sets, tokens, augment=False, features=Stored()).batch(0)
+    features = Stored(FeatureStore(tmp_path, "fp32"), digests={}, views=2)
+    batch = make(sets, tokens, augment=False, features=features).batch(0)
     assert batch.pixel_values is None
     assert batch.image_features is not None
     assert batch.image_features.shape[1:] == (4, 2)

@@ -23,6 +23,16 @@ from instructblip.data.templates import Language, Rendered, check_template, rend
 from instructblip.data.tokens import Tokens
 
 
+def micro_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:
+    """Samples of one micro batch of one rank; ValueError where a step does not divide."""
+    if batch_size < 1 or batch_size % (world_size * accumulate):
+        raise ValueError(
+            f"batch_size {batch_size} does not divide into {world_size} ranks of "
+            f"{accumulate} micro batches; expected a multiple of {world_size * accumulate}"
+        )
+    return batch_size // (world_size * accumulate)
+
+
 class Loader:
     """The training batches of one rank, drawn from a mixture of data sets.
 
@@ -31,11 +41,10 @@ class Loader:
         images: reads pixels or, where it has ``features``, stored features.
         batch_size: samples of one optimizer step over all ranks and micro batches, a multiple of
             ``world_size * accumulate``.
-        rank: this process among ``world_size``. Without buckets it takes the rank-th of
-            ``world_size`` equal parts of the batch.
+        rank: this process among ``world_size``.
         accumulate: micro batches in one step of a rank.
-        workers: processes that compute batches in advance in ``iterate``; 0 computes them here.
-            The batches do not depend on it.
+        workers: processes that compute batches in advance in ``iterate``, which change no batch; 0
+            computes them here.
         bucket_steps: steps whose samples are sorted by length together. 0 keeps the order drawn; 1
             sorts within each step, so the samples of a step stay the same.
         templates: instruction templates of single data sets, in place of those of their tasks.
@@ -62,11 +71,7 @@ class Loader:
         templates: Mapping[str, Sequence[str]] | None = None,
         languages: Mapping[str, Language] | None = None,
     ) -> None:
-        if batch_size < 1 or batch_size % (world_size * accumulate):
-            raise ValueError(
-                f"batch_size {batch_size} does not divide into {world_size} ranks of "
-                f"{accumulate} micro batches; expected a multiple of {world_size * accumulate}"
-            )
+        self.micro_size = micro_batch_size(batch_size, world_size, accumulate)
         sizes = {name: len(data) for name, data in datasets.items()}
         if sizes != mixture.sizes:
             raise ValueError(f"the mixture has {mixture.sizes}; expected the data sets {sizes}")
@@ -77,8 +82,9 @@ class Loader:
         self.bucket_steps = bucket_steps
         self.templates = dict(templates or {})
         self.languages: dict[str, Language] = dict(languages or {})
-        for template in (text for texts in self.templates.values() for text in texts):
-            check_template(template)
+        for texts in self.templates.values():
+            for template in texts:
+                check_template(template)
         probabilities = mixture.probabilities
         self.order = Order(list(sizes.values()), [probabilities[name] for name in self.names], seed)
         self._window: tuple[int, list[list[int]]] = (-1, [])  # the last window and its batches
@@ -113,7 +119,7 @@ class Loader:
         With buckets, where they are sorted by length, all ranks take neighbouring blocks for the
         same ``micro``: similar lengths, so that no rank waits long for another.
         """
-        size = self.batch_size // (self.world_size * self.accumulate)
+        size = self.micro_size
         if self.bucket_steps:
             batch = self._batches(step // self.bucket_steps)[step % self.bucket_steps]
             start = (micro * self.world_size + self.rank) * size
@@ -169,15 +175,7 @@ def iterate_batches(
     micro_batches = _MicroBatches(batch, accumulate)
     if not workers:
         return map(micro_batches.__getitem__, numbers)
-    return iter(
-        DataLoader(
-            micro_batches,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=workers,
-            prefetch_factor=2,
-        )
-    )
+    return iter(DataLoader(micro_batches, batch_size=None, sampler=numbers, num_workers=workers))
 
 
 class _MicroBatches(Dataset[Batch]):

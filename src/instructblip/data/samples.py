@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.core.batch import Batch, Example, Sample
+from instructblip.data.features import Features
 from instructblip.data.images import ImageTransform, load_image, may_flip
 from instructblip.data.reading.frames import evenly_spaced
 from instructblip.data.templates import Rendered
@@ -25,20 +26,6 @@ from instructblip.data.tokens import Tokens
 
 PAD_ID = 0
 """Id at positions where the mask is 0. Any valid id works: the model never reads them."""
-
-
-@runtime_checkable
-class StoredFeatures(Protocol):
-    """What ``ImageReader`` reads in place of pixels (see ``features.Features``)."""
-
-    def __call__(self, path: str, view: int, first: str, /) -> Float[Tensor, "P V"]:
-        """Features of crop number ``view`` of the image at ``path``; ``first`` is the first image
-        of the same example, whose crop the other frames of a video share."""
-        ...
-
-    def view(self, seed: int) -> int:
-        """The number of the stored crop for a sample with this seed."""
-        ...
 
 
 @runtime_checkable
@@ -62,15 +49,14 @@ class Examples(Protocol):
 class ImageReader:
     """Reads the images of examples, as pixels or as stored features.
 
-    Recently read images stay in a cache of ``cache_images_mb`` MiB as uint8 arrays: resized ones
-    when the transform is fixed, whole images when it augments. A worker process starts with an
-    empty cache.
+    A cache of ``cache_images_mb`` MiB, empty in a new worker process, keeps images that were read
+    recently: resized ones when the transform is fixed, whole ones when it augments.
     """
 
     transform: ImageTransform
     num_frames: int = 4
     cache_images_mb: int = 256
-    features: StoredFeatures | None = None
+    features: Features | None = None
     _cache: "OrderedDict[str, np.ndarray]" = field(
         default_factory=OrderedDict, init=False, repr=False
     )
@@ -122,7 +108,6 @@ def make_sample(
 
     Raises ValueError or OSError, naming the example's record, for an unreadable image.
     """
-    qformer_ids, prompt_ids, response_ids = tokens.tokenize(rendered)  # [I], [T], [R]
     paths = images.paths(example.images, image_root)  # F of them
     pixels = features = None
     try:
@@ -139,6 +124,7 @@ def make_sample(
             keys = tuple(f"{path}#{seed}" for path in paths) if images.transform.train else paths
     except (ValueError, OSError) as error:
         raise type(error)(f"{example.dataset} {example.where}: {error}") from error
+    qformer_ids, prompt_ids, response_ids = tokens.tokenize(rendered)  # [I], [T], [R]
     return Sample(
         image_keys=keys,
         pixels=pixels,
@@ -159,8 +145,7 @@ def collate(samples: list[Sample]) -> Batch:
     fewer repeats them in order. A repeated image is encoded once, but the language model reads
     F * Q query tokens for every sample of the batch.
 
-    Raises ValueError for no samples, for pixels and features in one batch, and for samples
-    without images beside samples with images.
+    Raises ValueError for pixels beside features, and for samples without images beside others.
     """
     if not samples:
         raise ValueError("a batch needs at least one sample")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from instructblip.core.batch import Batch
 from instructblip.data.images import ImageTransform
-from instructblip.data.loader import iterate_batches
+from instructblip.data.loader import iterate_batches, micro_batch_size
 from instructblip.data.order import Mixture, Order
 from instructblip.data.samples import pad
 from instructblip.data.templates import Rendered
@@ -46,14 +46,9 @@ class DrawLoader:
         workers: int = 0,
         starts: Mapping[str, int] | None = None,
     ) -> None:
-        if batch_size < 1 or batch_size % (world_size * accumulate):
-            raise ValueError(
-                f"batch_size {batch_size} does not divide into {world_size} ranks of "
-                f"{accumulate} micro batches; expected a multiple of {world_size * accumulate}"
-            )
         self.names, self.sets = list(sets), list(sets.values())
         self.tokens, self.transform, self.image_size = tokens, transform, image_size
-        self.micro_size, self.seed = batch_size // (world_size * accumulate), seed
+        self.micro_size, self.seed = micro_batch_size(batch_size, world_size, accumulate), seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.workers = workers
         self.weights, self.starts = dict(weights), dict(starts or {})
