@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's claims on Scenes: tunes and measures every condition with five seeds, then writes
-# docs/claims.md and its plots. Stopped at any time, it goes on where it was.
+# The paper's claims on Scenes: tunes and evaluates every condition with five seeds, then writes
+# docs/claims.md and its plots. The same command resumes an interrupted session.
 #   runs/claims.sh [WORK_FOLDER] [--seeds 5] [--steps 150] [--limit 100] ...   (default: runs/out/claims)
 # DOCS names another folder for the page, PYTHON another interpreter.
 set -euo pipefail

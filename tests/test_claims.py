@@ -1,4 +1,4 @@
-"""The program behind docs/claims.md: what it varies, how it judges, how it goes on after a stop."""
+"""The program behind docs/claims.md: its conditions, its verdicts, and how it resumes."""
 
 import json
 import math
@@ -101,7 +101,7 @@ def test_few_queries_are_the_first_ones(tmp_path: Path) -> None:
     assert recipe.model.start == str(plan.few_queries)
 
 
-def test_intervals_know_seeds_and_samples() -> None:
+def test_intervals_cover_seeds_and_samples() -> None:
     seeds = judge.estimate([1.0, 2.0, 3.0])
     assert (seeds.mean, seeds.half) == pytest.approx((2, 4.30265 / 3**0.5), abs=1e-4)
     draws = np.random.default_rng(0).normal(2.0, 0.5, 1000)
@@ -127,26 +127,26 @@ def test_the_interval_decides(mean: float, half: float, verdict: str) -> None:
     assert judge.Estimate(mean, half).verdict == verdict
 
 
-class Sees(FakeEngine):
-    """Right about a share of the pictures, which ones depends on the seed."""
+class Partial(FakeEngine):
+    """Answers a share of the images correctly; the seed decides which."""
 
     def __init__(self, share: float, seed: int) -> None:
         super().__init__(fingerprint=f"{share} {seed}")
         self.share, self.rng = share, np.random.default_rng(seed)
 
     def answer_examples(self, examples: Any, *_: Any, **decoding: Any) -> list[str]:
-        said = super().answer_examples(examples, [], Path(), **decoding)
-        wrong = self.rng.random(len(said)) >= self.share
-        return ["pink" if lie else colour for lie, colour in zip(wrong, said, strict=True)]
+        answers = super().answer_examples(examples, [], Path(), **decoding)
+        right = self.rng.random(len(answers)) < self.share
+        return [a if is_right else "pink" for is_right, a in zip(right, answers, strict=True)]
 
 
-def leave(folder: Path, share: float, seed: int, names: dict[str, str]) -> None:
-    """The results of one run, as `measure` leaves them."""
+def write_results(folder: Path, share: float, seed: int, names: dict[str, str]) -> None:
+    """Write the results of one run as `measure` does."""
     examples = colour_questions(60).examples
     data = ListDataset([replace(e, choices=COLOURS) for e in examples])
     for name, role in names.items():
-        asked = benchmark(name=name, title=name, role=role)
-        evaluate(Sees(share, seed), asked, data, out=folder / "results" / name, progress=False)
+        shown = benchmark(name=name, title=name, role=role)
+        evaluate(Partial(share, seed), shown, data, out=folder / "results" / name, progress=False)
     (folder / measure.DONE).write_text('{"seconds": 30}')
 
 
@@ -157,9 +157,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shares = {"instructblip": 0.9, "blip2": 0.3, "no_balancing": 0.9, "multitask_plain": 1.0}
     shares |= {"blip2_finetuned_okvqa": 0.2, "instructblip_finetuned_okvqa": 0.9}
     for name, share in shares.items():
-        asked = {"scenes_okvqa": "held_in"} if "finetuned" in name else sets
+        names = {"scenes_okvqa": "held_in"} if "finetuned" in name else sets
         for seed in range(1 if name == "blip2" else 3):
-            leave(work / name / f"seed{seed}", share, seed, asked)
+            write_results(work / name / f"seed{seed}", share, seed, names)
     plan = {"work": "w", "steps": 9, "finetune_steps": 3, "limit": 60, "processes": 2}
     (work / "settings.json").write_text(json.dumps({**plan, "overrides": [], "seeds": 3}))
     sys_argv, sys.argv = sys.argv, ["write", str(work), str(work / "docs")]
@@ -168,7 +168,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "docs"
 
 
-def test_the_page_says_what_the_figures_say(page: Path) -> None:
+def test_the_page_follows_the_figures(page: Path) -> None:
     text = (page / "claims.md").read_text()
     rows = {
         cells[0]: cells[-1]
@@ -181,12 +181,12 @@ def test_the_page_says_what_the_figures_say(page: Path) -> None:
     assert rows["start for okvqa, tuned on"] == "**holds**"
     assert not any("scienceqa" in title for title in rows)  # no run of it
     assert "- **does not hold** (1): instructions over plain inputs, held-out" in text
-    assert "on none; 0 of 2 sets within their own intervals." in text
+    assert "on none; undecided on 0 of 2 sets." in text
     assert "16 runs, 3 seeds, 9 steps" in text
     assert "8 minutes of runs, 2 at a time" in text
 
 
-def test_the_plots_lie_beside_it(page: Path) -> None:
+def test_the_plots_are_written_beside_it(page: Path) -> None:
     text = (page / "claims.md").read_text()
     for name in ("claims.svg", "claims_conditions.svg"):
         assert f"]({name})" in text
@@ -194,7 +194,7 @@ def test_the_plots_lie_beside_it(page: Path) -> None:
 
 
 class Runner:
-    """Stands in for the processes: each leaves what a job leaves."""
+    """A stand-in for the processes: each writes the file that marks a job as finished."""
 
     plan: Plan
     begun: list[str]
@@ -217,7 +217,7 @@ class Runner:
         return self.returncode
 
 
-def test_a_stopped_session_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_session_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(tmp_path, seeds=2)
     Runner.plan, Runner.begun, Runner.fails = plan, [], "no_balancing/seed1"
     monkeypatch.setattr(measure.subprocess, "Popen", Runner)

@@ -36,15 +36,15 @@ def registered() -> list[CommandInfo]:
 def test_there_are_commands() -> None:
     shown = {line.split()[1] for _, line in commands()}
     names = {command.name or command.callback.__name__ for command in registered()}
-    assert not names - shown, "a command that no page shows"
+    assert not names - shown, "no page shows these commands"
 
 
 @pytest.mark.parametrize(("page", "line"), commands())
 def test_commands_are_those_of_the_program(
     page: str, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Options, values and overrides are those of the program: what a command then does has tests of
-    its own, so here each is replaced by one that reads its recipe and records the call."""
+    """Options, values and overrides are those of the program. Other tests cover what a command
+    does, so each is replaced by one that reads its recipe and records the call."""
     called: list[str] = []
 
     def stand_in(command: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the claims compare: each condition is a list of overrides of the recipe ``quickstart``."""
+"""The conditions that the claims compare: lists of overrides of the recipe ``quickstart``."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from instructblip.recipe.load import load_recipe
 BASE = "quickstart"
 SETS = tuple(load_recipe(BASE).data.sets)
 
-# Figure 4: the input without an instruction, and with the name of the data set in its place.
+# Figure 4: inputs without an instruction, and inputs with the name of the data set in its place.
 PLAIN = {
     "coco_caption": "",
     "textcaps": "",
@@ -24,50 +24,50 @@ NAMED = {name: f"{name}: {text}".strip() for name, text in PLAIN.items()}
 
 
 def templates(by_set: dict[str, str]) -> list[str]:
-    """Overrides that give each set of the mixture its one template."""
+    """Overrides that give each set of the mixture a single template."""
     return [f"data.sets.{name}.templates={json.dumps([by_set[name]])}" for name in SETS]
 
 
 def named_prompts() -> list[str]:
-    """Overrides that ask every benchmark as ``NAMED`` asks in training."""
+    """Overrides that prompt every benchmark as ``NAMED`` does in training."""
     places = ("context", "history", "ocr_tokens", "question", "options")
-    found = []
+    overrides = []
     for benchmark in select_benchmarks(["scenes"]):
-        own = [f"{{{place}}}" for place in places if f"{{{place}}}" in benchmark.prompt]
-        prompt = f"{benchmark.source}: {' '.join(own)}".strip()
-        found.append(f"evaluation.prompts.{benchmark.name}={json.dumps(prompt)}")
-    return found
+        used = [f"{{{place}}}" for place in places if f"{{{place}}}" in benchmark.prompt]
+        prompt = f"{benchmark.source}: {' '.join(used)}".strip()
+        overrides.append(f"evaluation.prompts.{benchmark.name}={json.dumps(prompt)}")
+    return overrides
 
 
 TUNED: dict[str, list[str]] = {
     "instructblip": [],
     "no_instruction_in_qformer": ["model.instruction_aware=false"],
-    # All sets equally often, and no weights by hand.
+    # All sets equally often, without weights by hand.
     "no_balancing": ["data.temperature=0", *(f"data.sets.{name}.weight=1" for name in SETS)],
     "multitask_plain": templates(PLAIN),
     "multitask_names": templates(NAMED),
 }
-"""Condition -> what its tuning changes."""
+"""Condition -> the overrides of its tuning."""
 
 FEW = 2
 FEW_QUERIES: dict[str, list[str]] = {
     "few_queries": [],
     "few_queries_no_instruction": TUNED["no_instruction_in_qformer"],
 }
-"""Asks why: two of them, begun from a BLIP-2 with the first ``FEW`` of its query tokens alone; once
-as long as the others, and once ("..._long") ``LONG`` times as long."""
+"""Two conditions that start from a BLIP-2 with only the first ``FEW`` of its query tokens, once
+with as many steps as the others and once ("..._long") with ``LONG`` times as many."""
 LONG = 3
 
 DOWNSTREAM = {"scienceqa": "scenes_scienceqa", "okvqa": "scenes_okvqa"}
-"""Set to fine-tune on -> its benchmark. The first was held out from tuning, the second was not."""
+"""Set to fine-tune on -> its benchmark. The first is held out from tuning, the second is not."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model, tuned and measured, in ``WORK/<name>``; ``model`` is measured without tuning.
+    """One model, tuned and evaluated, in ``WORK/<name>``; ``model`` is evaluated without tuning.
 
-    ``needs`` is the job whose model this one starts from or measures; ``unread`` withholds the
-    instruction from the Q-Former of what is measured.
+    ``needs`` is the job whose model this job starts from or evaluates; ``unread`` withholds the
+    instruction from the Q-Former in the evaluation.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """The size of the whole undertaking."""
+    """The settings that all jobs share."""
 
     work: Path
     seeds: int = 5
@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def common(self) -> list[str]:
-        """What all recipes share: features stored once, checked once, no validation on the way."""
+        """Overrides of all recipes: stored features, no check and no validation in training."""
         return [
             f"data.root={self.work / 'scenes'}",
             "data.check=skip",
@@ -117,14 +117,15 @@ class Plan:
         return self.job("blip2/seed0", model=self.start, unread=True)
 
     def jobs(self) -> list[Job]:
-        """All runs, seed by seed, each after the one that it needs."""
+        """All jobs, seed by seed, each after the job that it needs."""
         return [job for seed in range(self.seeds) for job in self._of_seed(seed)]
 
     def _of_seed(self, seed: int) -> list[Job]:
         seeds = [f"training.seed={seed}", f"data.seed={seed}"]
-        few = {name: [*own, f"model.start={self.few_queries}"] for name, own in FEW_QUERIES.items()}
-        tuned = {name: (own, self.steps) for name, own in (TUNED | few).items()}
-        tuned |= {f"{name}_long": (own, LONG * self.steps) for name, own in few.items()}
+        start = f"model.start={self.few_queries}"
+        few = {name: [*changes, start] for name, changes in FEW_QUERIES.items()}
+        tuned = {name: (changes, self.steps) for name, changes in (TUNED | few).items()}
+        tuned |= {f"{name}_long": (changes, LONG * self.steps) for name, changes in few.items()}
         last = {name: f"{self.work}/{name}/seed{seed}/last" for name in tuned}
         jobs = [
             self.job(f"{name}/seed{seed}", *seeds, *_schedule(steps), *overrides)

@@ -1,9 +1,9 @@
-"""From the results of all seeds to differences with intervals, and what they say about a claim.
+"""Differences between conditions over all seeds, their intervals and the verdict on a claim.
 
-A difference is uncertain for two reasons: another seed would have tuned another model, and other
-samples would have been asked. Its variance is the sum of both: that of the mean over the seeds,
-and that of a paired bootstrap over the samples of the difference averaged over the seeds. The
-interval is Student's, 95 %, with Welch and Satterthwaite's degrees of freedom.
+A difference varies with the seed of training and with the samples of the evaluation. Its variance
+is the sum of two: that of the mean over the seeds, and that of a paired bootstrap over the samples
+for the difference averaged over the seeds. The interval is Student's, 95 %, with Welch and
+Satterthwaite's degrees of freedom.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ Seeds = Mapping[int, Mapping[str, Result]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and the half width of its interval; nan where one seed is all there is."""
+    """A mean over seeds and half the width of its interval, which is nan for a single seed."""
 
     mean: float
     half: float
@@ -39,53 +39,56 @@ class Estimate:
 
     @property
     def verdict(self) -> str:
-        """Whether a claimed gain is one, as far as the interval can tell."""
+        """What the interval decides about a claimed gain."""
         if self.low > 0:
             return "holds"
         return "does not hold" if self.high < 0 else "undecided"
 
 
 def estimate(values: Sequence[float], resampled: Floats | None = None) -> Estimate:
-    """``values`` of the seeds; ``resampled`` [resamples] of their mean over other samples."""
+    """``values``: one per seed; ``resampled`` [resamples]: bootstrap values of their mean."""
     n = len(values)
-    of_seeds = float(np.var(values, ddof=1)) / n if n > 1 else float("nan")
-    of_samples = 0.0 if resampled is None else float(np.var(resampled, ddof=1))
-    variance = of_seeds + of_samples
-    if not variance:  # all seeds alike, to the digit
+    seed_variance = float(np.var(values, ddof=1)) / n if n > 1 else float("nan")
+    sample_variance = 0.0 if resampled is None else float(np.var(resampled, ddof=1))
+    variance = seed_variance + sample_variance
+    if not variance:  # equal values for all seeds
         return Estimate(fmean(values), 0.0)
-    freedom = variance**2 / (of_seeds**2 / max(1, n - 1) + of_samples**2 / (RESAMPLES - 1))
+    freedom = variance**2 / (
+        seed_variance**2 / max(1, n - 1) + sample_variance**2 / (RESAMPLES - 1)
+    )
     return Estimate(fmean(values), float(stats.t.ppf(0.975, freedom)) * variance**0.5)
 
 
 def read(work: Path) -> dict[str, dict[int, dict[str, Result]]]:
-    """Condition -> seed -> benchmark -> result, of the runs that are finished."""
-    found: dict[str, dict[int, dict[str, Result]]] = {}
+    """Condition -> seed -> benchmark -> result, of the finished runs."""
+    conditions: dict[str, dict[int, dict[str, Result]]] = {}
     for done in sorted(work.glob(f"*/seed*/{DONE}")):
         folder = done.parent
         paths = sorted(folder.glob(f"results/*/{RESULT}"))
         results = {path.parent.name: Result.load(path.parent) for path in paths}
-        found.setdefault(folder.parent.name, {})[int(folder.name.removeprefix("seed"))] = results
-    return found
+        seed = int(folder.name.removeprefix("seed"))
+        conditions.setdefault(folder.parent.name, {})[seed] = results
+    return conditions
 
 
 def sets_of(measure: str, *conditions: Seeds) -> list[str]:
-    """The benchmarks of a role, or the one called so, that have a figure in every result."""
-    every = [own for seeds in conditions for own in seeds.values()]
+    """The benchmarks of a role, or the one of that name, for which every result has a score."""
+    every = [results for seeds in conditions for results in seeds.values()]
     return [
         name
         for name, result in every[0].items()
         if measure in (name, result.role)
-        and all(name in own and own[name].value is not None for own in every)
+        and all(name in results and results[name].value is not None for results in every)
     ]
 
 
 def figure(results: Mapping[str, Result], names: Sequence[str]) -> float:
-    """The mean of some sets, 0 to 100, each counting once."""
+    """The mean over some sets, 0 to 100, with equal weights."""
     return fmean(results[name].value or 0.0 for name in names)
 
 
 def seeds_of(*conditions: Seeds) -> list[int]:
-    """The seeds that all have; BLIP-2 has one, which stands beside all."""
+    """The seeds that all conditions have; the only seed of BLIP-2 is compared with every seed."""
     several = [set(seeds) for seeds in conditions if len(seeds) > 1] or [set(conditions[0])]
     return sorted(set.intersection(*several))
 

@@ -1,9 +1,9 @@
-"""Tune and measure every condition of the paper's claims on Scenes, several seeds each.
+"""Tune and evaluate every condition of the paper's claims on Scenes, several seeds each.
 
-``WORK/<condition>/seed<N>`` holds a run, its results, what it printed (``log.txt``) and, once it is
-finished, ``done.json``. What is finished is not done again, what was stopped goes on, and what was
-made with other settings is refused. As many runs go side by side as there are processes, each with
-its share of the cores: two of one thread do more than one of two.
+``WORK/<condition>/seed<N>`` holds a run, its results, its output (``log.txt``) and, once it is
+finished, ``done.json``. Finished jobs are skipped, interrupted jobs resume, and jobs of other
+settings are refused. ``--processes`` jobs run in parallel, each on its share of the cores: two jobs
+of one thread are faster than one job of two.
 """
 
 import argparse
@@ -32,7 +32,7 @@ DONE = "done.json"
 
 
 def recipe_of(plan: Plan, job: Job) -> Recipe:
-    """The recipe of a job; ValueError if its folder holds what another recipe made."""
+    """The recipe of a job; ValueError if its folder holds the results of another recipe."""
     recipe = load_recipe(BASE, job.overrides)
     folder = plan.work / job.name
     for path in (folder / RECIPE_FILE, folder / "results" / RECIPE_FILE):
@@ -46,10 +46,10 @@ def recipe_of(plan: Plan, job: Job) -> Recipe:
 
 
 def prepare(plan: Plan, scale: float) -> None:
-    """Data, its check, the image features and the start with few queries, once for all; then BLIP-2
-    as it is.
+    """Write and check the data, store the image features, write the start with few queries, and
+    evaluate BLIP-2.
 
-    BLIP-2 is looked at every time: its predictions are refused if the starter has changed.
+    BLIP-2 is evaluated in every session, which refuses its predictions if the starter has changed.
     """
     write_scenes(plan.work / "scenes", scale=scale)
     extra = [f"data.sets.{name}={{}}" for name in DOWNSTREAM]
@@ -72,28 +72,28 @@ def keep_queries(start: str, number: int, out: Path) -> None:
 
 
 def answer(plan: Plan, job: Job, model: str) -> None:
-    """Ask ``model`` the benchmarks of a job."""
+    """Evaluate ``model`` on the benchmarks of a job."""
     results = plan.work / job.name / "results"
-    aware = False if job.unread else None  # None: as the model is
+    aware = False if job.unread else None  # None: the model's setting
     evaluate(recipe_of(plan, job), model, results, instruction_aware=aware)
 
 
 def do(plan: Plan, job: Job) -> None:
-    """Tune, measure, and note how long it took this time."""
+    """Tune and evaluate, and record the seconds of this session."""
     began = time.monotonic()
     recipe, folder = recipe_of(plan, job), plan.work / job.name
     model = job.model
     if model is None:
         stopped = train(recipe, folder, resume=True).stopped
         if stopped == "terminated":
-            raise SystemExit(f"{job.name}: told to stop; it goes on from its checkpoint")
+            raise SystemExit(f"{job.name}: terminated; the same command resumes it")
         model = f"{folder}/last"
     answer(plan, job, model)
     write_json(folder / DONE, {"seconds": round(time.monotonic() - began, 1)})
 
 
 def do_all(plan: Plan, processes: int, arguments: list[str]) -> None:
-    """All jobs that are not finished, ``processes`` at a time, each a process of its own."""
+    """Run all unfinished jobs, ``processes`` at a time, each in a process."""
 
     def finished(name: str | None) -> bool:
         return name is None or (plan.work / name / DONE).is_file()
@@ -133,14 +133,14 @@ def do_all(plan: Plan, processes: int, arguments: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("work", type=Path)
-    parser.add_argument("--start", default=Plan.start, help="the BLIP-2 to begin with")
+    parser.add_argument("--start", default=Plan.start, help="the BLIP-2 to start from")
     parser.add_argument("--seeds", type=int, default=Plan.seeds)
     parser.add_argument("--steps", type=int, default=Plan.steps)
     parser.add_argument("--finetune-steps", type=int, default=Plan.finetune_steps)
     parser.add_argument("--limit", type=int, default=Plan.limit, help="samples of each benchmark")
     parser.add_argument("--scale", type=float, default=1.0, help="size of the data sets")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs side by side")
-    parser.add_argument("--job", help="only this one, here")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="jobs in parallel")
+    parser.add_argument("--job", help="run only this job, in this process")
     parser.add_argument("overrides", nargs="*", help="further overrides of every recipe")
     given = vars(parser.parse_intermixed_args())
     scale, processes, only = given.pop("scale"), given.pop("processes"), given.pop("job")
@@ -150,13 +150,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     for job in (plan.baseline(), *plan.jobs()):
-        recipe_of(plan, job)  # all are looked at before any is begun
+        recipe_of(plan, job)  # all are checked before any starts
     prepare(plan, scale)
     settings = {**given, "work": str(plan.work), "scale": scale, "processes": processes}
     write_json(plan.work / "settings.json", settings)
     print(f"data and BLIP-2: {time.monotonic() - began:.0f} s", flush=True)
     do_all(plan, processes, sys.argv[1:])
-    print(f"it took {(time.monotonic() - began) / 60:.1f} minutes")
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes in all")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write docs/claims.md and its plots from what ``measure.py`` left; all words follow figures."""
+"""Write docs/claims.md and its plots from the results of ``measure.py``."""
 
 import json
 import sys
@@ -15,14 +15,15 @@ import numpy as np
 from runs.claims.judge import Estimate, Seeds, difference, level, read, seeds_of, sets_of
 from runs.claims.measure import DONE
 
-Found = Mapping[str, Seeds]
+Conditions = Mapping[str, Seeds]
+"""Condition -> its results by seed."""
 COLOURS = {"holds": "#0f6e84", "does not hold": "#b0442c", "undecided": "#8f9aa6"}
 plt.rcParams["svg.hashsalt"] = "claims"  # the same figures give the same file
 
 
 @dataclass(frozen=True)
 class Claim:
-    """``better`` shall beat ``worse`` in ``measure``: "held_in", "held_out" or a benchmark."""
+    """``better`` beats ``worse`` on ``measure``: "held_in", "held_out" or a benchmark."""
 
     title: str
     better: str
@@ -32,7 +33,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Part:
-    """What the paper says in one table or figure, and the claims that are checked of it."""
+    """What the paper reports in one table or figure, and the claims of it that are checked."""
 
     title: str
     paper: str
@@ -41,9 +42,10 @@ class Part:
 
 PARTS = (
     Part(
-        "Table 1: tuning helps on sets that it never saw",
-        "In the paper InstructBLIP beats BLIP-2 by 17.1 % on average over the 13 held-out sets "
-        "with FlanT5-XL, relative to BLIP-2's own figures; held-in, figure 4 has 67.8 to 93.8.",
+        "Table 1: tuning helps on held-out sets",
+        "In the paper, InstructBLIP beats BLIP-2 by 17.1 % on average over the 13 held-out sets "
+        "with FlanT5-XL, relative to BLIP-2's scores. Held-in, figure 4 shows 93.8 compared with "
+        "67.8.",
         (
             Claim("tuning, held-out", "instructblip", "blip2", "held_out"),
             Claim("tuning, held-in", "instructblip", "blip2", "held_in"),
@@ -51,8 +53,9 @@ PARTS = (
     ),
     Part(
         "Table 2: the instruction in the Q-Former, and balancing",
-        "In the paper (FlanT5-XL) a Q-Former that does not read the instruction costs 4.3 points "
-        "held-in and 2.5 to 7.6 held-out, sampling all sets equally often 1.5 and 0.1 to 4.4.",
+        "In the paper (FlanT5-XL), a Q-Former that does not read the instruction loses 4.3 points "
+        "held-in and 2.5 to 7.6 held-out; sampling all sets equally often loses 1.5 held-in and "
+        "0.1 to 4.4 held-out.",
         tuple(
             Claim(f"{what}, {role.replace('_', '-')}", "instructblip", worse, role)
             for what, worse in (
@@ -64,12 +67,13 @@ PARTS = (
     ),
     Part(
         "Why the Q-Former's instruction may not matter here",
-        "Asked after the figures above were known, of two possible reasons. First, nothing has to "
-        "be chosen: the starter has 16 query tokens for pictures of one to four things and learned "
-        "to put one thing into one of them, so that all a question could ask for reaches the "
-        "language model. Then it should matter where all but two query tokens are taken away "
-        "before tuning. Second, the tuned Q-Former hardly reads: then its instruction can be "
-        "withheld after tuning without loss. The last rows tune three times as long.",
+        "These conditions were added after the figures above were known; they test two possible "
+        "reasons. First, the Q-Former may have nothing to select: the starter has 16 query tokens "
+        "for images of one to four objects and learned to put one object into one token, so all "
+        "that a question can ask for reaches the language model. In this case the instruction "
+        "should matter when only two query tokens are kept before tuning. Second, the tuned "
+        "Q-Former may hardly use its instruction. In this case withholding it after tuning costs "
+        "nothing. The last rows tune three times as long.",
         tuple(
             Claim(f"{what}, {role.replace('_', '-')}", better, worse, role)
             for what, better, worse in (
@@ -85,10 +89,10 @@ PARTS = (
         ),
     ),
     Part(
-        "Figure 4: instructions against multitask training",
-        "In the paper multitask training does as well held-in (92.5 to 93.7 against 93.8), but "
-        "stays at BLIP-2's level held-out (45.5 to 46.8 against 52.9). The held-in means stand in "
-        "the table of all conditions.",
+        "Figure 4: instructions compared with multitask training",
+        "In the paper, multitask training does as well held-in (92.5 to 93.7 compared with 93.8) "
+        "but stays at BLIP-2's level held-out (45.5 to 46.8 compared with 52.9). The held-in means "
+        "are in the table of all conditions.",
         tuple(
             Claim(f"instructions over {what}, held-out", "instructblip", worse, "held_out")
             for what, worse in (
@@ -99,9 +103,10 @@ PARTS = (
         ),
     ),
     Part(
-        "Table 3: the better start for one set",
-        "In the paper every figure of a fine-tuned InstructBLIP but one is above that of BLIP-2: "
-        "with Vicuna-7B 77.3 to 79.5 on ScienceQA, 59.3 to 62.1 on OKVQA.",
+        "Table 3: the better start for fine-tuning on one set",
+        "In the paper, all scores of a fine-tuned InstructBLIP but one are above those of a "
+        "fine-tuned BLIP-2: with Vicuna-7B 79.5 compared with 77.3 on ScienceQA and 62.1 compared "
+        "with 59.3 on OK-VQA.",
         (
             Claim("start for scienceqa, held out from tuning", "instructblip_finetuned_scienceqa",
                   "blip2_finetuned_scienceqa", "scenes_scienceqa"),
@@ -114,7 +119,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim with its figures; ``by_set`` are the differences of the single sets."""
+    """A claim with its figures; ``by_set`` has the difference on each set."""
 
     claim: Claim
     better: Estimate
@@ -124,22 +129,22 @@ class Finding:
     seeds: int
 
 
-def find(claim: Claim, found: Found) -> Finding | None:
+def check(claim: Claim, conditions: Conditions) -> Finding | None:
     """None where a condition has no finished run yet."""
-    if claim.better not in found or claim.worse not in found:
+    if claim.better not in conditions or claim.worse not in conditions:
         return None
-    a, b = found[claim.better], found[claim.worse]
+    a, b = conditions[claim.better], conditions[claim.worse]
     names, seeds = sets_of(claim.measure, a, b), seeds_of(a, b)
     if not names or not seeds:
         return None
-    a, b = ({s: own[s] for s in seeds if s in own} or own for own in (a, b))
+    a, b = ({s: all_of[s] for s in seeds if s in all_of} or all_of for all_of in (a, b))
     by_set = tuple((name, difference(a, b, [name])) for name in names)
-    whole = difference(a, b, names)
-    return Finding(claim, level(a, names), level(b, names), whole, by_set, len(seeds))
+    mean = difference(a, b, names)
+    return Finding(claim, level(a, names), level(b, names), mean, by_set, len(seeds))
 
 
 def plus_minus(estimate: Estimate) -> str:
-    """A figure with half its interval; without one where there is a single seed."""
+    """A score with half its interval, which a single seed does not have."""
     half = "" if np.isnan(estimate.half) else f" ± {estimate.half:.1f}"
     return f"{estimate.mean:.1f}{half}"
 
@@ -151,7 +156,7 @@ def signed(estimate: Estimate) -> str:
 
 
 def part_text(part: Part, findings: Sequence[Finding]) -> str:
-    """The paper's words, the table, and the sets behind each difference."""
+    """The paper's figures, the table of the claims, and the sets behind each difference."""
     lines = [f"## {part.title}", "", part.paper, ""]
     lines += ["| claim | with | without | difference | |", "|---|---:|---:|---:|---|"]
     lines += [
@@ -169,9 +174,9 @@ def sentence(finding: Finding) -> str:
     up = [f"{_short(n)} {e.mean:+.1f}" for n, e in reversed(ordered) if e.verdict == "holds"]
     down = [f"{_short(n)} {e.mean:+.1f}" for n, e in ordered if e.verdict == "does not hold"]
     return (
-        f"*{finding.claim.title}*: higher {', '.join(up) or 'on no set'}; "
-        f"lower {', '.join(down) or 'on none'}; {len(ordered) - len(up) - len(down)} of "
-        f"{len(ordered)} sets within their own intervals."
+        f"*{finding.claim.title}*: higher on {', '.join(up) or 'none'}; "
+        f"lower on {', '.join(down) or 'none'}; "
+        f"undecided on {len(ordered) - len(up) - len(down)} of {len(ordered)} sets."
     )
 
 
@@ -183,35 +188,40 @@ def summary(findings: Sequence[Finding]) -> str:
     """The verdicts, counted and named."""
     parts = []
     for verdict in COLOURS:
-        own = [f.claim.title for f in findings if f.difference.verdict == verdict]
-        parts.append(f"- **{verdict}** ({len(own)}): {'; '.join(own) or 'none'}")
+        titles = [f.claim.title for f in findings if f.difference.verdict == verdict]
+        parts.append(f"- **{verdict}** ({len(titles)}): {'; '.join(titles) or 'none'}")
     return "\n".join(parts)
 
 
-def sets_table(found: Found) -> str:
-    """Every benchmark under every condition that answered them all."""
-    whole = {name: seeds for name, seeds in found.items() if len(sets_of("held_out", seeds)) > 1}
-    names = [n for role in ("held_in", "held_out") for n in sets_of(role, *whole.values())]
-    lines = ["| | " + " | ".join(c.replace("_", " ") for c in whole) + " |"]
-    lines.append("|---|" + "---:|" * len(whole))
-    for title, own in (
-        ("**held-in**", sets_of("held_in", *whole.values())),
-        ("**held-out**", sets_of("held_out", *whole.values())),
-        *((_short(name), [name]) for name in names),
+def complete(conditions: Conditions) -> Conditions:
+    """The conditions that were evaluated on more than one held-out set."""
+    return {name: s for name, s in conditions.items() if len(sets_of("held_out", s)) > 1}
+
+
+def sets_table(conditions: Conditions) -> str:
+    """Every benchmark under every condition that was evaluated on all of them."""
+    shown = complete(conditions)
+    held_in, held_out = (sets_of(role, *shown.values()) for role in ("held_in", "held_out"))
+    lines = ["| | " + " | ".join(name.replace("_", " ") for name in shown) + " |"]
+    lines.append("|---|" + "---:|" * len(shown))
+    for title, names in (
+        ("**held-in**", held_in),
+        ("**held-out**", held_out),
+        *((_short(name), [name]) for name in (*held_in, *held_out)),
     ):
-        cells = [plus_minus(level(seeds, own)) for seeds in whole.values()]
+        cells = [plus_minus(level(seeds, names)) for seeds in shown.values()]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def plot_differences(findings: Sequence[Finding], path: Path) -> None:
-    """Every claim's difference with its interval, coloured by what it says."""
+    """The difference of every claim with its interval, coloured by the verdict."""
     figure, axis = plt.subplots(figsize=(8, 0.36 * len(findings) + 1.0))
     for row, finding in enumerate(reversed(findings)):
-        own = finding.difference
-        colour = COLOURS[own.verdict]
-        half = 0.0 if np.isnan(own.half) else own.half
-        axis.errorbar(own.mean, row, xerr=half, fmt="o", color=colour, capsize=3, markersize=5)
+        gain = finding.difference
+        colour = COLOURS[gain.verdict]
+        half = 0.0 if np.isnan(gain.half) else gain.half
+        axis.errorbar(gain.mean, row, xerr=half, fmt="o", color=colour, capsize=3, markersize=5)
     axis.axvline(0, color="#3a424b", linewidth=0.8)
     axis.set_yticks(range(len(findings)), [f.claim.title for f in reversed(findings)])
     axis.set_xlabel("difference in points, 95 % interval")
@@ -223,21 +233,21 @@ def plot_differences(findings: Sequence[Finding], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_levels(found: Found, path: Path) -> None:
+def plot_levels(conditions: Conditions, path: Path) -> None:
     """Held-in and held-out means of every condition; dots are the seeds."""
-    whole = {name: seeds for name, seeds in found.items() if len(sets_of("held_out", seeds)) > 1}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 0.45 * len(whole) + 1.0), sharey=True)
+    shown = complete(conditions)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 0.45 * len(shown) + 1.0), sharey=True)
     for axis, role in zip(axes, ("held_in", "held_out"), strict=True):
-        names = sets_of(role, *whole.values())
-        for row, (condition, seeds) in enumerate(reversed(whole.items())):
+        names = sets_of(role, *shown.values())
+        for row, (condition, seeds) in enumerate(reversed(shown.items())):
             colour = "#0f6e84" if condition == "instructblip" else "#8f9aa6"
-            own = level(seeds, names)
-            half = 0.0 if np.isnan(own.half) else own.half
-            axis.barh(row, own.mean, xerr=half, color=colour, height=0.7, capsize=3)
+            mean = level(seeds, names)
+            half = 0.0 if np.isnan(mean.half) else mean.half
+            axis.barh(row, mean.mean, xerr=half, color=colour, height=0.7, capsize=3)
             dots = [level({seed: results}, names).mean for seed, results in seeds.items()]
             axis.plot(dots, [row] * len(dots), "k.", markersize=3, alpha=0.6)
-            axis.text(1, row, f"{own.mean:.1f}", va="center", color="white", fontsize=8)
-        axis.set_yticks(range(len(whole)), [c.replace("_", " ") for c in reversed(whole)])
+            axis.text(1, row, f"{mean.mean:.1f}", va="center", color="white", fontsize=8)
+        axis.set_yticks(range(len(shown)), [c.replace("_", " ") for c in reversed(shown)])
         axis.set_title(role.replace("_", "-"), fontsize=10)
         axis.set_xlim(0, 100)
         axis.spines[["top", "right"]].set_visible(False)
@@ -252,16 +262,16 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 TEXT = """# The paper's claims on Scenes
 
-Written by `runs/claims.sh{arguments}`: {runs} runs, {seeds}, {steps} steps of
+`runs/claims.sh{arguments}` writes this page from {runs} runs, {seeds}, {steps} steps of
 tuning and {finetune_steps} of fine-tuning, up to {limit} samples of each benchmark;
 {minutes:.0f} minutes of runs, {processes} at a time. Scores are 0 to 100.
 
 A claim **holds** when the 95 % interval of its difference lies above 0, **does not hold** when it
-lies below, and is **undecided** otherwise. The intervals of differences know both reasons for
-doubt, other seeds and other samples (`runs/claims/judge.py`); ± in the columns beside them is half
-the interval over the seeds alone. BLIP-2 is the starter as it is and has no seeds. The settings
-are the quickstart's but for the number of steps, the same for every condition; none was chosen by
-these figures.
+lies below, and is **undecided** otherwise. The interval of a difference accounts for the variation
+over seeds and over samples (`runs/claims/judge.py`); ± in the other columns is half the interval
+over the seeds alone. BLIP-2 is the starter without tuning and has no seeds. All conditions have the
+settings of the quickstart except for the number of steps, which they share; no setting was chosen
+by these figures.
 
 {summary}
 
@@ -271,12 +281,12 @@ these figures.
 
 ## All conditions
 
-Each is a list of overrides of the recipe `quickstart`, in `runs/claims/conditions.py`.
-"No balancing" draws all sets equally often, without weights by hand. "Multitask plain" trains on
-inputs without an instruction, "multitask names" puts the name of the data set in its place; both
-are asked with instructions, "multitask names in both" is asked by name as well. "Few queries" keeps
-two of the sixteen query tokens, "long" is three times as many steps; "unread" withholds the
-instruction from the Q-Former of the tuned model.
+Each condition is a list of overrides of the recipe `quickstart` (`runs/claims/conditions.py`).
+"No balancing" samples all sets equally often, without weights by hand. "Multitask plain" trains on
+inputs without an instruction, "multitask names" on inputs with the name of the data set in its
+place; both are evaluated with instructions. "Multitask names in both" is evaluated with the names
+as well. "Few queries" keeps two of the sixteen query tokens, "long" trains for three times as many
+steps, and "unread" withholds the instruction from the Q-Former of the tuned model.
 
 ![Held-in and held-out means of every condition](claims_conditions.svg)
 
@@ -286,27 +296,27 @@ instruction from the Q-Former of the tuned model.
 
 def main() -> None:
     work, docs = Path(sys.argv[1]), Path(sys.argv[2])
-    found = read(work)
-    if "blip2" not in found:
+    conditions = read(work)
+    if "blip2" not in conditions:
         raise SystemExit(f"{work} holds no results; run runs/claims.sh first")
     order = ["blip2", "instructblip"]
-    order += [name for name in found if name not in order]
-    found = {name: found[name] for name in order if name in found}
+    order += [name for name in conditions if name not in order]
+    conditions = {name: conditions[name] for name in order if name in conditions}
     settings = json.loads((work / "settings.json").read_text())
     spent = [json.loads(p.read_text())["seconds"] for p in work.glob(f"*/seed*/{DONE}")]
-    parts = [(part, [f for c in part.claims if (f := find(c, found))]) for part in PARTS]
-    findings = [finding for _, own in parts for finding in own]
+    parts = [(part, [f for c in part.claims if (f := check(c, conditions))]) for part in PARTS]
+    findings = [finding for _, several in parts for finding in several]
     docs.mkdir(parents=True, exist_ok=True)
     plot_differences(findings, docs / "claims.svg")
-    plot_levels(found, docs / "claims_conditions.svg")
+    plot_levels(conditions, docs / "claims_conditions.svg")
     words = {
         "arguments": "".join(f" {override}" for override in settings["overrides"]),
         "runs": len(spent),
         "seeds": " to ".join(map(str, sorted({f.seeds for f in findings}))) + " seeds",
         "minutes": sum(spent) / 60,
         "summary": summary(findings),
-        "parts": "\n\n".join(part_text(part, own) for part, own in parts if own),
-        "sets": sets_table(found),
+        "parts": "\n\n".join(part_text(part, several) for part, several in parts if several),
+        "sets": sets_table(conditions),
     }
     text = TEXT.format(**{**settings, **words})
     (docs / "claims.md").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""docs/data.md says what the code does. `python -m tests.data.test_docs` prints its table."""
+"""docs/data.md agrees with the code. `python -m tests.data.test_docs` prints its table."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ HEAD = (
 
 
 def table() -> list[str]:
-    """One line a data set: its files, fields, task, templates and the test of its miniature."""
+    """One line per data set: files, fields, task, templates and the test of its miniature."""
     lines = [HEAD, "|---" * 7 + "|"]
     for name, source in sorted(SOURCES.items()):
         number, case = next((i, c) for i, c in enumerate(CASES) if c[0] == name)
@@ -44,18 +44,18 @@ def keys(file: str, value: Any) -> list[str]:
         return [key for item in value for key in keys(file, item)]
     if not isinstance(value, dict):
         return []
-    found = []
+    names = []
     for key, inner in value.items():
         nested = isinstance(inner, dict) or (
             isinstance(inner, list) and any(isinstance(item, dict) for item in inner)
         )
-        # Keys that are numbers are the records' own names.
+        # Keys that are numbers are ids of records.
         plain = not nested and re.fullmatch(r"[A-Za-z_]\w*", key)
-        found += keys(file, inner) if nested else [key] if plain else []
-    return found
+        names += keys(file, inner) if nested else [key] if plain else []
+    return names
 
 
-def test_the_table_is_that_of_the_code():
+def test_the_table_agrees_with_the_code():
     written = DOCUMENT.read_text(encoding="utf-8").split("\n")
     start = written.index(HEAD)
     assert written[start : start + len(table())] == table()
