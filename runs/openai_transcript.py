@@ -1,4 +1,4 @@
-"""The page docs/howto/openai.md: what the `openai` client says to a served model and hears.
+"""Write docs/howto/openai.md: code of the `openai` client with the output of a served model.
 
     python -m runs.openai_transcript [--model starter] [--before starter] [--out PAGE]
 
@@ -18,15 +18,18 @@ from instructblip.serving.api import create_app
 from runs.screenshots import served
 
 ADDRESS = "http://127.0.0.1:8000"
-PICTURE = Path("../pictures/asked.png")
-PAGE = """# The openai client, word for word
+IMAGE = Path("../pictures/asked.png")
+PAGE = """# The openai client, a transcript
 
-`instructblip serve --model out/quickstart/run --before starter` runs; the picture is one of the
-embedded world. Code and output of `runs/openai_transcript.py`:
+This page has the code and output of `runs/openai_transcript.py` with the server
+`instructblip serve --model out/quickstart/run --before starter`. The image is from Scenes:
 
-![The picture that is asked about]({picture})
+![The image of the questions]({image})
 
 {steps}
+
+`reply.usage.prompt_tokens_lost` is 0 unless the prompt, such as a conversation of many turns, is
+too long for the model: then it is the number of tokens cut at the beginning.
 """
 STEPS = (
     """import base64
@@ -36,30 +39,30 @@ from openai import OpenAI
 client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="any", max_retries=0)
 print([model.id for model in client.models.list()])
 """,
-    """picture = base64.b64encode(Path("asked.png").read_bytes()).decode()
-url = {"url": f"data:image/png;base64,{picture}"}
+    """image = base64.b64encode(Path("asked.png").read_bytes()).decode()
+url = {"url": f"data:image/png;base64,{image}"}
 
 
-def asking(text):
+def with_image(text):
     parts = [{"type": "text", "text": text}, {"type": "image_url", "image_url": url}]
     return [{"role": "user", "content": parts}]
 
 
 reply = client.chat.completions.create(
-    model="instructblip", messages=asking("A short image description.")
+    model="instructblip", messages=with_image("A short image description.")
 )
 print(reply.choices[0].message.content)
 print(reply.choices[0].finish_reason, reply.usage.completion_tokens, "tokens")
 """,
     """stream = client.chat.completions.create(
-    model="instructblip", messages=asking("A short image description."), stream=True
+    model="instructblip", messages=with_image("A short image description."), stream=True
 )
 print("|".join(chunk.choices[0].delta.content or "" for chunk in stream))
 """,
     """question = "Question: how many shapes are there? Short answer:"
 for model in ("instructblip", "blip2"):
     reply = client.chat.completions.create(
-        model=model, messages=asking(question), max_tokens=8, extra_body={"num_beams": 5}
+        model=model, messages=with_image(question), max_tokens=8, extra_body={"num_beams": 5}
     )
     print(f"{model}: {reply.choices[0].message.content}")
 """,
@@ -76,7 +79,7 @@ for one in ranked["candidates"]:
 for wrong in ({"tools": []}, {"max_tokens": 0}, {"model": "gpt"}):
     try:
         body = {"model": "instructblip", **wrong}
-        client.chat.completions.create(messages=asking("What is this?"), **body)
+        client.chat.completions.create(messages=with_image("What is this?"), **body)
     except OpenAIError as error:
         print(error.status_code, error.body["message"])
 """,
@@ -84,24 +87,24 @@ for wrong in ({"tools": []}, {"max_tokens": 0}, {"model": "gpt"}):
 
 
 def transcript(address: str, folder: Path) -> str:
-    """The steps against the server at ``address``, with what each printed."""
+    """Run the steps against the server at ``address``; return them with their output."""
     names: dict[str, Any] = {}
     blocks = []
     with contextlib.chdir(folder):
         for step in STEPS:
-            heard = io.StringIO()
-            with contextlib.redirect_stdout(heard):
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
                 exec(step.replace(ADDRESS, address), names)
-            blocks.append(f"```python\n{step}```\n\n```text\n{heard.getvalue()}```")
+            blocks.append(f"```python\n{step}```\n\n```text\n{output.getvalue()}```")
     return "\n\n".join(blocks)
 
 
 def write_page(address: str, out: Path) -> None:
-    """Draw the picture beside the page's other pictures and write the page."""
-    file = (out.parent / PICTURE).resolve()
+    """Render the image into the folder of the docs' images and write the page."""
+    file = (out.parent / IMAGE).resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
     render(sample_scene(random.Random(30)), 192).save(file)
-    text = PAGE.format(picture=PICTURE.as_posix(), steps=transcript(address, file.parent))
+    text = PAGE.format(image=IMAGE.as_posix(), steps=transcript(address, file.parent))
     out.write_text(text, encoding="utf-8")
 
 
