@@ -4,6 +4,9 @@
 only validate, decode images and wait.
 """
 
+import base64
+import io
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -12,6 +15,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -21,13 +25,15 @@ from instructblip.serving.batching import Answer, Job
 from instructblip.serving.completions import chat_job, response_of, stream_events
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.guard import NO_KEY, Guard, error_body, knows_key
-from instructblip.serving.images import add_images
 from instructblip.serving.incoming import BadImage
 from instructblip.serving.schema import (
     ChatRequest,
     ChatResponse,
+    DrawnImage,
     ErrorBody,
     Health,
+    ImageRequest,
+    ImageResponse,
     ModelCard,
     ModelList,
     RankedCandidate,
@@ -76,7 +82,7 @@ def create_app(engines: Mapping[str, Engine], config: ServeConfig | None = None)
     _add_errors(app)
     guarded = _guarded(config)
     _add_routes(app, service, guarded)
-    add_images(app, service, guarded)
+    _add_drawing(app, service, guarded)
     return app
 
 
@@ -150,6 +156,45 @@ def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None
         best = max(ranked, key=lambda candidate: candidate.log_likelihood)
         lost = batcher.engine.lost_tokens(body.instruction)
         return RankResponse(model=name, best=best.text, candidates=ranked, prompt_tokens_lost=lost)
+
+
+def _add_drawing(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
+    """OpenAI's image generations. Loads the decoders: one that does not fit raises now."""
+    for batcher in service.painters.values():
+        batcher.engine.painter  # noqa: B018
+
+    @app.post("/v1/images/generations", tags=["OpenAI"], **guarded)
+    async def generate_images(body: ImageRequest) -> ImageResponse:
+        """Draw images that follow the prompt, and the subject image if there is one."""
+        deadline = service.deadline
+        batcher = service.choose_painter(body.model)
+        painter = batcher.engine.painter
+        size = f"{painter.model.decoder.image_size}x{painter.model.decoder.image_size}"
+        if body.size not in (None, "auto", size):
+            raise HTTPException(400, f"size: this model draws {size}; ask for that or for auto")
+        try:
+            painter.check(body.prompt)
+        except ValueError as error:
+            raise HTTPException(400, f"prompt: {error}") from None
+        subject = None if body.image is None else await service.read_image(body.image, "image")
+        drawing = body.model_dump(include={"seed", "steps", "guidance", "image_guidance"})
+        drawing |= {"image": subject, "num_images": body.n or 1}
+        job = Job(pixels=(), instruction=body.prompt, drawing=drawing, deadline=deadline)
+        service.submit(batcher, job)
+        images: list[Image.Image] = await service.result(job)
+        return ImageResponse(
+            created=int(time.time()),
+            data=[DrawnImage(b64_json=_encode(image, body.output_format)) for image in images],
+            output_format=body.output_format,
+            size=size,
+        )
+
+
+def _encode(image: Image.Image, form: str) -> str:
+    """Base64, lossless except for JPEG."""
+    data = io.BytesIO()
+    image.save(data, form, quality=95, **({"lossless": True} if form == "webp" else {}))
+    return base64.b64encode(data.getvalue()).decode()
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -8,11 +8,10 @@ bounded: a job that does not fit is refused at once instead of being answered to
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -32,14 +31,14 @@ class TooLate(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A generated answer of ``tokens`` tokens; ``cut`` if the limit of tokens ended it. The model
-    read ``prompt_tokens`` of the prompt and none of the ``lost`` tokens before them."""
+    """A generated answer of ``tokens`` tokens, and OpenAI's name of what ended it. The model read
+    ``prompt_tokens`` of the prompt and none of the ``lost`` tokens before them."""
 
     text: str
     prompt_tokens: int
     lost: int
     tokens: int
-    cut: bool
+    finish_reason: Literal["stop", "length"]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -88,9 +87,20 @@ class Job:
         self._left = True
 
     @property
+    def seconds_left(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
+
+    @property
     def gone(self) -> bool:
         """Whether nobody waits for the result any more."""
-        return self._left or time.monotonic() > self.deadline
+        return self._left or not self.seconds_left
+
+    def wait(self) -> Any:
+        """The result, for a thread. Raises TooLate or TimeoutError when the time is up."""
+        try:
+            return self.future.result(self.seconds_left)
+        finally:
+            self.leave()
 
 
 class Batcher:
@@ -111,7 +121,7 @@ class Batcher:
     ) -> None:
         self.engine = engine
         self.max_batch, self.max_queue, self.on_batch = max_batch, max_queue, on_batch
-        self._jobs: deque[Job] = deque()
+        self._jobs: list[Job] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
@@ -151,17 +161,16 @@ class Batcher:
             while True:
                 self._drop_gone()
                 while self._jobs:
-                    # a future that runs can no longer be cancelled
-                    jobs = [j for j in self._take() if j.future.set_running_or_notify_cancel()]
-                    if jobs:
+                    if jobs := self._take():
                         return jobs
                 if self._closed:
                     return []
                 self._changed.wait()
 
     def _drop_gone(self) -> None:
-        for job in [job for job in self._jobs if job.gone]:
-            self._jobs.remove(job)
+        gone = [job for job in self._jobs if job.gone]
+        self._jobs = [job for job in self._jobs if job not in gone]
+        for job in gone:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(TooLate())
 
@@ -169,9 +178,9 @@ class Batcher:
         """Remove the oldest job and those that can run with it from the queue."""
         key = self._jobs[0].key
         jobs = [job for job in self._jobs if job.key == key][: self.max_batch]
-        taken = set(map(id, jobs))
-        self._jobs = deque(job for job in self._jobs if id(job) not in taken)
-        return jobs
+        self._jobs = [job for job in self._jobs if job not in jobs]
+        # a future that runs can no longer be cancelled
+        return [job for job in jobs if job.future.set_running_or_notify_cancel()]
 
     def _run(self, jobs: Sequence[Job]) -> None:
         try:
@@ -230,7 +239,7 @@ class Batcher:
                 prompt_tokens=len(sample.prompt_ids),
                 lost=engine.lost_tokens(job.instruction),
                 tokens=len(ids),
-                cut=len(ids) >= decoding.max_new_tokens,
+                finish_reason="length" if len(ids) >= decoding.max_new_tokens else "stop",
             )
             for job, sample, ids in zip(jobs, samples, responses, strict=True)
         ]

@@ -97,36 +97,29 @@ def stream_events(service: Service, name: str, job: Job, body: ChatRequest) -> A
 
     job.listen(put)
     job.future.add_done_callback(lambda _: put(None))
-    head = {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion.chunk",
-        "created": int(time.time()),
-        "model": name,
-    }
+    head = {**_head(name), "object": "chat.completion.chunk"}
 
-    def event(delta: dict[str, str], finish: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+    def event(content: dict[str, Any]) -> str:
+        return f"data: {json.dumps(content)}\n\n"
 
-    async def next_piece() -> str | None:
-        # a timeout around a `yield` would fire in the reader of the events
-        return await asyncio.wait_for(pieces.get(), max(0.0, job.deadline - time.monotonic()))
+    def choice(delta: dict[str, str], finish: str | None = None) -> str:
+        return event({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
 
     async def events() -> AsyncIterator[str]:
         try:
-            yield event({"role": "assistant", "content": ""})
-            while (piece := await next_piece()) is not None:
-                yield event({"content": piece})
+            yield choice({"role": "assistant", "content": ""})
+            # a timeout around a `yield` would fire in the reader of the events
+            while (piece := await asyncio.wait_for(pieces.get(), job.seconds_left)) is not None:
+                yield choice({"content": piece})
             answer: Answer = await service.result(job)
             service.metrics.tokens.inc(answer.tokens)
-            yield event({}, _finish(answer))
+            yield choice({}, answer.finish_reason)
             if body.stream_options and body.stream_options.include_usage:
-                usage = {**head, "choices": [], "usage": _usage(answer).model_dump()}
-                yield f"data: {json.dumps(usage)}\n\n"
+                yield event({**head, "choices": [], "usage": _usage(answer).model_dump()})
         except (TimeoutError, HTTPException):
-            yield f"data: {json.dumps(error_body(504, 'the answer took too long'))}\n\n"
+            yield event(error_body(504, "the answer took too long"))
         except Exception:
-            yield f"data: {json.dumps(error_body(500, 'internal error'))}\n\n"
+            yield event(error_body(500, "internal error"))
         finally:
             job.leave()
         yield "data: [DONE]\n\n"
@@ -137,17 +130,12 @@ def stream_events(service: Service, name: str, job: Job, body: ChatRequest) -> A
 def response_of(model: str, answer: Answer) -> ChatResponse:
     """The response with the whole answer."""
     message = AnswerMessage(content=answer.text)
-    return ChatResponse(
-        id=f"chatcmpl-{uuid.uuid4().hex}",
-        created=int(time.time()),
-        model=model,
-        choices=[Choice(message=message, finish_reason=_finish(answer))],
-        usage=_usage(answer),
-    )
+    choices = [Choice(message=message, finish_reason=answer.finish_reason)]
+    return ChatResponse(**_head(model), choices=choices, usage=_usage(answer))
 
 
-def _finish(answer: Answer) -> Any:
-    return "length" if answer.cut else "stop"
+def _head(model: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
 
 def _usage(answer: Answer) -> Usage:

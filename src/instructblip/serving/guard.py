@@ -10,8 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.metrics import Metrics
-from instructblip.serving.service import too_busy
+from instructblip.serving.service import Metrics, too_busy
 
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 KINDS |= {429: "rate_limit_error", 500: "server_error", 504: "timeout_error"}
@@ -43,13 +42,40 @@ class Guard:
         self.app, self.config, self.metrics = app, config, metrics
         self.admitted = self.held_bytes = 0
         self.capacity = config.max_queue + 2 * config.max_batch
+        self.too_large = f"the request is larger than {config.max_body_bytes} bytes"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         start, status = time.monotonic(), 500
-        body = _Body(self, receive, scope["path"].startswith("/v1/") and scope["method"] == "POST")
+        costly = scope["path"].startswith("/v1/") and scope["method"] == "POST"
+        size, complete, admitted = 0, False, False  # of the body
+
+        async def receive_within_limits() -> Message:
+            nonlocal size, complete, admitted
+            if complete:  # waits for the client to disconnect
+                return await receive()
+            seconds_left = start + self.config.timeout_s - time.monotonic()
+            try:
+                async with asyncio.timeout(max(0.0, seconds_left)):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the request came too slowly") from None
+            length = len(message.get("body", b""))
+            size += length
+            self.held_bytes += length
+            if size > self.config.max_body_bytes:
+                raise HTTPException(413, self.too_large)
+            if length and self.held_bytes > self.capacity * self.config.max_body_bytes:
+                raise too_busy()
+            complete = not message.get("more_body", False)
+            if complete and costly and message["type"] == "http.request":
+                admitted = True
+                self.admitted += 1
+                if self.admitted > self.capacity:
+                    raise too_busy()
+            return message
 
         async def send_noting(message: Message) -> None:
             nonlocal status
@@ -58,17 +84,16 @@ class Guard:
             await send(message)
 
         try:
-            refusal = self._refuse(scope, body.costly)
-            app = self.app if refusal is None else refusal
-            await app(scope, body.receive, send_noting)
+            app = self._refusal(dict(scope["headers"]), costly) or self.app
+            await app(scope, receive_within_limits, send_noting)
         finally:
-            body.close()
+            self.held_bytes -= size
+            self.admitted -= admitted
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.request(route, status, time.monotonic() - start)
 
-    def _refuse(self, scope: Scope, costly: bool) -> JSONResponse | None:
+    def _refusal(self, headers: dict[bytes, bytes], costly: bool) -> JSONResponse | None:
         """The response to a request that its headers alone refuse."""
-        headers = dict(scope["headers"])
         scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
         if costly and not knows_key(self.config, key.strip() if scheme.lower() == "bearer" else ""):
             return JSONResponse(error_body(401, NO_KEY), 401)
@@ -76,58 +101,3 @@ class Guard:
         if not length.isdigit() or int(length[:20]) > self.config.max_body_bytes:
             return JSONResponse(error_body(413, self.too_large), 413)
         return None
-
-    def hold(self, size: int) -> bool:
-        """Count bytes of a body; whether all bodies together are within the bound."""
-        self.held_bytes += size
-        return not size or self.held_bytes <= self.capacity * self.config.max_body_bytes
-
-    def admit(self) -> bool:
-        """Count a complete request; whether there is room for it."""
-        self.admitted += 1
-        return self.admitted <= self.capacity
-
-    def release(self, size: int, admitted: bool) -> None:
-        """Undo ``hold`` and ``admit``."""
-        self.held_bytes -= size
-        self.admitted -= admitted
-
-    @property
-    def too_large(self) -> str:
-        return f"the request is larger than {self.config.max_body_bytes} bytes"
-
-
-class _Body:
-    """A request's body as it arrives: stopped when it is too large, too slow or one too many."""
-
-    def __init__(self, guard: Guard, receive: Receive, costly: bool) -> None:
-        self.guard, self.costly, self._receive = guard, costly, receive
-        self.deadline = time.monotonic() + guard.config.timeout_s
-        self.size, self.complete, self.counted = 0, False, False
-
-    async def receive(self) -> Message:
-        """The next message. Raises HTTPException when a limit is exceeded."""
-        if self.complete:  # waits for the client to disconnect
-            return await self._receive()
-        try:
-            async with asyncio.timeout(max(0.0, self.deadline - time.monotonic())):
-                message = await self._receive()
-        except TimeoutError:
-            raise HTTPException(408, "the request came too slowly") from None
-        size = len(message.get("body", b""))
-        self.size += size
-        within_bound = self.guard.hold(size)
-        if self.size > self.guard.config.max_body_bytes:
-            raise HTTPException(413, self.guard.too_large)
-        if not within_bound:
-            raise too_busy()
-        self.complete = not message.get("more_body", False)
-        if self.complete and self.costly and message["type"] == "http.request":
-            self.counted = True
-            if not self.guard.admit():
-                raise too_busy()
-        return message
-
-    def close(self) -> None:
-        """Give back the memory and the place of a request that is over."""
-        self.guard.release(self.size, self.counted)

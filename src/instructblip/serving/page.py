@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from fastapi import FastAPI, HTTPException
 from jaxtyping import Float
 from PIL import Image
@@ -31,67 +32,14 @@ from gradio.themes import Default
 from gradio_client.utils import traverse
 
 PATH = "/page"
-LABELS = {
-    "title": ("# Ask about a picture", "# 看图问答"),
-    "about": (
-        "Drop a picture or take an example, choose an instruction or write one, and compare.",
-        "拖入一张图片或选一个示例，选择或填写指令，对比两个模型的回答。",
-    ),
-    "picture": ("Picture", "图片"),
-    "instruction": ("Instruction", "指令"),
-    "candidates": ("Answers to rank, with commas (may be empty)", "候选答案，用逗号分隔（可为空）"),
-    "ask": ("Ask", "提问"),
-    "answer_of": ("Answer", "回答"),
-    "ranking_of": ("Ranking", "候选排序"),
-    "looks": (
-        "Where each query token looks, under this instruction",
-        "在该指令下，每个查询向量关注的位置",
-    ),
-    "history": ("History", "历史记录"),
-    "examples": ("Examples", "示例"),
-    "ask_tab": ("Ask", "提问"),
-    "draw_tab": ("Draw", "绘图"),
-    "what": ("What to draw (choose one or write your own)", "要画什么（可选择，也可自己写）"),
-    "subject": ("A picture to take from (may be empty)", "参考图片（可为空）"),
-    "how_many": ("Pictures", "张数"),
-    "seed": (
-        "Seed: the same draws the same (-1: another every time)",
-        "随机种子：相同则结果相同（-1：每次不同）",
-    ),
-    "guidance": ("How strictly to follow the instruction", "遵循指令的程度"),
-    "draw": ("Draw", "绘图"),
-    "drawn": ("Drawn", "结果"),
-}
-EN = {key: english for key, (english, _) in LABELS.items()}
-ZH = {key: chinese for key, (_, chinese) in LABELS.items()}
-
-COLOURS = "red, green, blue, yellow, purple, orange"
-# seed of an image of Scenes, instruction, candidates
-EXAMPLES = (
-    (36, "A short image description.", ""),
-    (30, "Question: what color is the circle? Short answer:", COLOURS),
-    (24, "Question: how many shapes are there? Short answer:", "1, 2, 3, 4"),
-    (26, "Question: what shape is red? Short answer:", "circle, square, triangle, star, heart"),
-)
-INSTRUCTIONS = [*(text for _, text, _ in EXAMPLES), "Describe the picture in detail."]
-DRAW_INSTRUCTIONS = [
-    "draw a red circle at the top left",
-    "draw a large green star in the middle and a small blue square at the bottom right",
-    "draw the same shape in yellow at the right",
-    "draw the same thing at the bottom left",
-]
+_FOLDER = Path(__file__).parent
+_TEXTS = yaml.safe_load((_FOLDER / "page.yaml").read_text(encoding="utf-8"))
+EN = {key: english for key, (english, _) in _TEXTS["labels"].items()}
+ZH = {key: chinese for key, (_, chinese) in _TEXTS["labels"].items()}
+EXAMPLES = _TEXTS["examples"]
+INSTRUCTIONS = [*(text for _, text, _ in EXAMPLES), *_TEXTS["more_instructions"]]
 SHOWN = 256
 """Pixels to which a smaller side of a drawn image is enlarged, each pixel a square."""
-
-NAMES = {"instructblip": "InstructBLIP", "blip2": "BLIP-2"}
-CSS = """
-.gradio-container {max-width: 1240px !important; margin: 0 auto !important}
-#title h1 {margin-bottom: 0}
-.gradio-container, .gradio-container main, .gradio-container .main, .gradio-container .column {
-  min-width: 0 !important; max-width: 100vw}
-.gradio-container .row > .column {min-width: min(320px, 100%) !important}
-#history {max-width: 100%; overflow-x: auto}
-"""
 
 
 class Page(gr.Blocks):
@@ -149,7 +97,7 @@ def mount_page(app: FastAPI) -> FastAPI:
         auth=(lambda _user, password: password in keys) if keys else None,
         max_file_size=service.config.max_picture_bytes,
         theme=theme,
-        css=CSS,
+        css_paths=_FOLDER / "page.css",
         i18n=i18n,
         footer_links=[],
         ssr_mode=False,
@@ -203,12 +151,9 @@ def _instruction_input(choices: list[str], label: Any, elem_id: str) -> gr.Dropd
     )
 
 
-# --- the tab to ask --------------------------------------------------------------------------
-
-
 def ask_tab(service: Service, words: Any) -> None:
     """Image, instruction and candidates; the button calls ``ask``."""
-    models = {name: NAMES.get(name, name) for name in service.batchers}
+    models = {name: _TEXTS["names"].get(name, name) for name in service.batchers}
     examples = [
         (render(sample_scene(random.Random(seed)), 256), text, candidates)
         for seed, text, candidates in EXAMPLES
@@ -231,19 +176,16 @@ def ask_tab(service: Service, words: Any) -> None:
                 elem_id="examples",
             )
         with gr.Column(scale=3):
-            answers, rankings = [], []
+            answers: list[gr.Textbox] = []
+            rankings: list[gr.Label] = []
             with gr.Row():
                 for name, title in models.items():
                     with gr.Column():
                         gr.Markdown(f"### {title}")
-                        answer = gr.Textbox(
-                            label=words("answer_of"), elem_id=f"answer-{name}", lines=2
-                        )
-                        ranking = gr.Label(
-                            label=words("ranking_of"), show_heading=False, elem_id=f"ranking-{name}"
-                        )
-                    answers.append(answer)
-                    rankings.append(ranking)
+                        label, place = words("answer_of"), f"answer-{name}"
+                        answers.append(gr.Textbox(label=label, elem_id=place, lines=2))
+                        label, place = words("ranking_of"), f"ranking-{name}"
+                        rankings.append(gr.Label(label=label, show_heading=False, elem_id=place))
             gr.Markdown(words("looks"), elem_id="looks-title")
             looks = gr.Gallery(
                 show_label=False, columns=6, height="auto", elem_id="looks", buttons=[]
@@ -279,7 +221,7 @@ def ask(
         image = decode(Path(file).read_bytes(), service.config, "the picture")
         jobs = [_submit(service, name, image, instruction, options) for name in service.batchers]
         # of each model: the answer, the attention and, with candidates, their scores
-        results = [[service.wait(job) for job in submitted] for submitted in jobs]
+        results = [[job.wait() for job in submitted] for submitted in jobs]
     if any(answer.lost for answer, *_ in results):
         gr.Warning(
             "the instruction is too long: its beginning was not read / 指令过长，开头未被读取"
@@ -336,14 +278,11 @@ def _heat(base: np.ndarray, weights: np.ndarray) -> Image.Image:
     return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
 
 
-# --- the tab to draw -------------------------------------------------------------------------
-
-
 def draw_tab(service: Service, words: Any) -> None:
     """Instruction, subject image and settings; the button calls ``paint``."""
     with gr.Row():
         with gr.Column(scale=1):
-            instruction = _instruction_input(DRAW_INSTRUCTIONS, words("what"), "what")
+            instruction = _instruction_input(_TEXTS["draw_instructions"], words("what"), "what")
             subject = _image_input(words("subject"), 240, "subject")
             number = gr.Slider(1, 8, value=4, step=1, label=words("how_many"))
             guidance = gr.Slider(1, 5, value=2, step=0.5, label=words("guidance"))
@@ -371,7 +310,7 @@ def paint(
     seed: int | None,
 ) -> list[Image.Image]:
     """Images by the first model that draws, enlarged for display."""
-    batcher = next(iter(service.painters.values()))
+    batcher = service.choose_painter(None)
     with _visitor_errors("drawing took too long / 绘图超时", ValueError):
         batcher.engine.painter.check(instruction or "", int(number))
         subject = None
@@ -386,7 +325,7 @@ def paint(
         deadline = service.deadline
         job = Job(pixels=(), instruction=instruction, drawing=drawing, deadline=deadline)
         batcher.submit(job)
-        images: list[Image.Image] = service.wait(job)
+        images: list[Image.Image] = job.wait()
     times = max(1, SHOWN // images[0].width)
     return [
         image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)

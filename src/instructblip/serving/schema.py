@@ -17,6 +17,9 @@ from instructblip.model.decoding import (
 )
 
 Text = Annotated[str, Field(max_length=16_000)]
+ModelName = Annotated[
+    str | None, Field(max_length=200, description="One of /v1/models; by default the first.")
+]
 
 
 class _Body(BaseModel):
@@ -82,9 +85,7 @@ class StreamOptions(_Body):
 class ChatRequest(_Body):
     """A subset of OpenAI's request; the last four fields are additions of this project."""
 
-    model: str | None = Field(
-        None, max_length=200, description="One of /v1/models; by default the first."
-    )
+    model: ModelName = None
     messages: list[Message] = Field(min_length=1, max_length=64)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -103,9 +104,7 @@ class ChatRequest(_Body):
 class RankRequest(_Body):
     """Rank candidates as the answer, by log-likelihood."""
 
-    model: str | None = Field(
-        None, max_length=200, description="One of /v1/models; by default the first."
-    )
+    model: ModelName = None
     images: list[str] = Field(min_length=1, description="URLs as in a chat; several are a video.")
     instruction: Text
     candidates: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(min_length=1)
@@ -116,9 +115,7 @@ class ImageRequest(_Body):
     """A subset of OpenAI's request; the last five fields are additions of this project."""
 
     prompt: Text = Field(description="What to draw.")
-    model: str | None = Field(
-        None, max_length=200, description="One that draws; by default the first."
-    )
+    model: ModelName = Field(None, description="One that draws; by default the first.")
     n: int | None = Field(1, ge=1, le=10)
     size: str | None = Field(None, max_length=20, description="auto, or the size of the decoder.")
     response_format: Literal["b64_json"] | None = None

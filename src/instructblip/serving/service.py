@@ -3,10 +3,12 @@
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import HTTPException
+from PIL import Image
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
@@ -14,7 +16,37 @@ from instructblip.inference.engine import Engine
 from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.incoming import read_image
-from instructblip.serving.metrics import Metrics
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """Counters in the format of Prometheus, in a registry of their own: two applications in a
+    process do not share them. ``waiting`` returns the number of requests in the queue."""
+
+    def __init__(self, waiting: Callable[[], int]) -> None:
+        self._registry = CollectorRegistry()
+        shared: Any = {"namespace": "instructblip", "registry": self._registry}
+        self._requests = Counter("requests", "Requests", ["route", "status"], **shared)
+        self._seconds = Histogram("request_seconds", "Time of a request", ["route"], **shared)
+        self._batch_size = Histogram(
+            "batch_size", "Requests answered together", buckets=BATCH_SIZES, **shared
+        )
+        self._batch_seconds = Histogram("batch_seconds", "Time of a batch", **shared)
+        Gauge("waiting", "Requests waiting", **shared).set_function(waiting)
+        self.tokens = Counter("generated_tokens", "Tokens answered", **shared)
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        """Count a finished request; ``route`` is its pattern, never a path that a client made."""
+        self._requests.labels(route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def batch(self, size: int, seconds: float) -> None:
+        self._batch_size.observe(size)
+        self._batch_seconds.observe(seconds)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
 
 
 class Service:
@@ -29,7 +61,7 @@ class Service:
         }
         self.painters = {n: b for n, b in self.batchers.items() if b.engine.can_draw}
         self.created = int(time.time())
-        self.decoders = asyncio.Semaphore(4)  # decoded images are large: few at a time
+        self._decoders = asyncio.Semaphore(4)  # decoded images are large: few at a time
 
     @property
     def waiting(self) -> int:
@@ -48,6 +80,16 @@ class Service:
             raise HTTPException(404, f"no model of that name; there are {known}")
         return name, self.batchers[name]
 
+    def choose_painter(self, model: str | None) -> Batcher:
+        """The model of that name, or the first that draws. Raises HTTPException."""
+        if model is not None:
+            self.choose(model)
+        name = next(iter(self.painters), None) if model is None else model
+        if name not in self.painters:
+            known = f"; ask one of {', '.join(self.painters)}" if self.painters else " here"
+            raise HTTPException(404, f"no decoder: this model does not draw{known}")
+        return self.painters[name]
+
     def check_candidates(self, candidates: Sequence[str]) -> None:
         """Raise HTTPException if there are too many candidates, or too many characters in all."""
         count, most = len(candidates), self.config.max_candidates
@@ -59,21 +101,29 @@ class Service:
                 413, f"candidates of {length} characters in all; at most {longest}: send fewer"
             )
 
+    async def read_image(
+        self, url: str, where: str, convert: Callable[[Image.Image], Any] = lambda image: image
+    ) -> Any:
+        """What ``convert`` makes of the image behind a URL, off the event loop. Raises BadImage."""
+
+        def read() -> Any:
+            return convert(read_image(url, self.config, where))
+
+        async with self._decoders:
+            return await run_in_threadpool(read)
+
     async def pixels(self, urls: list[str], engine: Engine, where: str) -> tuple[Tensor, ...]:
-        """Images decoded and transformed off the event loop. Raises HTTPException, BadImage."""
+        """Images as the model reads them. Raises HTTPException, BadImage."""
         if len(urls) > self.config.max_pictures:
             raise HTTPException(
                 413, f"{where}: {len(urls)} images; at most {self.config.max_pictures}"
             )
-
-        def load(url: str, place: str) -> Tensor:
-            return engine.images.transform(read_image(url, self.config, place))
-
-        pixels = []
-        for number, url in enumerate(urls, 1):
-            async with self.decoders:
-                pixels.append(await run_in_threadpool(load, url, f"{where}, image {number}"))
-        return tuple(pixels)
+        return tuple(
+            [
+                await self.read_image(url, f"{where}, image {number}", engine.images.transform)
+                for number, url in enumerate(urls, 1)
+            ]
+        )
 
     def submit(self, batcher: Batcher, job: Job) -> None:
         """Queue a job. Raises HTTPException 429 if the queue is full."""
@@ -86,18 +136,9 @@ class Service:
         """The job's result. Raises HTTPException 504 when its time is up; cancelling this frees the
         job's place."""
         try:
-            seconds = max(0.0, job.deadline - time.monotonic())
-            return await asyncio.wait_for(asyncio.wrap_future(job.future), seconds)
+            return await asyncio.wait_for(asyncio.wrap_future(job.future), job.seconds_left)
         except (TooLate, TimeoutError):
             raise HTTPException(504, f"no answer within {self.config.timeout_s:g} s") from None
-        finally:
-            job.leave()
-
-    @staticmethod
-    def wait(job: Job) -> Any:
-        """``result`` for a thread. Raises TooLate or TimeoutError when the time is up."""
-        try:
-            return job.future.result(max(0.0, job.deadline - time.monotonic()))
         finally:
             job.leave()
 
