@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
-from instructblip.cli.options import Overrides, RecipeName, Scale, read_recipe
+from instructblip.cli.options import Overrides, RecipeName, Scale, read_recipe, to_file, to_folder
 
 app = typer.Typer()
 
@@ -15,10 +16,8 @@ ExportForm = Literal["llava", "sharegpt", "messages", "parquet"]
 
 @app.command()
 def scenes(
-    root: Annotated[Path, typer.Argument(help="Folder to write to.", file_okay=False)] = Path(
-        "data/scenes"
-    ),
-    seed: Annotated[int, typer.Option(help="Another seed is another world.")] = 0,
+    root: Annotated[Path, Argument(help="Folder to write.", file_okay=False)] = Path("data/scenes"),
+    seed: Annotated[int, Option(help="Another seed is another world.")] = 0,
     scale: Scale = 1.0,
 ) -> None:
     """Write the embedded world in the official file formats."""
@@ -32,13 +31,9 @@ def scenes(
 def prepare(
     recipe: RecipeName,
     overrides: Overrides = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Data sets read at a time; one a core by default.")
-    ] = None,
-    export: Annotated[ExportForm | None, typer.Option(help="Write samples in this format.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the export.", file_okay=False)] = Path(
-        "out/export"
-    ),
+    workers: Annotated[int | None, Option(help="Sets read at a time; else one a core.")] = None,
+    export: Annotated[ExportForm | None, Option(help="Write samples in this format.")] = None,
+    out: Annotated[Path, to_folder("Folder of the export.")] = Path("out/export"),
 ) -> None:
     """Read, verify and index the data sets of a recipe; print its mixture."""
     from instructblip.data.export import export as write_export
@@ -69,9 +64,7 @@ def prepare(
 def check(
     recipe: RecipeName,
     overrides: Overrides = None,
-    decode: Annotated[
-        bool, typer.Option("--decode", help="Decode every image whole; slower.")
-    ] = False,
+    decode: Annotated[bool, Option("--decode", help="Decode every image whole; slower.")] = False,
 ) -> None:
     """Find what is wrong with the data sets of a recipe, before training does; 1 if too much."""
     from instructblip.experiment.datasets import check_recipe, passes
@@ -91,12 +84,8 @@ def check(
 def show(
     recipe: RecipeName,
     overrides: Overrides = None,
-    count: Annotated[
-        int, typer.Option("-n", "--count", min=1, help="Samples of each data set.")
-    ] = 2,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a page instead of printing.", dir_okay=False)
-    ] = None,
+    count: Annotated[int, Option("-n", "--count", min=1, help="Samples of each data set.")] = 2,
+    html: Annotated[Path | None, to_file("Write a page instead of printing.")] = None,
 ) -> None:
     """Show training samples as the model reads them: image, texts, and what the loss covers."""
     from rich.console import Console

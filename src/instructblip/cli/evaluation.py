@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
-from instructblip.cli.options import read_recipe
+from instructblip.cli.options import Benchmarks, Limit, read_recipe, to_file, to_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-Limit = Annotated[int | None, typer.Option(help="Samples of each set; all if absent.")]
 TableForm = Literal["table", "markdown", "latex", "json"]
 
 
@@ -25,25 +25,16 @@ TableForm = Literal["table", "markdown", "latex", "json"]
 def evaluate(
     arguments: Annotated[
         list[str],
-        typer.Argument(
+        Argument(
             metavar="[RECIPE] MODEL [A.B=C]...",
             help="A run or model directory, or `starter`; before it a recipe, if not the model's.",
         ),
     ],
-    benchmarks: Annotated[
-        str | None, typer.Option(help="Benchmarks or groups, with commas; else the recipe's.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Result folder; out/results/<model> by default.", file_okay=False),
-    ] = None,
+    benchmarks: Benchmarks = None,
+    out: Annotated[Path | None, to_folder("Result folder; out/results/<model> by default.")] = None,
     limit: Limit = None,
-    batch_size: Annotated[
-        str | None, typer.Option(help="Samples at a time, or `auto`; changes no answer.")
-    ] = None,
-    blind: Annotated[
-        bool, typer.Option("--blind", help="Swap the images between samples: the control.")
-    ] = False,
+    batch_size: Annotated[str | None, Option(help="Samples at a time, or `auto`.")] = None,
+    blind: Annotated[bool, Option("--blind", help="Swap the images: the blind control.")] = False,
 ) -> None:
     """Answer benchmarks with a model, sample by sample on disk; an interrupted run resumes there.
 
@@ -57,9 +48,7 @@ def evaluate(
     if len(names) not in (1, 2):
         raise ValueError(f"expected [RECIPE] MODEL [A.B=C]...; got {' '.join(names) or 'no model'}")
     model = names[-1]
-    overrides += _evaluation_overrides(
-        benchmarks=benchmarks and f"[{benchmarks}]", limit=limit, batch_size=batch_size
-    )
+    overrides += _evaluation_overrides(benchmarks, limit, batch_size)
     recipe = read_recipe(names[0] if len(names) == 2 else recipe_of(model), overrides)
     folder = out or Path("out/results") / (Path(model).resolve().name + ("_blind" if blind else ""))
     run(recipe, model, folder, blind_seed=0 if blind else None)
@@ -69,25 +58,17 @@ def evaluate(
 def compare(
     models: Annotated[
         list[Path],
-        typer.Argument(
+        Argument(
             metavar="FOLDER... [A.B=C]...",
             help="Result folders of `evaluate`, or models, which are evaluated first.",
         ),
     ],
-    form: Annotated[TableForm, typer.Option("--format", help="Of the printed tables.")] = "table",
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe for models; else the model's own.")
-    ] = None,
-    benchmarks: Annotated[
-        str | None, typer.Option(help="Benchmarks or groups, with commas; else all there are.")
-    ] = None,
+    form: Annotated[TableForm, Option("--format", help="Of the printed tables.")] = "table",
+    recipe: Annotated[str | None, Option(help="Recipe for models; else that beside each.")] = None,
+    benchmarks: Benchmarks = None,
     limit: Limit = None,
-    out: Annotated[Path, typer.Option(help="Where results of models go.", file_okay=False)] = Path(
-        "out/results"
-    ),
-    intervals: Annotated[
-        bool, typer.Option("--intervals", help="95 % intervals in the terminal's table as well.")
-    ] = False,
+    out: Annotated[Path, to_folder("Where results of models go.")] = Path("out/results"),
+    intervals: Annotated[bool, Option("--intervals", help="Show 95 % intervals.")] = False,
 ) -> None:
     """Print the scores of two or more models side by side, each compared with the first.
 
@@ -99,21 +80,21 @@ def compare(
 
     paths = [path for path in models if not _is_override(str(path))]
     overrides = [str(path) for path in models if path not in paths]
-    overrides += _evaluation_overrides(limit=limit)
-    if (recipe or overrides) and not any(map(_is_model, paths)):
+    if (recipe or overrides or limit is not None) and not any(map(_is_model, paths)):
         raise ValueError(
             "results stand as they were evaluated: leave out --recipe, --limit and A.B=C, or give "
             "models"
         )
-    chosen = [name.strip() for name in benchmarks.split(",")] if benchmarks else []
-    overrides += _evaluation_overrides(benchmarks=f"[{', '.join(chosen)}]" if chosen else None)
+    overrides += _evaluation_overrides(benchmarks, limit)
     names = [path.name for path in paths]
     folders = [
         _evaluated(path, recipe, overrides, out / _name_of(path, names.count(path.name) > 1))
         for path in paths
     ]
     results = load_results(folders)
-    comparison = compare_results(select_results(results, chosen) if chosen else results)
+    if benchmarks:
+        results = select_results(results, [name.strip() for name in benchmarks.split(",")])
+    comparison = compare_results(results)
     if form == "table":
         _print_tables(tables.to_rich(comparison, intervals), tables.measured_with(comparison))
     elif form == "json":
@@ -124,18 +105,11 @@ def compare(
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Result folders of `evaluate`.")],
-    out: Annotated[Path, typer.Option(help="The HTML file.", dir_okay=False)] = Path(
-        "out/report.html"
-    ),
-    run: Annotated[list[Path] | None, typer.Option(help="Run directory: its curves.")] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(help="Name of the folder that the others are compared with; the first."),
-    ] = None,
-    drawn: Annotated[
-        Path | None, typer.Option(help="Folder of images from benchmarks/draw.py --out.")
-    ] = None,
+    folders: Annotated[list[Path], Argument(help="Result folders of `evaluate`.")],
+    out: Annotated[Path, to_file("The HTML file.")] = Path("out/report.html"),
+    run: Annotated[list[Path] | None, Option(help="Run directory: its curves.")] = None,
+    baseline: Annotated[str | None, Option(help="Folder to compare with; else the first.")] = None,
+    drawn: Annotated[Path | None, Option(help="Images of benchmarks/draw.py --out.")] = None,
 ) -> None:
     """Write tables, charts, a gallery of answers and curves into one offline HTML file."""
     from instructblip.core.version import __version__
@@ -173,7 +147,11 @@ def drawn_sets(folder: Path) -> "list[DrawnSet]":
     ]
 
 
-def _evaluation_overrides(**given: str | int | None) -> list[str]:
+def _evaluation_overrides(
+    benchmarks: str | None, limit: int | None, batch_size: str | None = None
+) -> list[str]:
+    names = benchmarks and f"[{benchmarks}]"
+    given = {"benchmarks": names, "limit": limit, "batch_size": batch_size}
     return [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
-from instructblip.cli.options import DecodingCommand, DecodingOptions, Images, Model
+from instructblip.cli.options import DecodingCommand, DecodingOptions, Images, Model, to_file
 
 app = typer.Typer()
 
@@ -17,13 +18,9 @@ ModelForm = Literal["transformers", "lavis"]
 @app.command(cls=DecodingCommand)
 def answer(
     image: Images = None,
-    instruction: Annotated[str | None, typer.Option(help="What to ask.")] = None,
-    batch: Annotated[
-        Path | None, typer.Option(help="A folder of images, or a JSONL of requests.")
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(help="Where the answers of --batch go.", dir_okay=False)
-    ] = Path("out/answers.jsonl"),
+    instruction: Annotated[str | None, Option(help="What to ask.")] = None,
+    batch: Annotated[Path | None, Option(help="Folder of images, or JSONL of requests.")] = None,
+    out: Annotated[Path, to_file("Where the answers of --batch go.")] = Path("out/answers.jsonl"),
     model: Model = "starter",
     decoding: DecodingOptions = None,
 ) -> None:
@@ -68,23 +65,17 @@ def chat(image: Images = None, model: Model = "starter", decoding: DecodingOptio
 @app.command()
 def serve(
     model: Model = "starter",
-    before: Annotated[
-        str | None, typer.Option(help="A BLIP-2 to answer beside it, as model `blip2`.")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
-    page: Annotated[bool, typer.Option(help="Whether to show the page at /page.")] = True,
-    api_keys: Annotated[
-        Path | None, typer.Option(help="File of API keys, one a line; none: open to all.")
-    ] = None,
-    image_host: Annotated[
-        list[str] | None, typer.Option(help="Host that images may be fetched from; none.")
-    ] = None,
-    max_batch: Annotated[int, typer.Option(help="Requests answered together.")] = 32,
-    max_queue: Annotated[int, typer.Option(help="Requests that wait; beyond them 429.")] = 128,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
-    max_beams: Annotated[int, typer.Option(help="Beams that a request may ask for.")] = 8,
-    timeout: Annotated[float, typer.Option(help="Seconds of a request.")] = 60.0,
+    before: Annotated[str | None, Option(help="A BLIP-2 to serve as well, as `blip2`.")] = None,
+    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="Port to listen on.", min=0, max=65535)] = 8000,
+    page: Annotated[bool, Option(help="Whether to show the page at /page.")] = True,
+    api_keys: Annotated[Path | None, Option(help="API keys, one a line; else open to all.")] = None,
+    image_host: Annotated[list[str] | None, Option(help="Host to fetch images from; none.")] = None,
+    max_batch: Annotated[int, Option(help="Requests answered together.")] = 32,
+    max_queue: Annotated[int, Option(help="Requests that wait; beyond them 429.")] = 128,
+    max_tokens: Annotated[int, Option(help="Tokens of an answer.")] = 256,
+    max_beams: Annotated[int, Option(help="Beams that a request may ask for.")] = 8,
+    timeout: Annotated[float, Option(help="Seconds of a request.")] = 60.0,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions, ranking, metrics and a page."""
     from pydantic import ValidationError
@@ -95,6 +86,7 @@ def serve(
     keys = tuple(api_keys.read_text(encoding="utf-8-sig").split()) if api_keys else ()
     if api_keys and not keys:
         raise ValueError(f"{api_keys} holds no keys; expected one a line")
+    hosts = tuple(name.lower() for name in image_host or ())
     try:
         config = ServeConfig(
             max_batch=max_batch,
@@ -103,7 +95,7 @@ def serve(
             max_beams=max_beams,
             timeout_s=timeout,
             api_keys=keys,
-            image_hosts=tuple(name.lower() for name in image_host or ()),
+            image_hosts=hosts,
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -151,16 +143,16 @@ def _check_address(host: str, port: int) -> None:
 
 @app.command()
 def draw(
-    instruction: Annotated[str, typer.Argument(help="What to draw.")],
-    out: Annotated[Path, typer.Option(help="The image file.", dir_okay=False)] = Path("drawn.png"),
-    image: Annotated[Path | None, typer.Option(help="An image to take from.")] = None,
-    model: Annotated[str, typer.Option(help="A directory that draws, or `starter`.")] = "starter",
-    num_images: Annotated[int, typer.Option(help="Number of images.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="The same seed draws the same.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps from noise to image.")] = 20,
-    guidance: Annotated[float, typer.Option(help="How strictly to follow; 1 is plain.")] = 2.0,
+    instruction: Annotated[str, Argument(help="What to draw.")],
+    out: Annotated[Path, to_file("The image file.")] = Path("drawn.png"),
+    image: Annotated[Path | None, Option(help="An image to take from.")] = None,
+    model: Annotated[str, Option(help="A directory that draws, or `starter`.")] = "starter",
+    num_images: Annotated[int, Option(help="Number of images.")] = 1,
+    seed: Annotated[int | None, Option(help="The same seed draws the same.")] = None,
+    steps: Annotated[int, Option(help="Steps from noise to image.")] = 20,
+    guidance: Annotated[float, Option(help="How strictly to follow; 1 is plain.")] = 2.0,
     image_guidance: Annotated[
-        float | None, typer.Option(help="The same for --image; by default as --guidance.")
+        float | None, Option(help="The same for --image; else as --guidance.")
     ] = None,
 ) -> None:
     """Draw what an instruction describes, alone or about an image.
@@ -188,7 +180,7 @@ def draw(
 
 @app.command(name="inspect")
 def inspect_(
-    path: Annotated[str, typer.Argument(help="A model or run directory, `starter`, or a .pth.")],
+    path: Annotated[str, Argument(help="A model or run directory, `starter`, or a .pth.")],
 ) -> None:
     """Print what a checkpoint is: its sizes, what is trainable, what is missing."""
     from instructblip.model.checkpoints.inspection import inspect_checkpoint
@@ -198,12 +190,12 @@ def inspect_(
 
 @app.command(name="import")
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pth of the official code (LAVIS).")],
-    vision: Annotated[Path, typer.Option(help="eva_vit_g.pth, or weights of an image encoder.")],
-    language: Annotated[Path, typer.Option(help="transformers directory of the language model.")],
-    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    checkpoint: Annotated[Path, Argument(help="A .pth of the official code (LAVIS).")],
+    vision: Annotated[Path, Option(help="eva_vit_g.pth, or weights of an image encoder.")],
+    language: Annotated[Path, Option(help="transformers directory of the language model.")],
+    out: Annotated[Path, Option(help="Directory to write.")],
     qformer_tokenizer: Annotated[
-        Path | None, typer.Option(help="Directory of BERT's tokenizer; none for a BLIP-2.")
+        Path | None, Option(help="BERT's tokenizer; none for a BLIP-2.")
     ] = None,
 ) -> None:
     """Convert a checkpoint of the official code to a directory that transformers reads too."""
@@ -215,12 +207,12 @@ def import_(
 
 @app.command()
 def combine(
-    vision: Annotated[Path, typer.Option(help="CLIP, SigLIP, or a BLIP-2 with its EVA-CLIP.")],
-    language: Annotated[Path, typer.Option(help="A Llama, Qwen, Gemma, OPT or T5 directory.")],
-    qformer_tokenizer: Annotated[Path, typer.Option(help="Directory of BERT's tokenizer.")],
-    out: Annotated[Path, typer.Option(help="Directory to write.")],
-    queries: Annotated[int, typer.Option(help="Query tokens.", min=1)] = 32,
-    layers: Annotated[int, typer.Option(help="Layers of the Q-Former.", min=1)] = 12,
+    vision: Annotated[Path, Option(help="CLIP, SigLIP, or a BLIP-2 with its EVA-CLIP.")],
+    language: Annotated[Path, Option(help="A Llama, Qwen, Gemma, OPT or T5 directory.")],
+    qformer_tokenizer: Annotated[Path, Option(help="Directory of BERT's tokenizer.")],
+    out: Annotated[Path, Option(help="Directory to write.")],
+    queries: Annotated[int, Option(help="Query tokens.", min=1)] = 32,
+    layers: Annotated[int, Option(help="Layers of the Q-Former.", min=1)] = 12,
 ) -> None:
     """Combine an image encoder and a language model, with a new Q-Former between them."""
     from instructblip.release.assemble import combine_parts
@@ -231,18 +223,16 @@ def combine(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A run or model directory, or `starter`.")],
-    out: Annotated[Path, typer.Argument(help="Directory, or .pth file, to write.")],
-    form: Annotated[ModelForm, typer.Option("--format", help="What reads it.")] = "transformers",
-    results: Annotated[
-        list[Path] | None, typer.Option(help="Result folder whose scores the card shows.")
-    ] = None,
+    model: Annotated[str, Argument(help="A run or model directory, or `starter`.")],
+    out: Annotated[Path, Argument(help="Directory, or .pth file, to write.")],
+    form: Annotated[ModelForm, Option("--format", help="What reads it.")] = "transformers",
+    results: Annotated[list[Path] | None, Option(help="Results that the card shows.")] = None,
     image_encoder: Annotated[
-        bool, typer.Option("--image-encoder", help="lavis: with the image encoder.")
+        bool, Option("--image-encoder", help="lavis: with the image encoder.")
     ] = False,
     keep_lora: Annotated[
         bool,
-        typer.Option("--keep-lora", help="Write a LoRA adapter separately, in PEFT's files."),
+        Option("--keep-lora", help="Write a LoRA adapter separately, in PEFT's files."),
     ] = False,
 ) -> None:
     """Write a model for others, with its card. A LoRA adapter is merged unless it is kept."""

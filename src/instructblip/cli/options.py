@@ -1,31 +1,43 @@
 """Arguments and options that several commands share."""
 
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from instructblip.recipe.schema import Recipe
 
-RecipeName = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
+RecipeName = Annotated[str, Argument(help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[A.B=C]...", help="Settings in place of the recipe's."),
+    list[str] | None, Argument(metavar="[A.B=C]...", help="Settings in place of the recipe's.")
 ]
-Scale = Annotated[float, typer.Option(help="Size of the data sets; 1 for all.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue where an earlier run stopped.")]
+Scale = Annotated[float, Option(help="Size of the data sets; 1 for all.")]
+Resume = Annotated[bool, Option("--resume", help="Continue where an earlier run stopped.")]
 Model = Annotated[
-    str, typer.Option("--model", help="A run or model directory, hf://OWNER/NAME, or `starter`.")
+    str, Option("--model", help="A run or model directory, hf://OWNER/NAME, or `starter`.")
 ]
 Images = Annotated[
-    list[Path] | None,
-    typer.Option("--image", help="An image or a video; several are read together."),
+    list[Path] | None, Option("--image", help="An image or a video; several are read together.")
 ]
-DecodingOptions = Annotated[dict[str, Any] | None, typer.Option(parser=str)]
+Benchmarks = Annotated[str | None, Option(help="Benchmarks or groups, with commas; all if absent.")]
+Limit = Annotated[int | None, Option(help="Samples of each set; all if absent.")]
+DecodingOptions = Annotated[dict[str, Any] | None, Option(parser=str)]
 """The parameter ``decoding`` of a command that is a `DecodingCommand`."""
+
+
+def to_folder(help: str) -> Any:
+    """An option for a folder to write; a file that stands there is refused."""
+    return Option(help=help, file_okay=False)
+
+
+def to_file(help: str) -> Any:
+    """An option for a file to write; a folder that stands there is refused."""
+    return Option(help=help, dir_okay=False)
 
 
 class DecodingCommand(TyperCommand):
@@ -46,9 +58,17 @@ class DecodingCommand(TyperCommand):
 
 def _decoding_options() -> list[Any]:
     """The options that typer makes of a function with the fields of ``Decoding`` as parameters."""
-    from instructblip.model.decoding import PAPER, Decoding, allowed_values
 
-    def declare(**_decoding: Any) -> None: ...
+    def declare() -> None: ...
+
+    declare.__signature__ = inspect.Signature(list(_decoding_parameters()))  # type: ignore
+    app = typer.Typer(add_completion=False)
+    app.command()(declare)
+    return typer.main.get_command(app).params
+
+
+def _decoding_parameters() -> Iterator[inspect.Parameter]:
+    from instructblip.model.decoding import PAPER, Decoding, allowed_values
 
     for name, field in Decoding.model_fields.items():
         if name == "do_sample":  # a temperature or top_p turns it on
@@ -56,17 +76,10 @@ def _decoding_options() -> list[Any]:
         text = f"{field.description} {allowed_values(name).capitalize()}"
         text += f"; {field.default} in the paper." if name in PAPER.generate_options() else "."
         kind: Any = field.annotation
-        declare.__annotations__[name] = Annotated[kind | None, typer.Option(help=text)]
-    declare.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-            for name, kind in declare.__annotations__.items()
-            if name in Decoding.model_fields
-        ]
-    )
-    app = typer.Typer(add_completion=False)
-    app.command()(declare)
-    return [p for p in typer.main.get_command(app).params if p.name in Decoding.model_fields]
+        option = Annotated[kind | None, Option(help=text)]
+        yield inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option
+        )
 
 
 def read_recipe(recipe: str, overrides: list[str] | None) -> "Recipe":

@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from instructblip.cli import data, evaluation
-from instructblip.cli.options import Model, Overrides, RecipeName, Resume, Scale, read_recipe
+from instructblip.cli.options import (
+    Model,
+    Overrides,
+    RecipeName,
+    Resume,
+    Scale,
+    read_recipe,
+    to_folder,
+)
 
 if TYPE_CHECKING:
     from instructblip.evaluation.result import Result
@@ -29,9 +38,7 @@ Open {report}: tables, charts, and the answers of both models to each image.
 @app.command()
 def quickstart(
     overrides: Overrides = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder of data, run and results.", file_okay=False)
-    ] = Path("out/quickstart"),
+    out: Annotated[Path, to_folder("Folder of data, run and results.")] = Path("out/quickstart"),
     resume: Resume = False,
     scale: Scale = 1.0,
 ) -> None:
@@ -105,9 +112,7 @@ def _remove_earlier(run: Path, results: Path) -> None:
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run directory; out/<recipe> by default.", file_okay=False)
-    ] = None,
+    out: Annotated[Path | None, to_folder("Run directory; out/<recipe> by default.")] = None,
     resume: Resume = False,
 ) -> None:
     """Tune the model of a recipe."""
@@ -118,12 +123,10 @@ def train(
 
 @app.command()
 def tune(
-    root: Annotated[Path, typer.Argument(help="Folder of images with captions or questions.")],
+    root: Annotated[Path, Argument(help="Folder of images with captions or questions.")],
     overrides: Overrides = None,
     model: Model = "starter",
-    out: Annotated[
-        Path, typer.Option(help="Folder of run, results and report.", file_okay=False)
-    ] = Path("out/tuned"),
+    out: Annotated[Path, to_folder("Folder of run, results and report.")] = Path("out/tuned"),
     resume: Resume = False,
 ) -> None:
     """Tune a model on a folder of your data: check, split, tune, evaluate before and after."""
@@ -137,8 +140,8 @@ def tune(
 def pretrain(
     recipe: RecipeName,
     overrides: Overrides = None,
-    stage: Annotated[int, typer.Option(min=1, max=2, help="1: see; 2: tell.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Run directory.", file_okay=False)] = None,
+    stage: Annotated[int, Option(min=1, max=2, help="1: see; 2: tell.")] = 1,
+    out: Annotated[Path | None, to_folder("Run directory; out/<recipe>_stageN if absent.")] = None,
     resume: Resume = False,
 ) -> None:
     """Run a stage of BLIP-2's pre-training for a new pair of image encoder and language model."""
@@ -152,10 +155,8 @@ def pretrain(
 def memory(
     recipe: RecipeName,
     overrides: Overrides = None,
-    devices: Annotated[int, typer.Option(min=1, help="How many devices share a batch.")] = 1,
-    gigabytes: Annotated[
-        float | None, typer.Option(help="GiB of each; by default those of the GPU here.")
-    ] = None,
+    devices: Annotated[int, Option(min=1, help="How many devices share a batch.")] = 1,
+    gigabytes: Annotated[float | None, Option(help="GiB of each; else of the GPU here.")] = None,
 ) -> None:
     """Predict the memory that a recipe needs on each device, without loading anything."""
     import torch
@@ -167,8 +168,10 @@ def memory(
     shares = ("frozen", "trained", "optimizer", "gradients", "activations", "passing", "encoder")
     for name in (*shares, "peak"):
         print(f"{name:12} {getattr(predicted, name) / 2**30:9.3f} GiB")
-    available = None if gigabytes is None else int(gigabytes * 2**30)
-    if available is None and torch.cuda.is_available():
+    if gigabytes is not None:
+        available = int(gigabytes * 2**30)
+    elif torch.cuda.is_available():
         available = torch.cuda.mem_get_info()[1]
-    if available is not None:
-        print(advise(predicted, available, resolved, devices))
+    else:
+        return
+    print(advise(predicted, available, resolved, devices))

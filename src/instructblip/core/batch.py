@@ -4,10 +4,10 @@ Dimensions, used in every signature and comment of the project:
 
 ===  ======================================================================
 B    samples in a batch
-N    distinct pictures in a batch (N <= B * F: several samples may share one)
-F    frames of a sample; 1 for a still picture
-S    side of a square picture in pixels
-P    tokens that the image encoder gives for one picture (patches + class)
+N    distinct images in a batch (N <= B * F: several samples may share one)
+F    frames of a sample; 1 for a still image
+S    side of a square image in pixels
+P    tokens that the image encoder gives for one image (patches + class)
 V    width of the image encoder
 Q    query tokens of the Q-Former
 D    width of the Q-Former
@@ -16,7 +16,7 @@ T    tokens of the prompt as the language model reads it
 R    tokens of the response, its end token included
 L    width of the language model
 C    candidates of a sample that is answered by ranking
-G    side of a square picture to be drawn, in pixels
+G    side of a square image to be drawn, in pixels
 ===  ======================================================================
 """
 
@@ -35,7 +35,7 @@ class Example:
     """One annotation of one data set, as its owner wrote it: no template, no tokens, no pixels.
 
     ``images`` are paths relative to the image root; more than one are shown together, in order:
-    the frames of a video, or several pictures. ``answers`` are all accepted answers (ten for
+    the frames of a video, or several images. ``answers`` are all accepted answers (ten for
     VQAv2, five references for COCO): one of them is chosen when the instruction is rendered.
     ``history`` are the earlier turns of a dialogue as (question, answer). ``where`` names file and
     record for error messages.
@@ -64,10 +64,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One example as the model reads it: pictures loaded, instruction rendered, text tokenised.
+    """One example as the model reads it: images loaded, instruction rendered, text tokenized.
 
-    ``image_keys`` tell equal pictures apart from different ones inside a batch, so that each
-    distinct picture is encoded once. Exactly one of ``pixels`` [F][3, S, S] and ``features``
+    ``image_keys`` tell equal images apart from different ones inside a batch, so that each
+    distinct image is encoded once. Exactly one of ``pixels`` [F][3, S, S] and ``features``
     [F][P, V] is set. ``response_ids`` ends with the end token; it is empty at inference.
     """
 
@@ -83,15 +83,15 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """B samples over N distinct pictures. All text is padded on the right; masks are 1 on tokens.
+    """B samples over N distinct images. All text is padded on the right; masks are 1 on tokens.
 
     Exactly one of ``pixel_values`` [N, 3, S, S] and ``image_features`` [N, P, V] is set.
-    ``image_index`` [B, F] says which of the N pictures the frames of each sample are.
+    ``image_index`` [B, F] says which of the N images the frames of each sample are.
     ``datasets`` and ``ids`` name the samples for logs and errors; the model never reads them.
 
-    A batch to draw has ``target_values`` [B, 3, G, G] in [-1, 1], the pictures that are asked for.
-    There an ``image_index`` of -1 means that no picture goes with the instruction (no pixels at
-    all where none does), and ``response_mask`` [B, 1] is all ones: a picture counts as one token.
+    A batch to draw has ``target_values`` [B, 3, G, G] in [-1, 1], the images that are asked for.
+    There an ``image_index`` of -1 means that no image goes with the instruction (no pixels at all
+    where none does), and ``response_mask`` [B, 1] is all ones: an image counts as one token.
     """
 
     image_index: Tensor  # int64 [B, F]

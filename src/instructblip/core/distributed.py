@@ -7,6 +7,7 @@ Training with several ranks does not wrap the model in torch's DistributedDataPa
 runs its micro batches, and `sum_gradients` sums the gradients once per step, after the last one.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -44,9 +45,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     Raises ValueError for a device that torch does not find here.
     """
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", local_rank())
-        return torch.device("cpu")
+        device = f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     count = torch.get_device_module(device).device_count()
     if (device.index or 0) >= count:
@@ -199,17 +198,13 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for parameter in parameters:
-        changes = bucket and (parameter.dtype, parameter.device) != (
-            bucket[0].dtype,
-            bucket[0].device,
-        )
-        if bucket and (changes or size >= BUCKET_BYTES):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(parameter)
-        size += parameter.numel() * parameter.element_size()
-    if bucket:
+    """The parameters in order, those of a bucket with one type on one device."""
+    for _, alike in itertools.groupby(parameters, lambda p: (p.dtype, p.device)):
+        bucket, size = [], 0
+        for parameter in alike:
+            if size >= BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(parameter)
+            size += parameter.nbytes
         yield bucket

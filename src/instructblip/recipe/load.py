@@ -60,13 +60,11 @@ def _read_values(path: Path, depth: int = 0) -> dict[str, Any]:
         raise ValueError(f"{path}: base: expected the name or path of a recipe; got {base!r}")
     if depth == MOST_BASES:
         raise ValueError(f"{path}: base: more than {MOST_BASES} recipes are based on each other")
-    merged = _read_values(find_recipe(base, path.parent), depth + 1)
+    below = _read_values(find_recipe(base, path.parent), depth + 1)
     for name, section in values.items():
-        below = merged.get(name)
-        if isinstance(section, dict) and isinstance(below, dict):
-            section = {**below, **section}
-        merged[name] = section
-    return merged
+        if isinstance(section, dict) and isinstance(below.get(name), dict):
+            values[name] = {**below[name], **section}
+    return {**below, **values}
 
 
 def find_recipe(recipe: str | Path, folder: Path = Path()) -> Path:
@@ -80,17 +78,18 @@ def find_recipe(recipe: str | Path, folder: Path = Path()) -> Path:
     names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
     near = get_close_matches(str(recipe), names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise FileNotFoundError(
-        f"no recipe {recipe}: {hint}expected a YAML file or one of {', '.join(names)}"
-    )
+    known = ", ".join(names)
+    raise FileNotFoundError(f"no recipe {recipe}: {hint}expected a YAML file or one of {known}")
 
 
 def differences(left: Recipe, right: Recipe) -> list[str]:
     """``key: left -> right`` for every setting in which two recipes differ."""
     mine, other = (dict(_leaves(r.model_dump(mode="json"))) for r in (left, right))
-    keys = [*mine, *(key for key in other if key not in mine)]
-    changed = [key for key in keys if mine.get(key) != other.get(key)]
-    return [f"{key}: {mine.get(key)} -> {other.get(key)}" for key in changed]
+    return [
+        f"{key}: {mine.get(key)} -> {other.get(key)}"
+        for key in {**mine, **other}
+        if mine.get(key) != other.get(key)
+    ]
 
 
 class _Loader(yaml.SafeLoader):
@@ -122,12 +121,11 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise ValueError(f"expected an override such as training.steps=100; got {override!r}")
     place = values
     for section in sections:
-        inner = place.setdefault(section, {})
-        if inner is None:
-            inner = place[section] = {}
-        if not isinstance(inner, dict):
-            raise ValueError(f"{override}: {section} is {inner!r}, which has no keys of its own")
-        place = inner
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
+        if not isinstance(place, dict):
+            raise ValueError(f"{override}: {section} is {place!r}, which has no keys of its own")
     place[last] = _read_yaml(text, f"{override}: the value is not YAML")
 
 
@@ -150,15 +148,15 @@ def _fields_at(place: tuple[int | str, ...]) -> Mapping[str, Any]:
     """Names of the settings at a place of the recipe, such as ("data", "sets", "vqav2")."""
     kind: Any = Recipe
     for name in place:
-        if typing.get_origin(kind) is types.UnionType:  # the name is the tag of one of several
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[str(name)].annotation
+        elif typing.get_origin(kind) is types.UnionType:  # the name is the tag of one of several
             options = typing.get_args(kind)
             kind = next(o for o in options if o.model_fields["kind"].default == name)
-        elif isinstance(kind, type) and issubclass(kind, BaseModel):
-            kind = kind.model_fields[str(name)].annotation
         else:  # an entry of dict[str, Section]
             kind = typing.get_args(kind)[-1]
-        if type(None) in typing.get_args(kind):
-            kind = next(option for option in typing.get_args(kind) if option is not type(None))
+        if type(None) in typing.get_args(kind):  # Section | None
+            kind = typing.get_args(kind)[0]
     return kind.model_fields
 
 

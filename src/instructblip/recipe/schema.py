@@ -22,23 +22,17 @@ from pydantic import (
 
 from instructblip.model.config import LoraConfig
 from instructblip.model.decoding import check_overrides
-from instructblip.text_to_image.config import (
-    ConditionerConfig,
-    DiffusersConfig,
-    NativeConfig,
-)
+from instructblip.text_to_image.config import ConditionerConfig, DiffusersConfig, NativeConfig
 from instructblip.training.config import TrainingConfig
 
 RECIPE_FILE = "recipe.yaml"
 """The resolved recipe beside every checkpoint, model and result."""
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
 Format = Literal[
     "llava_json", "sharegpt", "openai_messages", "table", "imagefolder", "hf_dataset", "webdataset"
 ]
-"""How a user's own data may be written."""
+"""How custom data may be written."""
 
 
 class _Section(BaseModel):
