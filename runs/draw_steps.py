@@ -23,7 +23,7 @@ def main() -> None:
     latest = max(entry.start for entry in recipe.drawing.sets.values())
     run = build(recipe, Drawing())
     model = run.model
-    optimizer = make_optimizer(dict(model.trainable_parameters()), recipe.training)
+    optimizer = make_optimizer(model, recipe.training)
     batches = run.batches.iterate(latest)
     for step in range(TIMED + 2):
         if step == 2:  # the first ones are slower

@@ -6,14 +6,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from instructblip.scenes.world import (
-    COLOURS,
-    SHAPES,
-    Scene,
-    Thing,
-    render,
-    sample_scene,
-)
+from instructblip.scenes.world import COLOURS, SHAPES, Scene, Thing, render, sample_scene
 from instructblip.text_to_image.checker import check_image, find_things
 
 N = 200
@@ -53,21 +46,21 @@ def test_mismatched_prompts_are_wrong():
 
 def test_one_wrong_attribute_is_detected():
     thing = Thing("shape", "star", 0, 2, "blue", "large")
-    picture = render(Scene((thing,), seed=5))
-    assert check_image(picture, [thing]).exact
-    assert check_image(picture, [replace(thing, size="")]).exact
+    image = render(Scene((thing,), seed=5))
+    assert check_image(image, [thing]).exact
+    assert check_image(image, [replace(thing, size="")]).exact
     for wrong in ({"colour": "red"}, {"name": "cross"}, {"size": "small"}, {"column": 0}):
-        verdict = check_image(picture, [replace(thing, **wrong)])
+        verdict = check_image(image, [replace(thing, **wrong)])
         assert verdict.right == (False,)
     extra = replace(thing, row=2, colour="red")
     assert not check_image(render(Scene((thing, extra), seed=5)), [thing]).exact
 
 
 def test_pieces_and_noise_are_not_shapes():
-    picture = np.array(render(Scene((Thing("shape", "circle", 1, 1, "red", "large"),), seed=2)))
-    picture[:32] = picture[0, 0]  # the upper half is gone
-    found = find_things(Image.fromarray(picture))
-    assert [t.name for t in found] != ["circle"]
+    pixels = np.array(render(Scene((Thing("shape", "circle", 1, 1, "red", "large"),), seed=2)))
+    pixels[:32] = pixels[0, 0]  # the upper half is gone
+    things = find_things(Image.fromarray(pixels))
+    assert [t.name for t in things] != ["circle"]
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert not any(t.name and t.colour for t in find_things(Image.fromarray(noise)))
 

@@ -7,21 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instructblip.cli.evaluation import drawn_sets
+from instructblip.core.drawings import INDEX, read_drawings
 from instructblip.evaluation.report import write_report
-from instructblip.text_to_image.gallery import (
-    INDEX,
-    INK,
-    RIGHT,
-    WRONG,
-    read_drawings,
-    write_drawings,
-)
-from instructblip.text_to_image.measure import (
-    Measured,
-    fresh_prompts,
-    measure,
-)
+from instructblip.text_to_image.gallery import INK, RIGHT, WRONG, write_drawings
+from instructblip.text_to_image.measure import Measured, fresh_prompts, measure
 from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
 from tests.text_to_image.conftest import Renderer
 
@@ -70,8 +59,7 @@ def test_the_report_shows_drawings(measured: list[Measured], tmp_path: Path):
     kinds[0]["drawings"][0]["prompt"] = HOSTILE
     index.write_text(json.dumps(kinds))
     results = [evaluated(tmp_path)]
-    drawn = drawn_sets(tmp_path)
-    page = write_report(tmp_path / "with.html", {"a": results}, drawn=drawn).read_text()
+    page = write_report(tmp_path / "with.html", {"a": results}, drawn=tmp_path).read_text()
     assert page.count('<div class="yes"><img') + page.count('<div class="no"><img') == 8
     assert page.count('class="subject" src="data:image/png;base64,') == 4
     assert '<th scope="row">one object</th>' in page
@@ -88,9 +76,9 @@ def test_images_outside_the_folder_are_refused(measured: list[Measured], tmp_pat
     kinds[0]["drawings"][0]["picture"] = "../secret.png"
     measured[0].images[0].save(tmp_path / "secret.png")
     index.write_text(json.dumps(kinds))
-    drawn = drawn_sets(tmp_path / "drawn")
+    results = {"a": [evaluated(tmp_path)]}
     with pytest.raises(ValueError, match="secret"):
-        write_report(tmp_path / "r.html", {"a": [evaluated(tmp_path)]}, drawn=drawn)
+        write_report(tmp_path / "r.html", results, drawn=tmp_path / "drawn")
 
 
 def evaluated(folder: Path):

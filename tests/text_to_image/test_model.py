@@ -9,14 +9,11 @@ import torch
 from instructblip.model.instructblip import InstructBlip
 from instructblip.text_to_image.batches import DrawLoader
 from instructblip.text_to_image.config import ConditionerConfig, NativeConfig
-from instructblip.text_to_image.decoder import (
-    EVEN_WEIGHT,
-    Details,
-    NativeDecoder,
-)
+from instructblip.text_to_image.decoder import EVEN_WEIGHT, Details, NativeDecoder
 from instructblip.text_to_image.model import TextToImage
 from instructblip.text_to_image.sample import Painter
 from instructblip.training.config import TrainingConfig
+from instructblip.training.optim import trainable_parameters
 from instructblip.training.train import train
 from tests.text_to_image.conftest import CONFIG
 
@@ -89,22 +86,27 @@ def test_a_perfect_prediction_has_no_loss_and_euler_steps_reach_it(predict: str,
         noise_levels=1,
     )  # fmt: skip
     decoder = NativeDecoder(config)
-    picture, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
-    truth = picture if predict == "picture" else noise - picture
+    image, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
+    truth = image if predict == "picture" else noise - image
     monkeypatch.setattr(NativeDecoder, "forward", lambda self, *_: truth)
     monkeypatch.setattr(torch, "randn_like", lambda _: noise)
     nothing = torch.zeros(2, 0, 8), torch.ones(2, 0, dtype=torch.bool)
-    assert decoder.loss(picture, *nothing).max() == 0
-    levels = decoder.schedule(5)
+    assert decoder.loss(image, *nothing).max() == 0
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: noise)
+    levels = []
+
+    def guided(noisy: torch.Tensor, level: float) -> torch.Tensor:
+        levels.append(level)
+        return decoder.predict(noisy, level, *nothing)
+
+    torch.testing.assert_close(decoder.sample(guided, 2, 5), image, atol=1e-5, rtol=1e-4)
+    assert len(levels) == 5
     assert levels[0] == 1
-    noisy = noise
-    for step, level in enumerate(levels):
-        noisy = decoder.advance(noisy, decoder.predict(noisy, level, *nothing), step, levels)
-    torch.testing.assert_close(noisy, picture, atol=1e-5, rtol=1e-4)
+    assert levels == sorted(levels, reverse=True)
 
 
 def test_a_wrong_background_weighs_less_than_wrong_objects(monkeypatch):
-    picture, error = torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 0.4)
+    image, error = torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 0.4)
     error[1, :, ::2] *= -1  # as large, but even over nothing
     monkeypatch.setattr(NativeDecoder, "forward", lambda self, *_: error)
     config = NativeConfig(
@@ -112,7 +114,7 @@ def test_a_wrong_background_weighs_less_than_wrong_objects(monkeypatch):
         noise_mean=20,
     )  # fmt: skip
     nothing = torch.zeros(2, 0, 8), torch.ones(2, 0, dtype=torch.bool)
-    even, uneven = NativeDecoder(config).loss(picture, *nothing)
+    even, uneven = NativeDecoder(config).loss(image, *nothing)
     assert uneven.item() == pytest.approx(0.16, rel=1e-3)
     assert even.item() == pytest.approx(EVEN_WEIGHT * 0.16, rel=1e-3)
 
@@ -133,16 +135,16 @@ def test_one_condition_serves_several_noise_levels():
 def test_details_start_as_the_identity_and_reach_beyond_a_patch():
     torch.manual_seed(0)
     details = Details(8)
-    picture, noisy, level = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 16), torch.rand(1)
-    assert torch.equal(details(picture, noisy, level), picture)
+    image, noisy, level = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 16), torch.rand(1)
+    assert torch.equal(details(image, noisy, level), image)
     torch.nn.init.normal_(details.output.weight)
-    before = details(picture, noisy, level)
+    before = details(image, noisy, level)
     noisy[:, :, 8, 8] += 1  # the first pixel of a patch of 4 or 8
-    moved = (details(picture, noisy, level) - before).abs().amax((0, 1)) > 0
+    moved = (details(image, noisy, level) - before).abs().amax((0, 1)) > 0
     assert moved[7, 7]
     assert not moved[:2].any()
     assert not moved[:, :2].any()
-    assert (details(picture, noisy, level + 0.1) != details(picture, noisy, level)).any()
+    assert (details(image, noisy, level + 0.1) != details(image, noisy, level)).any()
 
 
 def test_the_side_of_an_image_is_even():
@@ -164,7 +166,7 @@ def test_only_the_chosen_parts_train(model: TextToImage, loader: DrawLoader, tmp
     choices = {("drawing",): False, ("bridge", "qformer_cross_attention"): True}
     for number, (choice, qformer) in enumerate(choices.items()):
         model.set_trainable(choice)
-        chosen = {name for name, _ in model.trainable_parameters()}
+        chosen = set(trainable_parameters(model))
         before = {name: p.clone() for name, p in model.state_dict().items()}
         train(model, loader, None, settings(steps=2, trainable=choice), tmp_path / str(number))
         moved = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
@@ -210,7 +212,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
             with pytest.raises(StopIteration):
                 train(model, Ends(), None, config, folder)
         train(model, loader, None, config, folder, resume=stop is not None)
-        return dict(model.trainable_parameters())
+        return trainable_parameters(model)
 
     whole, parts = run(tmp_path / "whole"), run(tmp_path / "parts", stop=3)
     for name, value in whole.items():
@@ -241,6 +243,6 @@ def test_it_learns_two_images(painter: Painter, tmp_path: Path):
     train(painter.model, loader, None, config, tmp_path)
     painter.model.eval()
     for text, colour in colours.items():
-        (picture,) = painter.draw(text, seed=1, guidance=1.0)
-        mean = torch.tensor(picture.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
+        (image,) = painter.draw(text, seed=1, guidance=1.0)
+        mean = torch.tensor(image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
         assert (mean - torch.tensor(colour)).abs().max() < 60, (text, mean)

@@ -12,6 +12,7 @@ from instructblip.recipe.load import load_recipe
 from instructblip.scenes.official import write_scenes
 from instructblip.text_to_image.pretrained import from_pretrained
 from instructblip.text_to_image.sample import Painter
+from instructblip.training.optim import trainable_parameters
 from tests.testing import write_json, write_picture
 
 SMALL = [
@@ -30,11 +31,11 @@ def test_the_recipe_trains_and_its_run_draws(directory: Path, tmp_path: Path):
     recipe = load_recipe("draw", [f"model.start={directory}", *SMALL])
     result = train(recipe, tmp_path / "run")
     assert (result.step, result.stopped) == (4, "finished")
-    pictures = Painter.from_pretrained(tmp_path / "run").draw("the red cat", seed=0, steps=2)
-    assert pictures[0].size == (64, 64)
+    images = Painter.from_pretrained(tmp_path / "run").draw("the red cat", seed=0, steps=2)
+    assert images[0].size == (64, 64)
 
 
-def test_a_run_goes_on_from_another(directory: Path, tmp_path: Path):
+def test_a_run_continues_another(directory: Path, tmp_path: Path):
     recipe = load_recipe("draw", [f"model.start={directory}", *SMALL])
     train(recipe, tmp_path / "run")
     more = load_recipe(
@@ -44,7 +45,7 @@ def test_a_run_goes_on_from_another(directory: Path, tmp_path: Path):
     assert second.config.decoder == first.config.decoder  # sizes come with the weights
     for name, value in first.conditioner.state_dict().items():
         assert torch.equal(value, second.conditioner.state_dict()[name])
-    assert any(name.startswith("decoder.") for name, _ in second.trainable_parameters())
+    assert any(name.startswith("decoder.") for name in trainable_parameters(second))
     assert second.training
     assert train(more, tmp_path / "more").step == 4
 

@@ -39,22 +39,21 @@ def saved(model: TextToImage, tmp_path: Path) -> Path:
 def test_scales_combine_as_in_the_formula(model: TextToImage, loader: DrawLoader, monkeypatch):
     """One step of a decoder that answers with a fixed value for each of the three conditions."""
     batch = loader.batch(0)
-    values = {"both": 5.0, "picture": 3.0, "none": 2.0}
+    values = {"both": 5.0, "image": 3.0, "none": 2.0}
 
     def condition(features, index, ids, mask):
         text = bool(mask.any())
-        kind = "both" if text else "picture" if (index >= 0).any() else "none"
+        kind = "both" if text else "image" if (index >= 0).any() else "none"
         return torch.full((len(ids), 1, 16), values[kind]), torch.ones(len(ids), 1).bool()
 
     monkeypatch.setattr(model, "condition", condition)
     decoder = model.decoder
-    monkeypatch.setattr(decoder, "start", lambda n, g: torch.zeros(n, 3, 1, 1))
-    monkeypatch.setattr(decoder, "schedule", lambda steps: [1.0])
     monkeypatch.setattr(
         decoder, "predict", lambda x, t, c, m: c[:, :, :1, None].expand(-1, 3, 1, 1)
     )
-    monkeypatch.setattr(decoder, "advance", lambda x, p, place, levels: p)
-    monkeypatch.setattr(decoder, "pixels", lambda x: x)
+    monkeypatch.setattr(
+        decoder, "sample", lambda guided, n, steps, g: guided(torch.zeros(n, 3, 1, 1), 1.0)
+    )
 
     def drawn(**scales) -> float:
         return sample(model, batch, **scales).flatten()[0].item()
@@ -154,7 +153,7 @@ def test_a_decoder_of_another_width_is_refused(saved: Path):
 
 
 def test_the_command_line_draws(saved: Path, tmp_path: Path, capsys):
-    out = tmp_path / "pictures" / "x.png"
+    out = tmp_path / "images" / "x.png"
     arguments = ["draw", ASKED, "--model", str(saved), "--seed", "3", "--steps", "2"]
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--out", str(out), "--num-images", "2"])

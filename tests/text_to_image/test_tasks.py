@@ -10,17 +10,13 @@ import torch
 from instructblip.core.batch import Example
 from instructblip.data.custom.folder import FolderSet
 from instructblip.scenes.world import HELD_OUT_PAIRS
-from instructblip.text_to_image.batches import (
-    DrawLoader,
-    Interleaved,
-    target_pixels,
-)
+from instructblip.text_to_image.batches import DrawLoader, Interleaved, target_pixels
 from instructblip.text_to_image.checker import check_image, find_things
 from instructblip.text_to_image.tasks import (
     CaptionedImages,
-    InstructionFile,
     SceneDrawings,
     SubjectDrawings,
+    read_instructions,
 )
 from tests.testing import write_picture
 
@@ -61,7 +57,7 @@ def test_an_instruction_file(tmp_path: Path):
         {"instruction": "draw it", "target_image": "b.png", "image": "a.png"},
         {"instruction": "draw red", "target_image": "a.png"},
     ]
-    drawings = InstructionFile(write_lines(tmp_path / "x.jsonl", *rows))
+    drawings = read_instructions(write_lines(tmp_path / "x.jsonl", *rows))
     assert len(drawings) == 2
     assert drawings[0].image is not None
     assert drawings[1].image is None
@@ -70,26 +66,27 @@ def test_an_instruction_file(tmp_path: Path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", r"x\.jsonl:2: not JSON"),
-        ({"target_image": "a.png"}, r"x\.jsonl:2: expected a text in `instruction`"),
-        ({"instruction": "draw"}, r"x\.jsonl:2: expected a file name in `target_image`"),
-        ({"instruction": "draw", "target_image": "../a.png"}, r"x\.jsonl:2.*leaves the image root"),
-        ({"instruction": "a", "target_image": "a", "image": 3}, r"x\.jsonl:2: expected a file"),
+        ("{", "is not JSON"),
+        ({"target_image": "a.png"}, "field 'instruction' is missing.*expected a string"),
+        ({"instruction": " ", "target_image": "a.png"}, "field 'instruction' is ' '.*to draw"),
+        ({"instruction": "draw"}, "field 'target_image' is missing.*expected a string"),
+        ({"instruction": "draw", "target_image": "../a.png"}, "leaves the image root"),
+        ({"instruction": "a", "target_image": "a", "image": 3}, "field 'image' is 3.*a string"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, row: object, message: str):
     good = {"instruction": "draw red", "target_image": "a.png"}
-    with pytest.raises(ValueError, match=message):
-        InstructionFile(write_lines(tmp_path / "x.jsonl", good, row))
+    with pytest.raises(ValueError, match=rf"^x\.jsonl:line 2: .*{message}"):
+        read_instructions(write_lines(tmp_path / "x.jsonl", good, row))
 
 
 def test_missing_files_are_named(tmp_path: Path, painter):
     with pytest.raises(FileNotFoundError, match="no instruction file"):
-        InstructionFile(tmp_path / "x.jsonl")
+        read_instructions(tmp_path / "x.jsonl")
     row = {"instruction": "draw red", "target_image": "a.png"}
-    drawings = InstructionFile(write_lines(tmp_path / "x.jsonl", row))
+    drawings = read_instructions(write_lines(tmp_path / "x.jsonl", row))
     loader = DrawLoader({"x": drawings}, {}, painter.tokens, painter.transform, 16, batch_size=1)
-    with pytest.raises(FileNotFoundError, match=r"x\.jsonl:1: image .*a\.png does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"x\.jsonl:line 1: image .*a\.png does not exist"):
         loader.batch(0)
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,8 +12,6 @@ from instructblip.cli.options import Benchmarks, Limit, read_recipe, to_file, to
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from instructblip.evaluation.report import DrawnSet
 
 app = typer.Typer()
 
@@ -126,25 +123,9 @@ def report(
         baseline=baseline,
         curves={folder.name: folder / "metrics.jsonl" for folder in runs},
         facts={"version": __version__},
-        drawn=drawn_sets(drawn) if drawn else (),
+        drawn=drawn,
     )
     print(page)
-
-
-def drawn_sets(folder: Path) -> "list[DrawnSet]":
-    """The images that ``benchmarks/draw.py --out`` wrote into ``folder``, for the report."""
-    from instructblip.evaluation.report import DrawnImage, DrawnSet
-    from instructblip.text_to_image.gallery import read_drawings
-
-    return [
-        DrawnSet(
-            kind.kind.replace("_", " "),
-            folder,
-            asdict(kind.figures),
-            [DrawnImage(d.prompt, d.picture, d.subject, d.right) for d in kind.drawings],
-        )
-        for kind in read_drawings(folder)
-    ]
 
 
 def _evaluation_overrides(

@@ -159,7 +159,7 @@ def draw(
 
     Several images are numbered: x_0.png, x_1.png.
     """
-    from instructblip.text_to_image.sample import Painter, save_picture
+    from instructblip.text_to_image.sample import Painter, save_image
 
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out {out}: expected a file that ends in .png, .jpg or .webp")
@@ -174,7 +174,7 @@ def draw(
     )
     for number, drawn in enumerate(images):
         file = out if num_images == 1 else out.with_stem(f"{out.stem}_{number}")
-        save_picture(drawn, file)
+        save_image(drawn, file)
         print(file)
 
 

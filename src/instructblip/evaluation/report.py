@@ -18,6 +18,7 @@ from typing import Any
 
 from jinja2 import Template
 
+from instructblip.core.drawings import Drawing, DrawnKind, read_drawings
 from instructblip.core.files import write_text
 from instructblip.core.pages import page_template
 from instructblip.data.images import load_image
@@ -25,30 +26,6 @@ from instructblip.evaluation.benchmarks import BENCHMARKS
 from instructblip.evaluation.compare import ROLES, Comparison, Row, compare
 from instructblip.evaluation.result import Result
 from instructblip.training.log import read_metrics
-
-
-@dataclass(frozen=True, slots=True)
-class DrawnImage:
-    """A generated image, the image it was drawn from (None without one), and the verdict."""
-
-    prompt: str
-    image: str
-    source: str | None
-    correct: bool
-
-
-@dataclass(frozen=True, slots=True)
-class DrawnSet:
-    """Generated images of one kind of prompt. ``folder`` holds their files.
-
-    ``figures``: objects, exact, place, colour and shape in percent, the number of pictures, and the
-    seconds that one of them takes.
-    """
-
-    title: str
-    folder: Path
-    figures: Mapping[str, float]
-    images: Sequence[DrawnImage]
 
 
 def write_report(
@@ -60,7 +37,7 @@ def write_report(
     curves: Mapping[str, Path] | None = None,
     facts: Mapping[str, str] | None = None,
     samples_per_set: int = 24,
-    drawn: Sequence[DrawnSet] = (),
+    drawn: Path | None = None,
 ) -> Path:
     """Write the report of ``models`` to ``path``, whole or not at all.
 
@@ -72,7 +49,7 @@ def write_report(
         curves: name of a run -> its metrics.jsonl.
         facts: label -> value at the foot of the page (seconds, recipe, version, ...).
         samples_per_set: cards in the gallery per benchmark; 0 omits the gallery.
-        drawn: generated images with the figures of each kind of prompt; a separate section.
+        drawn: a folder of drawings (`core.drawings`) for a section of their own.
     """
     path = Path(path)
     if baseline is not None and baseline in models:
@@ -97,7 +74,7 @@ def write_report(
         charts=charts,
         cards=make_cards(models, samples_per_set) if samples_per_set else [],
         settings=_settings(models),
-        drawn=[(each.title, each.figures, _drawn_cards(each)) for each in drawn],
+        drawn=_read_drawings(drawn) if drawn else [],
         facts=dict(facts or {}),
     )
     write_text(path, text)
@@ -121,15 +98,16 @@ def _tiles(comparison: Comparison, subject: str) -> list[Tile]:
     return [Tile(ROLES[row.role], row) for row in comparison.means if subject in row.cells]
 
 
-def _drawn_cards(drawn: DrawnSet) -> list[DrawnImage]:
-    """The images of one kind of prompt, with data URLs in place of file names."""
+def _read_drawings(folder: Path) -> list[DrawnKind]:
+    """The drawings of a folder, with data URLs in place of file names."""
+
+    def embedded(drawing: Drawing) -> Drawing:
+        subject = drawing.subject and thumbnail(drawing.subject, folder)
+        return replace(drawing, picture=thumbnail(drawing.picture, folder), subject=subject)
+
     return [
-        replace(
-            each,
-            image=thumbnail(each.image, drawn.folder),
-            source=each.source and thumbnail(each.source, drawn.folder),
-        )
-        for each in drawn.images
+        replace(kind, drawings=tuple(map(embedded, kind.drawings)))
+        for kind in read_drawings(folder)
     ]
 
 

@@ -1,6 +1,6 @@
 """Text to image: a recipe with a section ``drawing`` trains a decoder around the Q-Former."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,9 +23,9 @@ from instructblip.text_to_image.sample import Painter
 from instructblip.text_to_image.tasks import (
     CaptionedImages,
     Drawings,
-    InstructionFile,
     SceneDrawings,
     SubjectDrawings,
+    read_instructions,
 )
 from instructblip.training.config import TrainingConfig
 from instructblip.training.train import Batches, Evaluate
@@ -50,19 +50,16 @@ class Drawing(Variant):
         self, recipe: Recipe, model: nn.Module, loader: Callable[[TrainingConfig], Loader]
     ) -> Batches:
         assert isinstance(model, TextToImage)
-        drawing, training = _drawing(recipe), recipe.training
-        if not drawing.understanding:
-            return make_draw_loader(recipe, model, training)
+        share, training = _drawing(recipe).understanding, recipe.training
+        starts = {name: entry.start for name, entry in _drawing(recipe).sets.items()}
+        if not share:
+            return make_draw_loader(recipe, model, training, starts)
         # each loader yields single micro batches, of which `accumulate` mixed ones make a step
         single = training.model_copy(
             update={"batch_size": training.batch_size // training.accumulate, "accumulate": 1}
         )
-        return Interleaved(
-            make_draw_loader(recipe, model, single),
-            loader(single),
-            drawing.understanding,
-            training.accumulate,
-        )
+        drawing = make_draw_loader(recipe, model, single, starts)
+        return Interleaved(drawing, loader(single), share, training.accumulate)
 
     def validate(self, recipe: Recipe, model: nn.Module, data: Data) -> Evaluate | None:
         assert isinstance(model, TextToImage)
@@ -83,12 +80,14 @@ def make_model(recipe: Recipe, instructblip: InstructBlip) -> TextToImage:
     else:
         model = from_pretrained(drawing.start, instructblip).train()
     model.set_trainable(recipe.training.trainable)
-    frozen, compute = training_dtypes(recipe.training)
-    return model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=compute)
+    instructblip.to_training_dtypes(*training_dtypes(recipe.training))
+    return model
 
 
-def make_draw_loader(recipe: Recipe, model: TextToImage, training: TrainingConfig) -> DrawLoader:
-    """This rank's batches of ``drawing.sets``."""
+def make_draw_loader(
+    recipe: Recipe, model: TextToImage, training: TrainingConfig, starts: Mapping[str, int]
+) -> DrawLoader:
+    """This rank's batches of ``drawing.sets``; ``starts`` are in steps of ``training``."""
     sets = _drawing(recipe).sets
     tokens, transform = read_assets(recipe, model.instructblip.config)
     return DrawLoader(
@@ -103,7 +102,7 @@ def make_draw_loader(recipe: Recipe, model: TextToImage, training: TrainingConfi
         world_size=distributed.world_size(),
         accumulate=training.accumulate,
         workers=training.workers,
-        starts={name: entry.start for name, entry in sets.items()},
+        starts=starts,
     )
 
 
@@ -118,7 +117,7 @@ def make_set(recipe: Recipe, name: str, entry: DrawingSet) -> Drawings:
         if entry.file is None:
             raise ValueError(f"drawing.sets.{name}: name the instruction file in `file`")
         root = None if entry.root is None else data.root / entry.root
-        return InstructionFile(data.root / entry.file, root)
+        return read_instructions(data.root / entry.file, root)
     if entry.source not in SOURCES:
         raise ValueError(
             f"drawing.sets.{name}.source: got {entry.source!r}; expected one of "

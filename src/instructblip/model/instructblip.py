@@ -30,7 +30,7 @@ from instructblip.model.language.adapters import (
     language_of,
 )
 from instructblip.model.language.lora import adapters
-from instructblip.model.trainable import ALIASES, PARTS, is_trainable, part_of
+from instructblip.model.trainable import ALIASES, PARTS, eval_frozen, is_trainable, part_of
 from instructblip.model.vision import VisionModel
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -190,14 +190,10 @@ class InstructBlip(Pretrained):
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def train(self, mode: bool = True) -> "InstructBlip":
-        """Training mode for what trains. A module without a trainable parameter stays in eval mode:
-        dropout of a frozen language model would be noise in the loss (the official code leaves
-        Flan-T5's on)."""
+        """Training mode for what trains; the rest stays in eval mode (`eval_frozen`)."""
         super().train(mode)
         if mode:
-            for module in self.modules():
-                if any(True for _ in module.parameters()) and not is_trainable(module):
-                    module.eval()
+            eval_frozen(self)
             for adapter in adapters(self.language_model).values():
                 adapter.train(adapter.A.requires_grad)
         return self

@@ -41,6 +41,14 @@ def part_of(name: str) -> str:
     return parts[0]
 
 
+def eval_frozen(model: nn.Module) -> None:
+    """Put each module of ``model`` without a trainable parameter in eval mode. Dropout of a frozen
+    language model would be noise in the loss (the official code leaves Flan-T5's on)."""
+    for module in model.modules():
+        if any(True for _ in module.parameters()) and not is_trainable(module):
+            module.eval()
+
+
 def is_trainable(*modules: nn.Module) -> bool:
     """Whether any parameter trains, those of LoRA adapters inside the modules left out."""
     named = (pair for module in modules for pair in module.named_parameters())

@@ -1,6 +1,8 @@
 """Batches to draw, as a function of (seed, step), and their alternation with batches to answer."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -50,8 +52,7 @@ class DrawLoader:
         self.tokens, self.transform, self.image_size = tokens, transform, image_size
         self.micro_size, self.seed = micro_batch_size(batch_size, world_size, accumulate), seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
-        self.workers = workers
-        self.weights, self.starts = dict(weights), dict(starts or {})
+        self.workers, self.weights, self.starts = workers, weights, starts or {}
         self._orders: dict[frozenset[str], Order] = {}
         self._order(0)  # refuses an empty mixture now
 
@@ -61,10 +62,8 @@ class DrawLoader:
         if present not in self._orders:
             sizes = {name: len(each) for name, each in zip(self.names, self.sets, strict=True)}
             weights = {n: self.weights.get(n, 1.0) if n in present else 0.0 for n in self.names}
-            probabilities = Mixture(sizes=sizes, weights=weights).probabilities
-            self._orders[present] = Order(
-                list(sizes.values()), [probabilities[name] for name in self.names], self.seed
-            )
+            probabilities = Mixture(sizes, weights).probabilities.values()
+            self._orders[present] = Order(list(sizes.values()), list(probabilities), self.seed)
         return self._orders[present]
 
     def iterate(self, step: int = 0) -> Iterator[Batch]:
@@ -142,6 +141,7 @@ def target_pixels(image: Image.Image, size: int) -> Float[Tensor, "3 G G"]:
     return torch.from_numpy(np.asarray(square, np.float32) / 127.5 - 1).permute(2, 0, 1)
 
 
+@dataclass(frozen=True)
 class Interleaved:
     """Alternates micro batches to draw and to answer; the number of a micro batch decides its kind.
 
@@ -149,22 +149,23 @@ class Interleaved:
     one micro batch a step; ``accumulate`` micro batches of either kind make one optimizer step.
     """
 
-    def __init__(
-        self, drawing: Batches, understanding: Batches, share: float, accumulate: int = 1
-    ) -> None:
-        if not 0 < share < 1:
-            raise ValueError(f"share of understanding must lie between 0 and 1; got {share}")
-        self.drawing, self.understanding = drawing, understanding
-        self.share, self.accumulate = share, accumulate
+    drawing: Batches
+    understanding: Batches
+    share: float
+    accumulate: int = 1
 
     def iterate(self, step: int) -> Iterator[Batch]:
         """The micro batches from the first one of optimizer step ``step`` on."""
-        number = step * self.accumulate
-        understood = int(number * self.share)  # micro batches of `understanding` before `number`
-        drawing = self.drawing.iterate(number - understood)
-        understanding = self.understanding.iterate(understood)
-        while True:
-            number += 1
-            due = int(number * self.share) > understood
+        first = step * self.accumulate
+        drawn, understood = micro_batches_before(first, self.share)
+        drawing, understanding = self.drawing.iterate(drawn), self.understanding.iterate(understood)
+        for number in count(first + 1):
+            due = micro_batches_before(number, self.share)[1] > understood
             understood += due
             yield next(understanding if due else drawing)
+
+
+def micro_batches_before(number: int, share: float) -> tuple[int, int]:
+    """How many of the first ``number`` interleaved micro batches draw, and how many answer."""
+    understood = int(number * share)
+    return number - understood, understood

@@ -8,6 +8,8 @@ object of 20 x 20 even pixels is still visible at t = 0.95. So training and samp
 """
 
 import math
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -32,6 +34,8 @@ Latents = Float[Tensor, "N ..."]
 Condition = Float[Tensor, "B K C"]
 Mask = Bool[Tensor, "B K"]
 """True where a token of the condition takes part."""
+Guided = Callable[[Latents, float], Latents]
+"""(noisy, noise level or time step) -> ``predict``, combined over the conditions."""
 
 
 class Decoder(Protocol):
@@ -44,26 +48,14 @@ class Decoder(Protocol):
         """Loss of each image; noise comes from torch's default generator."""
         ...
 
-    def start(self, number: int, generator: torch.Generator | None) -> Latents:
-        """The noise that sampling starts from; drawn on the CPU, the same on every device."""
-        ...
-
-    def schedule(self, steps: int) -> list[float]:
-        """The noise levels or time steps at which the network is evaluated, in order."""
-        ...
-
     def predict(self, noisy: Latents, level: float, condition: Condition, mask: Mask) -> Latents:
-        """The prediction that ``advance`` needs, in the shape of ``noisy``."""
+        """What a step of ``sample`` needs, in the shape of ``noisy``."""
         ...
 
-    def advance(
-        self, noisy: Latents, prediction: Latents, step: int, levels: list[float]
-    ) -> Latents:
-        """Moves from ``levels[step]`` to the next level."""
-        ...
-
-    def pixels(self, clean: Latents) -> Images:
-        """The finished images in [-1, 1]."""
+    def sample(
+        self, guided: Guided, number: int, steps: int, generator: torch.Generator | None
+    ) -> Images:
+        """``number`` images in [-1, 1], from noise that is the same on every device."""
         ...
 
 
@@ -199,30 +191,24 @@ class NativeDecoder(nn.Module):
         logit = torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4)).flatten()
         return torch.sigmoid(self.config.noise_mean + self.config.noise_std * logit)
 
-    def start(self, number: int, generator: torch.Generator | None = None) -> Images:
-        side = self.config.image_size
-        noise = torch.randn(number, 3, side, side, generator=generator)
-        return noise.to(self.position_embedding.device)
-
-    def schedule(self, steps: int) -> list[float]:
-        """Noise levels from 1 down, close together at the noisy end."""
-        shift = self.config.shift
-        even = [1 - i / steps for i in range(steps)]
-        return [shift * u / (1 + (shift - 1) * u) for u in even]
-
     def predict(self, noisy: Images, level: float, condition: Condition, mask: Mask) -> Images:
         """The velocity."""
         levels = torch.full((len(noisy),), level, device=noisy.device)
         output = self(noisy, levels, condition, mask).float()
         return output if self.config.predict == "velocity" else (noisy - output) / level
 
-    def advance(self, noisy: Images, prediction: Images, step: int, levels: list[float]) -> Images:
-        """An Euler step."""
-        following = levels[step + 1] if step + 1 < len(levels) else 0.0
-        return noisy + (following - levels[step]) * prediction
-
-    def pixels(self, clean: Images) -> Images:
-        return clean.clamp(-1, 1)
+    def sample(
+        self, guided: Guided, number: int, steps: int, generator: torch.Generator | None = None
+    ) -> Images:
+        """Euler steps along noise levels from 1 to 0, close together at the noisy end."""
+        side, shift = self.config.image_size, self.config.shift
+        even = [1 - i / steps for i in range(steps + 1)]
+        levels = [shift * u / (1 + (shift - 1) * u) for u in even]
+        noise = torch.randn(number, 3, side, side, generator=generator)
+        images = noise.to(self.position_embedding.device)
+        for level, following in pairwise(levels):
+            images = images + (following - level) * guided(images, level)
+        return images.clamp(-1, 1)
 
 
 def _uneven(error: Images) -> Float[Tensor, " N"]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from instructblip.model.checkpoints.weights import read_json
 from instructblip.text_to_image.config import DiffusersConfig
-from instructblip.text_to_image.decoder import Condition, Images, Latents, Mask
+from instructblip.text_to_image.decoder import Condition, Guided, Images, Latents, Mask
 
 BACKBONES = {
     # class in model_index.json: (folder, attribute of its config with the condition's width)
@@ -140,28 +140,23 @@ class DiffusersDecoder(nn.Module):
         latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.sample()
         return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
 
-    def start(self, number: int, generator: torch.Generator | None = None) -> Latents:
-        side = self.image_size // self.factor
-        noise = torch.randn(number, self.channels, side, side, generator=generator)
-        parameter = next(self.backbone.parameters())
-        scale = 1.0 if self.flow else float(self.scheduler.init_noise_sigma)
-        return noise.to(parameter.device) * scale
-
-    def schedule(self, steps: int) -> list[float]:
-        self.scheduler.set_timesteps(steps)
-        return [float(t) for t in self.scheduler.timesteps]
-
     def predict(self, noisy: Latents, level: float, condition: Condition, mask: Mask) -> Latents:
         timestep = torch.tensor(level, dtype=self.scheduler.timesteps.dtype)
         scaled = noisy if self.flow else self.scheduler.scale_model_input(noisy, timestep)
         return self(scaled, timestep.to(noisy.device).expand(len(noisy)), condition, mask)
 
-    def advance(
-        self, noisy: Latents, prediction: Latents, step: int, levels: list[float]
-    ) -> Latents:
-        return self.scheduler.step(prediction, self.scheduler.timesteps[step], noisy).prev_sample
-
-    def pixels(self, clean: Latents) -> Images:
+    def sample(
+        self, guided: Guided, number: int, steps: int, generator: torch.Generator | None = None
+    ) -> Images:
+        """The steps of the scheduler, then the VAE's decoder."""
+        side = self.image_size // self.factor
+        noise = torch.randn(number, self.channels, side, side, generator=generator)
+        scale = 1.0 if self.flow else float(self.scheduler.init_noise_sigma)
+        latents = noise.to(next(self.backbone.parameters()).device) * scale
+        self.scheduler.set_timesteps(steps)
+        for timestep in self.scheduler.timesteps:
+            prediction = guided(latents, float(timestep))
+            latents = self.scheduler.step(prediction, timestep, latents).prev_sample
         vae: Any = self.vae
-        latents = clean / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         return vae.decode(latents).sample.clamp(-1, 1)

@@ -1,43 +1,19 @@
-"""A folder of drawn images beside their prompts: written by the benchmark, read by the report."""
+"""Writes a folder of drawn images beside their prompts (`core.drawings`)."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import wrap
 
 from PIL import Image, ImageDraw, ImageFont
-from pydantic import TypeAdapter, ValidationError
 
+from instructblip.core.drawings import INDEX, Drawing, DrawnKind
 from instructblip.core.files import write_json
-from instructblip.text_to_image.measure import Figures, Measured
-from instructblip.text_to_image.sample import save_picture
+from instructblip.text_to_image.measure import Measured
+from instructblip.text_to_image.sample import save_image
 
-INDEX = "drawn.json"
 COLUMNS, SIDE, TEXT, MARGIN = 6, 128, 64, 8  # of a grid; pixels
 RIGHT, WRONG, INK = (30, 130, 60), (190, 50, 40), (30, 30, 30)
-
-
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """A prompt, its image, the subject image if there is one, and the checker's verdict. Images are
-    file names relative to the folder."""
-
-    prompt: str
-    picture: str
-    subject: str | None
-    right: bool
-
-
-@dataclass(frozen=True, slots=True)
-class DrawnKind:
-    """The figures of one kind of prompt and some of its drawings."""
-
-    kind: str
-    figures: Figures
-    drawings: tuple[Drawing, ...]
-
-
-_INDEX: TypeAdapter[tuple[DrawnKind, ...]] = TypeAdapter(tuple[DrawnKind, ...])
 
 
 def write_drawings(folder: Path, measured: Sequence[Measured], shown: int = 24) -> Path:
@@ -48,14 +24,14 @@ def write_drawings(folder: Path, measured: Sequence[Measured], shown: int = 24) 
         subjects = [e.image() if e.image else None for e in each.examples[:shown]]
         for number, (image, subject) in enumerate(zip(images, subjects, strict=True)):
             name, subject_name = f"{each.kind}/{number}.png", None
-            save_picture(image, folder / name)
+            save_image(image, folder / name)
             if subject is not None:
                 subject_name = f"{each.kind}/{number}_subject.png"
-                save_picture(subject, folder / subject_name)
+                save_image(subject, folder / subject_name)
             prompt, right = each.examples[number].instruction, each.verdicts[number].exact
             drawings.append(Drawing(prompt, name, subject_name, right))
         kinds.append(DrawnKind(each.kind, each.figures, tuple(drawings)))
-        save_picture(_grid(images, drawings, subjects), folder / f"{each.kind}.png")
+        save_image(_grid(images, drawings, subjects), folder / f"{each.kind}.png")
     write_json(folder / INDEX, [asdict(kind) for kind in kinds])
     return folder / INDEX
 
@@ -83,17 +59,3 @@ def _grid(
         lines = "\n".join(wrap(drawing.prompt, 22)[:4])
         draw.multiline_text((x, y + SIDE + 4), lines, INK, font=font)
     return grid
-
-
-def read_drawings(folder: Path) -> tuple[DrawnKind, ...]:
-    """What ``write_drawings`` wrote. Raises FileNotFoundError or ValueError naming the file."""
-    path = folder / INDEX
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no drawings: {INDEX} is missing; write them with "
-            f"`python benchmarks/draw.py --out {folder}`"
-        )
-    try:
-        return _INDEX.validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise ValueError(f"{path}: {error}") from None

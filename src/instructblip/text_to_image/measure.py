@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 
+from instructblip.core.drawings import Figures
 from instructblip.data.images import ImageTransform
 from instructblip.data.order import mix
 from instructblip.model.instructblip import InstructBlip
@@ -39,22 +40,6 @@ class Answering(Protocol):
     """What the cycle check needs of an engine."""
 
     def answer(self, images: list, instructions: list[str]) -> list[str]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """Percent of the objects of one kind of prompt; ``exact`` is percent of the images.
-
-    ``pictures`` is the number of images, ``seconds`` the share of one image in its batch.
-    """
-
-    objects: float
-    exact: float
-    place: float
-    colour: float
-    shape: float
-    pictures: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

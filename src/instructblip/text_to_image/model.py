@@ -1,13 +1,12 @@
 """The whole model: an InstructBLIP, the conditioner around its Q-Former, and a decoder.
 
 It is a second model for the same training loop. ``loss(batch)`` is the decoder's where the batch
-has target images, and the InstructBLIP's own elsewhere: batches of both kinds keep understanding
-alive while the Q-Former trains.
+has target images and the InstructBLIP's elsewhere: batches of both kinds keep understanding alive
+while the Q-Former trains.
 """
 
 import contextlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from instructblip.core.batch import Batch, LossOutput
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.trainable import PARTS as UNDERSTANDING_PARTS
+from instructblip.model.trainable import eval_frozen
 from instructblip.text_to_image.conditioner import Conditioner
 from instructblip.text_to_image.config import NativeConfig, TextToImageConfig
 from instructblip.text_to_image.decoder import Condition, Mask, NativeDecoder
@@ -58,7 +58,6 @@ class TextToImage(nn.Module):
             )
         self.config = config
         self.instructblip = instructblip
-        self.compute_dtype: torch.dtype | None = None
         decoder = config.decoder
         native = isinstance(decoder, NativeConfig)
         self.decoder: Any = (
@@ -122,24 +121,22 @@ class TextToImage(nn.Module):
         Image encoder, language model and VAE are always frozen. Raises ValueError for them and for
         unknown names.
         """
-        added = [name for name in choice if name in PARTS or name in ALIASES]
-        rest = tuple(name for name in choice if name not in added)
-        if refused := [name for name in rest if name in ALWAYS_FROZEN]:
+        if refused := [name for name in choice if name in ALWAYS_FROZEN]:
             raise ValueError(
                 f"{', '.join(refused)} cannot train in text to image: image encoder, language "
                 "model and VAE stay frozen; leave it out of training.trainable"
             )
-        known = [*PARTS, *ALIASES, "qformer", *(set(UNDERSTANDING_PARTS) - set(ALWAYS_FROZEN))]
-        if unknown := [name for name in rest if name not in known]:
+        known = {*PARTS, *ALIASES, "qformer", *UNDERSTANDING_PARTS} - {*ALWAYS_FROZEN}
+        unknown = [name for name in choice if name not in known]
+        if unknown or not choice:
             raise ValueError(
                 f"trainable parts must be some of {', '.join(sorted(known))}; got {unknown}"
             )
-        if not choice:
-            raise ValueError(f"nothing to train: name some of {', '.join(sorted(known))}")
-        self.instructblip.set_trainable(rest or ("qformer",))
-        if not rest:
+        parts = {part for name in choice for part in ALIASES.get(name, (name,)) if part in PARTS}
+        if rest := tuple(name for name in choice if name not in {*PARTS, *ALIASES}):
+            self.instructblip.set_trainable(rest)
+        else:
             self.instructblip.requires_grad_(False)
-        parts = {part for name in added for part in ALIASES.get(name, (name,))}
         patterns = [re.compile(PARTS[part]) for part in parts]
         for module, prefix in ((self.conditioner, "conditioner"), (self.decoder, "decoder")):
             for name, parameter in module.named_parameters(prefix):
@@ -147,31 +144,15 @@ class TextToImage(nn.Module):
         self.decoder_changed |= any(p.requires_grad for p in self.decoder.parameters())
         return self.train(self.training)
 
-    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that train."""
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
-
     def train(self, mode: bool = True) -> "TextToImage":
-        """Training mode for trainable modules; frozen modules keep their dropout off."""
+        """Training mode for what trains; the rest stays in eval mode (`eval_frozen`)."""
         super().train(mode)
         if mode:
-            for module in self.modules():
-                parameters = list(module.parameters())
-                if parameters and not any(p.requires_grad for p in parameters):
-                    module.eval()
-        return self
-
-    def to_training_dtypes(
-        self, frozen_dtype: torch.dtype | None = None, compute_dtype: torch.dtype | None = None
-    ) -> "TextToImage":
-        """As ``InstructBlip.to_training_dtypes``; conditioner and decoder keep fp32 weights."""
-        self.instructblip.to_training_dtypes(frozen_dtype, compute_dtype)
-        self.compute_dtype = compute_dtype
+            for part in (self.conditioner, self.decoder):  # the InstructBLIP does it itself
+                eval_frozen(part)
         return self
 
     def precision(self) -> contextlib.AbstractContextManager:
-        """Autocast to the compute dtype, if there is one."""
-        if self.compute_dtype is None:
-            return contextlib.nullcontext()
-        device = self.conditioner.generation_queries.device.type
-        return torch.autocast(device, dtype=self.compute_dtype)
+        """Autocast to the compute dtype of the InstructBLIP, if it has one. Conditioner and decoder
+        keep fp32 weights."""
+        return self.instructblip.precision(self.conditioner)

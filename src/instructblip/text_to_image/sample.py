@@ -15,7 +15,7 @@ from instructblip.core.files import replacing
 from instructblip.data.images import ImageTransform, load_image, to_rgb
 from instructblip.data.tokens import Tokens
 from instructblip.text_to_image.batches import collate_drawings
-from instructblip.text_to_image.decoder import Condition, Decoder, Images, Mask
+from instructblip.text_to_image.decoder import Condition, Decoder, Images, Latents, Mask
 from instructblip.text_to_image.model import TextToImage
 from instructblip.text_to_image.pretrained import from_pretrained
 from instructblip.text_to_image.tasks import DrawExample
@@ -50,18 +50,17 @@ def sample(
     weighted = _conditions(model, batch, guidance, image_guidance)
     scales = [scale for scale, _ in weighted]
     condition, mask = (torch.cat(parts) for parts in zip(*(c for _, c in weighted), strict=True))
-    noisy = decoder.start(len(batch), generator)
-    levels = decoder.schedule(steps)
-    for step, level in enumerate(levels):
+
+    def guided(noisy: Latents, level: float) -> Latents:
         if on_step is not None:
             on_step()
         repeated = noisy.repeat(len(scales), *[1] * (noisy.ndim - 1))
         with model.precision():
             prediction = decoder.predict(repeated, level, condition, mask)
         parts = prediction.float().chunk(len(scales))
-        guided = torch.stack([s * p for s, p in zip(scales, parts, strict=True)]).sum(0)
-        noisy = decoder.advance(noisy, guided, step, levels)
-    return decoder.pixels(noisy)
+        return torch.stack([s * p for s, p in zip(scales, parts, strict=True)]).sum(0)
+
+    return decoder.sample(guided, len(batch), steps, generator)
 
 
 def _conditions(
@@ -86,7 +85,7 @@ def _conditions(
     ]
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
     """Write an image in the format of the file's suffix, whole or not at all."""
     with replacing(path) as file:
         image.save(file, format=Image.registered_extensions()[path.suffix.lower()])

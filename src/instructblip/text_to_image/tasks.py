@@ -6,10 +6,10 @@ An instruction file has one JSON object a line; ``image``, the subject to draw f
      "image": "a.png"}
 """
 
-import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from instructblip.data.images import load_image
 from instructblip.data.order import mix
-from instructblip.data.reading.records import image_name
+from instructblip.data.reading.records import image_name, read_lines
 from instructblip.data.samples import Examples
 from instructblip.scenes.language import at, join, phrase
 from instructblip.scenes.world import (
@@ -40,9 +40,6 @@ DRAW_TEMPLATES = (
     "{}",
 )
 """Instructions to draw what a caption describes."""
-
-ENDLESS = 1 << 30
-"""Length of a set that makes its examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,64 +64,38 @@ class Drawings(Protocol):
     def __getitem__(self, index: int, /) -> DrawExample: ...
 
 
-class InstructionFile:
-    """An instruction file (see above) whose images lie below ``root``, by default its own folder.
+def read_instructions(path: Path, root: Path | None = None) -> list[DrawExample]:
+    """The examples of an instruction file (see above) whose images lie below ``root``, by default
+    the file's folder.
 
     Raises FileNotFoundError, or ValueError naming file and line.
     """
-
-    def __init__(self, path: Path, root: Path | None = None) -> None:
-        self.root = root or path.parent
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no instruction file {path}; expected lines such as "
-                '{"instruction": "...", "target_image": "..."}'
-            )
-        self.rows = list(self._read(path))
-        if not self.rows:
-            raise ValueError(f"{path} holds no instructions")
-
-    def _read(self, path: Path) -> Iterator[tuple[str, str, str | None, str]]:
-        """Instruction, target image, subject image or None, and where the line is."""
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: not JSON: {error}") from None
-                text = row.get("instruction") if isinstance(row, dict) else None
-                if not isinstance(text, str) or not text.strip():
-                    raise ValueError(f"{where}: expected a text in `instruction`; got {text!r}")
-                target, image = row.get("target_image"), row.get("image")
-                if not isinstance(target, str) or not isinstance(image, str | None):
-                    raise ValueError(
-                        f"{where}: expected a file name in `target_image`, and one or none in "
-                        f"`image`; got {target!r} and {image!r}"
-                    )
-                image = None if image is None else image_name(image, where)
-                yield text, image_name(target, where), image, where
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> DrawExample:
-        text, target, image, where = self.rows[index]
-        return DrawExample(
-            text,
-            lambda: load_image(target, self.root),
-            None if image is None else lambda: load_image(image, self.root),
-            where=where,
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no instruction file {path}; expected lines such as "
+            '{"instruction": "...", "target_image": "..."}'
         )
+    root, examples = root or path.parent, []
+    for record in read_lines(path):
+        record = replace(record, remedy="Repair the line")
+        where, text = record.where, record.text("instruction")
+        if not text:
+            record.fail("instruction", "a text that states what to draw")
+        target, image = image_name(record.text("target_image"), where), None
+        if "image" in record:
+            image = partial(load_image, image_name(record.text("image"), where), root)
+        examples.append(DrawExample(text, partial(load_image, target, root), image, where=where))
+    if not examples:
+        raise ValueError(f"{path} holds no instructions")
+    return examples
 
 
+@dataclass(frozen=True)
 class CaptionedImages:
     """A caption set in reverse: a caption asks for its image. The index decides the template."""
 
-    def __init__(self, examples: Examples, seed: int = 0) -> None:
-        self.examples, self.seed = examples, seed
+    examples: Examples
+    seed: int = 0
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -136,8 +107,8 @@ class CaptionedImages:
         if not captions:
             raise ValueError(f"{example.dataset} {example.where}: no caption to draw from")
         text = rng.choice(DRAW_TEMPLATES).format(rng.choice(captions))
-        name, root = example.images[0], self.examples.image_root
-        return DrawExample(text, lambda: load_image(name, root), where=example.where)
+        target = partial(load_image, example.images[0], self.examples.image_root)
+        return DrawExample(text, target, where=example.where)
 
 
 def describe(things: Sequence[Thing], with_size: bool) -> tuple[str, tuple[Thing, ...]]:
@@ -146,16 +117,20 @@ def describe(things: Sequence[Thing], with_size: bool) -> tuple[str, tuple[Thing
     return text, tuple(things) if with_size else tuple(replace(t, size="") for t in things)
 
 
-class SceneDrawings:
-    """Fresh scenes of ``shapes`` (fewest, most); the instruction names each with its place."""
-
-    def __init__(
-        self, shapes: tuple[int, int] = (1, 2), pairs: str = "seen", seed: int = 0
-    ) -> None:
-        self.shapes, self.pairs, self.seed = shapes, pairs, seed
+class _Generated:
+    """A set that makes its examples, as many as any training needs."""
 
     def __len__(self) -> int:
-        return ENDLESS
+        return 1 << 30
+
+
+@dataclass(frozen=True)
+class SceneDrawings(_Generated):
+    """Fresh scenes of ``shapes`` (fewest, most); the instruction names each with its place."""
+
+    shapes: tuple[int, int] = (1, 2)
+    pairs: str = "seen"
+    seed: int = 0
 
     def __getitem__(self, index: int) -> DrawExample:
         rng = random.Random(mix(self.seed, 5, index))
@@ -166,17 +141,14 @@ class SceneDrawings:
             rng.shuffle(things)
         text, expected = describe(things, with_size)
         instruction = rng.choice(DRAW_TEMPLATES).format(text)
-        return DrawExample(instruction, lambda: render(scene), None, expected)
+        return DrawExample(instruction, partial(render, scene), None, expected)
 
 
-class SubjectDrawings:
+@dataclass(frozen=True)
+class SubjectDrawings(_Generated):
     """A subject image of one object, and an instruction that keeps its shape, colour, or both."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return ENDLESS
+    seed: int = 0
 
     def __getitem__(self, index: int) -> DrawExample:
         rng = random.Random(mix(self.seed, 6, index))
@@ -199,11 +171,9 @@ class SubjectDrawings:
             "colour": f"draw a {wanted.name} in the same color {where}",
             "both": f"draw the same thing {where}",
         }[kept]
-        reference = Scene((subject,), rng.getrandbits(32))
-        target = Scene((wanted,), rng.getrandbits(32))
-        return DrawExample(
-            text, lambda: render(target), lambda: render(reference), (replace(wanted, size=""),)
-        )
+        reference = partial(render, Scene((subject,), rng.getrandbits(32)))
+        target = partial(render, Scene((wanted,), rng.getrandbits(32)))
+        return DrawExample(text, target, reference, (replace(wanted, size=""),))
 
 
 def _random_shape(rng: random.Random) -> Thing:
