@@ -66,6 +66,23 @@ def test_understanding_is_interleaved_while_the_qformer_trains(directory: Path, 
     assert train(recipe, tmp_path / "run").step == 4
 
 
+@pytest.mark.parametrize("understanding", [0, 0.25])
+def test_a_set_joins_at_its_step(directory: Path, tmp_path: Path, understanding: float):
+    """With two micro batches a step, of which none or every fourth answers."""
+    write_scenes(tmp_path / "scenes", scale=0.02, sets=tuple(load_recipe("draw").data.sets))
+    recipe = load_recipe(
+        "draw",
+        [
+            f"model.start={directory}", *SMALL, f"data.root={tmp_path / 'scenes'}",
+            f"drawing.understanding={understanding}", "training.accumulate=2",
+            "training.batch_size=16", "drawing.sets.late={kind: subjects, start: 3, weight: 9}",
+        ],
+    )  # fmt: skip
+    batches = build(recipe, Drawing()).batches.iterate(0)
+    steps = [{name for _ in range(2) for name in next(batches).datasets} for _ in range(5)]
+    assert ["late" in names for names in steps] == [False, False, False, True, True]
+
+
 def test_two_roots_of_one_source_are_prepared_apart(tmp_path: Path):
     for name in ("one", "two"):
         write_picture(tmp_path / name / "images" / "val2014" / f"{name}.png")

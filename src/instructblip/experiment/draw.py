@@ -14,7 +14,7 @@ from instructblip.experiment.build import Data, Variant, load_model, read_assets
 from instructblip.experiment.datasets import Held
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.schema import DrawingConfig, DrawingSet, Recipe
-from instructblip.text_to_image.batches import DrawLoader, Interleaved
+from instructblip.text_to_image.batches import DrawLoader, Interleaved, micro_batches_before
 from instructblip.text_to_image.config import TextToImageConfig
 from instructblip.text_to_image.measure import KINDS, fresh_prompts, measure
 from instructblip.text_to_image.model import TextToImage
@@ -58,6 +58,8 @@ class Drawing(Variant):
         single = training.model_copy(
             update={"batch_size": training.batch_size // training.accumulate, "accumulate": 1}
         )
+        for name, start in starts.items():
+            starts[name] = micro_batches_before(start * training.accumulate, share)[0]
         drawing = make_draw_loader(recipe, model, single, starts)
         return Interleaved(drawing, loader(single), share, training.accumulate)
 
