@@ -120,6 +120,12 @@ class Batch:
         return replace(self, **moved)
 
     @property
+    def sample_names(self) -> list[str]:
+        """``dataset/id`` of each sample, ``?/number`` where the batch names none."""
+        datasets, ids = self.datasets or ("?",) * len(self), self.ids or range(len(self))
+        return [f"{dataset}/{id_}" for dataset, id_ in zip(datasets, ids, strict=True)]
+
+    @property
     def num_response_tokens(self) -> int:
         """Tokens that carry loss: the denominator of the mean."""
         return int(self.response_mask.sum())

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,17 +65,16 @@ def saved_steps(folder: Path) -> list[int]:
 def save_checkpoint(
     folder: Path,
     step: int,
-    parameters: dict[str, Tensor],
+    parameters: Mapping[str, Tensor],
     optimizer: dict[str, Any],
     progress: dict[str, Any],
-    notes: dict[str, str] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``folder/step_NNNNNN``, whole or not at all, and return its path.
 
     ``notes`` are further text files to store with it, by name. Raises OSError if there is no room;
     older checkpoints are then intact.
     """
-
     with write_directory(checkpoint_path(folder, step)) as path:
         # safetensors refuses tensors that share memory, hence the clones
         tensors = {name: p.detach().cpu().contiguous().clone() for name, p in parameters.items()}

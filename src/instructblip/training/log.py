@@ -3,6 +3,7 @@
 import json
 from collections import deque
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ class RunLog:
         self.folder, self.steps, self.active = folder, config.steps, active
         self._start = start
         self._samples = config.batch_size
-        self._seconds: deque[float] = deque(maxlen=max(config.log_every, 20))
-        self._waits: deque[float] = deque(maxlen=self._seconds.maxlen)
+        # of each of the last steps: its seconds, and those that it waited for its batch
+        self._recent: deque[tuple[float, float]] = deque(maxlen=max(config.log_every, 20))
         self._ticks, self._sum, self._sum_of_waits = 0, 0.0, 0.0
         self._file = None
         self._bars = progress_bar("training", shown=active, fields=("loss", "lr", "samples/s"))
@@ -57,8 +58,7 @@ class RunLog:
     def tick(self, step: int, seconds: float, waited: float) -> None:
         """Record that ``step`` steps are done, the last of them in ``seconds``, of which the loop
         ``waited`` for its batch."""
-        self._seconds.append(seconds)
-        self._waits.append(waited)
+        self._recent.append((seconds, waited))
         if self._ticks:
             self._sum, self._sum_of_waits = self._sum + seconds, self._sum_of_waits + waited
         self._ticks += 1
@@ -66,11 +66,10 @@ class RunLog:
 
     def train(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write one line about the steps since the previous line."""
-        if not self.active:
-            return
-        per_step = sum(self._seconds) / max(1, len(self._seconds))
+        seconds, waits = (sum(column) for column in zip(*self._recent, strict=True))
+        per_step = seconds / len(self._recent)
         rate = self._samples / max(per_step, 1e-9)
-        waited = sum(self._waits) / max(sum(self._seconds), 1e-9)
+        waited = waits / max(seconds, 1e-9)
         figures = (round(per_step, 5), round(rate, 2), round(waited, 5))
         timings = dict(zip(TIMINGS, figures, strict=True))
         self._write({"step": step, **metrics, **timings})
@@ -78,7 +77,7 @@ class RunLog:
             loss, lr = f"{metrics['loss']:.3f}", f"{metrics['lr']:.1e}"
             self._bar(step, self.steps, **{"loss": loss, "lr": lr, "samples/s": f"{rate:.0f}"})
             return
-        left = _clock(per_step * (self.steps - step))
+        left = timedelta(seconds=int(per_step * (self.steps - step)))
         self.print(
             f"step {step}/{self.steps}  loss {metrics['loss']:.3f}  lr {metrics['lr']:.1e}  "
             f"{rate:.0f} samples/s  {waited:.1%} waiting  {left} left"
@@ -94,8 +93,6 @@ class RunLog:
 
     def validation(self, step: int, scores: Mapping[str, float], best: bool) -> None:
         """Write one line about a validation, and draw the curves again."""
-        if not self.active:
-            return
         self._write({"step": step, "validation": dict(scores)})
         listed = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
         self.print(
@@ -172,9 +169,3 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
 def without_timings(line: Mapping[str, Any]) -> dict[str, Any]:
     """A line without its timings: what two identical runs share."""
     return {key: value for key, value in line.items() if key not in TIMINGS}
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -6,6 +6,8 @@ to the same part.
 """
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,52 +30,64 @@ Times = dict[tuple[str, bool], list[float]]
 """(part, whether backward) -> microseconds on the CPU and on the GPU."""
 
 
-class Profile:
-    """Traces ``STEPS`` steps near the start of a run if ``active``; otherwise does nothing."""
+@contextmanager
+def profiling(folder: Path, active: bool) -> Iterator[Callable[[], str]]:
+    """Trace ``STEPS`` steps near the start of a run if ``active``.
 
-    def __init__(self, folder: Path, active: bool) -> None:
-        self.folder, self._table = folder, ""
-        self._profile = None
-        if active:
-            activities = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(ProfilerActivity.CUDA)
-            self._profile = profile(
-                activities=activities,
-                schedule=schedule(wait=1, warmup=1, active=STEPS, repeat=1),
-                on_trace_ready=self._write,
-            )
+    Yields a function to call at the end of each step. It returns the table once, when it is ready,
+    else "".
+    """
+    if not active:
+        yield lambda: ""
+        return
+    tables = []
 
-    def __enter__(self) -> "Profile":
-        if self._profile:
-            self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._profile:
-            self._profile.__exit__(*error)
-
-    def step(self) -> str:
-        """Mark the end of a step; returns the table once, when it is ready, else ""."""
-        if self._profile:
-            self._profile.step()
-        ready, self._table = self._table, ""
-        return ready
-
-    def _write(self, traced: profile) -> None:
-        with replacing(self.folder / TRACE) as temporary:
+    def write(traced: profile) -> None:
+        with replacing(folder / TRACE) as temporary:
             traced.export_chrome_trace(str(temporary))
-        self._table = table(traced.events())
-        write_text(self.folder / TABLE, self._table + "\n")
+        tables.append(table(traced.events()))
+        write_text(folder / TABLE, tables[0] + "\n")
+
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    phases = schedule(wait=1, warmup=1, active=STEPS, repeat=1)
+    with profile(activities=activities, schedule=phases, on_trace_ready=write) as running:
+
+        def step() -> str:
+            running.step()
+            return tables.pop() if tables else ""
+
+        yield step
 
 
-def times_of(events: Any) -> Times:
-    """Time of all operations, without those that they call, by part."""
+def table(events: Any) -> str:
+    """Milliseconds of a step by part, forward and backward, and their shares."""
     on_cpu = [e for e in events if e.device_type == DeviceType.CPU]
     on_cpu.sort(key=lambda event: event.time_range.start)
+    times = _times(on_cpu)
+    steps = [e for e in on_cpu if e.name.startswith(STEP)]
+    on_gpu = any(gpu for _, gpu in times.values())
+    if on_gpu:  # the GPU is idle where it runs nothing
+        wall = sum(e.time_range.elapsed_us() for e in steps)
+        times[REST, False][1] = wall - sum(gpu for _, gpu in times.values())
+    column, where = (1, "GPU") if on_gpu else (0, "CPU")
+    whole = sum(entry[column] for entry in times.values()) or 1.0
+    lines = [f"{where + ' ms a step':20} {'forward':>9} {'backward':>9} {'share':>7}"]
+    names = sorted({name for name, _ in times}, key=lambda name: (name == REST, name))
+    for name in names:
+        forward, backward = (times[name, b][column] for b in (False, True))
+        share = (forward + backward) / whole
+        forward, backward = (time / len(steps) / 1000 for time in (forward, backward))
+        lines.append(f"{name:20} {forward:9.1f} {backward:9.1f} {share:7.1%}")
+    return "\n".join(lines)
+
+
+def _times(on_cpu: list[Any]) -> Times:
+    """Time of all operations by part, without that of the operations that they call."""
     forward: dict[int, str] = {}  # by sequence number
     for event in on_cpu:
-        if event.sequence_nr >= 0 and not _is_backward(event) and (name := _label(event)):
+        if event.sequence_nr >= 0 and not _backward_root(event) and (name := _label(event)):
             forward[event.sequence_nr] = name
     times: Times = defaultdict(lambda: [0.0, 0.0])
     for event in on_cpu:
@@ -85,48 +99,20 @@ def times_of(events: Any) -> Times:
     return times
 
 
-def table(events: Any) -> str:
-    """Milliseconds of a step by part, forward and backward, and their shares."""
-    times = times_of(events)
-    steps = sum(e.name.startswith(STEP) and e.device_type == DeviceType.CPU for e in events)
-    on_gpu = any(gpu for _, gpu in times.values())
-    column = 1 if on_gpu else 0
-    wall = sum(
-        e.time_range.elapsed_us()
-        for e in events
-        if e.name.startswith(STEP) and e.device_type == DeviceType.CPU
-    )
-    if on_gpu:  # the GPU is idle where it runs nothing
-        times[REST, False][1] = wall - sum(gpu for _, gpu in times.values())
-    whole = sum(entry[column] for entry in times.values()) or 1.0
-    where = "GPU" if on_gpu else "CPU"
-    lines = [f"{where + ' ms a step':20} {'forward':>9} {'backward':>9} {'share':>7}"]
-    names = sorted({name for name, _ in times}, key=lambda name: (name == REST, name))
-    for name in names:
-        ahead, back = (times[name, b][column] / steps / 1000 for b in (False, True))
-        share = (ahead + back) * steps * 1000 / whole
-        lines.append(f"{name:20} {ahead:9.1f} {back:9.1f} {share:7.1%}")
-    return "\n".join(lines)
+def _callers(event: Any) -> Iterator[Any]:
+    """An operation, the one that calls it, and so on."""
+    while event is not None:
+        yield event
+        event = event.cpu_parent
 
 
 def _label(event: Any) -> str | None:
     """The part whose context an operation runs in."""
-    while event is not None:
-        if event.name.startswith(PREFIX):
-            return event.name.removeprefix(PREFIX)
-        event = event.cpu_parent
-    return None
+    names = (caller.name for caller in _callers(event))
+    return next((name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)), None)
 
 
 def _backward_root(event: Any) -> Any:
     """The outermost node of the backward pass that an operation runs for, or None."""
-    root = None
-    while event is not None:
-        if event.name.startswith(BACKWARD):
-            root = event
-        event = event.cpu_parent
-    return root
-
-
-def _is_backward(event: Any) -> bool:
-    return _backward_root(event) is not None
+    roots = [caller for caller in _callers(event) if caller.name.startswith(BACKWARD)]
+    return roots[-1] if roots else None

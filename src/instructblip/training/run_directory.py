@@ -36,23 +36,20 @@ class Progress:
     """Per data set: sum of the loss and number of response tokens since the last logged line."""
 
 
+@dataclass(slots=True)
 class RunFiles:
-    """Reads and writes the run directory ``folder``; only the first rank writes.
+    """Reads and writes the run directory ``folder``; only the first rank writes."""
 
-    ``last_good`` is the newest checkpoint, ``saved_step`` its step.
-    """
+    folder: Path
+    keep_last: int
+    export: Export | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+    saved_step: int = 0
+    """Step of the newest checkpoint."""
 
-    def __init__(
-        self,
-        folder: Path,
-        keep_last: int,
-        export: Export | None = None,
-        notes: Mapping[str, str] | None = None,
-    ) -> None:
-        self.folder, self.checkpoints = folder, folder / "checkpoints"
-        self.keep_last, self.export, self.notes = keep_last, export, dict(notes or {})
-        self.last_good: Path | None = None
-        self.saved_step = 0
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
 
     def restore(
         self,
@@ -76,7 +73,7 @@ class RunFiles:
         checkpoint = load_latest(self.checkpoints)
         if checkpoint is None:
             return Progress()
-        self.last_good, self.saved_step = checkpoint.path, checkpoint.step
+        self.saved_step = checkpoint.step
         progress = _load(checkpoint, parameters, optimizer)
         distributed.barrier()
         if distributed.is_main():  # a kill may have prevented it after the save
@@ -101,13 +98,9 @@ class RunFiles:
         """Write a checkpoint of ``progress.step``, then delete those no longer needed."""
         merge_windows(progress)
         if distributed.is_main():
-            self.last_good = save_checkpoint(
-                self.checkpoints,
-                progress.step,
-                {name: parameter.detach() for name, parameter in parameters.items()},
-                {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()},
-                asdict(progress),
-                self.notes,
+            state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+            save_checkpoint(
+                self.checkpoints, progress.step, parameters, state, asdict(progress), self.notes
             )
             prune(self.checkpoints, self.keep_last, progress.best_step)
         self.saved_step = progress.step
@@ -153,20 +146,19 @@ def _load(
 ) -> Progress:
     """Copy a checkpoint into parameters, optimiser and random state; returns its progress."""
     saved = checkpoint.parameters
-    different = sorted(set(saved) ^ set(parameters))
-    different += sorted(
-        n for n in set(saved) & set(parameters) if saved[n].shape != parameters[n].shape
-    )
-    if different:
+    before, now = ({(name, p.shape) for name, p in each.items()} for each in (saved, parameters))
+    if different := sorted({name for name, _ in before ^ now}):
         raise ValueError(
             f"checkpoint {checkpoint.path} trained other parameters than this recipe: "
             f"{len(different)} differ, such as {', '.join(different[:3])}; resume with the recipe "
             "stored beside it"
         )
     state = checkpoint.optimizer["optimizer"]
-    if [len(group["params"]) for group in state["param_groups"]] != [
-        len(group["params"]) for group in optimizer.param_groups
-    ]:
+    before, now = (
+        [len(group["params"]) for group in groups]
+        for groups in (state["param_groups"], optimizer.param_groups)
+    )
+    if before != now:
         raise ValueError(
             f"checkpoint {checkpoint.path} was written by another training.optimizer than "
             f"{type(optimizer).__name__}; resume with the recipe stored beside it"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from instructblip.core import distributed
 from instructblip.core.batch import Batch
 from instructblip.core.regions import part
+from instructblip.training.checkpoint import checkpoint_path
 from instructblip.training.config import TrainingConfig
 from instructblip.training.log import RunLog
 from instructblip.training.optim import (
@@ -29,7 +30,7 @@ from instructblip.training.optim import (
     make_optimizer,
     trainable_parameters,
 )
-from instructblip.training.profile import Profile
+from instructblip.training.profile import profiling
 from instructblip.training.run_directory import Export, Progress, RunFiles, merge_windows
 from instructblip.training.signals import Interrupted, Termination
 from instructblip.training.watchdog import Watchdog
@@ -98,20 +99,20 @@ def train(
     model.to(device).train()
     parameters = trainable_parameters(model)
     optimizer = make_optimizer(model, config)
-    files = RunFiles(folder, config.keep_last, export, notes)
+    files = RunFiles(folder, config.keep_last, export, notes or {})
     progress = files.restore(parameters, optimizer, resume)
     files.write_notes()
     stream = batches.iterate(progress.step)
     is_main = distributed.is_main()
     log = RunLog(folder, config, progress.step, progress.validated_step, active=is_main)
-    profile = Profile(folder, active=config.profile and is_main)
     watchdog = Watchdog(config.watchdog_seconds)
+    profiled = profiling(folder, active=config.profile and is_main)
 
     def save() -> None:
         log.flush()  # a checkpoint relies on the lines before it
         files.save(parameters, optimizer, progress)
 
-    with Termination() as termination, log, profile, watchdog:
+    with Termination() as termination, log, watchdog, profiled as end_step:
         while True:
             step = progress.step  # updates made so far; the model is the one after them
 
@@ -159,7 +160,7 @@ def train(
                 merge_windows(progress)
                 log.train(progress.step, {**losses(progress), "lr": rate, "grad_norm": norm})
                 progress.window = {}
-            if table := profile.step():
+            if table := end_step():
                 log.print(table)
         finish(stopped, progress, files, log)
     return TrainResult(
@@ -269,7 +270,7 @@ def update(
     bad = not (math.isfinite(norm_value) and all(map(math.isfinite, values)))
     if distributed.any_rank(bad, device):
         raise NonFiniteLossError(
-            _describe_non_finite(progress.step, micro_batches, values, norm_value, files.last_good)
+            _describe_non_finite(progress.step, micro_batches, values, norm_value, files)
         )
     with part("optimiser"):
         if config.clip_norm is not None:
@@ -316,22 +317,18 @@ def _add_to_window(
 
 
 def _describe_non_finite(
-    step: int, batches: list[Batch], values: list[float], norm: float, last_good: Path | None
+    step: int, batches: list[Batch], values: list[float], norm: float, files: RunFiles
 ) -> str:
-    names = [
-        f"{batch.datasets[i] if batch.datasets else '?'}/{batch.ids[i] if batch.ids else i}"
-        for batch in batches
-        for i in range(len(batch))
-    ]
+    names = [name for batch in batches for name in batch.sample_names]
     bad = [f"{n} ({v})" for n, v in zip(names, values, strict=True) if not math.isfinite(v)]
     what = f"the loss of {len(bad)} samples is not finite: {', '.join(bad[:8])}"
     if not bad:
         what = f"the gradient norm is {norm}, each loss here is finite; samples: "
         what += ", ".join(names[:32])
     sets = sorted({name for batch in batches for name in batch.datasets})
-    kept = (
-        f"the last good checkpoint is {last_good}" if last_good else "no checkpoint was written yet"
-    )
+    kept = "no checkpoint was written yet"
+    if files.saved_step:
+        kept = f"the last good checkpoint is {checkpoint_path(files.checkpoints, files.saved_step)}"
     return (
         f"step {step} (data sets {', '.join(sets)}): {what}. No weight was changed; {kept}. "
         "Look at these samples, lower training.learning_rate, or set training.precision=fp32"

@@ -25,8 +25,7 @@ class Watchdog:
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
-        self._began: float | None = None
-        self._step, self._doing, self._batches = 0, "", ()
+        self._watched: tuple[float, int, str, Sequence[Batch]] | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
 
@@ -42,32 +41,29 @@ class Watchdog:
 
     def watch(self, step: int, doing: str, batches: Sequence[Batch] = ()) -> None:
         """Start the clock: the rank is now ``doing`` something that must end in time."""
-        self._step, self._doing, self._batches = step, doing, tuple(batches)
-        self._began = time.monotonic()
+        self._watched = time.monotonic(), step, doing, batches
 
     def rest(self) -> None:
         """Stop the clock: what follows has no limit, as validation and saving."""
-        self._began = None
+        self._watched = None
 
     def _look(self) -> None:
+        """Print rank, step, what the rank was doing and with which samples, once it is late."""
         assert self.seconds is not None
         while not self._closed.wait(min(5.0, self.seconds / 10)):
-            began = self._began
-            if began is not None and time.monotonic() - began > self.seconds:
-                print(self.describe(), file=sys.stderr, flush=True)
-                faulthandler.dump_traceback(sys.stderr)
-                os._exit(EXIT_CODE)
-
-    def describe(self) -> str:
-        """One line: rank, step, what the rank was doing, and with which samples."""
-        samples = [
-            f"{name}/{identifier}"
-            for batch in self._batches
-            for name, identifier in zip(batch.datasets, batch.ids, strict=True)
-        ]
-        held = f", samples {', '.join(samples[:16])}" if samples else ""
-        return (
-            f"rank {distributed.rank()} of {distributed.world_size()}: step {self._step}, "
-            f"{self._doing} for more than {self.seconds:g} s{held}. The last checkpoint is intact: "
-            "continue with --resume, or raise training.watchdog_seconds if a step takes that long"
-        )
+            watched = self._watched
+            if watched is None or time.monotonic() - watched[0] <= self.seconds:
+                continue
+            _, step, doing, batches = watched
+            names = [name for batch in batches for name in batch.sample_names]
+            samples = f", samples {', '.join(names[:16])}" if names else ""
+            print(
+                f"rank {distributed.rank()} of {distributed.world_size()}: step {step}, {doing} "
+                f"for more than {self.seconds:g} s{samples}. The last checkpoint is intact: "
+                "continue with --resume, or raise training.watchdog_seconds if a step takes that "
+                "long",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback(sys.stderr)
+            os._exit(EXIT_CODE)
