@@ -158,17 +158,6 @@ class Loader:
         return iterate_batches(self.batch, self.accumulate, self.workers, step, stop)
 
 
-def micro_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:
-    """Samples of one micro batch of one rank; raises ValueError if they are no whole number."""
-    parts = world_size * accumulate
-    if batch_size < 1 or batch_size % parts:
-        raise ValueError(
-            f"batch_size {batch_size} does not divide into {world_size} ranks of "
-            f"{accumulate} micro batches; expected a multiple of {parts}"
-        )
-    return batch_size // parts
-
-
 def iterate_batches(
     batch: Callable[[int, int], Batch],
     accumulate: int,
