@@ -1,4 +1,4 @@
-"""A narrator for game scenes: one sentence that a player who cannot see the screen can use.
+"""A narrator for game scenes: one sentence for a player who cannot see the screen.
 
 python examples/game_narrator.py [FOLDER]"""
 
@@ -14,7 +14,7 @@ SKIES = {"day": "lightblue", "night": "midnightblue"}
 
 
 def draw(folder: Path, count: int = 240) -> None:
-    """Side views with a hero, a gap or a wall ahead; the narration stands in a .txt beside each."""
+    """Write side views of a hero before a gap, a wall or nothing, each with its narration."""
     rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
@@ -29,8 +29,8 @@ def draw(folder: Path, count: int = 240) -> None:
         x = rng.randint(4, 20)
         pen.ellipse((x, 36, x + 12, 48), fill=hero)
         scene.save(folder / f"{number}.png")
-        told = f"it is {sky} . the {hero} circle has {danger} on the right"
-        (folder / f"{number}.txt").write_text(told)
+        narration = f"it is {sky} . the {hero} circle has {danger} on the right"
+        (folder / f"{number}.txt").write_text(narration)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from instructblip.cli.training import tune
 
 
 def draw(folder: Path, count: int = 240) -> None:
-    """Dials from 0 to 8 with a red zone above 6; a number and a warning to be read off each."""
+    """Write dials from 0 to 8 with a red zone above 6, and two questions about each."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, rows = random.Random(0), []
     for number in range(count):
@@ -28,8 +28,8 @@ def draw(folder: Path, count: int = 240) -> None:
         pen.line(((32, 36), tip), "blue", 3)
         panel.save(folder / f"{number}.png")
         red = "yes" if value > 6 else "no"
-        asked = {"what does the dial show?": str(value), "is the needle in the red?": red}
-        for question, answer in asked.items():
+        questions = {"what does the dial show?": str(value), "is the needle in the red?": red}
+        for question, answer in questions.items():
             rows.append({"file_name": f"{number}.png", "question": question, "answer": answer})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
 

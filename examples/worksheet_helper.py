@@ -1,4 +1,4 @@
-"""A classroom worksheet helper: which sum is on the sheet, and is the pupil's result right?
+"""A classroom worksheet helper: is the sum on the sheet right, and what is the right result?
 
 python examples/worksheet_helper.py [FOLDER]"""
 
@@ -13,7 +13,7 @@ from instructblip.cli.training import tune
 
 
 def draw(folder: Path, count: int = 240) -> None:
-    """Sheets with one sum each, some with a wrong result, and two questions about each."""
+    """Write sheets with one sum each, half of them wrong, and two questions about each."""
     rng, font, rows = random.Random(0), ImageFont.load_default(15), []
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
