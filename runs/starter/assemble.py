@@ -1,11 +1,11 @@
-"""Step 4: puts the trained parts together as a BLIP-2 directory in transformers' format.
+"""Step 4: assemble the trained parts as a BLIP-2 directory in transformers' format.
 
     python runs/starter/assemble.py --tokenizers DIR --vision RUN --language TERM1 TERM2 \
         --qformer RUN --out DIR
 
-Beside what transformers reads: the Q-Former's tokenizer and ``text_branch.safetensors``, the text
-half of the stage-1 Q-Former (what a Blip2ForImageTextRetrieval checkpoint carries for the real
-model), which instruction tuning starts from.
+It also has the Q-Former's tokenizer and ``text_branch.safetensors``, the text half of the stage-1
+Q-Former (which a Blip2ForImageTextRetrieval checkpoint of the real model contains). Instruction
+tuning starts from it.
 """
 
 import argparse
@@ -20,43 +20,44 @@ from instructblip.data.images import ImageTransform
 from instructblip.model.checkpoints.text_branch import save_text_branch
 from instructblip.model.instructblip import InstructBlip
 
-CARD = """# The starter: a small BLIP-2 of the embedded world
+CARD = """# The starter: a small BLIP-2 for Scenes
 
 A BLIP-2 in transformers' format (`Blip2ForConditionalGeneration`), {parameters:.1f} M parameters,
-{size:.0f} MB, trained by this project's own code (`runs/starter.sh`) on two CPU cores. It plays the
-BLIP-2 checkpoint that instruction tuning starts from: it describes pictures of the world of
-`instructblip.scenes` and follows instructions poorly. It is of no use on photographs.
+{size:.0f} MB, trained by this project's code (`runs/starter.sh`) on two CPU cores. It is the small
+counterpart of the BLIP-2 checkpoint that instruction tuning starts from: it describes images of
+Scenes, the embedded world of `instructblip.scenes`, and follows instructions poorly. It does not
+work on photographs.
 
-- **Language model** (plays Vicuna): Llama, width 192, byte-level BPE of its own. Trained on text
-  alone for {steps} steps in two terms (single attributes, then two at once): scenes told in words
-  and questions of every kind about them. Half of the scenes (in the second term 15 %) are told word
-  by word, the others with the words of each thing summed into one position, which is the form in
-  which a Q-Former speaks.
-- **Image encoder** (plays EVA-CLIP): ViT, 4 layers of width 160, 64x64 pixels in patches of 8.
-  Trained on {pictures:,} pictures to name what stands in each cell; each patch also names its row
-  and column.
-- **Q-Former** (plays BLIP-2's): 4 layers of width 192, 16 queries. Stage 1: image-text matching and
-  grounded captions, then contrastive learning on phrases about one thing each; stage 2: captions
-  through the frozen language model. They name shapes and colours, and as captions from the web do,
-  only what catches the eye: the large things, in any order, no place and no size. Beside the
-  captions, for every thing one query is drawn to the phrase that names its colour and shape, in
-  the language model's space, and the phrases of stage 1, which name size and place too, go on in a
-  space of their own: captions by themselves let the queries forget where things stand.
+- **Language model** (instead of Vicuna): Llama, width 192, with a new byte-level BPE. Trained on
+  text alone for {steps} steps in two terms (single attributes, then two at once): descriptions of
+  scenes and questions of every kind about them. Half of the descriptions (in the second term 15 %)
+  are written word by word, the others with the words of each object summed into one position, which
+  is the form of the queries of a Q-Former.
+- **Image encoder** (instead of EVA-CLIP): ViT, 4 layers of width 160, 64x64 pixels in patches
+  of 8. Trained on {pictures:,} images to name the content of each cell; each patch also predicts
+  its row and column.
+- **Q-Former** (as BLIP-2's): 4 layers of width 192, 16 queries. Stage 1: image-text matching and
+  grounded captions, then contrastive learning on phrases about one object each. Stage 2: captions
+  through the frozen language model. The captions name shapes and colours, and as web captions do,
+  only what is conspicuous: the large objects, in any order, without place and size. Two contrastive
+  losses train beside the captions. For every object, one query is drawn to the phrase with its
+  colour and shape, in the space of the language model; the phrases of stage 1, which also name size
+  and place, continue in a separate space. With captions alone the queries forget the places.
 
-`text_branch.safetensors` is the text half of the stage-1 Q-Former (what a
-`Blip2ForImageTextRetrieval` checkpoint carries), from which an instruction-aware Q-Former starts.
+`text_branch.safetensors` is the text half of the stage-1 Q-Former (which a
+`Blip2ForImageTextRetrieval` checkpoint contains); an instruction-aware Q-Former starts from it.
 
-**Kept out of every stage with pictures**: six colour-shape pairs, the handwritten digits of the
-test half, every picture of a held-out set. No question is asked about a picture before tuning.
+**Held out of every stage with images**: six colour-shape pairs, the handwritten digits of the test
+half, every image of a held-out set. No stage before tuning has questions about an image.
 
-## What the language model can do when the scene is told in words
+## The language model on descriptions of scenes
 
-Exact match in percent, told word by word and thing by thing; the second is the ceiling for what
-tuning can reach without the Q-Former's help:
+Exact match in percent on descriptions by words and by objects; the second is the upper bound for
+tuning without the help of the Q-Former:
 
 {text}
 
-## What the image encoder sees
+## The image encoder
 
 Accuracy at occupied cells, digits of unseen handwriting, in percent:
 
@@ -65,20 +66,20 @@ Accuracy at occupied cells, digits of unseen handwriting, in percent:
 
 
 def card(out: Path, parameters: int) -> str:
-    """The model card, from the figures that the stages left."""
+    """Return the model card with the scores of the stages."""
     text = json.loads((out / "text_accuracy.json").read_text())
     steps = " + ".join(f"{n:,}" for n in text["steps"])
     vision = json.loads((out / "vision_accuracy.json").read_text())
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
     pictures = vision.pop("pictures")
     rows = (f"| {k} | {v} | {text['things'][k]} |" for k, v in text["words"].items())
-    told = "\n".join(["| kind | by words | by things |", "|---|---|---|", *rows])
+    by_kind = "\n".join(["| kind | by words | by objects |", "|---|---|---|", *rows])
     seen = "\n".join(
         ["| kind | accuracy |", "|---|---|", *(f"| {k} | {v} |" for k, v in vision.items())]
     )
     return CARD.format(
         parameters=parameters / 1e6, size=size, steps=steps, pictures=pictures,
-        text=told, vision=seen,
+        text=by_kind, vision=seen,
     )  # fmt: skip
 
 

@@ -295,17 +295,17 @@ def test_show(out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_own_data_alone_train_without_validation(overrides: list[str], tmp_path: Path):
+def test_custom_data_alone_train_without_validation(overrides: list[str], tmp_path: Path):
     """The recipe of docs/data.md, read from there."""
     text = (DOCS / "data.md").read_text().split("## Custom data")[1]
-    (tmp_path / "own.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    (tmp_path / "custom.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     for i in range(4):
         write_picture(tmp_path / "photos" / "pictures" / f"{i}.png", seed=i)
     rows = [{"file": f"{i}.png", "ask": "what is it?", "reply": "a cup"} for i in range(4)]
     (tmp_path / "photos" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = [one for one in overrides if not one.startswith("evaluation.")]
-    recipe = load_recipe(tmp_path / "own.yaml", [f"data.root={tmp_path}", *settings])
-    data.check(str(tmp_path / "own.yaml"), [f"data.root={tmp_path}", *settings])
+    recipe = load_recipe(tmp_path / "custom.yaml", [f"data.root={tmp_path}", *settings])
+    data.check(str(tmp_path / "custom.yaml"), [f"data.root={tmp_path}", *settings])
     result = train(recipe, tmp_path / "run")
     assert (result.step, result.best_step) == (4, None)
     assert model_directory(tmp_path / "run") == tmp_path / "run" / "last"
