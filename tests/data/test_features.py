@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from instructblip.core import distributed
+from instructblip.core import distributed, files
 from instructblip.data import features as features_module
 from instructblip.data.features import (
     Costs,
@@ -25,6 +25,7 @@ from instructblip.data.features import (
 )
 from instructblip.data.images import ImageTransform, load_image
 from instructblip.data.prepared.images import gather_facts
+from tests.core.crash import crashes
 from tests.testing import write_picture
 
 TRANSFORM = ImageTransform(image_size=8)
@@ -244,7 +245,25 @@ def test_costs_show_whether_storing_saves_time(tmp_path: Path, paths: list[str])
     costs = measure(features, TRANSFORM, Encoder(), 3)
     assert min(costs.load, costs.encode, costs.write, costs.read) > 0
     assert costs.nbytes >= 2 * 4 * 4
-    assert not (tmp_path / "store").exists() or not list((tmp_path / "store").iterdir())
+    assert not list((tmp_path / "store").iterdir())
+
+
+def test_a_kill_while_costs_are_measured_leaves_nothing(
+    paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store = tmp_path / "store"
+    (store / f".trial.{10**9}").mkdir(parents=True)  # as an earlier version left it
+    features = Features(FeatureStore(store, "fp32"), hash_images(paths, {}))
+    left = set()
+    for _ in crashes(lambda: measure(features, TRANSFORM, Encoder(), 3)):
+        left |= {path.name for path in store.iterdir()}
+        files._recover_once.cache_clear()  # as in the next process
+        measure(features, TRANSFORM, Encoder(), 3)
+        assert {path.name for path in store.iterdir()} == {f".trial.{10**9}"}
+    assert len(left) > 1
+    monkeypatch.setattr(files, "DEAD_SECONDS", -1)  # as a day later
+    fill(features, TRANSFORM, Encoder(), batch_size=2, workers=0)
+    assert {path.suffix for path in store.iterdir()} == {".safetensors"}
 
 
 def test_an_unchanged_image_is_not_read_again(paths: list[str]):

@@ -6,6 +6,7 @@ the same folder, is flushed to the disk, and is then renamed to its place:
     with replacing(path) as temporary:              a file
     with replacing_directory(path) as temporary:    a directory
     put_directory(filled, path)                     a directory that was filled over several runs
+    with scratch_directory(folder) as temporary:    a directory that nobody keeps
 
 The system replaces a file in one rename, but a directory in two: the old one moves aside, the new
 one moves in. A process that dies between the two leaves only the one that is aside.
@@ -45,6 +46,7 @@ _EARLIER = (
     re.compile(r"\.(?P<name>.+)\.(?P<kind>new|old)"),
     re.compile(r"\.(?P<name>.+\.\w+)\.(?P<kind>part)"),  # unlike .train.part, which is resumed
     re.compile(r"\.(?P<kind>new|old)-(?P<name>.+)"),
+    re.compile(r"\.(?P<name>trial)(?P<kind>)\.(?P<process>\d+)"),
 )
 """Temporary names that earlier versions gave."""
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
@@ -120,6 +122,16 @@ def put_directory(filled: Path, path: Path, *, synced: bool = True) -> None:
                 raise
             sync(path.parent)
             return
+
+
+@contextmanager
+def scratch_directory(folder: Path) -> Iterator[Path]:
+    """Yield a new directory in ``folder``, which is created; it is removed at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _recover_once(folder.absolute())
+    with _temporary(folder / "scratch", "new") as temporary:
+        temporary.mkdir()
+        yield temporary
 
 
 def remove_directory(path: Path) -> None:

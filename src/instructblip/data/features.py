@@ -26,9 +26,7 @@ Features are taken before the encoder's last LayerNorm, which is trainable (see 
 
 import hashlib
 import json
-import os
 import random
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,7 +42,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from instructblip.core import distributed
-from instructblip.core.files import recover, replacing, set_aside
+from instructblip.core.files import recover, replacing, scratch_directory, set_aside
 from instructblip.core.progress import progress_bar
 from instructblip.data.images import ImageTransform, load_image
 from instructblip.data.prepared.images import (
@@ -262,18 +260,16 @@ def measure(
     chosen = features.missing()[:num_images]
     pixels = _Pixels(chosen, transform)
     encode(pixels[0][None])  # the first call includes start-up
-    trial = FeatureStore(features.store.folder / f".trial.{os.getpid()}", features.store.kind)
     keys = [key for key, _ in chosen]
-    try:
+    with scratch_directory(features.store.folder) as folder:
+        trial = FeatureStore(folder, features.store.kind)
         loaded, load = _timed(lambda: torch.stack([pixels[i] for i in range(len(chosen))]))
         encoded, encode_all = _timed(lambda: encode(loaded).cpu())
         _, write = _timed(lambda: trial.write(keys, encoded))
         trial.refresh()
         trial.read(keys[0])
         _, read = _timed(lambda: torch.stack([trial.read(key) for key in keys]))
-        nbytes = sum(path.stat().st_size for path in trial.folder.iterdir())
-    finally:
-        shutil.rmtree(trial.folder, ignore_errors=True)
+        nbytes = sum(path.stat().st_size for path in folder.iterdir())
     count = len(chosen)
     return Costs(load / count, encode_all / count, write / count, read / count, nbytes // count)
 
