@@ -12,43 +12,21 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from instructblip.core.files import recover, replacing_directory
-from instructblip.scenes.writers import (
-    SetFolder,
-    aokvqa,
-    coco_caption,
-    gqa,
-    hatefulmemes,
-    iconqa,
-    llava,
-    msvdqa,
-    nocaps,
-    ocrvqa,
-    okvqa,
-    scienceqa,
-    textcaps,
-    textvqa,
-    visual_dialog,
-    vizwiz,
-    vqav2,
-    vsr,
-)
+from instructblip.scenes import writers
 
 FORMAT_VERSION = 2
 MARKER = "scenes.json"
 """The file of settings that marks a folder as written by us."""
 
 
-@dataclass(frozen=True)
-class SceneSet:
-    """How a set is written: its writer, role and samples per split, before rounding."""
+class SceneSet(NamedTuple):
+    """How a set is written: its writer, and samples per split, before rounding."""
 
-    write: Callable[[SetFolder, int], None]
-    role: str
+    write: Callable[[writers.SetFolder, int], None]
     sizes: dict[str, int]
 
 
@@ -80,8 +58,8 @@ def write_scenes(
     for name in due:
         with replacing_directory(root / name, synced=False) as folder:
             for split, size in SCENE_SETS[name].sizes.items():
-                rng = random.Random(f"{seed}/{name}/{split}")
-                SCENE_SETS[name].write(SetFolder(folder, split, rng), max(8, round(size * scale)))
+                out = writers.SetFolder(folder, split, random.Random(f"{seed}/{name}/{split}"))
+                SCENE_SETS[name].write(out, max(8, round(size * scale)))
             (folder / MARKER).write_text(json.dumps(settings))
     return {name: root / name for name in chosen}
 
@@ -106,21 +84,21 @@ def _settings_of(folder: Path) -> Any:
 
 
 SCENE_SETS: dict[str, SceneSet] = {
-    "coco_caption": SceneSet(coco_caption, "held_in", {"train": 2000, "val": 200}),
-    "vqav2": SceneSet(vqav2, "held_in", {"train": 9000, "val": 300}),
-    "okvqa": SceneSet(okvqa, "held_in", {"train": 2000, "val": 200}),
-    "aokvqa": SceneSet(aokvqa, "held_in", {"train": 2000, "val": 200}),
-    "ocrvqa": SceneSet(ocrvqa, "held_in", {"train": 2000, "val": 200}),
-    "textcaps": SceneSet(textcaps, "held_in", {"train": 1500, "val": 200}),
-    "llava": SceneSet(llava, "held_in", {"train": 1000}),
-    "nocaps": SceneSet(nocaps, "held_out", {"val": 200}),
-    "gqa": SceneSet(gqa, "held_out", {"test": 200}),
-    "vsr": SceneSet(vsr, "held_out", {"test": 200}),
-    "iconqa": SceneSet(iconqa, "held_out", {"test": 200}),
-    "scienceqa": SceneSet(scienceqa, "held_out", {"test": 200, "train": 400}),
-    "textvqa": SceneSet(textvqa, "held_out", {"val": 200}),
-    "visual_dialog": SceneSet(visual_dialog, "held_out", {"val": 200}),
-    "hatefulmemes": SceneSet(hatefulmemes, "held_out", {"val": 200}),
-    "vizwiz": SceneSet(vizwiz, "held_out", {"val": 200}),
-    "msvdqa": SceneSet(msvdqa, "held_out", {"train": 60, "test": 200}),
+    "coco_caption": SceneSet(writers.coco_caption, {"train": 2000, "val": 200}),
+    "vqav2": SceneSet(writers.vqav2, {"train": 9000, "val": 300}),
+    "okvqa": SceneSet(writers.okvqa, {"train": 2000, "val": 200}),
+    "aokvqa": SceneSet(writers.aokvqa, {"train": 2000, "val": 200}),
+    "ocrvqa": SceneSet(writers.ocrvqa, {"train": 2000, "val": 200}),
+    "textcaps": SceneSet(writers.textcaps, {"train": 1500, "val": 200}),
+    "llava": SceneSet(writers.llava, {"train": 1000}),
+    "nocaps": SceneSet(writers.nocaps, {"val": 200}),
+    "gqa": SceneSet(writers.gqa, {"test": 200}),
+    "vsr": SceneSet(writers.vsr, {"test": 200}),
+    "iconqa": SceneSet(writers.iconqa, {"test": 200}),
+    "scienceqa": SceneSet(writers.scienceqa, {"test": 200, "train": 400}),
+    "textvqa": SceneSet(writers.textvqa, {"val": 200}),
+    "visual_dialog": SceneSet(writers.visual_dialog, {"val": 200}),
+    "hatefulmemes": SceneSet(writers.hatefulmemes, {"val": 200}),
+    "vizwiz": SceneSet(writers.vizwiz, {"val": 200}),
+    "msvdqa": SceneSet(writers.msvdqa, {"train": 60, "test": 200}),
 }

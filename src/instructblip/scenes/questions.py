@@ -2,13 +2,16 @@
 
 `QUESTIONS` maps each kind to a function of the scene and a random generator, which returns a
 question whose answer follows from the scene. It returns None where the kind does not fit the scene
-(no word to read; two red things, so that "the red thing" is ambiguous).
+(no word to read; two red things, so that "the red thing" is ambiguous). Kinds that ask for a
+property of one thing are listed in ``questions.yaml``.
 """
 
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
+
+import yaml
 
 from instructblip.scenes.language import a, at, join
 from instructblip.scenes.world import COLOURS, HELD_OUT_PAIRS, SHAPES, SIZES, WORDS, Scene, Thing
@@ -25,6 +28,18 @@ SIGNAL = {"red": "stop", "green": "go", "yellow": "slow"}
 CORNERS = {"circle": "0", "triangle": "3", "square": "4", "star": "5"}
 ALL_PLACES = tuple(Thing("shape", "", r, c).place for r in range(3) for c in range(3))
 NUMBERS = ("0", "1", "2", "3", "4")
+FACTS = {"fruit": ("colour", FRUIT), "signal": ("colour", SIGNAL), "corners": ("name", CORNERS)}
+"""What a property of a shape implies: name -> the property and its table."""
+OPTIONS: dict[str, Iterable[str]] = {
+    "colour": COLOURS,
+    "name": SHAPES,
+    "place": ALL_PLACES,
+    "size": SIZES,
+    "word": WORDS,
+    "digit": tuple(map(str, range(10))),
+    **{name: table.values() for name, (_, table) in FACTS.items()},
+}
+"""The answers to what ``questions.yaml`` asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,35 +70,42 @@ def _unique(things: tuple[Thing, ...], key: str) -> list[Thing]:
     return [t for t in things if values.count(getattr(t, key)) == 1]
 
 
-def _pick(rng: random.Random, things: list[Thing]) -> Thing | None:
-    return rng.choice(things) if things else None
-
-
 def _but(values: Iterable[str], value: str) -> tuple[str, ...]:
     return tuple(v for v in values if v != value)
 
 
-def _about_shape(
-    kind: str,
-    forms: Sequence[str],
-    answer: Callable[[Thing], str | None],
-    options: Iterable[str],
-    unique: str = "name",
-    why: str = "",
-) -> Asker:
-    """Asks for a property of one shape, which ``forms`` name by its ``unique`` name or colour, or
-    by its place. ``answer`` is None for shapes without the property."""
+def _about_shape(kind: str, by: str, asks: str, forms: Sequence[str], why: str = "") -> Asker:
+    """Asks for a property of one shape; see ``questions.yaml``."""
+
+    def answer(thing: Thing) -> str | None:
+        if asks not in FACTS:
+            return getattr(thing, asks)
+        key, table = FACTS[asks]
+        return table.get(getattr(thing, key))
 
     def ask(scene: Scene, rng: random.Random) -> Question | None:
-        shapes = _unique(scene.shapes, unique) if unique else scene.shapes
-        if not (thing := _pick(rng, [t for t in shapes if answer(t)])):
+        things = [t for t in _unique(scene.shapes, by) if answer(t)]
+        if not things:
             return None
+        thing = rng.choice(things)
         words = {"name": thing.name, "colour": thing.colour, "place": at(thing.place)}
         form = rng.choice(forms) if len(forms) > 1 else forms[0]  # a choice of one draws bits too
         value = str(answer(thing))
-        return Question(
-            kind, form.format(**words), value, _but(options, value), why=why.format(**words)
-        )
+        others = _but(OPTIONS[asks], value)
+        return Question(kind, form.format(**words), value, others, why=why.format(**words))
+
+    return ask
+
+
+def _about_text(kind: str, asks: str, forms: Sequence[str]) -> Asker:
+    """Asks what the only word or the only digit of a scene is."""
+
+    def ask(scene: Scene, rng: random.Random) -> Question | None:
+        things = scene.of_kind(asks)
+        if len(things) != 1:
+            return None
+        name = things[0].name
+        return Question(kind, rng.choice(forms), name, _but(OPTIONS[asks], name))
 
     return ask
 
@@ -123,16 +145,6 @@ def ask_exists(scene: Scene, rng: random.Random) -> Question | None:
     answer = "yes" if (colour, name) in pairs else "no"
     text = rng.choice((f"is there {a(f'{colour} {name}')}?", f"is any {name} {colour}?"))
     return Question("exists", text, answer, _but(("yes", "no"), answer))
-
-
-def _ask_written(
-    kind: str, forms: tuple[str, ...], options: tuple[str, ...], scene: Scene, rng: random.Random
-) -> Question | None:
-    """The only word or the only digit of a scene."""
-    things = scene.of_kind(kind)
-    if len(things) != 1:
-        return None
-    return Question(kind, rng.choice(forms), things[0].name, _but(options, things[0].name))
 
 
 def sides(first: Thing, second: Thing) -> list[str]:
@@ -204,8 +216,9 @@ def ask_most(scene: Scene, rng: random.Random) -> Question | None:
 
 def ask_science(scene: Scene, rng: random.Random) -> Question | None:
     """A fact in the context decides: which of two made-up names fits the image."""
-    if not (thing := _pick(rng, _unique(scene.shapes, "name"))):
+    if not (things := _unique(scene.shapes, "name")):
         return None
+    thing = rng.choice(things)
     other = rng.choice(_but(COLOURS, thing.colour))
     names = rng.sample(("metal", "glass", "wood", "stone"), 2)
     facts = [f"{thing.colour} things are {names[0]}", f"{other} things are {names[1]}"]
@@ -229,82 +242,18 @@ def ask_word_at(scene: Scene, rng: random.Random) -> Question | None:
     return Question("word at", text, word.name, (other.name,))
 
 
+def _listed() -> dict[str, Asker]:
+    listed = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return {
+        kind: (_about_shape if "by" in settings else _about_text)(kind, **settings)
+        for kind, settings in listed.items()
+    }
+
+
 QUESTIONS: dict[str, Asker] = {
-    "color": _about_shape(
-        "color",
-        (
-            "what color is the {name}?",
-            "what is the color of the {name}?",
-            "the {name} has which color?",
-        ),
-        lambda t: t.colour,
-        COLOURS,
-        why="the {name} is {colour}",
-    ),
-    "shape": _about_shape(
-        "shape",
-        ("what shape is {colour}?", "which shape is {colour}?", "what is the {colour} thing?"),
-        lambda t: t.name,
-        SHAPES,
-        unique="colour",
-        why="the {name} is {colour}",
-    ),
-    "shape at": _about_shape(
-        "shape at",
-        ("what shape is {place}?", "which shape is {place}?"),
-        lambda t: t.name,
-        SHAPES,
-        unique="",
-    ),
+    **_listed(),
     "count": ask_count,
     "exists": ask_exists,
-    "place": _about_shape(
-        "place",
-        ("where is the {name}?", "in which place is the {name}?"),
-        lambda t: t.place,
-        ALL_PLACES,
-        why="the {name} is {place}",
-    ),
-    "size": _about_shape(
-        "size", ("is the {name} small or large?", "how big is the {name}?"), lambda t: t.size, SIZES
-    ),
-    "corners": _about_shape(
-        "corners",
-        (
-            "how many corners has the {colour} shape?",
-            "what number of corners has the {colour} thing?",
-        ),
-        lambda t: CORNERS.get(t.name),
-        CORNERS.values(),
-        unique="colour",
-        why="the {colour} shape is a {name}",
-    ),
-    "fruit": _about_shape(
-        "fruit",
-        ("which fruit has the color of the {name}?", "the {name} has the color of which fruit?"),
-        lambda t: FRUIT[t.colour],
-        FRUIT.values(),
-        why="the {name} is {colour}",
-    ),
-    "signal": _about_shape(
-        "signal",
-        ("what does a traffic light mean that has the color of the {name}?",),
-        lambda t: SIGNAL.get(t.colour),
-        SIGNAL.values(),
-        why="the {name} is {colour}",
-    ),
-    "word": partial(
-        _ask_written,
-        "word",
-        ("what word is printed?", "which word can you read?", "what does it say?"),
-        WORDS,
-    ),
-    "digit": partial(
-        _ask_written,
-        "digit",
-        ("which digit is written?", "what number can you read?", "what digit do you see?"),
-        tuple(map(str, range(10))),
-    ),
     "beside": ask_beside,
     "statement": ask_statement,
     "label": ask_label,
@@ -312,7 +261,8 @@ QUESTIONS: dict[str, Asker] = {
     "science": ask_science,
     "word at": ask_word_at,
 }
-"""Kind of question to its function. The first twelve are held-in, the rest are never tuned on."""
-HELD_IN_KINDS = tuple(QUESTIONS)[:12]
+"""Kind of question to its function."""
 VQA_KINDS = ("color", "shape", "shape at", "count", "exists", "place", "size")
 KNOWLEDGE_KINDS = ("corners", "fruit", "signal")
+HELD_IN_KINDS = (*VQA_KINDS, *KNOWLEDGE_KINDS, "word", "digit")
+"""The kinds that instruction tuning sees; the others are never tuned on."""
