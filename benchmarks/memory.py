@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peak import tensor_peak
 from side_by_side import DTYPES, autocast, build, make_batch, parse
 
 from instructblip.experiment.memory import (
@@ -23,7 +24,6 @@ from instructblip.experiment.memory import (
     encoder_bytes,
     logits_bytes,
     saved_bytes,
-    tensor_peak,
 )
 from instructblip.training.config import TrainingConfig
 from instructblip.training.optim import make_optimizer, trainable_parameters

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.peak import tensor_peak
 from instructblip.experiment.build import shape_language
 from instructblip.experiment.datasets import prepare_training
 from instructblip.experiment.memory import (
@@ -16,7 +17,6 @@ from instructblip.experiment.memory import (
     encoder_bytes,
     predict_memory,
     saved_bytes,
-    tensor_peak,
 )
 from instructblip.model.config import VisionConfig
 from instructblip.model.instructblip import InstructBlip

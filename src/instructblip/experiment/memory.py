@@ -8,13 +8,10 @@ seconds on a laptop, and every tensor that autograd would save is counted.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
 from instructblip.data.sources import VIDEO_SETS
@@ -75,15 +72,16 @@ def predict_memory(recipe: Recipe, world_size: int = 1) -> Memory:
 
 def _predict(recipe: Recipe, world_size: int) -> Memory:
     training, data = recipe.training, recipe.data
-    model = load_shapes(recipe)
+    with NoRandomWeights():
+        model = InstructBlip(model_config(recipe))
+    shape_language(model, recipe)
+    model.train()
     half = training.precision == "bf16"
     on_gpu = training.device.startswith("cuda") or (  # also one that is not here
         training.device == "auto" and torch.cuda.is_available()
     )
-    model.to_training_dtypes(compute_dtype=torch.bfloat16 if half else None)
-    for part in model.children():
-        stored = torch.bfloat16 if half and on_gpu and is_big(part, model) else torch.float32
-        retype(part, stored)
+    compute = torch.bfloat16 if half else None
+    model.to_training_dtypes(frozen_dtype=compute if on_gpu else None, compute_dtype=compute)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     codes = sum(b.nbytes for m in quantized for b in m.buffers(recurse=False))
@@ -129,34 +127,6 @@ def _most_images(data: DataConfig, name: str) -> int:
     if not (folder / MANIFEST_FILE).is_file():
         return 1
     return max(map(len, PreparedDataset(folder).images()), default=1)
-
-
-def load_shapes(recipe: Recipe) -> InstructBlip:
-    """The recipe's model with its trainable set, and no values in its weights."""
-    with NoRandomWeights():
-        model = InstructBlip(model_config(recipe))
-    shape_language(model, recipe)
-    return model.train()
-
-
-def is_big(part: nn.Module, model: InstructBlip) -> bool:
-    """Whether `InstructBlip.to_training_dtypes` stores a part in half precision. (The image
-    encoder's last LayerNorm, which stays in fp32, is too small to matter here.)"""
-    big = part in (model.vision_model, model.language_model)
-    small = ("post_layernorm.", "lora.")
-    named = part.named_parameters()
-    return big and not any(p.requires_grad for n, p in named if not any(s in n for s in small))
-
-
-def retype(part: nn.Module, dtype: torch.dtype) -> None:
-    """``part.to(dtype)``, which torch refuses for fake tensors; shared parameters stay shared."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in part.modules():
-        for name, old in module.named_parameters(recurse=False):
-            if old not in made:
-                new = torch.empty(old.shape, dtype=old.dtype if old.requires_grad else dtype)
-                made[old] = nn.Parameter(new, requires_grad=old.requires_grad)
-            setattr(module, name, made[old])
 
 
 def walk(
@@ -238,21 +208,6 @@ def rerun_bytes(forward: Callable[[], Tensor], model: InstructBlip) -> int:
         sizes.append(saved_bytes(forward, model))
         layers[0].forward = checkpointed
     return max(sizes)
-
-
-def tensor_peak(work: Callable[[], None]) -> int:
-    """Peak bytes of CPU tensors while ``work`` runs, above those that existed before.
-
-    The process holds more: the C library keeps freed blocks, and memory fragments.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        work()
-    assert seen.profiler is not None
-    assert seen.profiler.kineto_results is not None
-    events: list[Any] = seen.profiler.kineto_results.events()
-    changes = [event for event in events if event.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in changes), initial=0))
 
 
 def encoder_bytes(model: InstructBlip, images: int) -> int:
