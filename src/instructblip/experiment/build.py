@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,6 @@ from instructblip.data.loader import Loader
 from instructblip.data.samples import Examples, ImageReader
 from instructblip.data.templates import TEMPLATES_FILE, templates_note
 from instructblip.data.tokens import Tokens
-from instructblip.evaluation.evaluate import evaluate
 from instructblip.experiment.datasets import (
     Held,
     checked_training,
@@ -34,6 +34,7 @@ from instructblip.experiment.datasets import (
     validation_of,
     without_bad,
 )
+from instructblip.experiment.evaluate import score
 from instructblip.experiment.features import (
     began_with,
     evaluation_features,
@@ -128,20 +129,20 @@ class Variant:
         return instructblip
 
     def batches(
-        self, recipe: Recipe, model: nn.Module, loader: Callable[[TrainingConfig], Loader]
+        self, recipe: Recipe, model: Any, loader: Callable[[TrainingConfig], Loader]
     ) -> Batches:
         """The batches of the run; ``loader`` makes those of ``recipe.data``."""
         return loader(recipe.training)
 
-    def validate(self, recipe: Recipe, model: nn.Module, data: Data) -> Evaluate | None:
+    def validate(
+        self, recipe: Recipe, instructblip: InstructBlip, model: Any, held: Sequence[Held]
+    ) -> Evaluate | None:
         """What scores the model during training."""
-        assert isinstance(model, InstructBlip)
-        return make_validation(recipe, model, data.held)
+        return make_validation(recipe, instructblip, held)
 
-    def export(self, model: nn.Module) -> Callable[[Path], object]:
+    def export(self, instructblip: InstructBlip, model: Any) -> Callable[[Path], object]:
         """What writes the model."""
-        assert isinstance(model, InstructBlip)
-        return model.save_pretrained
+        return instructblip.save_pretrained
 
 
 def build(
@@ -171,8 +172,7 @@ def build(
             print(describe_mixture(recipe, make_mixture(recipe, data.training)), flush=True)
     instructblip = variant.instructblip(recipe)
     model = variant.model(recipe, instructblip)
-    tokens, transform = read_assets(recipe, instructblip.config)
-    images = read_images(recipe, transform.for_training() if recipe.data.augment else transform)
+    tokens, images = read_assets(recipe, instructblip.config, recipe.data.augment)
     if data.training:
         features = training_features(
             recipe, instructblip, images, data.training.values(), began_with(out, resume)
@@ -191,9 +191,9 @@ def build(
         config=recipe.training,
         model=model,
         batches=variant.batches(recipe, model, loader),
-        validate=variant.validate(recipe, model, data),
+        validate=variant.validate(recipe, instructblip, model, data.held),
         files=files | features_note(images.features),
-        export=variant.export(model),
+        export=variant.export(instructblip, model),
     )
 
 
@@ -246,9 +246,15 @@ def shape_language(
 
     Raises ValueError for settings that do not go together.
     """
-    _refuse_unsharded(recipe)
     language, adapter = model.language_model, recipe.model.lora
     parts = tuple(recipe.training.trainable if trainable is None else trainable)
+    changed = recipe.model.quantize is not None or "language_model" in recipe.training.trainable
+    if recipe.training.parallel == "fsdp2" and changed:
+        raise ValueError(
+            "training.parallel=fsdp2 shards frozen weights of full precision: set "
+            "model.quantize=null and take language_model out of training.trainable, or train "
+            "with parallel=replicate"
+        )
     if adapter is not None:
         if "lora" not in parts:
             raise ValueError(
@@ -279,16 +285,6 @@ def _warn_of_other_adapter(asked: LoraConfig, present: LoraConfig) -> None:
         )
 
 
-def _refuse_unsharded(recipe: Recipe) -> None:
-    changed = recipe.model.quantize is not None or "language_model" in recipe.training.trainable
-    if recipe.training.parallel == "fsdp2" and changed:
-        raise ValueError(
-            "training.parallel=fsdp2 shards frozen weights of full precision: set "
-            "model.quantize=null and take language_model out of training.trainable, or train "
-            "with parallel=replicate"
-        )
-
-
 def shard_language(model: InstructBlip, device: torch.device) -> None:
     """Shard the frozen layers of the language model over the ranks."""
     for stack, layers in stacks_of(model.language_model):
@@ -298,31 +294,24 @@ def shard_language(model: InstructBlip, device: torch.device) -> None:
 # --- batches -------------------------------------------------------------------------------------
 
 
-def read_assets(recipe: Recipe, config: InstructBlipConfig) -> tuple[Tokens, ImageTransform]:
-    """Tokenizers and image transform of the start, with the recipe's limits."""
-    directory = model_directory(recipe.model.start)
-    tokens = with_limits(recipe, Tokens.from_pretrained(directory), config)
-    if not config.instruction_aware:
-        tokens = replace(tokens, qformer=None)
-    transform = ImageTransform.from_pretrained(directory)
-    return tokens, replace(transform, image_size=config.vision.image_size)
-
-
-def with_limits(recipe: Recipe, tokens: Tokens, config: InstructBlipConfig) -> Tokens:
-    """The tokenizers with the recipe's lengths, within what the Q-Former can read."""
-    data = recipe.data
-    return replace(
-        tokens,
+def read_assets(
+    recipe: Recipe, config: InstructBlipConfig, augment: bool = False
+) -> tuple[Tokens, ImageReader]:
+    """Tokenizers and image reader of the start, with the recipe's limits and without features."""
+    data, directory = recipe.data, model_directory(recipe.model.start)
+    tokens = Tokens.from_pretrained(
+        directory,
         max_instruction=min(data.max_instruction, config.qformer.max_position_embeddings),
         max_prompt=data.max_prompt,
         max_response=data.max_response,
     )
-
-
-def read_images(recipe: Recipe, transform: ImageTransform) -> ImageReader:
-    """How the images of samples are read, without stored features."""
-    data = recipe.data
-    return ImageReader(transform, num_frames=data.num_frames, cache_images_mb=data.cache_images_mb)
+    if not config.instruction_aware:
+        tokens = replace(tokens, qformer=None)
+    transform = ImageTransform.from_pretrained(directory)
+    transform = replace(transform, image_size=config.vision.image_size)
+    if augment:
+        transform = transform.for_training()
+    return tokens, ImageReader(transform, data.num_frames, data.cache_images_mb)
 
 
 def make_loader(
@@ -358,8 +347,7 @@ def training_samples(recipe: Recipe) -> Loader:
     """
     rate = recipe.data.max_bad_rate
     datasets = {name: without_bad(each, rate) for name, each in prepare_training(recipe).items()}
-    tokens, transform = read_assets(recipe, model_config(recipe))
-    images = read_images(recipe, transform.for_training() if recipe.data.augment else transform)
+    tokens, images = read_assets(recipe, model_config(recipe), recipe.data.augment)
     return make_loader(recipe, datasets, tokens, images, recipe.training)
 
 
@@ -377,8 +365,7 @@ def make_validation(recipe: Recipe, model: InstructBlip, held: Sequence[Held]) -
     settings, training = recipe.evaluation, recipe.training
     choosing = [h.benchmark.name for h in held if h.benchmark.role == "held_in"]
     choosing = choosing or [h.benchmark.name for h in held]
-    tokens, transform = read_assets(recipe, model.config)
-    images = read_images(recipe, transform)
+    tokens, images = read_assets(recipe, model.config)
     features = evaluation_features(
         recipe,
         model,
@@ -389,17 +376,14 @@ def make_validation(recipe: Recipe, model: InstructBlip, held: Sequence[Held]) -
     )
     engine = Engine(model, tokens, replace(images, features=features))
 
-    def validate(_model: nn.Module) -> dict[str, float]:
+    def validate(_model: object) -> dict[str, float]:
         scores = {}
         for each in held:
-            result = evaluate(
+            result = score(
                 engine,
-                each.benchmark,
-                each.dataset,
+                each,
+                settings,
                 limit=settings.validation_limit,
-                batch_size=settings.batch_size,
-                vocabulary=each.vocabulary,
-                tokenizer=settings.tokenizer,
                 progress=False,
                 together=training.parallel == "fsdp2",
             )

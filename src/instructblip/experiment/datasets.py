@@ -202,14 +202,13 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
     evaluated = []
     for name, split in evaluation_sets(recipe):
         try:
-            dataset = prepare_split(recipe, name, split)
-        except FileNotFoundError:
-            continue
+            dataset = _prepare_if_present(recipe, name, split)
         except ValueError as error:
             yield str(error)
             continue
-        evaluated.append(dataset)
-        yield check_dataset(dataset, decode=decode)
+        if dataset is not None:
+            evaluated.append(dataset)
+            yield check_dataset(dataset, decode=decode)
     images = evaluated_images(evaluated)
     tokens = _response_tokens(recipe)
     for name in training_names(recipe):

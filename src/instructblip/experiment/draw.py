@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from instructblip.core import distributed
 from instructblip.data.loader import Loader
@@ -47,9 +46,8 @@ class Drawing(Variant):
         return make_model(recipe, instructblip)
 
     def batches(
-        self, recipe: Recipe, model: nn.Module, loader: Callable[[TrainingConfig], Loader]
+        self, recipe: Recipe, model: TextToImage, loader: Callable[[TrainingConfig], Loader]
     ) -> Batches:
-        assert isinstance(model, TextToImage)
         share, training = _drawing(recipe).understanding, recipe.training
         starts = {name: entry.start for name, entry in _drawing(recipe).sets.items()}
         if not share:
@@ -63,12 +61,12 @@ class Drawing(Variant):
         drawing = make_draw_loader(recipe, model, single, starts)
         return Interleaved(drawing, loader(single), share, training.accumulate)
 
-    def validate(self, recipe: Recipe, model: nn.Module, data: Data) -> Evaluate | None:
-        assert isinstance(model, TextToImage)
+    def validate(
+        self, recipe: Recipe, instructblip: InstructBlip, model: TextToImage, held: Sequence[Held]
+    ) -> Evaluate | None:
         return make_validation(recipe, model)
 
-    def export(self, model: nn.Module) -> Callable[[Path], object]:
-        assert isinstance(model, TextToImage)
+    def export(self, instructblip: InstructBlip, model: TextToImage) -> Callable[[Path], object]:
         return lambda path: save_pretrained(model, path)
 
 
@@ -91,12 +89,12 @@ def make_draw_loader(
 ) -> DrawLoader:
     """This rank's batches of ``drawing.sets``; ``starts`` are in steps of ``training``."""
     sets = _drawing(recipe).sets
-    tokens, transform = read_assets(recipe, model.instructblip.config)
+    tokens, images = read_assets(recipe, model.instructblip.config)
     return DrawLoader(
         {name: make_set(recipe, name, entry) for name, entry in sets.items()},
         {name: entry.weight for name, entry in sets.items()},
         tokens,
-        transform,
+        images.transform,
         model.decoder.image_size,
         batch_size=training.batch_size,
         seed=recipe.data.seed,
@@ -137,11 +135,11 @@ def make_validation(recipe: Recipe, model: TextToImage) -> Evaluate | None:
     drawing = _drawing(recipe)
     if not any(entry.kind in ("scenes", "subjects") for entry in drawing.sets.values()):
         return None
-    tokens, transform = read_assets(recipe, model.instructblip.config)
+    tokens, images = read_assets(recipe, model.instructblip.config)
     number = drawing.validation_prompts
 
-    def validate(_model: nn.Module) -> dict[str, float]:
-        painter = Painter(model, tokens, transform)
+    def validate(_model: object) -> dict[str, float]:
+        painter = Painter(model, tokens, images.transform)
         scores = {
             kind: measure(painter, kind, fresh_prompts(kind, number)).figures.objects
             for kind in KINDS

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from instructblip.core import distributed
 from instructblip.core.files import write_text
@@ -10,12 +11,12 @@ from instructblip.data.samples import Examples
 from instructblip.evaluation.evaluate import Answerer
 from instructblip.evaluation.evaluate import evaluate as answer_benchmark
 from instructblip.evaluation.result import Result
-from instructblip.experiment.datasets import benchmarks_of, prepare_benchmarks
+from instructblip.experiment.datasets import Held, benchmarks_of, prepare_benchmarks
 from instructblip.experiment.features import evaluation_features
 from instructblip.inference.baseline import TransformersModel, is_baseline
 from instructblip.inference.engine import Engine
 from instructblip.model.checkpoints.directory import model_directory
-from instructblip.recipe.schema import RECIPE_FILE, Recipe
+from instructblip.recipe.schema import RECIPE_FILE, EvaluationConfig, Recipe
 
 
 def evaluate(
@@ -46,21 +47,31 @@ def evaluate(
         if distributed.is_main():
             write_text(out / RECIPE_FILE, recipe.to_yaml())
         for each in held:
-            result = answer_benchmark(
+            result = score(
                 answerer,
-                each.benchmark,
-                each.dataset,
+                each,
+                settings,
                 limit=settings.limit,
-                batch_size=settings.batch_size,
                 blind_seed=blind_seed,
                 out=out / each.benchmark.name,
-                vocabulary=each.vocabulary,
-                tokenizer=settings.tokenizer,
             )
             if distributed.is_main():
                 print(result.describe(), flush=True)
             results.append(result)
     return results
+
+
+def score(answerer: Answerer, held: Held, settings: EvaluationConfig, **options: Any) -> Result:
+    """The score on one benchmark; ``options`` as in `evaluation.evaluate.evaluate`."""
+    return answer_benchmark(
+        answerer,
+        held.benchmark,
+        held.dataset,
+        batch_size=settings.batch_size,
+        vocabulary=held.vocabulary,
+        tokenizer=settings.tokenizer,
+        **options,
+    )
 
 
 def load_answerer(

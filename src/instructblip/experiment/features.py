@@ -34,9 +34,6 @@ from instructblip.training.checkpoint import saved_steps
 FEATURES_FILE = "features.json"
 """In a run directory: whether the run reads stored features. A resumed run keeps to it."""
 
-Shown = tuple[Examples, Iterable[tuple[str, ...]]]
-"""A data set, and `Example.images` of those of its examples that are read."""
-
 
 def features_note(features: object | None) -> dict[str, str]:
     """The file that `began_with` reads."""
@@ -61,7 +58,7 @@ def training_features(
     """Features of all training images. A run that resumes passes what it `began_with`, so that it
     resumes bit for bit."""
     reads = recipe.training.steps * recipe.training.batch_size
-    shown = [(dataset, images_of(dataset)) for dataset in datasets]
+    shown = [(dataset, _images_of(dataset)) for dataset in datasets]
     return make_features(recipe, model, images, shown, reads, began_with=began_with)
 
 
@@ -79,10 +76,9 @@ def evaluation_features(
     return make_features(recipe, model, images, shown, reads, exact=True)
 
 
-def images_of(dataset: Examples) -> Iterable[tuple[str, ...]]:
-    """`Example.images` of every example; from the index of a prepared set without reading it."""
+def _images_of(dataset: Examples) -> Iterable[tuple[str, ...]]:
     if isinstance(dataset, PreparedDataset | DatasetView):
-        return dataset.images()
+        return dataset.images()  # from the index, without reading the examples
     return [dataset[i].images for i in range(len(dataset))]
 
 
@@ -90,18 +86,19 @@ def make_features(
     recipe: Recipe,
     model: InstructBlip,
     images: ImageReader,
-    shown: Iterable[Shown],
+    shown: Iterable[tuple[Examples, Iterable[tuple[str, ...]]]],
     reads: int,
     exact: bool = False,
     began_with: bool | None = None,
 ) -> Features | None:
-    """Stored features of the images of ``shown``, computed where they are missing.
+    """Stored features of images, computed where they are missing.
 
     Returns None where the recipe does not want them or, with ``features.cache=auto``, where they
     would not save time. All ranks call this together.
 
     Args:
         images: how images are read, without stored features.
+        shown: data sets, each with `Example.images` of those of its examples that are read.
         reads: how often a sample will be read in total.
         exact: refuse a store that rounds.
         began_with: the decision of the run that resumes, which ``auto`` keeps.
@@ -109,7 +106,13 @@ def make_features(
     settings, transform = recipe.features, images.transform
     if not _wanted(recipe, model, transform):
         return None
-    encode = _encoder(recipe, model)
+    device = distributed.resolve_device(recipe.training.device)
+    model.vision_model.to(device)
+
+    def encode(pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model.encode_image(pixels.to(device))
+
     size = transform.image_size
     native = encode(torch.zeros(1, 3, size, size)).dtype
     kind: FeatureType = settings.dtype or ("bf16" if native == torch.bfloat16 else "fp32")
@@ -121,7 +124,8 @@ def make_features(
     for dataset, names in shown:
         for paths in (images.paths(each, dataset.image_root) for each in names):
             frames |= {(path, paths[0]) for path in paths}
-        known |= _facts_of(dataset)
+        whole = dataset.dataset if isinstance(dataset, DatasetView) else dataset
+        known |= whole.facts() if isinstance(whole, PreparedDataset) else {}
     features = Features(
         FeatureStore(root / store_name(transform, model.encoder_fingerprint(), kind), kind),
         hash_images({path for path, _ in frames}, known),
@@ -147,11 +151,6 @@ def make_features(
     return features
 
 
-def _facts_of(dataset: Examples) -> dict[str, ImageFact]:
-    whole = dataset.dataset if isinstance(dataset, DatasetView) else dataset
-    return whole.facts() if isinstance(whole, PreparedDataset) else {}
-
-
 def _wanted(recipe: Recipe, model: InstructBlip, transform: ImageTransform) -> bool:
     """Whether the recipe allows features; ValueError where it insists and the encoder trains."""
     settings = recipe.features
@@ -166,17 +165,6 @@ def _wanted(recipe: Recipe, model: InstructBlip, transform: ImageTransform) -> b
         return False
     # one stored view of an augmented image would be the same crop in each epoch
     return settings.cache == "on" or not transform.train or settings.views > 1
-
-
-def _encoder(recipe: Recipe, model: InstructBlip) -> Encode:
-    device = distributed.resolve_device(recipe.training.device)
-    model.vision_model.to(device)
-
-    def encode(pixels: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model.encode_image(pixels.to(device))
-
-    return encode
 
 
 def features_pay(features: Features, transform: ImageTransform, encode: Encode, reads: int) -> bool:

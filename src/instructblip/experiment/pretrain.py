@@ -1,7 +1,7 @@
 """BLIP-2's two stages of pre-training for a new pair of image encoder and language model."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from torch import nn
@@ -9,7 +9,7 @@ from torch import nn
 from instructblip.core import distributed
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
-from instructblip.experiment.build import Data, Variant, build, load_model
+from instructblip.experiment.build import Variant, build, load_model
 from instructblip.experiment.datasets import Held
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.stage1 import Stage1
@@ -25,15 +25,6 @@ class CaptionTokens(Tokens):
     def tokenize(self, rendered: Rendered) -> tuple[list[int], list[int], list[int]]:
         caption = Rendered(rendered.response, rendered.prompt, rendered.response)
         return Tokens.tokenize(self, caption)
-
-
-@dataclass(frozen=True)
-class SilentTokens(Tokens):
-    """Stage 2: the Q-Former reads no text; the language model writes the caption."""
-
-    def tokenize(self, rendered: Rendered) -> tuple[list[int], list[int], list[int]]:
-        _, prompt_ids, response_ids = Tokens.tokenize(self, rendered)
-        return [], prompt_ids, response_ids
 
 
 @dataclass(frozen=True)
@@ -56,13 +47,13 @@ class Pretraining(Variant):
             )
 
     def held_sets(self, recipe: Recipe) -> Sequence[Held]:
-        return ()
+        return ()  # the last weights are the result
 
     def tokens(self, tokens: Tokens) -> Tokens:
-        kind = CaptionTokens if self.stage == 1 else SilentTokens
-        return kind(
-            **{each.name: getattr(tokens, each.name) for each in fields(tokens) if each.init}
-        )
+        if self.stage == 2:  # the Q-Former reads no text; the language model writes the caption
+            return replace(tokens, qformer=None)
+        settings = {each.name: getattr(tokens, each.name) for each in fields(tokens) if each.init}
+        return CaptionTokens(**settings)
 
     def instructblip(self, recipe: Recipe) -> InstructBlip:
         if self.stage == 1:
@@ -73,12 +64,6 @@ class Pretraining(Variant):
 
     def model(self, recipe: Recipe, instructblip: InstructBlip) -> nn.Module:
         return Stage1(instructblip) if self.stage == 1 else instructblip
-
-    def validate(self, recipe: Recipe, model: nn.Module, data: Data) -> None:
-        """Nothing: the last weights are the result."""
-
-    def export(self, model: nn.Module) -> Callable[[Path], object]:
-        return super().export(model.model if isinstance(model, Stage1) else model)
 
 
 def pretrain(recipe: Recipe, stage: int, out: Path, resume: bool = False) -> TrainResult:

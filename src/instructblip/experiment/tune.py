@@ -15,14 +15,12 @@ from instructblip.core.version import __version__
 from instructblip.data.custom.folder import FolderSet, read_folder, split_by_image
 from instructblip.evaluation.benchmarks import Benchmark
 from instructblip.evaluation.compare import compare
-from instructblip.evaluation.evaluate import evaluate
 from instructblip.evaluation.report import write_report
 from instructblip.evaluation.result import Result
 from instructblip.evaluation.tables import to_markdown
 from instructblip.experiment.build import Data, Variant, build
 from instructblip.experiment.datasets import Held
-from instructblip.experiment.evaluate import load_engine
-from instructblip.inference.engine import Engine
+from instructblip.experiment.evaluate import load_engine, score
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
@@ -93,10 +91,9 @@ def tune(
         distributed.barrier()
         recipe = load_recipe(out / RECIPE_FILE)
         variant.refuse(recipe)
-        results = {"before": _evaluate(load_engine(recipe, start), sets, out / "results/before")}
+        results = {"before": _evaluate(recipe, start, sets, out / "results/before")}
         build(recipe, variant, out / "run", resume).train(out / "run", resume)
-        tuned = load_engine(recipe, str(out / "run"))
-        results["after"] = _evaluate(tuned, sets, out / "results/after")
+        results["after"] = _evaluate(recipe, str(out / "run"), sets, out / "results/after")
         page = out / "report.html"
         if distributed.is_main():
             print(to_markdown(compare(results)))
@@ -185,15 +182,9 @@ def fingerprint(folder: FolderSet) -> str:
     return f"{len(folder)} {digest.hexdigest()[:16]}"
 
 
-def _evaluate(engine: Engine, sets: Sequence[Held], out: Path) -> list[Result]:
+def _evaluate(recipe: Recipe, model: str, sets: Sequence[Held], out: Path) -> list[Result]:
+    engine, settings = load_engine(recipe, model), recipe.evaluation
+    options = {"limit": MOST_EVALUATED, "progress": False}
     return [
-        evaluate(
-            engine,
-            held.benchmark,
-            held.dataset,
-            limit=MOST_EVALUATED,
-            out=out / held.benchmark.name,
-            progress=False,
-        )
-        for held in sets
+        score(engine, held, settings, out=out / held.benchmark.name, **options) for held in sets
     ]
