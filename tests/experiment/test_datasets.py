@@ -1,4 +1,4 @@
-"""`instructblip check`, and training that asks for it, on a corner of the embedded world."""
+"""`instructblip check`, and training that requires it, on a part of the embedded world."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ from instructblip.experiment.datasets import (
     check_recipe,
     checked_training,
     evaluated_too,
+    evaluation_sets,
     job_of,
     prepare_training,
     training_names,
@@ -46,14 +47,14 @@ def run(*arguments: str) -> int:
     return stop.value.code
 
 
-def picture(root: Path, question: int) -> Path:
-    """The picture of one of VQAv2's training questions."""
+def image_of(root: Path, question: int) -> Path:
+    """The image of one of VQAv2's training questions."""
     path = root / "vqav2" / "annotations" / "v2_OpenEnded_mscoco_train2014_questions.json"
-    image = json.loads(path.read_text())["questions"][question]["image_id"]
-    return root / "vqav2" / "images" / f"COCO_train2014_{image:012d}.jpg"
+    number = json.loads(path.read_text())["questions"][question]["image_id"]
+    return root / "vqav2" / "images" / f"COCO_train2014_{number:012d}.jpg"
 
 
-def test_check_says_what_it_found(root: Path, capsys: pytest.CaptureFixture[str]):
+def test_check_reports_bad_examples(root: Path, capsys: pytest.CaptureFixture[str]):
     command = ["check", "quickstart", f"data.root={root}", *SETTINGS]
     assert run(*command) == 0
     out = capsys.readouterr().out.splitlines()
@@ -62,38 +63,38 @@ def test_check_says_what_it_found(root: Path, capsys: pytest.CaptureFixture[str]
         ["ok", "gqa", "test:"],
         ["ok", "vqav2", "train:"],
     ]
-    picture(root, 4).write_bytes(b"")
+    image_of(root, 4).write_bytes(b"")
     assert run(*command) == 1
     out = capsys.readouterr().out
     assert "FAILED  vqav2 train: 27 examples, 9 images: 3 x unreadable image" in out
     assert "questions.json:record 3: unreadable image" in out
     assert run(*command, "data.max_bad_rate=0.2") == 0
-    picture(root, 4).unlink()
+    image_of(root, 4).unlink()
     assert run(*command, "data.prepared=" + str(root / "again")) == 1
     assert "3 of 27 samples are bad" in capsys.readouterr().out
 
 
-def test_pictures_that_the_model_would_not_see_are_bad(root: Path):
+def test_an_example_with_more_images_than_the_model_sees_is_bad(root: Path):
     row = {"image": [f"{i}.png" for i in range(6)], "question": "Which?", "answer": "red"}
     for name in row["image"]:
-        write_picture(root / "own" / name, seed=int(name[0]))
+        write_picture(root / "custom" / name, seed=int(name[0]))
     rows = [row, row | {"image": ["1.png", "0.png"]}]
-    (root / "own" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    more = ["data.sets={own: {format: table}}", "evaluation.validation=[]", "data.check=required"]
-    more.append("evaluation.benchmarks=[]")
-    (found,) = check_recipe(recipe_of(root, *more))
-    assert not isinstance(found, str)
-    assert found.left_out == (0,)
+    (root / "custom" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = ["data.sets={custom: {format: table}}", "data.check=required"]
+    more += ["evaluation.validation=[]", "evaluation.benchmarks=[]"]
+    (diagnosis,) = check_recipe(recipe_of(root, *more))
+    assert not isinstance(diagnosis, str)
+    assert diagnosis.left_out == (0,)
     assert "line 1: too many images: 6, and the model sees 4; set data.num_frames=6" in (
-        found.describe()
+        diagnosis.describe()
     )
     wider = recipe_of(root, *more, "data.num_frames=6")
     datasets = prepare_training(wider)
-    with pytest.raises(ValueError, match=r"own was checked with another data\.num_frames"):
+    with pytest.raises(ValueError, match=r"custom was checked with another data\.num_frames"):
         checked_training(wider, datasets)
-    (found,) = check_recipe(wider)
-    assert not isinstance(found, str)
-    assert not found.left_out
+    (diagnosis,) = check_recipe(wider)
+    assert not isinstance(diagnosis, str)
+    assert not diagnosis.left_out
     assert checked_training(wider, datasets) == datasets
 
 
@@ -112,64 +113,64 @@ def test_training_needs_a_check(root: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(ValueError, match="not checked for leaked images against vsr test"):
         checked_training(more, datasets)
 
-    picture(root, 0).write_bytes(picture(root, 0).read_bytes() + b"\0")
+    image_of(root, 0).write_bytes(image_of(root, 0).read_bytes() + b"\0")
     with pytest.raises(ValueError, match=r"vqav2 has changed since .*COCO_train2014"):
         checked_training(recipe, datasets)
 
 
 def test_bad_examples_are_left_out_within_the_rate(root: Path):
-    picture(root, 5).write_bytes(b"")
+    image_of(root, 5).write_bytes(b"")
     strict, lax = recipe_of(root), recipe_of(root, "data.max_bad_rate=0.2")
     with pytest.raises(ValueError, match=r"vqav2 train: 3 of 27 examples are bad.*max_bad_rate 0"):
         checked_training(strict, prepare_training(strict))
     kept = checked_training(lax, prepare_training(lax))["vqav2"]
     assert len(kept) == 24
-    name = picture(root, 5).name
+    name = image_of(root, 5).name
     assert name not in {image for i in range(len(kept)) for image in kept[i].images}
 
 
-def test_leaked_pictures_are_left_out_on_request(root: Path):
+def test_leaked_images_are_left_out_on_request(root: Path):
     leaked = next((root / "gqa" / "images").rglob("*.jpg"))
-    picture(root, 5).write_bytes(leaked.read_bytes())
+    image_of(root, 5).write_bytes(leaked.read_bytes())
     for setting, count in (("false", 27), ("true", 24)):
         recipe = recipe_of(root, f"data.drop_leaked={setting}", "data.max_bad_rate=0.2")
         kept = checked_training(recipe, prepare_training(recipe))
         assert len(kept["vqav2"]) == count
 
 
-def test_entries_of_one_source_may_have_roots_of_their_own(tmp_path: Path):
+def test_entries_of_one_source_may_have_different_roots(tmp_path: Path):
     write_vqa(tmp_path / "vqa_a", 4)
     write_vqa(tmp_path / "vqa_b", 6)
     sets = "{a: {source: vqav2, root: vqa_a}, b: {source: vqav2, root: vqa_b}}"
     recipe = recipe_of(tmp_path, f"data.sets={sets}")
     names = training_names(recipe)
-    found = [
+    prepared = [
         prepare_training(recipe).values(),
         prepare_all([job_of(recipe, name) for name in names]),
         checked_training(recipe, prepare_training(recipe)).values(),
     ]
-    assert [[len(dataset) for dataset in datasets] for datasets in found] == [[4, 6]] * 3
-    assert [dataset.name for dataset in found[1]] == ["vqav2", "vqav2@b"]
+    assert [[len(dataset) for dataset in datasets] for datasets in prepared] == [[4, 6]] * 3
+    assert [dataset.name for dataset in prepared[1]] == ["vqav2", "vqav2@b"]
 
 
-def test_data_prepared_inside_their_own_folder_stay_checked(tmp_path: Path):
+def test_data_prepared_inside_its_folder_stays_checked(tmp_path: Path):
     for i in range(2):
-        write_picture(tmp_path / f"{i}.png", seed=i).with_suffix(".txt").write_text(f"picture {i}")
-    own = "data.sets={own: {format: imagefolder, root: .}}"
-    recipe = recipe_of(tmp_path, own, "data.check=required")
-    assert not any(isinstance(found, str) for found in check_recipe(recipe))
+        write_picture(tmp_path / f"{i}.png", seed=i).with_suffix(".txt").write_text(f"image {i}")
+    sets = "data.sets={custom: {format: imagefolder, root: .}}"
+    recipe = recipe_of(tmp_path, sets, "data.check=required")
+    assert not any(isinstance(each, str) for each in check_recipe(recipe))
     for _ in range(2):
         datasets = checked_training(recipe, prepare_training(recipe))
-        assert len(datasets["own"]) == 2
-    around = recipe_of(tmp_path, own, f"data.prepared={tmp_path}")  # not inside: all files count
-    assert len(prepare_training(around)["own"]) == 2
-    (tmp_path / "0.txt").write_text("another picture")
+        assert len(datasets["custom"]) == 2
+    around = recipe_of(tmp_path, sets, f"data.prepared={tmp_path}")  # not inside: all files count
+    assert len(prepare_training(around)["custom"]) == 2
+    (tmp_path / "0.txt").write_text("another image")
     for recipe_now in (recipe, around):
-        assert prepare_training(recipe_now)["own"][0].answers == ("another picture",)
+        assert prepare_training(recipe_now)["custom"][0].answers == ("another image",)
 
 
 @pytest.mark.parametrize("entry", ["vqav2: {split: val}", "more: {source: vqav2, split: val}"])
-def test_nothing_trains_on_what_it_is_measured_on(
+def test_training_on_a_split_that_is_evaluated_is_refused(
     entry: str, root: Path, capsys: pytest.CaptureFixture[str]
 ):
     sets = f"data.sets={{{entry}}}"
@@ -184,3 +185,11 @@ def test_nothing_trains_on_what_it_is_measured_on(
     shutil.copytree(root / "vqav2", root / "another")
     sets = "data.sets={vqav2: {}, more: {source: vqav2, split: val, root: another}}"
     assert not evaluated_too(recipe_of(root, sets), "more")
+
+
+def test_held_out_sets_are_validated_on_the_split_of_their_benchmark(root: Path):
+    more = ["evaluation.validation=[scenes_vqav2, scenes_gqa]", "evaluation.benchmarks=[]"]
+    recipe = recipe_of(root, "data.sets={gqa: {split: test}}", *more)
+    assert evaluation_sets(recipe) == [("vqav2", "val"), ("gqa", "test")]
+    with pytest.raises(ValueError, match="gqa test is a set that this recipe is evaluated on"):
+        checked_training(recipe, prepare_training(recipe))

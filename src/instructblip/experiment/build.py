@@ -37,9 +37,9 @@ from instructblip.experiment.datasets import (
 from instructblip.experiment.evaluate import score
 from instructblip.experiment.features import (
     began_with,
-    evaluation_features,
     features_note,
     training_features,
+    with_features,
 )
 from instructblip.inference.engine import Engine
 from instructblip.model.checkpoints.directory import model_directory
@@ -365,16 +365,10 @@ def make_validation(recipe: Recipe, model: InstructBlip, held: Sequence[Held]) -
     settings, training = recipe.evaluation, recipe.training
     choosing = [h.benchmark.name for h in held if h.benchmark.role == "held_in"]
     choosing = choosing or [h.benchmark.name for h in held]
-    tokens, images = read_assets(recipe, model.config)
-    features = evaluation_features(
-        recipe,
-        model,
-        images,
-        [h.dataset for h in held],
-        settings.validation_limit,
-        times=training.steps // (training.validate_every or training.steps),
-    )
-    engine = Engine(model, tokens, replace(images, features=features))
+    times = training.steps // (training.validate_every or training.steps)
+    engine = Engine(model, *read_assets(recipe, model.config))
+    datasets = [each.dataset for each in held]
+    engine = with_features(recipe, engine, datasets, settings.validation_limit, times)
 
     def validate(_model: object) -> dict[str, float]:
         scores = {}

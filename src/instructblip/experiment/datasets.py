@@ -292,11 +292,8 @@ def without_bad(dataset: PreparedDataset, max_bad_rate: float) -> TrainingSet:
 
 def evaluation_sets(recipe: Recipe) -> list[tuple[str, str]]:
     """(source, split) of everything that the recipe is evaluated on, each once."""
-    validation = [
-        replace(b, split="val") for b in benchmarks_of(recipe, recipe.evaluation.validation)
-    ]
     final = benchmarks_of(recipe, recipe.evaluation.benchmarks)
-    return list(dict.fromkeys((b.source, b.split) for b in (*validation, *final)))
+    return list(dict.fromkeys((b.source, b.split) for b in (*validation_of(recipe), *final)))
 
 
 def evaluated_too(recipe: Recipe, name: str) -> str:

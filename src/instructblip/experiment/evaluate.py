@@ -1,7 +1,6 @@
 """Evaluation of a saved model by a recipe."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from instructblip.evaluation.evaluate import Answerer
 from instructblip.evaluation.evaluate import evaluate as answer_benchmark
 from instructblip.evaluation.result import Result
 from instructblip.experiment.datasets import Held, benchmarks_of, prepare_benchmarks
-from instructblip.experiment.features import evaluation_features
+from instructblip.experiment.features import with_features
 from instructblip.inference.baseline import TransformersModel, is_baseline
 from instructblip.inference.engine import Engine
 from instructblip.model.checkpoints.directory import model_directory
@@ -86,10 +85,7 @@ def load_answerer(
         return TransformersModel(Path(model), device, recipe.data.num_frames)
     engine = load_engine(recipe, model, instruction_aware)
     # Twice: benchmarks are answered again, by the next model or without the images.
-    features = evaluation_features(
-        recipe, engine.model, engine.images, datasets, recipe.evaluation.limit, times=2
-    )
-    return engine.with_images(replace(engine.images, features=features))
+    return with_features(recipe, engine, datasets, recipe.evaluation.limit, times=2)
 
 
 def load_engine(recipe: Recipe, model: str, instruction_aware: bool | None = None) -> Engine:

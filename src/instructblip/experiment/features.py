@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from instructblip.data.prepared.dataset import DatasetView, PreparedDataset
 from instructblip.data.prepared.images import ImageFact
 from instructblip.data.samples import Examples, ImageReader
 from instructblip.evaluation.evaluate import pick
+from instructblip.inference.engine import Engine
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.trainable import part_of
 from instructblip.recipe.schema import Recipe
@@ -62,18 +64,15 @@ def training_features(
     return make_features(recipe, model, images, shown, reads, began_with=began_with)
 
 
-def evaluation_features(
-    recipe: Recipe,
-    model: InstructBlip,
-    images: ImageReader,
-    datasets: Iterable[Examples],
-    limit: int | None,
-    times: int,
-) -> Features | None:
-    """Exact features of ``limit`` examples of each set, which are answered ``times`` times."""
+def with_features(
+    recipe: Recipe, engine: Engine, datasets: Iterable[Examples], limit: int | None, times: int
+) -> Engine:
+    """``engine``, which reads exact features of ``limit`` examples of each set, where they save
+    time; the examples are answered ``times`` times."""
     shown = [(d, [d[i].images for i in pick(len(d), limit)]) for d in datasets]
     reads = times * sum(len(names) for _, names in shown)
-    return make_features(recipe, model, images, shown, reads, exact=True)
+    features = make_features(recipe, engine.model, engine.images, shown, reads, exact=True)
+    return engine.with_images(replace(engine.images, features=features))
 
 
 def _images_of(dataset: Examples) -> Iterable[tuple[str, ...]]:
