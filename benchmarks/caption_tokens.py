@@ -3,8 +3,8 @@
     python benchmarks/caption_tokens.py CAPTIONS.json
 
 The file is one of captions as COCO has them: a list of records with ``caption``, or annotations
-with such a list. Captions of one picture score each other: the first against the rest, or, where
-every picture has one, against the caption of the picture before. Needs Java and the extra
+with such a list. Captions of one image score each other: the first against the rest, or, where
+every image has one, against the caption of the image before. Needs Java and the extra
 ``caption-metrics``. The last line of the output is JSON.
 """
 
@@ -18,14 +18,14 @@ from instructblip.evaluation import captions
 
 def scored(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Candidates and their references."""
-    by_picture: dict[Any, list[str]] = {}
+    by_image: dict[Any, list[str]] = {}
     for record in records:
-        by_picture.setdefault(record["image_id"], []).append(record["caption"])
-    several = [own for own in by_picture.values() if len(own) > 1]
+        by_image.setdefault(record["image_id"], []).append(record["caption"])
+    several = [texts for texts in by_image.values() if len(texts) > 1]
     if several:
-        return [own[0] for own in several], [own[1:] for own in several]
-    texts = [own[0] for own in by_picture.values()]
-    return texts, [[before] for before in [texts[-1], *texts[:-1]]]
+        return [texts[0] for texts in several], [texts[1:] for texts in several]
+    first = [texts[0] for texts in by_image.values()]
+    return first, [[before] for before in [first[-1], *first[:-1]]]
 
 
 def main() -> None:
@@ -41,11 +41,11 @@ def main() -> None:
     for i in other[: options.shown]:
         print(f"{texts[i]!r}\n  python {ours[i]}\n  java   {theirs[i]}")
     candidates, references = scored(records)
-    found: dict[str, Any] = {"captions": len(texts), "agree": 1 - len(other) / len(texts)}
+    result: dict[str, Any] = {"captions": len(texts), "agree": 1 - len(other) / len(texts)}
     for tokenizer in ("python", "ptb_java"):
         cider = captions.cider(candidates, references, tokenizer)
-        found[f"cider_{tokenizer}"] = 100 * cider.value
-    print(json.dumps(found))
+        result[f"cider_{tokenizer}"] = 100 * cider.value
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

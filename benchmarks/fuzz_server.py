@@ -3,9 +3,9 @@
     python benchmarks/fuzz_server.py [--requests 10000] [--seconds 300] [--start 0]
 
 In rounds of 200: half of them are drawn by schemathesis from the OpenAPI description, the other
-half are good requests with something broken: cut and flipped pictures, decompression bombs, wrong
+half are good requests with something broken: cut and corrupted images, decompression bombs, wrong
 types, half characters, huge bodies. After ``--seconds`` it stops and names the round to ``--start``
-from; a round's requests depend on its number alone.
+from; the requests of a round depend on its number alone.
 """
 
 import argparse
@@ -44,7 +44,7 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def picture(rng: random.Random, kind: str) -> bytes:
+def image_file(rng: random.Random, kind: str) -> bytes:
     file = io.BytesIO()
     Image.effect_noise((rng.randint(1, 40), rng.randint(1, 40)), 80).save(file, format=kind)
     return file.getvalue()
@@ -61,8 +61,8 @@ def bomb(rng: random.Random) -> bytes:
     )
 
 
-def broken_picture(rng: random.Random) -> bytes:
-    whole = bytearray(picture(rng, rng.choice(("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"))))
+def broken_image(rng: random.Random) -> bytes:
+    whole = bytearray(image_file(rng, rng.choice(("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"))))
     how = rng.randrange(4)
     if how == 0:
         return bytes(whole[: rng.randrange(len(whole))])
@@ -111,7 +111,7 @@ def spoil(rng: random.Random, body: Any) -> Any:
 
 def broken_request(rng: random.Random) -> tuple[str, bytes]:
     """Path and body of one request that is wrong in some way, or in none."""
-    path, body = good(rng, broken_picture(rng) if rng.random() < 0.5 else picture(rng, "PNG"))
+    path, body = good(rng, broken_image(rng) if rng.random() < 0.5 else image_file(rng, "PNG"))
     if rng.random() < 0.6:
         body = spoil(rng, body)
     content = json.dumps(body).encode()
@@ -142,7 +142,7 @@ def fuzz_schema(client: TestClient, requests: int, watch: Watch, seed: int) -> N
     """Requests that schemathesis draws from the description, valid ones and others."""
     warnings.filterwarnings("ignore")
     schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
-    operations = [found.ok() for found in schema.get_all_operations()]
+    operations = [result.ok() for result in schema.get_all_operations()]
     posts = [operation for operation in operations if operation.method == "post"]
     for operation in operations:
         share = (requests // len(posts)) if operation in posts else max(2, requests // 50)
@@ -181,7 +181,7 @@ def fuzz_round(client: TestClient, watch: Watch, number: int) -> None:
 
 
 def resident_mb() -> float:
-    """What the process holds, after the C library has given back what is free."""
+    """Resident memory of the process, after the C library has returned what is free."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -216,7 +216,7 @@ def main() -> None:
     print("MB after each round:", *(f"{value:.0f}" for value in memory))
     print("\n".join(watch.problems[:20]))
     if number < rounds:
-        print(f"stopped; go on with --start {number}")
+        print(f"stopped; continue with --start {number}")
     sys.exit(bool(watch.problems))
 
 

@@ -1,8 +1,8 @@
 """Answers with 5 beams, ours and transformers' InstructBLIP side by side on the same weights.
 
-Theirs is called as its documentation shows, a batch padded on the left (T5: on the right, where its
-relative positions are those of training). Random weights end no answer early: both generate all
-tokens.
+transformers' model is called as its documentation shows, with a batch padded on the left (T5: on
+the right, where its relative positions are those of training). Random weights end no answer early:
+both generate all tokens.
 
     python benchmarks/generate.py --size cpu-mid --threads 2
     python benchmarks/generate.py --size flant5xl --device cuda --dtype bf16
@@ -49,15 +49,15 @@ def main() -> None:
     } | rows_of(prompts, left=not is_seq2seq(options.size))
     length: dict[str, Any] = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens}
     decoding = GREEDY.override(num_beams=options.beams, **length)
-    said = generate_responses(ours, batch, decoding=decoding)
+    our_ids = generate_responses(ours, batch, decoding=decoding)
 
     def their_answers() -> torch.Tensor:
         with autocast(options):
             return theirs.generate(**inputs, num_beams=options.beams, do_sample=False, **length)
 
-    theirs_said = their_answers()
+    their_ids = their_answers()
     equal = sum(
-        ids == row[-options.tokens :].tolist() for ids, row in zip(said, theirs_said, strict=True)
+        ids == row[-options.tokens :].tolist() for ids, row in zip(our_ids, their_ids, strict=True)
     )
     seconds = alternate(
         {

@@ -1,8 +1,8 @@
-"""How fast data gets in: `prepare`, the doctor, decoding, and the loader with 1 and 2 workers.
+"""Speed of the input pipeline: `prepare`, `check`, decoding, and the loader with 1 and 2 workers.
 
     python benchmarks/input_pipeline.py [--rows 1000000] [--folder DIR]
 
-Rows are VQAv2's two files with ten answers each; pictures are noisy 640 x 480 JPEGs.
+Rows are VQAv2's two files with ten answers each; images are noisy 640 x 480 JPEGs.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from instructblip.data.samples import ImageReader
 from instructblip.data.tokens import Tokens
 from instructblip.model.checkpoints.directory import model_directory
 
-PICTURES = 20_000
+IMAGES = 20_000
 DIFFERENT = 200
-"""Pictures that are drawn; the others are links to them."""
+"""Images that are drawn; the others are links to them."""
 WORDS = ("what", "is", "the", "colour", "of", "this", "red", "car", "near", "green", "hats")
 
 
@@ -43,9 +43,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
-        write_pictures(folder / "vqav2" / "images")
+        write_images(folder / "vqav2" / "images")
         write_annotations(folder / "vqav2" / "annotations", arguments.rows)
-        print(f"{os.cpu_count()} cores, {arguments.rows:,} rows, {PICTURES:,} pictures 640 x 480")
+        print(f"{os.cpu_count()} cores, {arguments.rows:,} rows, {IMAGES:,} images 640 x 480")
         dataset = time_prepare(folder)
         seconds, _ = timed(lambda: check_dataset(dataset))
         print(f"check: {seconds:.1f} s")
@@ -58,12 +58,12 @@ def time_prepare(folder: Path) -> PreparedDataset:
     def run() -> PreparedDataset:
         return prepare("vqav2", folder / "vqav2", "train", folder / "prepared")
 
-    own = time.process_time()
+    began = time.process_time()
     seconds, dataset = timed(run)
-    own = time.process_time() - own
+    one_core = time.process_time() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     rate = len(dataset) / seconds
-    print(f"prepare: {seconds:.1f} s ({own:.1f} s of one core), {rate:,.0f} rows/s")
+    print(f"prepare: {seconds:.1f} s ({one_core:.1f} s of one core), {rate:,.0f} rows/s")
     print(f"peak memory of the process: {peak:.2f} GiB")
     print(f"prepare again: {timed(run)[0]:.2f} s")
     return dataset
@@ -77,10 +77,10 @@ def time_decoding(images: Path) -> None:
         seconds = []
         for data in files:
             began = time.process_time()  # other programs may run on this machine
-            transform.resize(decode_image(data, "picture"), rng)
+            transform.resize(decode_image(data, "image"), rng)
             seconds.append(time.process_time() - began)
         how = "crop, flip and resize" if train else "resize"
-        print(f"decode and {how}: {1000 * statistics.median(seconds):.2f} ms a picture, one core")
+        print(f"decode and {how}: {1000 * statistics.median(seconds):.2f} ms an image, one core")
 
 
 def time_loader(dataset: PreparedDataset, workers: int, steps: int = 20) -> None:
@@ -104,19 +104,19 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         path = folder / f"COCO_train2014_{i:012d}.jpg"
         if i >= DIFFERENT:
             path.hardlink_to(folder / f"COCO_train2014_{i % DIFFERENT:012d}.jpg")
             continue
         coarse = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)
+        image = Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)
         noise = Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8))
-        picture = Image.blend(picture, noise.filter(ImageFilter.GaussianBlur(1)), 0.2)
-        picture.save(path, quality=90)
+        image = Image.blend(image, noise.filter(ImageFilter.GaussianBlur(1)), 0.2)
+        image.save(path, quality=90)
 
 
 def write_annotations(folder: Path, rows: int) -> None:
@@ -125,11 +125,11 @@ def write_annotations(folder: Path, rows: int) -> None:
     rng = random.Random(0)
     questions = folder / "v2_OpenEnded_mscoco_train2014_questions.json"
     annotations = folder / "v2_mscoco_train2014_annotations.json"
-    with questions.open("w") as asked, annotations.open("w") as told:
+    with questions.open("w") as asked, annotations.open("w") as annotated:
         asked.write('{"info": {}, "questions": [')
-        told.write('{"info": {}, "annotations": [')
+        annotated.write('{"info": {}, "annotations": [')
         for i in range(rows):
-            ids = {"question_id": i, "image_id": i % PICTURES}
+            ids = {"question_id": i, "image_id": i % IMAGES}
             answers = [
                 {"answer": rng.choice(WORDS), "answer_confidence": "yes", "answer_id": k}
                 for k in range(1, 11)
@@ -138,9 +138,9 @@ def write_annotations(folder: Path, rows: int) -> None:
             comma = ", " if i else ""
             text = " ".join(rng.choices(WORDS, k=7)) + f" {i}?"
             asked.write(comma + json.dumps({**ids, "question": text}))
-            told.write(comma + json.dumps({**ids, **kinds, "answers": answers}))
+            annotated.write(comma + json.dumps({**ids, **kinds, "answers": answers}))
         asked.write("]}")
-        told.write("]}")
+        annotated.write("]}")
 
 
 if __name__ == "__main__":

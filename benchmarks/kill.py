@@ -1,8 +1,8 @@
-"""kill -9 at random moments of a real run, and resume: are the weights those of a quiet run?
+"""kill -9 at random moments of a real run, and resume: are the weights those of an undisturbed run?
 
 The run is `instructblip train RECIPE`, shortened. A child process is killed at a random moment, the
 next one resumes, until it has been killed often enough; then it may finish. Fails unless weights,
-optimiser, exported models and metrics (timings apart) equal those of a run that nobody disturbed.
+optimiser, exported models and metrics (timings apart) equal those of a run that was not killed.
 
     python benchmarks/kill.py --kills 20 data.root=data/scenes
 """
@@ -50,12 +50,12 @@ PHASES = {b"s": "in a step", b"v": "in a validation", b"w": "while saving", b"l"
 
 
 def start(recipe: Recipe, out: Path, phase: Any) -> int:
-    """Fork a child that trains, and says in ``phase`` what it is at; returns its process id."""
+    """Fork a child that trains, and notes in ``phase`` what it does; returns its process id."""
     pid = os.fork()
     if pid:
         return pid
 
-    def told(name: bytes, work: Callable) -> Callable:
+    def noted(name: bytes, work: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
             before, phase.value = phase.value, name
             try:
@@ -68,10 +68,10 @@ def start(recipe: Recipe, out: Path, phase: Any) -> int:
     code = 1
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        training.validate = told(b"v", training.validate)
-        training.update = told(b"s", training.update)
-        RunFiles.save = told(b"w", RunFiles.save)
-        RunFiles.export_to = told(b"w", RunFiles.export_to)
+        training.validate = noted(b"v", training.validate)
+        training.update = noted(b"s", training.update)
+        RunFiles.save = noted(b"w", RunFiles.save)
+        RunFiles.export_to = noted(b"w", RunFiles.export_to)
         train(recipe, out, resume=True)
         code = 0
     except BaseException:
@@ -114,29 +114,29 @@ def main() -> None:
     moments, phase = random.Random(options.seed), multiprocessing.Value(c_char, b"l")
     counted, runs, wrong = Counter[str](), 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        seconds = finish(recipe, Path(folder) / "quiet", phase)
-        expected = outcome(Path(folder) / "quiet")
+        seconds = finish(recipe, Path(folder) / "undisturbed", phase)
+        expected = outcome(Path(folder) / "undisturbed")
         while counted.total() < options.kills:
             out, runs = Path(folder) / f"killed{runs}", runs + 1
             while counted.total() < options.kills:
                 phase.value = b"l"
                 pid = start(recipe, out, phase)
                 time.sleep(moments.uniform(0.1, 0.5) * seconds)
-                found, status = os.waitpid(pid, os.WNOHANG)
-                if found:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
                     assert status == 0, f"the run in {out} failed"
                     break
                 os.kill(pid, signal.SIGKILL)
                 counted[PHASES[phase.value]] += 1
                 os.waitpid(pid, 0)
             finish(recipe, out, phase)
-            own = outcome(out)
-            wrong += any(own[name] != expected[name] for name in expected)
+            resumed = outcome(out)
+            wrong += any(resumed[name] != expected[name] for name in expected)
             print(f"{runs} runs, {counted.total()} kills, {wrong} runs differ", flush=True)
     for name, count in sorted(counted.items()):
         print(f"killed {name:16} {count:3}")
     print(json.dumps({"kills": counted.total(), "runs": runs, "runs_that_differ": wrong}))
-    assert not wrong, "a resumed run ended otherwise than the quiet one"
+    assert not wrong, "a resumed run differs from the undisturbed one"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Weights, optimiser and allocator are alike, so the difference is what forward and backward keep. On
 a GPU PyTorch's own peak is read; on a CPU the bytes of tensors are summed as they come and go, and
 what the process grows by is shown too: each step runs in a forked process, whose high-water mark is
-reset before it (Linux). Ours is also held to what `instructblip memory` counts.
+reset before it (Linux). Ours is also compared with what `instructblip memory` predicts.
 
     python benchmarks/memory.py --size cpu-mid
     python benchmarks/memory.py --size flant5xl --device cuda --dtype bf16

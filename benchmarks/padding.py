@@ -1,6 +1,6 @@
 """How much of a training batch is padding, in the order drawn and in buckets of like length.
 
-Counts token slots of each micro batch as the collator pads it; no picture is read. "packed" is what
+Counts token slots of each micro batch as the collator pads it; no image is read. "packed" is what
 a decoder with packed rows computes on padding: nothing, so only "instruction" is left for it.
 
     python benchmarks/padding.py --steps 32 data.root=data/scenes
@@ -45,9 +45,9 @@ def padding(loader: Loader, steps: int) -> dict[str, float]:
         for micro in range(loader.accumulate):
             texts = [loader.rendered(slot)[1] for slot in loader.slots(step, micro)]
             lengths = [list(map(len, loader.tokens.tokenize(text))) for text in texts]
-            for i, own in enumerate(zip(*lengths, strict=True)):
-                real[i] += sum(own)
-                slots[i] += max(own) * len(own)
+            for i, counts in enumerate(zip(*lengths, strict=True)):
+                real[i] += sum(counts)
+                slots[i] += max(counts) * len(counts)
     shares = {name: 1 - real[i] / slots[i] for i, name in enumerate(names)}
     return {**shares, "all": 1 - sum(real) / sum(slots)}
 

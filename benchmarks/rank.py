@@ -1,7 +1,7 @@
 """Candidates ranked per second: the shared prefix and its tree against repeating the prompt.
 
 Three ways to score the same candidates of one question, measured in turn in one process, the
-fastest of ``--repeats`` rounds counted for each, the picture encoded beforehand for all:
+fastest of ``--repeats`` rounds counted for each, the image encoded beforehand for all:
 
 - ``loop``: one forward of [queries; prompt; candidate] per candidate;
 - ``batched``: the same, ``--chunk`` candidates padded into a batch, each with its own prompt;
@@ -38,7 +38,7 @@ END = 2
 
 
 def build(kind: str, width: int, layers: int) -> InstructBlip:
-    """A model with random weights; vision tower and Q-Former small, they are not measured."""
+    """A model with random weights, of which only the language model is measured."""
     torch.manual_seed(0)
     heads = max(1, width // 64)
     shared = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": END}
@@ -77,7 +77,7 @@ def build(kind: str, width: int, layers: int) -> InstructBlip:
 
 
 def question(prompt_tokens: int) -> Batch:
-    """One picture, one prompt."""
+    """One image, one prompt."""
     prompt = torch.randint(3, VOCABULARY, (1, prompt_tokens))
     text = torch.randint(3, 100, (1, 8))
     empty = torch.zeros(1, 0, dtype=torch.long)
@@ -97,11 +97,11 @@ def answers(number: int) -> list[list[int]]:
     """Different answers of one to three tokens and the end token, short ones more often, as in an
     answer vocabulary."""
     rng = random.Random(0)
-    found: dict[tuple[int, ...], None] = {}
-    while len(found) < number:
+    drawn: dict[tuple[int, ...], None] = {}
+    while len(drawn) < number:
         length = rng.choices((1, 2, 3), (5, 3, 2))[0]
-        found[tuple(rng.randrange(3, VOCABULARY) for _ in range(length))] = None
-    return [[*ids, END] for ids in found]
+        drawn[tuple(rng.randrange(3, VOCABULARY) for _ in range(length))] = None
+    return [[*ids, END] for ids in drawn]
 
 
 def repeated(

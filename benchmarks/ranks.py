@@ -1,6 +1,6 @@
 """Two gloo ranks against one rank, one thread each: the same global batches, the same losses.
 
-Runs the update of the training loop on its own. The losses must agree to 1e-6; what is printed is
+Runs the update of the training loop alone. The losses must agree to 1e-6; what is printed is
 the throughput of the ranks over that of one, by the clock asked for: "cpu" counts the processor
 time of the busiest rank, waiting left out, for machines that do other work meanwhile.
 
@@ -81,7 +81,7 @@ def run(model: Any, options: Any) -> dict[str, list[float]]:
     model.train()
     parameters = trainable_parameters(model)
     optimizer = make_optimizer(model, config)
-    told: dict[str, list[float]] = {"losses": [], "seconds": []}
+    taken: dict[str, list[float]] = {"losses": [], "seconds": []}
     with tempfile.TemporaryDirectory() as folder:
         files = RunFiles(Path(folder), 1, None, {})
         for step in range(options.steps):
@@ -90,18 +90,18 @@ def run(model: Any, options: Any) -> dict[str, list[float]]:
             distributed.barrier()
             began = now()
             update(model, parameters, optimizer, [batch], 1e-5, progress, config, files)
-            told["seconds"].append(now() - began)
+            taken["seconds"].append(now() - began)
             windows = distributed.gather_objects(progress.window["data"])
             progress.window = {"data": [sum(values) for values in zip(*windows, strict=True)]}
-            told["losses"].append(losses(progress)["loss"])
-    return told
+            taken["losses"].append(losses(progress)["loss"])
+    return taken
 
 
 def part_of(batch: Batch) -> Batch:
-    """This rank's samples, each with its own picture."""
-    own = slice(distributed.rank(), None, distributed.world_size())
+    """This rank's samples, each with a different image."""
+    share = slice(distributed.rank(), None, distributed.world_size())
     parts = {
-        field.name: value[own]
+        field.name: value[share]
         for field in fields(batch)
         if isinstance(value := getattr(batch, field.name), Tensor)
     }

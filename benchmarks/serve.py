@@ -1,4 +1,4 @@
-"""Many clients at once: every answer as from one request alone, and what micro-batching gains.
+"""Many clients at once: every answer as from one request alone, and the gain of micro-batching.
 
     python benchmarks/serve.py [--model starter] [--clients 64] [--seconds 60]
 
@@ -33,22 +33,22 @@ INSTRUCTIONS = ("A short image description.", "Question: how many shapes are the
 
 
 def questions(model: str, max_tokens: int) -> list[tuple[dict[str, Any], str]]:
-    """Requests and the answers that the engine gives to each on its own."""
-    engine, rng, found = instructblip.load(model, device="cpu"), random.Random(0), []
+    """Requests and the answers that the engine gives to each alone."""
+    engine, rng, asked = instructblip.load(model, device="cpu"), random.Random(0), []
     for number in range(24):
-        picture = render(sample_scene(rng))
+        image = render(sample_scene(rng))
         file = io.BytesIO()
-        picture.save(file, format="PNG")
+        image.save(file, format="PNG")
         url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         text = INSTRUCTIONS[number % 2]
         parts = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": url}}]
         request = {"messages": [{"role": "user", "content": parts}], "max_tokens": max_tokens}
-        found.append((request, engine.answer(picture, text, max_new_tokens=max_tokens)))
-    return found
+        asked.append((request, engine.answer(image, text, max_new_tokens=max_tokens)))
+    return asked
 
 
 class Server:
-    """`instructblip serve` as a process of its own."""
+    """`instructblip serve` as a separate process."""
 
     def __init__(self, model: str, max_batch: int) -> None:
         with socket.socket() as probe:
@@ -80,7 +80,7 @@ class Server:
 
 
 async def load(address: str, asked: list, clients: int, seconds: float) -> dict[str, Any]:
-    """What ``clients`` see who ask one question after the other for so long."""
+    """Figures of ``clients`` that ask one question after the other for ``seconds``."""
     latencies: list[float] = []
     codes: dict[int, int] = {}
     wrong = 0

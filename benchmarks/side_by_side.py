@@ -67,7 +67,7 @@ QUERIES = 32
 
 
 def parse(description: str | None, **more: dict[str, Any]) -> argparse.Namespace:
-    """The options that all programs have, and some of their own; sets the number of threads."""
+    """The options that all programs share, and ``more``; sets the number of threads."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--size", choices=SIZES, default="cpu-mid")
     parser.add_argument("--batch", type=int, default=8)
@@ -96,7 +96,7 @@ def build(
     """
     shape = SIZES[size]
     config = InstructBlipConfig(
-        # transformers would draw its weights at 1e-10: no picture could change a loss
+        # transformers would draw its weights at 1e-10: no image could change a loss
         vision_config={**layer_sizes(*shape["vision"]), "initializer_range": 0.02},
         qformer_config={
             **layer_sizes(*shape["qformer"]),
@@ -128,7 +128,7 @@ def build(
 
 
 def autocast(options: argparse.Namespace) -> contextlib.AbstractContextManager:
-    """What a user's loop puts around a model whose trained weights are fp32."""
+    """The autocast of a user's loop around a model whose trained weights are fp32."""
     if options.dtype == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(options.device, dtype=DTYPES[options.dtype])
@@ -147,7 +147,7 @@ def make_batch(
 ) -> tuple[Batch, dict[str, torch.Tensor]]:
     """The same samples in both layouts: lengths vary, so that about 30 % of the slots are padding.
 
-    Every sample has a picture of its own; theirs is padded on the right, as a collator would.
+    Every sample has a different image; theirs is padded on the right, as a collator would.
     ``answer`` asks for responses of so many tokens each.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -123,7 +123,7 @@ def report(options: Any, seconds: dict[str, float], shares: dict[str, float]) ->
 def result(
     options: Any, seconds: dict[str, float], shares: dict[str, float], apart: float
 ) -> dict[str, Any]:
-    """What the last line says."""
+    """The last line of the output."""
     rates = {name: round(options.batch / value, 2) for name, value in seconds.items()}
     hours = paper_hours(options, seconds)
     return {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from instructblip.evaluation.predictions import write_json
+from instructblip.core.files import write_json
 from instructblip.experiment.evaluate import evaluate
 from instructblip.experiment.train import cache, train
 from instructblip.model.checkpoints.directory import model_directory

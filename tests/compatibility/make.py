@@ -4,12 +4,12 @@
     PYTHONPATH=/tmp/version/src python tests/compatibility/make.py tests/compatibility/made
 
 It uses the command line alone, whose commands, options, recipe keys and files stay, so that it runs
-with any commit. All is made below one fixed folder and copied from there: `test_compatibility`
-writes the name of its own folder in place of this one, and gives the data files the one date again
-that they have here. Nothing else of the files is touched.
+with any commit. Everything is made below one fixed folder and copied from there:
+`test_compatibility` writes the name of its folder in place of this one, and gives the data files
+the same date as here. Nothing else of the files is touched.
 
 The run is made whole; then its second checkpoint is deleted, as if it had been killed after the
-first. What it had given is kept in ``expected/``.
+first. Its results are kept in ``expected/``.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What an earlier version left on the disk is loaded, resumed, evaluated and read as it was.
+"""The files of an earlier version are loaded, resumed, evaluated and read without a change.
 
 ``made/`` was made by `make` with an earlier commit: a tiny run with its best weights and its first
 checkpoint, prepared data, stored features and results. On the kind of machine that made it, all
@@ -104,7 +104,7 @@ def test_a_run_resumes_and_reads_its_data_and_features(folder: Path):
     printed = make.run("train", "recipe.yaml", "--out", "run", "--resume")
     assert "step 4/6" in printed
     assert "step 3/6  loss" not in printed
-    assert "resuming with" not in printed, "neither recipe nor data count as changed"
+    assert "resuming with" not in printed, "neither the recipe nor the data has changed"
     check_trained("run")
     assert sorted(str(p) for p in Path("run").rglob("*") if p.is_file()) == EXPECTED["files"]
     assert state("data") == before, "nothing was prepared, checked or encoded again"
@@ -117,13 +117,13 @@ def test_training_anew_is_the_same(folder: Path):
     assert state("data") == before
 
 
-def test_results_are_continued_and_evaluating_anew_gives_them(folder: Path):
+def test_evaluation_resumes_and_gives_the_same_results_anew(folder: Path):
     before = state("results/scenes_vqav2")
     make.run("evaluate", "recipe.yaml", "run", "--out", "results")
     predictions, result = (
         f"results/scenes_vqav2/{n}" for n in ("predictions.jsonl", "result.json")
     )
-    assert state("results/scenes_vqav2")[predictions] == before[predictions], "none is made again"
+    assert state("results/scenes_vqav2")[predictions] == before[predictions], "none is new"
     assert state("results/scenes_vqav2")[result][1] == before[result][1]
     make.run("evaluate", "recipe.yaml", "run", "--out", "anew")
     if make.machine() == EXPECTED["machine"]:
@@ -137,7 +137,7 @@ def test_a_run_answers(folder: Path):
     assert instructblip.load("run") is not None
 
 
-def test_what_crashes_of_earlier_versions_left_is_recovered(folder: Path):
+def test_leftovers_of_crashes_of_earlier_versions_are_recovered(folder: Path):
     """Killed between the renames of best/ and of the prepared data, and while notes were written;
     a day ago, since the names of earlier versions do not say on which machine."""
     Path("run/best").rename("run/.old-best")

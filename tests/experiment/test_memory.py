@@ -1,4 +1,4 @@
-"""Predicted memory against what a real step keeps, and the advice drawn from it."""
+"""Predicted memory compared with a real step, and the advice that follows from it."""
 
 import json
 import warnings
@@ -41,12 +41,12 @@ def recipe_of(start: Path, *more: str) -> Recipe:
     return load_recipe("quickstart", [f"model.start={start}", *lengths, *fixed, *more])
 
 
-def test_prediction_is_what_a_real_step_keeps(start: Path):
+def test_prediction_is_what_a_real_step_saves(start: Path):
     predicted = predict_memory(recipe_of(start))
     model = InstructBlip.from_pretrained(start).train()
-    free = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    assert predicted.trained == predicted.gradients == predicted.optimizer // 2 == free
-    assert predicted.frozen == sum(p.numel() * 4 for p in model.parameters()) - free
+    trainable = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    assert predicted.trained == predicted.gradients == predicted.optimizer // 2 == trainable
+    assert predicted.frozen == sum(p.numel() * 4 for p in model.parameters()) - trainable
     batch = full_batch(model, 6, (10, 12, 8))
     measured = saved_bytes(lambda: model.loss(batch).loss_sum, model)
     assert predicted.activations == pytest.approx(measured, rel=0.1)
@@ -95,8 +95,8 @@ def test_image_encoder_alone(activation: str):
     )
     config = tiny_model("llama").config.model_copy(update={"vision": vision})
     model = InstructBlip(config)
-    pictures = torch.randn(16, 3, 56, 56)
-    peak = tensor_peak(lambda: model.encode_image(pictures))
+    images = torch.randn(16, 3, 56, 56)
+    peak = tensor_peak(lambda: model.encode_image(images))
     assert encoder_bytes(model, 16) == pytest.approx(peak, rel=0.02)
 
 
@@ -124,17 +124,17 @@ def test_frames_of_videos_count(start: Path):
     assert predicted.activations == pytest.approx(measured, rel=0.1)
 
 
-def test_pictures_of_prepared_data_of_ones_own_count(start: Path, tmp_path: Path):
+def test_images_of_prepared_custom_data_count(start: Path, tmp_path: Path):
     names = [f"{i}.png" for i in range(3)]
     for name in names:
-        write_picture(tmp_path / "own" / name)
+        write_picture(tmp_path / "custom" / name)
     row = {"image": names, "question": "Which?", "answer": "red"}
-    (tmp_path / "own" / "rows.jsonl").write_text(json.dumps(row))
-    own = recipe_of(start, f"data.root={tmp_path}", "data.sets={own: {format: table}}")
-    assert predict_memory(own) == predict_memory(recipe_of(start))
-    prepare_training(own)
+    (tmp_path / "custom" / "rows.jsonl").write_text(json.dumps(row))
+    custom = recipe_of(start, f"data.root={tmp_path}", "data.sets={custom: {format: table}}")
+    assert predict_memory(custom) == predict_memory(recipe_of(start))
+    prepare_training(custom)
     more = ["data.sets={msvdqa: {}}", "data.num_frames=3"]
-    assert predict_memory(own) == predict_memory(recipe_of(start, *more))
+    assert predict_memory(custom) == predict_memory(recipe_of(start, *more))
 
 
 def test_training_continues_the_adapter_of_the_start_and_warns_of_other_settings(start: Path):
@@ -165,13 +165,13 @@ def test_advice(start: Path):
     assert replace(needs, accumulates=True).peak == 34 * gib
     recipe = recipe_of(start)
     assert advise(needs, 40 * gib, recipe) == "fits: 33.0 of 40.0 GiB"
-    said = advise(needs, 24 * gib, recipe)
-    assert "does not fit: 33.0 GiB of 24.0" in said
-    assert "checkpoint_activations=true" in said
-    assert "training.accumulate=2" in said
-    said = advise(needs, 12 * gib, recipe)
-    assert "accumulate" not in said
-    assert "model.quantize=nf4" in said
+    advice = advise(needs, 24 * gib, recipe)
+    assert "does not fit: 33.0 GiB of 24.0" in advice
+    assert "checkpoint_activations=true" in advice
+    assert "training.accumulate=2" in advice
+    advice = advise(needs, 12 * gib, recipe)
+    assert "accumulate" not in advice
+    assert "model.quantize=nf4" in advice
 
 
 def test_fewer_bits_and_adapters(start: Path):

@@ -1,4 +1,4 @@
-"""A folder of one's own: read, split, tuned and reported; and the worked examples."""
+"""A folder of custom data: read, split, tuned and reported; and the worked examples."""
 
 import importlib
 import json
@@ -23,8 +23,8 @@ from tests.testing import write_picture
 EXAMPLES = ("worksheet_helper", "instrument_panel", "game_narrator")
 
 
-def write_folder(root: Path, rows: list[dict], pictures: int = 5) -> Path:
-    for number in range(pictures):
+def write_folder(root: Path, rows: list[dict], images: int = 5) -> Path:
+    for number in range(images):
         write_picture(root / f"{number}.png", seed=number)
     (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return root
@@ -62,14 +62,14 @@ def test_rows_become_examples(tmp_path: Path) -> None:
 
 
 def test_captions_beside_a_table_of_another_folder(tmp_path: Path) -> None:
-    write_folder(tmp_path / "sub", [{"file_name": "0.png", "caption": "a cat"}], pictures=1)
+    write_folder(tmp_path / "sub", [{"file_name": "0.png", "caption": "a cat"}], images=1)
     for suffix in (".png", ".tif", ".avif"):
         write_picture(tmp_path / f"a{suffix}")
         (tmp_path / f"a{suffix}").rename(tmp_path / f"{suffix[1:]}{suffix}")
         (tmp_path / f"{suffix[1:]}.txt").write_text(f"a dog in {suffix}\n")
-    said = {e.images[0]: e.answers[0] for e in read_folder(tmp_path).examples}
-    assert said.pop("sub/0.png") == "a cat"
-    assert said == {f"{s}.{s}": f"a dog in .{s}" for s in ("png", "tif", "avif")}
+    captions = {e.images[0]: e.answers[0] for e in read_folder(tmp_path).examples}
+    assert captions.pop("sub/0.png") == "a cat"
+    assert captions == {f"{s}.{s}": f"a dog in .{s}" for s in ("png", "tif", "avif")}
 
 
 def test_a_row_whose_question_has_another_heading(tmp_path: Path) -> None:
@@ -92,9 +92,9 @@ def test_a_table_without_answers_is_named_with_its_columns(tmp_path: Path) -> No
     assert read_folder(tmp_path)[0].answers == ("a cat",)
 
 
-def test_placeholders_are_no_captions(tmp_path: Path) -> None:
-    said = ["nan", "TODO", "NULL", "None", "#REF!", "#N/A", "n/a", "#NAME?"]
-    rows: list[dict] = [{"file_name": "0.png", "caption": text} for text in said]
+def test_placeholders_are_not_captions(tmp_path: Path) -> None:
+    texts = ["nan", "TODO", "NULL", "None", "#REF!", "#N/A", "n/a", "#NAME?"]
+    rows: list[dict] = [{"file_name": "0.png", "caption": text} for text in texts]
     rows += [
         {"file_name": "1.png", "question": "{question}", "answer": "red"},
         {"file_name": "1.png", "question": "who?", "answer": "none"},
@@ -107,7 +107,7 @@ def test_placeholders_are_no_captions(tmp_path: Path) -> None:
     assert "line 9: the question is '{question}', a placeholder" in str(error.value)
 
 
-def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
+def test_all_bad_rows_are_listed_at_once(tmp_path: Path) -> None:
     rows: list[dict] = [
         {"file_name": "0.png"},
         {"file_name": "../0.png", "caption": "a"},
@@ -118,7 +118,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
         {"file_name": "0.png", "caption": "good"},
     ]
     root = write_folder(tmp_path, rows)
-    (root / "bad.png").write_bytes(b"no picture")
+    (root / "bad.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="6 of 7 examples are bad") as error:
         read_folder(root)
     for number in range(1, 7):
@@ -138,22 +138,22 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
 
 
 def sides(root: Path) -> tuple[set[str], set[str]]:
-    """The pictures of the two sides."""
+    """The images of the two sides."""
     training, held = split_by_image(read_folder(root))
     assert {e.split for e in held.examples} == {"val"}
     assert len(training) > 0
     assert len(held) > 0
-    found = [{name for e in side.examples for name in e.images} for side in (training, held)]
-    return found[0], found[1]
+    first, second = ({n for e in side.examples for n in e.images} for side in (training, held))
+    return first, second
 
 
-def test_a_picture_is_on_one_side_only(tmp_path: Path) -> None:
+def test_an_image_is_on_one_side_only(tmp_path: Path) -> None:
     rows: list[dict] = [
         {"file_name": f"{n}.png", "question": q, "answer": "x"}
         for n in range(60)
         for q in ("a?", "b?")
     ]
-    folder = read_folder(write_folder(tmp_path, rows, pictures=60))
+    folder = read_folder(write_folder(tmp_path, rows, images=60))
     training, held = sides(tmp_path)
     assert 6 <= len(held) <= 18
     assert not training & held
@@ -168,13 +168,13 @@ def test_a_picture_is_on_one_side_only(tmp_path: Path) -> None:
     assert sorted(map(len, sides(tmp_path))) == [1, 4]
 
 
-def test_rows_that_share_a_picture_stay_together(tmp_path: Path) -> None:
+def test_rows_that_share_an_image_stay_together(tmp_path: Path) -> None:
     rows: list[dict] = [{"file_name": f"{n}.png", "caption": "x"} for n in range(40)]
     rows += [{"file_name": [f"{n}.png", f"{n + 1}.png"], "caption": "y"} for n in range(0, 20, 2)]
     rows += [{"file_name": f"copy{n}.png", "caption": "z"} for n in range(40)]
     for n in range(40):
         write_picture(tmp_path / f"copy{n}.png", seed=n)
-    write_folder(tmp_path, rows, pictures=40)
+    write_folder(tmp_path, rows, images=40)
     training, held = sides(tmp_path)
     assert not training & held
     for side in (training, held):
@@ -182,11 +182,11 @@ def test_rows_that_share_a_picture_stay_together(tmp_path: Path) -> None:
     assert all((f"{n}.png" in held) == (f"{n + 1}.png" in held) for n in range(0, 20, 2))
 
 
-def test_more_pictures_move_no_others(tmp_path: Path) -> None:
+def test_more_images_move_no_others(tmp_path: Path) -> None:
     rows: list[dict] = [{"file_name": f"{n}.png", "caption": "x"} for n in range(60)]
     before: tuple[set[str], set[str]] = (set(), set())
     for count in range(20, 61, 10):
-        write_folder(tmp_path, rows[:count], pictures=count)
+        write_folder(tmp_path, rows[:count], images=count)
         after = sides(tmp_path)
         assert before[0] <= after[0]
         assert before[1] <= after[1]
@@ -199,17 +199,17 @@ def test_worked_examples(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     torch.set_num_threads(1)
     file = Path(__file__).parents[2] / "examples" / f"{name}.py"
     assert len(file.read_text().splitlines()) <= 40
-    importlib.import_module(f"examples.{name}").draw(tmp_path / "pictures", count=10)
+    importlib.import_module(f"examples.{name}").draw(tmp_path / "drawn", count=10)
     start = write_model(tmp_path / "blip2", "blip2")
     short = ["training.steps=2", "training.validate_every=2", "model.text_branch=random"]
-    arguments = ["tune", str(tmp_path / "pictures"), *short, "training.batch_size=2"]
+    arguments = ["tune", str(tmp_path / "drawn"), *short, "training.batch_size=2"]
     out = tmp_path / "tuned"
     with pytest.raises(SystemExit) as stop:
         cli.main([*arguments, "--model", str(start), "--out", str(out), "--debug"])
     assert not stop.value.code
-    said = capsys.readouterr().out
-    assert " held back" in said
-    assert "instructblip serve --model" in said
+    printed = capsys.readouterr().out
+    assert " held back" in printed
+    assert "instructblip serve --model" in printed
     report = (out / "report.html").read_text()
     assert "<html" in report
     assert "the interval does not cover this choice" in report
@@ -222,16 +222,16 @@ def test_the_recipe_that_tune_writes_trains(
 ) -> None:
     """Hugging Face's layout: metadata.csv beside images/. From any working directory."""
     for number in range(5):
-        write_picture(tmp_path / "own" / "images" / f"{number}.png", seed=number)
+        write_picture(tmp_path / "custom" / "images" / f"{number}.png", seed=number)
     rows = [f"images/{number}.png,a cup" for number in range(5)]
-    (tmp_path / "own" / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    (tmp_path / "custom" / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
     write_model(tmp_path / "blip2", "blip2")
     short = ["training.steps=2", "model.text_branch=random", "training.batch_size=2"]
     monkeypatch.chdir(tmp_path)
-    write_recipe(Path("own"), "blip2", Path("own/tuned"), 4, short, images=6)
-    monkeypatch.chdir(tmp_path / "own")
-    recipe = load_recipe(tmp_path / "own" / "tuned" / "recipe.yaml")
-    assert recipe.data.num_frames == 6  # a sample's pictures are all seen
-    check(str(tmp_path / "own" / "tuned" / "recipe.yaml"))
+    write_recipe(Path("custom"), "blip2", Path("custom/tuned"), 4, short, images=6)
+    monkeypatch.chdir(tmp_path / "custom")
+    recipe = load_recipe(tmp_path / "custom" / "tuned" / "recipe.yaml")
+    assert recipe.data.num_frames == 6  # all images of a sample are seen
+    check(str(tmp_path / "custom" / "tuned" / "recipe.yaml"))
     for run in ("first", "second"):
         assert train(recipe, tmp_path / run).step == 2

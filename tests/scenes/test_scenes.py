@@ -1,4 +1,4 @@
-"""The embedded world: true to its annotations, the same bytes from the same seed."""
+"""The embedded world: annotations are true of their images; a seed determines the bytes."""
 
 import filecmp
 import itertools
@@ -59,9 +59,9 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", TRUTH)
 def test_answers_follow_from_the_scene(kind):
-    found = [QUESTIONS[kind](SCENE, random.Random(seed)) for seed in range(60)]
-    assert {q.answer for q in found if q} == TRUTH[kind]
-    assert all(q.answer not in q.others for q in found if q)
+    questions = [QUESTIONS[kind](SCENE, random.Random(seed)) for seed in range(60)]
+    assert {q.answer for q in questions if q} == TRUTH[kind]
+    assert all(q.answer not in q.others for q in questions if q)
 
 
 def test_count_exists_and_statement_are_true():
@@ -121,7 +121,7 @@ def test_image_shows_the_shapes_of_the_scene():
     assert (pixels == np.asarray(render(SCENE))).all()
 
 
-def test_scene_without_held_out_pairs_and_with_them():
+def test_scenes_without_held_out_pairs_and_with_them():
     for seed in range(300):
         seen = sample_scene(random.Random(seed), pairs="seen")
         unseen = sample_scene(random.Random(seed), pairs="unseen")
@@ -230,8 +230,8 @@ def test_unanswerable_images_are_blurred(world):
     examples = list(SOURCES["vizwiz"].read(world["vizwiz"], "val"))
     assert {len(e.answers) for e in examples} == {10}
     for example in examples:
-        with Image.open(world["vizwiz"] / "images" / example.images[0]) as picture:
-            contrast = np.asarray(picture.convert("L")).astype(int)
+        with Image.open(world["vizwiz"] / "images" / example.images[0]) as image:
+            contrast = np.asarray(image.convert("L")).astype(int)
         edges = np.abs(np.diff(contrast, axis=1)).max()
         assert (edges < 20) == (example.answers[0] == "unanswerable")
     assert {e.extra["answerable"] for e in examples} == {0, 1}
@@ -248,6 +248,6 @@ def test_in_a_video_one_shape_moves_and_the_other_stays(world):
         assert all((a != b).any() for a, b in itertools.pairwise(frames))
         asked_for_colour = "color" in example.question
         assert example.answers[0] in (COLOURS if asked_for_colour else SHAPES)
-        if asked_for_colour:  # what stays is there in every frame, in its place
+        if asked_for_colour:  # what stays has the same place in every frame
             near = [np.abs(f - np.array(COLOURS[example.answers[0]])).max(2) < 40 for f in frames]
             assert np.logical_and.reduce(near).any() == ("stays" in example.question)
