@@ -5,7 +5,7 @@ fastest of ``--repeats`` rounds counted for each, the image encoded beforehand f
 
 - ``loop``: one forward of [queries; prompt; candidate] per candidate;
 - ``batched``: the same, ``--chunk`` candidates padded into a batch, each with its own prompt;
-- ``shared``: ``rank``, the prompt once and the candidates as a prefix tree.
+- ``shared``: ``rank_candidates``, the prompt once and the candidates as a prefix tree.
 
 Seconds are the CPU time of the process, so that a machine shared with others gives the same figure;
 ``--clock wall`` takes the time of day. Random weights: the time does not depend on them, and the
@@ -30,8 +30,8 @@ from instructblip.model.config import (
     QFormerConfig,
     VisionConfig,
 )
+from instructblip.model.inference import rank_candidates
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language.ranking import rank
 
 VOCABULARY = 4000
 END = 2
@@ -127,13 +127,14 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, float]:
     model = build(kind, options.width, options.layers)
     batch, candidates = question(options.prompt), answers(options.candidates)
     queries = model.encode_queries(batch)
+    model.encode_queries = lambda batch: queries
 
     def in_batches(size: int) -> Tensor:
         parts = (candidates[i : i + size] for i in range(0, len(candidates), size))
         return torch.cat([repeated(model, queries, batch, part) for part in parts])
 
     ways: dict[str, Callable[[], Tensor]] = {
-        "shared": lambda: rank(model.language, queries, batch, [candidates])[0],
+        "shared": lambda: rank_candidates(model, batch, [candidates])[0],
         "batched": lambda: in_batches(options.chunk),
         "loop": lambda: in_batches(1),
     }

@@ -1,11 +1,11 @@
-"""Each fast twin in ``model/fast/`` against the plain definition: results and gradients."""
+"""Each fast twin in ``model/fast.py`` against the plain definition: results and gradients."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from instructblip.model.config import VisionConfig
-from instructblip.model.fast.vision import encode_frozen
+from instructblip.model.fast import PackedQFormer, encode_frozen
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.qformer import QFormer
 from instructblip.model.vision import VisionModel
@@ -83,21 +83,27 @@ def test_folded_norm_equals_the_norm(model: InstructBlip):
 
 @pytest.mark.parametrize("aware", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
-def test_packed_qformer_equals_the_plain_one(padded: bool, aware: bool):
+def test_packed_qformer_equals_the_plain_one(
+    padded: bool, aware: bool, monkeypatch: pytest.MonkeyPatch
+):
     model = tiny_model(aware=aware).eval()
     queries, features, ids, mask, index = inputs_of(model)
     assert not mask.all()
     arguments = (queries, features, ids, mask if padded else None, index)
-    plain = QFormer.forward(model.qformer, *arguments)
-    assert_same(model, model.qformer(*arguments), plain)
+    fast = model.qformer(*arguments)
+    monkeypatch.setattr(PackedQFormer, "run", QFormer.run)
+    assert_same(model, fast, model.qformer(*arguments))
 
 
 @pytest.mark.parametrize("causal_text", [True, False])
-def test_packed_hidden_states_equal_the_plain_ones(model: InstructBlip, causal_text: bool):
+def test_packed_hidden_states_equal_the_plain_ones(
+    model: InstructBlip, causal_text: bool, monkeypatch: pytest.MonkeyPatch
+):
     queries, features, ids, mask, index = inputs_of(model)
     model.qformer.requires_grad_(True)  # the last text feed-forward has a reader here
-    plain = QFormer.hidden_states(model.qformer, queries, features, ids, mask, index, causal_text)
     fast = model.qformer.hidden_states(queries, features, ids, mask, index, causal_text)
+    monkeypatch.setattr(PackedQFormer, "run", QFormer.run)
+    plain = model.qformer.hidden_states(queries, features, ids, mask, index, causal_text)
     assert plain[0] is not None
     assert fast[0] is not None
     assert_same(model, fast[0], plain[0])
@@ -105,9 +111,12 @@ def test_packed_hidden_states_equal_the_plain_ones(model: InstructBlip, causal_t
     assert_same(model, fast[1][real], plain[1][real])
 
 
-def test_packed_text_alone_equals_the_plain_one(model: InstructBlip):
+def test_packed_text_alone_equals_the_plain_one(
+    model: InstructBlip, monkeypatch: pytest.MonkeyPatch
+):
     _, _, ids, mask, _ = inputs_of(model)
-    none, plain = QFormer.hidden_states(model.qformer, None, None, ids, mask)
-    also_none, fast = model.qformer.hidden_states(None, None, ids, mask)
+    none, fast = model.qformer.hidden_states(None, None, ids, mask)
+    monkeypatch.setattr(PackedQFormer, "run", QFormer.run)
+    also_none, plain = model.qformer.hidden_states(None, None, ids, mask)
     assert none is also_none is None
     assert_same(model, fast[mask.bool()], plain[mask.bool()])

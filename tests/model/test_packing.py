@@ -9,7 +9,7 @@ from jaxtyping import TypeCheckError
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from instructblip.core.batch import Batch
-from instructblip.model.fast.qformer import Rows
+from instructblip.model.fast import Rows
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.fast import attention, head
 from instructblip.model.language.fast.attention import ATTENTION, packs

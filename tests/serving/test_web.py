@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from instructblip.inference.engine import Engine
-from instructblip.model.attention import cross_attention
+from instructblip.model.inference import cross_attention
 from instructblip.serving.api import create_app
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.page import (

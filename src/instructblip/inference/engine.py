@@ -26,10 +26,9 @@ from instructblip.data.tokens import Tokens
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.inference.inputs import ImageInput, broadcast, group_samples, image_key
 from instructblip.inference.streaming import TextStream, stream_text
-from instructblip.model.attention import cross_attention
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.decoding import GREEDY, PAPER, Decoding, stored_overrides
-from instructblip.model.inference import generate_responses, rank_candidates
+from instructblip.model.inference import cross_attention, generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.generate import OnTokens
 from instructblip.model.language.ranking import Normalization

@@ -21,9 +21,7 @@ from instructblip.core.batch import Batch, LossOutput
 from instructblip.core.regions import part
 from instructblip.model.checkpoints.transformers import Pretrained
 from instructblip.model.config import InstructBlipConfig
-from instructblip.model.fast.folded_norm import fold_norm
-from instructblip.model.fast.qformer import PackedQFormer
-from instructblip.model.fast.vision import encode_frozen
+from instructblip.model.fast import PackedQFormer, encode_frozen, fold_norm
 from instructblip.model.language.adapters import (
     Language,
     build_language_model,

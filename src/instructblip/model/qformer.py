@@ -4,7 +4,7 @@ Queries come first, then the text; both share the self-attention. In every secon
 and only they, attend to the image. Queries and text have feed-forwards of their own (InstructBLIP,
 section 2.3 and figure 3; BLIP-2, section 3.1). Parameter names are those of transformers'
 InstructBlipQFormerModel; without a text branch the module is BLIP-2's Q-Former. ``InstructBlip``
-runs the faster twin in ``fast/qformer.py``.
+runs the faster twin in ``fast.py``.
 """
 
 import torch
@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from instructblip.model.config import QFormerConfig
-from instructblip.model.fast.cross_attention import attend_in_fewer_products, pays
 from instructblip.model.vision import ACTIVATIONS
 
 
@@ -58,23 +57,6 @@ class MultiHeadAttention(nn.Module):
         return context.transpose(1, 2).flatten(2)
 
 
-class CrossAttention(MultiHeadAttention):
-    """Queries that read images; in fewer products where that pays and no rows share an image."""
-
-    def forward(
-        self,
-        hidden: Float[Tensor, "M Q D"],
-        states: Float[Tensor, "N Y W"],
-        mask: Bool[Tensor, "M 1 _ Y"] | None = None,
-        index: Int[Tensor, " M"] | None = None,
-    ) -> Float[Tensor, "M Q D"]:
-        if index is not None or mask is not None or not pays(hidden, self.num_heads):
-            return super().forward(hidden, states, mask, index)
-        dropout = self.dropout if self.training else 0.0
-        projections = (self.query, self.key, self.value)
-        return attend_in_fewer_products(hidden, states, projections, self.num_heads, dropout)
-
-
 class AddNorm(nn.Module):
     """Dense layer, dropout, residual, LayerNorm: the end of each sub-layer (post-norm, as BERT)."""
 
@@ -91,11 +73,11 @@ class AddNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention and its residual."""
+    """Attention to states of width ``width``, and its residual."""
 
-    def __init__(self, config: QFormerConfig, attention: MultiHeadAttention) -> None:
+    def __init__(self, config: QFormerConfig, width: int) -> None:
         super().__init__()
-        self.attention = attention
+        self.attention = MultiHeadAttention(config, width)
         self.output = AddNorm(config, config.hidden_size)
 
     def forward(
@@ -126,9 +108,9 @@ class QFormerLayer(nn.Module):
 
     def __init__(self, config: QFormerConfig, depth: int, text: bool) -> None:
         super().__init__()
-        self.attention = Attention(config, MultiHeadAttention(config, config.hidden_size))
+        self.attention = Attention(config, config.hidden_size)
         self.crossattention = (
-            Attention(config, CrossAttention(config, config.encoder_hidden_size))
+            Attention(config, config.encoder_hidden_size)
             if depth % config.cross_attention_frequency == 0
             else None
         )
@@ -149,22 +131,12 @@ class QFormerLayer(nn.Module):
         hidden = self.attention(hidden, hidden, mask)  # [M, Q+I, D]
         queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
         if queries.shape[1]:
-            queries = self.read_image(queries, image_features, image_index)
+            if self.crossattention is not None:
+                queries = self.crossattention(queries, image_features, None, image_index)
+            queries = self.output_query(self.intermediate_query(queries), queries)
         if text.shape[1]:
             text = self.output(self.intermediate(text), text)
         return torch.cat([queries, text], dim=1)
-
-    def read_image(
-        self,
-        queries: Float[Tensor, "M Q D"],
-        image_features: Float[Tensor, "N P V"] | None,
-        image_index: Int[Tensor, " M"] | None,
-    ) -> Float[Tensor, "M Q D"]:
-        """Cross-attention, where this layer has one, and the feed-forward of the queries."""
-        if self.crossattention is not None:
-            assert image_features is not None
-            queries = self.crossattention(queries, image_features, None, image_index)
-        return self.output_query(self.intermediate_query(queries), queries)
 
 
 class QFormerEmbeddings(nn.Module):
@@ -245,13 +217,14 @@ class QFormer(nn.Module):
         """Last hidden states of the queries. ``image_index`` names the image of each row (None: row
         i reads image i); without a mask no text is padding. Without a text branch the instruction
         is ignored."""
-        ids, text_mask = self.check_instruction(qformer_ids, qformer_mask)
-        hidden = self.embeddings(query_embeds, ids)  # [M, Q+I, D]
-        num_queries = query_embeds.shape[1]
-        mask = None if text_mask is None else attention_mask(text_mask, num_queries, False)
-        for layer in self.encoder.layer:
-            hidden = layer(hidden, num_queries, mask, image_features, image_index)
-        return hidden[:, :num_queries]
+        if not self.text:
+            qformer_ids = qformer_mask = None
+        elif qformer_ids is None:
+            raise ValueError("an instruction-aware Q-Former needs qformer_ids and qformer_mask")
+        inputs = (query_embeds, image_features, qformer_ids, qformer_mask, image_index)
+        queries, _ = self.run(*inputs, causal_text=False, keep_text=False)
+        assert queries is not None
+        return queries
 
     def hidden_states(
         self,
@@ -268,29 +241,31 @@ class QFormer(nn.Module):
         ``causal_text`` text reads all queries and earlier text, and queries read no text, for
         image-grounded captions. Raises ValueError for a Q-Former without a text branch.
         """
-        self.check_text_branch()
-        hidden = self.embeddings(query_embeds, qformer_ids)  # [M, Q+I, D]
-        num_queries = hidden.shape[1] - qformer_ids.shape[1]
-        mask = attention_mask(qformer_mask, num_queries, causal_text)
-        for layer in self.encoder.layer:
-            hidden = layer(hidden, num_queries, mask, image_features, image_index)
-        queries = None if query_embeds is None else hidden[:, :num_queries]
-        return queries, hidden[:, num_queries:]
-
-    def check_instruction(
-        self, ids: Int[Tensor, "M I"] | None, mask: Int[Tensor, "M I"] | None
-    ) -> tuple[Int[Tensor, "M I"] | None, Int[Tensor, "M I"] | None]:
-        """The instruction that the text branch reads; None where there is no text branch."""
-        if not self.text:
-            return None, None
-        if ids is None:
-            raise ValueError("an instruction-aware Q-Former needs qformer_ids and qformer_mask")
-        return ids, mask
-
-    def check_text_branch(self) -> None:
-        """Raise ValueError where there is no text branch."""
         if not self.text:
             raise ValueError("this Q-Former has no text branch; load it with instruction_aware")
+        inputs = (query_embeds, image_features, qformer_ids, qformer_mask, image_index)
+        queries, text = self.run(*inputs, causal_text, keep_text=True)
+        assert text is not None
+        return queries, text
+
+    def run(
+        self,
+        query_embeds: Float[Tensor, "M Q D"] | None,
+        image_features: Float[Tensor, "N P V"] | None,
+        ids: Int[Tensor, "M I"] | None,
+        mask: Int[Tensor, "M I"] | None,
+        image_index: Int[Tensor, " M"] | None,
+        causal_text: bool,
+        keep_text: bool,
+    ) -> tuple[Float[Tensor, "M Q D"] | None, Float[Tensor, "M I D"] | None]:
+        """Last hidden states of the queries, and of the text where ``keep_text``."""
+        hidden = self.embeddings(query_embeds, ids)  # [M, Q+I, D]
+        num_queries = 0 if query_embeds is None else query_embeds.shape[1]
+        allowed = None if mask is None else attention_mask(mask, num_queries, causal_text)
+        for layer in self.encoder.layer:
+            hidden = layer(hidden, num_queries, allowed, image_features, image_index)
+        queries = None if query_embeds is None else hidden[:, :num_queries]
+        return queries, hidden[:, num_queries:] if keep_text else None
 
 
 def attention_mask(

@@ -143,7 +143,7 @@ class VisionModel(nn.Module):
         return self.embeddings(pixel_values)
 
     def body(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
-        """Everything but the last LayerNorm. Without gradients ``fast/vision.py`` is faster."""
+        """Everything but the last LayerNorm. Without gradients ``fast.encode_frozen`` is faster."""
         return self.encoder(self.embed(pixel_values))
 
     def norm(self, features: Float[Tensor, "N P V"]) -> Float[Tensor, "N P V"]:

@@ -23,7 +23,7 @@ from instructblip.model.language.inputs import (
     pad_left,
     prepend_queries,
 )
-from instructblip.model.language.ranking import Forest, Layout, Prefix, select_cache
+from instructblip.model.language.ranking import Layout, Prefix, select_cache
 
 
 class CausalLanguage:
@@ -97,7 +97,7 @@ class CausalLanguage:
         """Token ids of each response, without its end token. Prompts are padded on the left."""
         embeds, mask = pad_left(*embed_prefix(self.model, queries, batch))
         beams = decoding.get("num_beams", 1)
-        shares = beams > 1 and self._reads_trees
+        shares = beams > 1 and self.reads_trees
         model = BeamTree(self, beams).model() if shares else self.model
         return generate(model, on_tokens, decoding, inputs_embeds=embeds, attention_mask=mask)
 
@@ -107,10 +107,6 @@ class CausalLanguage:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         output = self.run(positions, inputs_embeds=embeds, attention_mask=mask)
         return Prefix(self.logits(output.last_hidden_state[:, -1]), output.past_key_values, mask)
-
-    def layout(self, forest: Forest, device: torch.device) -> Layout:
-        """Prefix trees as one row each if the model accepts any mask, else a row per leaf."""
-        return forest.packed(device) if self._reads_trees else forest.unpacked(device)
 
     def node_logits(self, prefix: Prefix, layout: Layout) -> Float[Tensor, "n W"]:
         """Logits at every node of the layout; the keys and values of the prefix are reused."""
@@ -149,8 +145,8 @@ class CausalLanguage:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
     @property
-    def _reads_trees(self) -> bool:
-        """Whether the model accepts any positions and any mask."""
+    def reads_trees(self) -> bool:
+        """Whether the model accepts any positions and any mask, and so a prefix tree as one row."""
         config = self.model.config
         implementations = (ATTENTION, "sdpa", "eager")
         return config.model_type in PACKED_TYPES and config._attn_implementation in implementations

@@ -12,28 +12,26 @@ An edge is one token of one candidate, and the logits at its parent predict it. 
 no node, since nothing follows that their logits would predict. The score of "red cat ." is
 log p(red | prompt) + log p(cat | node 1) + log p(. | node 2).
 
-A model that accepts any mask reads a tree as one row, each node once (`Forest.packed`); any other
-model reads one row per leaf (`Forest.unpacked`)::
+A model that accepts any mask (``reads_trees``) reads a tree as one row, each node once; any other
+model reads one row per leaf::
 
-    packed    prompt  1  2  3         unpacked    red  cat
-    1 red     x x x x x                           dog
+    tree      prompt  1  2  3         leaves    red  cat
+    1 red     x x x x x                         dog
     2 cat     x x x x x  x
     3 dog     x x x x       x
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
-
-from instructblip.core.batch import Batch
 
 Candidates = Sequence[Sequence[Sequence[int]]]
 """Token ids of every candidate of every sample, the end token included."""
@@ -70,59 +68,6 @@ class Layout:
     real: Bool[Tensor, "r w"]  # no padding
     visible: Bool[Tensor, "r w w"] | None  # [r, i, j]: i sees j; None: plain causal rows
     place: Int[Tensor, " n"]
-
-
-@runtime_checkable
-class Ranker(Protocol):
-    """What ranking needs of a language model: `CausalLanguage` and `Seq2SeqLanguage`."""
-
-    def prefill(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Prefix:
-        """Run [queries; prompt] once."""
-        ...
-
-    def layout(self, forest: "Forest", device: torch.device) -> Layout:
-        """How the model reads a forest of candidates."""
-        ...
-
-    def node_logits(self, prefix: Prefix, layout: Layout) -> Float[Tensor, "n W"]:
-        """Logits at every node of the layout, behind the prefixes of their samples."""
-        ...
-
-
-@torch.no_grad()
-def rank(
-    language: Ranker,
-    queries: Float[Tensor, "B K L"],
-    batch: Batch,
-    candidates: Candidates,
-    normalization: Normalization = "sum",
-    include_end: bool = True,
-    chunk: int = 256,
-    on_chunk: Callable[[], None] | None = None,
-) -> list[Tensor]:
-    """Log-likelihoods in nats [C] of the candidates of each sample, in the order given.
-
-    The prefix runs once per sample, and at most ``chunk`` candidates at a time continue from its
-    keys and values. ``on_chunk`` is called before each chunk; an exception that it raises ends the
-    ranking. 1,000 candidates score 36 to 40 times as fast as in one forward pass each
-    (benchmarks/rank_2-cpu-cores_2026-11-23.md).
-    """
-    entries = sort_candidates(candidates, include_end, len(batch))
-    if not entries:
-        return [torch.zeros(0, device=queries.device) for _ in candidates]
-    prefix = language.prefill(queries, batch)
-    scores = torch.zeros(len(entries), device=queries.device)
-    for part in in_chunks(entries, chunk):
-        if on_chunk is not None:
-            on_chunk()
-        forest = Forest.of(part)
-        logits = prefix.logits[torch.tensor(forest.samples, device=queries.device)]
-        if len(forest):
-            layout = language.layout(forest, queries.device)
-            logits = torch.cat([logits, language.node_logits(prefix, layout)])
-        places = torch.tensor([place for _, place, _ in part], device=queries.device)
-        scores[places] = forest.scores(logits, normalization)
-    return list(scores.split([len(group) for group in candidates]))
 
 
 def sort_candidates(candidates: Candidates, include_end: bool, num_samples: int) -> list[Entry]:
@@ -225,54 +170,42 @@ class Forest:
             node = self.parents[node]
         return path[::-1]
 
-    def packed(self, device: torch.device) -> Layout:
-        """One row per tree, each node once; a node sees its ancestors and itself."""
-        rows: list[list[int]] = [[] for _ in self.samples]
-        tree, column = list(range(len(self.samples))), [-1] * len(self.samples)  # of each node
-        for node in self.nodes:
-            tree.append(tree[self.parents[node]])
-            column.append(len(rows[tree[node]]))
-            rows[tree[node]].append(node)
-        sees = [
-            (tree[node], column[node], column[ancestor])
-            for node in self.nodes
-            for ancestor in self.path(node)
-        ]
-        width = max(map(len, rows))
-        visible = torch.zeros(len(rows), width, width, dtype=torch.bool)
-        visible[tuple(torch.tensor(sees).T)] = True
-        return self._layout(self.samples, rows, visible.to(device), device)
-
-    def unpacked(self, device: torch.device) -> Layout:
-        """One row per leaf, the path to it, for models that read plain rows."""
-        inner = set(self.parents)
-        rows = [self.path(node) for node in self.nodes if node not in inner]
-        samples = [self.samples[self.parents[row[0]]] for row in rows]
-        return self._layout(samples, rows, None, device)
-
-    def _layout(
-        self,
-        samples: list[int],
-        rows: list[list[int]],
-        visible: Tensor | None,
-        device: torch.device,
-    ) -> Layout:
-        def padded(values: list[list[int]]) -> Tensor:
-            tensors = [torch.tensor(row, dtype=torch.long) for row in values]
-            return pad_sequence(tensors, batch_first=True)
-
-        width = max(map(len, rows))
-        place: dict[int, int] = {}  # a node may stand in several rows, with the same logits
+    def layout(self, as_trees: bool, device: torch.device) -> Layout:
+        """One row per tree, in which a node sees its ancestors and itself; or one row per leaf, the
+        path to it."""
+        samples, rows = self.samples, [[] for _ in self.samples]
+        if as_trees:
+            for node in self.nodes:
+                rows[self.parents[self.path(node)[0]]].append(node)
+        else:
+            inner = set(self.parents)
+            rows = [self.path(node) for node in self.nodes if node not in inner]
+            samples = [self.samples[self.parents[row[0]]] for row in rows]
+        place: dict[int, tuple[int, int]] = {}  # row and column of each node
         for r, row in enumerate(rows):
             for column, node in enumerate(row):
-                place.setdefault(node, r * width + column)
+                place.setdefault(node, (r, column))  # in other rows its logits are the same
+        nodes = pad_sequence([torch.tensor(row).long() for row in rows], True, padding_value=-1)
+        real, visible = nodes >= 0, None
+        width = nodes.shape[1]
+        if as_trees:
+            paths = [(node, self.path(node)) for node in self.nodes]
+            sees = [(*place[node], place[above][1]) for node, path in paths for above in path]
+            visible = torch.zeros(len(rows), width, width, dtype=torch.bool)
+            visible[tuple(torch.tensor(sees).T)] = True
+            visible = visible.to(device)
+        row_of, column_of = torch.tensor([place[node] for node in self.nodes]).T
+        ids, depth = (
+            torch.tensor(values)[nodes].masked_fill(~real, 0).to(device)
+            for values in (self.tokens, self.depths)
+        )
         return Layout(
             sample=torch.tensor(samples, device=device),
-            ids=padded([[self.tokens[node] for node in row] for row in rows]).to(device),
-            depth=padded([[self.depths[node] for node in row] for row in rows]).to(device),
-            real=padded([[1] * len(row) for row in rows]).bool().to(device),
+            ids=ids,
+            depth=depth,
+            real=real.to(device),
             visible=visible,
-            place=torch.tensor([place[node] for node in self.nodes], device=device),
+            place=(row_of * width + column_of).to(device),
         )
 
     def scores(

@@ -15,19 +15,16 @@ from instructblip.model.language.fast.head import token_losses
 from instructblip.model.language.fast.packing import Packing
 from instructblip.model.language.generate import OnTokens, generate
 from instructblip.model.language.inputs import Joined, compact, embed_prefix
-from instructblip.model.language.ranking import (
-    Forest,
-    Layout,
-    Prefix,
-    select_cache,
-    select_samples,
-)
+from instructblip.model.language.ranking import Layout, Prefix, select_cache, select_samples
 
 SEQ2SEQ_TYPES = ("t5", "mt5")
 
 
 class Seq2SeqLanguage:
     """An encoder-decoder: [queries; prompt] in the encoder, the response in the decoder."""
+
+    reads_trees = False
+    """T5's positions are distances between columns, so each leaf of a prefix tree needs a row."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -106,10 +103,6 @@ class Seq2SeqLanguage:
         )
         logits = self._logits(output.last_hidden_state[:, -1])
         return Prefix(logits, output.past_key_values, mask, states)
-
-    def layout(self, forest: Forest, device: torch.device) -> Layout:
-        """T5's positions are distances between columns, so every leaf needs its own row."""
-        return forest.unpacked(device)
 
     def node_logits(self, prefix: Prefix, layout: Layout) -> Float[Tensor, "n W"]:
         """Logits at every node of the layout; the keys and values of the prefix are reused."""
