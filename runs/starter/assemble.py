@@ -17,7 +17,7 @@ from qformer import assemble, load_tokens
 from safetensors.torch import load_file
 
 from instructblip.data.images import ImageTransform
-from instructblip.model.checkpoints.text_branch import save_text_branch
+from instructblip.model.checkpoints.transformers import save_text_branch
 from instructblip.model.instructblip import InstructBlip
 
 CARD = """# The starter: a small BLIP-2 for Scenes

@@ -91,7 +91,7 @@ def test_packed_qformer_equals_the_plain_one(
     assert not mask.all()
     arguments = (queries, features, ids, mask if padded else None, index)
     fast = model.qformer(*arguments)
-    monkeypatch.setattr(PackedQFormer, "run", QFormer.run)
+    monkeypatch.setattr(PackedQFormer, "hidden_states", QFormer.hidden_states)
     assert_same(model, fast, model.qformer(*arguments))
 
 
@@ -102,7 +102,7 @@ def test_packed_hidden_states_equal_the_plain_ones(
     queries, features, ids, mask, index = inputs_of(model)
     model.qformer.requires_grad_(True)  # the last text feed-forward has a reader here
     fast = model.qformer.hidden_states(queries, features, ids, mask, index, causal_text)
-    monkeypatch.setattr(PackedQFormer, "run", QFormer.run)
+    monkeypatch.setattr(PackedQFormer, "hidden_states", QFormer.hidden_states)
     plain = model.qformer.hidden_states(queries, features, ids, mask, index, causal_text)
     assert plain[0] is not None
     assert fast[0] is not None
@@ -116,7 +116,7 @@ def test_packed_text_alone_equals_the_plain_one(
 ):
     _, _, ids, mask, _ = inputs_of(model)
     none, fast = model.qformer.hidden_states(None, None, ids, mask)
-    monkeypatch.setattr(PackedQFormer, "run", QFormer.run)
+    monkeypatch.setattr(PackedQFormer, "hidden_states", QFormer.hidden_states)
     also_none, plain = model.qformer.hidden_states(None, None, ids, mask)
     assert none is also_none is None
     assert_same(model, fast[mask.bool()], plain[mask.bool()])

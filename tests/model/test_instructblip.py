@@ -8,11 +8,7 @@ from jaxtyping import TypeCheckError
 from pydantic import ValidationError
 from transformers import InstructBlipConfig as TheirConfig
 
-from instructblip.model.config import (
-    InstructBlipConfig,
-    LoraConfig,
-    VisionConfig,
-)
+from instructblip.model.config import InstructBlipConfig, LoraConfig, VisionConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.lora import add_lora
 from instructblip.model.trainable import ALIASES, PARTS, part_of

@@ -5,21 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from instructblip.model.config import (
-    InstructBlipConfig,
-    QFormerConfig,
-    VisionConfig,
-)
+from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
 from instructblip.model.decoding import GREEDY
 from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import build_language_model, language_of
 from instructblip.model.language.beams import BeamTree
-from instructblip.model.language.ranking import (
-    Forest,
-    in_chunks,
-    sort_candidates,
-)
+from instructblip.model.language.ranking import Forest, in_chunks, sort_candidates
 from tests.parity.tiny import LANGUAGES, VOCAB, padded, tiny_batch
 
 GPT2 = {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 64}

@@ -25,12 +25,7 @@ from instructblip.model.checkpoints.lavis import (
     to_lavis,
 )
 from instructblip.model.checkpoints.weights import write_weights
-from instructblip.model.config import (
-    InstructBlipConfig,
-    LoraConfig,
-    QFormerConfig,
-    VisionConfig,
-)
+from instructblip.model.config import InstructBlipConfig, LoraConfig, QFormerConfig, VisionConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import build_language_model
 from instructblip.model.language.lora import add_lora

@@ -12,7 +12,6 @@ from instructblip.model.language.fast.llama import (
     _project,
     _Rotation,
     _SiluTimes,
-    rms_norm,
 )
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
@@ -30,8 +29,7 @@ def test_frozen_norm(dtype: torch.dtype, apart: float):
     theirs = LlamaRMSNorm(16, eps=0.1).to(dtype).requires_grad_(False)
     theirs.weight.uniform_(0.5, 1.5)
     states = torch.randn(1, 5, 16, dtype=dtype, requires_grad=True)
-    expected = rms_norm(states, theirs.weight, 0.1)
-    assert torch.equal(expected, theirs(states))
+    expected = theirs(states)
     got = _FrozenRMSNorm.apply(states, theirs.weight, 0.1)
     torch.testing.assert_close(got, expected, rtol=apart, atol=apart)
     torch.testing.assert_close(

@@ -12,9 +12,9 @@ from instructblip.model.config import LoraConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.lora import (
     FOLDER,
-    adapters,
     add_lora,
     load_lora,
+    lora_layers,
     merge_lora,
     save_lora,
 )
@@ -31,7 +31,7 @@ def adapted(model: InstructBlip, **settings: object) -> InstructBlip:
     """``model`` with an adapter that changes its results."""
     add_lora(model.language_model, LoraConfig.model_validate({"rank": 2, **settings}))
     with torch.no_grad():
-        for adapter in adapters(model.language_model).values():
+        for adapter in lora_layers(model.language_model).values():
             adapter.B.normal_(0, 0.5)
     return model.set_trainable(("qformer", "lora")).eval()
 
@@ -73,7 +73,7 @@ def test_saving_loading_and_merging_change_no_result(loaded: InstructBlip, tmp_p
     names = load_file(tmp_path / "saved" / "model.safetensors")
     assert not any("lora" in name for name in names)
     merge_lora(again.language_model)
-    assert not adapters(again.language_model)
+    assert not lora_layers(again.language_model)
     torch.testing.assert_close(loss_of(again), expected, rtol=1e-5, atol=1e-4)
     again.save_pretrained(tmp_path / "merged")
     assert not (tmp_path / "merged" / FOLDER).exists()
@@ -90,7 +90,7 @@ def test_export_merges_the_adapter_or_keeps_its_files(tmp_path: Path):
         assert not stop.value.code
     assert (tmp_path / "apart" / FOLDER / "adapter_config.json").is_file()
     apart = InstructBlip.from_pretrained(tmp_path / "apart")
-    assert adapters(apart.language_model)
+    assert lora_layers(apart.language_model)
     assert torch.equal(loss_of(apart), expected)
     assert not (tmp_path / "merged" / FOLDER).exists()
     merged = InstructBlip.from_pretrained(tmp_path / "merged")

@@ -9,13 +9,8 @@ from torch import nn
 
 from instructblip.experiment.memory import saved_bytes
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language.lora import adapters
-from instructblip.model.language.quantize import (
-    NF4,
-    Kind,
-    QuantizedLinear,
-    quantize_linears,
-)
+from instructblip.model.language.lora import lora_layers
+from instructblip.model.language.quantize import NF4, Kind, QuantizedLinear, quantize_linears
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
 from tests.model.test_lora import adapted
@@ -95,16 +90,16 @@ def test_quantized_layers_keep_their_adapters(language: str, kind: Kind, tmp_pat
     batch = tiny_batch(plain.config)
     quantize_linears(plain.language_model, kind)
     model = adapted(InstructBlip.from_pretrained(tmp_path / "start"))
-    before = adapters(model.language_model)
+    before = lora_layers(model.language_model)
     quantize_linears(model.language_model, kind)
-    assert adapters(model.language_model) == before
+    assert lora_layers(model.language_model) == before
     assert model.loss(batch).loss_sum != plain.loss(batch).loss_sum
     computed = gradients(model, batch)
     named = [name for name in computed if name.endswith("lora.B")]
     assert len(named) == len(before)
     assert all(computed[name].abs().max() > 0 for name in named)
     model.save_pretrained(tmp_path / "saved")
-    kept = adapters(InstructBlip.from_pretrained(tmp_path / "saved").language_model)
+    kept = lora_layers(InstructBlip.from_pretrained(tmp_path / "saved").language_model)
     for name, adapter in kept.items():
         assert torch.equal(adapter.B, before[name].B)
     for adapter in before.values():

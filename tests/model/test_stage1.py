@@ -13,11 +13,7 @@ from safetensors.torch import load_file
 from instructblip.experiment.pretrain import pretrain
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.stage1 import (
-    LABEL_SMOOTHING,
-    Stage1,
-    contrast,
-)
+from instructblip.model.stage1 import LABEL_SMOOTHING, Stage1, contrast
 from instructblip.recipe.load import load_recipe
 from instructblip.scenes.official import write_scenes
 from tests.inference.test_engine import write_model

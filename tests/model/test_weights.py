@@ -9,9 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from instructblip.model.checkpoints import weights as weights_module
-from instructblip.model.checkpoints.weights import (
-    read_weights,
-)
+from instructblip.model.checkpoints.weights import read_weights
 from instructblip.model.instructblip import InstructBlip
 from tests.parity.tiny import tiny_batch, tiny_transformers
 

@@ -14,7 +14,7 @@ from transformers import (
     InstructBlipVideoForConditionalGeneration,
 )
 
-from instructblip.model.checkpoints.text_branch import save_text_branch
+from instructblip.model.checkpoints.transformers import save_text_branch
 from instructblip.model.instructblip import InstructBlip
 from tests.parity.tiny import (
     IMAGE_TOKEN,

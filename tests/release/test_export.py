@@ -10,7 +10,7 @@ from transformers import InstructBlipForConditionalGeneration, InstructBlipProce
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.inference.engine import Engine
 from instructblip.inference.fingerprint import fingerprint
-from instructblip.model.checkpoints.text_branch import TEXT_BRANCH_FILE
+from instructblip.model.checkpoints.transformers import TEXT_BRANCH_FILE
 from instructblip.release.export import export_model
 from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
 from tests.inference.test_engine import QUESTION, write_model

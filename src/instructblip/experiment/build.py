@@ -47,7 +47,7 @@ from instructblip.model.checkpoints.weights import read_json
 from instructblip.model.config import InstructBlipConfig, LoraConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import checkpoint_layers, stacks_of
-from instructblip.model.language.lora import adapters, add_lora
+from instructblip.model.language.lora import add_lora, lora_layers
 from instructblip.model.language.quantize import quantize_linears
 from instructblip.recipe.load import differences, load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
@@ -261,7 +261,7 @@ def shape_language(
                 f"model.lora trains as a part of its own, and training.trainable is "
                 f"{list(parts)}: add lora to it"
             )
-        if present := adapters(language):
+        if present := lora_layers(language):
             _warn_of_other_adapter(adapter, next(iter(present.values())).config)
         else:
             add_lora(language, adapter)

@@ -170,9 +170,9 @@ class InstructBlipConfig(_Config):
                 "that transformers' InstructBlip or Blip2 wrote, or one that this project wrote."
             )
         vision = _select(VisionConfig, config.get("vision_config") or {})
-        for name in ("image_size", "patch_size"):
-            vision[name] = _side(vision[name], name) if name in vision else vision.get(name)
         vision = {name: value for name, value in vision.items() if value is not None}
+        for name in {"image_size", "patch_size"} & vision.keys():
+            vision[name] = _side(vision[name], name)
         vision_config = VisionConfig(**vision)
         qformer = _select(QFormerConfig, config.get("qformer_config") or {})
         # transformers derives this width as well and ignores what the file says.

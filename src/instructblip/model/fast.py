@@ -155,31 +155,29 @@ class PackedQFormer(QFormer):
     (benchmarks/padding.py). States of padding are those of any token.
     """
 
-    def run(
+    def hidden_states(
         self,
         query_embeds: Float[Tensor, "M Q D"] | None,
         image_features: Float[Tensor, "N P V"] | None,
-        ids: Int[Tensor, "M I"] | None,
-        mask: Int[Tensor, "M I"] | None,
-        image_index: Int[Tensor, " M"] | None,
-        causal_text: bool,
-        keep_text: bool,
-    ) -> tuple[Float[Tensor, "M Q D"] | None, Float[Tensor, "M I D"] | None]:
-        hidden = self.embeddings(query_embeds, ids)  # [M, Q+I, D]
-        num_queries = 0 if query_embeds is None else query_embeds.shape[1]
-        allowed = None if mask is None else attention_mask(mask, num_queries, causal_text)
-        rows = Rows.of(hidden, num_queries, mask)
+        qformer_ids: Int[Tensor, "M I"] | None,
+        qformer_mask: Int[Tensor, "M I"] | None,
+        image_index: Int[Tensor, " M"] | None = None,
+        causal_text: bool = False,
+        keep_text: bool = True,
+    ) -> tuple[Float[Tensor, "M Q D"] | None, Float[Tensor, "M _ D"]]:
+        hidden = self.embeddings(query_embeds, qformer_ids)  # [M, Q+I, D]
+        count = 0 if query_embeds is None else query_embeds.shape[1]
+        mask = None if qformer_mask is None else attention_mask(qformer_mask, count, causal_text)
+        rows = Rows.of(hidden, count, qformer_mask)
         tokens = rows.pack(hidden)  # [n, D]
         last = len(self.encoder.layer) - 1
         for depth, layer in enumerate(self.encoder.layer):
             assert isinstance(layer, QFormerLayer)
             keep = keep_text or depth < last
-            tokens = _run_layer(layer, tokens, rows, allowed, image_features, image_index, keep)
-        if not keep_text:
-            return tokens.unflatten(0, (len(hidden), -1)), None
-        states = rows.unpack(tokens)
-        queries = None if query_embeds is None else states[:, :num_queries]
-        return queries, states[:, num_queries:]
+            tokens = _run_layer(layer, tokens, rows, mask, image_features, image_index, keep)
+        states = rows.unpack(tokens) if keep_text else tokens.unflatten(0, (len(hidden), -1))
+        queries = None if query_embeds is None else states[:, :count]
+        return queries, states[:, count:]
 
 
 def _run_layer(

@@ -22,12 +22,8 @@ from instructblip.core.regions import part
 from instructblip.model.checkpoints.transformers import Pretrained
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.fast import PackedQFormer, encode_frozen, fold_norm
-from instructblip.model.language.adapters import (
-    Language,
-    build_language_model,
-    language_of,
-)
-from instructblip.model.language.lora import adapters
+from instructblip.model.language.adapters import Language, build_language_model, language_of
+from instructblip.model.language.lora import lora_layers
 from instructblip.model.trainable import ALIASES, PARTS, eval_frozen, is_trainable, part_of
 from instructblip.model.vision import VisionModel
 
@@ -175,7 +171,7 @@ class InstructBlip(Pretrained):
                 f"trainable parts must be some of {', '.join(known)}; got {list(choice)}"
             )
         parts = {part for name in choice for part in ALIASES.get(name, (name,))}
-        if "lora" in parts and not adapters(self.language_model):
+        if "lora" in parts and not lora_layers(self.language_model):
             raise ValueError("the language model has no adapter to train: give model.lora={}")
         last = len(self.qformer.encoder.layer) - 1
         unread = re.compile(rf"qformer\.encoder\.layer\.{last}\.(intermediate|output)\..*")
@@ -192,7 +188,7 @@ class InstructBlip(Pretrained):
         super().train(mode)
         if mode:
             eval_frozen(self)
-            for adapter in adapters(self.language_model).values():
+            for adapter in lora_layers(self.language_model).values():
                 adapter.train(adapter.A.requires_grad)
         return self
 

@@ -144,6 +144,7 @@ class QFormerEmbeddings(nn.Module):
 
     def __init__(self, config: QFormerConfig, text: bool) -> None:
         super().__init__()
+        self.text = text
         if text:
             self.word_embeddings = nn.Embedding(
                 config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
@@ -155,12 +156,12 @@ class QFormerEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self,
-        query_embeds: Float[Tensor, "M Q D"] | None,
-        ids: Int[Tensor, "M I"] | None,
+        self, query_embeds: Float[Tensor, "M Q D"] | None, ids: Int[Tensor, "M I"] | None
     ) -> Float[Tensor, "M _ D"]:
         parts = [] if query_embeds is None else [query_embeds]
         if ids is not None:
+            if not self.text:
+                raise ValueError("this Q-Former has no text branch; load it with instruction_aware")
             longest = self.position_embeddings.num_embeddings
             if ids.shape[1] > longest:
                 raise ValueError(
@@ -222,7 +223,7 @@ class QFormer(nn.Module):
         elif qformer_ids is None:
             raise ValueError("an instruction-aware Q-Former needs qformer_ids and qformer_mask")
         inputs = (query_embeds, image_features, qformer_ids, qformer_mask, image_index)
-        queries, _ = self.run(*inputs, causal_text=False, keep_text=False)
+        queries, _ = self.hidden_states(*inputs, keep_text=False)
         assert queries is not None
         return queries
 
@@ -230,42 +231,26 @@ class QFormer(nn.Module):
         self,
         query_embeds: Float[Tensor, "M Q D"] | None,
         image_features: Float[Tensor, "N P V"] | None,
-        qformer_ids: Int[Tensor, "M I"],
-        qformer_mask: Int[Tensor, "M I"],
+        qformer_ids: Int[Tensor, "M I"] | None,
+        qformer_mask: Int[Tensor, "M I"] | None,
         image_index: Int[Tensor, " M"] | None = None,
         causal_text: bool = False,
-    ) -> tuple[Float[Tensor, "M Q D"] | None, Float[Tensor, "M I D"]]:
-        """Last hidden states of queries and text, for BLIP-2's first stage (section 3.1).
+        keep_text: bool = True,
+    ) -> tuple[Float[Tensor, "M Q D"] | None, Float[Tensor, "M _ D"]]:
+        """Last hidden states of queries and text, as BLIP-2's first stage reads them (section 3.1).
 
         Without queries (None, with no image) text reads text alone, for the contrastive loss. With
         ``causal_text`` text reads all queries and earlier text, and queries read no text, for
-        image-grounded captions. Raises ValueError for a Q-Former without a text branch.
+        image-grounded captions. Without ``keep_text`` the states of the text are empty [M, 0, D].
+        Raises ValueError for an instruction that a Q-Former without a text branch cannot read.
         """
-        if not self.text:
-            raise ValueError("this Q-Former has no text branch; load it with instruction_aware")
-        inputs = (query_embeds, image_features, qformer_ids, qformer_mask, image_index)
-        queries, text = self.run(*inputs, causal_text, keep_text=True)
-        assert text is not None
-        return queries, text
-
-    def run(
-        self,
-        query_embeds: Float[Tensor, "M Q D"] | None,
-        image_features: Float[Tensor, "N P V"] | None,
-        ids: Int[Tensor, "M I"] | None,
-        mask: Int[Tensor, "M I"] | None,
-        image_index: Int[Tensor, " M"] | None,
-        causal_text: bool,
-        keep_text: bool,
-    ) -> tuple[Float[Tensor, "M Q D"] | None, Float[Tensor, "M I D"] | None]:
-        """Last hidden states of the queries, and of the text where ``keep_text``."""
-        hidden = self.embeddings(query_embeds, ids)  # [M, Q+I, D]
-        num_queries = 0 if query_embeds is None else query_embeds.shape[1]
-        allowed = None if mask is None else attention_mask(mask, num_queries, causal_text)
+        hidden = self.embeddings(query_embeds, qformer_ids)  # [M, Q+I, D]
+        count = 0 if query_embeds is None else query_embeds.shape[1]
+        mask = None if qformer_mask is None else attention_mask(qformer_mask, count, causal_text)
         for layer in self.encoder.layer:
-            hidden = layer(hidden, num_queries, allowed, image_features, image_index)
-        queries = None if query_embeds is None else hidden[:, :num_queries]
-        return queries, hidden[:, num_queries:] if keep_text else None
+            hidden = layer(hidden, count, mask, image_features, image_index)
+        queries = None if query_embeds is None else hidden[:, :count]
+        return queries, hidden[:, count:] if keep_text else hidden[:, :0]
 
 
 def attention_mask(

@@ -55,7 +55,7 @@ def export_model(
         export_lavis(InstructBlip.from_pretrained(model), out, image_encoder)
         return
     loaded = InstructBlip.from_pretrained(model)
-    if keep_lora and not lora.adapters(loaded.language_model):
+    if keep_lora and not lora.lora_layers(loaded.language_model):
         raise ValueError(f"{model} has no LoRA adapter to keep apart: leave out --keep-lora")
     _check_results(results, source, loaded)
     if not keep_lora:

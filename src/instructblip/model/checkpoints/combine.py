@@ -5,23 +5,38 @@ transformers' directories into ``VisionModel``, which computes the same features
 any that ``model/language`` drives (Llama, Qwen, Gemma, OPT, T5 families).
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from instructblip.model.checkpoints.transformers import load_weights
 from instructblip.model.checkpoints.weights import read_json, read_weights
-from instructblip.model.config import (
-    InstructBlipConfig,
-    QFormerConfig,
-    VisionConfig,
-)
+from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import read_language_config
 
+SHARED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "attention_dropout",
+)
+"""Fields of an image encoder that transformers' CLIP and SigLIP have too."""
+
 NORMS = {"pre_layrnorm.": "embeddings.norm.", "self_attn.out_proj.": "self_attn.projection."}
+
+
+KNOWN = ("embeddings.", "encoder.", "post_layernorm.")
+LEFT_OUT = re.compile(r"^embeddings\.position_ids|\.self_attn\.[kv]_proj\.")
 
 
 def combine(
@@ -68,70 +83,39 @@ def read_vision(path: Path) -> tuple[VisionConfig, dict[str, Tensor]]:
     }
     if kind.startswith(("instructblip", "blip-2")):
         config = InstructBlipConfig.from_transformers(values).vision
-        known = ("embeddings.", "encoder.", "post_layernorm.")
-        return config, {n: v for n, v in weights.items() if n.startswith(known)}
+        return config, {n: v for n, v in weights.items() if n.startswith(KNOWN)}
     family = kind.removesuffix("_vision_model")
     if family not in ("clip", "siglip"):
         raise ValueError(
             f"{path} holds an image encoder of model_type {kind!r}; expected CLIP, SigLIP, or that "
             "of a BLIP-2 or InstructBLIP"
         )
-    given = values.get("vision_config", values)
-    defaults = {"hidden_act": "quick_gelu" if family == "clip" else "gelu_pytorch_tanh"}
-    defaults |= {"layer_norm_eps": 1e-5 if family == "clip" else 1e-6}
+    # a config file leaves out transformers' defaults
+    given = {n: v for n, v in values.get("vision_config", values).items() if n in SHARED}
+    theirs = AutoConfig.for_model(f"{family}_vision_model", **given)
     config = VisionConfig(
-        **{**DEFAULTS[family], **defaults, **{k: given[k] for k in SHARED if k in given}},
+        **{name: getattr(theirs, name) for name in SHARED},
         class_token=family == "clip",
         pre_layernorm=family == "clip",
     )
     return config, _fused(weights, config)
 
 
-SHARED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "attention_dropout",
-)
-DEFAULTS: dict[str, dict[str, Any]] = {
-    family: {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 32 if family == "clip" else 16,
-    }
-    for family in ("clip", "siglip")
-}
-"""Defaults of transformers, which its config files leave out."""
-
-
 def _fused(weights: dict[str, Tensor], config: VisionConfig) -> dict[str, Tensor]:
     """Tensors of CLIP or SigLIP with one matrix for queries, keys and values, without the heads."""
     ours: dict[str, Tensor] = {}
     for name, value in weights.items():
-        if name.startswith(("head.", "embeddings.position_ids")):
-            continue
         if ".self_attn.q_proj." in name:
             parts = [weights[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
             ours[name.replace("q_proj", "qkv")] = torch.cat(parts)
-        elif ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
-            continue
         elif name == "embeddings.class_embedding":
             ours[name] = value.view(1, 1, -1)
         elif name == "embeddings.position_embedding.weight":
             ours["embeddings.position_embedding"] = value[None]
-        else:
+        elif not LEFT_OUT.search(name):
             for theirs, own in NORMS.items():
                 name = name.replace(theirs, own)
             ours[name] = value
     if "embeddings.patch_embedding.bias" not in ours:  # CLIP's has none
         ours["embeddings.patch_embedding.bias"] = torch.zeros(config.hidden_size)
-    known = ("embeddings.", "encoder.", "post_layernorm.")
-    return {name: value for name, value in ours.items() if name.startswith(known)}
+    return {name: value for name, value in ours.items() if name.startswith(KNOWN)}

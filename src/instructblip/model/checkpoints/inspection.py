@@ -10,13 +10,8 @@ from safetensors import safe_open
 
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.lavis import from_lavis, is_lavis
-from instructblip.model.checkpoints.text_branch import TEXT_BRANCH_FILE
-from instructblip.model.checkpoints.transformers import HARMLESS
-from instructblip.model.checkpoints.weights import (
-    read_json,
-    read_nested,
-    read_weights,
-)
+from instructblip.model.checkpoints.transformers import TEXT_BRANCH_FILE, by_our_names
+from instructblip.model.checkpoints.weights import read_json, read_nested, read_weights
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.trainable import part_of
@@ -75,11 +70,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
             "tokenizers": ", ".join(_tokenizers(directory)) or "none",
         },
     )
-    given = {
-        name.replace("qformer.layernorm.", "qformer.embeddings.layernorm."): shape
-        for name, shape in _shapes(directory).items()
-        if not HARMLESS.fullmatch(name)
-    }
+    given = by_our_names(_shapes(directory))
     for name, parameter in model.named_parameters():
         report.parts[part_of(name)] += parameter.numel()
     report.trainable = sum(p.numel() for _, p in model.trainable_parameters())

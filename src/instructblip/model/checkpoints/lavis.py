@@ -29,16 +29,13 @@ from instructblip.model.checkpoints.weights import (
     read_weights,
     write_pickle,
 )
-from instructblip.model.config import (
-    InstructBlipConfig,
-    QFormerConfig,
-    VisionConfig,
-)
+from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import read_language_config
-from instructblip.model.language.lora import adapters
+from instructblip.model.language.lora import lora_layers
 
 LN_VISION_EPS = 1e-5
+BLOCKS = "vision_model.encoder."
 ENCODER_BLOCKS = 39
 """Of the 40 in ``eva_vit_g.pth``."""
 VICUNA_PAD = "[PAD]"
@@ -71,8 +68,8 @@ VISION_NAMES = (
     "vision_model.encoder.layers.0.mlp.fc1.bias",
 )
 QFORMER_NAMES = ("query_tokens", "qformer.encoder.layer.0.intermediate_query.dense.bias")
-FAMILIES = ("llm", "t5", "opt")
-"""``llm_proj`` and ``llm_model``, and so on, are one family of language models each."""
+FAMILY = re.compile(r"(llm|t5|opt)_(proj|model)\.")
+"""Beginnings of the names of projection and language model, by the family of the latter."""
 
 
 def is_lavis(names: Any) -> bool:
@@ -128,10 +125,9 @@ def to_lavis(
 
 
 def _ours(name: str) -> str:
-    for family in FAMILIES:
-        if name.startswith(f"{family}_model."):
-            return name.replace(f"{family}_model.", "language_model.", 1)
-        name = re.sub(rf"^{family}_proj\.", "language_projection.", name)
+    if family := FAMILY.match(name):
+        part = "language_model." if family[2] == "model" else "language_projection."
+        return part + name[family.end() :]
     for official, ours in NAMES:
         name = name.replace(official, ours)
     return name
@@ -163,33 +159,31 @@ def import_lavis(
         qformer_heads: likewise.
     """
     given = from_lavis(read_nested(checkpoint, "model"))
-    given = {name: value for name, value in given.items() if not HARMLESS.fullmatch(name)}
     tower = read_nested(vision, "model") if vision.is_file() else read_weights(vision)
     tower = from_lavis(tower) if is_lavis(tower) else tower
-    encoder = {n: v for n, v in tower.items() if n.startswith("vision_model.")}
-    encoder.pop("vision_model.post_layernorm.weight", None)
-    encoder.pop("vision_model.post_layernorm.bias", None)
-    weights = {**encoder, **given}
+    norm = "vision_model.post_layernorm."
+    weights = {
+        name: value
+        for name, value in tower.items()
+        if name.startswith("vision_model.") and not name.startswith(norm)
+    }
+    weights |= {name: value for name, value in given.items() if not HARMLESS.fullmatch(name)}
+    spare = [n for n in weights if n.startswith(BLOCKS) and _layer(n) >= ENCODER_BLOCKS]
+    for name in spare:
+        del weights[name]
     prefix = "language_model."
-    trained = {n.removeprefix(prefix): v for n, v in given.items() if n.startswith(prefix)}
-    text, own = language_parts(language, trained)
-    weights |= {prefix + name: value for name, value in own.items()}
-    _check_parts(weights, vision, checkpoint)
-    config = _config_of(weights, text, vision_heads, qformer_heads)
-    _drop_spare_blocks(weights, config.vision.num_hidden_layers)
-    model = InstructBlip(config)
-    load_weights(model, weights, checkpoint)
-    return model.eval()
-
-
-def _check_parts(weights: dict[str, Tensor], vision: Path, checkpoint: Path) -> None:
-    """Raise ValueError for a file without the tensors that ``_config_of`` measures."""
+    trained = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+    text, language_weights = language_parts(language, trained)
+    weights |= {prefix + name: value for name, value in language_weights.items()}
     for file, what, names in (
         (vision, "image encoder: expected eva_vit_g.pth or weights under our names", VISION_NAMES),
         (checkpoint, "Q-Former: expected a .pth of an InstructBLIP or a BLIP-2", QFORMER_NAMES),
     ):
         if absent := [name for name in names if name not in weights]:
             raise ValueError(f"{file} holds no {what} ({absent[0]} is missing)")
+    model = InstructBlip(_config_of(weights, text, vision_heads, qformer_heads))
+    load_weights(model, weights, checkpoint)
+    return model.eval()
 
 
 def language_parts(
@@ -235,8 +229,7 @@ def _config_of(
     """Sizes of the tensors; everything else as in the official code."""
     patch = weights[VISION_NAMES[0]]
     grid = int((weights["vision_model.embeddings.position_embedding"].shape[1] - 1) ** 0.5)
-    blocks = 1 + max(_layer(name) for name in weights if name.startswith("vision_model.encoder."))
-    blocks = min(blocks, ENCODER_BLOCKS)
+    blocks = 1 + max(_layer(name) for name in weights if name.startswith(BLOCKS))
     layers = 1 + max(_layer(name) for name in weights if name.startswith("qformer.encoder."))
     words = weights.get("qformer.embeddings.word_embeddings.weight")
     queries = weights["query_tokens"]
@@ -274,12 +267,6 @@ def _layer(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _drop_spare_blocks(weights: dict[str, Tensor], blocks: int) -> None:
-    for name in [n for n in weights if n.startswith("vision_model.encoder.")]:
-        if _layer(name) >= blocks:
-            del weights[name]
-
-
 def refuse_loss(trained: Collection[str], image_encoder: bool) -> None:
     """Raise ValueError where a trimmed file would leave out one of the ``trained`` parts."""
     lost = sorted({"language_model", "lora"}.intersection(trained))
@@ -300,7 +287,7 @@ def export_lavis(model: InstructBlip, file: Path, image_encoder: bool = False) -
 
     The file holds no language model. Raises ValueError for a model with an adapter.
     """
-    if adapters(model.language_model):
+    if lora_layers(model.language_model):
         refuse_loss(["lora"], image_encoder)
     kind = str(model.config.language.get("model_type"))
     projection = {"t5": "t5_proj", "opt": "opt_proj"}.get(kind, "llm_proj")

@@ -2,8 +2,9 @@
 
 Names are those of transformers' InstructBLIP. BLIP-2 differs in two things: the Q-Former's first
 LayerNorm is called ``qformer.layernorm``, and there is no text branch (word and position
-embeddings, text feed-forwards). transformers itself loads a BLIP-2 directory as an InstructBLIP
-with a fresh LayerNorm and a random text branch; here both are an error or a choice.
+embeddings, text feed-forwards), which reads the instruction. transformers itself loads a BLIP-2
+directory as an InstructBLIP with a fresh LayerNorm and a random text branch; here the LayerNorm is
+renamed, and the text branch comes from a file, from a Blip2ForImageTextRetrieval or from BERT.
 """
 
 import contextlib
@@ -17,13 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from instructblip.core import distributed
-from instructblip.core.files import replacing_directory
+from instructblip.core.files import replacing, replacing_directory
 from instructblip.model.checkpoints.directory import model_directory
-from instructblip.model.checkpoints.text_branch import (
-    TEXT_BRANCH_FILE,
-    find_text_branch,
-    in_text_branch,
-)
 from instructblip.model.checkpoints.weights import (
     NoRandomWeights,
     read_json,
@@ -34,6 +30,7 @@ from instructblip.model.config import READERS, InstructBlipConfig
 from instructblip.model.language import lora
 from instructblip.model.language.adapters import untie_head
 from instructblip.model.language.quantize import quantized_names
+from instructblip.model.qformer import QFormer
 from instructblip.model.vision import interpolate_positions
 
 HARMLESS = re.compile(
@@ -41,6 +38,15 @@ HARMLESS = re.compile(
     r"|.*\.decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 )
 """Buffers and leftovers that older versions of transformers saved and no model reads."""
+
+BLIP2_NORM, NORM = "qformer.layernorm.", "qformer.embeddings.layernorm."
+
+TEXT_BRANCH_FILE = "text_branch.safetensors"
+TEXT_BRANCH = re.compile(
+    r"qformer\.embeddings\.(word|position)_embeddings\.weight"
+    r"|qformer\.encoder\.layer\.\d+\.(intermediate|output)\.(dense|LayerNorm)\.(weight|bias)"
+)
+"""Parameters that read the instruction: a BLIP-2 does not have them."""
 
 ASSETS = (
     "generation_config.json",
@@ -60,6 +66,7 @@ ASSETS = (
 
 
 Model = TypeVar("Model", bound=nn.Module)
+Value = TypeVar("Value")
 
 
 class Pretrained(nn.Module):
@@ -103,13 +110,12 @@ class Pretrained(nn.Module):
         directory = model_directory(path)
         config = InstructBlipConfig.from_transformers(read_json(directory / "config.json"))
         settings = directory / "generation_config.json"
-        weights = _rename_blip2(read_weights(directory))
-        weights = {name: value for name, value in weights.items() if not HARMLESS.fullmatch(name)}
+        weights = by_our_names(read_weights(directory))
         aware = config.instruction_aware if instruction_aware is None else instruction_aware
         if not aware:
-            weights = {name: v for name, v in weights.items() if not in_text_branch(name)}
+            weights = {name: v for name, v in weights.items() if not _in_text_branch(name)}
         elif not config.instruction_aware:
-            weights |= find_text_branch(directory, text_branch)
+            weights |= _find_text_branch(directory, text_branch)
         config = _fit_config(config, weights, aware, image_size)
         with contextlib.nullcontext() if text_branch == "random" else NoRandomWeights():
             model: Any = cls(
@@ -118,7 +124,7 @@ class Pretrained(nn.Module):
                 generation_settings=read_json(settings) if settings.is_file() else {},
             )
         if aware and text_branch == "random":
-            weights |= {n: v for n, v in model.state_dict().items() if in_text_branch(n)}
+            weights |= {n: v for n, v in model.state_dict().items() if _in_text_branch(n)}
         positions = "vision_model.embeddings.position_embedding"
         if image_size is not None and positions in weights:
             num_tokens = config.vision.num_tokens
@@ -148,13 +154,10 @@ class Pretrained(nn.Module):
             (directory / "config.json").write_text(text, encoding="utf-8")
             weights = {n: v for n, v in self.state_dict().items() if ".lora." not in n}
             weights |= self._stored_elsewhere()
-            if lora.adapters(self.language_model):
+            if lora.lora_layers(self.language_model):
                 lora.save_lora(self.language_model, directory / lora.FOLDER)
             if not self.config.instruction_aware:
-                weights = {
-                    re.sub(r"^qformer\.embeddings\.layernorm\.", "qformer.layernorm.", name): value
-                    for name, value in weights.items()
-                }
+                weights = {name.replace(NORM, BLIP2_NORM): v for name, v in weights.items()}
             write_weights(weights, directory / "model.safetensors")
 
     def _stored_elsewhere(self) -> dict[str, Tensor]:
@@ -169,6 +172,12 @@ class Pretrained(nn.Module):
         assert self.assets is not None, "such a model was loaded from a directory"
         stored = read_weights(self.assets)
         return {name: stored[name] for name in names}
+
+
+def by_our_names(values: dict[str, Value]) -> dict[str, Value]:
+    """Tensors of a BLIP-2 or an InstructBLIP by the names of ``InstructBlip``; no leftovers."""
+    named = ((name.replace(BLIP2_NORM, NORM), value) for name, value in values.items())
+    return {name: value for name, value in named if not HARMLESS.fullmatch(name)}
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str) -> None:
@@ -225,12 +234,63 @@ def _shape(value: Tensor) -> list[int]:
     return list(value.shape)
 
 
-def _rename_blip2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    old, new = "qformer.layernorm.", "qformer.embeddings.layernorm."
-    return {
-        (new + name.removeprefix(old) if name.startswith(old) else name): value
-        for name, value in weights.items()
-    }
+def _in_text_branch(name: str) -> bool:
+    """Whether a tensor of the model belongs to the text branch."""
+    return TEXT_BRANCH.fullmatch(name) is not None
+
+
+def _find_text_branch(directory: Path, text_branch: str | Path | None) -> dict[str, Tensor]:
+    """The text branch for a BLIP-2 directory, by names ``qformer.*``; empty for "random"."""
+    if text_branch == "random":
+        return {}
+    source = directory / TEXT_BRANCH_FILE if text_branch is None else Path(text_branch)
+    if not source.exists():
+        raise ValueError(
+            f"{directory} is a BLIP-2, whose Q-Former has no text branch, and {source} does not "
+            "exist. Give text_branch= one of: a Blip2ForImageTextRetrieval directory, a BERT "
+            f"directory, a {TEXT_BRANCH_FILE} of this project, or 'random' to train it from "
+            "scratch; or load with instruction_aware=False."
+        )
+    if source.is_dir() and (source / TEXT_BRANCH_FILE).is_file():
+        source = source / TEXT_BRANCH_FILE
+    branch = _read_text_branch(source)
+    if not branch:
+        raise ValueError(
+            f"{source} holds no text branch: expected word and position embeddings and text "
+            "feed-forwards under the names of this project, Blip2ForImageTextRetrieval or BERT"
+        )
+    return branch
+
+
+def _read_text_branch(source: Path) -> dict[str, Tensor]:
+    """Tensors of a text branch by names ``qformer.*``, from any of the three formats.
+
+    BERT's vocabulary gets one more row for the [DEC] token that BLIP-2's tokenizer adds, the mean
+    of the others: instruction tuning does not read it.
+    """
+    weights = read_weights(source)
+    is_bert = any("token_type_embeddings" in name for name in weights)
+    branch = {}
+    for name, value in weights.items():
+        name = "qformer." + name.removeprefix("bert." if is_bert else "qformer.")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if _in_text_branch(name):
+            branch[name] = value
+    words = "qformer.embeddings.word_embeddings.weight"
+    if is_bert and words in branch:
+        mean = branch[words].float().mean(0, keepdim=True).to(branch[words].dtype)
+        branch[words] = torch.cat([branch[words], mean])
+    return branch
+
+
+def save_text_branch(qformer: QFormer, file: str | Path) -> None:
+    """Write the text branch alone, to stand beside a BLIP-2 as ``text_branch.safetensors``."""
+    branch = {n: v for n, v in qformer.state_dict().items() if _in_text_branch(f"qformer.{n}")}
+    if not branch:
+        raise ValueError("the Q-Former has no text branch to save: it is not instruction-aware")
+    with replacing(Path(file)) as temporary:
+        write_weights(branch, temporary)
 
 
 def _fit_config(
@@ -240,14 +300,9 @@ def _fit_config(
     the sizes of the embeddings are those of the branch that was found."""
     qformer, vision = config.qformer, config.vision
     if aware and not config.instruction_aware:
-        sizes = {}
-        for field, name in (
-            ("vocab_size", "word_embeddings"),
-            ("max_position_embeddings", "position_embeddings"),
-        ):
-            value = weights.get(f"qformer.embeddings.{name}.weight")
-            if value is not None:
-                sizes[field] = value.shape[0]
+        tables = {"vocab_size": "word", "max_position_embeddings": "position"}
+        names = {field: f"qformer.embeddings.{t}_embeddings.weight" for field, t in tables.items()}
+        sizes = {field: len(weights[name]) for field, name in names.items() if name in weights}
         qformer = qformer.model_copy(update=sizes)
     if image_size is not None:
         vision = type(vision)(**{**vision.model_dump(), "image_size": image_size})

@@ -57,11 +57,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     code to be unpickled, or is an index that points outside the directory.
     """
     if path.is_file():
-        return _read_file(path)
+        return _dict_of_tensors(_load(path), path)
     for name in WEIGHT_FILES:
         file = path / name
         if file.is_file():
-            return _read_shards(file) if name.endswith(".json") else _read_file(file)
+            return _read_shards(file) if name.endswith(".json") else read_weights(file)
     raise FileNotFoundError(f"{path} holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
 
 
@@ -70,10 +70,6 @@ def read_nested(file: Path, key: str) -> dict[str, Tensor]:
     weights = _load(file)
     weights = weights.get(key, weights) if isinstance(weights, dict) else weights
     return _dict_of_tensors(weights, file)
-
-
-def _read_file(file: Path) -> dict[str, Tensor]:
-    return _dict_of_tensors(_load(file), file)
 
 
 def _load(file: Path) -> Any:
@@ -112,7 +108,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"{index} points to {file!r}; shards must be plain names in the same directory"
             )
-        shard = _read_file(index.parent / file)
+        shard = _dict_of_tensors(_load(index.parent / file), index.parent / file)
         listed = {name for name, where in names.items() if where == file}
         if absent := sorted(listed - shard.keys()):
             raise ValueError(f"{index} promises {absent[:5]} in {file}, which lacks them")

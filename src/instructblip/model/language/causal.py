@@ -43,7 +43,8 @@ class CausalLanguage:
                 )
 
     def join(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Joined:
-        """Rows [queries; prompt; response], and the positions that predict the response.
+        """Rows [queries; prompt; response], or the same tokens as one row without padding
+        (`fast.packing`), and the positions that predict the response.
 
         With K = 2 queries, the prompt 5 6 and the response 7 8 e, where e is the end token::
 
@@ -61,20 +62,13 @@ class CausalLanguage:
         embeds, attention_mask = prepend_queries(self.model, queries, ids[:, :-1], mask[:, 1:])
         # Token j of a row stands behind K queries and is predicted one position earlier.
         places = rows * embeds.shape[1] + columns + queries.shape[1] - 1
-        joined = Joined(embeds, attention_mask, rows, places, targets)
-        return self._packed(joined) if packs(self.model) else joined
-
-    def _packed(self, joined: Joined) -> Joined:
-        """The same batch as one row without padding (`fast.packing`)."""
-        assert joined.attention_mask is not None
-        packing = Packing.of(joined.attention_mask.bool())
-        places = packing.index.flatten()[joined.places]
-        embeds = packing.pack(joined.inputs_embeds)  # [1, n, L]
+        if not packs(self.model):
+            return Joined(embeds, attention_mask, rows, places, targets)
+        packing = Packing.of(attention_mask.bool())
+        places = packing.index.flatten()[places]
         if trims_last_layer(self.model):
             packing = replace(packing, read=places)
-        return replace(
-            joined, inputs_embeds=embeds, attention_mask=None, places=places, packing=packing
-        )
+        return Joined(packing.pack(embeds), None, rows, places, targets, packing=packing)
 
     def loss(self, joined: Joined) -> Float[Tensor, " m"]:
         """Cross-entropy in nats of each response token, computed in fp32."""

@@ -93,7 +93,7 @@ def add_lora(model: Any, config: LoraConfig) -> None:
             layer.register_forward_hook(_add)
 
 
-def adapters(model: nn.Module) -> dict[str, Lora]:
+def lora_layers(model: nn.Module) -> dict[str, Lora]:
     """The adapters of a model by the name of their layer."""
     return {
         name.removesuffix(".lora"): m for name, m in model.named_modules() if isinstance(m, Lora)
@@ -102,7 +102,7 @@ def adapters(model: nn.Module) -> dict[str, Lora]:
 
 def save_lora(model: Any, directory: Path) -> None:
     """Write ``directory`` so that PeftModel.from_pretrained(language_model, directory) reads it."""
-    layers = adapters(model)
+    layers = lora_layers(model)
     config = next(iter(layers.values())).config
     values = {
         "peft_type": "LORA",
@@ -159,7 +159,7 @@ def load_lora(model: Any, directory: Path) -> None:
 @torch.no_grad()
 def merge_lora(model: Any) -> None:
     """Add each adapter to the weights of its layer and remove it; the results do not change."""
-    for name, lora in adapters(model).items():
+    for name, lora in lora_layers(model).items():
         layer = model.get_submodule(name)
         if not isinstance(layer.weight, nn.Parameter):
             raise ValueError(f"{name} has quantized weights: load the model without model.quantize")
@@ -173,7 +173,7 @@ def _peft_weights(model: nn.Module) -> dict[str, Tensor]:
     """The parameters of all adapters by their names in PEFT's files."""
     return {
         f"{PREFIX}{name}.lora_{letter}.weight": parameter
-        for name, adapter in adapters(model).items()
+        for name, adapter in lora_layers(model).items()
         for letter, parameter in (("A", adapter.A), ("B", adapter.B))
     }
 

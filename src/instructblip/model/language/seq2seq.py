@@ -1,10 +1,9 @@
 """Encoder-decoder language models: queries and prompt in the encoder, response in the decoder."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -28,17 +27,12 @@ class Seq2SeqLanguage:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        config = model.config
-        if config.model_type not in SEQ2SEQ_TYPES:
-            raise ValueError(
-                f"encoder-decoder language models must be one of {SEQ2SEQ_TYPES}; "
-                f"got {config.model_type!r}"
-            )
-        start = config.decoder_start_token_id
-        self._start: int = config.pad_token_id if start is None else start
+        start = model.config.decoder_start_token_id
+        self._start: int = model.config.pad_token_id if start is None else start
 
     def join(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Joined:
-        """Encoder rows [queries; prompt], and decoder rows that predict the response.
+        """Encoder rows [queries; prompt], and decoder rows that predict the response; or one row
+        without padding for each of the two stacks (`fast.packing`).
 
         With K = 2 queries, the prompt 5 6 and the response 7 8 e, where e is the end token::
 
@@ -49,10 +43,21 @@ class Seq2SeqLanguage:
         ids, mask = compact(batch.response_mask.bool(), batch.response_ids)  # [B, R]
         decoder_ids = torch.cat([torch.full_like(ids[:, :1], self._start), ids[:, :-1]], dim=1)
         rows, columns = mask.nonzero(as_tuple=True)  # [m]
-        places = rows * ids.shape[1] + columns
         targets = ids[rows, columns]
-        joined = Joined(embeds, attention_mask, rows, places, targets, decoder_ids)
-        return _packed(joined, mask) if packs(self.model) else joined
+        if not packs(self.model):
+            places = rows * ids.shape[1] + columns
+            return Joined(embeds, attention_mask, rows, places, targets, decoder_ids)
+        packing, decoder_packing = Packing.of(attention_mask.bool()), Packing.of(mask)
+        return Joined(
+            inputs_embeds=packing.pack(embeds),  # [1, n, L]
+            attention_mask=None,
+            rows=rows,
+            places=torch.arange(len(rows), device=rows.device),  # every token has a label
+            targets=targets,
+            decoder_ids=decoder_packing.pack(decoder_ids),  # [1, m]
+            packing=packing,
+            decoder_packing=decoder_packing,
+        )
 
     def loss(self, joined: Joined) -> Float[Tensor, " m"]:
         """Cross-entropy in nats of each response token, computed in fp32."""
@@ -135,19 +140,3 @@ class Seq2SeqLanguage:
         config = self.model.config
         scales = getattr(config, "scale_decoder_outputs", False)
         return hidden * config.d_model**-0.5 if scales else hidden
-
-
-def _packed(joined: Joined, decoder_mask: Bool[Tensor, "B R"]) -> Joined:
-    """The same batch as one row without padding for each stack (`fast.packing`)."""
-    assert joined.attention_mask is not None
-    assert joined.decoder_ids is not None
-    packing, decoder_packing = Packing.of(joined.attention_mask.bool()), Packing.of(decoder_mask)
-    return replace(
-        joined,
-        inputs_embeds=packing.pack(joined.inputs_embeds),  # [1, n, L]
-        attention_mask=None,
-        places=torch.arange(len(joined.places), device=decoder_mask.device),  # all have a label
-        decoder_ids=decoder_packing.pack(joined.decoder_ids),  # [1, m]
-        packing=packing,
-        decoder_packing=decoder_packing,
-    )

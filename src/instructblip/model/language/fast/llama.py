@@ -88,21 +88,13 @@ def _layer(
 
 def _norm(module: Any, hidden: Tensor) -> Tensor:
     if module.weight.requires_grad:
-        return rms_norm(hidden, module.weight, module.variance_epsilon)
+        return module(hidden)
     return _FrozenRMSNorm.apply(hidden, module.weight, module.variance_epsilon)
 
 
-def rms_norm(
-    hidden: Float[Tensor, "... L"], weight: Float[Tensor, " L"], eps: float
-) -> Float[Tensor, "... L"]:
-    """x / sqrt(mean(x ** 2) + eps) * weight, in fp32 up to the weight."""
-    states = hidden.float()
-    scale = torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (states * scale).to(hidden.dtype)
-
-
 class _FrozenRMSNorm(torch.autograd.Function):
-    """`rms_norm` with a frozen weight w: keeps x and one scale s = 1 / rms(x) per token.
+    """x / rms(x) * w with a frozen weight w, rms(x) = sqrt(mean(x ** 2) + eps) in fp32: keeps x and
+    one scale s = 1 / rms(x) per token.
 
     The backward pass takes the gradient g of the result to s * (g w - x * s ** 2 * mean(g w * x)):
     a change of x along x itself changes only s. Eight norms, forward and backward, take 13.4
