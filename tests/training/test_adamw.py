@@ -22,22 +22,22 @@ def table() -> nn.Embedding:
     return nn.Embedding(ROWS, WIDTH)
 
 
-def move(own: nn.Embedding, optimizer: torch.optim.Optimizer, steps: list[list[int]]) -> None:
+def move(embedding: nn.Embedding, optimizer: torch.optim.Optimizer, steps: list[list[int]]) -> None:
     for step, ids in enumerate(steps):
         for group in optimizer.param_groups:
             group["lr"] = 0.1 / (1 + step)
-        own(torch.tensor(ids)).square().sum().backward()
+        embedding(torch.tensor(ids)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
 def moved(optimizer: type[torch.optim.Optimizer], decay: float, sparse: bool) -> Tensor:
-    own = table()
-    own.sparse = sparse
+    embedding = table()
+    embedding.sparse = sparse
     other = nn.Parameter(torch.ones(2))
-    made = optimizer([own.weight, other], weight_decay=decay, fused=True)  # type: ignore[call-arg]
-    move(own, made, READ)
-    return own.weight.detach()
+    made = optimizer([embedding.weight, other], weight_decay=decay, fused=True)  # type: ignore[call-arg]
+    move(embedding, made, READ)
+    return embedding.weight.detach()
 
 
 @pytest.mark.parametrize("together", [1024, 2])
@@ -60,20 +60,20 @@ def test_dense_gradients_move_as_before():
 
 
 @pytest.mark.parametrize("first", [AdamW, torch.optim.AdamW])
-def test_goes_on_from_a_saved_state(first: type[torch.optim.AdamW]):
-    """Its own, or one that torch's AdamW saved before gradients were sparse."""
-    own = table()
-    own.sparse = first is AdamW
-    begun = first([own.weight], weight_decay=0.3, fused=True)
-    move(own, begun, READ[:3])
-    copied = copy.deepcopy(own)
-    copied.sparse = own.sparse = True
+def test_resumes_from_a_saved_state(first: type[torch.optim.AdamW]):
+    """One of this AdamW, or one that torch's AdamW saved before gradients were sparse."""
+    embedding = table()
+    embedding.sparse = first is AdamW
+    begun = first([embedding.weight], weight_decay=0.3, fused=True)
+    move(embedding, begun, READ[:3])
+    copied = copy.deepcopy(embedding)
+    copied.sparse = embedding.sparse = True
     resumed = AdamW([copied.weight], weight_decay=0.3, fused=True)
     resumed.load_state_dict(copy.deepcopy(begun.state_dict()))
     move(copied, resumed, READ[3:])
     if first is AdamW:
-        move(own, begun, READ[3:])
-        assert torch.equal(copied.weight, own.weight)
+        move(embedding, begun, READ[3:])
+        assert torch.equal(copied.weight, embedding.weight)
     read = resumed.state[copied.weight]["read"].nonzero()[:, 0].tolist()
     assert read == EVER
 

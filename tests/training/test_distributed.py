@@ -80,7 +80,7 @@ def test_ranks_equal_one(tmp_path: Path, ranks: int):
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_what_two_ranks_saved_goes_on_with_another_number(tmp_path: Path, ranks: int):
+def test_a_run_of_two_ranks_resumes_with_another_number(tmp_path: Path, ranks: int):
     whole = run(tmp_path / "whole")
     folder = tmp_path / "cut"
     run_ranks(2, folder, stop=4)
@@ -122,7 +122,7 @@ def reader(rank: int, port: int) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             distributed.sum_gradients([table.weight, other, unread])
-        assert unread.grad is None  # as with one rank: the optimiser passes it over
+        assert unread.grad is None  # as with one rank: the optimiser skips it
         gradient = table.weight.grad
         assert gradient is not None
         assert gradient.is_sparse

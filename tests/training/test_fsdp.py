@@ -41,14 +41,14 @@ class Rows:
         while True:
             ranks = distributed.world_size()
             order = [(step * 3 + i) % len(self.batch) for i in range(4)]
-            own = torch.tensor(order[distributed.rank() :: ranks])
+            rows = torch.tensor(order[distributed.rank() :: ranks])
             names = [f.removesuffix("_ids") for f in ("qformer_ids", "prompt_ids", "response_ids")]
             text = {
-                f"{name}_{kind}": getattr(self.batch, f"{name}_{kind}")[own]
+                f"{name}_{kind}": getattr(self.batch, f"{name}_{kind}")[rows]
                 for name in names
                 for kind in ("ids", "mask")
             }
-            index = self.batch.image_index[own]
+            index = self.batch.image_index[rows]
             yield replace(self.batch, image_index=index, datasets=(), ids=(), **text)
             step += 1
 
@@ -118,5 +118,5 @@ def test_two_ranks_share_a_language_model(tmp_path: Path, language: str):
     assert left.keys() == right.keys() == names
     for name, value in left.items():
         torch.testing.assert_close(right[name], value, rtol=1e-3, atol=1e-4)
-    run(start, many, steps=5, resume=True)  # one rank goes on where two were
+    run(start, many, steps=5, resume=True)  # one rank resumes what two began
     assert read_metrics(many / "metrics.jsonl")[-1]["step"] == 5

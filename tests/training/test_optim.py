@@ -5,11 +5,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from instructblip.training.config import TrainingConfig
-from instructblip.training.optim import (
-    learning_rate,
-    make_optimizer,
-    trainable_parameters,
-)
+from instructblip.training.optim import learning_rate, make_optimizer, trainable_parameters
 from tests.training.toy import Toy, toy_config
 
 

@@ -10,11 +10,7 @@ import torch
 
 from instructblip.core.batch import Batch
 from instructblip.training.log import read_metrics, without_timings
-from instructblip.training.train import (
-    NonFiniteLossError,
-    TrainResult,
-    train,
-)
+from instructblip.training.train import NonFiniteLossError, TrainResult, train
 from tests.training.toy import Toy, ToyBatches, toy_config, toy_score
 
 
@@ -143,7 +139,7 @@ def test_a_second_run_does_not_overwrite_the_first(tmp_path: Path):
 
 
 def test_a_kill_while_notes_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Before the name of one is changed: the run goes on, and the old note stands until then."""
+    """Before the name of one is changed: the run resumes, and the old note stands until then."""
     config = toy_config(steps=6, warmup_steps=1)
     train(Toy(), ToyBatches(config), None, config, tmp_path, notes={"recipe.yaml": "one"})
 
@@ -245,13 +241,13 @@ def test_early_stopping(tmp_path: Path):
     assert (tmp_path / "checkpoints" / "step_000010").is_dir()  # the best outlives keep_last
 
 
-def test_sigterm_gives_a_validation_up(tmp_path: Path):
+def test_sigterm_interrupts_a_validation(tmp_path: Path):
     whole, _ = run(tmp_path / "whole")
     config, model = toy_config(), Toy()
 
     def interrupted(_model: Toy) -> dict[str, float]:
         signal.raise_signal(signal.SIGTERM)
-        raise AssertionError("validation went on after SIGTERM")
+        raise AssertionError("validation continued after SIGTERM")
 
     result = train(model, ToyBatches(config), interrupted, config, tmp_path / "cut")
     assert (result.stopped, result.step) == ("terminated", 8)
@@ -266,7 +262,7 @@ def test_checkpoints_are_bounded(tmp_path: Path):
     assert kept == sorted({"step_000057", "step_000060", f"step_{result.best_step:06d}"})
 
 
-def test_says_how_long_it_waited_for_data(
+def test_reports_how_long_it_waited_for_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     now = 0.0
@@ -291,6 +287,6 @@ def test_says_how_long_it_waited_for_data(
     assert result.waited_for_data == pytest.approx(0.25)
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line["waited_for_data"] == pytest.approx(106 / 136, abs=1e-4)
-    said = capsys.readouterr().out
-    assert "77.9% waiting" in said
-    assert "waited for data 25.0% of the time of the steps" in said
+    printed = capsys.readouterr().out
+    assert "77.9% waiting" in printed
+    assert "waited for data 25.0% of the time of the steps" in printed

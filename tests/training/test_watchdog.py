@@ -39,11 +39,12 @@ train(Stuck(), Hanging(config), None, config, Path(sys.argv[1]))
 
 
 @pytest.mark.parametrize(
-    ("where", "said"), [("data", "waiting for data"), ("step", "in the step for more than 1.5 s")]
+    ("where", "reported"),
+    [("data", "waiting for data"), ("step", "in the step for more than 1.5 s")],
 )
-def test_names_rank_step_and_samples(tmp_path: Path, where: str, said: str):
+def test_names_rank_step_and_samples(tmp_path: Path, where: str, reported: str):
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(
+    child = subprocess.run(
         [sys.executable, "-c", HANG, str(tmp_path), where],
         capture_output=True,
         text=True,
@@ -51,15 +52,15 @@ def test_names_rank_step_and_samples(tmp_path: Path, where: str, said: str):
         cwd=ROOT,
         timeout=300,
     )
-    assert found.returncode == EXIT_CODE, found.stderr
-    assert f"rank 0 of 1: step 4, {said}" in found.stderr
-    assert ("even/32, odd/33" in found.stderr) == (where == "step")
-    assert "most recent call first" in found.stderr  # where each thread was
+    assert child.returncode == EXIT_CODE, child.stderr
+    assert f"rank 0 of 1: step 4, {reported}" in child.stderr
+    assert ("even/32, odd/33" in child.stderr) == (where == "step")
+    assert "most recent call first" in child.stderr  # where each thread was
     assert saved_steps(tmp_path / "checkpoints") == [3]
 
 
 def test_the_thread_ends_with_the_run():
-    """One that went on into Python's end, the last to hold a batch, aborted a run that was over."""
+    """One that lived into Python's shutdown, the last to hold a batch, aborted a finished run."""
     with Watchdog(60.0):
         assert "watchdog" in {thread.name for thread in threading.enumerate()}
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}

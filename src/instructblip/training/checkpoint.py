@@ -90,11 +90,8 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint to the CPU.
-
-    Raises:
-        DamagedCheckpointError: if a file is missing, cut short or changed.
-    """
+    """Read one checkpoint to the CPU. Raises DamagedCheckpointError if a file is missing, cut
+    short or changed."""
     verify(path)
     try:
         progress = json.loads((path / PROGRESS).read_text())
@@ -112,8 +109,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def load_latest(folder: Path) -> Checkpoint | None:
     """The newest complete checkpoint, or None if there is none; a damaged one causes a warning.
 
-    Raises:
-        DamagedCheckpointError: if there are checkpoints and none of them is complete.
+    Raises DamagedCheckpointError if there are checkpoints and none of them is complete.
     """
     steps = saved_steps(folder)
     for step in reversed(steps):
@@ -132,8 +128,7 @@ def load_latest(folder: Path) -> Checkpoint | None:
 def verify(path: Path, *, content: bool = True) -> None:
     """Compare a checkpoint with its manifest: sizes, and with ``content`` the bytes themselves.
 
-    Raises:
-        DamagedCheckpointError: naming the first file that differs.
+    Raises DamagedCheckpointError naming the first file that differs.
     """
     try:
         files: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text())["files"]

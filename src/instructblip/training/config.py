@@ -112,11 +112,7 @@ class TrainingConfig(BaseModel):
         return self
 
     def micro_batch_size(self, world_size: int = 1) -> int:
-        """Samples of one micro batch of one rank.
-
-        Raises:
-            ValueError: if the global batch does not divide evenly.
-        """
+        """Samples of one micro batch of one rank; ValueError if they are no whole number."""
         parts = self.accumulate * world_size
         if self.batch_size % parts:
             raise ValueError(

@@ -71,8 +71,7 @@ class RunLog:
         rate = self._samples / max(per_step, 1e-9)
         waited = waits / max(seconds, 1e-9)
         figures = (round(per_step, 5), round(rate, 2), round(waited, 5))
-        timings = dict(zip(TIMINGS, figures, strict=True))
-        self._write({"step": step, **metrics, **timings})
+        self._write({"step": step, **metrics, **dict(zip(TIMINGS, figures, strict=True))})
         if self._bar.shown:
             loss, lr = f"{metrics['loss']:.3f}", f"{metrics['lr']:.1e}"
             self._bar(step, self.steps, **{"loss": loss, "lr": lr, "samples/s": f"{rate:.0f}"})
@@ -117,8 +116,7 @@ class RunLog:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            print(json.dumps(line), file=self._file, flush=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -59,9 +59,8 @@ class RunFiles:
     ) -> Progress:
         """Load the newest complete checkpoint into the arguments, if ``resume`` and there is one.
 
-        Raises:
-            ValueError: if the folder holds a run and ``resume`` is off, or if the checkpoint has
-                other parameters than the model.
+        Raises ValueError if the folder holds a run and ``resume`` is off, or if the checkpoint has
+        other parameters than the model.
         """
         if distributed.is_main():
             for folder in (self.folder, self.checkpoints):

@@ -186,8 +186,7 @@ def validate(
     log: RunLog,
     files: RunFiles,
 ) -> bool:
-    """Score the model, export it as best/ if its score is the highest, and note that in
-    ``progress``.
+    """Score the model, export it as best/ if its score is the highest, and update ``progress``.
 
     Returns False if SIGTERM interrupted it; the resumed run then validates again.
     """
@@ -244,10 +243,7 @@ def update(
 
     The loss is the mean over the response tokens of the whole global step, so that neither
     accumulation nor the number of ranks changes it: 1 x 8 samples give the gradient of 8 x 1. Adds
-    the losses to ``progress.window``.
-
-    Raises:
-        NonFiniteLossError: before the weights change.
+    the losses to ``progress.window``. Raises NonFiniteLossError before the weights change.
     """
     # The tokens of all micro batches of all ranks are counted first; each loss is a sum over
     # tokens, divided by this count. Gradients then simply add up, here and over the ranks.
