@@ -94,9 +94,7 @@ def from_pretrained(path: str | Path, instructblip: InstructBlip | None = None) 
         )
     load_weights(model.conditioner, conditioner, folder)
     if config.decoder.kind == "diffusers":  # what the folder lacks is the directory's
-        decoder = {
-            n: p for n, p in model.decoder.state_dict().items() if n not in decoder
-        } | decoder
+        decoder = {**model.decoder.state_dict(), **decoder}
     load_weights(model.decoder, decoder, folder)
     return model.eval()
 
