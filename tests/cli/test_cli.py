@@ -33,7 +33,7 @@ def test_help_lists_the_stages(capsys: pytest.CaptureFixture[str]):
 
 
 def test_help_imports_nothing_heavy():
-    """What keeps it quick; a time would say how busy the machine is."""
+    """What keeps it fast; a time would depend on what else the machine does."""
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     command = [sys.executable, "-X", "importtime", "-m", "instructblip", "--help"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -87,7 +87,7 @@ def test_debug_shows_where():
         cli.main(["train", "quikstart", "--debug"])
 
 
-def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch):
+def test_internal_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch):
     def broken(*_args: object, **_options: object) -> None:
         raise AssertionError("ours")
 
@@ -96,18 +96,18 @@ def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch):
         cli.main(["scenes"])
 
 
-def test_system_errors_are_told_without_their_number():
+def test_system_errors_are_printed_without_their_number():
     assert cli.describe(OSError(28, "the disk is full")) == "the disk is full"
     assert cli.describe(FileNotFoundError(2, "No such file", "a.txt")) == "No such file: a.txt"
     assert cli.describe(ValueError("plain")) == "plain"
 
 
-def test_values_that_do_not_fit_are_told_in_one_line():
+def test_invalid_values_are_printed_in_one_line():
     with pytest.raises(ValueError, match="validation errors") as error:
         VisionConfig(hidden_size=0, hidden_act="tanh")  # type: ignore[arg-type]
-    told = cli.describe(error.value)
-    assert told.startswith("VisionConfig: hidden_size: Input should be greater than 0 (got 0); ")
-    assert told.endswith(" (got 'tanh')")
+    text = cli.describe(error.value)
+    assert text.startswith("VisionConfig: hidden_size: Input should be greater than 0 (got 0); ")
+    assert text.endswith(" (got 'tanh')")
     with pytest.raises(ValueError, match="validation error") as error:
         VisionConfig(hidden_size=20, num_attention_heads=16)
     expected = "VisionConfig: hidden_size must be a multiple of num_attention_heads; got 20 and 16"
@@ -138,7 +138,7 @@ def test_results_to_compare_must_exist(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def result_folders(root: Path, *names: str) -> list[str]:
-    """Folders as `evaluate` leaves them, with the sets a_in and b_out."""
+    """Folders as `evaluate` writes them, with the sets a_in and b_out."""
     for name in names:
         for asked in (benchmark(name="a_in"), benchmark(name="b_out", role="held_out")):
             out = root / name / asked.name
@@ -169,7 +169,7 @@ def test_compare_shows_the_benchmarks_asked_for(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     "settings", [["--limit", "3"], ["data.seed=1"], ["--recipe", "scenes"], ["absent=1"]]
 )
-def test_what_settles_an_evaluation_is_refused_for_results(
+def test_settings_of_an_evaluation_are_refused_for_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str]
 ):
     code, _, err = call(capsys, "compare", *result_folders(tmp_path, "one"), *settings)

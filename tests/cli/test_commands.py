@@ -53,7 +53,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> Path:
-    """What `instructblip quickstart` leaves."""
+    """What `instructblip quickstart` writes."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("quickstart")
     with pytest.raises(SystemExit) as stop:
@@ -71,24 +71,24 @@ def recipe_of(out: Path, overrides: list[str], *more: str) -> Recipe:
 
 
 def test_quickstart_writes_its_figures(out: Path):
-    found = json.loads((out / "results.json").read_text())
-    assert set(found["models"]) == {"blip2", "instructblip", "instructblip_blind"}
-    for model in found["models"].values():
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["models"]) == {"blip2", "instructblip", "instructblip_blind"}
+    for model in results["models"].values():
         assert set(model) == {"held_in", "held_out", "datasets"}
         assert set(model["datasets"]) == {"scenes_vqav2", "scenes_aokvqa", "scenes_vsr"}
         assert 0 <= model["held_in"] <= 100
-    assert found["seconds"]["train"] > 0
+    assert results["seconds"]["train"] > 0
     assert "<html" in (out / "report.html").read_text()
-    assert found["seconds"]["total"] >= found["seconds"]["train"]
+    assert results["seconds"]["total"] >= results["seconds"]["train"]
 
 
 def test_training_moves_the_q_former_and_nothing_else(out: Path, overrides: list[str]):
     model = build.load_model(recipe_of(out, overrides))
-    free = {name for name, _ in model.trainable_parameters()}
+    trainable = {name for name, _ in model.trainable_parameters()}
     before = model.state_dict()
     after = load_file(out / "run" / "last" / "model.safetensors")
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
-    assert moved <= free
+    assert moved <= trainable
     assert {"query_tokens", "language_projection.weight"} <= moved
 
 
@@ -159,9 +159,9 @@ def test_a_resumed_run_reads_features_if_it_began_so(
     capsys.readouterr()
     resumed = _last_weights(train(recipe, tmp_path / "run", resume=True), tmp_path)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    said = capsys.readouterr().out
-    assert (f"not read from {store}" in said) == (not began_with)
-    assert "changed recipe" not in said
+    printed = capsys.readouterr().out
+    assert (f"not read from {store}" in printed) == (not began_with)
+    assert "changed recipe" not in printed
 
 
 def _last_weights(result: TrainResult, folder: Path) -> dict[str, torch.Tensor]:
@@ -184,7 +184,7 @@ def test_torchrun_answers_as_one_process_does(out: Path, tmp_path: Path):
         )
         assert two["n"] == 4
         assert two == one
-        assert done.stdout.count(f"{name} ") == 1  # one rank speaks
+        assert done.stdout.count(f"{name} ") == 1  # one rank prints
 
 
 def test_compare_and_evaluate(out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]):
@@ -202,10 +202,10 @@ def test_compare_and_evaluate(out: Path, overrides: list[str], capsys: pytest.Ca
     assert result.value == stored["datasets"]["scenes_vsr"]
 
 
-def test_evaluate_takes_a_model_alone_and_goes_on(
+def test_evaluate_takes_a_model_alone_and_resumes(
     out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
-    """The recipe beside the model says where the data are and how to decode."""
+    """The recipe beside the model states where the data are and how to decode."""
     run, results = str(out / "run"), tmp_path / "results"
     options = ["--benchmarks", "scenes_vsr,scenes_msvdqa", "--limit", "3", "--batch-size", "auto"]
     for _ in range(2):
@@ -215,22 +215,22 @@ def test_evaluate_takes_a_model_alone_and_goes_on(
     first = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert [name for name in first if name != "image"] == ["scenes_vsr", "scenes_msvdqa"] * 2
     lines = (results / "scenes_msvdqa" / "predictions.jsonl").read_text().splitlines()
-    assert len(lines) == 3  # the second call found them
+    assert len(lines) == 3  # the second call kept them
     assert len(json.loads(lines[0])["images"]) == 4
     with pytest.raises(ValueError, match=r"expected .RECIPE. MODEL"):
         cli.main(["evaluate", "a", "b", "c", "--debug"])
 
 
-def test_folders_of_one_name_are_told_apart(out: Path, tmp_path: Path):
+def test_folders_of_one_name_are_kept_apart(out: Path, tmp_path: Path):
     first, second = out / "results" / "blip2", tmp_path / "blip2"
     shutil.copytree(first, second)
     assert list(load_results([first, second])) == [str(first), str(second)]
     assert list(load_results([first])) == ["blip2"]
 
 
-def test_a_recipe_may_ask_otherwise(out: Path, overrides: list[str]):
-    own = "evaluation.prompts={scenes_vsr: 'is it so? {question}'}"
-    (changed,) = datasets.benchmarks_of(recipe_of(out, overrides, own), ["scenes_vsr"])
+def test_a_recipe_may_change_prompts(out: Path, overrides: list[str]):
+    setting = "evaluation.prompts={scenes_vsr: 'is it so? {question}'}"
+    (changed,) = datasets.benchmarks_of(recipe_of(out, overrides, setting), ["scenes_vsr"])
     assert changed.prompt == "is it so? {question}"
     for wrong, message in (
         ("{scenes_vrs: a}", "scenes_vsr"),
@@ -241,7 +241,7 @@ def test_a_recipe_may_ask_otherwise(out: Path, overrides: list[str]):
             datasets.benchmarks_of(recipe, ["scenes_vsr"])
 
 
-def test_a_benchmark_without_its_data_says_what_to_get(
+def test_a_benchmark_without_its_data_names_what_to_get(
     out: Path, overrides: list[str], tmp_path: Path
 ):
     recipe = recipe_of(out, overrides, "evaluation.benchmarks=[scenes_gqa, flickr30k, ivqa]")
@@ -271,7 +271,7 @@ def test_prepare_prints_the_mixture(
     assert "vqav2" not in printed
 
 
-def test_quickstart_again_starts_afresh_but_spares_what_is_not_its_own(
+def test_quickstart_again_starts_afresh_but_keeps_files_of_others(
     out: Path, overrides: list[str], tmp_path: Path
 ):
     (tmp_path / "run").mkdir()
@@ -284,9 +284,9 @@ def test_quickstart_again_starts_afresh_but_spares_what_is_not_its_own(
 def test_show(out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]):
     settings = settings_of(out, overrides)
     data.show("quickstart", settings, 1)
-    said = capsys.readouterr().out
-    assert "vqav2  step" in said
-    assert "carry loss (in brackets)" in said
+    printed = capsys.readouterr().out
+    assert "vqav2  step" in printed
+    assert "carry loss (in brackets)" in printed
     data.show("quickstart", settings, 2, out / "show.html")
     articles = (out / "show.html").read_text(encoding="utf-8").count("<article>")
     assert articles == 2 * len(recipe_of(out, overrides).data.sets)

@@ -141,14 +141,14 @@ def read_best(folder: Path) -> int | None:
 def write_features(folder: Path, version: int) -> None:
     """A second shard beside the first; a shard itself never changes."""
     store = FeatureStore(folder, "fp32")
-    store.write([f"picture {version}"], torch.full((1, 2, 3), float(version)))
+    store.write([f"image {version}"], torch.full((1, 2, 3), float(version)))
     recover(folder)
 
 
 def read_features(folder: Path) -> int | None:
     store = FeatureStore(folder, "fp32")
     for version in range(1, len(store) + 1):
-        assert torch.equal(store.read(f"picture {version}"), torch.full((2, 3), float(version)))
+        assert torch.equal(store.read(f"image {version}"), torch.full((2, 3), float(version)))
     return len(store) or None
 
 
@@ -250,7 +250,7 @@ def test_a_line_is_whole_with_its_line_feed(tmp_path):
 
 @pytest.mark.parametrize("number", range(14))
 def test_an_error_at_any_moment_leaves_the_old_one_or_the_new_one(tmp_path, monkeypatch, number):
-    """The process lives on, and what it could not remove is removed by the next writer."""
+    """The process continues, and what it could not remove is removed by the next writer."""
     write_directory(tmp_path, 1)
     calls = 0
 
@@ -333,7 +333,7 @@ def test_leftovers_of_another_machine_count_as_dead_after_a_day(tmp_path, monkey
 
 
 @pytest.mark.parametrize("old", [".old-thing", ".thing.old", ".thing.4711.old"])
-def test_a_directory_that_an_earlier_version_moved_aside_is_found(tmp_path, monkeypatch, old):
+def test_a_directory_that_an_earlier_version_moved_aside_is_read(tmp_path, monkeypatch, old):
     write_directory(tmp_path, 1)
     (tmp_path / "thing").rename(tmp_path / old)
     for name in (".new-thing", ".thing.new"):
@@ -363,7 +363,7 @@ def test_hidden_files_of_the_user_are_left_alone(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == names | {"answers.jsonl", "thing"}
 
 
-# --- small print ---------------------------------------------------------------------------------
+# --- special cases -------------------------------------------------------------------------------
 
 
 def test_a_file_is_not_replaced_by_a_directory(tmp_path):

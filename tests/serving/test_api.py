@@ -43,7 +43,7 @@ TEXT = "what is red?"
 
 @pytest.fixture(scope="module")
 def engine(model_folder: Path) -> Engine:
-    """A second copy, which tells what the server ought to say."""
+    """A second copy, whose answers are compared with those of the server."""
     return greedy_engine(model_folder)
 
 
@@ -57,7 +57,7 @@ def client(model_folder: Path, blip2_folder: Path) -> Iterator[TestClient]:
         yield client
 
 
-def say(client: TestClient, request: dict[str, Any]) -> str:
+def ask(client: TestClient, request: dict[str, Any]) -> str:
     response = client.post(CHAT, json=request)
     assert response.status_code == 200, response.text
     return response.json()["choices"][0]["message"]["content"]
@@ -93,9 +93,9 @@ def test_the_openai_client_gets_answers(
                 stream_options={"include_usage": True},
             )
         )
-        said = [c.choices[0].delta.content or "" for c in pieces if c.choices]
-        assert "".join(said) == engine.answer(talkative, TEXT, max_new_tokens=40)
-        assert len([piece for piece in said if piece]) > 1
+        texts = [c.choices[0].delta.content or "" for c in pieces if c.choices]
+        assert "".join(texts) == engine.answer(talkative, TEXT, max_new_tokens=40)
+        assert len([piece for piece in texts if piece]) > 1
         assert pieces[-1].usage is not None
         with pytest.raises(openai.NotFoundError, match="no model of that name; there are tuned"):
             client.chat.completions.create(model="gpt", messages=messages)
@@ -103,16 +103,16 @@ def test_the_openai_client_gets_answers(
 
 def test_settings_of_a_request(client: TestClient, engine: Engine, png: list[Path]) -> None:
     text = TEXT
-    longer = say(client, body(png[0], text, max_tokens=14))
+    longer = ask(client, body(png[0], text, max_tokens=14))
     assert longer == engine.answer(png[0], text, max_new_tokens=14)
-    beams = say(client, body(png[1], text, num_beams=3, length_penalty=-1.0))
+    beams = ask(client, body(png[1], text, num_beams=3, length_penalty=-1.0))
     assert beams == engine.answer(png[1], text, num_beams=3, length_penalty=-1.0)
     capped = client.post(CHAT, json=body(png[0], text, max_tokens=5000, min_tokens=16)).json()
     assert capped["usage"]["completion_tokens"] == 16
     assert capped["choices"][0]["finish_reason"] == "length"
-    drawn = {say(client, body(png[0], text, temperature=2.0)) for _ in range(6)}
+    drawn = {ask(client, body(png[0], text, temperature=2.0)) for _ in range(6)}
     assert len(drawn) > 1
-    assert say(client, body(png[0], text, model="blip2")) != say(client, body(png[0], text))
+    assert ask(client, body(png[0], text, model="blip2")) != ask(client, body(png[0], text))
 
 
 def test_turns_and_several_images(client: TestClient, engine: Engine, png: list[Path]) -> None:
@@ -125,7 +125,7 @@ def test_turns_and_several_images(client: TestClient, engine: Engine, png: list[
         second,
     ]
     asked = "Be short. " + instruction_of("and red?", [("what?", "cat")])
-    assert say(client, {"messages": messages}) == engine.answer([[png[0], png[1]]], asked)[0]
+    assert ask(client, {"messages": messages}) == engine.answer([[png[0], png[1]]], asked)[0]
     assert "last one must be of the user" in error_of(
         client.post(CHAT, json={"messages": messages[:-1]}), 400
     )
@@ -150,12 +150,12 @@ def test_lost_prompt_tokens_are_reported(
 def test_rank(client: TestClient, engine: Engine, png: list[Path]) -> None:
     candidates = ["red", "blue", "red cat"]
     request = {"images": [data_url(png[0])], "instruction": "what?", "candidates": candidates}
-    found = client.post("/v1/rank", json=request).json()
+    ranked = client.post("/v1/rank", json=request).json()
     expected = engine.rank(png[0], "what?", candidates)
-    scores = [c["log_likelihood"] for c in found["candidates"]]
+    scores = [c["log_likelihood"] for c in ranked["candidates"]]
     assert scores == pytest.approx(expected, abs=1e-4)
-    assert sum(c["probability"] for c in found["candidates"]) == pytest.approx(1)
-    assert found["best"] == candidates[scores.index(max(scores))]
+    assert sum(c["probability"] for c in ranked["candidates"]) == pytest.approx(1)
+    assert ranked["best"] == candidates[scores.index(max(scores))]
     many = client.post("/v1/rank", json={**request, "candidates": ["a"] * 300})
     assert "300 candidates; at most 256" in error_of(many, 413)
     long = client.post("/v1/rank", json={**request, "candidates": ["a" * 1000] * 33})
@@ -168,7 +168,7 @@ def test_health_metrics_and_description(client: TestClient, png: list[Path]) -> 
         "models": ["tuned", "blip2"],
         "waiting": 0,
     }
-    say(client, body(png[0]))
+    ask(client, body(png[0]))
     text = client.get("/metrics").text
     assert f'instructblip_requests_total{{route="{CHAT}",status="200"}}' in text
     assert "instructblip_batch_size_bucket" in text
@@ -180,7 +180,7 @@ def test_health_metrics_and_description(client: TestClient, png: list[Path]) -> 
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG whose header promises any size, with no pixels behind it."""
+    """A PNG whose header states any size, with no pixels behind it."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(kind + content))
@@ -194,7 +194,7 @@ def url_of(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
-def bad_pictures(png: Path) -> list[tuple[str, int, str]]:
+def bad_images(png: Path) -> list[tuple[str, int, str]]:
     whole = png.read_bytes()
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
     return [
@@ -216,12 +216,12 @@ def bad_pictures(png: Path) -> list[tuple[str, int, str]]:
 
 
 def test_bad_images_are_refused_by_place(client: TestClient, png: list[Path]) -> None:
-    for url, status, message in bad_pictures(png[0]):
+    for url, status, message in bad_images(png[0]):
         request = body(png[0])
         request["messages"][0]["content"][1]["image_url"]["url"] = url
-        said = error_of(client.post(CHAT, json=request), status)
-        assert message in said
-        assert said.startswith("messages, image 1: "), said
+        text = error_of(client.post(CHAT, json=request), status)
+        assert message in text
+        assert text.startswith("messages, image 1: "), text
     nine = {"images": [data_url(png[0])] * 9, "instruction": "a", "candidates": ["a"]}
     assert "9 images; at most 8" in error_of(client.post("/v1/rank", json=nine), 413)
 
@@ -280,8 +280,8 @@ def test_an_error_in_a_part_names_the_part(client: TestClient, part: Any, place:
 
 
 def test_the_smallest_temperatures_search(client: TestClient, png: list[Path]) -> None:
-    assert say(client, body(png[0], temperature=1e-300)) == say(client, body(png[0], temperature=0))
-    say(client, body(png[0], temperature=1e-3))
+    assert ask(client, body(png[0], temperature=1e-300)) == ask(client, body(png[0], temperature=0))
+    ask(client, body(png[0], temperature=1e-3))
 
 
 def test_large_bodies_stop_at_the_limit_whatever_their_header_says(client: TestClient) -> None:
@@ -301,7 +301,7 @@ def test_large_bodies_stop_at_the_limit_whatever_their_header_says(client: TestC
     assert pulled == 31
     long = scope_of(CHAT, (b"content-length", b"9999999"))
     asyncio.run(client.app(long, receive, send))  # type: ignore[arg-type]
-    assert pulled == 31, "a body that says it is too large is not read at all"
+    assert pulled == 31, "a body whose header states that it is too large is not read at all"
     assert sent[2]["status"] == 413
 
 
@@ -325,7 +325,7 @@ def test_api_keys(model_folder: Path, png: list[Path]) -> None:
 
 
 class Slow:
-    """An engine that takes its time, one step a token, until it is let go."""
+    """An engine that generates tokens until ``free`` is set."""
 
     def __init__(self, engine: Engine) -> None:
         self.__dict__.update(engine=engine, free=threading.Event(), sizes=[])
@@ -450,7 +450,7 @@ def test_429_and_504_over_http(engine: Engine, model_folder: Path, png: list[Pat
         assert "took too long" in stream
         assert stream.endswith("data: [DONE]\n\n")
         slow.free.set()
-        assert say(client, body(png[0])) == engine.answer(png[0], TEXT)
+        assert ask(client, body(png[0])) == engine.answer(png[0], TEXT)
         refused = [f.result() for f in sent if f.result().status_code == 429]
         assert refused[0].headers["retry-after"] == "1"
 
@@ -459,18 +459,18 @@ def test_a_stream_reports_a_timeout_while_the_client_reads(engine: Engine, png: 
     (job,) = jobs_of(engine, png[:1], deadline=time.monotonic() + 0.2)
 
     async def read() -> list[str]:
-        service: Any = None  # is asked for the answer alone, which never comes
-        said = []
+        service: Any = None  # used for the answer only, which never comes
+        events = []
         async for event in stream_events(service, "tuned", job, ChatRequest(**body(png[0]))):
-            if len(said) == 1:
+            if len(events) == 1:
                 await asyncio.sleep(0.4)
-            said.append(event)
+            events.append(event)
             job.send("more")
-        return said
+        return events
 
-    said = asyncio.run(read())
-    assert "took too long" in said[-2]
-    assert said[-1] == "data: [DONE]\n\n"
+    events = asyncio.run(read())
+    assert "took too long" in events[-2]
+    assert events[-1] == "data: [DONE]\n\n"
     assert job.gone
 
 
@@ -593,8 +593,8 @@ def test_images_of_a_listed_host_are_fetched(
     connect = lambda *_args: socket.create_connection((local[0], local[1]))  # noqa: E731
     monkeypatch.setattr(incoming, "connect", connect)
     config = ServeConfig(image_hosts=("pictures.example",), max_picture_bytes=len(content))
-    picture = incoming.read_image("https://pictures.example/a.png?b=1", config, "here")
-    assert picture.size == (12, 10)
+    image = incoming.read_image("https://pictures.example/a.png?b=1", config, "here")
+    assert image.size == (12, 10)
     assert asked == [("/a.png?b=1", "pictures.example")]
     with pytest.raises(incoming.BadImage, match="answered 302"):
         incoming.fetch("https://pictures.example/moved", config, "here")
@@ -622,8 +622,8 @@ def test_the_command_passes_its_options_to_the_server(
     with pytest.raises(SystemExit) as stop:
         cli.main(["serve", *models, "--api-keys", str(keys), *options.split(), "--debug"])
     assert not stop.value.code
-    ((app, told),) = ran
-    assert (told["host"], told["port"], told["timeout_graceful_shutdown"]) == (
+    ((app, settings),) = ran
+    assert (settings["host"], settings["port"], settings["timeout_graceful_shutdown"]) == (
         "127.0.0.1",
         port,
         10,
@@ -647,10 +647,10 @@ def test_a_port_in_use_is_refused_before_the_model_loads(
         port = other.getsockname()[1]
         with pytest.raises(SystemExit, match="2"):
             cli.main(["serve", "--model", "absent", "--port", str(port)])
-    said = capsys.readouterr().err
-    assert f"127.0.0.1:{port} cannot be listened on: Address already in use" in said
-    assert "choose another with --port" in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert f"127.0.0.1:{port} cannot be listened on: Address already in use" in printed
+    assert "choose another with --port" in printed
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -667,9 +667,9 @@ def test_wrong_options_are_one_line(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["serve", *options.split()])
-    said = capsys.readouterr().err
-    assert message in said
-    assert "http" not in said
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "http" not in printed
 
 
 def test_stream_is_sse(client: TestClient, png: list[Path]) -> None:

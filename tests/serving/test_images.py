@@ -77,30 +77,30 @@ def test_the_openai_client_draws(drawing_folder: Path, engine: Engine) -> None:
     assert abs(answer.created - time.time()) < 60
     expected = engine.draw("what is red?", num_images=2, seed=3, steps=2)
     assert answer.data is not None
-    for each, picture in zip(answer.data, expected, strict=True):
+    for each, image in zip(answer.data, expected, strict=True):
         assert each.b64_json is not None
-        assert same(decoded(each.b64_json), picture)
+        assert same(decoded(each.b64_json), image)
 
 
 def test_settings_and_subject_reach_the_decoder(
     client: TestClient, engine: Engine, png: list[Path]
 ) -> None:
     settings = {"seed": 1, "guidance": 4.0, "image_guidance": 1.5}
-    found = drawn(client, image=data_url(png[0]), **settings)
-    assert same(found[0], engine.draw(ASKED["prompt"], png[0], steps=2, **settings)[0])
+    images = drawn(client, image=data_url(png[0]), **settings)
+    assert same(images[0], engine.draw(ASKED["prompt"], png[0], steps=2, **settings)[0])
     for other in ({"image": data_url(png[1])}, {"guidance": 1.0}, {"seed": 2}, {"steps": 3}):
         changed = {"image": data_url(png[0]), **settings, **other}
-        assert not same(found[0], drawn(client, **changed)[0])
-    assert not same(*drawn(client, n=2))  # one seed, two pictures
+        assert not same(images[0], drawn(client, **changed)[0])
+    assert not same(*drawn(client, n=2))  # one seed, two images
     assert not same(drawn(client)[0], drawn(client)[0])  # no seed
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 def test_formats(client: TestClient, kind: str) -> None:
-    pictures = [drawn(client, seed=1, output_format=each)[0] for each in ("png", kind)]
-    assert pictures[1].format == kind.upper()
+    images = [drawn(client, seed=1, output_format=each)[0] for each in ("png", kind)]
+    assert images[1].format == kind.upper()
     if kind != "jpeg":
-        assert same(pictures[0], pictures[1].convert("RGB"))
+        assert same(images[0], images[1].convert("RGB"))
 
 
 @pytest.mark.parametrize(
@@ -170,12 +170,12 @@ def test_the_tab_shows_what_the_engine_draws(
         shown = paint(service, "what is red?", str(png[0]), 2, 3.0, 5)
         expected = engine.draw("what is red?", png[0], 2, seed=5, guidance=3.0)
         assert [p.size for p in shown] == [(256, 256)] * 2
-        for large, picture in zip(shown, expected, strict=True):
-            assert same(large.resize(picture.size, Image.Resampling.NEAREST), picture)
+        for large, image in zip(shown, expected, strict=True):
+            assert same(large.resize(image.size, Image.Resampling.NEAREST), image)
         with pytest.raises(Exception, match="instruction is empty"):
             paint(service, "", None, 1, 2.0, 0)
         bad = png[0].with_suffix(".txt")
-        bad.write_text("no picture")
+        bad.write_text("no image")
         with pytest.raises(Exception, match="not an image"):
             paint(service, "red", str(bad), 1, 2.0, 0)
 
@@ -191,8 +191,8 @@ def test_the_tab_in_a_browser(drawing_folder: Path, locale: str, words: dict[str
         assert page.locator("#drawn img").count() >= 4
         source = page.locator("#drawn img").first.get_attribute("src")
         assert source is not None
-        picture = Image.open(io.BytesIO(httpx.get(source).content))
-        assert picture.size == (256, 256)
+        image = Image.open(io.BytesIO(httpx.get(source).content))
+        assert image.size == (256, 256)
 
 
 def test_no_tab_where_no_model_draws(model_folder: Path) -> None:

@@ -92,20 +92,20 @@ def test_the_page_shows_the_answers_of_the_engines(
     served = {"instructblip": greedy_engine(model_folder), "blip2": greedy_engine(blip2_folder)}
     with TestClient(create_app(served)) as client:
         service = client.app.state.service  # type: ignore[attr-defined]
-        said = ask(service, str(png[0]), "what?", "red, blue，red、", [])
+        shown = ask(service, str(png[0]), "what?", "red, blue，red、", [])
         tuned, before = greedy_engine(model_folder), greedy_engine(blip2_folder)
-        assert said[:2] == (tuned.answer(png[0], "what?"), before.answer(png[0], "what?"))
+        assert shown[:2] == (tuned.answer(png[0], "what?"), before.answer(png[0], "what?"))
         scores = torch.tensor(tuned.rank(png[0], "what?", ["red", "blue"]))
-        assert list(said[2]) == ["red", "blue"]
-        assert list(said[2].values()) == pytest.approx(scores.softmax(0).tolist(), abs=1e-4)
-        assert said[-1] == [[1, "what?", *said[:2]]]
-        again = ask(service, str(png[1]), "red?", "", said[-1])
+        assert list(shown[2]) == ["red", "blue"]
+        assert list(shown[2].values()) == pytest.approx(scores.softmax(0).tolist(), abs=1e-4)
+        assert shown[-1] == [[1, "what?", *shown[:2]]]
+        again = ask(service, str(png[1]), "red?", "", shown[-1])
         assert again[2] is None
         assert len(again[-1]) == 2
         with pytest.raises(Exception, match="a picture and an instruction"):
             ask(service, None, "what?", "", [])
         bad = png[0].with_suffix(".txt")
-        bad.write_text("no picture")
+        bad.write_text("no image")
         with pytest.raises(Exception, match="not an image"):
             ask(service, str(bad), "what?", "", [])
 
@@ -122,7 +122,7 @@ def test_the_page_asks_for_a_key(model_folder: Path) -> None:
 
 
 def press(address: str, file: Any, route: str, instruction: str = "what?") -> str:
-    """Press the page's button without a browser; what came back, whatever it is."""
+    """Press the page's button without a browser; returns the response, whatever it is."""
     with httpx.Client(base_url=f"{address}/page/gradio_api", timeout=30) as client:
         functions = client.get(f"{address}/page/config").json()["dependencies"]
         number = next(f["id"] for f in functions if len(f["inputs"]) == 4)
@@ -158,11 +158,11 @@ def test_no_file_of_the_server_is_served(
     for path in ("/etc/passwd", str(secret)):
         given: Any = file_of(path)
         if where == "picture":
-            said = press(address, given, route)
+            text = press(address, given, route)
         else:
-            said = press(address, None, route, given)
-        assert "root:" not in said
-        assert "error" in said.lower()
+            text = press(address, None, route, given)
+        assert "root:" not in text
+        assert "error" in text.lower()
         assert not list(cache.glob(f"*/{Path(path).name}"))
         read = httpx.get(f"{address}/page/gradio_api/file={path}")
         assert read.status_code == 403
@@ -184,10 +184,10 @@ def test_the_page_fetches_nothing(
     for url in ("http://pictures.example/a.png", "https://pictures.example/a.png"):
         given: Any = file_of(url)
         if where == "picture":
-            said = press(address, given, route)
+            text = press(address, given, route)
         else:
-            said = press(address, None, route, given)
-        assert "error" in said.lower()
+            text = press(address, None, route, given)
+        assert "error" in text.lower()
         assert httpx.get(f"{address}/page/gradio_api/file={url}").status_code == 403
     assert not asked
 
@@ -210,7 +210,7 @@ def test_attention_equals_that_of_the_layer(engines: dict[str, Engine]) -> None:
     assert (samples, frames, queries) == (3, 1, model.config.num_query_tokens)
     assert patches == model.config.vision.num_tokens
     torch.testing.assert_close(weights.sum(-1), torch.ones(samples, frames, queries))
-    # attention with these weights is the layer's own output where there is one head
+    # attention with these weights is the layer's output where there is one head
     layer = [la.crossattention for la in model.qformer.encoder.layer if la.crossattention][-1]
     assert layer is not None
     seen: list = []
