@@ -22,12 +22,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from instructblip import load
 from instructblip.serving.api import create_app
-from instructblip.serving.page import (
-    EN,
-    PATH,
-    ZH,
-    mount_page,
-)
+from instructblip.serving.page import EN, PATH, ZH, mount_page
 
 
 @contextlib.contextmanager

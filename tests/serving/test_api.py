@@ -26,12 +26,7 @@ from instructblip.inference.chat import instruction_of
 from instructblip.inference.engine import Engine
 from instructblip.serving import incoming
 from instructblip.serving.api import create_app
-from instructblip.serving.batching import (
-    Batcher,
-    Job,
-    QueueFull,
-    TooLate,
-)
+from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
 from instructblip.serving.completions import stream_events
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.schema import ChatRequest

@@ -17,17 +17,8 @@ from PIL import Image
 
 from instructblip.inference.engine import Engine
 from instructblip.serving.api import create_app
-from instructblip.serving.batching import (
-    Batcher,
-    Job,
-    TooLate,
-)
-from instructblip.serving.page import (
-    EN,
-    ZH,
-    mount_page,
-    paint,
-)
+from instructblip.serving.batching import Batcher, Job, TooLate
+from instructblip.serving.page import EN, ZH, mount_page, paint
 from runs.screenshots import browser_page, draw_example
 from tests.conftest import data_url, greedy_engine, running
 

@@ -17,14 +17,7 @@ from instructblip.inference.engine import Engine
 from instructblip.model.inference import cross_attention
 from instructblip.serving.api import create_app
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.page import (
-    EN,
-    EXAMPLES,
-    ZH,
-    ask,
-    mount_page,
-    overlays,
-)
+from instructblip.serving.page import EN, EXAMPLES, ZH, ask, mount_page, overlays
 from runs.screenshots import ask_example, browser_page
 from tests.conftest import greedy_engine, running
 from tests.model.test_instructblip import tiny_batch

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from instructblip.cli.options import Overrides, RecipeName, Scale, read_recipe, to_file, to_folder
+from instructblip.cli.options import Overrides, RecipeName, Scale, read_recipe, to_dir, to_file
 
 app = typer.Typer()
 
@@ -33,7 +33,7 @@ def prepare(
     overrides: Overrides = None,
     workers: Annotated[int | None, Option(help="Sets read at a time; else one a core.")] = None,
     export: Annotated[ExportForm | None, Option(help="Write samples in this format.")] = None,
-    out: Annotated[Path, to_folder("Folder of the export.")] = Path("out/export"),
+    out: Annotated[Path, to_dir("Folder of the export.")] = Path("out/export"),
 ) -> None:
     """Read, verify and index the data sets of a recipe; print its mixture."""
     from instructblip.data.export import export as write_export

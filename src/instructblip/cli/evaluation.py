@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from instructblip.cli.options import Benchmarks, Limit, read_recipe, to_file, to_folder
+from instructblip.cli.options import Benchmarks, Limit, read_recipe, to_dir, to_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +28,7 @@ def evaluate(
         ),
     ],
     benchmarks: Benchmarks = None,
-    out: Annotated[Path | None, to_folder("Result folder; out/results/<model> by default.")] = None,
+    out: Annotated[Path | None, to_dir("Result folder; out/results/<model> by default.")] = None,
     limit: Limit = None,
     batch_size: Annotated[str | None, Option(help="Samples at a time, or `auto`.")] = None,
     blind: Annotated[bool, Option("--blind", help="Swap the images: the blind control.")] = False,
@@ -64,7 +64,7 @@ def compare(
     recipe: Annotated[str | None, Option(help="Recipe for models; else that beside each.")] = None,
     benchmarks: Benchmarks = None,
     limit: Limit = None,
-    out: Annotated[Path, to_folder("Where results of models go.")] = Path("out/results"),
+    out: Annotated[Path, to_dir("Where results of models go.")] = Path("out/results"),
     intervals: Annotated[bool, Option("--intervals", help="Show 95 % intervals.")] = False,
 ) -> None:
     """Print the scores of two or more models side by side, each compared with the first.

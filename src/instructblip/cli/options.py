@@ -30,7 +30,7 @@ DecodingOptions = Annotated[dict[str, Any] | None, Option(parser=str)]
 """The parameter ``decoding`` of a command that is a `DecodingCommand`."""
 
 
-def to_folder(help: str) -> Any:
+def to_dir(help: str) -> Any:
     """An option for a folder to write; a file that stands there is refused."""
     return Option(help=help, file_okay=False)
 

@@ -18,7 +18,7 @@ from instructblip.cli.options import (
     Resume,
     Scale,
     read_recipe,
-    to_folder,
+    to_dir,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ Open {report}: tables, charts, and the answers of both models to each image.
 @app.command()
 def quickstart(
     overrides: Overrides = None,
-    out: Annotated[Path, to_folder("Folder of data, run and results.")] = Path("out/quickstart"),
+    out: Annotated[Path, to_dir("Folder of data, run and results.")] = Path("out/quickstart"),
     resume: Resume = False,
     scale: Scale = 1.0,
 ) -> None:
@@ -112,7 +112,7 @@ def _remove_earlier(run: Path, results: Path) -> None:
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path | None, to_folder("Run directory; out/<recipe> by default.")] = None,
+    out: Annotated[Path | None, to_dir("Run directory; out/<recipe> by default.")] = None,
     resume: Resume = False,
 ) -> None:
     """Tune the model of a recipe."""
@@ -126,7 +126,7 @@ def tune(
     root: Annotated[Path, Argument(help="Folder of images with captions or questions.")],
     overrides: Overrides = None,
     model: Model = "starter",
-    out: Annotated[Path, to_folder("Folder of run, results and report.")] = Path("out/tuned"),
+    out: Annotated[Path, to_dir("Folder of run, results and report.")] = Path("out/tuned"),
     resume: Resume = False,
 ) -> None:
     """Tune a model on a folder of your data: check, split, tune, evaluate before and after."""
@@ -141,7 +141,7 @@ def pretrain(
     recipe: RecipeName,
     overrides: Overrides = None,
     stage: Annotated[int, Option(min=1, max=2, help="1: see; 2: tell.")] = 1,
-    out: Annotated[Path | None, to_folder("Run directory; out/<recipe>_stageN if absent.")] = None,
+    out: Annotated[Path | None, to_dir("Run directory; out/<recipe>_stageN if absent.")] = None,
     resume: Resume = False,
 ) -> None:
     """Run a stage of BLIP-2's pre-training for a new pair of image encoder and language model."""

@@ -213,11 +213,10 @@ def _add_errors(app: FastAPI) -> None:
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(place)[:40] for place in first["loc"] if place != "body")[:200]
+        message = f"{where or 'body'}: {first['msg']}"[:500]
         # a key of the request may hold half a surrogate pair, which no response can carry
-        where = where.encode("utf-8", errors="replace").decode()
-        message = f"{where or 'body'}: {first['msg']}"
-        message = message.encode("utf-8", errors="replace").decode()
-        return JSONResponse(error_body(422, message[:500], where or None), 422)
+        where, message = (text.encode(errors="replace").decode() for text in (where, message))
+        return JSONResponse(error_body(422, message, where or None), 422)
 
     @app.exception_handler(Exception)
     async def unexpected(_request: Request, _error: Exception) -> JSONResponse:
