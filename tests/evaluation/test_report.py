@@ -229,16 +229,16 @@ def test_chart_ticks_hold_the_data() -> None:
 
 
 def test_radar_reaches_its_rim_where_a_model_is_best() -> None:
-    chart = radar_chart("held-out", ["a", "b", "c"], {"one": [50, 10, 0], "two": [25, 20, 0]})
+    chart = radar_chart("held-out", {"a": [50, 25], "b": [10, 20], "c": [0, 0]})
     assert chart is not None
-    one, two = ([tuple(map(float, p.split(","))) for p in w.points.split()] for w in chart.webs)
+    one, two = ([tuple(map(float, p.split(","))) for p in web.split()] for web in chart.webs)
     ends = [spoke.end for spoke in chart.spokes]
     assert one[0] == ends[0]
     assert two[1] == ends[1]
     assert two[0] == (300, 119)  # half of the way up
     assert one[2] == two[2] == chart.centre  # nobody has anything
     assert [spoke.best for spoke in chart.spokes] == ["50.0", "20.0", "0.0"]
-    assert radar_chart("two axes", ["a", "b"], {"one": [1, 2]}) is None
+    assert radar_chart("two axes", {"a": [1], "b": [2]}) is None
 
 
 def test_curves_of_held_in_and_held_out(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_the_report_shows_drawings(measured: list[Measured], tmp_path: Path):
     assert HOSTILE not in page
     assert "&lt;img src=" in page
     without = write_report(tmp_path / "without.html", {"a": results}).read_text()
-    assert "Drawn pictures" not in without
+    assert "Drawn images" not in without
 
 
 def test_images_outside_the_folder_are_refused(measured: list[Measured], tmp_path: Path):

@@ -4,8 +4,6 @@ The samples come from the training loader, so crop, template, answer and token i
 step that is shown. Which tokens carry loss is read from the collated batch.
 """
 
-import base64
-import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from PIL import Image
 
 from instructblip.core.batch import Batch, Example
 from instructblip.core.files import write_text
-from instructblip.core.pages import page_template
+from instructblip.core.pages import data_url, page_template
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.order import CYCLE
@@ -164,12 +162,6 @@ def write_page(path: Path, shown: Iterable[Shown], facts: Mapping[str, str]) -> 
     sets: dict[str, list[Shown]] = {}
     for one in shown:
         sets.setdefault(one.name, []).append(one)
-    template = page_template(Path(__file__).with_name("show.html.j2"), data_uri=_data_uri)
+    template = page_template(Path(__file__).with_name("show.html.j2"), data_url=data_url)
     write_text(path, template.render(sets=sets, facts=facts))
     return path
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

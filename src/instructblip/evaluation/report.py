@@ -6,24 +6,20 @@ is put into script or style. First the page, then its gallery of samples, then t
 charts.
 """
 
-import base64
 import hashlib
-import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jinja2 import Template
-
-from instructblip.core.drawings import Drawing, DrawnKind, read_drawings
+from instructblip.core.drawings import read_drawings
 from instructblip.core.files import write_text
-from instructblip.core.pages import page_template
+from instructblip.core.pages import data_url, page_template
 from instructblip.data.images import load_image
 from instructblip.evaluation.benchmarks import BENCHMARKS
-from instructblip.evaluation.compare import ROLES, Comparison, Row, compare
+from instructblip.evaluation.compare import ROLES, Comparison, compare
 from instructblip.evaluation.result import Result
 from instructblip.training.log import read_metrics
 
@@ -59,8 +55,18 @@ def write_report(
     subject = next(
         (m for m in reversed(comparison.models) if m not in blind), comparison.models[-1]
     )
-    charts = [c for name, file in (curves or {}).items() for c in training_charts(Path(file), name)]
-    text = _template().render(
+    asked: dict[str, Result] = {}
+    for results in models.values():
+        for result in results:
+            asked.setdefault(result.benchmark, result)
+    template = page_template(
+        Path(__file__).with_name("report.html.j2"),
+        figure=lambda value: "–" if value is None else f"{value:.1f}",
+        signed=_signed,
+        percent=lambda value: f"{100 * value:.0f} %",
+        thumbnail=thumbnail,
+    )
+    text = template.render(
         title=title,
         lead=lead,
         comparison=comparison,
@@ -68,14 +74,15 @@ def write_report(
         subject=subject,
         blind=blind,
         colours={model: place for place, model in enumerate(comparison.models)},
-        tiles=_tiles(comparison, subject),
+        tiles=[row for row in comparison.means if subject in row.cells],
         scale=_scale(comparison),
         radars=_radars(comparison),
-        charts=charts,
+        charts=[c for name, file in (curves or {}).items() for c in training_charts(file, name)],
         cards=make_cards(models, samples_per_set) if samples_per_set else [],
-        settings=_settings(models),
-        drawn=_read_drawings(drawn) if drawn else [],
-        facts=dict(facts or {}),
+        asked=asked.values(),
+        drawn=read_drawings(drawn) if drawn else [],
+        drawn_folder=drawn,
+        facts=facts or {},
     )
     write_text(path, text)
     return path
@@ -86,86 +93,23 @@ def _blind(models: Mapping[str, Sequence[Result]]) -> set[str]:
     return {model for model, results in models.items() if any(r.blind for r in results)}
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """A headline score: the mean of a role for the subject, beside that of every other model."""
-
-    role: str
-    row: Row
-
-
-def _tiles(comparison: Comparison, subject: str) -> list[Tile]:
-    return [Tile(ROLES[row.role], row) for row in comparison.means if subject in row.cells]
-
-
-def _read_drawings(folder: Path) -> list[DrawnKind]:
-    """The drawings of a folder, with data URLs in place of file names."""
-
-    def embedded(drawing: Drawing) -> Drawing:
-        subject = drawing.subject and thumbnail(drawing.subject, folder)
-        return replace(drawing, picture=thumbnail(drawing.picture, folder), subject=subject)
-
-    return [
-        replace(kind, drawings=tuple(map(embedded, kind.drawings)))
-        for kind in read_drawings(folder)
-    ]
-
-
 def _radars(comparison: Comparison) -> "list[Radar]":
     """One chart per role, over the sets for which every model has a score."""
     charts = []
     for role, name in ROLES.items():
-        rows = [row for row in comparison.rows if row.role == role]
         shared: dict[str, list[float]] = {}
-        for row in rows:
-            cells = (row.cells.get(model) for model in comparison.models)
-            values = [cell.value for cell in cells if cell and cell.value is not None]
-            if len(values) == len(comparison.models):
+        for row in comparison.rows:
+            values = [cell.value for cell in row.cells.values() if cell.value is not None]
+            if row.role == role and len(values) == len(comparison.models):
                 shared[row.title] = values
-        models = {
-            model: [values[i] for values in shared.values()]
-            for i, model in enumerate(comparison.models)
-        }
-        charts.append(radar_chart(name, list(shared), models))
+        charts.append(radar_chart(name, shared))
     return [chart for chart in charts if chart is not None]
 
 
 def _scale(comparison: Comparison) -> float:
     """The right end of the bars: 100, or more where a CIDEr exceeds it."""
     highs = [c.high for row in comparison.rows for c in row.cells.values() if c.high is not None]
-    return max(100.0, *highs) if highs else 100.0
-
-
-def _settings(models: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
-    """How each benchmark was asked and scored."""
-    settings: dict[str, dict[str, Any]] = {}
-    for results in models.values():
-        for result in results:
-            asked = result.settings["benchmark"]
-            decoding = ", ".join(f"{k} {v}" for k, v in asked["decoding"].items())
-            settings.setdefault(
-                result.benchmark,
-                {
-                    "name": result.benchmark,
-                    "title": result.title,
-                    "prompt": asked["prompt"],
-                    "how": decoding or "highest log-likelihood of the candidates",
-                    "metric": result.metric,
-                    "tokenizer": result.tokenizer or "",
-                    "n": result.n,
-                    "split": f"{asked['source']} {asked['split']}",
-                },
-            )
-    return list(settings.values())
-
-
-def _template() -> Template:
-    return page_template(
-        Path(__file__).with_name("report.html.j2"),
-        figure=lambda value: "–" if value is None else f"{value:.1f}",
-        signed=_signed,
-        percent=lambda value: f"{100 * value:.0f} %",
-    )
+    return max([100.0, *highs])
 
 
 def _signed(value: float) -> str:
@@ -182,8 +126,7 @@ MAX_FRAMES = 4
 MAX_CANDIDATES = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(NamedTuple):
     """A ranked candidate; ``probability`` among the candidates of its sample."""
 
     text: str
@@ -192,16 +135,13 @@ class Option:
     expected: bool
 
 
-@dataclass(frozen=True, slots=True)
-class CardAnswer:
+class CardAnswer(NamedTuple):
     """The answer of one model. ``options`` are the most probable candidates, if it ranked."""
 
     model: str
-    colour: int
-    text: str
-    score: float
+    prediction: Mapping[str, Any]
     right: bool
-    options: tuple[Option, ...]
+    options: list[Option]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,23 +180,20 @@ def make_cards(models: Mapping[str, Sequence[Result]], per_set: int) -> list[Car
     }
     if not seeing:
         return []
-    colours = {model: place for place, model in enumerate(models)}
     baseline = next(iter(models))
     cards = []
     for name, result in next(reversed(seeing.values())).items():
         by_model = {model: results[name] for model, results in seeing.items() if name in results}
         for index in _choose(result, per_set):
-            cards.append(_card(result, index, by_model, colours, baseline))
+            cards.append(_card(result, index, by_model, baseline))
     return cards
 
 
 def _choose(result: Result, count: int) -> list[int]:
     """Indices of samples, half right and half wrong if possible, the same ones every time."""
 
-    def key(index: int) -> str:
-        return hashlib.sha256(str(result.predictions[index]["id"]).encode()).hexdigest()
-
-    order = sorted(range(result.n), key=key)
+    hashes = [hashlib.sha256(str(p["id"]).encode()).hexdigest() for p in result.predictions]
+    order = sorted(range(result.n), key=hashes.__getitem__)
     marks = [_is_right(prediction, result.metric) for prediction in result.predictions]
     right = [i for i in order if marks[i]]
     wrong = [i for i in order if not marks[i]]
@@ -269,17 +206,10 @@ def _is_right(prediction: Mapping[str, Any], metric: str) -> bool:
     return prediction["score"] >= (1.0 if metric in RECIPROCAL_RANKS else RIGHT_FROM)
 
 
-def _card(
-    result: Result,
-    index: int,
-    by_model: Mapping[str, Result],
-    colours: Mapping[str, int],
-    baseline: str,
-) -> Card:
+def _card(result: Result, index: int, by_model: Mapping[str, Result], baseline: str) -> Card:
     sample = result.predictions[index]
     answers = tuple(
-        _answer(model, colours[model], one.predictions[index], result.metric)
-        for model, one in by_model.items()
+        _answer(model, one.predictions[index], result.metric) for model, one in by_model.items()
     )
     change = None
     if answers[0].model == baseline and len(answers) > 1:
@@ -300,23 +230,15 @@ def _card(
     )
 
 
-def _answer(model: str, colour: int, prediction: Mapping[str, Any], metric: str) -> CardAnswer:
+def _answer(model: str, prediction: Mapping[str, Any], metric: str) -> CardAnswer:
     options: list[Option] = []
     if "candidates" in prediction:
-        expected = set(prediction["answers"])
         ranked = zip(prediction["candidates"], prediction["probabilities"], strict=True)
         options = [
-            Option(text, p, text == prediction["prediction"], text in expected)
+            Option(text, p, text == prediction["prediction"], text in prediction["answers"])
             for text, p in sorted(ranked, key=lambda pair: -pair[1])[:MAX_CANDIDATES]
         ]
-    return CardAnswer(
-        model,
-        colour,
-        prediction["prediction"],
-        prediction["score"],
-        _is_right(prediction, metric),
-        tuple(options),
-    )
+    return CardAnswer(model, prediction, _is_right(prediction, metric), options)
 
 
 def _thumbnail_or_none(name: str, root: Path) -> str | None:
@@ -330,13 +252,10 @@ def _thumbnail_or_none(name: str, root: Path) -> str | None:
 def thumbnail(name: str, root: Path) -> str:
     """Return an image as a data URL: a small one as PNG without loss, others as a small JPEG."""
     image = load_image(name, root)
-    small = max(image.size) <= THUMBNAIL // 2
-    if not small:
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-    data = io.BytesIO()
-    image.save(data, "PNG" if small else "JPEG", quality=82, optimize=True)
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+    if max(image.size) <= THUMBNAIL // 2:
+        return data_url(image, optimize=True)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return data_url(image, "JPEG", quality=82, optimize=True)
 
 
 WIDTH, HEIGHT = 460, 250
@@ -345,13 +264,11 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 30
 Points = Sequence[tuple[int | float, int | float]]
 
 
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """``points`` are those of an SVG polyline; ``colour`` is an index into the palette."""
+class Curve(NamedTuple):
+    """``points`` are those of an SVG polyline, ``end`` the last one; ``last`` is its value."""
 
     label: str
     points: str
-    colour: int
     last: str
     end: tuple[float, float]
 
@@ -392,10 +309,10 @@ def line_chart(title: str, series: Mapping[str, Points]) -> Chart | None:
         return round(across, 1), round(down, 1)
 
     lines = []
-    for colour, (label, points) in enumerate(finite.items()):
+    for label, points in finite.items():
         placed = [place(x, y) for x, y in _thin(points)]
         text = " ".join(f"{x},{y}" for x, y in placed)
-        lines.append(Curve(label, text, colour, _label(points[-1][1]), placed[-1]))
+        lines.append(Curve(label, text, _label(points[-1][1]), placed[-1]))
     return Chart(
         title,
         [(place(x, y_low)[0], _label(x)) for x in x_ticks],
@@ -404,8 +321,7 @@ def line_chart(title: str, series: Mapping[str, Points]) -> Chart | None:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Spoke:
+class Spoke(NamedTuple):
     """One axis of a radar chart: its end, its label and the place of the label."""
 
     label: str
@@ -416,22 +332,16 @@ class Spoke:
 
 
 @dataclass(frozen=True, slots=True)
-class Web:
-    """The scores of one model as the points of an SVG polygon."""
-
-    label: str
-    points: str
-    colour: int
-
-
-@dataclass(frozen=True, slots=True)
 class Radar:
-    """Models over data sets. An axis ends at the score of the best model."""
+    """Models over data sets. An axis ends at the score of the best model.
+
+    ``rings`` and ``webs``, one for each model, are the points of SVG polygons.
+    """
 
     title: str
     spokes: list[Spoke]
     rings: list[str]
-    webs: list[Web]
+    webs: list[str]
 
     width = 600
     height = 370
@@ -439,16 +349,17 @@ class Radar:
     radius = 132
 
 
-def radar_chart(
-    title: str, labels: Sequence[str], models: Mapping[str, Sequence[int | float]]
-) -> Radar | None:
-    """Return one axis per set, from 0 to the score of the best model; None for less than three."""
-    if len(labels) < 3 or not models:
+def radar_chart(title: str, scores: Mapping[str, Sequence[int | float]]) -> Radar | None:
+    """Return one axis per set, from 0 to the score of the best model; None for less than three.
+
+    ``scores`` maps a set to the scores of the models.
+    """
+    if len(scores) < 3:
         return None
-    best = [max(figures[i] for figures in models.values()) for i in range(len(labels))]
+    best = {label: max(row) for label, row in scores.items()}
 
     def place(axis: int, share: float) -> tuple[float, float]:
-        turn = 2 * math.pi * axis / len(labels)
+        turn = 2 * math.pi * axis / len(scores)
         x, y = Radar.centre
         return (
             round(x + Radar.radius * share * math.sin(turn), 1),
@@ -456,19 +367,19 @@ def radar_chart(
         )
 
     def points(shares: Sequence[float]) -> str:
-        return " ".join(f"{x},{y}" for x, y in map(place, range(len(labels)), shares))
+        return " ".join(f"{x},{y}" for x, y in map(place, range(len(scores)), shares))
 
     spokes = []
-    for i, label in enumerate(labels):
+    for i, label in enumerate(scores):
         text = place(i, 1.1)
         aside = text[0] - Radar.centre[0]
         anchor = "middle" if abs(aside) < 12 else "start" if aside > 0 else "end"
-        spokes.append(Spoke(label, f"{best[i]:.1f}", place(i, 1.0), text, anchor))
-    webs = []
-    for colour, (model, scores) in enumerate(models.items()):
-        shares = [max(0.0, s) / b if b > 0 else 0.0 for s, b in zip(scores, best, strict=True)]
-        webs.append(Web(model, points(shares), colour))
-    rings = [points([share] * len(labels)) for share in (0.25, 0.5, 0.75, 1.0)]
+        spokes.append(Spoke(label, f"{best[label]:.1f}", place(i, 1.0), text, anchor))
+    webs = [
+        points([max(0.0, s) / b if b > 0 else 0.0 for s, b in zip(row, best.values(), strict=True)])
+        for row in zip(*scores.values(), strict=True)
+    ]
+    rings = [points([share] * len(scores)) for share in (0.25, 0.5, 0.75, 1.0)]
     return Radar(title, spokes, rings, webs)
 
 
