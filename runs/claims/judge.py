@@ -106,5 +106,5 @@ def difference(better: Seeds, worse: Seeds, names: Sequence[str]) -> Estimate:
         for seed in seeds_of(better, worse)
     ]
     values = [figure(a, names) - figure(b, names) for a, b in pairs]
-    draws = [a[n].resampled() - b[n].resampled() for a, b in pairs for n in names]
+    draws = [a[n].resampled - b[n].resampled for a, b in pairs for n in names]
     return estimate(values, np.nanmean(np.stack(draws), axis=0))

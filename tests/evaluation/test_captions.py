@@ -33,7 +33,6 @@ def test_scores_are_those_of_pycocoevalcap(tokenizer: CaptionTokenizer) -> None:
     cider = captions.cider(CANDIDATES, REFERENCES, tokenizer)
     assert cider.value == pytest.approx(sum(CIDER) / 6, abs=1e-12)
     assert cider.per_image == pytest.approx(CIDER, abs=1e-12)
-    assert cider.tokenizer == tokenizer
     rouge = captions.rouge_l(CANDIDATES, REFERENCES, tokenizer)
     assert rouge.per_image == pytest.approx(ROUGE, abs=1e-15)
     for n, expected in enumerate(BLEU, start=1):

@@ -77,7 +77,7 @@ def _write_results(
 ) -> None:
     """Write the scores of several models, 0 to 100, and the seconds that each step took."""
     from instructblip.core.files import write_json
-    from instructblip.evaluation.result import summarise
+    from instructblip.evaluation.compare import summarise
 
     scores = {
         name: {role: mean.value for role, mean in summarise(results).items()}

@@ -6,8 +6,8 @@ paired. The functions take the ``samples`` [n] of a ``Score`` and, for the area 
 its ``labels`` [n].
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64, Real
@@ -22,16 +22,14 @@ _BLOCK = 1 << 22
 """Draws in memory at a time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(NamedTuple):
     """The central 95 % of the resampled values."""
 
     low: float
     high: float
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(NamedTuple):
     """a minus b on the same samples, its interval, and the two-sided p of "no difference"."""
 
     value: float
@@ -76,16 +74,10 @@ def difference(value: float, a: Float64[ndarray, " r"], b: Float64[ndarray, " r"
     """Return ``value``, which is a - b, with its interval and p from values of the same draws."""
     deltas = a - b
     deltas = deltas[~np.isnan(deltas)]
-    bounds = interval(deltas)
     # Adding one keeps p above 0: a finite number of resamples cannot show that p is 0.
     below = (np.sum(deltas <= 0) + 1) / (len(deltas) + 1)
     above = (np.sum(deltas >= 0) + 1) / (len(deltas) + 1)
-    return Difference(value, bounds.low, bounds.high, float(min(1.0, 2 * min(below, above))))
-
-
-def mean_over_sets(resampled: Sequence[Float64[ndarray, " r"]]) -> Float64[ndarray, " r"]:
-    """Return resampled values of a mean over data sets, each resampled within itself."""
-    return np.mean(np.stack(list(resampled)), axis=0)
+    return Difference(value, *interval(deltas), float(min(1.0, 2 * min(below, above))))
 
 
 def _draws(n: int, seed: int, resamples: int) -> Iterator[Int64[ndarray, "block n"]]:

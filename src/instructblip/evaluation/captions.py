@@ -6,8 +6,7 @@ published as "120", the others lie between 0 and 1.
 The COCO caption server defines these scores on the tokens of Stanford's PTBTokenizer 3.4.1, in
 lower case and without punctuation. The tokenizer "python" implements its rules: the same tokens for
 more than 99 of 100 ordinary captions, not for every odd string (emoji, rare abbreviations,
-fractions such as ½). "ptb_java" runs the original from the package pycocoevalcap. A score always
-names its tokenizer.
+fractions such as ½). "ptb_java" runs the original from the package pycocoevalcap.
 """
 
 import math
@@ -16,11 +15,10 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -28,19 +26,11 @@ CaptionTokenizer = Literal["ptb_java", "python"]
 Ngrams = Counter[tuple[str, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class CaptionScore:
-    """The score of the corpus, one per image, and the tokenizer they were computed with.
-
-    ``value, per_image = cider(...)`` unpacks the first two.
-    """
+class CaptionScore(NamedTuple):
+    """The score of the corpus, and one per image."""
 
     value: float
     per_image: list[float]
-    tokenizer: str
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.value, self.per_image))
 
 
 def cider(
@@ -63,7 +53,7 @@ def cider(
         candidate = _tfidf(_ngrams(tokens), frequency, log_images)
         sums = [_cider_d(candidate, _tfidf(ref, frequency, log_images)) for ref in group]
         per_image.append(10 * math.fsum(sums) / len(group))
-    return CaptionScore(float(np.mean(per_image)), per_image, tokenizer)
+    return CaptionScore(float(np.mean(per_image)), per_image)
 
 
 def bleu(
@@ -82,7 +72,7 @@ def bleu(
     predicted, expected = _tokens(candidates, references, tokenizer)
     counts = [_bleu_counts(t, group, n) for t, group in zip(predicted, expected, strict=True)]
     total = np.sum(counts, axis=0)
-    return CaptionScore(_bleu(total, n), [_bleu(row, n) for row in counts], tokenizer)
+    return CaptionScore(_bleu(total, n), [_bleu(row, n) for row in counts])
 
 
 def rouge_l(
@@ -97,7 +87,7 @@ def rouge_l(
     """
     predicted, expected = _tokens(candidates, references, tokenizer)
     per_image = [_rouge_l(t, group) for t, group in zip(predicted, expected, strict=True)]
-    return CaptionScore(float(np.mean(per_image)), per_image, tokenizer)
+    return CaptionScore(float(np.mean(per_image)), per_image)
 
 
 def meteor(
@@ -130,7 +120,7 @@ def meteor(
         assert program.stdout is not None
         per_image = [float(_converse(program, "EVAL", *matches))]
         per_image += [float(program.stdout.readline()) for _ in predicted]
-    return CaptionScore(per_image.pop(), per_image, tokenizer)
+    return CaptionScore(per_image.pop(), per_image)
 
 
 def _meteor_text(tokens: Sequence[str]) -> str:
@@ -173,8 +163,7 @@ def _ngrams(tokens: Sequence[str], longest: int = 4) -> Ngrams:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Vectors:
+class _Vectors(NamedTuple):
     weights: dict[tuple[str, ...], float]
     norms: list[float]
     length: int
@@ -257,44 +246,18 @@ PUNCTUATION = frozenset(
     | {".", "?", "!", ",", ":", "-", "--", "...", ";"}
 )
 
-_REWRITTEN = {
-    "(": "-lrb-",
-    ")": "-rrb-",
-    "[": "-lsb-",
-    "]": "-rsb-",
-    "{": "-lcb-",
-    "}": "-rcb-",
-    "’": "'",
-    "‘": "`",
-    "“": "``",
-    "”": "''",
-    "…": "...",
-    "–": "--",
-    "—": "--",
-    "£": "#",
-    "€": "$",
-    "¢": "cents",
-    "½": "1/2",
-    "¼": "1/4",
-    "¾": "3/4",
-}
+_REWRITTEN = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_REWRITTEN |= {"’": "'", "‘": "`", "“": "``", "”": "''", "…": "...", "–": "--", "—": "--"}
+_REWRITTEN |= {"£": "#", "€": "$", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4"}
+
+_SPLIT_WORDS = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na"}
+_SPLIT_WORDS |= {"gimme": "gim me", "lemme": "lem me", "'tis": "'t is", "'twas": "'t was"}
 
 _ABBREVIATIONS = (
     "jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri "
     "mr mrs ms dr prof sr jr rev gen col lt sgt capt gov sen rep pres st ste ave blvd rd ft mt "
     "co corp inc ltd bros bldg univ vs etc al ph.d"
 )
-
-_SPLIT_WORDS = {
-    "cannot": ["can", "not"],
-    "gonna": ["gon", "na"],
-    "gotta": ["got", "ta"],
-    "wanna": ["wan", "na"],
-    "gimme": ["gim", "me"],
-    "lemme": ["lem", "me"],
-    "'tis": ["'t", "is"],
-    "'twas": ["'t", "was"],
-}
 
 _TOKEN = re.compile(
     r"""
@@ -347,7 +310,7 @@ def _python_tokens(caption: str) -> list[str]:
         elif token.startswith("--"):
             token = "--"
         if token in _SPLIT_WORDS:
-            tokens += _SPLIT_WORDS[token]
+            tokens += _SPLIT_WORDS[token].split()
         else:
             tokens.append(_REWRITTEN.get(token, token))
     return tokens

@@ -8,13 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from instructblip.evaluation.bootstrap import (
-    Difference,
-    Floats,
-    difference,
-    interval,
-    mean_over_sets,
-)
+import numpy as np
+
+from instructblip.evaluation.bootstrap import Difference, Floats, difference, interval
 from instructblip.evaluation.result import Result
 
 ROLES = {"held_in": "held-in", "held_out": "held-out", "finetuned": "fine-tuned"}
@@ -22,7 +18,8 @@ ROLES = {"held_in": "held-in", "held_out": "held-out", "finetuned": "fine-tuned"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A score and its 95 % interval; all None where the metric is not defined."""
+    """A score and its 95 % interval, all None where the metric is not defined; ``n`` samples, or
+    sets of a mean."""
 
     value: float | None
     low: float | None
@@ -66,27 +63,27 @@ def compare(models: Mapping[str, Sequence[Result]], baseline: str | None = None)
     """
     if not models:
         raise ValueError("no model to compare")
-    base = next(iter(models)) if baseline is None else baseline
-    if base not in models:
-        raise ValueError(f"baseline {base!r} is none of the models: {', '.join(models)}")
-    by_model = {model: {r.benchmark: r for r in results} for model, results in models.items()}
-    names: dict[str, Result] = {}
-    for results in models.values():
+    baseline = next(iter(models)) if baseline is None else baseline
+    if baseline not in models:
+        raise ValueError(f"baseline {baseline!r} is none of the models: {', '.join(models)}")
+    sets: dict[str, dict[str, Result]] = {}  # benchmark -> model -> result
+    for model, results in models.items():
         for result in results:
-            _check_pair(names.setdefault(result.benchmark, result), result)
-    ordered = sorted(names.values(), key=lambda r: list(ROLES).index(r.role))
-    resampled = {
-        (model, name): result.resampled()
-        for model, results in by_model.items()
-        for name, result in results.items()
-        if result.value is not None
-    }
-    rows = tuple(_row(result, by_model, resampled, base) for result in ordered)
-    means = (
-        _mean_row([row for row in rows if row.role == role], role, by_model, resampled, base)
-        for role in ROLES
-    )
-    return Comparison(tuple(models), base, rows, tuple(mean for mean in means if mean))
+            by_model = sets.setdefault(result.benchmark, {})
+            _check_pair(next(iter(by_model.values()), result), result)
+            by_model[model] = result
+    rows, means = [], []
+    for role, title in ROLES.items():
+        members = [each for each in sets.values() if next(iter(each.values())).role == role]
+        rows += [_row(each, baseline) for each in members]
+        shared = [
+            each
+            for each in members
+            if all(model in each and each[model].value is not None for model in models)
+        ]
+        if shared:
+            means.append(_mean_row(shared, role, title, baseline))
+    return Comparison(tuple(models), baseline, tuple(rows), tuple(means))
 
 
 def _check_pair(first: Result, second: Result) -> None:
@@ -100,7 +97,7 @@ def _check_pair(first: Result, second: Result) -> None:
             f"{first.benchmark}: scored with the tokenizers {first.tokenizer} and "
             f"{second.tokenizer}; use one"
         )
-    blind = any(result.blind for result in (first, second))
+    blind = first.blind or second.blind
     if _samples(first, not blind) != _samples(second, not blind):
         raise ValueError(
             f"{first.benchmark}: the models did not answer the same samples ({first.n} and "
@@ -114,74 +111,71 @@ def _samples(result: Result, seeing: bool) -> list[list[Any]]:
     return [[prediction.get(name) for name in names] for prediction in result.predictions]
 
 
-Results = Mapping[str, Mapping[str, Result]]  # by model and benchmark
-Resampled = Mapping[tuple[str, str], Floats]  # of (model, benchmark)
-
-
-def _row(result: Result, by_model: Results, resampled: Resampled, base: str) -> Row:
-    name = result.benchmark
-    cells = {
-        model: _cell(results[name].value, resampled.get((model, name)), results[name].n)
-        for model, results in by_model.items()
-        if name in results
-    }
+def _row(results: Mapping[str, Result], baseline: str) -> Row:
+    first = next(iter(results.values()))
+    cells, differences = _compared(
+        {model: (r.value, r.resampled, r.n) for model, r in results.items()}, baseline
+    )
     return Row(
-        name=name,
-        title=result.title,
-        role=result.role,
-        metric=result.metric,
-        unseen_type=result.unseen_type,
-        how=result.how,
+        name=first.benchmark,
+        title=first.title,
+        role=first.role,
+        metric=first.metric,
+        unseen_type=first.unseen_type,
+        how=first.how,
         cells=cells,
-        differences=_differences(cells, {m: resampled.get((m, name)) for m in cells}, base),
+        differences=differences,
     )
 
 
-def _mean_row(
-    rows: list[Row], role: str, by_model: Results, resampled: Resampled, base: str
-) -> Row | None:
-    """The mean over the sets of one role for which all models have a score."""
-    shared = [
-        row.name
-        for row in rows
-        if all(model in row.cells and row.cells[model].value is not None for model in by_model)
-    ]
-    if not shared:
-        return None
-    means = {m: mean_over_sets([resampled[m, name] for name in shared]) for m in by_model}
-    cells = {}
-    for model, results in by_model.items():
-        value = sum(results[name].value or 0.0 for name in shared) / len(shared)
-        cells[model] = _cell(value, means[model], len(shared))
+def _mean_row(sets: Sequence[Mapping[str, Result]], role: str, title: str, baseline: str) -> Row:
+    """The mean over sets for which all models have a score; each is resampled within itself."""
+    n = len(sets)
+    scores = {}
+    for model in sets[0]:
+        results = [each[model] for each in sets]
+        mean = sum(result.value or 0.0 for result in results) / n
+        scores[model] = (mean, np.mean([result.resampled for result in results], axis=0), n)
+    cells, differences = _compared(scores, baseline)
     return Row(
         name=f"mean_{role}",
-        title=f"mean of {len(shared)} {ROLES[role]} sets",
+        title=f"mean of {n} {title} sets",
         role=role,
         metric="mean",
         unseen_type=False,
         how=None,
         cells=cells,
-        differences=_differences(cells, means, base),
+        differences=differences,
     )
 
 
-def _cell(value: float | None, resampled: Floats | None, n: int) -> Cell:
-    if value is None or resampled is None:
-        return Cell(None, None, None, n)
-    bounds = interval(resampled)
-    return Cell(value, bounds.low, bounds.high, n)
-
-
-def _differences(
-    cells: Mapping[str, Cell], resampled: Mapping[str, Floats | None], base: str
-) -> dict[str, Difference]:
-    differences = {}
-    baseline = cells.get(base)
-    for model, cell in cells.items():
-        if model == base or baseline is None or cell.value is None or baseline.value is None:
+def _compared(
+    scores: Mapping[str, tuple[float | None, Floats, int]], baseline: str
+) -> tuple[dict[str, Cell], dict[str, Difference]]:
+    """Cells and differences by model, from its score, the resampled values and their number."""
+    cells, differences = {}, {}
+    base, base_resampled, _ = scores.get(baseline, (None, np.empty(0), 0))
+    for model, (value, resampled, n) in scores.items():
+        if value is None:
+            cells[model] = Cell(None, None, None, n)
             continue
-        a, b = resampled[model], resampled[base]
-        assert a is not None
-        assert b is not None
-        differences[model] = difference(cell.value - baseline.value, a, b)
-    return differences
+        cells[model] = Cell(value, *interval(resampled), n)
+        if model != baseline and base is not None:
+            differences[model] = difference(value - base, resampled, base_resampled)
+    return cells, differences
+
+
+def summarise(results: Sequence[Result]) -> dict[str, Cell]:
+    """Return the mean of each role: held_in, held_out, finetuned; without those that have none.
+
+    The interval comes from resampling the samples within each set; the choice of the sets is taken
+    as given. Raises ValueError for a set whose score is not defined.
+    """
+    undefined = [result.benchmark for result in results if result.value is None]
+    if undefined:
+        raise ValueError(
+            f"no mean: {', '.join(undefined)} has labels of one class only, and no AUROC; evaluate "
+            "more samples"
+        )
+    means = compare({"model": results}).means if results else ()
+    return {row.role: row.cells["model"] for row in means}

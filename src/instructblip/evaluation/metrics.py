@@ -4,7 +4,7 @@ An accuracy is a number from 0 to 1 for one prediction; the score of a benchmark
 100. ``captions.py`` scores captions. Where official versions disagree, ``variant`` chooses one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -13,6 +13,11 @@ from instructblip.evaluation import normalize
 
 VqaVariant = Literal["official_2021", "official_2017"]
 GqaVariant = Literal["official_exact", "lavis", "lmms_eval"]
+_GQA: dict[GqaVariant, Callable[[str], str]] = {
+    "official_exact": str,
+    "lavis": lambda answer: normalize.vqa_digits_and_articles(normalize.vqa_punctuation(answer)),
+    "lmms_eval": normalize.lmms_eval,
+}
 
 
 def vqa_accuracy(
@@ -90,17 +95,11 @@ def gqa_accuracy(prediction: str, answer: str, variant: GqaVariant = "official_e
     - ``lavis`` as VQA does (LAVIS ``tasks/vqa.py``: ``GQATask``);
     - ``lmms_eval`` without case and ASCII punctuation (lmms-eval ``gqa.yaml``).
     """
-    if variant == "official_exact":
-        return float(prediction == answer)
-    if variant == "lavis":
-        rewrite = _lavis_gqa
-    elif variant == "lmms_eval":
-        rewrite = normalize.lmms_eval
-    else:
+    if variant not in _GQA:
         raise ValueError(
             f"variant must be 'official_exact', 'lavis' or 'lmms_eval'; got {variant!r}"
         )
-    return float(rewrite(prediction) == rewrite(answer))
+    return float(_GQA[variant](prediction) == _GQA[variant](answer))
 
 
 def ivqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
@@ -205,10 +204,6 @@ def _leave_one_out(prediction: str, answers: Sequence[str]) -> float:
     hits = sum(answer == prediction for answer in answers)
     left = (hits - (answer == prediction) for answer in answers)
     return sum(min(1.0, n / 3) for n in left) / len(answers)
-
-
-def _lavis_gqa(answer: str) -> str:
-    return normalize.vqa_digits_and_articles(normalize.vqa_punctuation(answer))
 
 
 def _ndcg(scores: Sequence[float], relevance: Sequence[int | float]) -> float:

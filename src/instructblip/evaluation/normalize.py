@@ -35,14 +35,8 @@ _CONTRACTIONS = """
     you'd've you'll you're you've
 """
 
-_IRREGULAR = {
-    "'ow'sat": "'ow's'at",
-    "'ows'at": "'ow's'at",
-    "ow's'at": "'ow's'at",
-    "let's": "let's",
-    "she's": "she's",
-    "somebody'd": "somebodyd",
-}
+_IRREGULAR = {"'ow'sat": "'ow's'at", "'ows'at": "'ow's'at", "ow's'at": "'ow's'at"}
+_IRREGULAR |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
 
 
 def _contraction_table() -> dict[str, str]:

@@ -1,32 +1,24 @@
-"""The score of one benchmark with all that it depends on, and means over benchmarks."""
+"""The score of one benchmark with all that it depends on."""
 
 import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from instructblip.evaluation.benchmarks import Role, groups_of
-from instructblip.evaluation.bootstrap import (
-    Floats,
-    Interval,
-    interval,
-    mean_over_sets,
-    resample,
-)
+from instructblip.core.files import write_json
+from instructblip.evaluation.benchmarks import groups_of
+from instructblip.evaluation.bootstrap import Floats, Interval, interval, resample
 from instructblip.evaluation.captions import CaptionTokenizer
-from instructblip.evaluation.predictions import (
-    PREDICTIONS,
-    read_predictions,
-    write_json,
-)
+from instructblip.evaluation.predictions import PREDICTIONS, read_predictions
 from instructblip.evaluation.scoring import Score, scorer_of
 
 RESULT = "result.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """One benchmark, one model. ``value`` is 0 to 100 (CIDEr may exceed it), None if undefined.
 
@@ -48,19 +40,15 @@ class Result:
     score: Score = field(repr=False)
     predictions: list[dict[str, Any]] = field(repr=False)
 
-    @property
-    def seed(self) -> int:
-        """Seed of the resamples: one per benchmark, the same for every model."""
-        return zlib.crc32(self.benchmark.encode())
-
+    @cached_property
     def resampled(self) -> Floats:
-        """Return bootstrap values of the score."""
-        return resample(self.score.samples, self.score.labels, self.seed)
+        """Bootstrap values of the score. The seed is that of the benchmark, for every model."""
+        return resample(self.score.samples, self.score.labels, zlib.crc32(self.benchmark.encode()))
 
     @property
     def interval(self) -> Interval | None:
         """The 95 % bootstrap interval; None where the score is not defined."""
-        return None if self.value is None else interval(self.resampled())
+        return None if self.value is None else interval(self.resampled)
 
     @property
     def how(self) -> dict[str, Any]:
@@ -87,7 +75,7 @@ class Result:
         names = ("benchmark", "title", "role", "unseen_type", "metric", "tokenizer", "value", "n")
         return {
             **{name: getattr(self, name) for name in names},
-            "interval_95": None if bounds is None else [bounds.low, bounds.high],
+            "interval_95": None if bounds is None else list(bounds),
             "others": self.others,
             "settings": self.settings,
             "image_root": self.image_root,
@@ -176,38 +164,6 @@ def make_result(
         score=score,
         predictions=predictions,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Mean:
-    """Mean of the scores of some data sets, each counting once, and its interval."""
-
-    value: float
-    interval: Interval
-    datasets: tuple[str, ...]
-
-
-def summarise(results: Sequence[Result]) -> dict[str, Mean]:
-    """Return the mean of each role: held_in, held_out, finetuned; without those that have none.
-
-    The interval comes from resampling the samples within each set; the choice of the sets is taken
-    as given. Raises ValueError for a set whose score is not defined.
-    """
-    means = {}
-    for role in get_args(Role):
-        members = [result for result in results if result.role == role]
-        if not members:
-            continue
-        undefined = [result.benchmark for result in members if result.value is None]
-        if undefined:
-            raise ValueError(
-                f"no mean over {role}: {', '.join(undefined)} has labels of one class only, and "
-                "no AUROC; evaluate more samples"
-            )
-        value = sum(result.value or 0.0 for result in members) / len(members)
-        bounds = interval(mean_over_sets([result.resampled() for result in members]))
-        means[role] = Mean(value, bounds, tuple(result.benchmark for result in members))
-    return means
 
 
 def select_results(

@@ -158,28 +158,22 @@ def _rouge(prediction: Prediction) -> float:
     return captions.rouge_l([prediction["prediction"]], [prediction["answers"]]).value
 
 
-def _exact(prediction: Prediction) -> float:
-    return metrics.exact_match(prediction["prediction"], prediction["answers"])
-
-
-def _on_answers(metric: Callable[..., float], **settings: Any) -> Callable[[Prediction], float]:
-    return lambda p: metric(p["prediction"], p["answers"], **settings)
+def _on_answers(metric: Callable[..., float], *variant: str) -> Callable[[Prediction], float]:
+    return lambda p: metric(p["prediction"], p["answers"], *variant)
 
 
 def _on_first_answer(variant: metrics.GqaVariant) -> Callable[[Prediction], float]:
     return lambda p: metrics.gqa_accuracy(p["prediction"], p["answers"][0], variant)
 
 
+_exact = _on_answers(metrics.exact_match)
+
 SCORERS: dict[str, Scorer] = {
     "exact_match": Scorer(_exact),
-    "vqa_accuracy official_2021": Scorer(_on_answers(metrics.vqa_accuracy)),
-    "vqa_accuracy official_2017": Scorer(
-        _on_answers(metrics.vqa_accuracy, variant="official_2017")
-    ),
-    "okvqa_accuracy official_2021": Scorer(_on_answers(metrics.okvqa_accuracy)),
-    "okvqa_accuracy official_2017": Scorer(
-        _on_answers(metrics.okvqa_accuracy, variant="official_2017")
-    ),
+    "vqa_accuracy official_2021": Scorer(_on_answers(metrics.vqa_accuracy, "official_2021")),
+    "vqa_accuracy official_2017": Scorer(_on_answers(metrics.vqa_accuracy, "official_2017")),
+    "okvqa_accuracy official_2021": Scorer(_on_answers(metrics.okvqa_accuracy, "official_2021")),
+    "okvqa_accuracy official_2017": Scorer(_on_answers(metrics.okvqa_accuracy, "official_2017")),
     "textvqa_accuracy": Scorer(_on_answers(metrics.textvqa_accuracy)),
     "aokvqa_accuracy": Scorer(_on_answers(metrics.aokvqa_accuracy)),
     "gqa_accuracy official_exact": Scorer(_on_first_answer("official_exact")),

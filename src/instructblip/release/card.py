@@ -8,7 +8,8 @@ import yaml
 
 from instructblip.core.version import __version__
 from instructblip.data.sources import SOURCES
-from instructblip.evaluation.result import Result, describe_how, summarise
+from instructblip.evaluation.compare import summarise
+from instructblip.evaluation.result import Result, describe_how
 
 CARD = """---
 library_name: transformers
@@ -107,8 +108,7 @@ def _scores(results: Sequence[Result]) -> str:
         how = describe_how(result.how).replace("|", "\\|").replace("\n", " ")
         lines.append(f"| {result.benchmark} | {score} | {asked} | {how} |")
     for role, mean in summarise([r for r in results if r.value is not None]).items():
-        low, high = mean.interval.low, mean.interval.high
-        sets = f"{len(mean.datasets)} set{'s' if len(mean.datasets) > 1 else ''}"
+        sets = f"{mean.n} set{'s' if mean.n > 1 else ''}"
         name = f"mean, {role.replace('_', '-')}"
-        lines.append(f"| {name} | {mean.value:.1f} [{low:.1f}, {high:.1f}] | {sets} | |")
+        lines.append(f"| {name} | {mean.value:.1f} [{mean.low:.1f}, {mean.high:.1f}] | {sets} | |")
     return "\n".join(lines)
