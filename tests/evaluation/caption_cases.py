@@ -1,4 +1,4 @@
-"""Captions, and what pycocoevalcap 1.2 with Java's PTBTokenizer said about them (2026-11)."""
+"""Captions that pycocoevalcap 1.2 scored with Java's PTBTokenizer (2026-11)."""
 
 CANDIDATES = [
     "A man isn't riding the red surf-board, on a wave!",

@@ -54,8 +54,8 @@ class FakeEngine:
     ) -> list[list[float]]:
         seen = self._see(examples)
         return [
-            [0.0 if text == colour else -1.0 - place for place, text in enumerate(own)]
-            for colour, own in zip(seen, candidates, strict=True)
+            [0.0 if text == colour else -1.0 - place for place, text in enumerate(texts)]
+            for colour, texts in zip(seen, candidates, strict=True)
         ]
 
 

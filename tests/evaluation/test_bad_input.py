@@ -1,5 +1,5 @@
-"""What every scorer does with input that has no figure: an error that names it, or the official
-behaviour."""
+"""Input without a score: every scorer raises an error that names it, or does what the official one
+does."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def test_no_captions_to_compare_with(metric: Callable[..., Any]) -> None:
         metric(["a cat"], [["a cat"], ["a dog"]])
 
 
-def test_an_empty_answer_is_a_wrong_one() -> None:
+def test_an_empty_answer_is_wrong() -> None:
     ten = ["cat"] * 10
     assert metrics.vqa_accuracy("", ten) == metrics.vqa_accuracy(" \n", ten) == 0
     assert metrics.textvqa_accuracy("", ten) == metrics.aokvqa_accuracy("", ten) == 0
@@ -66,10 +66,10 @@ class Broken(FakeEngine):
         image_root: Path,
         candidates: Sequence[Sequence[str]],
     ) -> list[list[float]]:
-        return [[math.nan] * len(own) for own in candidates]
+        return [[math.nan] * len(texts) for texts in candidates]
 
 
-def test_a_model_that_ranks_with_nan_is_stopped(tmp_path: Path) -> None:
+def test_nan_log_likelihoods_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="log-likelihood is NaN"):
         evaluate(Broken(), benchmark(mode="rank", decoding={}), colour_questions(), out=tmp_path)
     assert not (tmp_path / "result.json").exists()

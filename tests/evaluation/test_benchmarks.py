@@ -1,4 +1,4 @@
-"""The benchmarks are frozen: a changed prompt, decoding or scorer makes other figures."""
+"""The benchmarks are frozen: a changed prompt, decoding or scorer changes the scores."""
 
 import json
 from dataclasses import replace
@@ -98,7 +98,7 @@ def table() -> str:
 
 
 def documented(text: str) -> tuple[str, str, str]:
-    """The documentation before, in and behind its table."""
+    """The documentation before, in and after its table."""
     before, rest = text.split("<!-- benchmarks -->\n")
     inside, after = rest.split("\n<!-- /benchmarks -->")
     return before, inside, after

@@ -13,10 +13,10 @@ from instructblip.evaluation.metrics import auroc
 
 def test_interval_of_a_mean_is_the_normal_one() -> None:
     samples = np.random.default_rng(0).random(400)
-    found = interval(resample(samples))
+    result = interval(resample(samples))
     half = 196 * samples.std() / 20
-    assert found.low == pytest.approx(100 * samples.mean() - half, abs=0.4)
-    assert found.high == pytest.approx(100 * samples.mean() + half, abs=0.4)
+    assert result.low == pytest.approx(100 * samples.mean() - half, abs=0.4)
+    assert result.high == pytest.approx(100 * samples.mean() + half, abs=0.4)
 
 
 def test_resamples_depend_on_the_seed_alone() -> None:
@@ -34,7 +34,7 @@ def test_resampled_auroc_is_the_auroc_of_the_resample() -> None:
     assert values == pytest.approx([100 * (area or 0) for area in expected])
 
 
-def test_auroc_of_one_class_is_nan_and_left_out() -> None:
+def test_auroc_of_one_class_is_nan_and_skipped() -> None:
     values = resample(np.array([0.1, 0.9]), np.array([0, 1]), resamples=200)
     assert np.isnan(values).any()
     assert interval(values).high == 100
@@ -45,10 +45,10 @@ def test_difference_is_paired() -> None:
     rng = np.random.default_rng(0)
     hard = rng.random(300)  # most of the spread is shared by both models
     a, b = resample(hard + 0.05), resample(hard)
-    found = difference(5.0, a, b)
-    assert found.low == pytest.approx(5)
-    assert found.high == pytest.approx(5)
-    assert found.p < 0.01
+    result = difference(5.0, a, b)
+    assert result.low == pytest.approx(5)
+    assert result.high == pytest.approx(5)
+    assert result.p < 0.01
     assert difference(0.0, b, b).p == 1.0
 
 

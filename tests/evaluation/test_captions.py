@@ -1,4 +1,4 @@
-"""CIDEr, BLEU, ROUGE-L and the tokenizer against stored figures of pycocoevalcap."""
+"""CIDEr, BLEU, ROUGE-L and the tokenizer against stored scores of pycocoevalcap."""
 
 import inspect
 
@@ -49,9 +49,9 @@ def test_meteor_is_that_of_the_original_program() -> None:
         captions.java_package()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    found = captions.meteor(CANDIDATES, REFERENCES)
-    assert found.per_image == pytest.approx(METEOR, abs=1e-12)
-    assert found.value == pytest.approx(0.4220739138299799, abs=1e-12)
+    scores = captions.meteor(CANDIDATES, REFERENCES)
+    assert scores.per_image == pytest.approx(METEOR, abs=1e-12)
+    assert scores.value == pytest.approx(0.4220739138299799, abs=1e-12)
 
 
 def test_meteor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

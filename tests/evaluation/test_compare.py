@@ -18,7 +18,7 @@ from tests.evaluation.fakes import FakeEngine, ListDataset, benchmark, colour_qu
 
 
 def results(blind: int | None, **changes: Any) -> list[Result]:
-    """One held-in and one held-out set; the blind model mixes the colours up."""
+    """One held-in and one held-out set; the blind model confuses the colours."""
     mixed = ListDataset([replace(e, id=f"m{e.id}") for e in colour_questions(30).examples])
     asked = [
         benchmark(name="a_in", title="colours"),
@@ -106,21 +106,21 @@ def test_terminal_shows_all_models(comparison: Comparison) -> None:
         assert "paired bootstrap" in text
 
 
-def test_published_figures_stand_beside_ours() -> None:
+def test_published_scores_appear_beside_ours() -> None:
     ours = [
         replace(one, benchmark=name, title=name)
         for one, name in zip(results(None), ("finetuned_okvqa", "gqa"), strict=True)
     ]
     ours[0] = replace(ours[0], role="finetuned")
-    found = compare({"ours": ours})
+    comparison = compare({"ours": ours})
     fine_tuned, zero_shot = (
         {line.name: line.texts for line in table.lines}
-        for table in reversed(tables.paper_tables(found))
+        for table in reversed(tables.paper_tables(comparison))
     )
     assert zero_shot["InstructBLIP Vicuna-7B (paper)"] == ["49.2", "–"]
-    assert "Flamingo-3B (paper)" not in zero_shot  # it has no figure of these sets
+    assert "Flamingo-3B (paper)" not in zero_shot  # it has no score of these sets
     assert fine_tuned["BLIP-2 FlanT5-XXL (paper)"][0] == "54.7"
-    assert tables.to_json(found)["datasets"]["gqa"]["published"]["BLIP-2 Vicuna-13B"] == 41.0
+    assert tables.to_json(comparison)["datasets"]["gqa"]["published"]["BLIP-2 Vicuna-13B"] == 41.0
 
 
 def test_published_tables_are_the_papers() -> None:
@@ -135,10 +135,10 @@ def test_published_tables_are_the_papers() -> None:
 
 
 def test_only_shared_sets_enter_the_means() -> None:
-    found = compare({"one": results(None), "two": results(None)[:1]})
-    assert [mean.role for mean in found.means] == ["held_in"]
-    assert "two" not in found.rows[1].cells
-    assert "–" in tables.to_markdown(found)
+    comparison = compare({"one": results(None), "two": results(None)[:1]})
+    assert [mean.role for mean in comparison.means] == ["held_in"]
+    assert "two" not in comparison.rows[1].cells
+    assert "–" in tables.to_markdown(comparison)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
@@ -149,11 +149,11 @@ def test_what_cannot_be_compared_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="same samples"):
         compare({"one": results(None), "two": [short]})
-    own = colour_questions()
+    dataset = colour_questions()
     asked = benchmark(name="a_in", title="colours")
-    first = evaluate(FakeEngine(), asked, own)
+    first = evaluate(FakeEngine(), asked, dataset)
     for change in ({"answers": ("pink",)}, {"question": "which?"}, {"images": ("red_9.png",)}):
-        other = ListDataset([replace(own[0], **change), *own.examples[1:]])
+        other = ListDataset([replace(dataset[0], **change), *dataset.examples[1:]])
         with pytest.raises(ValueError, match="same samples"):
             compare({"one": [first], "two": [evaluate(FakeEngine(), asked, other)]})
     with pytest.raises(ValueError, match="none of the models"):

@@ -17,12 +17,7 @@ from instructblip.core import distributed
 from instructblip.data.prepared.prepare import prepare
 from instructblip.evaluation.benchmarks import select_benchmarks
 from instructblip.evaluation.compare import summarise
-from instructblip.evaluation.evaluate import (
-    AdaptiveBatches,
-    derange,
-    evaluate,
-    pick,
-)
+from instructblip.evaluation.evaluate import derange, evaluate, in_batches, pick
 from instructblip.evaluation.predictions import PREDICTIONS
 from instructblip.evaluation.result import Result
 from instructblip.scenes.official import write_scenes
@@ -52,7 +47,7 @@ def test_batches_are_sorted_by_length_and_predictions_are_not() -> None:
     assert [p["id"] for p in result.predictions] == [str(i) for i in range(12)]
 
 
-def test_ranked_predictions_carry_candidates_and_probabilities() -> None:
+def test_ranked_predictions_have_candidates_and_probabilities() -> None:
     ranking = benchmark(mode="rank", decoding={})
     result = evaluate(FakeEngine(), ranking, colour_questions(), progress=False)
     first = result.predictions[0]
@@ -112,8 +107,8 @@ def worker(rank: int, ranks: int, port: int, folder: str) -> None:
     with distributed.process_group("gloo"):
         asked = {"batch_size": 2, "out": folder, "progress": False}
         result = evaluate(engine, benchmark(), colour_questions(), **asked)
-    own = {"json": result.to_json(), "answered": [i for batch in engine.batches for i in batch]}
-    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(own))
+    record = {"json": result.to_json(), "answered": [i for batch in engine.batches for i in batch]}
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(record))
 
 
 def test_ranks_share_the_samples_and_take_over_from_others(tmp_path: Path) -> None:
@@ -137,7 +132,7 @@ def test_ranks_share_the_samples_and_take_over_from_others(tmp_path: Path) -> No
     assert Result.load(out).to_json() == whole.to_json()
 
 
-def test_batches_halve_when_memory_is_short_and_double_while_it_pays(
+def test_batches_halve_when_memory_is_short_and_double_while_it_is_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock, sizes = [0.0], []
@@ -149,10 +144,10 @@ def test_batches_halve_when_memory_is_short_and_double_while_it_pays(
         clock[0] += 1.0  # whatever the size: larger is faster
         sizes.append(len(part))
 
-    AdaptiveBatches("auto").run(range(300), answer)
+    in_batches(range(300), "auto", answer)
     assert sizes == [16, 32, 64, 64, 64, 60]  # 128 did not fit
     sizes.clear()
-    AdaptiveBatches(150).run(range(300), answer)
+    in_batches(range(300), 150, answer)
     assert sizes == [75] * 4
 
     def no_faster(part: Sequence[int]) -> None:
@@ -160,7 +155,7 @@ def test_batches_halve_when_memory_is_short_and_double_while_it_pays(
         sizes.append(len(part))
 
     sizes.clear()
-    AdaptiveBatches("auto").run(range(200), no_faster)
+    in_batches(range(200), "auto", no_faster)
     assert set(sizes[:-1]) == {16, 32}
     assert sum(sizes) == 200
 
@@ -168,9 +163,9 @@ def test_batches_halve_when_memory_is_short_and_double_while_it_pays(
         raise torch.OutOfMemoryError("not even one")
 
     with pytest.raises(torch.OutOfMemoryError):
-        AdaptiveBatches(4).run(range(3), never)
+        in_batches(range(3), 4, never)
     with pytest.raises(ValueError, match="at least 1, or auto"):
-        AdaptiveBatches(0)
+        in_batches([], 0, never)
 
 
 def test_predictions_of_other_settings_are_not_continued(tmp_path: Path) -> None:

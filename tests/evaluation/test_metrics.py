@@ -46,7 +46,7 @@ def test_contraction_table_has_the_official_size() -> None:
     assert normalize.vqa("Youre shouldntve somebody'd") == "you're shouldntve somebodyd"
 
 
-def test_textvqa_splits_possessives_and_wants_ten_answers() -> None:
+def test_textvqa_splits_possessives_and_needs_ten_answers() -> None:
     assert normalize.textvqa("Men's, two?") == "men 's 2"
     assert normalize.vqa("Men's, two?") == "men's 2"
     assert metrics.textvqa_accuracy("Mens'", ["mens'"] * 3 + ["x"] * 7) == pytest.approx(0.9)
@@ -66,7 +66,7 @@ def test_aokvqa_leaves_nobody_out_and_normalises_nothing() -> None:
     assert metrics.aokvqa_accuracy("Dog", ["dog"] * 10) == 0.0
 
 
-def test_gqa_variants_forgive_differently() -> None:
+def test_gqa_variants_normalise_differently() -> None:
     def scores(prediction: str, answer: str) -> list[float]:
         return [
             metrics.gqa_accuracy(prediction, answer, variant)
@@ -81,7 +81,7 @@ def test_gqa_variants_forgive_differently() -> None:
         inspect.unwrap(metrics.gqa_accuracy)("a", "a", "exact")  # without the annotation checker
 
 
-def test_ivqa_wants_two_of_five() -> None:
+def test_ivqa_needs_two_of_five() -> None:
     assert metrics.ivqa_accuracy("milk", ["milk", "cream", "milk"]) == 1.0
     assert metrics.ivqa_accuracy("cream", ["milk", "cream", "milk"]) == 0.5
 
@@ -93,20 +93,20 @@ def test_exact_match_ignores_case_and_blanks_only() -> None:
 
 def test_visdial_metrics_by_hand() -> None:
     scores = [[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]]
-    found = metrics.visdial_metrics(scores, [2, 0], [[0, 0.5, 1], [0, 1, 0]])
-    assert found["r@1"] == 0.5
-    assert found["r@5"] == found["r@10"] == 1.0
-    assert found["mean"] == 1.5
-    assert found["mrr"] == pytest.approx((1 / 2 + 1) / 2)
+    result = metrics.visdial_metrics(scores, [2, 0], [[0, 0.5, 1], [0, 1, 0]])
+    assert result["r@1"] == 0.5
+    assert result["r@5"] == result["r@10"] == 1.0
+    assert result["mean"] == 1.5
+    assert result["mrr"] == pytest.approx((1 / 2 + 1) / 2)
     first = (0.5 + 1 / math.log2(3)) / (1 + 0.5 / math.log2(3))  # k = 2 of 3
-    assert found["ndcg"] == pytest.approx((first + 0) / 2)  # k = 1, and the first is worth nothing
+    assert result["ndcg"] == pytest.approx((first + 0) / 2)  # k = 1, and the first has no relevance
 
 
 def test_visdial_ties_keep_the_order_of_the_options() -> None:
     assert [metrics.rank_of([1.0, 1.0, 1.0], i) for i in range(3)] == [1, 2, 3]
 
 
-def test_visdial_refuses_what_has_no_figure() -> None:
+def test_visdial_refuses_what_has_no_score() -> None:
     with pytest.raises(ValueError, match="no relevant option"):
         metrics.visdial_metrics([[1.0, 2.0]], [0], [[0, 0]])
     with pytest.raises(ValueError, match="NaN"):

@@ -119,8 +119,8 @@ def test_nothing_is_fetched(page: str) -> None:
             value = attrs.get(name)
             assert value is None or value.startswith(("data:image/", "#")), (tag, name, value)
     assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in read.tags}
-    own = page.replace(HOSTILE, "")
-    style_and_script = "".join(re.findall(r"<(?:style|script)>.*?</(?:style|script)>", own, re.S))
+    ours = page.replace(HOSTILE, "")
+    style_and_script = "".join(re.findall(r"<(?:style|script)>.*?</(?:style|script)>", ours, re.S))
     assert "http" not in style_and_script
     assert "url(" not in style_and_script
     assert "default-src 'none'" in page
@@ -160,7 +160,7 @@ def test_gallery_shows_wrong_and_right_alike(tmp_path: Path) -> None:
     assert len(make_cards({"m": [result]}, 100)) == 12
 
 
-def test_a_card_holds_frames_candidates_and_the_change(tmp_path: Path) -> None:
+def test_a_card_has_frames_candidates_and_the_change(tmp_path: Path) -> None:
     video = dataset(tmp_path, frames=8)
     ranking = benchmark(mode="rank", decoding={})
     right = evaluate(FakeEngine(), ranking, video)
@@ -180,7 +180,7 @@ def test_a_card_holds_frames_candidates_and_the_change(tmp_path: Path) -> None:
     assert options[0].expected
 
 
-def test_of_ranks_the_first_alone_is_right(tmp_path: Path) -> None:
+def test_only_the_first_rank_is_right(tmp_path: Path) -> None:
     data = dataset(tmp_path)
     options = {"choices": ("no", "yes"), "extra": {}}
     data.examples = [replace(e, **options, answers=("yes",)) for e in data.examples]
@@ -236,7 +236,7 @@ def test_radar_reaches_its_rim_where_a_model_is_best() -> None:
     assert one[0] == ends[0]
     assert two[1] == ends[1]
     assert two[0] == (300, 119)  # half of the way up
-    assert one[2] == two[2] == chart.centre  # nobody has anything
+    assert one[2] == two[2] == chart.centre  # all scores are 0
     assert [spoke.best for spoke in chart.spokes] == ["50.0", "20.0", "0.0"]
     assert radar_chart("two axes", {"a": [1], "b": [2]}) is None
 
@@ -262,8 +262,8 @@ def test_charts_of_a_run_without_validation(tmp_path: Path) -> None:
 
 def test_the_baseline_can_be_chosen(tmp_path: Path) -> None:
     data = dataset(tmp_path)
-    own = {name: [evaluate(FakeEngine(name), benchmark(), data)] for name in ("one", "two")}
-    text = write_report(tmp_path / "r.html", own, baseline="two").read_text()
+    models = {name: [evaluate(FakeEngine(name), benchmark(), data)] for name in ("one", "two")}
+    text = write_report(tmp_path / "r.html", models, baseline="two").read_text()
     assert "Δ one</th>" in text
     assert "Δ two" not in text
     assert "difference to two" in text

@@ -23,6 +23,10 @@ from instructblip.evaluation.result import Result, make_result
 from instructblip.evaluation.scoring import probabilities, scorer_of
 
 BatchSize = int | Literal["auto"]
+FIRST_SIZE, LARGEST_SIZE = 16, 512
+"""Sizes of "auto"."""
+GAIN = 1.05
+"""How much faster a larger batch has to be for "auto" to grow further."""
 
 
 @runtime_checkable
@@ -101,11 +105,9 @@ def evaluate(
     shown = progress and distributed.is_main()
     with PredictionLog(folder, settings) as log:
         share = _share(examples, prompts, log, together)
-        with progress_bar(benchmark.name, shown=shown) as advance:
-            answered = 0
+        with progress_bar(benchmark.name, shown=shown) as bar:
 
             def answer(indices: Sequence[int]) -> None:
-                nonlocal answered
                 predictions = _answer(
                     engine,
                     benchmark,
@@ -115,10 +117,9 @@ def evaluate(
                     [candidates[i] for i in indices],
                 )
                 log.add({"index": i, **p} for i, p in zip(indices, predictions, strict=True))
-                answered += len(indices)
-                advance(answered, len(share))
+                bar.advance(len(indices), len(share))
 
-            AdaptiveBatches(batch_size).run(share, answer)
+            in_batches(share, batch_size, answer)
         log.gather()
         predictions = [log.done[example.id] for example in examples]
     result = make_result(settings, predictions, tokenizer, str(dataset.image_root))
@@ -173,50 +174,37 @@ def derange(keys: Sequence[Any], seed: int) -> list[int]:
     return givers
 
 
-class AdaptiveBatches:
-    """Runs a function over parts of a list and adapts their size.
+def in_batches(
+    indices: Sequence[int], size: BatchSize, answer: Callable[[Sequence[int]], None]
+) -> None:
+    """Call ``answer`` with every index once, in order, ``size`` at a time.
 
     "auto" starts with 16 and doubles while that answers more samples per second. With any setting,
     a batch that does not fit into memory runs again in halves, and the size stays there. The size
     changes speed and memory, not the answers.
     """
-
-    START, LARGEST = 16, 512
-    GAIN = 1.05
-    """How much faster a larger batch has to be for the size to stay."""
-
-    def __init__(self, size: BatchSize) -> None:
-        if size != "auto" and size < 1:
-            raise ValueError(f"batch_size must be at least 1, or auto; got {size}")
-        self.size: int = self.START if size == "auto" else size
-        self.growing = size == "auto"
-        self._rate = 0.0
-
-    def run(self, indices: Sequence[int], answer: Callable[[Sequence[int]], None]) -> None:
-        """Call ``answer`` with every index once, in order, ``size`` at a time."""
-        done = 0
-        while done < len(indices):
-            part = indices[done : done + self.size]
-            began = time.perf_counter()
-            try:
-                answer(part)
-            except torch.OutOfMemoryError:
-                if len(part) == 1:
-                    raise
-                self.size, self.growing = len(part) // 2, False
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                continue
-            done += len(part)
-            if self.growing and len(part) == self.size:
-                self._grow(len(part) / max(time.perf_counter() - began, 1e-9))
-
-    def _grow(self, rate: float) -> None:
-        if rate < self.GAIN * self._rate or self.size >= self.LARGEST:
-            self.growing = False
-            return
-        self._rate = rate
-        self.size = min(self.LARGEST, 2 * self.size)
+    if size != "auto" and size < 1:
+        raise ValueError(f"batch_size must be at least 1, or auto; got {size}")
+    growing, number = size == "auto", FIRST_SIZE if size == "auto" else size
+    rate, done = 0.0, 0
+    while done < len(indices):
+        part = indices[done : done + number]
+        began = time.perf_counter()
+        try:
+            answer(part)
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            growing, number = False, len(part) // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        done += len(part)
+        if growing and len(part) == number:
+            before, rate = rate, len(part) / max(time.perf_counter() - began, 1e-9)
+            growing = rate >= GAIN * before and number < LARGEST_SIZE
+            if growing:
+                number = min(LARGEST_SIZE, 2 * number)
 
 
 def _check(
