@@ -24,7 +24,14 @@ from instructblip.data.samples import ImageReader, collate, make_sample
 from instructblip.data.templates import Rendered, warn_of_other_templates
 from instructblip.data.tokens import Tokens
 from instructblip.inference.fingerprint import fingerprint
-from instructblip.inference.inputs import ImageInput, broadcast, group_samples, image_key
+from instructblip.inference.inputs import (
+    FramesInput,
+    ImageInput,
+    ImagesInput,
+    broadcast,
+    group_samples,
+    image_key,
+)
 from instructblip.inference.streaming import TextStream, stream_text
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.decoding import GREEDY, PAPER, Decoding, stored_overrides
@@ -138,17 +145,11 @@ class Engine:
 
     @overload
     def answer(
-        self,
-        images: ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]],
-        instructions: str | Sequence[str],
-        **decoding: Any,
+        self, images: ImagesInput, instructions: str | Sequence[str], **decoding: Any
     ) -> str | list[str]: ...
 
     def answer(
-        self,
-        images: ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]],
-        instructions: str | Sequence[str],
-        **decoding: Any,
+        self, images: ImagesInput, instructions: str | Sequence[str], **decoding: Any
     ) -> str | list[str]:
         """The model's answer: a text for one image and one instruction, a list for lists.
 
@@ -173,9 +174,7 @@ class Engine:
                 answers[i] = self.tokens.decode(ids)
         return answers[0] if single else answers
 
-    def stream(
-        self, image: ImageInput | Sequence[ImageInput], instruction: str, **decoding: Any
-    ) -> Iterator[str]:
+    def stream(self, image: FramesInput, instruction: str, **decoding: Any) -> Iterator[str]:
         """Yields the answer in pieces as they are generated; joined they equal ``answer``.
 
         With beams there is one piece. ``image`` may be a list of the frames of a video.
@@ -203,7 +202,7 @@ class Engine:
 
     def rank(
         self,
-        image: ImageInput | Sequence[ImageInput],
+        image: FramesInput,
         instruction: str,
         candidates: Sequence[str],
         normalization: Normalization = "sum",
@@ -343,5 +342,5 @@ def load(path: str | Path, **options: Any) -> Engine:
     return Engine.from_pretrained(path, **options)
 
 
-def _frames(image: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+def _frames(image: FramesInput) -> list[ImageInput]:
     return [image] if isinstance(image, ImageInput) else list(image)

@@ -12,13 +12,16 @@ from instructblip.data.reading.frames import VIDEO_SUFFIXES, extract_frames
 
 ImageInput = Image.Image | str | Path
 """A Pillow image or the path of one."""
+FramesInput = ImageInput | Sequence[ImageInput]
+"""An image, or the frames of a video."""
+ImagesInput = FramesInput | Sequence[Sequence[ImageInput]]
+"""An image, or a list of images and of videos."""
 FRAMES = 4
 """Frames that stand for a video, evenly spaced, as in the paper."""
 
 
 def broadcast(
-    images: ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]],
-    instructions: str | Sequence[str],
+    images: ImagesInput, instructions: str | Sequence[str]
 ) -> tuple[list[list[ImageInput]], list[str]]:
     """As many lists of frames as instructions; a single one of either is repeated.
 
