@@ -8,11 +8,11 @@ import yaml
 from instructblip.core.batch import Example
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.recipe.load import load_recipe
-from instructblip.release.card import model_card
+from instructblip.release.export import model_card
 from tests.evaluation.fakes import FakeEngine, ListDataset, benchmark, colour_questions
 
 
-def test_a_card_with_all_of_it() -> None:
+def test_a_complete_card() -> None:
     recipe = load_recipe(
         "scenes", ["data.root=/secret/place", "data.sets.mine.format=imagefolder"]
     ).to_yaml()
@@ -32,14 +32,14 @@ def test_a_card_with_all_of_it() -> None:
     assert "null" not in text
 
 
-def test_a_card_without_recipe_and_figures() -> None:
+def test_a_card_without_recipe_and_scores() -> None:
     text = model_card("plain", "Blip2ForConditionalGeneration", {})
     assert "A BLIP-2" in text
     assert text.count("Not known.") == 2
     assert "Not evaluated." in text
 
 
-def test_figures_of_a_card() -> None:
+def test_scores_of_a_card() -> None:
     asked = benchmark(prompt="Question | {question}\nAnswer:")
     some = evaluate(FakeEngine(), asked, colour_questions(), limit=4)
     one_class = evaluate(

@@ -1,4 +1,4 @@
-"""An exported model answers in transformers as it does here."""
+"""An exported model gives the same answers in transformers."""
 
 from pathlib import Path
 
@@ -13,8 +13,7 @@ from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.checkpoints.transformers import TEXT_BRANCH_FILE
 from instructblip.release.export import export_model
 from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
-from tests.inference.test_engine import QUESTION, write_model
-from tests.testing import write_picture
+from tests.testing import QUESTION, write_model, write_picture
 
 
 def test_transformers_model_and_processor_answer_as_the_engine(tmp_path: Path) -> None:

@@ -1,24 +1,57 @@
-"""Write a model for others: a transformers directory with its card, or a LAVIS file."""
+"""Write a model for others: a transformers directory with its card, or a LAVIS file.
+
+The card says what a model is, what it was tuned on and how, and its scores.
+"""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from instructblip.core.files import replacing_directory
-from instructblip.evaluation.result import Result
+from instructblip.core.version import __version__
+from instructblip.data.sources import SOURCES
+from instructblip.evaluation.compare import summarise
+from instructblip.evaluation.result import Result, describe_how
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.checkpoints.directory import check_output, model_directory
 from instructblip.model.checkpoints.lavis import export_lavis, refuse_loss
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import lora
 from instructblip.model.trainable import part_of
-from instructblip.release.card import model_card
+from instructblip.recipe.schema import RECIPE_FILE
 
-RECIPE_FILE = "recipe.yaml"
 ModelForm = Literal["transformers", "lavis"]
+
+CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [instructblip, image-text-to-text]
+---
+
+# {name}
+
+{kind}, written by instructblip {version}. Load it with `transformers.{reader}.from_pretrained`, or
+with `instructblip.load("{name}")`.
+
+| part | parameters |
+|---|---|
+{parameters}
+
+## Data
+
+{data}
+
+## Figures
+
+{figures}
+
+## Recipe
+
+{recipe}
+"""
 
 
 def export_model(
@@ -44,13 +77,13 @@ def export_model(
     check_output(out, file=form == "lavis")
     source = model_directory(str(model))
     recipe_file = source / RECIPE_FILE
-    recipe = (
-        yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.is_file() else {}
-    )
+    recipe: dict[str, Any] = {}
+    if recipe_file.is_file():
+        recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) or {}
     if form == "lavis":
         if keep_lora:
             raise ValueError("a LAVIS file has no place for an adapter: leave out --keep-lora")
-        trained = (recipe or {}).get("training", {}).get("trainable", ())
+        trained = recipe.get("training", {}).get("trainable", ())
         refuse_loss(list(trained), image_encoder)
         export_lavis(InstructBlip.from_pretrained(model), out, image_encoder)
         return
@@ -60,7 +93,10 @@ def export_model(
     _check_results(results, source, loaded)
     if not keep_lora:
         lora.merge_lora(loaded.language_model)
-    card = _card_of(loaded, out.name, recipe, results)
+    parts = Counter[str]()
+    for name, parameter in loaded.named_parameters():
+        parts[part_of(name)] += parameter.numel()
+    card = model_card(out.name, loaded.config.reader, parts, recipe, results)
     with replacing_directory(out) as directory:
         loaded.save_pretrained(directory)
         (directory / "README.md").write_text(card, encoding="utf-8")
@@ -76,10 +112,75 @@ def _check_results(results: Sequence[Result], source: Path, model: InstructBlip)
             )
 
 
-def _card_of(
-    model: InstructBlip, name: str, recipe: dict[str, Any] | None, results: Sequence[Result]
+def model_card(
+    name: str,
+    reader: str,
+    parts: Mapping[str, int],
+    recipe: Mapping[str, Any] | None = None,
+    results: Sequence[Result] = (),
 ) -> str:
-    parts = Counter[str]()
-    for parameter_name, parameter in model.named_parameters():
-        parts[part_of(parameter_name)] += parameter.numel()
-    return model_card(name, model.config.reader, parts, recipe, results)
+    """Return the ``README.md`` of a model directory, which says what is not known.
+
+    Args:
+        name: of the model and its directory.
+        reader: class of transformers that loads it.
+        parts: number of parameters by part of the model.
+        recipe: what it was tuned with; None if unknown. Folders of this machine stay out.
+        results: of ``evaluate``, one for each benchmark.
+
+    Raises ValueError for a blind control and for two results of one benchmark.
+    """
+    for result in results:
+        if result.blind:
+            raise ValueError(f"{result.benchmark}: a blind control, not what the model can do")
+    repeated = [name for name, count in Counter(r.benchmark for r in results).items() if count > 1]
+    if repeated:
+        raise ValueError(f"two results of {', '.join(repeated)}: give one folder for each")
+    return CARD.format(
+        name=name,
+        kind="A BLIP-2" if reader.startswith("Blip2") else "An InstructBLIP",
+        version=__version__,
+        reader=reader,
+        parameters="\n".join(f"| {part} | {count:,} |" for part, count in parts.items()),
+        data=_data(recipe["data"]["sets"]) if recipe else "Not known.",
+        figures=_scores(results) if results else "Not evaluated.",
+        recipe=f"```yaml\n{_yaml(recipe)}\n```" if recipe else "Not known.",
+    )
+
+
+def _data(sets: Mapping[str, dict[str, Any]]) -> str:
+    lines = ["| set | weight | terms |", "|---|---|---|"]
+    for name, entry in sets.items():
+        known = SOURCES.get(entry.get("source") or name)
+        terms = known.licence if known else "those of its owner"
+        lines.append(f"| {name} | {entry.get('weight', 1.0):g} | {terms} |")
+    return "\n".join(lines)
+
+
+def _yaml(recipe: Mapping[str, Any]) -> str:
+    """The recipe without empty settings and without folders."""
+
+    def clean(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        inner = {k: clean(v) for k, v in value.items() if k not in ("root", "prepared")}
+        return {k: v for k, v in inner.items() if v not in (None, {}, [])}
+
+    return yaml.safe_dump(clean(recipe), sort_keys=False).strip()
+
+
+def _scores(results: Sequence[Result]) -> str:
+    """Each score with its 95 % bootstrap interval, the number of samples, prompt and decoding."""
+    lines = ["| benchmark | figure, 0 to 100 | samples | how |", "|---|---|---|---|"]
+    for result in results:
+        bounds, asked = result.interval, f"{result.n:,} of {result.settings['of']:,}"
+        score = "not defined: one class only"
+        if bounds is not None:
+            score = f"{result.value:.1f} [{bounds.low:.1f}, {bounds.high:.1f}]"
+        how = describe_how(result.how).replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {result.benchmark} | {score} | {asked} | {how} |")
+    for role, mean in summarise([r for r in results if r.value is not None]).items():
+        sets = f"{mean.n} set{'s' if mean.n > 1 else ''}"
+        name = f"mean, {role.replace('_', '-')}"
+        lines.append(f"| {name} | {mean.value:.1f} [{mean.low:.1f}, {mean.high:.1f}] | {sets} | |")
+    return "\n".join(lines)
