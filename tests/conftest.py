@@ -17,8 +17,7 @@ from instructblip.inference.engine import Engine
 from instructblip.model.instructblip import InstructBlip
 from instructblip.text_to_image.model import TextToImage
 from instructblip.text_to_image.pretrained import FOLDER, save_addition
-from tests.inference.test_engine import write_model
-from tests.testing import write_picture
+from tests.testing import write_model, write_picture
 from tests.text_to_image.conftest import CONFIG
 
 

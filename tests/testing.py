@@ -1,4 +1,4 @@
-"""What several test files share: tiny tokenizers, and files of data made on the spot."""
+"""What several test files share: tiny tokenizers and models, and files of data made on the spot."""
 
 import io
 import json
@@ -9,15 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from instructblip.data.custom.formats import custom_source
 from instructblip.data.custom.rows import CustomSet
+from instructblip.data.images import ImageTransform
 from instructblip.data.prepared.dataset import PreparedDataset
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.reading.records import MAX_TEXT
+from instructblip.data.tokens import Tokens
+from tests.parity.tiny import tiny_config
 
 WORDS = ("question", "short", "answer", "what", "is", "the", "red", "blue", "cat", ":", "?", ".")
 
@@ -223,3 +234,28 @@ def prepare_vizwiz(
 def bad_samples(dataset: PreparedDataset) -> list[dict[str, Any]]:
     text = (dataset.path / "bad_samples.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+QUESTION = "Question: what is red? Short answer:"
+
+
+def write_model(folder: Path, kind: str, rows: int = 260) -> Path:
+    """A model directory as transformers writes one, with tokenizers and settings."""
+    config = tiny_config("llama", vocab_size=rows, eos_token_id=259, bos_token_id=None)
+    config["image_token_index"] = rows - 1
+    config["qformer_config"] |= {"vocab_size": 90, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    if kind == "instructblip":
+        model = InstructBlipForConditionalGeneration(InstructBlipConfig(**config))
+    else:
+        model = Blip2ForConditionalGeneration(Blip2Config(**config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            norm = "norm" in name.lower() and name.endswith("weight")
+            parameter.normal_(1.0 if norm else 0.0, 0.15)
+    model.save_pretrained(folder)
+    Tokens(language=byte_level(), qformer=wordpiece()).save_pretrained(folder)
+    ImageTransform(image_size=16).save_pretrained(folder)
+    settings = {"num_beams": 2, "max_new_tokens": 4, "max_length": 99, "eos_token_id": 259}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder

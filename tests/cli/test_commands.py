@@ -22,8 +22,7 @@ from instructblip.model.checkpoints.directory import model_directory
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
 from instructblip.training.train import TrainResult
-from tests.inference.test_engine import write_model
-from tests.testing import write_picture
+from tests.testing import write_model, write_picture
 
 SMALL = [
     "model.text_branch=random",

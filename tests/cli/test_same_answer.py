@@ -11,7 +11,7 @@ import instructblip
 from instructblip.cli import main as cli
 from instructblip.serving.api import create_app
 from tests.conftest import body
-from tests.inference.test_engine import QUESTION, write_model
+from tests.testing import QUESTION, write_model
 
 # The command line's name of a setting -> that of HTTP, where it is another.
 OVER_HTTP = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}

@@ -20,8 +20,7 @@ from instructblip.experiment.pretrain import Pretraining
 from instructblip.experiment.tune import SET, FolderTuning
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
-from tests.inference.test_engine import write_model
-from tests.testing import write_picture
+from tests.testing import write_model, write_picture
 
 IMAGES = 6
 """Images of a sample, more than the four that are shown by default."""

@@ -23,11 +23,10 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
 from instructblip.training.optim import make_optimizer
-from tests.inference.test_engine import write_model
 from tests.model.test_activations import full_batch
 from tests.model.test_language import tiny_model
 from tests.model.test_lora import adapted
-from tests.testing import write_picture
+from tests.testing import write_model, write_picture
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,7 @@ from instructblip.experiment.tune import (
     write_recipe,
 )
 from instructblip.recipe.load import load_recipe
-from tests.inference.test_engine import write_model
-from tests.testing import write_picture
+from tests.testing import write_model, write_picture
 
 EXAMPLES = ("worksheet_helper", "instrument_panel", "game_narrator")
 

@@ -21,8 +21,7 @@ from instructblip.inference.engine import Engine
 from instructblip.inference.inputs import open_images
 from instructblip.inference.streaming import TextStream
 from instructblip.model.decoding import Decoding
-from tests.inference.test_engine import QUESTION, write_model
-from tests.testing import write_picture, write_video
+from tests.testing import QUESTION, write_model, write_picture, write_video
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +35,8 @@ def engine(folder: Path) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    root = tmp_path_factory.mktemp("pictures")
+def image_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("image_files")
     return [write_picture(root / f"{i}.png", seed=i) for i in range(5)]
 
 
@@ -49,21 +48,23 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_streamed_pieces_are_the_answer(engine: Engine, pictures: list[Path], beams: int) -> None:
+def test_streamed_pieces_are_the_answer(
+    engine: Engine, image_files: list[Path], beams: int
+) -> None:
     decoding: dict[str, Any] = {"num_beams": beams, "max_new_tokens": 12}
-    for picture in pictures:
-        pieces = list(engine.stream(picture, QUESTION, **decoding))
-        assert "".join(pieces) == engine.answer(picture, QUESTION, **decoding)
+    for file in image_files:
+        pieces = list(engine.stream(file, QUESTION, **decoding))
+        assert "".join(pieces) == engine.answer(file, QUESTION, **decoding)
     assert (len(pieces) > 2) == (beams == 1)
 
 
-def test_a_stream_can_be_left(engine: Engine, pictures: list[Path]) -> None:
-    stream = engine.stream(pictures[0], QUESTION, num_beams=1, max_new_tokens=40)
+def test_a_stream_can_be_closed(engine: Engine, image_files: list[Path]) -> None:
+    stream = engine.stream(image_files[0], QUESTION, num_beams=1, max_new_tokens=40)
     first = next(stream)
     stream.close()  # type: ignore[attr-defined]
-    assert engine.answer(pictures[0], QUESTION, num_beams=1, max_new_tokens=40).startswith(first)
+    assert engine.answer(image_files[0], QUESTION, num_beams=1, max_new_tokens=40).startswith(first)
     with pytest.raises(ValueError, match="unknown decoding setting"):
-        list(engine.stream(pictures[0], QUESTION, beams=3))
+        list(engine.stream(image_files[0], QUESTION, beams=3))
 
 
 class Bytes:
@@ -82,21 +83,21 @@ def test_no_half_characters_and_nothing_after_the_end() -> None:
     assert pieces[-3:] == ["", "", ""]
 
 
-def test_the_paper_decodes_where_the_model_does_not_say(folder: Path) -> None:
+def test_the_papers_decoding_is_the_default(folder: Path) -> None:
     engine = Engine.from_pretrained(folder, device="cpu")
     assert engine.decoding == Decoding(num_beams=2, max_new_tokens=4, repetition_penalty=1.5)
 
 
-def test_command_answers_one_picture(
-    folder: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+def test_command_answers_one_image(
+    folder: Path, image_files: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model", str(folder), "--instruction", QUESTION]
-    code, out, _ = call(capsys, "answer", "--image", str(pictures[0]), *options)
+    code, out, _ = call(capsys, "answer", "--image", str(image_files[0]), *options)
     assert code == 0
-    expected = Engine.from_pretrained(folder, device="cpu").answer(pictures[0], QUESTION)
+    expected = Engine.from_pretrained(folder, device="cpu").answer(image_files[0], QUESTION)
     assert out == expected + "\n"
     _, longer, _ = call(
-        capsys, "answer", "--image", str(pictures[0]), *options, "--max-new-tokens", "9"
+        capsys, "answer", "--image", str(image_files[0]), *options, "--max-new-tokens", "9"
     )
     assert len(longer) > len(out)
     with pytest.raises(ValueError, match="either --image IMAGE or --batch"):
@@ -104,20 +105,20 @@ def test_command_answers_one_picture(
 
 
 def test_command_answers_a_folder_and_a_jsonl_like_one_by_one(
-    folder: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, image_files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine = Engine.from_pretrained(folder, device="cpu")
-    alone = [engine.answer(p, QUESTION) for p in pictures]
+    alone = [engine.answer(p, QUESTION) for p in image_files]
     out = tmp_path / "deep" / "answers.jsonl"
     options = ["--model", str(folder), "--out", str(out), "--instruction", QUESTION]
-    code, printed, _ = call(capsys, "answer", "--batch", str(pictures[0].parent), *options)
+    code, printed, _ = call(capsys, "answer", "--batch", str(image_files[0].parent), *options)
     assert code == 0
     assert "5 answers in" in printed
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["answer"] for r in records] == alone
     assert records[1]["image"] == "1.png"
 
-    requests = pictures[0].parent / "requests.jsonl"
+    requests = image_files[0].parent / "requests.jsonl"
     lines: list[dict[str, Any]] = [
         {"image": "1.png", "id": 7},
         {"image": ["0.png", "1.png"], "instruction": "what?"},
@@ -130,7 +131,7 @@ def test_command_answers_a_folder_and_a_jsonl_like_one_by_one(
     assert "1 with an error" in printed
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert records[0] == {"image": "1.png", "id": 7, "instruction": QUESTION, "answer": alone[1]}
-    assert records[1]["answer"] == engine.answer([[pictures[0], pictures[1]]], "what?")[0]
+    assert records[1]["answer"] == engine.answer([[image_files[0], image_files[1]]], "what?")[0]
     assert "absent.png does not exist" in records[2]["error"]
     requests.unlink()
 
@@ -157,7 +158,7 @@ def test_bad_requests_are_named(tmp_path: Path, line: str, message: str) -> None
         read_requests(tmp_path / "absent", "what?")
 
 
-def test_requests_as_editors_and_answers_write_them(tmp_path: Path) -> None:
+def test_requests_with_byte_order_mark_and_other_separators(tmp_path: Path) -> None:
     file = tmp_path / "requests.jsonl"
     line = json.dumps({"image": "a.png", "instruction": "one\u2028two"}, ensure_ascii=False)
     file.write_text(f"\ufeff{line}\r\n{line}\n", encoding="utf-8")
@@ -167,10 +168,10 @@ def test_requests_as_editors_and_answers_write_them(tmp_path: Path) -> None:
         read_requests(file)
 
 
-def test_an_earlier_answers_file_is_asked_again(
-    engine: Engine, pictures: list[Path], tmp_path: Path
+def test_a_file_of_earlier_answers_is_answered_again(
+    engine: Engine, image_files: list[Path], tmp_path: Path
 ) -> None:
-    file = pictures[0].parent / "retry.jsonl"
+    file = image_files[0].parent / "retry.jsonl"
     line = {
         "image": "0.png",
         "instruction": QUESTION,
@@ -182,21 +183,21 @@ def test_an_earlier_answers_file_is_asked_again(
     ((good, bad),) = answer_requests(engine, read_requests(file))
     file.unlink()
     assert set(good) == {"image", "instruction", "id", "answer"}
-    assert good["answer"] == engine.answer(pictures[0], QUESTION)
+    assert good["answer"] == engine.answer(image_files[0], QUESTION)
     assert set(bad) == {"image", "instruction", "id", "error"}
     assert "absent.png does not exist" in bad["error"]
 
 
-def test_a_place_that_cannot_be_written_is_told_before_the_model_is_read(
-    pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_path_that_cannot_be_written_is_reported_before_the_model_is_read(
+    image_files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["answer", "--batch", str(pictures[0].parent), "--instruction", QUESTION]
+    command = ["answer", "--batch", str(image_files[0].parent), "--instruction", QUESTION]
     command += ["--model", "absent"]
     code, _, err = call(capsys, *command, "--out", str(tmp_path))
     assert code == 2
     assert f"'{tmp_path}' is a directory" in err
     with pytest.raises(FileExistsError, match=r"0\.png"):
-        cli.main([*command, "--out", str(pictures[0] / "answers.jsonl"), "--debug"])
+        cli.main([*command, "--out", str(image_files[0] / "answers.jsonl"), "--debug"])
 
 
 @pytest.mark.parametrize(
@@ -215,37 +216,37 @@ def test_a_place_that_cannot_be_written_is_told_before_the_model_is_read(
         ("--image .", r"\. is a folder"),
     ],
 )
-def test_wrong_options_are_told_before_the_model_is_read(arguments: str, message: str) -> None:
+def test_wrong_options_are_reported_before_the_model_is_read(arguments: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cli.main(["answer", "--image", ".", "--instruction", "a", *arguments.split(), "--debug"])
 
 
-def test_a_prompt_that_is_cut_is_warned_of(tmp_path: Path, pictures: list[Path]) -> None:
+def test_a_truncated_prompt_raises_a_warning(tmp_path: Path, image_files: list[Path]) -> None:
     engine = Engine.from_pretrained(write_model(tmp_path / "blip2", "blip2"), device="cpu")
     with pytest.warns(UserWarning, match="more than 128 tokens: it lost its beginning"):
-        engine.answer(pictures[0], "what? " * 130)
+        engine.answer(image_files[0], "what? " * 130)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "a prompt")
-        engine.answer(pictures[0], "what?")
+        engine.answer(image_files[0], "what?")
 
 
-def test_a_question_that_is_no_utf8_is_answered(engine: Engine, pictures: list[Path]) -> None:
+def test_a_question_that_is_no_utf8_is_answered(engine: Engine, image_files: list[Path]) -> None:
     lines = iter(["what\udcff?", "/quit"])
-    conversation = Conversation(pictures[:1])
+    conversation = Conversation(image_files[:1])
     run_chat(engine, conversation, lambda: next(lines), lambda _: None, max_new_tokens=3)
     assert [question for question, _ in conversation.turns] == ["what??"]
 
 
-def test_a_batch_of_bad_pictures_only(engine: Engine, tmp_path: Path) -> None:
+def test_a_batch_of_bad_images_only(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
     ((record,),) = answer_requests(engine, read_requests(tmp_path, "what?"))
     assert "cannot be decoded" in record["error"]
 
 
-def test_chat_remembers_turns_and_pictures(engine: Engine, pictures: list[Path]) -> None:
-    said: list[str] = []
+def test_chat_remembers_turns_and_images(engine: Engine, image_files: list[Path]) -> None:
+    shown: list[str] = []
     lines = iter(
-        f"what?;/image {pictures[0]} {pictures[1]};what?;/nonsense;and red?;"
+        f"what?;/image {image_files[0]} {image_files[1]};what?;/nonsense;and red?;"
         "/reset;what?;/image;/image nowhere.png;/help;".split(";")
     )
 
@@ -256,17 +257,17 @@ def test_chat_remembers_turns_and_pictures(engine: Engine, pictures: list[Path])
             raise EOFError from None
 
     conversation = Conversation()
-    run_chat(engine, conversation, read, said.append, num_beams=1, max_new_tokens=6)
-    text = "".join(said)
-    frames = [[pictures[0], pictures[1]]]
+    run_chat(engine, conversation, read, shown.append, num_beams=1, max_new_tokens=6)
+    text = "".join(shown)
+    frames = [[image_files[0], image_files[1]]]
     decoding: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 6}
     (first,) = engine.answer(frames, "what?", **decoding)
     asked = f"Dialog history: Question: what? Answer: {first}. and red?"
     (second,) = engine.answer(frames, asked, **decoding)
-    told = ["no image yet", first, "no command /nonsense", second, first]
-    told += ["/image needs a path", "nowhere.png does not exist", "Commands:"]
+    expected_parts = ["no image yet", first, "no command /nonsense", second, first]
+    expected_parts += ["/image needs a path", "nowhere.png does not exist", "Commands:"]
     place = 0
-    for expected in told:
+    for expected in expected_parts:
         place = text.index(expected, place)
     assert conversation.turns == [("what?", first)]
 
@@ -283,9 +284,9 @@ def test_a_video_is_four_of_its_frames(engine: Engine, tmp_path: Path) -> None:
     ((record,),) = answer_requests(engine, read_requests(tmp_path, QUESTION), **decoding)
     assert record["answer"] == expected
     lines = iter([f"/image '{clip}'", QUESTION, "/quit"])
-    said: list[str] = []
-    run_chat(engine, Conversation(), lambda: next(lines), said.append, **decoding)
-    assert expected in "".join(said)
+    shown: list[str] = []
+    run_chat(engine, Conversation(), lambda: next(lines), shown.append, **decoding)
+    assert expected in "".join(shown)
     clip.write_bytes(b"no video")
     ((record,),) = answer_requests(engine, read_requests(tmp_path, QUESTION))
     assert "a clip.mp4: cannot be decoded" in record["error"]

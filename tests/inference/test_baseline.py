@@ -1,4 +1,4 @@
-"""A transformers model that is none of ours, made on the spot, as a baseline."""
+"""A transformers model of another kind, made by the test, as a baseline."""
 
 import json
 from dataclasses import replace
@@ -23,8 +23,7 @@ from instructblip.core.batch import Example
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.inference.baseline import TransformersModel, is_baseline
 from tests.evaluation.fakes import ListDataset, benchmark
-from tests.inference.test_engine import write_model
-from tests.testing import write_picture
+from tests.testing import write_model, write_picture
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 WORDS += ["Question", ":", "what", "is", "red", "?", "Short", "answer"]
@@ -74,11 +73,11 @@ def write_llava(folder: Path) -> Path:
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.4)
     model.save_pretrained(folder)
-    pictures = CLIPImageProcessorPil(
+    images = CLIPImageProcessorPil(
         size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16}
     )
     processor = LlavaProcessor(
-        pictures,
+        images,
         tokenizer,
         patch_size=8,
         num_additional_image_tokens=1,
@@ -95,7 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> ListDataset:
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     example = Example(
         dataset="toy",
         split="val",
@@ -113,10 +112,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ListDataset:
     )
 
 
-def test_answers_and_likelihoods_are_the_models_own(folder: Path, dataset: ListDataset) -> None:
+def test_answers_and_likelihoods_are_those_of_transformers(
+    folder: Path, dataset: ListDataset
+) -> None:
     baseline = TransformersModel(folder, torch.device("cpu"))
-    said = evaluate(baseline, benchmark(), dataset, progress=False)
-    assert all("Question" not in p["prediction"] for p in said.predictions)
+    answered = evaluate(baseline, benchmark(), dataset, progress=False)
+    assert all("Question" not in p["prediction"] for p in answered.predictions)
     ranked = evaluate(baseline, benchmark(mode="rank", decoding={}), dataset, progress=False)
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
@@ -124,9 +125,9 @@ def test_answers_and_likelihoods_are_the_models_own(folder: Path, dataset: ListD
         for text, score in zip(
             prediction["candidates"], prediction["log_likelihoods"], strict=True
         ):
-            with Image.open(dataset.image_root / prediction["images"][0]) as picture:
+            with Image.open(dataset.image_root / prediction["images"][0]) as image:
                 whole = processor(
-                    images=picture.convert("RGB"),
+                    images=image.convert("RGB"),
                     text=f"<image>\n{prediction['prompt']} {text} </s>",
                     return_tensors="pt",
                 )
@@ -153,13 +154,13 @@ def test_compare_takes_models_of_all_kinds(
         cli.main(["compare", *models, *options])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    found = json.loads(out[out.index("{\n") :])
-    assert found["models"] == [folder.name, "blip2"]
-    assert set(found["datasets"]) == {"scenes_vsr", "scenes_vqav2"}
-    assert "blip2" in found["datasets"]["scenes_vsr"]["differences"]
+    printed = json.loads(out[out.index("{\n") :])
+    assert printed["models"] == [folder.name, "blip2"]
+    assert set(printed["datasets"]) == {"scenes_vsr", "scenes_vqav2"}
+    assert "blip2" in printed["datasets"]["scenes_vsr"]["differences"]
 
 
-def test_what_is_no_such_model_is_refused(tmp_path: Path) -> None:
+def test_other_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert is_baseline(tmp_path)
     with pytest.raises(ValueError, match="neither a BLIP-2, an InstructBLIP nor"):

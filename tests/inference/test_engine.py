@@ -1,6 +1,5 @@
 """The engine on a tiny random model: one path for answering, ranking and evaluation."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -9,51 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    InstructBlipConfig,
-    InstructBlipForConditionalGeneration,
-)
 
 import instructblip
 from instructblip.core.batch import Example
-from instructblip.data.images import ImageTransform
-from instructblip.data.tokens import Tokens
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.inference.engine import Engine
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.decoding import Decoding
 from tests.evaluation.fakes import ListDataset, benchmark
-from tests.parity.tiny import tiny_config
-from tests.testing import byte_level, wordpiece, write_picture
-
-QUESTION = "Question: what is red? Short answer:"
-
-
-def write_model(folder: Path, kind: str, rows: int = 260) -> Path:
-    """A model directory as transformers writes one, with tokenizers and settings."""
-    config = tiny_config("llama", vocab_size=rows, eos_token_id=259, bos_token_id=None)
-    config["image_token_index"] = rows - 1
-    config["qformer_config"] |= {"vocab_size": 90, "max_position_embeddings": 64}
-    torch.manual_seed(0)
-    if kind == "instructblip":
-        model = InstructBlipForConditionalGeneration(InstructBlipConfig(**config))
-    else:
-        model = Blip2ForConditionalGeneration(Blip2Config(**config))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            norm = "norm" in name.lower() and name.endswith("weight")
-            parameter.normal_(1.0 if norm else 0.0, 0.15)
-    model.save_pretrained(folder)
-    Tokens(language=byte_level(), qformer=wordpiece()).save_pretrained(folder)
-    ImageTransform(image_size=16).save_pretrained(folder)
-    settings = {"num_beams": 2, "max_new_tokens": 4, "max_length": 99, "eos_token_id": 259}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    return folder
+from tests.testing import QUESTION, write_model, write_picture
 
 
 @pytest.fixture(scope="module")
@@ -67,96 +32,98 @@ def engine(folder: Path) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    root = tmp_path_factory.mktemp("pictures")
+def image_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("image_files")
     return [write_picture(root / f"{i}.png", seed=i) for i in range(4)]
 
 
-def test_one_gives_one_and_lists_give_lists(engine: Engine, pictures: list[Path]) -> None:
-    one = engine.answer(pictures[0], QUESTION)
+def test_one_gives_one_and_lists_give_lists(engine: Engine, image_files: list[Path]) -> None:
+    one = engine.answer(image_files[0], QUESTION)
     assert isinstance(one, str)
-    assert engine.answer(pictures[:1], [QUESTION]) == [one]
-    assert engine.answer(str(pictures[0]), [QUESTION] * 2) == [one, one]
-    many = engine.answer(pictures, QUESTION)
+    assert engine.answer(image_files[:1], [QUESTION]) == [one]
+    assert engine.answer(str(image_files[0]), [QUESTION] * 2) == [one, one]
+    many = engine.answer(image_files, QUESTION)
     assert many[0] == one
     assert len(many) == 4
-    assert len(set(many)) > 1, "the tiny model does not look at the picture"
-    with Image.open(pictures[0]) as image:
+    assert len(set(many)) > 1, "the tiny model does not read the image"
+    with Image.open(image_files[0]) as image:
         assert engine.answer(image, QUESTION) == one
 
 
-def test_answers_do_not_depend_on_the_batch(engine: Engine, pictures: list[Path]) -> None:
+def test_answers_do_not_depend_on_the_batch(engine: Engine, image_files: list[Path]) -> None:
     questions = [QUESTION, "what?", f"{QUESTION} the red cat is blue?", "the cat", QUESTION]
-    images = [*pictures, pictures[0]]
+    images = [*image_files, image_files[0]]
     together = engine.answer(images, questions)
     alone = [engine.answer(i, q) for i, q in zip(images, questions, strict=True)]
     assert together == alone
     assert together[0] == together[4]
 
 
-def test_frames_make_a_video(engine: Engine, pictures: list[Path]) -> None:
-    video = engine.answer([pictures[:4]], QUESTION)
-    mixed = engine.answer([pictures[:4], [pictures[0]], pictures[:2]], QUESTION)
+def test_frames_make_a_video(engine: Engine, image_files: list[Path]) -> None:
+    video = engine.answer([image_files[:4]], QUESTION)
+    mixed = engine.answer([image_files[:4], [image_files[0]], image_files[:2]], QUESTION)
     assert mixed[0] == video[0]
-    assert mixed[1] == engine.answer(pictures[0], QUESTION)
-    assert len(engine.rank(pictures[:2], QUESTION, ["red"])) == 1
+    assert mixed[1] == engine.answer(image_files[0], QUESTION)
+    assert len(engine.rank(image_files[:2], QUESTION, ["red"])) == 1
 
 
-def test_stored_settings_are_the_defaults(engine: Engine, pictures: list[Path]) -> None:
+def test_stored_settings_are_the_defaults(engine: Engine, image_files: list[Path]) -> None:
     assert engine.decoding == Decoding(num_beams=2, max_new_tokens=4)
-    default = engine.answer(pictures, QUESTION)
-    assert default == engine.answer(pictures, QUESTION, num_beams=2, max_new_tokens=4)
-    longer = engine.answer(pictures, QUESTION, max_new_tokens=12)
+    default = engine.answer(image_files, QUESTION)
+    assert default == engine.answer(image_files, QUESTION, num_beams=2, max_new_tokens=4)
+    longer = engine.answer(image_files, QUESTION, max_new_tokens=12)
     assert max(map(len, longer)) > max(map(len, default))
-    said = engine.answer(pictures[0], QUESTION, temperature=None, max_new_tokens=None)
-    assert said == engine.answer(pictures[0], QUESTION, temperature=0.0)
+    answered = engine.answer(image_files[0], QUESTION, temperature=None, max_new_tokens=None)
+    assert answered == engine.answer(image_files[0], QUESTION, temperature=0.0)
     with pytest.raises(
         ValueError, match=r"num_beams must be a whole number from 1 to 100; got '3'"
     ):
-        engine.answer(pictures[0], QUESTION, num_beams="3")
+        engine.answer(image_files[0], QUESTION, num_beams="3")
     with pytest.raises(ValueError, match=r"must be a whole number from 1 to 100; got 2.5"):
-        engine.answer(pictures[0], QUESTION, num_beams=2.5)
+        engine.answer(image_files[0], QUESTION, num_beams=2.5)
     with pytest.raises(ValueError, match="unknown decoding setting beams: did you mean num_beams"):
-        engine.answer(pictures, QUESTION, beams=2)
+        engine.answer(image_files, QUESTION, beams=2)
 
 
-def test_rank_sums_over_tokens_and_end(engine: Engine, pictures: list[Path]) -> None:
-    scores = engine.rank(pictures[0], QUESTION, ["red", "blue", "red cat"])
-    alone = [engine.rank(pictures[0], QUESTION, [c])[0] for c in ("red", "blue", "red cat")]
+def test_rank_sums_over_tokens_and_end(engine: Engine, image_files: list[Path]) -> None:
+    scores = engine.rank(image_files[0], QUESTION, ["red", "blue", "red cat"])
+    alone = [engine.rank(image_files[0], QUESTION, [c])[0] for c in ("red", "blue", "red cat")]
     assert scores == pytest.approx(alone, abs=1e-4)
     assert all(score < 0 for score in scores)
     tokens = len(engine.tokens.response("red"))
-    mean = engine.rank(pictures[0], QUESTION, ["red"], normalization="mean")[0]
+    mean = engine.rank(image_files[0], QUESTION, ["red"], normalization="mean")[0]
     assert scores[0] == pytest.approx(mean * tokens, abs=1e-4)
 
 
-def test_evaluation_walks_the_same_path(engine: Engine, pictures: list[Path]) -> None:
+def test_evaluation_gives_the_same_answers(engine: Engine, image_files: list[Path]) -> None:
     example = Example(
         dataset="toy",
         split="val",
         id="0",
-        images=(pictures[0].name,),
+        images=(image_files[0].name,),
         task="vqa",
         question="what is red?",
         answers=("red",),
         choices=("red", "blue"),
     )
-    examples = [replace(example, id=str(i), images=(p.name,)) for i, p in enumerate(pictures)]
-    dataset = ListDataset(examples, image_root=pictures[0].parent)
-    said = evaluate(engine, benchmark(), dataset, batch_size=2, progress=False)
+    examples = [replace(example, id=str(i), images=(p.name,)) for i, p in enumerate(image_files)]
+    dataset = ListDataset(examples, image_root=image_files[0].parent)
+    answered = evaluate(engine, benchmark(), dataset, batch_size=2, progress=False)
     greedy = {"num_beams": 1, "repetition_penalty": 1.0}
-    expected = engine.answer(pictures, QUESTION, max_new_tokens=5, **greedy)
-    assert [p["prediction"] for p in said.predictions] == expected
+    expected = engine.answer(image_files, QUESTION, max_new_tokens=5, **greedy)
+    assert [p["prediction"] for p in answered.predictions] == expected
     ranked = evaluate(engine, benchmark(mode="rank", decoding={}), dataset, progress=False)
-    for prediction, picture in zip(ranked.predictions, pictures, strict=True):
-        scores = engine.rank(picture, QUESTION, ["red", "blue"])
+    for prediction, file in zip(ranked.predictions, image_files, strict=True):
+        scores = engine.rank(file, QUESTION, ["red", "blue"])
         assert prediction["log_likelihoods"] == pytest.approx(scores, abs=1e-4)
 
 
-def test_a_blip2_reads_no_instruction_in_its_qformer(tmp_path: Path, pictures: list[Path]) -> None:
+def test_a_blip2_reads_no_instruction_in_its_qformer(
+    tmp_path: Path, image_files: list[Path]
+) -> None:
     engine = Engine.from_pretrained(write_model(tmp_path, "blip2"), device="cpu")
     assert engine.tokens.qformer is None
-    assert isinstance(engine.answer(pictures[0], QUESTION), str)
+    assert isinstance(engine.answer(image_files[0], QUESTION), str)
 
 
 def test_an_aware_model_needs_its_qformer_tokenizer(engine: Engine) -> None:
@@ -176,14 +143,14 @@ def test_fingerprint_follows_the_weights(folder: Path, engine: Engine, tmp_path:
     assert plain.fingerprint != engine.fingerprint
 
 
-def test_bad_pictures_and_counts_are_named(
-    engine: Engine, pictures: list[Path], tmp_path: Path
+def test_bad_images_and_counts_are_named(
+    engine: Engine, image_files: list[Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="4 images and 2 instructions"):
-        engine.answer(pictures, [QUESTION] * 2)
+        engine.answer(image_files, [QUESTION] * 2)
     with pytest.raises(FileNotFoundError, match=r"missing\.png"):
         engine.answer(tmp_path / "missing.png", QUESTION)
-    (tmp_path / "cut.png").write_bytes(pictures[0].read_bytes()[:40])
+    (tmp_path / "cut.png").write_bytes(image_files[0].read_bytes()[:40])
     with pytest.raises(ValueError, match=r"cut\.png"):
         engine.answer(tmp_path / "cut.png", QUESTION)
     with pytest.raises(ValueError, match="without frames"):

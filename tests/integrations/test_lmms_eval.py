@@ -15,8 +15,7 @@ from PIL import Image
 
 from instructblip.inference.engine import Engine
 from runs.lmms import TASK, UTILS
-from tests.inference.test_engine import write_model
-from tests.testing import write_picture
+from tests.testing import write_model, write_picture
 
 QUESTION = "Question: what is red? Short answer:"
 CHOICES = ["red", "blue", "the cat"]

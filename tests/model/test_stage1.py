@@ -16,8 +16,8 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.model.stage1 import LABEL_SMOOTHING, Stage1, contrast
 from instructblip.recipe.load import load_recipe
 from instructblip.scenes.official import write_scenes
-from tests.inference.test_engine import write_model
 from tests.parity.tiny import tiny_batch, tiny_config
+from tests.testing import write_model
 
 
 @pytest.fixture

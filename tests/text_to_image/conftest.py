@@ -18,7 +18,7 @@ from instructblip.text_to_image.config import (
 from instructblip.text_to_image.model import TextToImage
 from instructblip.text_to_image.sample import Painter
 from instructblip.text_to_image.tasks import SceneDrawings, SubjectDrawings
-from tests.inference.test_engine import write_model
+from tests.testing import write_model
 
 CONFIG = TextToImageConfig(
     conditioner=ConditionerConfig(num_queries=3, num_layers=1, width=16, num_heads=2),

@@ -220,7 +220,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 
 def test_a_blip2_cannot_draw(tmp_path: Path):
-    from tests.inference.test_engine import write_model
+    from tests.testing import write_model
 
     blip2 = InstructBlip.from_pretrained(write_model(tmp_path, "blip2"))
     with pytest.raises(ValueError, match="instruction_aware=True"):
