@@ -143,8 +143,10 @@ def test_lavis_to_ours_to_lavis_is_bit_identical(parts: dict[str, Path], tmp_pat
         InstructBlip.from_pretrained(tmp_path / "ours"), tmp_path / "again.pth", image_encoder=True
     )
     before = torch.load(parts["ib.pth"], weights_only=True)["model"]
-    tower = torch.load(parts["eva.pth"], weights_only=True)
-    before |= {f"visual_encoder.{n}": v for n, v in tower.items() if n[:4] not in ("norm", "head")}
+    encoder = torch.load(parts["eva.pth"], weights_only=True)
+    before |= {
+        f"visual_encoder.{n}": v for n, v in encoder.items() if n[:4] not in ("norm", "head")
+    }
     after = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
     assert before.keys() == after.keys()
     for name, value in before.items():
@@ -214,9 +216,9 @@ def test_a_language_model_in_the_file_is_the_one_taken(parts: dict[str, Path], r
     assert torch.equal(language.model.layers[0].mlp.gate_proj.weight, gate)
     assert language.lm_head.weight.shape == (size + 1, 24)
     assert torch.equal(language.lm_head.weight[: size + rows], head)
-    own = build_language_model(language_parts(parts["vicuna"])[0])
-    own.load_state_dict(language_parts(parts["vicuna"])[1])
-    assert torch.equal(language.model.norm.weight, own.model.norm.weight)
+    plain = build_language_model(language_parts(parts["vicuna"])[0])
+    plain.load_state_dict(language_parts(parts["vicuna"])[1])
+    assert torch.equal(language.model.norm.weight, plain.model.norm.weight)
 
 
 def test_files_that_are_no_parts_are_named(parts: dict[str, Path]) -> None:
@@ -265,20 +267,20 @@ def test_commands(parts: dict[str, Path], tmp_path: Path, capsys: pytest.Capture
         assert not stop.value.code
         return capsys.readouterr().out
 
-    told = call("inspect", str(parts["ib.pth"]))
-    assert "LAVIS checkpoint" in told
-    assert "missing: language_model." in told
-    # heads cannot be told from tensors: 12 and 16 as in the official model
+    output = call("inspect", str(parts["ib.pth"]))
+    assert "LAVIS checkpoint" in output
+    assert "missing: language_model." in output
+    # heads do not show in tensors: 12 and 16 as in the official model
     torch.save({"model": official(24, 2, 40, 16, 24, 90, random)}, parts["ib.pth"])
     options = ["--vision", str(parts["eva.pth"]), "--language", str(parts["vicuna"])]
     out = str(tmp_path / "ours")
     with pytest.raises(ValueError, match="--qformer-tokenizer"):
         cli.main(["import", str(parts["ib.pth"]), *options, "--out", out, "--debug"])
     tokenizer = ["--qformer-tokenizer", str(parts["bert"])]
-    told = call("import", str(parts["ib.pth"]), *options, *tokenizer, "--out", out)
-    assert "InstructBLIP" in told
-    assert "tokenizers: language, Q-Former" in told
-    assert "missing" not in told
+    output = call("import", str(parts["ib.pth"]), *options, *tokenizer, "--out", out)
+    assert "InstructBLIP" in output
+    assert "tokenizers: language, Q-Former" in output
+    assert "missing" not in output
     call("export", out, str(tmp_path / "back.pth"), "--format", "lavis")
     first = torch.load(parts["ib.pth"], weights_only=True)["model"]
     back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
@@ -297,7 +299,7 @@ def test_commands(parts: dict[str, Path], tmp_path: Path, capsys: pytest.Capture
     [
         ("notes/keep.txt", "transformers"),
         ("best/config.json", "transformers"),
-        ("picture.png", "transformers"),
+        ("image.png", "transformers"),
         ("new.pth", "transformers"),
         ("old.pth", "lavis"),
         ("notes/keep.txt", "lavis"),

@@ -26,7 +26,7 @@ from instructblip.model.vision import VisionModel
 from tests.parity.tiny import LANGUAGES, tiny_batch, tiny_transformers
 from tests.testing import byte_level, wordpiece, write_picture
 
-TOWER = {
+ENCODER = {
     "hidden_size": 16,
     "intermediate_size": 30,
     "num_hidden_layers": 2,
@@ -53,12 +53,12 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 }
 
 
-def write_tower(folder: Path, family: str) -> Any:
+def write_encoder(folder: Path, family: str) -> Any:
     torch.manual_seed(0)
     if family == "clip":
-        model: Any = CLIPVisionModel(CLIPVisionConfig(**TOWER))
+        model: Any = CLIPVisionModel(CLIPVisionConfig(**ENCODER))
     else:
-        model = SiglipVisionModel(SiglipVisionConfig(**TOWER))
+        model = SiglipVisionModel(SiglipVisionConfig(**ENCODER))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -77,7 +77,7 @@ def write_language(folder: Path, name: str) -> Path:
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_features_are_those_of_transformers(tmp_path: Path, family: str) -> None:
-    theirs = write_tower(tmp_path, family)
+    theirs = write_encoder(tmp_path, family)
     config, weights = read_vision(tmp_path)
     ours = VisionModel(config).eval()
     ours.load_state_dict(weights)
@@ -92,9 +92,9 @@ def test_features_are_those_of_transformers(tmp_path: Path, family: str) -> None
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 @pytest.mark.parametrize("name", list(LANGUAGE))
 def test_every_pair_learns_answers_and_is_saved(tmp_path: Path, family: str, name: str) -> None:
-    write_tower(tmp_path / "tower", family)
+    write_encoder(tmp_path / "encoder", family)
     language = write_language(tmp_path / "language", name)
-    model = combine(tmp_path / "tower", language, QFORMER, num_query_tokens=3)
+    model = combine(tmp_path / "encoder", language, QFORMER, num_query_tokens=3)
     batch = tiny_batch(model.config)
     loss = model.train().loss(batch)
     (loss.loss_sum / loss.num_tokens).backward()
@@ -124,11 +124,11 @@ def test_the_tower_of_a_blip2(tmp_path: Path) -> None:
 
 
 def test_language_models_that_are_none_are_named(tmp_path: Path) -> None:
-    write_tower(tmp_path / "tower", "clip")
+    write_encoder(tmp_path / "encoder", "clip")
     for kind in ("blip-2", "instructblip", "no_such_model", None):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         with pytest.raises(ValueError, match=rf"{kind}.*; expected .* Llama, Qwen, Gemma") as error:
-            combine(tmp_path / "tower", tmp_path)
+            combine(tmp_path / "encoder", tmp_path)
         assert str(tmp_path) in str(error.value)
         assert len(str(error.value)) < 300
 
@@ -145,9 +145,9 @@ def test_numbers_of_nothing_are_refused(capsys: pytest.CaptureFixture[str], opti
 def test_command_combines_parts_and_the_result_answers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_tower(tmp_path / "tower", "siglip")
+    write_encoder(tmp_path / "encoder", "siglip")
     half = (0.5, 0.5, 0.5)
-    ImageTransform(image_size=16, mean=half, std=half).save_pretrained(tmp_path / "tower")
+    ImageTransform(image_size=16, mean=half, std=half).save_pretrained(tmp_path / "encoder")
     tokenizer = byte_level()
     values = {**SMALL, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     config = AutoConfig.for_model("qwen2", **values)
@@ -155,7 +155,7 @@ def test_command_combines_parts_and_the_result_answers(
     tokenizer.save_pretrained(tmp_path / "language")
     wordpiece().save_pretrained(tmp_path / "bert")
     options = [f"--{o}" for o in ("vision", "language", "qformer-tokenizer", "out")]
-    paths = [str(tmp_path / name) for name in ("tower", "language", "bert", "model")]
+    paths = [str(tmp_path / name) for name in ("encoder", "language", "bert", "model")]
     arguments = [word for pair in zip(options, paths, strict=True) for word in pair]
     with pytest.raises(SystemExit) as stop:
         cli.main(["combine", *arguments, "--queries", "4", "--layers", "1", "--debug"])
@@ -163,5 +163,5 @@ def test_command_combines_parts_and_the_result_answers(
     assert "query tokens: 4" in capsys.readouterr().out
     engine = Engine.from_pretrained(tmp_path / "model", device="cpu")
     assert engine.images.transform.mean == (0.5, 0.5, 0.5)
-    picture = write_picture(tmp_path / "a.png")
-    assert isinstance(engine.answer(picture, "what?", num_beams=1, max_new_tokens=3), str)
+    image = write_picture(tmp_path / "a.png")
+    assert isinstance(engine.answer(image, "what?", num_beams=1, max_new_tokens=3), str)

@@ -74,7 +74,7 @@ def test_truncated_file_is_named(directory):
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps(os.system)])
-def test_what_is_no_file_of_tensors_is_told_without_advice_to_trust_it(tmp_path, content):
+def test_the_message_for_a_damaged_file_does_not_advise_to_trust_it(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.pth cannot be read as tensors alone") as error:
         read_weights(tmp_path / "x.pth")
@@ -172,7 +172,7 @@ def test_run_directory_gives_best_before_last(directory, tmp_path):
     assert InstructBlip.from_pretrained(tmp_path / "run").query_tokens.eq(0.5).all()
 
 
-def test_save_copies_tokenizers_and_the_picture_size(directory, tmp_path):
+def test_save_copies_tokenizers_and_the_image_size(directory, tmp_path):
     (directory / "qformer_tokenizer").mkdir()
     (directory / "qformer_tokenizer" / "vocab.txt").write_text("a\n")
     (directory / "tokenizer.json").write_text("{}")

@@ -43,7 +43,7 @@ def _encode(vision: VisionModel, pixel_values: Float[Tensor, "n 3 S S"]) -> Floa
 
 
 def _feed_forward(mlp: VisionMLP, hidden: Float[Tensor, "n P V"]) -> Float[Tensor, "n P V"]:
-    """A function of its own, so that the inner states are freed before the next layer."""
+    """A separate function, so that the inner states are freed before the next layer."""
     inner = mlp.fc1(hidden)
     if mlp.activation is F.gelu:
         torch.ops.aten.gelu_(inner)

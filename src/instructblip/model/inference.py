@@ -1,5 +1,5 @@
-"""Answers by generation and by ranking candidates, and where the queries look for them: through
-the same steps as the loss."""
+"""Answers by generation and by ranking candidates, and where the queries look, through the same
+steps as the loss."""
 
 import contextlib
 from collections.abc import Callable, Iterator

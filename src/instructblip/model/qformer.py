@@ -1,7 +1,7 @@
 """The Q-Former: query tokens that read the image, beside the instruction.
 
 Queries come first, then the text; both share the self-attention. In every second layer the queries,
-and only they, attend to the image. Queries and text have feed-forwards of their own (InstructBLIP,
+and only they, attend to the image. Queries and text have separate feed-forwards (InstructBLIP,
 section 2.3 and figure 3; BLIP-2, section 3.1). Parameter names are those of transformers'
 InstructBlipQFormerModel; without a text branch the module is BLIP-2's Q-Former. ``InstructBlip``
 runs the faster twin in ``fast.py``.

@@ -49,7 +49,7 @@ def combine(
 
     ``qformer`` are fields of ``QFormerConfig``; by default BERT-base, as in the paper.
     """
-    vision_config, tower = read_vision(vision)
+    vision_config, encoder = read_vision(vision)
     text = read_language_config(language)
     config = InstructBlipConfig(
         vision=vision_config,
@@ -61,7 +61,7 @@ def combine(
         num_query_tokens=num_query_tokens,
     )
     model = InstructBlip(config)
-    weights = {f"vision_model.{name}": value for name, value in tower.items()}
+    weights = {f"vision_model.{name}": value for name, value in encoder.items()}
     weights |= {f"language_model.{n}": v for n, v in read_weights(language).items()}
     new = ("query_tokens", "qformer.", "language_projection.")
     weights |= {n: v for n, v in model.state_dict().items() if n.startswith(new)}
@@ -113,8 +113,8 @@ def _fused(weights: dict[str, Tensor], config: VisionConfig) -> dict[str, Tensor
         elif name == "embeddings.position_embedding.weight":
             ours["embeddings.position_embedding"] = value[None]
         elif not LEFT_OUT.search(name):
-            for theirs, own in NORMS.items():
-                name = name.replace(theirs, own)
+            for theirs, new in NORMS.items():
+                name = name.replace(theirs, new)
             ours[name] = value
     if "embeddings.patch_embedding.bias" not in ours:  # CLIP's has none
         ours["embeddings.patch_embedding.bias"] = torch.zeros(config.hidden_size)

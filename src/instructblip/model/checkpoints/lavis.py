@@ -159,12 +159,12 @@ def import_lavis(
         qformer_heads: likewise.
     """
     given = from_lavis(read_nested(checkpoint, "model"))
-    tower = read_nested(vision, "model") if vision.is_file() else read_weights(vision)
-    tower = from_lavis(tower) if is_lavis(tower) else tower
+    encoder = read_nested(vision, "model") if vision.is_file() else read_weights(vision)
+    encoder = from_lavis(encoder) if is_lavis(encoder) else encoder
     norm = "vision_model.post_layernorm."
     weights = {
         name: value
-        for name, value in tower.items()
+        for name, value in encoder.items()
         if name.startswith("vision_model.") and not name.startswith(norm)
     }
     weights |= {name: value for name, value in given.items() if not HARMLESS.fullmatch(name)}

@@ -139,7 +139,7 @@ class Pretrained(nn.Module):
 
         It holds config.json, model.safetensors, and the tokenizers and settings in the directory
         ``assets`` (None: the one that the model was loaded from). A BLIP-2 is written as one; an
-        adapter of the language model goes into a folder of its own; weights that are quantized or
+        adapter of the language model goes into a separate folder; weights that are quantized or
         sharded over ranks are copied from where the model was loaded. Raises OSError when the disk
         is full; what stood at ``path`` then stays as it was.
         """
@@ -163,10 +163,8 @@ class Pretrained(nn.Module):
     def _stored_elsewhere(self) -> dict[str, Tensor]:
         """Frozen weights that this process does not hold in full, because they are quantized or
         sharded over ranks, read from the directory that the model was loaded from."""
-        names = quantized_names(self)
-        names += [
-            name for name, value in self.state_dict().items() if distributed.is_sharded(value)
-        ]
+        weights = self.state_dict()
+        names = quantized_names(self) + [n for n, v in weights.items() if distributed.is_sharded(v)]
         if not names:
             return {}
         assert self.assets is not None, "such a model was loaded from a directory"
@@ -297,7 +295,7 @@ def _fit_config(
     config: InstructBlipConfig, weights: dict[str, Tensor], aware: bool, image_size: int | None
 ) -> InstructBlipConfig:
     """The config of the model to build. A BLIP-2's config says nothing true about its text branch:
-    the sizes of the embeddings are those of the branch that was found."""
+    the sizes of the embeddings are those of the branch in ``weights``."""
     qformer, vision = config.qformer, config.vision
     if aware and not config.instruction_aware:
         tables = {"vocab_size": "word", "max_position_embeddings": "position"}
@@ -315,9 +313,9 @@ def _copy_assets(source: Path, target: Path, config: InstructBlipConfig) -> None
     """Tokenizers and settings; what they say of the model follows the model."""
     patterns = ASSETS if config.instruction_aware else (*ASSETS, TEXT_BRANCH_FILE)
     for pattern in patterns:
-        for found in sorted(source.glob(pattern)):
-            copy = shutil.copytree if found.is_dir() else shutil.copyfile
-            copy(found, target / found.name)
+        for asset in sorted(source.glob(pattern)):
+            copy = shutil.copytree if asset.is_dir() else shutil.copyfile
+            copy(asset, target / asset.name)
     # transformers' processor puts as many placeholders as this says in front of a prompt
     processor = target / "processor_config.json"
     values = read_json(processor) if processor.is_file() else {}

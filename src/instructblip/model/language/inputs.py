@@ -37,10 +37,7 @@ class Joined:
 
 
 def prepend_queries(
-    model: Any,
-    queries: Float[Tensor, "B K L"],
-    ids: Int[Tensor, "B X"],
-    mask: Bool[Tensor, "B X"],
+    model: Any, queries: Float[Tensor, "B K L"], ids: Int[Tensor, "B X"], mask: Bool[Tensor, "B X"]
 ) -> tuple[Float[Tensor, "B K+X L"], Int[Tensor, "B K+X"]]:
     """[queries; tokens] as embeddings in the precision of the model, and their mask."""
     tokens = model.get_input_embeddings()(ids)  # [B, X, L]
