@@ -78,11 +78,6 @@ def test_special_tokens_written_in_a_text_are_text(make: type[PreTrainedTokenize
     assert wordpiece().convert_ids_to_tokens(instruction).count("[SEP]") == 1
 
 
-def test_candidates_are_tokenized_as_responses() -> None:
-    tokens = Tokens(language=llama_like())
-    assert tokens.candidates(["red", "a cat"]) == [tokens.response("red"), tokens.response("a cat")]
-
-
 @pytest.mark.parametrize("decoder_only", [True, False])
 def test_save_and_load(decoder_only: bool, tmp_path: Path) -> None:
     tokens = Tokens(llama_like(), wordpiece(), decoder_only=decoder_only)

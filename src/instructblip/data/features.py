@@ -18,8 +18,7 @@ crop. Since names are hashes of content, an image that moved or changed, another
 size never give stale features, and files with equal bytes share features.
 
 A shard appears whole or not at all: a kill loses the shard being written, and the next run computes
-only what is missing. Any number of ranks write at the same time, each its own shards. Shards are
-memory-mapped for reading.
+only what is missing. Each rank writes shards of its own. Shards are memory-mapped for reading.
 
 Features are taken before the encoder's last LayerNorm, which is trainable (see ``Batch``).
 """
@@ -45,11 +44,7 @@ from instructblip.core import distributed
 from instructblip.core.files import recover, replacing, scratch_directory, set_aside
 from instructblip.core.progress import progress_bar
 from instructblip.data.images import ImageTransform, load_image
-from instructblip.data.prepared.images import (
-    MISSING,
-    ImageFact,
-    gather_facts,
-)
+from instructblip.data.prepared.images import MISSING, ImageFact, gather_facts
 
 FeatureType = Literal["fp32", "bf16", "int8"]
 TYPES: dict[FeatureType, torch.dtype] = {
@@ -86,10 +81,7 @@ class FeatureStore:
     def refresh(self) -> None:
         """Finds new shards. A damaged one is renamed with a warning; its images are then missing
         and are encoded again."""
-        known = set(self._shards)
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path in known:
-                continue
+        for path in sorted({*self.folder.glob("*.safetensors")} - {*self._shards}):
             try:
                 with safe_open(path, "pt") as file:
                     keys = json.loads(file.metadata()["keys"])
@@ -101,9 +93,8 @@ class FeatureStore:
                 )
                 set_aside(path, ".damaged")
                 continue
+            self._places |= {key: (len(self._shards), row) for row, key in enumerate(keys)}
             self._shards.append(path)
-            place = len(self._shards) - 1
-            self._places |= {key: (place, row) for row, key in enumerate(keys)}
 
     def read(self, key: str) -> Float[Tensor, "P V"]:
         """The features of one key, in fp32 or bf16; those stored in int8 as bf16."""
@@ -191,7 +182,7 @@ class Costs:
 
     def saving(self, missing: int, reads: int) -> float:
         """Seconds saved by storing ``missing`` images and reading ``reads`` times, compared with
-        encoding at every use. Loading is not counted there: decoded images stay in memory."""
+        encoding at every use, where images are in memory and need no loading."""
         return reads * (self.encode - self.read) - missing * (self.load + self.encode + self.write)
 
 

@@ -47,7 +47,7 @@ _SIDES = re.compile(
 
 
 def load_image(name: str | Path, root: Path | None = None) -> Image.Image:
-    """The image as RGB, rotated by its EXIF tag, transparency over white, an animation's first
+    """The image as RGB, rotated by its EXIF tag, transparency over white; of an animation the first
     frame.
 
     With ``root``, ``name`` must be a relative path below it. Raises FileNotFoundError, or
@@ -82,8 +82,8 @@ def decode_image(data: bytes, where: str) -> Image.Image:
 def image_fault(data: bytes, decode: bool = False) -> str | None:
     """Why an image file cannot be used, or None.
 
-    Reads the header and compares the end of the file with the one its format prescribes. Decodes
-    the whole image where the end is another, and always with ``decode``.
+    Decodes the whole image with ``decode``, or if the file does not end as its format prescribes;
+    otherwise reads the header only.
     """
     try:
         with _opened(data) as image:
@@ -96,7 +96,6 @@ def image_fault(data: bytes, decode: bool = False) -> str | None:
 
 
 _DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-
 # How a complete file ends. A JPEG may have more bytes after its end: then it is decoded.
 _ENDS: dict[str, Callable[[bytes], bool]] = {
     "JPEG": lambda data: data.rstrip(b"\0").endswith(b"\xff\xd9"),
@@ -134,9 +133,8 @@ def _reason(data: bytes, error: Exception) -> str:
 def _scale_of_grey(image: Image.Image) -> float:
     """The factor that maps grey values of more than 8 bits to 0 .. 255; Pillow would clip them.
 
-    16-bit images always span 0 .. 65535, however dark they are. 32-bit integers and floats have no
-    fixed range: values up to 255 count as 8-bit, larger ones as 16-bit, and floats up to 1 as
-    0 .. 1.
+    16-bit images span 0 .. 65535. 32-bit integers and floats have no fixed range: values up to 255
+    count as 8-bit, larger ones as 16-bit, and floats up to 1 as 0 .. 1.
     """
     if image.mode.startswith("I;16"):
         return 1 / 257
@@ -262,10 +260,7 @@ def crop_box(
     width: int, height: int, min_scale: float, rng: random.Random
 ) -> tuple[int, int, int, int]:
     """A random crop (left, top, right, bottom) with ``min_scale`` to 1 of the area and an aspect
-    ratio of 3:4 to 4:3.
-
-    Falls back to the largest centred crop of such a ratio after ten crops that do not fit.
-    """
+    ratio of 3:4 to 4:3; after ten that do not fit, the largest centred crop of such a ratio."""
     low, high = math.log(3 / 4), math.log(4 / 3)
     for _ in range(10):
         area = width * height * rng.uniform(min_scale, 1)

@@ -122,12 +122,13 @@ class Tokens:
         return len(self._language.prefix) + len(_encode(self.language, text)) + len(suffix)
 
     def _response(self, text: str) -> list[int]:
-        ids = _continue(self.language, self._anchor, text) if self.decoder_only else None
-        return _encode(self.language, text) if ids is None else ids
-
-    def candidates(self, texts: list[str] | tuple[str, ...]) -> list[list[int]]:
-        """C x [R]: candidates to rank, tokenized as responses are in training."""
-        return [self.response(text) for text in texts]
+        """The ids that ``text`` has after the anchor and a space, where they can be separated."""
+        if self.decoder_only and self._anchor is not None:
+            head = _encode(self.language, self._anchor)
+            whole = _encode(self.language, f"{self._anchor} {text}")
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
+        return _encode(self.language, text)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ``ids`` without special tokens and surrounding white space."""
@@ -135,9 +136,8 @@ class Tokens:
 
     @property
     def eos_id(self) -> int:
-        eos = self.language.eos_token_id
-        assert isinstance(eos, int)
-        return eos
+        assert isinstance(self.language.eos_token_id, int)
+        return self.language.eos_token_id
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -155,14 +155,6 @@ def _anchor(tokenizer: Any) -> str | None:
         if head and _encode(tokenizer, f"{anchor} a")[: len(head)] == head:
             return anchor
     return None
-
-
-def _continue(tokenizer: Any, anchor: str | None, text: str) -> list[int] | None:
-    """The ids that ``text`` has after ``anchor`` and a space; None if they cannot be separated."""
-    if anchor is None:
-        return None
-    head, whole = _encode(tokenizer, anchor), _encode(tokenizer, f"{anchor} {text}")
-    return whole[len(head) :] if whole[: len(head)] == head else None
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")

@@ -223,7 +223,7 @@ class Engine:
         on_chunk: Callable[[], None] | None = None,
     ) -> list[list[float]]:
         """Log-likelihoods of each sample's candidates, as one batch. See ``rank_candidates``."""
-        ids = [self.tokens.candidates(list(texts)) for texts in candidates]
+        ids = [[self.tokens.response(text) for text in texts] for texts in candidates]
         batch = self._collate(samples)
         scores = rank_candidates(self.model, batch, ids, normalization, on_chunk=on_chunk)
         return [row.tolist() for row in scores]

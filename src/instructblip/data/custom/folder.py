@@ -103,11 +103,10 @@ def split_by_image(folder: FolderSet, share: float = 0.2) -> tuple[FolderSet, Fo
         )
     below = sum(_sha256(group)[:8] < int(share * 2**64).to_bytes(8) for group in order)
     held_back = {*order[: min(max(1, below), len(order) - 1)]}
-    sides = ([], [])
-    for example, group in zip(folder.examples, groups, strict=True):
-        sides[group in held_back].append(example)
-    training = replace(folder, examples=sides[0])
-    return training, replace(folder, examples=[replace(e, split="val") for e in sides[1]])
+    pairs = list(zip(folder.examples, groups, strict=True))
+    training = [example for example, group in pairs if group not in held_back]
+    validation = [replace(e, split="val") for e, group in pairs if group in held_back]
+    return replace(folder, examples=training), replace(folder, examples=validation)
 
 
 def _groups(rows: list[list[bytes]]) -> list[bytes]:

@@ -5,7 +5,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,23 +55,21 @@ class Row(NamedTuple):
 def column_of(custom: CustomSet, role: str, record: Record) -> str:
     """The column of a role: the recipe's, else the first accepted name whose column is not empty.
 
-    Case and white space around a heading are ignored. Where a row has a question, an ``answer``
-    column that is there but empty is not replaced by a caption.
+    Where a row has a question, an ``answer`` column that is there but empty is not replaced by a
+    caption.
     """
     named = dict(custom.columns).get(role)
     names = (named,) if named else (role, *ROLES[role])
     columns = [column for name in names if (column := spelling(name, record)) is not None]
-    if (
-        role == "answer"
-        and spelling(role, record)
-        and _filled(record, column_of(custom, "question", record))
-    ):
-        columns = columns[:1]
+    if role == "answer" and spelling(role, record):
+        question = column_of(custom, "question", record)
+        columns = columns[:1] if _filled(record, question) else columns
     return next((column for column in columns if _filled(record, column)), names[0])
 
 
 def spelling(name: str, record: Record) -> str | None:
-    """The row's spelling of the column ``name``, or None; ValueError where two columns match."""
+    """The row's spelling of the column ``name``, or None: case and white space around it do not
+    matter. ValueError where two columns match."""
     if name in record.data:
         return name
     columns = [column for column in record.data if _folded(column) == _folded(name)]
@@ -94,12 +92,14 @@ def examples_of(
     custom: CustomSet, root: Path, split: str, rows: Iterable[Row]
 ) -> Iterator[Example | ValueError]:
     """The example of each row, or the error of the row or, at the end, of all rows together."""
-    absent, present, digits = dict(custom.columns), {}, _Digits()
+    absent = [column for _, column in custom.columns]
+    present: dict[str, None] = {}
+    digits: dict[str, str] = {}
     for key, record, folder in rows:
         record = replace(record, remedy=REMEDY)
         if absent:
             present |= dict.fromkeys(record.data)
-            absent = {r: name for r, name in absent.items() if spelling(name, record) is None}
+            absent = [name for name in absent if spelling(name, record) is None]
         try:
             yield _example(custom, root, split, Row(key, record, folder), digits)
         except ValueError as error:
@@ -107,12 +107,14 @@ def examples_of(
     if absent and present:
         yield ValueError(
             f"{custom.name}: no row of {custom.path or split} has the columns "
-            f"{', '.join(map(repr, absent.values()))} that `columns` names; it has "
+            f"{', '.join(map(repr, absent))} that `columns` names; it has "
             f"{', '.join(map(repr, list(present)[:20]))}"
         )
 
 
-def _example(custom: CustomSet, root: Path, split: str, row: Row, digits: "_Digits") -> Example:
+def _example(
+    custom: CustomSet, root: Path, split: str, row: Row, digits: dict[str, str]
+) -> Example:
     record = row.record
     columns = {role: column_of(custom, role, record) for role in ROLES}
     if columns["image"] not in record:
@@ -153,10 +155,9 @@ def _refuse_unread(record: Record, columns: dict[str, str]) -> None:
     asked = any(spelling(name, record) for name in (columns["question"], *ROLES["question"]))
     if asked or _folded(answer) in ROLES["answer"]:
         return
+    read = (*columns.values(), *ROLES["image"])
     for column, value in record.data.items():
-        if column in columns.values() or column in ROLES["image"]:
-            continue
-        if isinstance(value, str) and _may_ask(value):
+        if column not in read and isinstance(value, str) and _may_ask(value):
             raise ValueError(
                 f"{record.where}: {answer!r} would be learnt as a caption, and column "
                 f"{column[:80]!r} is not read. If it is the question, call it `question`, or set "
@@ -175,25 +176,22 @@ def _may_ask(text: str) -> bool:
     return words and any(map(str.isalpha, text))
 
 
-@dataclass(slots=True)
-class _Digits:
-    """What answers in digits mean: the place of the first that is an index, and of the first that
-    could be an index but equals a choice. Data with both is ambiguous."""
-
-    places: dict[str, str] = field(default_factory=dict)
-
-    def note(self, meaning: str, other: str, record: Record, column: str) -> None:
-        self.places.setdefault(meaning, record.where)
-        if other in self.places:
-            record_value = repr(record.data[column])[:80]
-            raise ValueError(
-                f"{record.where}: field '{column}' is {record_value}, {meaning}, but digits are "
-                f"{other} in {self.places[other]}; write the choice itself in every row"
-            )
+def _note_digits(
+    places: dict[str, str], meaning: str, other: str, record: Record, column: str
+) -> None:
+    """Notes in ``places`` where digits first have a meaning; ValueError where they had the other:
+    data with an index, and with a choice that could be one, is ambiguous."""
+    places.setdefault(meaning, record.where)
+    if other in places:
+        value = repr(record.data[column])[:80]
+        raise ValueError(
+            f"{record.where}: field '{column}' is {value}, {meaning}, but digits are {other} in "
+            f"{places[other]}; write the choice itself in every row"
+        )
 
 
 def _answers(
-    record: Record, columns: dict[str, str], choices: tuple[str, ...], digits: _Digits
+    record: Record, columns: dict[str, str], choices: tuple[str, ...], digits: dict[str, str]
 ) -> tuple[str, ...]:
     """The answers. Where there are choices, each is one of them or its index, counted from 0.
 
@@ -215,10 +213,10 @@ def _answers(
         is_index = all_texts and isinstance(value, int)
         if answer in choices and not is_index:
             if choice not in (None, answer):
-                digits.note("the choice itself", "an index", record, column)
+                _note_digits(digits, "the choice itself", "an index", record, column)
             choice = answer
         elif choice is not None and not is_index:
-            digits.note("an index", "the choice itself", record, column)
+            _note_digits(digits, "an index", "the choice itself", record, column)
         if choice is None:
             record.fail(column, f"one of the choices, or an index from 0 to {len(choices) - 1}")
         chosen.append(choice)

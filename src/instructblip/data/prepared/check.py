@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from instructblip.core.batch import Example
 from instructblip.core.files import replacing, write_json
@@ -43,15 +43,6 @@ _PLACEHOLDER = re.compile(
 )
 _NO_CAPTION = re.compile(r"\W*(none|n/a)\W*", re.IGNORECASE)
 """Valid answers to a question, but empty cells where there is no question."""
-
-
-class Finding(NamedTuple):
-    """One fault of one example, given by its index and its ``Example.where``."""
-
-    index: int
-    where: str
-    kind: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +112,8 @@ def check_dataset(
         temporary.open("w", encoding="utf-8") as file,
     ):
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped)
-        for index, where, kind, reason in _findings(
-            dataset, facts, evaluated or {}, tokens, max_images
-        ):
+        findings = _findings(dataset, facts, evaluated or {}, tokens, max_images)
+        for index, where, kind, reason in findings:
             kinds[kind] += 1
             if kind in bad_kinds:
                 left_out[index] = None
@@ -215,24 +205,22 @@ def _findings(
     evaluated: Mapping[bytes, str],
     tokens: Tokens | None,
     max_images: int | None,
-) -> Iterator[Finding]:
+) -> Iterator[tuple[int, str, str, str]]:
+    """(index, ``Example.where``, kind, reason) of each fault."""
     # Where a content or an id occurs first, by its hash: millions of texts would fill the memory.
     contents: dict[int, int] = {}
     ids: dict[int, int] = {}
     for i, example in enumerate(dataset):
-        if max_images is not None and (count := len(example.images)) > max_images:
-            reason = f"{count}, and the model sees {max_images}; set data.num_frames={count}"
-            yield Finding(i, example.where, "too many images", reason)
-        for kind, reason in _faults(example, dataset.image_root, facts, evaluated, tokens):
-            yield Finding(i, example.where, kind, reason)
+        faults = list(_faults(example, dataset.image_root, facts, evaluated, tokens, max_images))
         images = tuple(facts[name].sha256 for name in example.images)
         text = (example.question, example.context, example.history, example.answers)
         if (first := contents.setdefault(hash((images, text)), i)) != i:
-            reason = f"has the images and texts of {dataset[first].where}"
-            yield Finding(i, example.where, "duplicate", reason)
+            faults.append(("duplicate", f"has the images and texts of {dataset[first].where}"))
         if (first := ids.setdefault(hash(example.id), i)) != i:
             reason = f"the id {example.id[:80]!r} is also that of {dataset[first].where}"
-            yield Finding(i, example.where, "duplicate id", reason)
+            faults.append(("duplicate id", reason))
+        for kind, reason in faults:
+            yield i, example.where, kind, reason
 
 
 def _faults(
@@ -241,8 +229,12 @@ def _faults(
     facts: Mapping[str, ImageFact],
     evaluated: Mapping[bytes, str],
     tokens: Tokens | None,
+    max_images: int | None,
 ) -> Iterator[tuple[str, str]]:
     """(kind, reason) of what is wrong with one example by itself."""
+    if max_images is not None and (count := len(example.images)) > max_images:
+        reason = f"{count}, and the model sees {max_images}; set data.num_frames={count}"
+        yield "too many images", reason
     for name in example.images:
         if fault := facts[name].fault:
             yield "unreadable image", f"{root / name}: {fault}"
@@ -273,25 +265,16 @@ def _too_long(example: Example, tokens: Tokens) -> Iterator[tuple[str, str]]:
     task, and answers. A token is at least one byte, so short texts need no tokenizer."""
     template = None if example.task in TEMPLATES else "{question}"  # a recipe may have its own
     prompt = render_prompt(example, template).prompt
-    if (
-        len(prompt.encode()) + 2 > tokens.max_prompt  # two special tokens
-        and (length := tokens.prompt_length(prompt)) > tokens.max_prompt
-    ):
-        yield (
-            "over-long prompt",
-            f"{length} tokens; training cuts its beginning to leave {tokens.max_prompt} "
-            f"(data.max_prompt): {prompt[:60]!r}...",
-        )
+    limit = tokens.max_prompt
+    # The prompt may have two special tokens.
+    if len(prompt.encode()) + 2 > limit and (length := tokens.prompt_length(prompt)) > limit:
+        cut = f"training cuts its beginning to leave {limit} (data.max_prompt)"
+        yield "over-long prompt", f"{length} tokens; {cut}: {prompt[:60]!r}..."
+    limit = tokens.max_response
     for answer in example.answers:
-        if (
-            len(answer.encode()) >= tokens.max_response
-            and (length := tokens.response_length(answer)) > tokens.max_response
-        ):
-            yield (
-                "over-long answer",
-                f"{length} tokens; training cuts it to {tokens.max_response} "
-                f"(data.max_response): {answer[:60]!r}...",
-            )
+        if len(answer.encode()) >= limit and (length := tokens.response_length(answer)) > limit:
+            cut = f"training cuts it to {limit} (data.max_response)"
+            yield "over-long answer", f"{length} tokens; {cut}: {answer[:60]!r}..."
 
 
 def _skipped_by_prepare(path: Path) -> list[dict[str, Any]]:

@@ -1,16 +1,16 @@
 """A prepared split on disk: examples, manifest and facts about images; images stay where they are.
 
 ``data.arrow`` is an Arrow IPC stream, which Hugging Face ``datasets`` opens with
-``Dataset.from_file``: the schema, then record batches of up to 2,048 examples, each column of a
-batch in one block. The file is memory-mapped: opening it reads only the sizes of the batches, and
-example i reads the pages of its one row. Processes on one machine share these pages.
+``Dataset.from_file``: the schema, then record batches of up to 2,048 examples. It is memory-mapped:
+opening it reads the sizes of the batches, and example i the pages of its one row, which processes
+on one machine share.
 """
 
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,10 @@ class PreparedDataset:
     def __iter__(self) -> Iterator[Example]:
         return (_to_example(row) for batch in self._open() for row in batch.to_pylist())
 
-    def column(self, name: str) -> Iterator[Any]:
-        """One field of every example, without building the others."""
-        return (value for batch in self._open() for value in batch.column(name).to_pylist())
-
     def images(self) -> set[tuple[str, ...]]:
         """The distinct ``Example.images``, without reading anything else."""
-        return {tuple(names) for names in self.column("images")}
+        columns = (batch.column("images").to_pylist() for batch in self._open())
+        return {tuple(names) for names in chain.from_iterable(columns)}
 
     def facts(self) -> dict[str, ImageFact]:
         """The stored facts about the image files, by path."""

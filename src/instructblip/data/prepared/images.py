@@ -126,7 +126,7 @@ def first_changed(root: Path, facts: Mapping[str, ImageFact]) -> str | None:
             stat = (root / name).stat()
         except OSError:
             return name
-        if (stat.st_size, stat.st_mtime_ns) != (fact.size, fact.modified_ns):
+        if (stat.st_size, stat.st_mtime_ns) != fact[:2]:
             return name
     return None
 
@@ -157,15 +157,14 @@ def read_facts(path: Path) -> dict[str, ImageFact]:
 def _look_at(path: Path, known: ImageFact | None, decode: bool) -> ImageFact:
     try:
         stat = path.stat()
-        size, modified = stat.st_size, stat.st_mtime_ns
-        if known and not decode and (known.size, known.modified_ns) == (size, modified):
+        stamp = stat.st_size, stat.st_mtime_ns
+        if known and not decode and known[:2] == stamp:
             return known
-        if size > MAX_FILE_BYTES:
-            return ImageFact(size, modified, b"", f"has more than {MAX_FILE_BYTES} bytes")
+        if stat.st_size > MAX_FILE_BYTES:
+            return ImageFact(*stamp, b"", f"has more than {MAX_FILE_BYTES} bytes")
         data = path.read_bytes()
     except FileNotFoundError:
         return ImageFact(0, 0, b"", MISSING)
     except OSError as error:
         return ImageFact(0, 0, b"", f"cannot be read: {error.strerror or error}")
-    fault = image_fault(data, decode) or ""
-    return ImageFact(size, modified, hashlib.sha256(data).digest(), fault)
+    return ImageFact(*stamp, hashlib.sha256(data).digest(), image_fault(data, decode) or "")

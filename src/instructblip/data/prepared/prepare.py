@@ -7,13 +7,11 @@
     bad_samples.jsonl    samples that were left out, by file, record and reason
     pictures.arrow       size, date, sha256 and fault of every image (images.py)
 
-Images stay where they are. Preparing again does nothing as long as the annotation files are the
-same.
+Preparing again does nothing as long as the annotation files are the same.
 
-During a preparation ``.<split>.part/`` beside it holds ``data.arrow`` as far as it is written, and
-``state.json``, which says how many of its bytes are valid and from which files they were read. An
-interrupted preparation resumes there, or begins again if one of these files has changed. In the end
-the folder is renamed to ``<split>/``.
+Until it is complete the folder is called ``.<split>.part/``. There ``state.json`` says how many
+bytes of ``data.arrow`` are valid and from which files they were read. An interrupted preparation
+resumes from it, or begins again if one of these files has changed.
 """
 
 import fcntl
@@ -276,26 +274,28 @@ class _ImageNames:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._folders: dict[str, frozenset[str]] = {}
-        self._unreadable: dict[str, str] = {}
+        self._unreadable: dict[str, str] = {}  # the folder -> why
 
     def __contains__(self, name: str) -> bool:
         folder, _, base = name.rpartition("/")
         if folder not in self._folders:
-            names: list[str] = []
-            try:
-                names = [entry.name for entry in os.scandir(self.root / folder)]
-            except (FileNotFoundError, NotADirectoryError):
-                pass
-            except OSError as error:
-                reason = f"folder {self.root / folder} cannot be read: {error.strerror}"
-                self._unreadable[folder] = reason
-            self._folders[folder] = frozenset(names)
+            self._folders[folder] = frozenset(self._list(folder))
         return base in self._folders[folder]
+
+    def _list(self, folder: str) -> list[str]:
+        try:
+            return [entry.name for entry in os.scandir(self.root / folder)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            self._unreadable[folder] = f"cannot be read: {error.strerror}"
+            return []
 
     def fault(self, name: str) -> tuple[str, str]:
         """(kind, reason) for an image that is not there."""
-        if reason := self._unreadable.get(name.rpartition("/")[0]):
-            return "unreadable folder", reason
+        folder = name.rpartition("/")[0]
+        if reason := self._unreadable.get(folder):
+            return "unreadable folder", f"folder {self.root / folder} {reason}"
         return "missing image", f"image {self.root / name} does not exist"
 
 

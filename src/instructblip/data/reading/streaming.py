@@ -86,40 +86,30 @@ class _Scanner:
             self.fail(f"'{more}' follows the end of the value; expected one array or object")
 
     def elements(self) -> Iterator[tuple[str, Any]]:
-        if self.peek() == "{":
-            for key in self.fields():
-                self.record = f"record {key}"
-                yield key, self.value()
-            return
-        for index in self.items():
-            self.record = f"record {index}"
-            yield str(index), self.value()
-
-    def items(self) -> Iterator[int]:
-        """Iterates over an array; the caller reads one element per step."""
-        self.take("[")
-        index = 0
-        while self.peek() != "]":
-            if index:
-                self.take(",")
-            yield index
-            index += 1
-        self.take("]")
+        is_object = self.peek() == "{"
+        for key in self.fields() if is_object else map(str, self.positions("[", "]")):
+            self.record = f"record {key}"
+            yield key, self.value()
 
     def fields(self) -> Iterator[str]:
-        """Iterates over an object; the caller reads one value per step."""
-        self.take("{")
-        first = True
-        while self.peek() != "}":
-            if not first:
-                self.take(",")
-            first = False
+        """The names of an object's fields; the caller reads one value after each."""
+        for _ in self.positions("{", "}"):
             if self.peek() != '"':
                 self.fail("expected a field name in quotes")
             key = self.value()
             self.take(":")
             yield key
-        self.take("}")
+
+    def positions(self, start: str, end: str) -> Iterator[int]:
+        """0, 1, 2, ... at the beginning of each element between two brackets."""
+        self.take(start)
+        index = 0
+        while self.peek() != end:
+            if index:
+                self.take(",")
+            yield index
+            index += 1
+        self.take(end)
 
     def skip(self) -> None:
         if self.peek() in ("[", "{"):
