@@ -14,8 +14,6 @@ class FilesRead:
 
     present: dict[Path, None] = field(default_factory=dict)
     absent: dict[Path, None] = field(default_factory=dict)
-    folders: dict[tuple[Path, str], bool] = field(default_factory=dict)
-    """Whether a sub-folder of the images exists, cached until the reader ends."""
     streams: list[tuple[Any, int]] = field(default_factory=list)
     """Raw files and their sizes in bytes, in the order in which they were opened."""
 
@@ -43,20 +41,6 @@ def note_file(path: Path, present: bool = True) -> None:
     """Notes a file, or a folder of small files, that a reader takes its annotations from."""
     if (noted := _noted.get()) is not None:
         (noted.present if present else noted.absent)[path] = None
-
-
-def has_image_folder(root: Path, name: str) -> bool:
-    """Whether ``root/images/<name>`` is a folder.
-
-    Readers ask once per sample, and a stat each time would take most of their time. The answer is
-    cached inside ``note_files`` only, since a folder may be unpacked before the next reading.
-    """
-    noted = _noted.get()
-    if noted is None:
-        return (root / "images" / name).is_dir()
-    if (root, name) not in noted.folders:
-        noted.folders[root, name] = (root / "images" / name).is_dir()
-    return noted.folders[root, name]
 
 
 def open_text(path: Path, encoding: str = "utf-8-sig", newline: str | None = None) -> TextIO:

@@ -1,12 +1,12 @@
 """The files of one split of a published data set, as its reader sees them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from instructblip.core.batch import Example
-from instructblip.data.reading.opened import has_image_folder, note_file
+from instructblip.data.reading.opened import note_file
 from instructblip.data.reading.records import image_name
 
 COCO_FOLDERS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017")
@@ -22,6 +22,9 @@ class Split:
     name: str
     dataset: str
     task: str
+    _folders: dict[str, bool] = field(default_factory=dict, init=False, compare=False)
+    """Whether a folder below ``images/`` exists: a stat for each example would take most of the
+    time of a reader."""
 
     def find_optional(self, *names: str) -> Path | None:
         """The first of ``annotations/<name>`` that exists, or None."""
@@ -50,12 +53,17 @@ class Split:
         """
         name = image_name(name, where)
         parent, _, base = name.rpartition("/")
-        if parent and has_image_folder(self.root, parent):
+        if parent and self._has_folder(parent):
             return name
         for folder in folders:
-            if has_image_folder(self.root, folder):
+            if self._has_folder(folder):
                 return f"{folder}/{base}"
         return base
+
+    def _has_folder(self, name: str) -> bool:
+        if name not in self._folders:
+            self._folders[name] = (self.root / "images" / name).is_dir()
+        return self._folders[name]
 
     def example(self, where: str, id: str, *images: str, **fields: Any) -> Example:
         """An example with the other ``fields`` of ``Example``, empty without them."""
