@@ -44,9 +44,9 @@ def test_unreadable_images(tmp_path: Path):
     diagnosis = check_dataset(dataset)
     assert diagnosis.left_out == tuple(range(1, 8)) == left_out(dataset)
     assert diagnosis.kinds == {"unreadable image": 7}
-    found = {Path(line["reason"].partition(": ")[0]).name: line for line in bad_samples(dataset)}
-    assert {line["file"] for line in found.values()} == {"train.json"}
-    assert found["half.jpg"]["record"] == "record 2"
+    listed = {Path(line["reason"].partition(": ")[0]).name: line for line in bad_samples(dataset)}
+    assert {line["file"] for line in listed.values()} == {"train.json"}
+    assert listed["half.jpg"]["record"] == "record 2"
     for name, reason in [
         ("cut.png", "truncated"),
         ("half.jpg", "truncated"),
@@ -56,7 +56,7 @@ def test_unreadable_images(tmp_path: Path):
         ("folder.png", "directory"),
         ("later.png", "does not exist"),
     ]:
-        assert reason in found[name]["reason"], name
+        assert reason in listed[name]["reason"], name
     assert "all in" in diagnosis.describe()
     assert "train.json:record 1: unreadable image" in diagnosis.describe()
 
@@ -94,8 +94,8 @@ def test_faults_of_texts(tmp_path: Path, tokens: Tokens):
         ],
     )
     diagnosis = check_dataset(dataset, tokens=tokens)
-    found = [(line["index"], line["kind"]) for line in bad_samples(dataset)]
-    assert found == [
+    listed = [(line["index"], line["kind"]) for line in bad_samples(dataset)]
+    assert listed == [
         (1, "duplicate"),
         (1, "duplicate id"),
         (2, "no question"),
@@ -159,12 +159,12 @@ def test_changes_are_noticed(tmp_path: Path):
     assert "not checked for leaked images against gqa test" in unchecked(dataset, ["gqa test"])
     assert "drop_leaked" in unchecked(dataset, drop_leaked=True)
 
-    picture = tmp_path / "images" / "train1.png"
-    os.utime(picture, ns=(1, 1))
+    image = tmp_path / "images" / "train1.png"
+    os.utime(image, ns=(1, 1))
     assert unchecked(dataset) == "has changed since it was checked (image train1.png)"
     check_dataset(dataset)
     assert not unchecked(dataset)
-    picture.unlink()
+    image.unlink()
     assert "image train1.png" in unchecked(dataset)
 
     again = prepare_vizwiz(tmp_path, [{}, {}, {}])

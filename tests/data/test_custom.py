@@ -26,8 +26,8 @@ from tests.testing import TURNS, write_json, write_json_lines, write_picture, wr
 
 
 def read(root: Path, form: str, split: str = "train", **options: Any) -> list[Example]:
-    own = CustomSet("mine", form, **options)
-    data = prepare("mine", root, split, root / "prepared", source=custom_source(own))
+    custom = CustomSet("mine", form, **options)
+    data = prepare("mine", root, split, root / "prepared", source=custom_source(custom))
     return list(data)
 
 
@@ -38,21 +38,21 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def assert_dialogue(found: list[Example]) -> None:
-    first, second = found
+def assert_dialogue(examples: list[Example]) -> None:
+    first, second = examples
     assert (first.question, first.answers, first.history) == ("What is it?", ("A cup.",), ())
     assert (second.question, second.answers) == ("Which colour?", ("Red.",))
     assert second.history == (("What is it?", "A cup."),)
-    assert {(e.images, e.task, e.dataset) for e in found} == {(("0.png",), "instruct", "mine")}
+    assert {(e.images, e.task, e.dataset) for e in examples} == {(("0.png",), "instruct", "mine")}
 
 
 def test_llava_json(root: Path):
     write_json(root / "data.json", [{"id": "7", "image": "0.png", "conversations": TURNS}])
-    found = read(root, "llava_json")
-    assert_dialogue(found)
-    assert [e.context for e in found] == ["Be kind."] * 2
-    assert found[1].id == "7_4"
-    assert found[1].where == "data.json:record 0, conversations 4"
+    examples = read(root, "llava_json")
+    assert_dialogue(examples)
+    assert [e.context for e in examples] == ["Be kind."] * 2
+    assert examples[1].id == "7_4"
+    assert examples[1].where == "data.json:record 0, conversations 4"
 
 
 def test_sharegpt(root: Path):
@@ -124,9 +124,9 @@ def test_table_with_choices(root: Path):
 def test_case_and_space_of_headings_are_ignored(root: Path):
     for header in ("image,Question,answer", "image, question,ANSWER", "Image ,INSTRUCTION,answer"):
         (root / "a.csv").write_text(f"{header}\n0.png,what is it?,yes\n")
-        (found,) = read(root, "table", path="a.csv")
-        assert (found.question, found.answers) == ("what is it?", ("yes",))
-        assert found.task == ("instruct" if "INSTR" in header else "vqa")
+        (example,) = read(root, "table", path="a.csv")
+        assert (example.question, example.answers) == ("what is it?", ("yes",))
+        assert example.task == ("instruct" if "INSTR" in header else "vqa")
     write_json_lines(root / "a.jsonl", {"image": "0.png", "ANSWER": "a", "Answer": "b"})
     with pytest.raises(ValueError, match=r"line 1: columns \['ANSWER', 'Answer'\] have one name"):
         read(root, "table", path="a.jsonl")
@@ -140,10 +140,10 @@ def test_a_question_under_another_heading_is_no_caption(root: Path):
     for columns in ((), (("question", "promt"),)):
         with pytest.raises(ValueError, match=r"line 2: 'answer' .* 'prompt'.*\{question: prompt\}"):
             read(root, "table", path="a.csv", columns=columns)
-    (found,) = read(root, "table", path="a.csv", columns=(("question", "Prompt"),))
-    assert (found.task, found.question) == ("vqa", "what is it?")
-    (found,) = read(root, "table", path="a.csv", task="caption")
-    assert found.answers == ("yes",)
+    (example,) = read(root, "table", path="a.csv", columns=(("question", "Prompt"),))
+    assert (example.task, example.question) == ("vqa", "what is it?")
+    (example,) = read(root, "table", path="a.csv", task="caption")
+    assert example.answers == ("yes",)
     (root / "a.csv").write_text("image,source,caption\n0.png,a camera,a cup\n")
     assert read(root, "table", path="a.csv")[0].task == "caption"
     with pytest.raises(ValueError, match=r"columns 'cntext' that .* has 'image', 'source', 'cap"):
@@ -154,11 +154,11 @@ def test_zero_is_an_answer_and_an_empty_column_is_none(root: Path):
     row = {"image": "0.png", "question": "how many dogs?", "caption": "a red square"}
     write_json_lines(root / "a.jsonl", row | {"answer": 0}, row | {"answer": [0]}, row)
     assert [e.answers[0] for e in read(root, "table", path="a.jsonl")] == ["0", "0", "a red square"]
-    own = custom_source(CustomSet("mine", "table", "a.jsonl"))
+    source = custom_source(CustomSet("mine", "table", "a.jsonl"))
     for nothing in ("", None, []):
         write_json_lines(root / "a.jsonl", row | {"answer": nothing})
-        (found,) = own.read(root, "train")
-        assert found.answers == ()
+        (example,) = source.read(root, "train")
+        assert example.answers == ()
     write_json_lines(root / "a.jsonl", row | {"answer": "", "question": ""})
     assert read(root, "table", path="a.jsonl")[0].answers == ("a red square",)
 
@@ -173,11 +173,13 @@ def test_choices_in_digits(root: Path):
         ValueError, match=r"line 2: field 'answer' is 0, an index, but digits are the"
     ):
         read(root, "table", path="a.jsonl")
-    for answers, said in (((0, 2), "itself, but"), ((2, 0), "an index, but"), ((3, 1, 2), "")):
+    for answers, message in (((0, 2), "itself, but"), ((2, 0), "an index, but"), ((3, 1, 2), "")):
         lines = "".join(f"0.png,how many?,1|2|3,{a}\n" for a in answers)
         (root / "a.csv").write_text(f"image,question,choices,answer\n{lines}")
-        if said:
-            with pytest.raises(ValueError, match=rf"line 3: .* {said}.*line 2; write the choice"):
+        if message:
+            with pytest.raises(
+                ValueError, match=rf"line 3: .* {message}.*line 2; write the choice"
+            ):
                 read(root, "table", path="a.csv")
         else:
             assert [e.answers[0] for e in read(root, "table", path="a.csv")] == ["3", "1", "2"]
@@ -186,9 +188,9 @@ def test_choices_in_digits(root: Path):
 def test_an_instruction_with_choices_keeps_them(root: Path):
     row = {"image": "0.png", "instruction": "Choose.", "choices": ["red", "blue"], "answer": "red"}
     write_json_lines(root / "a.jsonl", row)
-    (found,) = read(root, "table", path="a.jsonl")
-    assert found.task == "multiple_choice"
-    assert "(a) red (b) blue" in render_prompt(found).prompt
+    (example,) = read(root, "table", path="a.jsonl")
+    assert example.task == "multiple_choice"
+    assert "(a) red (b) blue" in render_prompt(example).prompt
 
 
 def test_json_with_text_after_its_end(root: Path):
@@ -201,10 +203,10 @@ def test_json_with_text_after_its_end(root: Path):
 def test_other_settings_prepare_again(root: Path):
     write_json_lines(root / "a.jsonl", {"image": "0.png", "text": "one", "other": "two"})
     for column, answer in (("text", "one"), ("other", "two")):
-        (found,) = read(
+        (example,) = read(
             root, "table", path="a.jsonl", columns=(("answer", column),), task="caption"
         )
-        assert found.answers == (answer,)
+        assert example.answers == (answer,)
 
 
 def test_imagefolder_with_captions_beside(root: Path):
@@ -232,11 +234,11 @@ def test_texts_without_a_readable_image_cause_a_warning(root: Path):
         (root / name).write_bytes(b"no picture for Pillow")
     (root / "2.txt").rename(root / "2.TXT")
     with pytest.warns(UserWarning, match=r"2 \.txt .* no image .*: p\.txt, q\.txt; .*as \.png"):
-        found = read(root, "imagefolder")
-    assert [e.images for e in found] == [("0.png",), ("1.png",), ("2.png",)]
+        examples = read(root, "imagefolder")
+    assert [e.images for e in examples] == [("0.png",), ("1.png",), ("2.png",)]
     (root / "sub").mkdir()
     (root / "metadata.csv").write_text("file_name,text\n0.png,A cup.\n")
-    assert len(read(root, "imagefolder")) == 1  # the table speaks for all, and nothing is told
+    assert len(read(root, "imagefolder")) == 1  # the table speaks for all, and nothing is warned of
 
 
 def test_skipped_members_of_a_shard_are_counted(root: Path):
@@ -244,8 +246,8 @@ def test_skipped_members_of_a_shard_are_counted(root: Path):
     files = {"1.png": png, "1.txt": b"A cup.", "v1.0_x.png": png, "v1.0_x.txt": b"A dog."}
     write_tar(root / "a.tar", files)
     with pytest.warns(UserWarning, match=r"a\.tar: 2 of 4 .*: v1\.0_x\.png, .*first dot"):
-        (found,) = read(root, "webdataset")
-    assert found.answers == ("A cup.",)
+        (example,) = read(root, "webdataset")
+    assert example.answers == ("A cup.",)
 
 
 @pytest.mark.parametrize("name", ["Metadata.csv", "metadata.CSV", "METADATA.Csv"])
@@ -261,9 +263,9 @@ def test_tables_as_spreadsheets_save_them(root: Path):
     path, rows = root / "a.csv", "image,caption\n0.png,A cup.\n"
     path.write_text("sep=,\n" + rows)
     assert read(root, "table")[0].where == "a.csv:line 3"
-    for separator, said in ((";", ";"), ("\t", "tabs")):
+    for separator, name in ((";", ";"), ("\t", "tabs")):
         path.write_text(rows.replace(",", separator))
-        with pytest.raises(ValueError, match=rf"a\.csv:line 1: .* separated by {said}.* commas"):
+        with pytest.raises(ValueError, match=rf"a\.csv:line 1: .* separated by {name}.* commas"):
             read(root, "table")
     path.write_text(rows, encoding="utf-16")
     with pytest.raises(ValueError, match=r"a\.csv.* is UTF-16; save it as UTF-8 \(.*CSV UTF-8"):
@@ -285,8 +287,8 @@ def test_errors_of_custom_data_mention_no_owner(root: Path):
 def test_imagefolder_with_metadata(root: Path):
     write_picture(root / "train" / "deep" / "a.png")
     (root / "train" / "deep" / "metadata.csv").write_text("file_name,text\na.png,A cup.\n")
-    (found,) = read(root, "imagefolder")
-    assert (found.images, found.answers) == (("train/deep/a.png",), ("A cup.",))
+    (example,) = read(root, "imagefolder")
+    assert (example.images, example.answers) == (("train/deep/a.png",), ("A cup.",))
     (root / "train" / "deep" / "metadata.csv").write_text("file_name,text\n../../0.png,A cup.\n")
     with pytest.raises(ValueError, match=r"metadata\.csv:line 2: image name '../../0.png'"):
         read(root, "imagefolder")
@@ -324,7 +326,7 @@ def test_imagefolder_with_metadata_beside_its_images(root: Path):
         (root / f"{i}.png").rename(root / "images" / f"{i}.png")
     (root / "2.png").unlink()
     (root / "metadata.csv").write_text("file_name,text\nimages/0.png,A cup.\nimages/1.png,A dog.\n")
-    recipe = root / "own.yaml"
+    recipe = root / "custom.yaml"
     recipe.write_text(f"data: {{root: {root}, sets: {{mine: {{format: imagefolder, root: .}}}}}}")
     dataset = prepare_training(load_recipe(recipe))["mine"]
     assert [e.images for e in dataset] == [("images/0.png",), ("images/1.png",)]
@@ -338,8 +340,8 @@ def test_imagefolder_with_splits_below_images(root: Path):
         (root / f"{i}.png").rename(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"Number {i}.")
     for split, number in (("train", 0), ("val", 1)):
-        (found,) = read(root, "imagefolder", split, images=".")
-        assert (found.images, found.answers) == (
+        (example,) = read(root, "imagefolder", split, images=".")
+        assert (example.images, example.answers) == (
             (f"images/{split}/{number}.png",),
             (f"Number {number}.",),
         )
@@ -350,8 +352,8 @@ def test_images_that_no_table_covers_need_a_caption(root: Path):
     (root / "0.png").rename(root / "x" / "0.png")
     (root / "x" / "metadata.csv").write_text("file_name,text,,\n0.png,A cup.,,\n")
     (root / "1.txt").write_text("A dog.")
-    found = read(root, "imagefolder", images=".")
-    assert {e.images: e.answers for e in found} == {
+    examples = read(root, "imagefolder", images=".")
+    assert {e.images: e.answers for e in examples} == {
         ("x/0.png",): ("A cup.",),
         ("1.png",): ("A dog.",),
     }
@@ -370,8 +372,8 @@ USUAL = ("flickr", "http://a.b/c?d=", "0042 17", "2024-05-01 10:30", "a1-7", "TW
 @pytest.mark.parametrize("value", USUAL)
 def test_what_cannot_be_a_question_beside_a_caption(root: Path, value: str):
     (root / "t.csv").write_text(f"image,answer,source\n0.png,a cat,{value}\n")
-    (found,) = read(root, "table", path="t.csv", images=".")
-    assert (found.task, found.answers) == ("caption", ("a cat",))
+    (example,) = read(root, "table", path="t.csv", images=".")
+    assert (example.task, example.answers) == ("caption", ("a cat",))
 
 
 def test_hf_dataset(root: Path):
@@ -483,10 +485,10 @@ def test_an_export_is_read_again(form: Any, reader: str, tmp_path: Path):
     first = path.read_bytes()
     again = export(data, "vqav2", form, tmp_path / "out", "vqav2/images", seed=3)
     assert again.read_bytes() == first
-    own = custom_source(CustomSet("mine", reader, path=f"out/{path.name}"))
-    found = list(prepare("mine", tmp_path, "train", tmp_path / "prepared", source=own))
-    assert len(found) == 6
-    for before, after in zip(data, found, strict=True):
+    source = custom_source(CustomSet("mine", reader, path=f"out/{path.name}"))
+    examples = list(prepare("mine", tmp_path, "train", tmp_path / "prepared", source=source))
+    assert len(examples) == 6
+    for before, after in zip(data, examples, strict=True):
         assert before.question in after.question
         assert after.answers[0] in before.answers
         assert (tmp_path / after.images[0]).samefile(data.image_root / before.images[0])
@@ -502,9 +504,9 @@ def test_an_export_of_a_linked_set_is_read_again(tmp_path: Path):
     written = sorted(path.name for path in out.iterdir())
     endings = ("llava.json", "messages.jsonl", "parquet", "sharegpt.json")
     assert written == [f"vqav2.{ending}" for ending in endings]
-    own = custom_source(CustomSet("mine", "sharegpt", path="out/vqav2.sharegpt.json"))
-    found = prepare("mine", tmp_path / "data", "train", tmp_path / "prepared", source=own)
-    assert found[0].images[0].startswith("vqav2/images/COCO_train2014_")
+    source = custom_source(CustomSet("mine", "sharegpt", path="out/vqav2.sharegpt.json"))
+    examples = prepare("mine", tmp_path / "data", "train", tmp_path / "prepared", source=source)
+    assert examples[0].images[0].startswith("vqav2/images/COCO_train2014_")
 
 
 def test_export_parquet(tmp_path: Path):
@@ -533,7 +535,7 @@ def test_recipe_reads_custom_data_from_a_url(root: Path):
     memory = fsspec.filesystem("memory")
     memory.put(str(root / "a.jsonl"), "/mine/a.jsonl")
     memory.put(str(root / "0.png"), "/mine/0.png")
-    recipe = root / "own.yaml"
+    recipe = root / "custom.yaml"
     recipe.write_text(
         "data:\n  root: " + str(root) + "\n  sets:\n    mine:\n      format: table\n"
         "      root: memory://mine\n      columns: {image: file, answer: text}\n"

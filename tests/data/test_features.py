@@ -45,9 +45,9 @@ class Encoder:
 @pytest.fixture
 def paths(tmp_path: Path) -> list[str]:
     """Five images; the last has the bytes of the first."""
-    found = [str(write_picture(tmp_path / "images" / f"{i}.png", seed=i)) for i in range(5)]
-    Path(found[4]).write_bytes(Path(found[0]).read_bytes())
-    return found
+    paths = [str(write_picture(tmp_path / "images" / f"{i}.png", seed=i)) for i in range(5)]
+    Path(paths[4]).write_bytes(Path(paths[0]).read_bytes())
+    return paths
 
 
 def stored(

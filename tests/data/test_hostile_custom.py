@@ -132,14 +132,14 @@ def test_tables_of_plain_text(cell: str, tmp_path: Path) -> None:
 def good(root: Path, file: str, what: str, read: Callable[[], list[Example]]) -> None:
     """Examples below the root, or an error that names the file."""
     examples: list[Example] = []
-    said = None
+    message = None
     try:
         examples = read()
     except (ValueError, OSError) as error:
-        said = str(error)
-    if said is not None:
-        assert file in said, f"{what}: {said[:300]} names no file"
-        assert len(said) < 2000, f"{what}: the message is too long"
+        message = str(error)
+    if message is not None:
+        assert file in message, f"{what}: {message[:300]} names no file"
+        assert len(message) < 2000, f"{what}: the message is too long"
     for example in examples:
         assert file in example.where, what
         for image in example.images:

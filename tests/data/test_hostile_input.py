@@ -1,6 +1,6 @@
 """Every reader against broken and hostile files, made by damaging its miniature.
 
-Whatever a file holds, a reader gives examples whose pictures lie below the root, or an error that
+Whatever a file holds, a reader gives examples whose images lie below the root, or an error that
 names the file. Nothing else may come out: no other exception, no path outside, no endless text.
 """
 

@@ -164,7 +164,7 @@ def test_cache_and_shared_images(sets: dict[str, Examples], tokens: Tokens) -> N
     plain = make(sets, tokens, augment=False)
     batch = plain.batch(0)
     assert batch.pixel_values is not None
-    assert len(batch.pixel_values) < len(batch)  # ten questions on five pictures
+    assert len(batch.pixel_values) < len(batch)  # ten questions on five images
     assert same(batch, plain.batch(0))
     assert plain.images._cached_bytes == 8 * 8 * 3 * len(plain.images._cache)
     small = make(sets, tokens, augment=False, cache_images_mb=0)

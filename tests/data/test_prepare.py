@@ -50,8 +50,8 @@ def test_prepared_examples_equal_those_read(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for name in full.images:
         (tmp_path / "images" / name).touch()
-    own = Source(lambda root, split: iter([full] * 5000), "dialogue", "own", "none")
-    data = prepare("own", tmp_path, "train", tmp_path / "out", source=own)
+    source = Source(lambda root, split: iter([full] * 5000), "dialogue", "own", "none")
+    data = prepare("own", tmp_path, "train", tmp_path / "out", source=source)
     assert len(data) == 5000
     assert data[0] == data[4999] == full
     assert data.image_root == tmp_path / "images"
@@ -122,10 +122,10 @@ def test_sets_are_prepared_side_by_side(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(prepare_module, "PARALLEL_BYTES", 1)
     names = ("vqav2", "vqav2_question")
     jobs = [Job(name, tmp_path, "train", tmp_path / "out", SOURCES[name]) for name in names]
-    found = prepare_all([*jobs, jobs[0]], workers=2)
-    assert [data.name for data in found] == ["vqav2", "vqav2_question", "vqav2"]
-    assert [len(data) for data in found] == [6, 6, 6]
-    assert found[1][0].answers == ("what is 0?",)
+    prepared = prepare_all([*jobs, jobs[0]], workers=2)
+    assert [data.name for data in prepared] == ["vqav2", "vqav2_question", "vqav2"]
+    assert [len(data) for data in prepared] == [6, 6, 6]
+    assert prepared[1][0].answers == ("what is 0?",)
     monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", None)  # all is done: none starts
     assert len(prepare_all(jobs, workers=2)) == 2
 
@@ -195,9 +195,9 @@ def test_after_a_change_everything_is_read_again(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, out = write_vqa(tmp_path / "vqav2", 12), tmp_path / "out"
-    picture = root / "images" / "COCO_train2014_000000000000.jpg"
-    content = picture.read_bytes()
-    picture.unlink()
+    image = root / "images" / "COCO_train2014_000000000000.jpg"
+    content = image.read_bytes()
+    image.unlink()
     monkeypatch.setattr(prepare_module, "ROWS_PER_BATCH", 2)
     monkeypatch.setattr(prepare_module, "SAVE_SECONDS", -1.0)
     read = SOURCES["vqav2"].read
@@ -207,7 +207,7 @@ def test_after_a_change_everything_is_read_again(
     if change == "annotations":
         write_vqa(root, 14)
     elif change == "pictures":
-        picture.write_bytes(content)
+        image.write_bytes(content)
     else:
         whole = replace(whole, settings="others")
     data = prepare("own", root, "train", out, source=whole, max_bad_rate=0.5)

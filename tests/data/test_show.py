@@ -37,9 +37,9 @@ def loader(tmp_path: Path, tokens: Tokens) -> Loader:
 
 
 def test_samples_are_those_of_training(loader: Loader):
-    found = list(training_samples(loader, 3))
-    assert [one.name for one in found] == ["vqav2"] * 3 + ["msvdqa"] * 3
-    for one in found:
+    shown = list(training_samples(loader, 3))
+    assert [one.name for one in shown] == ["vqav2"] * 3 + ["msvdqa"] * 3
+    for one in shown:
         slots = range(one.step * 4, one.step * 4 + 4)
         ids = [token.id for token in one.language]
         samples = [loader.sample(slot) for slot in slots]
@@ -48,9 +48,9 @@ def test_samples_are_those_of_training(loader: Loader):
         assert [t.id for t in one.language if t.loss] == same[0].response_ids
         assert [t.id for t in one.qformer] == same[0].qformer_ids
         assert one.rendered.response in ("red", *one.example.answers)
-    assert found[0].language[-1].text == "<|end|>"
-    assert len(found[0].images) == 1
-    assert len(found[3].images) == 4
+    assert shown[0].language[-1].text == "<|end|>"
+    assert len(shown[0].images) == 1
+    assert len(shown[3].images) == 4
 
 
 def test_images_are_those_that_the_model_sees(loader: Loader):

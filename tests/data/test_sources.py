@@ -34,7 +34,7 @@ def test_every_source_has_a_miniature_and_templates() -> None:
 
 
 def test_shards_of_web_capfilt(tmp_path: Path) -> None:
-    """As img2dataset writes them; the owner's list of URLs is told to be one."""
+    """As img2dataset writes them; an owner's list of URLs is refused as such."""
     facts = json.dumps({"url": "https://images.example/1.jpg", "caption": "a cup"}).encode()
     files = {"0.jpg": b"\xff\xd8\xff picture", "0.txt": b"a cup", "0.json": facts}
     write_tar(tmp_path / "00000.tar", files)
@@ -56,8 +56,8 @@ def test_broken_lines_of_flickr(line: str, tmp_path: Path) -> None:
 
 
 def test_visdial_train_images_are_in_either_half_of_coco(tmp_path: Path) -> None:
-    picture = "images/val2014/COCO_val2014_000000000185.jpg"
-    files = {"annotations/visdial_1.0_train.json": VISDIAL, "images/train2014/": None, picture: ""}
+    image = "images/val2014/COCO_val2014_000000000185.jpg"
+    files = {"annotations/visdial_1.0_train.json": VISDIAL, "images/train2014/": None, image: ""}
     write_files(tmp_path, files)
     first = next(iter(SOURCES["visual_dialog"].read(tmp_path, "train")))
     assert first.images == ("val2014/COCO_val2014_000000000185.jpg",)

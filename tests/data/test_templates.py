@@ -86,9 +86,11 @@ def test_parts_that_the_template_does_not_name_come_first() -> None:
         "Question: is it day Answer: yes. Question: how many cups? Answer: two. "
         "and the cup? Answer:"
     )
-    own = "OCR tokens: {ocr_tokens}. Dialog history: {history}\n{context} Question: {question}"
-    assert render_prompt(full, own).prompt.startswith("OCR tokens: milk, 1L. Dialog history: Ques")
-    assert render_prompt(full, own).prompt.count("A table.") == 1
+    custom = "OCR tokens: {ocr_tokens}. Dialog history: {history}\n{context} Question: {question}"
+    assert render_prompt(full, custom).prompt.startswith(
+        "OCR tokens: milk, 1L. Dialog history: Ques"
+    )
+    assert render_prompt(full, custom).prompt.count("A table.") == 1
 
 
 def test_options_are_lettered_and_the_response_is_the_text() -> None:
@@ -105,8 +107,10 @@ def test_options_are_lettered_and_the_response_is_the_text() -> None:
 
 
 def test_llava_questions_are_the_whole_instruction() -> None:
-    own = replace(EXAMPLE, task="instruct", question="Describe\n\nit, please.", answers=("A. B!",))
-    rendered = render_instruction(own, random.Random(0))
+    custom = replace(
+        EXAMPLE, task="instruct", question="Describe\n\nit, please.", answers=("A. B!",)
+    )
+    rendered = render_instruction(custom, random.Random(0))
     assert (rendered.prompt, rendered.response) == ("Describe\n\nit, please.", "A. B!")
 
 
