@@ -18,7 +18,7 @@ their sha256. A dialogue becomes one example for each answer, with the turns bef
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -47,14 +47,14 @@ from instructblip.data.reading.records import (
 )
 from instructblip.data.reading.shards import read_parquet, read_saved, read_shard
 
-TABLES: dict[str, Callable[[Path], Iterator[Record]]] = {
+TABLES: dict[str, Callable[[Path], Iterator[tuple[str, Record]]]] = {
     ".jsonl": read_lines,
+    ".json": read_records,
     ".csv": read_table,
     ".tsv": partial(read_table, delimiter="\t"),
     ".parquet": read_parquet,
 }
-"""What reads the rows of a table, by suffix; ``.json`` has keys as well."""
-TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+"""What reads (key, record) of the rows of a table, by suffix."""
 SPEAKERS = {
     "human": "question",
     "user": "question",
@@ -91,7 +91,7 @@ def folder_examples(custom: CustomSet, root: Path, split: str) -> Iterator[Examp
     return examples_of(custom, root, split, _imagefolder(custom, root, split))
 
 
-def _files_of(custom: CustomSet, root: Path, split: str, suffixes: tuple[str, ...]) -> list[Path]:
+def _files_of(custom: CustomSet, root: Path, split: str, suffixes: Collection[str]) -> list[Path]:
     """The files that match ``custom.path``, or without it all that have one of the suffixes."""
     pattern = _below_root(custom.path or "*").replace("{split}", split)
     files = [path for path in _matching_files(root, pattern) if path.suffix.lower() in suffixes]
@@ -113,11 +113,7 @@ def _below_root(pattern: str) -> str:
 def records_of(path: Path) -> Iterator[tuple[str, Record]]:
     """(key, record) of each row of a table or each value of a JSON file."""
     note_file(path)
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        yield from read_records(path)
-    else:
-        yield from ((str(i), record) for i, record in enumerate(TABLES[suffix](path)))
+    return TABLES[path.suffix.lower()](path)
 
 
 def _matching_files(folder: Path, pattern: str) -> list[Path]:
@@ -208,7 +204,7 @@ def _json_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
 
 
 def _table_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
-    for path in _files_of(custom, root, split, TABLE_SUFFIXES):
+    for path in _files_of(custom, root, split, TABLES):
         yield from itertools.starmap(Row, records_of(path))
 
 
@@ -243,7 +239,7 @@ def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
 
 def is_metadata(path: Path) -> bool:
     """Whether a file is the table of an imagefolder."""
-    return path.stem.lower() == "metadata" and path.suffix.lower() in TABLE_SUFFIXES
+    return path.stem.lower() == "metadata" and path.suffix.lower() in TABLES
 
 
 def _folder_of_split(base: Path, split: str) -> Path:
@@ -269,8 +265,7 @@ def _hf_dataset(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
     """The split of that name in a saved ``DatasetDict``, or a saved ``Dataset``."""
     folder = root / _below_root(custom.path or ".")
     note_file(folder)
-    for i, record in enumerate(read_saved(folder, split)):
-        yield Row(str(i), record)
+    return itertools.starmap(Row, read_saved(folder, split))
 
 
 def _webdataset(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:

@@ -212,18 +212,17 @@ def read_texts(path: Path, *fields: str) -> list[str]:
     return texts
 
 
-def read_lines(path: Path) -> Iterator[Record]:
-    """The objects of a JSON-lines file."""
-    for line, where in read_text(path):
-        if not line.strip():
-            continue
+def read_lines(path: Path) -> Iterator[tuple[str, Record]]:
+    """(index, record) of the objects of a JSON-lines file."""
+    lines = ((line, where) for line, where in read_text(path) if line.strip())
+    for i, (line, where) in enumerate(lines):
         try:
             value = json.loads(line, parse_constant=refuse_constant)
         except RecursionError:
             raise ValueError(f"{where}: is nested too deeply; repair the line") from None
         except ValueError as error:
             raise ValueError(f"{where}: is not JSON ({error}); repair the line") from None
-        yield Record(check_object(value, where), where)
+        yield str(i), Record(check_object(value, where), where)
 
 
 def read_text(path: Path) -> Iterator[tuple[str, str]]:
@@ -251,8 +250,8 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     return f"{got}; save it as UTF-8 (a spreadsheet as CSV UTF-8)"
 
 
-def read_table(path: Path, delimiter: str = ",") -> Iterator[Record]:
-    """The rows of a table with a header."""
+def read_table(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Record]]:
+    """(index, record) of the rows of a table with a header."""
     number = before = 0
     with open_text(path, newline="") as file:
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
@@ -263,14 +262,14 @@ def read_table(path: Path, delimiter: str = ",") -> Iterator[Record]:
                 file.seek(0)
             _check_header(rows.fieldnames or (), f"{path.name}:line {before + 1}")
             number = before + 1
-            for row in rows:
+            for i, row in enumerate(rows):
                 number = before + rows.line_num
                 if None in row or None in row.values():
                     raise ValueError(
                         f"{path.name}:line {number} has more or fewer columns than the header "
                         f"({len(rows.fieldnames or ())}); put texts with commas in quotes"
                     )
-                yield Record(dict(row), f"{path.name}:line {number}")
+                yield str(i), Record(dict(row), f"{path.name}:line {number}")
         except csv.Error as error:
             number = max(number + 1, before + rows.line_num)
             raise ValueError(

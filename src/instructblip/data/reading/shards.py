@@ -1,4 +1,4 @@
-"""Records from the containers of other frameworks: Parquet, saved data sets, tar shards."""
+"""Reads the containers of other frameworks: Parquet, saved data sets, tar shards."""
 
 import json
 import tarfile
@@ -18,22 +18,22 @@ MAX_MEMBER = 1 << 28
 """Bytes of one file inside a tar."""
 
 
-def read_parquet(path: Path) -> Iterator[Record]:
-    """The rows of a Parquet file."""
+def read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
+    """(index, record) of the rows of a Parquet file."""
+    number = 0
     try:
-        number = 0
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=ROWS):
                 for row in batch.to_pylist():
-                    yield Record(row, f"{path.name}:row {number}")
+                    yield str(number), Record(row, f"{path.name}:row {number}")
                     number += 1
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path.name}:row {number}: not readable as Parquet: {reason}") from None
 
 
-def read_saved(folder: Path, split: str) -> Iterator[Record]:
-    """The rows of a data set that ``save_to_disk`` wrote; images stay encoded."""
+def read_saved(folder: Path, split: str) -> Iterator[tuple[str, Record]]:
+    """(index, record) of the rows of a data set that ``save_to_disk`` wrote, images encoded."""
     import datasets
 
     try:
@@ -50,7 +50,7 @@ def read_saved(folder: Path, split: str) -> Iterator[Record]:
         if isinstance(feature, datasets.Image):
             saved = saved.cast_column(name, datasets.Image(decode=False))
     for i, row in enumerate(saved):
-        yield Record(dict(row), f"{folder.name}:row {i}")
+        yield str(i), Record(dict(row), f"{folder.name}:row {i}")
 
 
 def read_shard(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:

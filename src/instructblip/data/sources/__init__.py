@@ -63,19 +63,14 @@ TABLE: dict[str, tuple[Reader, str, str, str]] = {
     "vqav2_question": (partial(asked_for, vqav2), "ask", COCO, "the files of vqav2"),
     "okvqa_question": (partial(asked_for, okvqa), "ask", COCO, "the files of okvqa"),
     "aokvqa_question": (partial(asked_for, aokvqa), "ask", OF_COCO, "the files of aokvqa"),
-    "llava_conversation": (
-        partial(llava, "conversation_58k.json"),
-        "instruct",
-        LLAVA,
-        "conversation_58k.json",
-    ),
-    "llava_detail": (partial(llava, "detail_23k.json"), "instruct", LLAVA, "detail_23k.json"),
-    "llava_reasoning": (
-        partial(llava, "complex_reasoning_77k.json"),
-        "instruct",
-        LLAVA,
-        "complex_reasoning_77k.json",
-    ),
+    **{
+        name: (partial(llava, file), "instruct", LLAVA, file)
+        for name, file in {
+            "llava_conversation": "conversation_58k.json",
+            "llava_detail": "detail_23k.json",
+            "llava_reasoning": "complex_reasoning_77k.json",
+        }.items()
+    },
     "nocaps": (nocaps, "caption", OPEN_IMAGES, "nocaps_val_4500_captions.json"),
     "flickr30k": (
         flickr30k,

@@ -82,10 +82,10 @@ def vsr(split: Split) -> Iterator[Example]:
     """
     parts = ("val", "dev") if split.name == "val" else (split.name,)
     path = split.find(*(f"{f}{part}.jsonl" for f in ("", "zeroshot/") for part in parts))
-    for i, record in enumerate(read_lines(path)):
+    for key, record in read_lines(path):
         yield split.example(
             record.where,
-            str(i),
+            key,
             split.image(record.text("image"), record.where, "trainval2017", "images"),
             question=record.text("caption"),
             choices=("true", "false"),
@@ -101,7 +101,8 @@ def hatefulmemes(split: Split) -> Iterator[Example]:
     file has no label.
     """
     others = {"val": ["dev.jsonl", "dev_seen.jsonl"], "test": ["test_seen.jsonl"]}
-    for record in read_lines(split.find(f"{split.name}.jsonl", *others.get(split.name, []))):
+    path = split.find(f"{split.name}.jsonl", *others.get(split.name, []))
+    for _, record in read_lines(path):
         label = _label(record) if "label" in record else None
         yield split.example(
             record.where,

@@ -76,13 +76,13 @@ def ivqa(split: Split) -> Iterator[Example]:
     """
     frames = _Frames(split.root)
     path = split.find(f"{split.name}.csv", f"ivqa_{split.name}.csv")
-    for i, record in enumerate(read_table(path)):
+    for key, record in read_table(path):
         video = record.text("video_id")
         clip = f"{video}_{record.text('start', '')}_{record.text('end', '')}"
         answers = (record.text(f"answer{k}", "") for k in range(1, 6))
         yield split.example(
             record.where,
-            str(i),
+            key,
             *(frames.of(clip, record.where) or frames.of(video, record.where)),
             question=record.text("question"),
             answers=tuple(answer for answer in answers if answer),
