@@ -103,18 +103,18 @@ class Data:
 class Variant:
     """The steps of a run in which commands differ. This base is instruction tuning."""
 
+    reads_benchmarks = True
+    """Whether the run is validated on the benchmarks of ``recipe.evaluation.validation``."""
+
     def refuse(self, recipe: Recipe) -> None:
         """Raise ValueError for a recipe that the variant cannot follow, before any work."""
 
     def read_data(self, recipe: Recipe) -> Data:
-        """The checked data sets of ``recipe.data`` and the validation of ``recipe.evaluation``."""
+        """The checked data sets of ``recipe.data``, and what validation scores."""
         prepared = prepare_training(recipe)
         checked = checked_training(recipe, prepared)
-        return Data(checked, data_fingerprints(prepared, checked), self.held_sets(recipe))
-
-    def held_sets(self, recipe: Recipe) -> Sequence[Held]:
-        """What validation scores."""
-        return prepare_benchmarks(recipe, validation_of(recipe))
+        held = prepare_benchmarks(recipe, validation_of(recipe)) if self.reads_benchmarks else ()
+        return Data(checked, data_fingerprints(prepared, checked), held)
 
     def tokens(self, tokens: Tokens) -> Tokens:
         """How the texts of training samples become ids."""

@@ -33,11 +33,10 @@ from instructblip.training.train import Batches, Evaluate
 class Drawing(Variant):
     """Trains to draw; with ``drawing.understanding`` above 0, ``data`` is interleaved."""
 
+    reads_benchmarks = False
+
     def read_data(self, recipe: Recipe) -> Data:
         return super().read_data(recipe) if _drawing(recipe).understanding else Data()
-
-    def held_sets(self, recipe: Recipe) -> Sequence[Held]:
-        return ()
 
     def instructblip(self, recipe: Recipe) -> InstructBlip:
         return load_model(recipe, ("qformer",))

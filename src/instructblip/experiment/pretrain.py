@@ -1,6 +1,5 @@
 """BLIP-2's two stages of pre-training for a new pair of image encoder and language model."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from instructblip.core import distributed
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
 from instructblip.experiment.build import Variant, build, load_model
-from instructblip.experiment.datasets import Held
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.stage1 import Stage1
 from instructblip.model.trainable import ALIASES
@@ -32,6 +30,7 @@ class Pretraining(Variant):
     """Stage 1 trains the Q-Former against captions, stage 2 through the language model."""
 
     stage: int
+    reads_benchmarks = False  # the last weights are the result
 
     def refuse(self, recipe: Recipe) -> None:
         training = recipe.training
@@ -45,9 +44,6 @@ class Pretraining(Variant):
                 "stage 1 contrasts images, and each micro batch holds one sample: raise "
                 "training.batch_size or lower training.accumulate"
             )
-
-    def held_sets(self, recipe: Recipe) -> Sequence[Held]:
-        return ()  # the last weights are the result
 
     def tokens(self, tokens: Tokens) -> Tokens:
         if self.stage == 2:  # the Q-Former reads no text; the language model writes the caption

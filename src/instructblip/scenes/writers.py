@@ -75,12 +75,9 @@ class SetFolder:
 
     def ten_answers(self, question: Question) -> list[str]:
         """The answers of ten people, each wrong with probability ``ANNOTATOR_ERROR``."""
-        return [
-            self.rng.choice(question.others)
-            if self.rng.random() < ANNOTATOR_ERROR
-            else question.answer
-            for _ in range(10)
-        ]
+        rng, others = self.rng, question.others
+        wrong = (rng.random() < ANNOTATOR_ERROR for _ in range(10))
+        return [rng.choice(others) if each else question.answer for each in wrong]
 
 
 # Captions
@@ -342,6 +339,7 @@ def hatefulmemes(out: SetFolder, number: int) -> None:
 
 DIALOGUE_KINDS = ("color", "shape", "count", "exists", "place", "size")
 DIALOGUE_OPTIONS = 20
+DETAIL_INSTRUCTIONS = ("describe the picture in detail.", "tell me everything that you see.")
 
 
 def llava(out: SetFolder, number: int) -> None:
@@ -351,9 +349,7 @@ def llava(out: SetFolder, number: int) -> None:
         turns = [(q.text, q.answer) for q in asked]
         record = {"id": f"{i:012d}", "image": name}
         conversations.append({**record, "conversations": _conversation(turns)})
-        text = out.rng.choice(
-            ("describe the picture in detail.", "tell me everything that you see.")
-        )
+        text = out.rng.choice(DETAIL_INSTRUCTIONS)
         details.append({**record, "conversations": _conversation([(text, detail(scene))])})
         question = out.question(scene, ("fruit", "corners", "signal"))
         if question:
@@ -366,11 +362,10 @@ def llava(out: SetFolder, number: int) -> None:
 
 
 def _conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
-    lines = []
-    for i, (question, answer) in enumerate(turns):
-        value = f"<image>\n{question}" if i == 0 else question
-        lines += [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
-    return lines
+    texts = [text for turn in turns for text in turn]
+    texts[0] = f"<image>\n{texts[0]}"
+    speakers = ("human", "gpt") * len(turns)
+    return [{"from": who, "value": text} for who, text in zip(speakers, texts, strict=True)]
 
 
 def visual_dialog(out: SetFolder, number: int) -> None:
