@@ -53,6 +53,7 @@ from instructblip.recipe.load import differences, load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
 from instructblip.training.config import TrainingConfig
 from instructblip.training.run_directory import refuse_existing
+from instructblip.training.trackers import check_trackers
 from instructblip.training.train import Batches, Evaluate, TrainResult
 from instructblip.training.train import train as run_loop
 
@@ -161,6 +162,7 @@ def build(
     """
     variant = variant or Variant()
     variant.refuse(recipe)
+    check_trackers(recipe.training.report_to)
     if out is not None and distributed.is_main():
         compare_with_saved(recipe, out, resume)
     with distributed.main_first():

@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from instructblip.training.trackers import TrackerName
+
 
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", name):
@@ -89,6 +91,9 @@ class TrainingConfig(BaseModel):
     watchdog_seconds: PositiveFloat | None = 1800.0
     """Seconds that a batch or a step may take before the rank reports what it is doing and ends
     with an error instead of waiting for ever; null for no limit."""
+    report_to: tuple[TrackerName, ...] = ()
+    """Experiment trackers that receive the lines of metrics.jsonl as well: trackio, tensorboard,
+    wandb, mlflow or swanlab. Their files lie in the run directory, and nothing is sent anywhere."""
     profile: bool = False
     """Trace three steps into trace.json, and write the time of each part into profile.txt."""
     early_stopping_patience: PositiveInt | None = None

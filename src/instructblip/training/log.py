@@ -10,6 +10,7 @@ from typing import Any
 from instructblip.core.files import flush, replacing, whole_lines, write_text
 from instructblip.core.progress import progress_bar
 from instructblip.training.config import TrainingConfig
+from instructblip.training.trackers import flatten, open_trackers
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -38,12 +39,13 @@ class RunLog:
         # of each of the last steps: its seconds, and those that it waited for its batch
         self._recent: deque[tuple[float, float]] = deque(maxlen=max(config.log_every, 20))
         self._ticks, self._sum, self._sum_of_waits = 0, 0.0, 0.0
-        self._file = None
+        self._file, self._trackers = None, []
         self._bars = progress_bar("training", shown=active, fields=("loss", "lr", "samples/s"))
         if active:
             folder.mkdir(parents=True, exist_ok=True)
             drop_lines_after(folder / METRICS, start, validated)
             self._file = (folder / METRICS).open("a", encoding="utf-8")
+            self._trackers = open_trackers(config.report_to, folder, start)
 
     def __enter__(self) -> "RunLog":
         self._bar = self._bars.__enter__()
@@ -54,6 +56,8 @@ class RunLog:
         self._bars.__exit__(*error)
         if self._file:
             self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def tick(self, step: int, seconds: float, waited: float) -> None:
         """Record that ``step`` steps are done, the last of them in ``seconds``, of which the loop
@@ -117,6 +121,8 @@ class RunLog:
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file:
             print(json.dumps(line), file=self._file, flush=True)
+            for tracker in self._trackers:
+                tracker.log(dict(flatten(line)), line["step"])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
