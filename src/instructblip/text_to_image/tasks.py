@@ -76,7 +76,7 @@ def read_instructions(path: Path, root: Path | None = None) -> list[DrawExample]
             '{"instruction": "...", "target_image": "..."}'
         )
     root, examples = root or path.parent, []
-    for record in read_lines(path):
+    for _, record in read_lines(path):
         record = replace(record, remedy="Repair the line")
         where, text = record.where, record.text("instruction")
         if not text:
