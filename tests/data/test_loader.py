@@ -1,6 +1,9 @@
 """The batch at step s is a function of (seed, s); mixture, order and collation."""
 
+import multiprocessing
+import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -79,6 +82,18 @@ def test_workers_change_nothing(sets: dict[str, Examples], tokens: Tokens) -> No
     helped = list(make(sets, tokens, workers=1).iterate(2, stop=5))
     assert len(alone) == len(helped) == 3
     assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_ctrl_c_leaves_the_workers_to_their_parent(
+    sets: dict[str, Examples], tokens: Tokens
+) -> None:
+    """A terminal sends it to all processes: the parent needs its batches to finish the step."""
+    batches = make(sets, tokens, workers=1).iterate(2, stop=20)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid
+    os.kill(worker.pid, signal.SIGINT)
+    assert len(list(batches)) == 17
 
 
 def test_ranks_and_micro_batches_share_the_same_samples(

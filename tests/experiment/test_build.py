@@ -146,6 +146,26 @@ def test_workers_change_no_batch(name: str, start: Path, root: Path):
         assert torch.equal(one.qformer_ids, other.qformer_ids)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_patience_needs_validations(name: str, start: Path, root: Path):
+    more = "training.early_stopping_patience=2"
+    if name in ("tune", "draw", "draw_and_understand"):  # they validate without benchmarks
+        assert run_of(name, start, root, more).validate is not None
+        return
+    with pytest.raises(ValueError, match=r"early_stopping_patience 2 .*evaluation\.validation"):
+        run_of(name, start, root, more)
+
+
+def test_a_run_that_is_shorter_than_its_warmup_says_so(
+    start: Path, root: Path, capsys: pytest.CaptureFixture[str]
+):
+    text = "warmup_steps 1000 does not fit into 40 steps: the learning rate rises over 4 instead"
+    run_of("train", start, root, "training.steps=40", "training.warmup_steps=1000")
+    assert text in capsys.readouterr().out
+    run_of("train", start, root, "training.steps=40", "training.warmup_steps=39")
+    assert "does not fit" not in capsys.readouterr().out
+
+
 def identify(batch: Batch) -> list[str]:
     """Data set and example of each sample, with its texts."""
     texts = [row.tolist() for row in batch.response_ids]

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from instructblip.experiment.tune import (
     write_recipe,
 )
 from instructblip.recipe.load import load_recipe
+from instructblip.training import train as loop
 from tests.testing import write_model, write_picture
 
 EXAMPLES = ("worksheet_helper", "instrument_panel", "game_narrator")
@@ -214,6 +217,32 @@ def test_worked_examples(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "the interval does not cover this choice" in report
     for side in ("before", "after"):
         assert list((out / "results" / side).glob("own_*/result.json"))
+
+
+def test_ctrl_c_keeps_what_tune_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"file_name": f"{n}.png", "text": f"a cup {n}"} for n in range(5)]
+    root, out = write_folder(tmp_path / "custom", rows), tmp_path / "tuned"
+    write_model(tmp_path / "blip2", "blip2")
+    arguments = ["tune", str(root), "training.steps=3", "model.text_branch=random"]
+    arguments += ["--model", str(tmp_path / "blip2"), "--out", str(out)]
+
+    def interrupted(*arguments: Any) -> float:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        return loop.update(*arguments)
+
+    monkeypatch.setattr(loop, "update", interrupted)
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    printed = capsys.readouterr().out
+    assert "interrupted: saved step 1; continue with --resume" in printed
+    assert "To try the model" not in printed
+    assert not (out / "report.html").exists()
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--resume"])
+    assert "To try the model" in capsys.readouterr().out
 
 
 def test_the_recipe_that_tune_writes_trains(

@@ -70,7 +70,10 @@ def test_overrides_are_yaml():
         ("data.zzzz=1", "unknown key data.zzzz: known are .*temperature"),
         ("training.steps=-1", r"training.steps: .*greater than 0 \(got -1\)"),
         ("training.steps=many", r"training.steps: .*valid integer.*\(got 'many'\)"),
-        ("training.warmup_steps=99999", "training: warmup_steps 99999 must be below steps"),
+        (
+            "training={early_stopping_patience: 2, validate_every: null}",
+            "training: early_stopping_patience 2 counts validations.*: set validate_every",
+        ),
         ("data.sets.vqav2.split=trian", r"data.sets.vqav2.split: .*'train'.*\(got 'trian'\)"),
         ("data.temperature=2", "data.temperature: .*less than or equal to 1"),
         ("data.sets={../../up: {}}", r"data.sets.../../up.*: expected a name .*\(got '../../up'\)"),

@@ -35,6 +35,18 @@ def test_the_cosine_moves_at_every_step():
     assert rates[-1] == pytest.approx(0.001)
 
 
+def test_a_warmup_that_does_not_fit_is_a_tenth_of_the_run():
+    short = toy_config(warmup_steps=1000, steps=200)
+    fitting = toy_config(warmup_steps=20, steps=200)
+    assert (short.warmup_steps, short.warmup, fitting.warmup) == (1000, 20, 20)
+    rates, expected = (
+        [learning_rate(step, each) for step in range(200)] for each in (short, fitting)
+    )
+    assert rates == expected
+    assert learning_rate(0, toy_config(warmup_steps=1, steps=1)) == 0.02
+    assert toy_config(warmup_steps=199, steps=200).warmup == 199
+
+
 def test_no_warmup_starts_at_the_top():
     assert learning_rate(0, toy_config(warmup_steps=0)) == 0.02
 
@@ -67,7 +79,7 @@ def test_nothing_to_train_is_an_error():
     [
         ({"steps": 0}, "greater than 0"),
         ({"accumulate": 3}, "does not divide"),
-        ({"steps": 4}, "must be below steps"),
+        ({"early_stopping_patience": 2, "validate_every": None}, "set validate_every"),
         ({"betas": (0.9, 1.0)}, "less than 1"),
         ({"learning_rat": 1}, "Extra inputs"),
         ({"precision": "fp16"}, "fp32"),

@@ -44,14 +44,14 @@ def lines(folder: Path) -> list[dict]:
     return [without_timings(line) for line in read_metrics(folder / "metrics.jsonl")]
 
 
-def stop_at(step: int, batches: ToyBatches):
-    """The same batches, with SIGTERM sent to this process while step ``step`` is prepared."""
+def stop_at(step: int, batches: ToyBatches, name: signal.Signals = signal.SIGTERM):
+    """The same batches, with a signal sent to this process while step ``step`` is prepared."""
 
     class Stopping:
         def iterate(self, start: int):
             for offset, batch in enumerate(batches.iterate(start)):
                 if start + offset == step:
-                    signal.raise_signal(signal.SIGTERM)
+                    signal.raise_signal(name)
                 yield batch
 
     return Stopping()
@@ -239,6 +239,40 @@ def test_early_stopping(tmp_path: Path):
     assert (result.stopped, result.step) == ("early", 20)
     assert (result.best_score, result.best_step) == (3.0, 10)
     assert (tmp_path / "checkpoints" / "step_000010").is_dir()  # the best outlives keep_last
+
+
+def test_ctrl_c_saves_before_the_first_checkpoint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    whole, _ = run(tmp_path / "whole")
+    config, folder, model = toy_config(save_every=100), tmp_path / "cut", Toy()
+    stopping = stop_at(1, ToyBatches(config), signal.SIGINT)
+    result = train(model, stopping, toy_score, config, folder)
+    assert (result.stopped, result.step) == ("terminated", 2)
+    output = capfd.readouterr()
+    assert "interrupted: saved step 2; continue with --resume" in output.out
+    assert "finishing the step and saving" in output.err
+    resumed, _ = run(folder, model=wiped(), resume=True)
+    assert_same(weights(whole), weights(resumed))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path):
+    config = toy_config()
+    batches = stop_at(3, stop_at(3, ToyBatches(config), signal.SIGINT), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(Toy(), batches, toy_score, config, tmp_path)
+    assert not (tmp_path / "checkpoints" / "step_000004").exists()
+
+
+def test_forecast_of_the_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """From the third step after the first on, once; a run as short as that has none."""
+    run(tmp_path / "a", steps=24)
+    (line,) = [x for x in capfd.readouterr().out.splitlines() if x.startswith("forecast")]
+    assert line.startswith("forecast: 20 more steps take about 0:00:0")
+    assert "(median of steps 2 to 4; validations and checkpoints come on top)" in line
+    run(tmp_path / "b", steps=4, warmup_steps=1)
+    assert "forecast" not in capfd.readouterr().out
 
 
 def test_sigterm_interrupts_a_validation(tmp_path: Path):

@@ -133,7 +133,8 @@ def tune(
     from instructblip.experiment.tune import tune as run
 
     page = run(root, model, out, overrides or [], resume)
-    print(f"\nOpen {page}. To try the model:\n  instructblip serve --model {out / 'run'}")
+    if page is not None:
+        print(f"\nOpen {page}. To try the model:\n  instructblip serve --model {out / 'run'}")
 
 
 @app.command()

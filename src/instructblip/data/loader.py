@@ -11,6 +11,7 @@ same samples as without buckets.
 """
 
 import random
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 
@@ -175,7 +176,19 @@ def iterate_batches(
     micro_batches = _MicroBatches(batch, accumulate)
     if not workers:
         return map(micro_batches.__getitem__, numbers)
-    return iter(DataLoader(micro_batches, batch_size=None, sampler=numbers, num_workers=workers))
+    loader = DataLoader(
+        micro_batches,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        worker_init_fn=_ignore_interrupts,
+    )
+    return iter(loader)
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: the parent decides when its workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _MicroBatches(Dataset[Batch]):

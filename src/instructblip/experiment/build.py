@@ -110,6 +110,10 @@ class Variant:
     def refuse(self, recipe: Recipe) -> None:
         """Raise ValueError for a recipe that the variant cannot follow, before any work."""
 
+    def validates(self, recipe: Recipe) -> bool:
+        """Whether the run will be validated."""
+        return bool(recipe.evaluation.validation)
+
     def read_data(self, recipe: Recipe) -> Data:
         """The checked data sets of ``recipe.data``, and what validation scores."""
         prepared = prepare_training(recipe)
@@ -163,6 +167,12 @@ def build(
     variant = variant or Variant()
     variant.refuse(recipe)
     check_trackers(recipe.training.report_to)
+    patience = recipe.training.early_stopping_patience
+    if patience is not None and not variant.validates(recipe):
+        raise ValueError(
+            f"training.early_stopping_patience {patience} counts validations, and this run has "
+            "none: name benchmarks in evaluation.validation, or leave it out"
+        )
     if out is not None and distributed.is_main():
         compare_with_saved(recipe, out, resume)
     with distributed.main_first():
@@ -170,6 +180,11 @@ def build(
     if distributed.is_main():
         if out is not None and resume:
             report_changed_data(data.fingerprints, out)
+        if (training := recipe.training).warmup != training.warmup_steps:
+            print(
+                f"training.warmup_steps {training.warmup_steps} does not fit into "
+                f"{training.steps} steps: the learning rate rises over {training.warmup} instead"
+            )
         if data.training:
             print(describe_mixture(recipe, make_mixture(recipe, data.training)), flush=True)
     instructblip = variant.instructblip(recipe)

@@ -35,6 +35,9 @@ class Drawing(Variant):
 
     reads_benchmarks = False
 
+    def validates(self, recipe: Recipe) -> bool:
+        return _draws_scenes(recipe)
+
     def read_data(self, recipe: Recipe) -> Data:
         return super().read_data(recipe) if _drawing(recipe).understanding else Data()
 
@@ -131,11 +134,10 @@ def make_set(recipe: Recipe, name: str, entry: DrawingSet) -> Drawings:
 
 def make_validation(recipe: Recipe, model: TextToImage) -> Evaluate | None:
     """Objects drawn right on Scenes, percent by kind of prompt; None where Scenes is not drawn."""
-    drawing = _drawing(recipe)
-    if not any(entry.kind in ("scenes", "subjects") for entry in drawing.sets.values()):
+    if not _draws_scenes(recipe):
         return None
     tokens, images = read_assets(recipe, model.instructblip.config)
-    number = drawing.validation_prompts
+    number = _drawing(recipe).validation_prompts
 
     def validate(_model: object) -> dict[str, float]:
         painter = Painter(model, tokens, images.transform)
@@ -146,6 +148,10 @@ def make_validation(recipe: Recipe, model: TextToImage) -> Evaluate | None:
         return {"score": sum(scores.values()) / len(scores), **scores}
 
     return validate
+
+
+def _draws_scenes(recipe: Recipe) -> bool:
+    return any(entry.kind in ("scenes", "subjects") for entry in _drawing(recipe).sets.values())
 
 
 def _drawing(recipe: Recipe) -> DrawingConfig:

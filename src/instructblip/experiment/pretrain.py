@@ -45,6 +45,9 @@ class Pretraining(Variant):
                 "training.batch_size or lower training.accumulate"
             )
 
+    def validates(self, recipe: Recipe) -> bool:
+        return False
+
     def tokens(self, tokens: Tokens) -> Tokens:
         if self.stage == 2:  # the Q-Former reads no text; the language model writes the caption
             return replace(tokens, qformer=None)

@@ -66,14 +66,19 @@ class FolderTuning(Variant):
                 "shows fewer: raise it, or leave it out"
             )
 
+    def validates(self, recipe: Recipe) -> bool:
+        return True
+
     def read_data(self, recipe: Recipe) -> Data:
         return Data({SET: self.training}, {SET: fingerprint(self.training)}, held_sets(self.held))
 
 
 def tune(
     root: Path, start: str, out: Path, overrides: Sequence[str] = (), resume: bool = False
-) -> Path:
-    """Tune ``start`` on the folder ``root`` and compare before and after; returns the report.
+) -> Path | None:
+    """Tune ``start`` on the folder ``root`` and compare before and after.
+
+    Returns the report, or None if a signal interrupted the run, which ``resume`` continues.
 
     Raises ValueError or FileNotFoundError for what is wrong with the folder, naming every row.
     """
@@ -92,7 +97,9 @@ def tune(
         recipe = load_recipe(out / RECIPE_FILE)
         variant.refuse(recipe)
         results = {"before": _evaluate(recipe, start, sets, out / "results/before")}
-        build(recipe, variant, out / "run", resume).train(out / "run", resume)
+        result = build(recipe, variant, out / "run", resume).train(out / "run", resume)
+        if result.stopped == "terminated":
+            return None
         results["after"] = _evaluate(recipe, str(out / "run"), sets, out / "results/after")
         page = out / "report.html"
         if distributed.is_main():

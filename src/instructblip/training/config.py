@@ -54,7 +54,8 @@ class TrainingConfig(BaseModel):
     min_learning_rate: NonNegativeFloat = 0.0
     """Learning rate at which the cosine ends."""
     warmup_steps: NonNegativeInt = 1000
-    """Steps over which the learning rate rises linearly."""
+    """Steps over which the learning rate rises linearly; where the run has no more steps than that,
+    a tenth of its steps instead."""
     warmup_start_learning_rate: NonNegativeFloat = 1e-8
     """Learning rate of the very first step."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -105,16 +106,22 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}"
             )
-        if self.warmup_steps >= self.steps:
-            raise ValueError(
-                f"warmup_steps {self.warmup_steps} must be below steps {self.steps}: lower it"
-            )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate {self.min_learning_rate} is above "
                 f"learning_rate {self.learning_rate}"
             )
+        if self.early_stopping_patience is not None and self.validate_every is None:
+            raise ValueError(
+                f"early_stopping_patience {self.early_stopping_patience} counts validations, and "
+                "validate_every null makes one at the last step only: set validate_every"
+            )
         return self
+
+    @property
+    def warmup(self) -> int:
+        """Steps of the warm-up of this run: ``warmup_steps``, or what fits a shorter run."""
+        return self.warmup_steps if self.warmup_steps < self.steps else self.steps // 10
 
     def micro_batch_size(self, world_size: int = 1) -> int:
         """Samples of one micro batch of one rank; ValueError if they are no whole number."""

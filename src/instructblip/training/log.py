@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from instructblip.core.files import flush, replacing, whole_lines, write_text
@@ -16,6 +17,8 @@ METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 TIMINGS = ("seconds_per_step", "samples_per_second", "waited_for_data")
 """Keys of a line of metrics.jsonl that differ between two otherwise identical runs."""
+FORECAST_STEPS = 3
+"""Steps after which the duration of a run is predicted, the first one, which warms up, aside."""
 
 
 class RunLog:
@@ -67,6 +70,18 @@ class RunLog:
             self._sum, self._sum_of_waits = self._sum + seconds, self._sum_of_waits + waited
         self._ticks += 1
         self._bar(step, self.steps)
+        if self._ticks == 1 + FORECAST_STEPS and step < self.steps:
+            self._forecast(step)
+
+    def _forecast(self, step: int) -> None:
+        """Print how long the rest takes, by the median of the steps after the first."""
+        seconds = median(seconds for seconds, _ in list(self._recent)[1:])
+        left = timedelta(seconds=round(seconds * (self.steps - step)))
+        self.print(
+            f"forecast: {self.steps - step:,} more steps take about {left}, at {seconds:.3g} s a "
+            f"step (median of steps {step - FORECAST_STEPS + 1} to {step}; validations and "
+            "checkpoints come on top)"
+        )
 
     def train(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write one line about the steps since the previous line."""

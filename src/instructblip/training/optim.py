@@ -14,14 +14,15 @@ from instructblip.training.muon import Muon
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """Learning rate of the update that follows ``step`` finished updates.
 
-    Linear from ``warmup_start_learning_rate`` at step 0 to ``learning_rate`` at ``warmup_steps``,
-    then half a cosine to ``min_learning_rate`` at ``steps``. It changes in every step, as the paper
-    says; the official code changes it once per epoch.
+    Linear from ``warmup_start_learning_rate`` at step 0 to ``learning_rate`` after
+    ``config.warmup`` steps, then half a cosine to ``min_learning_rate`` at ``steps``. It changes in
+    every step, as the paper says; the official code changes it once per epoch.
     """
-    if step < config.warmup_steps:
+    warmup = config.warmup
+    if step < warmup:
         start = config.warmup_start_learning_rate
-        return start + (config.learning_rate - start) * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+        return start + (config.learning_rate - start) * step / warmup
+    progress = (step - warmup) / (config.steps - warmup)
     span = config.learning_rate - config.min_learning_rate
     return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 

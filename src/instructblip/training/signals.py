@@ -1,19 +1,31 @@
-"""SIGTERM, which spot machines and schedulers send: the run finishes the step, saves and ends."""
+"""SIGTERM, which spot machines and schedulers send, and SIGINT, which Ctrl-C sends.
 
+The run finishes its step, saves and ends.
+"""
+
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HINT = (
+    b"\ninterrupted: finishing the step and saving; Ctrl-C again stops at once and saves nothing\n"
+)
+
 
 class Interrupted(BaseException):
-    """Raised by SIGTERM inside `Termination.interruptible`. It is no ``Exception``, which code on
+    """Raised by a signal inside `Termination.interruptible`. It is no ``Exception``, which code on
     the way might catch."""
 
 
 class Termination:
-    """A context in which SIGTERM sets ``requested`` instead of ending the process."""
+    """A context in which SIGTERM and SIGINT set ``requested`` instead of ending the process.
+
+    A second SIGINT ends it at once.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -23,14 +35,19 @@ class Termination:
         # Python delivers signals to the main thread only and refuses handlers elsewhere
         self._installed = threading.current_thread() is threading.main_thread()
         if self._installed:
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
+            self._previous = {name: signal.signal(name, self._receive) for name in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._installed:
-            signal.signal(signal.SIGTERM, self._previous)
+            for name, handler in self._previous.items():
+                signal.signal(name, handler)
 
-    def _receive(self, _signal: int, _frame: FrameType | None) -> None:
+    def _receive(self, name: int, _frame: FrameType | None) -> None:
+        if name == signal.SIGINT:
+            if self.requested:
+                raise KeyboardInterrupt
+            os.write(2, HINT)  # print is not safe in a handler
         self.requested = True
         if self._raise:
             self._raise = False
@@ -38,7 +55,7 @@ class Termination:
 
     @contextmanager
     def interruptible(self, enabled: bool = True) -> Iterator[None]:
-        """Let SIGTERM interrupt the block, which loses nothing that matters: a validation."""
+        """Let the signals interrupt the block, which loses nothing that matters: a validation."""
         self._raise = enabled
         try:
             if enabled and self.requested:

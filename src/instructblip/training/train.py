@@ -188,7 +188,7 @@ def validate(
 ) -> bool:
     """Score the model, export it as best/ if its score is the highest, and update ``progress``.
 
-    Returns False if SIGTERM interrupted it; the resumed run then validates again.
+    Returns False if a signal interrupted it; the resumed run then validates again.
     """
     model.eval()
     try:
@@ -290,7 +290,7 @@ def losses(progress: Progress) -> dict[str, Any]:
 def finish(stopped: Stopped, progress: Progress, files: RunFiles, log: RunLog) -> None:
     """Export last/ and draw the curves, unless the run will be resumed; print why it ended."""
     if stopped == "terminated":
-        log.print(f"SIGTERM: saved step {progress.step}; continue with --resume")
+        log.print(f"interrupted: saved step {progress.step}; continue with --resume")
     else:
         files.export_to("last")
         log.draw_curves()
