@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -297,6 +298,7 @@ def tokenize(captions: Sequence[str], tokenizer: CaptionTokenizer = "python") ->
     return [[token for token in row if token not in PUNCTUATION] for row in tokens]
 
 
+@lru_cache(maxsize=1 << 16)  # references are cut again for every model that is scored
 def _python_tokens(caption: str) -> list[str]:
     tokens: list[str] = []
     opened = False

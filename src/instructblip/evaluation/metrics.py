@@ -115,7 +115,7 @@ def ivqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """Return 1 if the prediction is one of the answers, ignoring case and extra white space."""
     _require_answers(answers)
-    return float(_plain(prediction) in {_plain(answer) for answer in answers})
+    return float(plain(prediction) in {plain(answer) for answer in answers})
 
 
 def visdial_metrics(
@@ -177,13 +177,13 @@ def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> flo
     exactly 0.5 counts.
     """
     _require_answers(answers)
-    predicted = _plain(prediction)
+    predicted = plain(prediction)
     distances = []
     for answer in answers:
         # As in the original: the distance of the cleaned texts is divided by the length of the raw
         # ones, and of their upper case, where some letters grow ("ß" has two).
         length = max(len(answer.upper()), len(prediction.upper()))
-        distances.append(_levenshtein(_plain(answer), predicted) / length if length else 0.0)
+        distances.append(_levenshtein(plain(answer), predicted) / length if length else 0.0)
     similarity = 1 - min(distances)
     return similarity if similarity >= threshold else 0.0
 
@@ -226,7 +226,8 @@ def _without_nan(scores: Sequence[int | float]) -> np.ndarray:
     return values
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Lower case, and one space in place of any white space."""
     return " ".join(text.lower().split())
 
 

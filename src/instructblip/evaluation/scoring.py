@@ -14,11 +14,12 @@ all predictions.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 
-from instructblip.evaluation import captions, metrics
+from instructblip.evaluation import captions, classes, metrics
 from instructblip.evaluation.bootstrap import Floats
 from instructblip.evaluation.captions import CaptionTokenizer
 
@@ -59,9 +60,11 @@ class Scorer:
 
 
 def scorer_of(metric: str) -> Scorer:
-    """Return the scorer called ``metric``. Raises ValueError with the known names."""
+    """Return the scorer called ``metric``. Raises ValueError with the nearest name."""
     if metric not in SCORERS:
-        raise ValueError(f"no metric '{metric}'; expected one of {', '.join(SCORERS)}")
+        near = get_close_matches(metric, SCORERS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"no metric '{metric}'; {hint}expected one of {', '.join(SCORERS)}")
     return SCORERS[metric]
 
 
@@ -158,6 +161,18 @@ def _rouge(prediction: Prediction) -> float:
     return captions.rouge_l([prediction["prediction"]], [prediction["answers"]]).value
 
 
+def _classes(main: str) -> Callable[[Sequence[Prediction], CaptionTokenizer], Score]:
+    """Score by ``main`` of `classes.CLASS_METRICS`; accuracy is reported beside it."""
+
+    def score(predictions: Sequence[Prediction], tokenizer: CaptionTokenizer) -> Score:
+        samples = classes.CLASS_METRICS[main](*classes.labels(predictions))
+        return _mean(
+            samples.tolist(), accuracy=100 * float(np.mean([_exact(p) for p in predictions]))
+        )
+
+    return score
+
+
 def _on_answers(metric: Callable[..., float], *variant: str) -> Callable[[Prediction], float]:
     return lambda p: metric(p["prediction"], p["answers"], *variant)
 
@@ -183,8 +198,12 @@ SCORERS: dict[str, Scorer] = {
     "anls": Scorer(_on_answers(metrics.anls)),
     "mrr": Scorer(_reciprocal_rank, _visdial),
     "auroc": Scorer(_exact, _auroc),
+    "accuracy": Scorer(_exact),
+    "balanced_accuracy": Scorer(_exact, _classes("balanced_accuracy")),
+    "macro_f1": Scorer(_exact, _classes("macro_f1")),
     "cider": Scorer(_rouge, _captions("cider"), uses_tokenizer=True),
     "rouge_l": Scorer(_rouge, _captions("rouge_l"), uses_tokenizer=True),
+    "bleu_4": Scorer(_rouge, _captions("bleu_4"), uses_tokenizer=True),
     "meteor": Scorer(_rouge, _captions("meteor"), uses_tokenizer=True),
 }
 """The name of a metric includes its variant; the run chooses the tokenizer of captions."""
