@@ -303,11 +303,11 @@ def test_collate_encodes_equal_images_once() -> None:
     assert batch.num_response_tokens == 3
 
 
-def test_a_batch_of_images_and_videos_repeats_frames() -> None:
+def test_a_batch_of_images_and_videos_repeats_no_frame() -> None:
     batch = collate([sample("a"), sample("bacd"), sample("de")])
     assert batch.pixel_values is not None
     assert len(batch.pixel_values) == 5
-    assert batch.image_index.tolist() == [[0] * 4, [1, 0, 2, 3], [3, 3, 4, 4]]
+    assert batch.image_index.tolist() == [[0, -1, -1, -1], [1, 0, 2, 3], [3, 4, -1, -1]]
 
 
 def test_collate_refuses_what_does_not_fit() -> None:

@@ -226,3 +226,39 @@ def test_tuning_validates_on_what_it_shows_in_training(start: Path, root: Path, 
     assert set(scores) == {"score", "own_caption"}
     with pytest.raises(ValueError, match=r"6 images and data\.num_frames=4 shows fewer"):
         run_of("tune", start, root, "data.num_frames=4")
+
+
+def test_micro_batches_and_ranks_of_unlike_samples_train_alike(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Samples of one to three images: gradients of a step, however it is divided."""
+    rows = []
+    for row in range(10):
+        names = [f"{row}_{number}.png" for number in range(1 + row % 3)]
+        for number, name in enumerate(names):
+            write_picture(tmp_path / name, seed=row * 3 + number)
+        rows.append({"file_name": names, "caption": f"a row of {row} cups"})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def gradients(accumulate: int, ranks: int, *more: str) -> torch.Tensor:
+        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+        total, widths = [], set()
+        for rank in range(ranks):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            run = run_of("train", start, tmp_path, f"training.accumulate={accumulate}", *more)
+            model = run.model.eval()  # no dropout
+            for batch in first_steps(run, 1):
+                widths.add(batch.image_index.shape[1])
+                model.loss(batch).loss_sum.backward()
+            trained = [p.grad for _, p in model.trainable_parameters() if p.grad is not None]
+            total.append(torch.cat([gradient.flatten() for gradient in trained]))
+        assert len(widths) > 1 or accumulate * ranks < 8
+        return torch.stack(total).sum(0)
+
+    off = ("features.cache=off",)
+    on = ("features.cache=on", f"features.root={tmp_path / 'features'}")
+    for features, divided in ((off, ((1, 1), (1, 2), (4, 2))), (on, ((1, 1),))):
+        expected = gradients(8, 1, *features)
+        for accumulate, ranks in divided:
+            other = gradients(accumulate, ranks, *features)
+            torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-5)

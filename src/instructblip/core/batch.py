@@ -86,12 +86,13 @@ class Batch:
     """B samples over N distinct images. All text is padded on the right; masks are 1 on tokens.
 
     Exactly one of ``pixel_values`` [N, 3, S, S] and ``image_features`` [N, P, V] is set.
-    ``image_index`` [B, F] says which of the N images the frames of each sample are.
+    ``image_index`` [B, F] says which of the N images the frames of each sample are; a sample with
+    fewer than F images has -1 behind them, where the language model reads nothing.
     ``datasets`` and ``ids`` name the samples for logs and errors; the model never reads them.
 
     A batch to draw has ``target_values`` [B, 3, G, G] in [-1, 1], the images that are asked for.
-    There an ``image_index`` of -1 means that no image goes with the instruction (no pixels at all
-    where none does), and ``response_mask`` [B, 1] is all ones: an image counts as one token.
+    There no image goes with an instruction whose ``image_index`` is -1 (no pixels at all where none
+    does), and ``response_mask`` [B, 1] is all ones: an image counts as one token.
     """
 
     image_index: Tensor  # int64 [B, F]

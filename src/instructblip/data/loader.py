@@ -147,8 +147,8 @@ class Loader:
         return self._window[1]
 
     def _length(self, slot: int) -> tuple[int, int]:
-        """Images of a sample, since ``collate`` repeats them up to the most of the batch; then its
-        characters, which are near to its tokens and need no tokenizer."""
+        """Images of a sample, each of which is Q tokens of its row; then its characters, which are
+        near to its tokens and need no tokenizer."""
         example, rendered = self.rendered(slot)
         num_images = len(self.images.select(example.images))
         return num_images, len(rendered.prompt) + len(rendered.response)

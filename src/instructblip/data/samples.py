@@ -140,10 +140,8 @@ def make_sample(
 def collate(samples: list[Sample]) -> Batch:
     """A batch of B samples: equal images once, text padded on the right.
 
-    Two samples with the image keys ("a", "b") and ("b", "c") give N = 3 images and
-    ``image_index`` [[0, 1], [1, 2]]. F is the largest number of images of a sample; a sample with
-    fewer repeats them in order. A repeated image is encoded once, but the language model reads
-    F * Q query tokens for every sample of the batch.
+    Two samples with the image keys ("a", "b") and ("b",) give N = 2 images and ``image_index``
+    [[0, 1], [1, -1]]. F is the largest number of images of a sample, and -1 fills up the others.
 
     Raises ValueError for pixels beside features, and for samples without images beside others.
     """
@@ -173,9 +171,7 @@ def collate(samples: list[Sample]) -> Batch:
             if key not in places:
                 places[key] = len(images)
                 images.append(image)
-        # Of 2 images in a batch with F = 4: a, a, b, b.
-        repeated = [sample.image_keys[i * count // num_frames] for i in range(num_frames)]
-        image_index.append([places[key] for key in repeated])
+        image_index.append([places[key] for key in sample.image_keys] + [-1] * (num_frames - count))
     stacked = torch.stack(images)  # [N, 3, S, S] or [N, P, V]
     qformer_ids, qformer_mask = pad([sample.qformer_ids for sample in samples])  # [B, I]
     prompt_ids, prompt_mask = pad([sample.prompt_ids for sample in samples])  # [B, T]

@@ -96,7 +96,8 @@ def rank_candidates(
 
 @torch.no_grad()
 def cross_attention(model: InstructBlip, batch: Batch) -> Float[Tensor, "B F Q P"]:
-    """Weights of each query over the tokens of each frame, class token first; rows sum to 1.
+    """Weights of each query over the tokens of each frame, class token first. Rows sum to 1; they
+    are zeros where a sample has no image.
 
     The mean over the heads of the last layer that attends to the image. The forward pass computes
     no weights, so they are computed again from the queries of that layer.
@@ -113,12 +114,16 @@ def cross_attention(model: InstructBlip, batch: Batch) -> Float[Tensor, "B F Q P
         model.encode_queries(replace(batch, pixel_values=None, image_features=features))
     finally:
         handle.remove()
-    (query,) = captured  # [B*F, Q, D]
+    (query,) = captured  # [M, Q, D], of the M images that samples have
+    index = batch.image_index.flatten()
+    present = index >= 0
     with model.precision(model.qformer):
         key = attention.key(model.vision_model.norm(features).to(query.dtype))  # [N, P, D]
-        key = key[batch.image_index.flatten()]  # [B*F, P, D]
+        key = key[index[present]]  # [M, P, D]
         heads = (attention.num_heads, -1)
         query, key = (x.unflatten(2, heads).transpose(1, 2) for x in (query, key))
         scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
-    weights = scores.float().softmax(-1).mean(1)  # [B*F, Q, P]
-    return weights.unflatten(0, batch.image_index.shape)
+    weights = scores.float().softmax(-1).mean(1)  # [M, Q, P]
+    frames = weights.new_zeros(len(index), *weights.shape[1:])
+    frames[present] = weights
+    return frames.unflatten(0, batch.image_index.shape)

@@ -108,20 +108,25 @@ class InstructBlip(Pretrained):
         """What the language model reads of the images: K = F * Q projected queries per sample.
 
         The Q-Former reads each frame of a video by itself, under the same instruction; the queries
-        of the frames are concatenated in their order.
+        of the frames are concatenated in their order. They are zeros where a sample has no image.
         """
         features = self.features_of(batch)  # [N, P, V]
         samples, frames = batch.image_index.shape
         index = batch.image_index.flatten()  # [B*F]
+        present = (index >= 0).nonzero()[:, 0]  # [M]
+        rows, index = present // frames, index[present]
         in_order = torch.equal(index, torch.arange(len(features), device=index.device))
         with part("q-former"):
             queries = self.query_image(
                 features,
-                batch.qformer_ids.repeat_interleave(frames, dim=0),
-                batch.qformer_mask.repeat_interleave(frames, dim=0),
+                batch.qformer_ids[rows],
+                batch.qformer_mask[rows],
                 None if in_order else index,
-            )  # [B*F, Q, D]
-            queries = self.project_queries(queries)  # [B*F, Q, L]
+            )  # [M, Q, D]
+            queries = self.project_queries(queries)  # [M, Q, L]
+        if len(present) < samples * frames:
+            absent = queries.new_zeros(samples * frames, *queries.shape[1:])
+            queries = absent.index_copy(0, present, queries)  # [B*F, Q, L]
         return queries.flatten(0, 1).unflatten(0, (samples, -1))  # [B, F*Q, L]
 
     def loss(self, batch: Batch) -> LossOutput:

@@ -22,6 +22,7 @@ from instructblip.model.language.inputs import (
     embed_prefix,
     pad_left,
     prepend_queries,
+    query_mask,
 )
 from instructblip.model.language.ranking import Layout, Prefix, select_cache
 
@@ -59,9 +60,12 @@ class CausalLanguage:
         rows, columns = is_response.nonzero(as_tuple=True)  # [m]
         targets = ids[rows, columns]
         # mask[:, 1:] has one real position less per row: the last token of each row is left out.
-        embeds, attention_mask = prepend_queries(self.model, queries, ids[:, :-1], mask[:, 1:])
-        # Token j of a row stands behind K queries and is predicted one position earlier.
-        places = rows * embeds.shape[1] + columns + queries.shape[1] - 1
+        read = query_mask(queries, batch)
+        embeds, attention_mask = prepend_queries(
+            self.model, queries, read, ids[:, :-1], mask[:, 1:]
+        )
+        # Token j of a row stands behind its queries and is predicted one position earlier.
+        places = rows * embeds.shape[1] + columns + read.sum(1)[rows] - 1
         if not packs(self.model):
             return Joined(embeds, attention_mask, rows, places, targets)
         packing = Packing.of(attention_mask.bool())

@@ -36,14 +36,25 @@ class Joined:
         return hidden.flatten(0, 1).index_select(0, self.places)
 
 
+def query_mask(queries: Float[Tensor, "B K L"], batch: Batch) -> Bool[Tensor, "B K"]:
+    """Which queries have read an image: false where a sample has fewer images than another."""
+    present = batch.image_index >= 0  # [B, F]
+    return present.repeat_interleave(queries.shape[1] // present.shape[1], dim=1)
+
+
 def prepend_queries(
-    model: Any, queries: Float[Tensor, "B K L"], ids: Int[Tensor, "B X"], mask: Bool[Tensor, "B X"]
-) -> tuple[Float[Tensor, "B K+X L"], Int[Tensor, "B K+X"]]:
-    """[queries; tokens] as embeddings in the precision of the model, and their mask."""
+    model: Any,
+    queries: Float[Tensor, "B K L"],
+    query_mask: Bool[Tensor, "B K"],
+    ids: Int[Tensor, "B X"],
+    mask: Bool[Tensor, "B X"],
+) -> tuple[Float[Tensor, "B Y L"], Int[Tensor, "B Y"]]:
+    """[queries; tokens] as embeddings in the precision of the model, padded on the right, and
+    their mask."""
     tokens = model.get_input_embeddings()(ids)  # [B, X, L]
-    ones = torch.ones(queries.shape[:2], dtype=torch.long, device=ids.device)
     embeds = torch.cat([queries.to(tokens.dtype), tokens], dim=1)
-    return embeds, torch.cat([ones, mask.long()], dim=1)
+    joined = torch.cat([query_mask, mask], dim=1).long()
+    return (embeds, joined) if query_mask.all() else pad_right(embeds, joined)
 
 
 def embed_prefix(
@@ -51,7 +62,7 @@ def embed_prefix(
 ) -> tuple[Float[Tensor, "B X L"], Int[Tensor, "B X"]]:
     """[queries; prompt] as embeddings, padded on the right, and their mask."""
     ids, mask = compact(batch.prompt_mask.bool(), batch.prompt_ids)
-    return prepend_queries(model, queries, ids, mask)
+    return prepend_queries(model, queries, query_mask(queries, batch), ids, mask)
 
 
 def compact(
@@ -68,6 +79,15 @@ def compact(
     # A padding id may lie outside the vocabulary, and the embedding looks it up all the same.
     moved = [value.gather(1, order).masked_fill(~mask, 0) for value in values]
     return *moved, mask
+
+
+def pad_right(
+    embeds: Float[Tensor, "B X L"], mask: Int[Tensor, "B X"]
+) -> tuple[Float[Tensor, "B Y L"], Int[Tensor, "B Y"]]:
+    """`compact` for embeddings: those of padding may be anything."""
+    order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
+    embeds = embeds.gather(1, order[:, :, None].expand(-1, -1, embeds.shape[2]))
+    return embeds, mask.gather(1, order)
 
 
 def pad_left(
