@@ -1,0 +1,71 @@
+"""Perceptual hashes: stable under what does not change an image, found among many."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageEnhance
+
+from instructblip.data.prepared.near import NEAR, near_pairs, perceptual_hash
+
+
+def photo(seed: int) -> Image.Image:
+    """Smooth noise with shapes on it: an image with structure at all sizes."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((320, 240), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(image)
+    for _ in range(6):
+        x, y = rng.integers(0, 300), rng.integers(0, 220)
+        pen.ellipse((x, y, x + 40, y + 30), fill=tuple(map(int, rng.integers(0, 256, 3))))
+    return image
+
+
+def saved(image: Image.Image, quality: int) -> Image.Image:
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=quality)
+    return Image.open(data)
+
+
+CHANGES = {
+    "JPEG 40": lambda i: saved(i, 40),
+    "smaller": lambda i: i.resize((121, 90)),
+    "grey": lambda i: i.convert("L"),
+    "brighter": lambda i: ImageEnhance.Brightness(i).enhance(1.1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_copy_is_near(change: str):
+    for seed in range(40):
+        original = perceptual_hash(photo(seed))
+        copy = perceptual_hash(CHANGES[change](photo(seed)))
+        assert (original ^ copy).bit_count() <= NEAR
+
+
+def test_other_images_are_not_near():
+    hashes = [perceptual_hash(photo(seed)) for seed in range(150)]
+    assert not [pair for pair in near_pairs(hashes, hashes) if pair[0] != pair[1]]
+
+
+def test_pairs_are_those_of_a_comparison_of_all():
+    rng = random.Random(0)
+    left = [rng.getrandbits(64) for _ in range(800)]
+    right = [rng.getrandbits(64) for _ in range(500)]
+    for i in range(200):  # 0 to 8 bits from a hash of the other side
+        right[i] = left[i]
+        for bit in rng.sample(range(64), i % 9):
+            right[i] ^= 1 << bit
+    for distance in (0, 3, NEAR):
+        expected = {
+            (x, y, bits) for x in left for y in right if (bits := (x ^ y).bit_count()) <= distance
+        }
+        pairs = list(near_pairs(left, right, distance))
+        assert len(pairs) == len(expected) > 0
+        assert set(pairs) == expected
+
+
+def test_flat_images_are_near():
+    hashes = {perceptual_hash(Image.new("RGB", (50, 40), (v, v, v))) for v in range(0, 256, 5)}
+    assert len(list(near_pairs(hashes, hashes))) == len(hashes) ** 2
