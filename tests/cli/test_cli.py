@@ -207,7 +207,7 @@ def test_train_refuses_to_overwrite_a_run(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "checkpoints" / "step_000012").mkdir(parents=True)
     code, _, err = call(capsys, "train", "scenes", "--out", str(tmp_path))
     assert code == 2
-    assert "already holds a run up to step 12: continue it with --resume, where the command" in err
+    assert "already holds a run up to step 12: continue it with --resume, or choose" in err
     assert "choose another folder with --out" in err
     assert not (tmp_path / "recipe.yaml").exists()
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from instructblip.core.batch import Batch
 from instructblip.training.log import read_metrics, without_timings
@@ -273,6 +274,29 @@ def test_forecast_of_the_time(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert "(median of steps 2 to 4; validations and checkpoints come on top)" in line
     run(tmp_path / "b", steps=4, warmup_steps=1)
     assert "forecast" not in capfd.readouterr().out
+
+
+def test_the_start_is_a_candidate_for_the_best(tmp_path: Path):
+    start = weights(Toy())
+    harmful = {"learning_rate": 5.0, "clip_norm": None, "validate_first": True}
+    model, result = run(tmp_path / "whole", **harmful)
+    assert (result.step, result.best_step) == (24, 0)
+    best = load_file(tmp_path / "whole" / "best" / "model.safetensors")
+    assert_same(start, best)
+    assert not torch.equal(model.state_dict()["head.weight"], best["head.weight"])
+    assert [v["step"] for v in lines(tmp_path / "whole") if "validation" in v][0] == 0
+    assert run(tmp_path / "without", **harmful | {"validate_first": False})[1].best_step != 0
+
+    # interrupted after the first step, it keeps the start and validates it once
+    config, folder = toy_config(**harmful), tmp_path / "cut"
+    toy = Toy()
+    train(
+        toy, stop_at(0, ToyBatches(config)), toy_score, config, folder, export=toy.save_pretrained
+    )
+    _, resumed = run(folder, model=wiped(), resume=True, **harmful)
+    assert resumed.best_step == 0
+    assert_same(start, load_file(folder / "best" / "model.safetensors"))
+    assert lines(folder) == lines(tmp_path / "whole")
 
 
 def test_sigterm_interrupts_a_validation(tmp_path: Path):

@@ -83,6 +83,9 @@ class TrainingConfig(BaseModel):
     """Seed of the dropout; the order and the templates of samples follow ``data.seed``."""
     validate_every: PositiveInt | None = 3000
     """Steps between validations on the held-in sets; null for the last step only."""
+    validate_first: bool = False
+    """Whether the start is validated too, before any step: it is then a candidate for the best
+    weights."""
     save_every: PositiveInt = 1000
     """Steps between checkpoints; one is also written at every validation and at the end."""
     keep_last: PositiveInt = 2

@@ -121,8 +121,8 @@ def refuse_existing(folder: Path) -> None:
     """Raise ValueError if ``folder`` holds a run that a new one would overwrite."""
     if steps := saved_steps(folder / "checkpoints"):
         raise ValueError(
-            f"{folder} already holds a run up to step {steps[-1]}: continue it with --resume, "
-            "where the command has that (`tune` has not), or choose another folder with --out"
+            f"{folder} already holds a run up to step {steps[-1]}: continue it with --resume, or "
+            "choose another folder with --out"
         )
 
 

@@ -104,7 +104,8 @@ def train(
     files.write_notes()
     stream = batches.iterate(progress.step)
     is_main = distributed.is_main()
-    log = RunLog(folder, config, progress.step, progress.validated_step, active=is_main)
+    validated_step = -1 if progress.best_step is None else progress.validated_step
+    log = RunLog(folder, config, progress.step, validated_step, active=is_main)
     watchdog = Watchdog(config.watchdog_seconds)
     profiled = profiling(folder, active=config.profile and is_main)
 
@@ -121,6 +122,7 @@ def train(
             watchdog.rest()
             validated = False
             due = step > progress.validated_step and is_due(step, config.validate_every, config)
+            due |= config.validate_first and step == 0 and progress.best_step is None
             if evaluate is not None and due:
                 if step > files.saved_step:
                     save()
@@ -295,7 +297,7 @@ def finish(stopped: Stopped, progress: Progress, files: RunFiles, log: RunLog) -
         files.export_to("last")
         log.draw_curves()
         why = "stopped early" if stopped == "early" else "finished"
-        best = f"; best at step {progress.best_step}" if progress.best_step else ""
+        best = "" if progress.best_step is None else f"; best at step {progress.best_step}"
         log.print(f"{why} at step {progress.step}{best}")
     if log.waited_for_data is not None:
         log.print(f"waited for data {log.waited_for_data:.1%} of the time of the steps")
