@@ -11,7 +11,7 @@ from PIL import Image
 from instructblip.data.images import MAX_PIXELS, image_fault
 from instructblip.data.prepared.check import (
     check_dataset,
-    evaluated_images,
+    evaluated_by,
     left_out,
     unchecked,
 )
@@ -129,7 +129,7 @@ def test_leaked_images_are_found_by_content(tmp_path: Path):
     copy.write_bytes((tmp_path / "images" / "train1.png").read_bytes())
     test = prepare_vizwiz(tmp_path, [{}, {"image": copy.name}], "test")
     check_dataset(test)
-    evaluated = evaluated_images([test])
+    evaluated = evaluated_by([test])
     diagnosis = check_dataset(train, evaluated=evaluated, against=["vizwiz test"])
     assert (diagnosis.kinds, diagnosis.left_out) == ({"leaked image": 1}, ())
     assert bad_samples(train)[0]["index"] == 1

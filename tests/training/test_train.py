@@ -284,7 +284,7 @@ def test_the_start_is_a_candidate_for_the_best(tmp_path: Path):
     best = load_file(tmp_path / "whole" / "best" / "model.safetensors")
     assert_same(start, best)
     assert not torch.equal(model.state_dict()["head.weight"], best["head.weight"])
-    assert [v["step"] for v in lines(tmp_path / "whole") if "validation" in v][0] == 0
+    assert next(v["step"] for v in lines(tmp_path / "whole") if "validation" in v) == 0
     assert run(tmp_path / "without", **harmful | {"validate_first": False})[1].best_step != 0
 
     # interrupted after the first step, it keeps the start and validates it once

@@ -67,10 +67,13 @@ def load_image(name: str | Path, root: Path | None = None) -> Image.Image:
     return decode_image(data, str(path))
 
 
-def decode_image(data: bytes, where: str) -> Image.Image:
-    """The bytes of an image file as RGB; ValueError names ``where``."""
+def decode_image(data: bytes, where: str, thumbnail: bool = False) -> Image.Image:
+    """The bytes of an image file as RGB; ValueError names ``where``. A ``thumbnail`` of a JPEG is
+    decoded at the smallest scale that keeps 64 pixels a side, in a fraction of the time."""
     try:
         with _opened(data) as image:
+            if thumbnail:
+                image.draft("RGB", (64, 64))
             return _decoded(image)
     except _DECODING_ERRORS as error:
         raise ValueError(

@@ -11,7 +11,7 @@ from instructblip.data.order import Mixture
 from instructblip.data.prepared.check import (
     Diagnosis,
     check_dataset,
-    evaluated_images,
+    evaluated_by,
     fingerprint,
     left_out,
     unchecked,
@@ -88,7 +88,7 @@ def _custom_set(name: str, entry: DataSet, root: Path) -> CustomSet:
     if entry.task is not None:
         templates_of(entry.task)
     columns = tuple(sorted(entry.columns.items()))
-    return CustomSet(name, entry.format, entry.path, images, columns, entry.task)
+    return CustomSet(name, entry.format, entry.path, images, columns, entry.task, entry.group)
 
 
 def make_mixture(recipe: Recipe, datasets: Mapping[str, Examples]) -> Mixture:
@@ -197,8 +197,9 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
     """Check every data set of a recipe: first what it is evaluated on, then what it trains on.
 
     Yields a diagnosis for each set, or the reason why a set cannot be read. Evaluation sets that
-    are not on this machine are skipped.
+    are not on this machine are skipped. Near-duplicates are looked for in custom data.
     """
+    perceptual = any(recipe.data.sets[name].format for name in training_names(recipe))
     evaluated = []
     for name, split in evaluation_sets(recipe):
         try:
@@ -208,8 +209,8 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             continue
         if dataset is not None:
             evaluated.append(dataset)
-            yield check_dataset(dataset, decode=decode)
-    images = evaluated_images(evaluated)
+            yield check_dataset(dataset, decode=decode, perceptual=perceptual)
+    shown = evaluated_by(evaluated)
     tokens = _response_tokens(recipe)
     for name in training_names(recipe):
         if fault := evaluated_too(recipe, name):
@@ -222,12 +223,13 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             continue
         yield check_dataset(
             dataset,
-            evaluated=images,
+            evaluated=shown,
             against=[_key(dataset) for dataset in evaluated],
             tokens=tokens,
             drop_leaked=recipe.data.drop_leaked,
             max_images=_most_images(recipe, name),
             decode=decode,
+            perceptual=recipe.data.sets[name].format is not None,
         )
 
 

@@ -18,6 +18,7 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    model_validator,
 )
 
 from instructblip.model.config import LoraConfig
@@ -82,6 +83,21 @@ class DataSet(_Section):
     """For tables: which column holds the image, question, answer, choices, context, id."""
     task: str | None = None
     """Task of custom data, which decides its templates; null infers it from the columns."""
+    group: str | None = None
+    """For custom data: what may not be on two sides of a split, such as a patient. A column, or a
+    regular expression over the path of an image with parentheses around the group."""
+
+    @model_validator(mode="after")
+    def _group_fits(self) -> "DataSet":
+        if self.group is None:
+            return self
+        if self.format is None:
+            raise ValueError("group needs a format: only custom data has groups")
+        try:
+            re.compile(self.group)
+        except re.error as error:
+            raise ValueError(f"group {self.group!r} is no regular expression: {error}") from None
+        return self
 
 
 def _plain(name: str) -> str:

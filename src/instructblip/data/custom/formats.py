@@ -30,8 +30,10 @@ from instructblip.data.custom.rows import (
     CustomSet,
     Row,
     examples_of,
+    extra_of,
     images_of,
     keep_image,
+    rows_of_split,
 )
 from instructblip.data.reading.opened import note_file
 from instructblip.data.reading.records import (
@@ -46,6 +48,7 @@ from instructblip.data.reading.records import (
     walk_files,
 )
 from instructblip.data.reading.shards import read_parquet, read_saved, read_shard
+from instructblip.data.reading.splits import files_of_split, first_folder, split_of_file
 
 TABLES: dict[str, Callable[[Path], Iterator[tuple[str, Record]]]] = {
     ".jsonl": read_lines,
@@ -72,7 +75,9 @@ def custom_source(custom: CustomSet) -> Source:
         raise ValueError(f"{custom.name}: columns {unknown}; expected some of {', '.join(ROLES)}")
     files = custom.path or f"the files of a {custom.format}"
     # Compared with the manifests of data prepared earlier, which name the class as it was then.
-    settings = repr(custom).replace("CustomSet", "Own", 1)
+    settings = repr(custom).replace("CustomSet", "Own", 1) + ", by split"
+    if custom.group is not None:
+        settings += f" and group {custom.group!r}"
     read = partial(_examples, custom)
     return Source(read, custom.task or "", "your own", files, custom.images, settings)
 
@@ -80,7 +85,8 @@ def custom_source(custom: CustomSet) -> Source:
 def _examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example]:
     """The examples of the files; raises the first error of a row."""
     read, to_examples = FORMATS[custom.format]
-    for example in to_examples(custom, root, split, read(custom, root, split)):
+    rows = rows_of_split(custom, split, read(custom, root, split))
+    for example in to_examples(custom, root, split, rows):
         if isinstance(example, ValueError):
             raise example
         yield example
@@ -88,13 +94,20 @@ def _examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example]:
 
 def folder_examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example | ValueError]:
     """The example of each row of an imagefolder, or the error of the row."""
-    return examples_of(custom, root, split, _imagefolder(custom, root, split))
+    rows = rows_of_split(custom, split, _imagefolder(custom, root, split))
+    return examples_of(custom, root, split, rows)
 
 
 def _files_of(custom: CustomSet, root: Path, split: str, suffixes: Collection[str]) -> list[Path]:
-    """The files that match ``custom.path``, or without it all that have one of the suffixes."""
+    """The files that match ``custom.path``, or without it all of the split (``files_of_split``)
+    that have one of the suffixes."""
     pattern = _below_root(custom.path or "*").replace("{split}", split)
     files = [path for path in _matching_files(root, pattern) if path.suffix.lower() in suffixes]
+    if files and custom.path is None and not (files := files_of_split(files, split)):
+        raise FileNotFoundError(
+            f"{custom.name}: a file in {root} is named for training and none for the split "
+            f"{split}; name one so, or set `path` of the recipe's entry"
+        )
     if not files:
         raise FileNotFoundError(
             f"{custom.name}: no {' or '.join(suffixes)} file matches {pattern} in {root}; set "
@@ -172,6 +185,7 @@ def _dialogue(
                 context=context,
                 history=tuple(history),
                 where=turn.where,
+                extra=extra_of(custom, record, tuple(images)),
             )
             history.append((question, text))
             question = None
@@ -211,12 +225,19 @@ def _table_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
 def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
     """Below ``root/<split>`` or ``root/images/<split>`` if there is such a folder, else below
     ``root``: the rows of tables, and captions where no table is in the folder or in one above it.
-    Where there are tables, an image that none of them covers counts only with a caption."""
+    Where there are tables, an image that none of them covers counts only with a caption. Nothing,
+    where only another split has a folder or a table named for it."""
     base = root / custom.images
     folder = _folder_of_split(base, split)
+    if folder is None:
+        return
     note_file(folder)
     paths = walk_files(folder)
     listed = [path for path in paths if is_metadata(path)]
+    if not listed:  # train.csv, val.csv
+        by_name = [p for p in paths if p.suffix.lower() in TABLES and split_of_file(p)]
+        if by_name and not (listed := files_of_split(by_name, split)):
+            return
     tables = {path.parent: path for path in listed}
     if len(tables) < len(listed):
         raise ValueError(f"{', '.join(map(str, listed))}: expected one in a folder; remove others")
@@ -242,11 +263,12 @@ def is_metadata(path: Path) -> bool:
     return path.stem.lower() == "metadata" and path.suffix.lower() in TABLES
 
 
-def _folder_of_split(base: Path, split: str) -> Path:
-    """Where the images of a split are; a table in ``base`` itself covers all below it."""
+def _folder_of_split(base: Path, split: str) -> Path | None:
+    """Where the images of a split are, None if only training has a folder; a table in ``base``
+    itself covers all below it."""
     has_table = base.is_dir() and any(map(is_metadata, list_folder(base)))
-    below = [base / split, *([] if has_table else [base / "images" / split])]
-    return next((folder for folder in below if folder.is_dir()), base)
+    parents = [base] if has_table else [base, base / "images"]
+    return first_folder(split, parents) or (None if first_folder("train", parents) else base)
 
 
 def _warn_of_texts_alone(folder: Path, texts: dict[Path, Path], images: set[Path]) -> None:

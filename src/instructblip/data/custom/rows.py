@@ -5,13 +5,14 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from instructblip.core.batch import Example
 from instructblip.core.files import replacing
 from instructblip.data.reading.records import Record, image_name
+from instructblip.data.reading.splits import SPLITS, split_named
 
 REMEDY = "Repair the row, or the entry of the recipe that says how it is read"
 """Ends the error messages about a record of custom data."""
@@ -24,6 +25,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "choices": (),
     "context": (),
     "ocr_tokens": (),
+    "split": (),
 }
 """What a column can hold, with the other names that are accepted for it."""
 
@@ -42,6 +44,8 @@ class CustomSet:
     images: str = "."
     columns: tuple[tuple[str, str], ...] = ()
     task: str | None = None
+    group: str | None = field(default=None, repr=False)
+    """A column, or a regular expression whose parentheses find the group in an image's path."""
 
 
 class Row(NamedTuple):
@@ -88,6 +92,53 @@ def _filled(record: Record, column: str) -> bool:
     return not (value is None or value == [] or (isinstance(value, str) and not value.strip()))
 
 
+def rows_of_split(custom: CustomSet, split: str, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows whose column ``split`` names ``split``; all rows, where they have no such column.
+
+    Raises ValueError for any other name in it, and for a column that only some rows have.
+    """
+    name = dict(custom.columns).get("split", "split")
+    known = ", ".join(names for each in SPLITS.values() for names in each)
+    has_column: bool | None = None
+    for row in rows:
+        column = spelling(name, row.record)
+        has_column = bool(column) if has_column is None else has_column
+        if has_column != bool(column):
+            row.record.fail(name, "in every row or in none")
+        value = str(row.record.data.get(column)) if column else split
+        if (named := split_named(value)) is None:
+            row.record.fail(column or name, f"one of {known}, or rename the column")
+        if named == split:
+            yield row
+
+
+def extra_of(custom: CustomSet, record: Record, images: tuple[str, ...]) -> dict[str, Any]:
+    """``{"group": ...}`` where the entry of the recipe names one, else nothing.
+
+    Raises ValueError for a row without a group, or with images of several.
+    """
+    if custom.group is None:
+        return {}
+    if column := spelling(custom.group, record):
+        if not _filled(record, column):
+            record.fail(column, "the group of the row, such as a patient")
+        return {"group": str(record.data[column])}
+    if "(" not in custom.group:
+        listed = ", ".join(map(repr, list(record.data)[:20]))
+        raise ValueError(
+            f"{record.where}: no column {custom.group!r} for `group`; the columns are {listed}. A "
+            "regular expression over the image's path needs parentheses around the group"
+        )
+    found = [re.search(custom.group, name) for name in images]
+    groups = {match[1] for match in found if match and match[1]}
+    if len(groups) != 1 or not all(found):
+        raise ValueError(
+            f"{record.where}: `group` {custom.group!r} finds {sorted(groups) or 'nothing'} in "
+            f"{', '.join(images)}; expected one group"
+        )
+    return {"group": groups.pop()}
+
+
 def examples_of(
     custom: CustomSet, root: Path, split: str, rows: Iterable[Row]
 ) -> Iterator[Example | ValueError]:
@@ -131,13 +182,14 @@ def _example(
     else:
         task = "caption"
     if task == "caption" and not custom.task and answers:
-        _refuse_unread(record, columns)
-    images = record.data[columns["image"]]
+        _refuse_unread(record, {**columns, "group": custom.group or ""})
+    values = record.data[columns["image"]]
+    images = images_of(root / custom.images, values, record.where, row.folder)
     return Example(
         dataset=custom.name,
         split=split,
         id=_text(record, columns["id"]) or row.key,
-        images=images_of(root / custom.images, images, record.where, row.folder),
+        images=images,
         task=custom.task or task,
         question=question,
         answers=answers,
@@ -145,6 +197,7 @@ def _example(
         context=_text(record, columns["context"]),
         ocr_tokens=_texts(record, columns["ocr_tokens"], separator="|"),
         where=record.where,
+        extra=extra_of(custom, record, images),
     )
 
 

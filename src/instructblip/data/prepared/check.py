@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from instructblip.core.batch import Example
 from instructblip.core.files import replacing, write_json
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
 from instructblip.data.prepared.images import FACTS_FILE, ImageFact, first_changed, read_facts
+from instructblip.data.prepared.near import NEAR, near_pairs
 from instructblip.data.prepared.prepare import BAD_FILE
 from instructblip.data.templates import TEMPLATES, render_prompt
 from instructblip.data.tokens import Tokens
@@ -27,8 +28,15 @@ from instructblip.data.tokens import Tokens
 CHECK_FILE = "check.json"
 CHECK_VERSION = 3
 
-BAD = {"unreadable image", "too many images", "no answer", "no question", "placeholder"}
+SHARED_GROUP = "group on both sides"
+"""A training example whose group an evaluation set has as well."""
+BAD = {
+    *("unreadable image", "too many images", "no answer", "no question", "placeholder"),
+    SHARED_GROUP,
+}
 """Kinds of findings that make an example unusable."""
+NEAR_DUPLICATE = "near-duplicate"
+"""A training image that looks like an image of an evaluation set; it may be another one."""
 LEAKED = "leaked image"
 """A training image that an evaluation set shows as well: bad only with ``drop_leaked``."""
 
@@ -43,6 +51,18 @@ _PLACEHOLDER = re.compile(
 )
 _NO_CAPTION = re.compile(r"\W*(none|n/a)\W*", re.IGNORECASE)
 """Valid answers to a question, but empty cells where there is no question."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What evaluation sets show: nothing of it may be trained on."""
+
+    images: dict[bytes, str] = field(default_factory=dict)
+    """sha256 of an image -> name of a set."""
+    hashes: dict[int, str] = field(default_factory=dict)
+    """Perceptual hash -> image and set. Near-duplicates are looked for where there are any."""
+    groups: dict[tuple[str, str], str] = field(default_factory=dict)
+    """(entry of the recipe, group) -> name of a set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,25 +103,27 @@ def _counted(kinds: Mapping[str, int]) -> str:
 def check_dataset(
     dataset: PreparedDataset,
     *,
-    evaluated: Mapping[bytes, str] | None = None,
+    evaluated: Evaluated | None = None,
     against: Sequence[str] = (),
     tokens: Tokens | None = None,
     drop_leaked: bool = False,
     max_images: int | None = None,
     decode: bool = False,
+    perceptual: bool = False,
 ) -> Diagnosis:
     """Checks every example and every image once, and writes the findings beside the data.
 
     Args:
-        evaluated: sha256 of the images of evaluation sets, with a set's name: for training sets.
+        evaluated: what evaluation sets show: for training sets.
         against: names of these sets, recorded so that a set added later is noticed.
         tokens: measures answers and prompts, which it limits; without it no length is checked.
         drop_leaked: counts leaked images as bad.
         max_images: images of an example that the model sees; None if an example may have more, as
             a video has more frames.
         decode: decodes every image whole, which finds damage in the middle of a file.
+        perceptual: decodes every image at a small scale, to find near-duplicates.
     """
-    facts = dataset.update_images(decode)
+    facts = dataset.update_images(decode, perceptual)
     bad_kinds = BAD | {LEAKED} if drop_leaked else BAD
     kinds: Counter[str] = Counter()
     left_out: dict[int, None] = {}
@@ -112,7 +134,7 @@ def check_dataset(
         temporary.open("w", encoding="utf-8") as file,
     ):
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped)
-        findings = _findings(dataset, facts, evaluated or {}, tokens, max_images)
+        findings = _findings(dataset, facts, evaluated or Evaluated(), tokens, max_images)
         for index, where, kind, reason in findings:
             kinds[kind] += 1
             if kind in bad_kinds:
@@ -146,14 +168,20 @@ def check_dataset(
     )
 
 
-def evaluated_images(datasets: Iterable[PreparedDataset]) -> dict[bytes, str]:
-    """sha256 of every image in the data sets, with the name of a set that shows it."""
-    names: dict[bytes, str] = {}
+def evaluated_by(datasets: Iterable[PreparedDataset]) -> Evaluated:
+    """What the data sets show, each with the name of a set that shows it."""
+    evaluated = Evaluated()
     for dataset in datasets:
-        for fact in read_facts(dataset.path / FACTS_FILE).values():
-            names.setdefault(fact.sha256, f"{dataset.name} {dataset.split}")
-    names.pop(b"", None)  # of images that cannot be read
-    return names
+        title = f"{dataset.name} {dataset.split}"
+        for name, fact in read_facts(dataset.path / FACTS_FILE).items():
+            if fact.sha256:  # not of images that cannot be read
+                evaluated.images.setdefault(fact.sha256, title)
+            if fact.perceptual is not None:
+                evaluated.hashes.setdefault(fact.perceptual, f"{name} of {title}")
+        if dataset.has_groups:
+            for example in dataset:
+                evaluated.groups.setdefault((example.dataset, example.extra["group"]), title)
+    return evaluated
 
 
 def fingerprint(dataset: PreparedDataset) -> str:
@@ -202,16 +230,18 @@ def _read_check(dataset: PreparedDataset) -> dict[str, Any]:
 def _findings(
     dataset: PreparedDataset,
     facts: Mapping[str, ImageFact],
-    evaluated: Mapping[bytes, str],
+    evaluated: Evaluated,
     tokens: Tokens | None,
     max_images: int | None,
 ) -> Iterator[tuple[int, str, str, str]]:
     """(index, ``Example.where``, kind, reason) of each fault."""
+    near = _near_duplicates(facts, evaluated)
     # Where a content or an id occurs first, by its hash: millions of texts would fill the memory.
     contents: dict[int, int] = {}
     ids: dict[int, int] = {}
     for i, example in enumerate(dataset):
         faults = list(_faults(example, dataset.image_root, facts, evaluated, tokens, max_images))
+        faults += [(NEAR_DUPLICATE, near[name]) for name in example.images if name in near]
         images = tuple(facts[name].sha256 for name in example.images)
         text = (example.question, example.context, example.history, example.answers)
         if (first := contents.setdefault(hash((images, text)), i)) != i:
@@ -223,11 +253,30 @@ def _findings(
             yield i, example.where, kind, reason
 
 
+def _near_duplicates(facts: Mapping[str, ImageFact], evaluated: Evaluated) -> dict[str, str]:
+    """Training image -> why it is a near-duplicate of an evaluated one, but not the same file."""
+    if not evaluated.hashes:
+        return {}
+    hashes = {f.perceptual for f in facts.values() if f.perceptual is not None}
+    nearest: dict[int, tuple[int, int]] = {}  # hash -> (bits, evaluated hash)
+    for mine, other, bits in near_pairs(hashes, evaluated.hashes):
+        nearest[mine] = min(nearest.get(mine, (bits, other)), (bits, other))
+    near = {}
+    for name, fact in facts.items():
+        if fact.perceptual in nearest and fact.sha256 not in evaluated.images:
+            bits, other = nearest[fact.perceptual]
+            near[name] = (
+                f"{name} looks like {evaluated.hashes[other]} ({bits} of 64 bits differ, at most "
+                f"{NEAR} count as alike)"
+            )
+    return near
+
+
 def _faults(
     example: Example,
     root: Path,
     facts: Mapping[str, ImageFact],
-    evaluated: Mapping[bytes, str],
+    evaluated: Evaluated,
     tokens: Tokens | None,
     max_images: int | None,
 ) -> Iterator[tuple[str, str]]:
@@ -238,8 +287,11 @@ def _faults(
     for name in example.images:
         if fault := facts[name].fault:
             yield "unreadable image", f"{root / name}: {fault}"
-        elif other := evaluated.get(facts[name].sha256):
+        elif other := evaluated.images.get(facts[name].sha256):
             yield LEAKED, f"{name} is also an image of {other}"
+    group = example.extra.get("group")
+    if other := evaluated.groups.get((example.dataset, group)):
+        yield SHARED_GROUP, f"{group!r} is also in {other}"
     if example.split == "train" and not example.taught:
         yield "no answer", "a training example needs an answer"
     if example.task in NEEDS_QUESTION and not example.question.strip():

@@ -91,6 +91,11 @@ class PreparedDataset:
     def __iter__(self) -> Iterator[Example]:
         return (_to_example(row) for batch in self._open() for row in batch.to_pylist())
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether the examples have ``extra["group"]``."""
+        return len(self) > 0 and "group" in self[0].extra
+
     def images(self) -> set[tuple[str, ...]]:
         """The distinct ``Example.images``, without reading anything else."""
         columns = (batch.column("images").to_pylist() for batch in self._open())
@@ -101,7 +106,7 @@ class PreparedDataset:
         known = read_facts(self.path / FACTS_FILE)
         return {str(self.image_root / name): fact for name, fact in known.items()}
 
-    def update_images(self, decode: bool = False) -> dict[str, ImageFact]:
+    def update_images(self, decode: bool = False, perceptual: bool = False) -> dict[str, ImageFact]:
         """Facts about every image as it is now, by name, stored here and in the manifest."""
         facts = update_facts(
             self.path / FACTS_FILE,
@@ -109,6 +114,7 @@ class PreparedDataset:
             self.image_root,
             f"checking {self.name} {self.split}",
             decode=decode,
+            perceptual=perceptual,
         )
         if self.manifest["images"] != summary(facts):
             self.manifest["images"] = summary(facts)

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from instructblip.core.files import replacing
 from instructblip.core.progress import progress_bar
-from instructblip.data.images import MAX_FILE_BYTES, image_fault
+from instructblip.data.images import MAX_FILE_BYTES, decode_image, image_fault
+from instructblip.data.prepared.near import perceptual_hash
 
 FACTS_FILE = "pictures.arrow"
 MISSING = "does not exist"
@@ -28,6 +29,7 @@ _SCHEMA = pa.schema(
         ("modified_ns", pa.int64()),
         ("sha256", pa.binary()),
         ("fault", pa.string()),
+        ("perceptual", pa.uint64()),
     ]
 )
 SAVE_SECONDS = 300
@@ -38,12 +40,14 @@ _PARTS_AHEAD = 64
 
 class ImageFact(NamedTuple):
     """One image file. ``fault`` says why it does not open and is empty when it does; ``sha256`` of
-    the file's bytes is empty when they cannot be read."""
+    the file's bytes is empty when they cannot be read. ``perceptual`` is its `perceptual_hash`,
+    None where nobody has asked for it and in files of earlier versions."""
 
     size: int
     modified_ns: int
     sha256: bytes
     fault: str
+    perceptual: int | None = None
 
 
 def update_facts(
@@ -54,6 +58,7 @@ def update_facts(
     *,
     known: Mapping[str, ImageFact] | None = None,
     decode: bool = False,
+    perceptual: bool = False,
     progress: bool = True,
 ) -> dict[str, ImageFact]:
     """Facts about the images ``names`` below ``root``, written to ``file``.
@@ -67,7 +72,8 @@ def update_facts(
     saved = time.monotonic()
     with progress_bar(title, "images", shown=progress) as advance:
         try:
-            for name, fact in gather_facts(names, root, known, decode=decode):
+            gathered = gather_facts(names, root, known, decode=decode, perceptual=perceptual)
+            for name, fact in gathered:
                 facts[name] = fact
                 if len(facts) % 1024 == 0:
                     advance(len(facts), len(names))
@@ -98,16 +104,18 @@ def gather_facts(
     known: Mapping[str, ImageFact],
     *,
     decode: bool = False,
+    perceptual: bool = False,
     workers: int | None = None,
 ) -> Iterator[tuple[str, ImageFact]]:
     """(name, fact) of each image below ``root``, in order, read by ``workers`` threads.
 
     An image that ``known`` has with the same size and date is not read. ``decode`` reads and
     decodes every image whole; otherwise its header and the end of its file are looked at.
+    ``perceptual`` decodes images that have no perceptual hash yet, JPEGs at a small scale.
     """
 
     def look(part: tuple[str, ...]) -> list[tuple[str, ImageFact]]:
-        return [(name, _look_at(root / name, known.get(name), decode)) for name in part]
+        return [(name, _look_at(root / name, known.get(name), decode, perceptual)) for name in part]
 
     # Threads are enough: reading and hashing release the interpreter's lock. ``map`` submits all
     # it is given at once, so it is given a limited number of parts at a time.
@@ -154,11 +162,12 @@ def read_facts(path: Path) -> dict[str, ImageFact]:
     }
 
 
-def _look_at(path: Path, known: ImageFact | None, decode: bool) -> ImageFact:
+def _look_at(path: Path, known: ImageFact | None, decode: bool, perceptual: bool) -> ImageFact:
     try:
         stat = path.stat()
         stamp = stat.st_size, stat.st_mtime_ns
-        if known and not decode and known[:2] == stamp:
+        is_known = known is not None and not decode and known[:2] == stamp
+        if known and is_known and (not perceptual or known.perceptual is not None or known.fault):
             return known
         if stat.st_size > MAX_FILE_BYTES:
             return ImageFact(*stamp, b"", f"has more than {MAX_FILE_BYTES} bytes")
@@ -167,4 +176,16 @@ def _look_at(path: Path, known: ImageFact | None, decode: bool) -> ImageFact:
         return ImageFact(0, 0, b"", MISSING)
     except OSError as error:
         return ImageFact(0, 0, b"", f"cannot be read: {error.strerror or error}")
-    return ImageFact(*stamp, hashlib.sha256(data).digest(), image_fault(data, decode) or "")
+    if known and is_known:
+        fact = known
+    else:
+        fault = image_fault(data, decode) or ""
+        fact = ImageFact(*stamp, hashlib.sha256(data).digest(), fault)
+    return fact._replace(perceptual=_perceptual(data)) if perceptual and not fact.fault else fact
+
+
+def _perceptual(data: bytes) -> int | None:
+    try:
+        return perceptual_hash(decode_image(data, "", thumbnail=True))
+    except ValueError:  # damage in the middle of a file, which only ``decode`` looks for
+        return None

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from instructblip.data.reading.records import IMAGE_SUFFIXES, Record, check_object
+from instructblip.data.reading.splits import split_named
 from instructblip.data.reading.streaming import refuse_constant
 
 ROWS = 64
@@ -41,11 +42,12 @@ def read_saved(folder: Path, split: str) -> Iterator[tuple[str, Record]]:
     except (FileNotFoundError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"{folder} is not a saved data set: {error}") from None
     if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
+        name = next((name for name in saved if split_named(str(name)) == split), None)
+        if name is None:
             raise FileNotFoundError(
                 f"{folder} has no split '{split}'; it has {', '.join(map(str, saved))}"
             )
-        saved = saved[split]
+        saved = saved[name]
     for name, feature in saved.features.items():
         if isinstance(feature, datasets.Image):
             saved = saved.cast_column(name, datasets.Image(decode=False))
