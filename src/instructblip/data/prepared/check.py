@@ -289,7 +289,7 @@ def _faults(
             yield "unreadable image", f"{root / name}: {fault}"
         elif other := evaluated.images.get(facts[name].sha256):
             yield LEAKED, f"{name} is also an image of {other}"
-    group = example.extra.get("group")
+    group = example.extra.get("group", "")
     if other := evaluated.groups.get((example.dataset, group)):
         yield SHARED_GROUP, f"{group!r} is also in {other}"
     if example.split == "train" and not example.taught:
