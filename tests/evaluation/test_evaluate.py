@@ -242,7 +242,7 @@ def test_bad_examples_are_named() -> None:
     with pytest.raises(ValueError, match="vocabulary"):
         evaluate(FakeEngine(), ranking, ListDataset([example]))
     with pytest.raises(ValueError, match="no metric"):
-        evaluate(FakeEngine(), benchmark(metric="accuracy"), ListDataset([example]))
+        evaluate(FakeEngine(), benchmark(metric="accurate"), ListDataset([example]))
 
 
 def test_limit_spreads_over_the_set() -> None:
