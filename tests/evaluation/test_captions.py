@@ -97,6 +97,11 @@ TOKENS = {
     "a cat.A bird, a jet-ski.A boat": "a cat.a bird a jet-ski a boat",
     "5'10\" tall, 1980's, '80s, 7 o'clock": "5 10 tall 1980 's '80s 7 o'clock",
     "<unk> a_b stop!go colour": "<unk> a_b stop!go colour",
+    "A&amp;M, I&lt;3NY. R&amp;B &quot;stop&quot; dog&apos;s": "a&m i < 3ny r&b stop dog 's",
+    'in the kitchen.; a jet-ski., at 5.: the "B."': "in the kitchen. a jet-ski. at 5. the b.",
+    "Plan b. works, vitamin C! room B. The end": "plan b. works vitamin c room b the end",
+    "lincoln av e. in KY. or ky., in Pa. no pa.": "lincoln av e. in ky. or ky. in pa. no pa",
+    "No. 5 of fig. 3, no. It is .5 of rock'n'roll": "no. 5 of fig. 3 no it is .5 of rock 'n' roll",
     "d'oeuvres, ma'am! rock 'n' roll": "d'oeuvres ma'am rock 'n' roll",
 }
 

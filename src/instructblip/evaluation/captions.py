@@ -250,36 +250,62 @@ PUNCTUATION = frozenset(
 _REWRITTEN = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _REWRITTEN |= {"’": "'", "‘": "`", "“": "``", "”": "''", "…": "...", "–": "--", "—": "--"}
 _REWRITTEN |= {"£": "#", "€": "$", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4"}
+_REWRITTEN |= {"&lt;": "<", "&gt;": ">", "&mdash;": "--"}
+_ENTITIES = {"&quot;": '"', "&apos;": "'", "&nbsp;": " ", "&amp;": "&", "’": "'"}
 
 _SPLIT_WORDS = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na"}
 _SPLIT_WORDS |= {"gimme": "gim me", "lemme": "lem me", "'tis": "'t is", "'twas": "'t was"}
 
+# Words that keep their full stop: in any case; these in upper or title case; before a number.
 _ABBREVIATIONS = (
     "jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri "
-    "mr mrs ms dr prof sr jr rev gen col lt sgt capt gov sen rep pres st ste ave blvd rd ft mt "
-    "co corp inc ltd bros bldg univ vs etc al ph.d"
+    "ala ariz calif colo conn ct dak fla ga ind kan kans ky md mich minn mo mont neb nev okla penn "
+    "tenn va vt wis wisc wyo "
+    "mr mrs ms mme mlle messrs dr drs prof profs sr jr rev rt hon rep reps sen sens gov govs pres "
+    "atty attys gen adm maj col lt lieut sgt capt cmdr comdr cpl pvt pfc spc brig det insp supt "
+    "st ste ave blvd rd sq ft mt est tel ext bldg dept univ assoc asst "
+    "co cos corp inc ltd plc bros bhd cie ens intl natl elec "
+    "vs cf etc al seq esq ph ph.d alex wm jos"
 )
+_STATES = "az ark del ill la mass miss ore pa tex wash"
+_BEFORE_NUMBERS = "no nos fig figs art prop pp op ca"
+_STARTS = (  # a sentence starts with these after a letter and a full stop
+    "A About According Additionally After An As At But Earlier He Her Here However If In It Last "
+    "Many More Mr. Ms. Now Once One Other Our She Since So Some Such That The Their Then There "
+    "These They This We What When While Yet You"
+).replace(".", r"\.")
+
+
+def _any_of(words: str) -> str:
+    return "|".join(words.split())
+
 
 _TOKEN = re.compile(
-    r"""
+    rf"""
       https?://[^\s<>"]+ | www\.[\w.-]+\w(?:/[^\s<>"]*)?      # addresses
     | [\w.+-]+@[\w-]+(?:\.[\w-]+)+ | @[a-z]\w* | \#[a-z]\w*
     | </?[a-z][^<>]*>                                          # a tag such as <unk> is one word
+    | &(?:[a-z]+|\#\d+);                                       # &lt; &eacute; &#39;
     | \.(?:[ ]?\.)+                                            # ... and . . .
-    | (?:ABBREVIATIONS)\.(?![^\W_]|\.) | no\.(?=[ ]\d) | (?-i:[A-Z])\.(?=[ ]|$)
+    | \.\d+(?![^\W_])                                          # .5
+    | (?:[^\W_]+(?:[-_][^\W_]+)*|(?-i:[A-Z]+(?:&[A-Z]+)+)|o'clock)\.(?=[,;:])  # kitchen.; there
+    | (?:{_any_of(_ABBREVIATIONS)})\.(?![^\W\d_])
+    | (?-i:{_any_of(_STATES.title())}|{_any_of(_STATES.upper())})\.(?![^\W_])
+    | (?:{_any_of(_BEFORE_NUMBERS)})\.(?=[ ]\d)
+    | [a-z]\.(?![^\W\d_])(?![ ](?-i:{_any_of(_STARTS)})(?:[ ]|$))  # Plan B. works
     | [a-z](?:\.[a-z])+\.?(?![^\W_])                           # u.s. p.m.
     | (?-i:[A-Z]+(?:&[A-Z]+)+)                                 # B&W, but b & w
     | (?<!\w)[-+]?\d+(?:[:/.,-]\d+)+(?:st|nd|rd|th|s)?(?:-[^\W_]+)*(?![^\W_])
     | \d+(?::\d\d) | (?<!\w)[-+]\d+(?![^\W_])
-    | '\d\ds(?![^\W_]) | '(?:em|n'|tis|twas|cause)(?![^\W_]) | o'clock | ma'am
+    | '\d\ds(?![^\W_]) | '(?:em|tis|twas|cause)(?![^\W_]) | 'n' | o'clock | ma'am
     | (?:[cdjlo]|qu)'(?!(?:s|re|ve|ll|d|m)(?![^\W_]))[^\W\d_]\w* | y'(?=all)
     | n't(?![^\W_]) | [^\W_]+?(?=n't(?![^\W_]))               # is n't
     | [^\W\d_][^\W_]*(?:[.!?][^\W\d_][^\W_]*)+                # a missing space.Here
     | [^\W_]+(?:[-_/][^\W_]+)*
     | '(?:s|re|ve|ll|d|m)(?![^\W_])
-    | [!?]{2,} | --+ | ''|``
+    | [!?]{{2,}} | --+ | ''|``
     | \S
-    """.replace("ABBREVIATIONS", "|".join(_ABBREVIATIONS.split())),
+    """,
     re.VERBOSE | re.IGNORECASE,
 )
 
@@ -302,12 +328,14 @@ def tokenize(captions: Sequence[str], tokenizer: CaptionTokenizer = "python") ->
 def _python_tokens(caption: str) -> list[str]:
     tokens: list[str] = []
     opened = False
-    for token in _TOKEN.findall(caption.replace("’", "'")):
+    for entity, character in _ENTITIES.items():
+        caption = caption.replace(entity, character)
+    for token in _TOKEN.findall(caption):
         token = token.lower()
         if token == '"':
             token = "''" if opened else "``"
             opened = not opened
-        if token[0] == "." and len(token) > 1:
+        if token.startswith(("..", ". .")):
             token = "..."
         elif token.startswith("--"):
             token = "--"
