@@ -122,7 +122,10 @@ CASES: list[tuple[str, str, dict[str, Any], int, dict[str, Any], int]] = [
     (
         "coco_caption",
         "train",
-        {"annotations/coco_karpathy_train.json": KARPATHY},
+        {
+            "annotations/coco_karpathy_train.json": KARPATHY,
+            "images/COCO_val2014_000000000009.jpg": "",
+        },
         0,
         {
             "id": "9",

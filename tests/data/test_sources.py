@@ -47,6 +47,67 @@ def test_shards_of_web_capfilt(tmp_path: Path) -> None:
         list(SOURCES["web_capfilt"].read(tmp_path, "train"))
 
 
+@pytest.mark.parametrize("folder", ["images/test", "images"])
+@pytest.mark.parametrize("name", ["scienceqa", "iconqa"])
+def test_an_archive_without_its_folders_is_not_one_image_for_all(
+    name: str, folder: str, tmp_path: Path
+) -> None:
+    problem = {"question": "Which?", "choices": ["a", "b"], "answer": 0, "split": "test"}
+    files: dict[str, Any] = {
+        "annotations/problems.json": {k: {**problem, "image": "image.png"} for k in ("17", "18")},
+        "annotations/iconqa_test.json": [
+            {**problem, "image": f"test/{k}/image.png"} for k in ("17", "18")
+        ],
+        f"{folder}/image.png": "",
+    }
+    write_files(tmp_path, files)
+    with pytest.raises(
+        ValueError,
+        match=r"'test/17/image.png' nor 'test/18/image.png' is in .*"
+        "the archive was unpacked without its folders; unpack it again",
+    ):
+        list(SOURCES[name].read(tmp_path, "test"))
+
+
+def test_missing_images_are_named_as_the_file_writes_them(tmp_path: Path) -> None:
+    joined = [
+        {"question_id": i, "question": "What?", "answer": ["a"], "image": f"{folder}/COCO_{i}.jpg"}
+        for i, folder in enumerate(["train2014", "val2014", "val2014"])
+    ]
+    files: dict[str, Any] = {
+        "annotations/vqa_train.json": joined,
+        "images/train2014/COCO_0.jpg": "",
+        "images/COCO_1.jpg": "",
+    }
+    write_files(tmp_path, files)
+    examples = SOURCES["vqav2"].read(tmp_path, "train")
+    names = ["train2014/COCO_0.jpg", "COCO_1.jpg", "val2014/COCO_2.jpg"]
+    assert [example.images for example in examples] == [(name,) for name in names]
+
+
+def test_images_are_searched_in_all_folders_of_their_archives(tmp_path: Path) -> None:
+    question = {"question_id": "q", "question": "What?", "image_id": 7}
+    files = {"annotations/aokvqa_v1p0_val.json": [question], "images/train2014/": None}
+    write_files(tmp_path, {**files, "images/val2014/000000000007.jpg": ""})
+    (example,) = SOURCES["aokvqa_direct"].read(tmp_path, "val")
+    assert example.images == ("val2014/000000000007.jpg",)
+
+
+def test_difficult_direct_answers_are_marked(tmp_path: Path) -> None:
+    question = {"question": "What?", "image_id": 7, "direct_answers": ["a"] * 10}
+    marked = [{**question, "question_id": i, "difficult_direct_answer": i == 1} for i in range(2)]
+    write_files(tmp_path, {"annotations/aokvqa_v1p0_val.json": marked})
+    examples = SOURCES["aokvqa_direct"].read(tmp_path, "val")
+    assert [e.extra for e in examples] == [{}, {"difficult_direct_answer": True}]
+
+
+def test_the_list_of_nocaps_of_lavis_is_named(tmp_path: Path) -> None:
+    listed = [{"image": "val/0013ea2087020901.jpg", "img_id": 0}]
+    write_files(tmp_path, {"annotations/nocaps_val.json": listed})
+    with pytest.raises(ValueError, match=r"LAVIS's list of images, without captions.*4500_capt"):
+        list(SOURCES["nocaps"].read(tmp_path, "val"))
+
+
 @pytest.mark.parametrize("line", ["10.jpg\tA man.", "10.jpg#x\tA man.", "10.jpg#1 A man.", "#"])
 def test_broken_lines_of_flickr(line: str, tmp_path: Path) -> None:
     files = {"annotations/results_20130124.token": line, "annotations/test.txt": "10"}

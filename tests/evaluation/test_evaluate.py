@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import multiprocessing
 
 from instructblip.core import distributed
 from instructblip.data.prepared.prepare import prepare
+from instructblip.evaluation import normalize
 from instructblip.evaluation.benchmarks import select_benchmarks
 from instructblip.evaluation.compare import summarise
 from instructblip.evaluation.evaluate import derange, evaluate, in_batches, pick
@@ -246,10 +249,51 @@ def test_bad_examples_are_named() -> None:
 
 
 def test_limit_spreads_over_the_set() -> None:
-    assert pick(10, 3) == [0, 3, 6]
+    chosen = pick(1000, 50)
+    assert [i // 20 for i in chosen] == list(range(50))
+    assert chosen == pick(1000, 50)
     assert pick(3, 10) == [0, 1, 2]
+    for period in (2, 4, 5, 10, 20):  # labels that take turns
+        assert len({i % period for i in pick(1000, 100)}) == period
     with pytest.raises(ValueError, match="at least 1"):
         pick(3, 0)
+
+
+def test_a_class_that_the_limit_leaves_out_is_named() -> None:
+    dataset = colour_questions(60)
+    rare = replace(dataset.examples[0], answers=("white",))
+    rarely = ListDataset([rare, *dataset.examples[1:]])
+    with pytest.warns(UserWarning, match=r"toy: none of the 30 samples of 60 has .*'white', so"):
+        evaluate(FakeEngine(), benchmark(), rarely, limit=30, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(FakeEngine(), benchmark(), dataset, limit=30, progress=False)
+        evaluate(FakeEngine(), benchmark(), rarely, progress=False)
+        open_ended = [replace(e, answers=(e.id,)) for e in dataset.examples]
+        evaluate(FakeEngine(), benchmark(), ListDataset(open_ended), limit=30, progress=False)
+
+
+def test_aokvqa_scores_difficult_questions_only_as_lavis() -> None:
+    dataset = colour_questions()
+    hard = replace(dataset.examples[0], answers=("pink",), extra={"difficult_direct_answer": True})
+    rest = [replace(e, answers=e.answers * 3) for e in dataset.examples[1:]]
+    marked = ListDataset([hard, *rest])
+    official = evaluate(FakeEngine(), benchmark(metric="aokvqa_accuracy official"), marked)
+    assert (official.value, official.n) == (100.0, 11)
+    for metric in ("aokvqa_accuracy lavis", "aokvqa_accuracy"):
+        lavis = evaluate(FakeEngine(), benchmark(metric=metric), marked)
+        assert (lavis.value, lavis.n) == (pytest.approx(100 * 11 / 12), 12)
+
+
+def test_a_missing_lemmatizer_is_named_before_the_first_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    normalize.lemmatizer.cache_clear()
+    engine = FakeEngine()
+    with pytest.raises(ValueError, match=r"instructblip\[lemmas\].*or use 'okvqa_accuracy off"):
+        evaluate(engine, benchmark(metric="okvqa_accuracy lavis"), colour_questions())
+    assert not engine.batches
 
 
 @settings(max_examples=100, deadline=None)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,6 +60,19 @@ def test_okvqa_doubles_five_answers() -> None:
     assert metrics.okvqa_accuracy("dog", five) == 1.0
     assert metrics.okvqa_accuracy("cat", ten) == pytest.approx(0.6)
     assert metrics.okvqa_accuracy("cat", five) == pytest.approx(0.6)
+
+
+def test_okvqa_of_lavis_compares_lemmas(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"riding": "VERB", "bikes": "NOUN", "its": "PRON"}
+    lemmas = {"riding": "ride", "bikes": "bike", "its": "it"}
+
+    def pipeline(text: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(text=w, pos_=parts[w], lemma_=lemmas[w]) for w in text.split()]
+
+    monkeypatch.setattr(normalize, "lemmatizer", lambda: pipeline)
+    answers = ["ride its bike"] * 5
+    assert metrics.okvqa_accuracy("riding its bikes", answers, "lavis") == 1.0
+    assert metrics.okvqa_accuracy("riding its bikes", answers, "official_2017") == 0.0
 
 
 def test_aokvqa_leaves_nobody_out_and_normalises_nothing() -> None:

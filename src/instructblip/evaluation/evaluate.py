@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,8 @@ FIRST_SIZE, LARGEST_SIZE = 16, 512
 """Sizes of "auto"."""
 GAIN = 1.05
 """How much faster a larger batch has to be for "auto" to grow further."""
+MOST_CLASSES = 20
+"""Distinct answers from which a set is not one of classes."""
 
 
 @runtime_checkable
@@ -74,7 +77,8 @@ def evaluate(
     the same result.
 
     Args:
-        limit: number of samples, spread evenly over the set; None for all.
+        limit: number of samples, spread over the set; None for all. Those that the metric skips
+            are left out of them. Warns of classes of the set that none of them has.
         blind_seed: evaluates the blind control: every sample gets the images of another one.
         out: folder for settings.json, predictions.jsonl (written as they come) and result.json. An
             interrupted evaluation resumes there; a folder of other settings is refused.
@@ -85,7 +89,11 @@ def evaluate(
     Raises ValueError for samples without answers, repeated ids, a set too small for the blind
     control, or a missing vocabulary.
     """
-    examples = [dataset[i] for i in pick(len(dataset), limit)]
+    skips = scorer_of(benchmark.metric).skips
+    chosen = [dataset[i] for i in pick(len(dataset), limit)]
+    examples = [example for example in chosen if not example.extra.get(skips)]
+    if len(chosen) < len(dataset):
+        _warn_of_unseen_classes(chosen, dataset)
     _check(examples, benchmark, vocabulary)
     candidates = [_candidates(example, benchmark, vocabulary) for example in examples]
     if blind_seed is not None:
@@ -129,12 +137,33 @@ def evaluate(
 
 
 def pick(count: int, limit: int | None) -> list[int]:
-    """Return ``limit`` of ``count`` indices, spread evenly, since sets are often sorted by kind."""
+    """Return ``limit`` of ``count`` indices, always the same: one of each of ``limit`` equal parts,
+    since sets are often sorted by kind, at a random place, since kinds may also alternate."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1; got {limit}")
     if limit is None or limit >= count:
         return list(range(count))
-    return [i * count // limit for i in range(limit)]
+    rng = random.Random(f"{limit} of {count}")
+    return [rng.randrange(i * count // limit, (i + 1) * count // limit) for i in range(limit)]
+
+
+def _warn_of_unseen_classes(chosen: Sequence[Example], dataset: Examples) -> None:
+    """Warn if ``chosen`` has not all answers of a set with few: at most ``MOST_CLASSES``, each for
+    five examples on average."""
+    classes: set[str] = set()
+    for i in range(len(dataset)):
+        classes.update(dataset[i].answers[:1])
+        if len(classes) > MOST_CLASSES:
+            return
+    if 5 * len(classes) > len(dataset):
+        return
+    if unseen := classes.difference(*(example.answers[:1] for example in chosen)):
+        warnings.warn(
+            f"{dataset.name}: none of the {len(chosen)} samples of {len(dataset)} has the answer "
+            f"{', '.join(map(repr, sorted(unseen)))}, so the score says nothing about it; raise "
+            "the limit",
+            stacklevel=3,
+        )
 
 
 def swap_images(examples: Sequence[Example], seed: int) -> list[Example]:
@@ -210,7 +239,7 @@ def in_batches(
 def _check(
     examples: Sequence[Example], benchmark: Benchmark, vocabulary: Sequence[str] | None
 ) -> None:
-    scorer_of(benchmark.metric)
+    scorer_of(benchmark.metric).require()
     if not examples:
         raise ValueError(f"{benchmark.name}: the data set holds no examples")
     if benchmark.vocabulary and not vocabulary:

@@ -12,6 +12,7 @@ import numpy as np
 from instructblip.evaluation import normalize
 
 VqaVariant = Literal["official_2021", "official_2017"]
+OkvqaVariant = Literal["official_2021", "official_2017", "lavis"]
 GqaVariant = Literal["official_exact", "lavis", "lmms_eval"]
 _GQA: dict[GqaVariant, Callable[[str], str]] = {
     "official_exact": str,
@@ -67,13 +68,16 @@ def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def okvqa_accuracy(
-    prediction: str, answers: Sequence[str], variant: VqaVariant = "official_2021"
+    prediction: str, answers: Sequence[str], variant: OkvqaVariant = "official_2021"
 ) -> float:
     """VQA accuracy over OK-VQA's ten answers: five annotators, each listed twice in the file.
 
-    Five answers are doubled, so that both ways of storing them score alike.
+    Five answers are doubled, so that both ways of storing them score alike. ``lavis`` is
+    ``official_2017`` of ``normalize.lemmatize(prediction)``.
     """
     _require_answers(answers)
+    if variant == "lavis":
+        prediction, variant = normalize.lemmatize(prediction), "official_2017"
     doubled = [answer for answer in answers for _ in range(2)] if len(answers) == 5 else answers
     return vqa_accuracy(prediction, doubled, variant)
 
@@ -81,8 +85,8 @@ def okvqa_accuracy(
 def aokvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """A-OKVQA direct answers: min(1, n / 3) over all answers, equal strings, nobody left out.
 
-    Source: allenai/aokvqa ``evaluation/eval_predictions.py``, whose benchmark skips the questions
-    marked ``difficult_direct_answer``.
+    Source: allenai/aokvqa ``evaluation/eval_predictions.py``, which skips the questions marked
+    ``difficult_direct_answer``; LAVIS (``tasks/vqa.py``: ``AOKVQATask``) scores them too.
     """
     _require_answers(answers)
     return min(1.0, sum(prediction == answer for answer in answers) / 3)

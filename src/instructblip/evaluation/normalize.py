@@ -8,11 +8,14 @@ disagree on a few answers in a hundred.
 ``vqa_punctuation``  its first half, all that the 2017 version applies to the references
 ``textvqa``         facebookresearch/mmf, ``m4c_evaluators.py`` (TextVQA, ST-VQA)
 ``lmms_eval``       EvolvingLMMs-Lab/lmms-eval, ``exact_match`` ignoring case and punctuation
+``lemmatize``       salesforce/LAVIS, ``_lemmatize`` of its models, for predictions on OK-VQA
 ==================  =====================================================================
 """
 
 import re
 import string
+from functools import cache
+from typing import Any
 
 ARTICLES = frozenset(("a", "an", "the"))
 
@@ -99,6 +102,28 @@ def textvqa(answer: str) -> str:
 def lmms_eval(answer: str) -> str:
     """Lower case, no ASCII punctuation; white space and articles stay."""
     return answer.lower().translate(str.maketrans("", "", string.punctuation))
+
+
+def lemmatize(answer: str) -> str:
+    """Nouns and verbs as their lemmas, by spaCy's ``en_core_web_sm``: "2 men are running" becomes
+    "2 man are run". Raises ValueError without spaCy or this model."""
+    tokens = lemmatizer()(answer)
+    return " ".join(t.lemma_ if t.pos_ in ("NOUN", "VERB") else t.text for t in tokens)
+
+
+@cache
+def lemmatizer() -> Any:
+    """spaCy's pipeline for ``lemmatize``."""
+    try:
+        import spacy  # type: ignore[import-not-found]
+
+        return spacy.load("en_core_web_sm")
+    except (ImportError, OSError) as error:
+        raise ValueError(
+            f"the metric 'okvqa_accuracy lavis' lemmatizes predictions with spaCy ({error}); pip "
+            "install 'instructblip[lemmas]' and python -m spacy download en_core_web_sm, or use "
+            "'okvqa_accuracy official_2017'"
+        ) from None
 
 
 def _punctuation(answer: str, full_stop: re.Pattern[str]) -> str:

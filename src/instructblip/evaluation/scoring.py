@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from instructblip.evaluation import captions, classes, metrics
+from instructblip.evaluation import captions, classes, metrics, normalize
 from instructblip.evaluation.bootstrap import Floats
 from instructblip.evaluation.captions import CaptionTokenizer
 
@@ -42,11 +42,17 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """One metric: the score of one prediction, and of all of them if it is not the mean."""
+    """One metric: the score of one prediction, and of all of them if it is not the mean.
+
+    Examples whose ``extra`` has ``skips`` are not part of the score. ``require`` raises ValueError
+    if a package is missing.
+    """
 
     sample: Callable[[Prediction], float]
     corpus: Callable[[Sequence[Prediction], CaptionTokenizer], Score] | None = None
     uses_tokenizer: bool = False
+    skips: str = ""
+    require: Callable[[], object] = lambda: None
 
     def score(
         self, predictions: Sequence[Prediction], tokenizer: CaptionTokenizer = "python"
@@ -182,6 +188,7 @@ def _on_first_answer(variant: metrics.GqaVariant) -> Callable[[Prediction], floa
 
 
 _exact = _on_answers(metrics.exact_match)
+_aokvqa = _on_answers(metrics.aokvqa_accuracy)
 
 SCORERS: dict[str, Scorer] = {
     "exact_match": Scorer(_exact),
@@ -189,8 +196,13 @@ SCORERS: dict[str, Scorer] = {
     "vqa_accuracy official_2017": Scorer(_on_answers(metrics.vqa_accuracy, "official_2017")),
     "okvqa_accuracy official_2021": Scorer(_on_answers(metrics.okvqa_accuracy, "official_2021")),
     "okvqa_accuracy official_2017": Scorer(_on_answers(metrics.okvqa_accuracy, "official_2017")),
+    "okvqa_accuracy lavis": Scorer(
+        _on_answers(metrics.okvqa_accuracy, "lavis"), require=normalize.lemmatizer
+    ),
     "textvqa_accuracy": Scorer(_on_answers(metrics.textvqa_accuracy)),
-    "aokvqa_accuracy": Scorer(_on_answers(metrics.aokvqa_accuracy)),
+    "aokvqa_accuracy official": Scorer(_aokvqa, skips="difficult_direct_answer"),
+    "aokvqa_accuracy lavis": Scorer(_aokvqa),
+    "aokvqa_accuracy": Scorer(_aokvqa),  # in results of earlier versions: that of LAVIS
     "gqa_accuracy official_exact": Scorer(_on_first_answer("official_exact")),
     "gqa_accuracy lavis": Scorer(_on_first_answer("lavis")),
     "gqa_accuracy lmms_eval": Scorer(_on_first_answer("lmms_eval")),

@@ -1,5 +1,6 @@
 """The published data sets: readers of the owners' files, and the table of all sets."""
 
+from dataclasses import replace
 from functools import partial
 
 from instructblip.data.reading.records import Source
@@ -115,6 +116,8 @@ SOURCES = {
     name: Source(partial(read_split, read, name, task), task, licence, files)
     for name, (read, task, licence, files) in TABLE.items()
 }
+# Data prepared before its examples were marked has to be prepared again.
+SOURCES["aokvqa_direct"] = replace(SOURCES["aokvqa_direct"], settings="difficult_direct_answer")
 
 VIDEO_SETS = {"msvdqa", "msrvttqa", "ivqa"}
 """Those whose examples show frames."""

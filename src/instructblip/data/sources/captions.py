@@ -21,7 +21,7 @@ from instructblip.core.batch import Example
 from instructblip.data.custom.formats import custom_source
 from instructblip.data.custom.rows import CustomSet
 from instructblip.data.reading.records import Record, read_records, read_text
-from instructblip.data.reading.streaming import has_field
+from instructblip.data.reading.streaming import has_field, is_list
 from instructblip.data.sources.split import COCO_FOLDERS, Split
 
 FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images")
@@ -42,6 +42,11 @@ def nocaps(split: Split) -> Iterator[Example]:
     """``nocaps_val_4500_captions.json``; test: ``nocaps_test_image_info.json``, no captions."""
     other = "nocaps_val.json" if split.name == "val" else f"nocaps_{split.name}_image_info.json"
     path = split.find(f"nocaps_{split.name}_4500_captions.json", other)
+    if is_list(path):
+        raise ValueError(
+            f"{path}: is LAVIS's list of images, without captions to score with; download the "
+            f"owner's nocaps_val_4500_captions.json to {path.parent} (https://nocaps.org/download)"
+        )
     yield from _coco_style(split, path, split.name, "val", "test")
 
 

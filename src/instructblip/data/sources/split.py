@@ -7,7 +7,7 @@ from typing import Any
 
 from instructblip.core.batch import Example
 from instructblip.data.reading.opened import note_file
-from instructblip.data.reading.records import image_name
+from instructblip.data.reading.records import image_name, list_folder
 
 COCO_FOLDERS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017")
 """Folders that COCO's archives of images unpack to."""
@@ -25,6 +25,9 @@ class Split:
     _folders: dict[str, bool] = field(default_factory=dict, init=False, compare=False)
     """Whether a folder below ``images/`` exists: a stat for each example would take most of the
     time of a reader."""
+    _listings: dict[str, frozenset[str]] = field(default_factory=dict, init=False, compare=False)
+    _places: dict[str, str] = field(default_factory=dict, init=False, compare=False)
+    """The name as written of each image that is elsewhere."""
 
     def find_optional(self, *names: str) -> Path | None:
         """The first of ``annotations/<name>`` that exists, or None."""
@@ -48,17 +51,34 @@ class Split:
     def image(self, name: str, where: str, *folders: str) -> str:
         """Path of an image below ``images/``, where the owner's archive may have its own folder.
 
-        Depending on which folders exist, it is: the name as written, ``folders/<file name>``, or
-        ``<file name>`` alone.
+        Depending on what exists, it is: the name as written, ``folders/<file name>``, or
+        ``<file name>`` alone; if it is nowhere, the name as written, so that errors show it. Raises
+        ValueError if two names with folders would share one file.
         """
         name = image_name(name, where)
         parent, _, base = name.rpartition("/")
         if parent and self._has_folder(parent):
             return name
-        for folder in folders:
-            if self._has_folder(folder):
-                return f"{folder}/{base}"
-        return base
+        places = [f"{folder}/{base}" for folder in folders if self._has_folder(folder)] or [base]
+        if not parent and len(places) == 1:
+            return places[0]
+        for place in dict.fromkeys([*places, base]):
+            if base in self._listing(place[: -len(base)]):
+                if parent and (first := self._places.setdefault(place, name)) != name:
+                    raise ValueError(
+                        f"{where}: neither '{first}' nor '{name}' is in {self.root / 'images'}, "
+                        f"and '{place}' cannot be both: the archive was unpacked without its "
+                        "folders; unpack it again with them"
+                    )
+                return place
+        return name if parent else places[0]
+
+    def _listing(self, folder: str) -> frozenset[str]:
+        if folder not in self._listings:
+            path = self.root / "images" / folder
+            names = (entry.name for entry in list_folder(path)) if path.is_dir() else ()
+            self._listings[folder] = frozenset(names)
+        return self._listings[folder]
 
     def _has_folder(self, name: str) -> bool:
         if name not in self._folders:

@@ -119,9 +119,14 @@ def aokvqa(split: Split) -> Iterator[Example]:
 
 
 def aokvqa_direct(split: Split) -> Iterator[Example]:
-    """The question alone, with the direct answers (ten, repeated as often as they were given)."""
+    """The question alone, with the direct answers (ten, repeated as often as they were given).
+
+    ``extra`` marks questions that are ``difficult_direct_answer``, which the owner does not score.
+    """
     for record, common in _aokvqa_records(split):
-        yield replace(common, answers=record.texts("direct_answers", ()))
+        marked = record.data.get("difficult_direct_answer") is True
+        extra = {"difficult_direct_answer": True} if marked else {}
+        yield replace(common, answers=record.texts("direct_answers", ()), extra=extra)
 
 
 def _aokvqa_records(split: Split) -> Iterator[tuple[Record, Example]]:
