@@ -212,9 +212,9 @@ def replaced(value: Any, place: tuple[Any, ...], new: Any) -> Any:
     return value
 
 
-def read_custom(root: Path, form: str, path: str | None = None) -> list[Any]:
+def read_custom(root: Path, form: str, **options: Any) -> list[Any]:
     """The examples of a custom data set, read and not prepared."""
-    return list(custom_source(CustomSet("mine", form, path)).read(root, "train"))
+    return list(custom_source(CustomSet("mine", form, **options)).read(root, "train"))
 
 
 def prepare_vizwiz(

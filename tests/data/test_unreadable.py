@@ -85,10 +85,14 @@ def frames(root: Path) -> None:
 CASES: dict[str, tuple[Callable[[Path], None], str, Callable[[Path], Any]]] = {
     "imagefolder": (custom_folder, "b", lambda root: read_custom(root, "imagefolder")),
     "tune": (custom_folder, "b", read_folder),
-    "table": (custom_tables, "b", lambda root: read_custom(root, "table", "*/*.json")),
-    "deep table": (custom_tables, "b", lambda root: read_custom(root, "table", "**/*.json")),
-    "table, root": (custom_tables, ".", lambda root: read_custom(root, "table", "*/*.json")),
-    "file": (custom_tables, "b/rows.json", lambda root: read_custom(root, "table", "*/*.json")),
+    "table": (custom_tables, "b", lambda root: read_custom(root, "table", path="*/*.json")),
+    "deep table": (custom_tables, "b", lambda root: read_custom(root, "table", path="**/*.json")),
+    "table, root": (custom_tables, ".", lambda root: read_custom(root, "table", path="*/*.json")),
+    "file": (
+        custom_tables,
+        "b/rows.json",
+        lambda root: read_custom(root, "table", path="*/*.json"),
+    ),
     "iconqa": (
         icons,
         "images/test/choose_txt/b",

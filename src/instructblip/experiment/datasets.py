@@ -88,7 +88,9 @@ def _custom_set(name: str, entry: DataSet, root: Path) -> CustomSet:
     if entry.task is not None:
         templates_of(entry.task)
     columns = tuple(sorted(entry.columns.items()))
-    return CustomSet(name, entry.format, entry.path, images, columns, entry.task, entry.group)
+    return CustomSet(
+        name, entry.format, entry.path, images, columns, entry.task, entry.group, entry.language
+    )
 
 
 def make_mixture(recipe: Recipe, datasets: Mapping[str, Examples]) -> Mixture:

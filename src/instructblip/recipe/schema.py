@@ -71,7 +71,8 @@ class DataSet(_Section):
     templates: tuple[str, ...] | None = None
     """Instruction templates instead of those of its task."""
     language: Literal["en", "zh"] = "en"
-    """Language of its instructions: English or Chinese templates."""
+    """Language of its instructions: English or Chinese templates. Of captions in several languages
+    (lines ``zh_CN.utf8=...``) those in this one are read."""
     format: Format | None = None
     """For custom data: how its files are written (docs/data.md); ``source`` is then unused."""
     path: str | None = None

@@ -1,10 +1,9 @@
 """Custom data, described in the recipe and read without code.
 
 ==============  ===========================================================================
-llava_json      ``[{"id", "image", "conversations": [{"from": "human", "value": "..."}, ...]}]``
-sharegpt        the same with ``"images": [...]``, or ``"messages": [{"role", "content"}]``
-openai_messages lines of ``{"messages": [{"role", "content": text or parts}]}``; parts are
-                ``{"type": "text", "text"}`` and ``{"type": "image_url", "image_url": {"url"}}``
+llava_json      dialogues in .json or .jsonl, in any form that `dialogues` reads
+sharegpt        the same
+openai_messages the same
 table           .jsonl, .json, .csv, .tsv or .parquet with one example a row (``columns``)
 imagefolder     images with ``metadata.csv`` / ``metadata.jsonl`` (column ``file_name``), or with
                 a ``.txt`` of the same name: one caption a line
@@ -13,25 +12,23 @@ webdataset      .tar shards of ``key.jpg`` with ``key.txt`` (captions) or ``key.
 ==============  ===========================================================================
 
 Images that are stored inside a file are written to ``extracted/`` below the image root, under
-their sha256. A dialogue becomes one example for each answer, with the turns before it.
+their sha256.
 """
 
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from instructblip.core.batch import Example
+from instructblip.data.custom.dialogues import dialogue
 from instructblip.data.custom.rows import (
-    REMEDY,
     ROLES,
     CustomSet,
     Row,
     examples_of,
-    extra_of,
-    images_of,
     keep_image,
     rows_of_split,
 )
@@ -42,8 +39,8 @@ from instructblip.data.reading.records import (
     Source,
     list_folder,
     not_utf8,
+    read_json,
     read_lines,
-    read_records,
     read_table,
     walk_files,
 )
@@ -52,19 +49,15 @@ from instructblip.data.reading.splits import files_of_split, first_folder, split
 
 TABLES: dict[str, Callable[[Path], Iterator[tuple[str, Record]]]] = {
     ".jsonl": read_lines,
-    ".json": read_records,
+    ".json": read_json,
     ".csv": read_table,
     ".tsv": partial(read_table, delimiter="\t"),
     ".parquet": read_parquet,
 }
 """What reads (key, record) of the rows of a table, by suffix."""
-SPEAKERS = {
-    "human": "question",
-    "user": "question",
-    "gpt": "answer",
-    "assistant": "answer",
-    "system": "context",
-}
+
+_LANGUAGE = re.compile(r"([A-Za-z]{2,3}(?:[_@-]\w+)?)\.utf8=")
+"""Begins a caption that names its language."""
 
 
 def custom_source(custom: CustomSet) -> Source:
@@ -78,6 +71,8 @@ def custom_source(custom: CustomSet) -> Source:
     settings = repr(custom).replace("CustomSet", "Own", 1) + ", by split"
     if custom.group is not None:
         settings += f" and group {custom.group!r}"
+    if custom.format in ("imagefolder", "webdataset") and custom.language != "en":
+        settings += f" language={custom.language}"
     read = partial(_examples, custom)
     return Source(read, custom.task or "", "your own", files, custom.images, settings)
 
@@ -141,75 +136,20 @@ def _matching_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def _dialogues(custom: CustomSet, root: Path, split: str, rows: Iterable[Row]) -> Iterator[Example]:
+    """The examples of each dialogue; answers that see no image are counted in a warning."""
+    blind = []
     for row in rows:
-        yield from _dialogue(custom, root / custom.images, split, row.key, row.record)
-
-
-def _dialogue(
-    custom: CustomSet, image_root: Path, split: str, key: str, record: Record
-) -> Iterator[Example]:
-    """One example for each answer."""
-    record = replace(record, remedy=REMEDY)
-    field = "conversations" if "conversations" in record else "messages"
-    identifier = record.identifier("id", key)
-    images: list[str] = []
-    for name in ("image", "images"):
-        if name in record:
-            images.extend(images_of(image_root, record.data[name], record.where))
-    context, question = "", None
-    history: list[tuple[str, str]] = []
-    for i, turn in enumerate(record.records(field)):
-        role = "role" if "role" in turn else "from"
-        speaker = SPEAKERS.get(turn.text(role))
-        if speaker is None:
-            turn.fail(role, f"one of {', '.join(SPEAKERS)}")
-        text, more = _content(image_root, turn)
-        images.extend(more)
-        if speaker == "context":
-            context = text
-        elif speaker == "question":
-            if question is not None:
-                turn.fail(role, "an answer to the turn before")
-            question = text.strip()
-        else:
-            if question is None:
-                turn.fail(role, "a question before the answer")
-            yield Example(
-                dataset=custom.name,
-                split=split,
-                id=f"{identifier}_{i}",
-                images=tuple(images),
-                task=custom.task or "instruct",
-                question=question,
-                answers=(text,) if text else (),
-                context=context,
-                history=tuple(history),
-                where=turn.where,
-                extra=extra_of(custom, record, tuple(images)),
-            )
-            history.append((question, text))
-            question = None
-    if question is not None or not history:
-        record.fail(field, "turns that end with an answer")
-
-
-def _content(image_root: Path, turn: Record) -> tuple[str, list[str]]:
-    """The text of a turn and the images in it."""
-    field = "content" if "content" in turn else "value"
-    if not isinstance(turn.data.get(field), list):
-        return turn.text(field).replace("<image>", "").strip(), []
-    texts, images = [], []
-    for part in turn.records(field):
-        kind = part.text("type")
-        if kind == "text":
-            texts.append(part.text("text"))
-        elif kind in ("image_url", "image"):
-            value = part.data.get(kind)
-            value = value.get("url") if isinstance(value, dict) else value
-            images.extend(images_of(image_root, value, part.where))
-        else:
-            part.fail("type", "'text', 'image_url' or 'image'")
-    return " ".join(texts), images
+        for example in dialogue(custom, root / custom.images, split, row.key, row.record):
+            if example.images:
+                yield example
+            else:
+                blind.append(example.where)
+    if blind:
+        warnings.warn(
+            f"{custom.name}: answers without an image before them: {len(blind)}, skipped: "
+            f"{', '.join(blind[:5])}",
+            stacklevel=2,
+        )
 
 
 def _json_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
@@ -248,14 +188,18 @@ def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
     texts = {path.with_suffix(""): path for path in uncovered if path.suffix.lower() == ".txt"}
     images = [path for path in uncovered if path.suffix.lower() in IMAGE_SUFFIXES]
     _warn_of_texts_alone(folder, texts, {path.with_suffix("") for path in images})
+    captioner = _Captions(custom.language)
     for path in images:
         text = texts.get(path.with_suffix(""))
         if tables and text is None:
             continue
-        captions = _lines(_read_caption(text)) if text else []
+        captions = captioner.read(_read_caption(text)) if text else []
+        if captions is None:
+            continue
         name = str(path.relative_to(base))
         parent = path.parent.relative_to(base).as_posix()
         yield Row(name, _captioned(custom, (path.name,), captions, name), parent)
+    captioner.warn(folder)
 
 
 def is_metadata(path: Path) -> bool:
@@ -292,6 +236,7 @@ def _hf_dataset(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
 
 def _webdataset(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
     """Every .tar that ``path`` names (``train-*.tar``)."""
+    captioner = _Captions(custom.language)
     for path in _files_of(custom, root, split, (".tar",)):
         note_file(path)
         for key, parts, where in read_shard(path):
@@ -301,8 +246,12 @@ def _webdataset(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
                 column = dict(custom.columns).get("image", "image")
                 record = Record({**parts[".json"], column: images}, where)
             else:
-                record = _captioned(custom, images, _lines(parts.get(".txt", "")), where)
+                captions = captioner.read(parts.get(".txt", ""))
+                if captions is None:
+                    continue
+                record = _captioned(custom, images, captions, where)
             yield Row(key, record)
+    captioner.warn(root)
 
 
 def _captioned(
@@ -321,8 +270,45 @@ def _read_caption(path: Path) -> str:
         raise ValueError(f"{path.name} {not_utf8(path, error)}") from None
 
 
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.split("\n") if line.strip()]
+class _Captions:
+    """Captions in one language of texts that may have several.
+
+    A line ``de.utf8=Ein Frosch.`` is German; where there is such a line, those without are English
+    (the form of Tux Paint's stamps).
+    """
+
+    def __init__(self, language: str) -> None:
+        self.language = language
+        self.others: set[str] = set()
+        self.missing = 0
+
+    def read(self, text: str) -> list[str] | None:
+        """The captions, one a line; None where all are in other languages."""
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        marked = {
+            match[1]: line[match.end() :].strip()
+            for line in lines
+            if (match := _LANGUAGE.match(line))
+        }
+        if not marked:
+            return lines
+        plain = [line for line in lines if not _LANGUAGE.match(line)]
+        codes = [code for code in sorted(marked) if re.split("[_@-]", code)[0] == self.language]
+        chosen = plain if self.language == "en" and plain else [marked[c] for c in codes[:1]]
+        self.others |= marked.keys() - set(codes)
+        self.missing += not any(chosen)
+        return [caption for caption in chosen if caption] or None
+
+    def warn(self, folder: Path) -> None:
+        """States which language was read, once all texts are."""
+        if self.others:
+            others = ", ".join(sorted(self.others)[:9])
+            skipped = f", and {self.missing} images have none" if self.missing else ""
+            warnings.warn(
+                f"{folder}: captions in several languages (also {others}): those in "
+                f"{self.language!r} are read{skipped}; `language` of the recipe's entry chooses",
+                stacklevel=2,
+            )
 
 
 FORMATS = {

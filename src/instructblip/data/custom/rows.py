@@ -2,7 +2,10 @@
 
 import base64
 import hashlib
+import json
 import math
+import os.path
+import posixpath
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -11,7 +14,8 @@ from typing import Any, NamedTuple
 
 from instructblip.core.batch import Example
 from instructblip.core.files import replacing
-from instructblip.data.reading.records import Record, image_name
+from instructblip.data.reading.frames import VIDEO_SUFFIXES, evenly_spaced, extract_frames
+from instructblip.data.reading.records import IMAGE_SUFFIXES, Record, image_name, list_folder
 from instructblip.data.reading.splits import SPLITS, split_named
 
 REMEDY = "Repair the row, or the entry of the recipe that says how it is read"
@@ -19,16 +23,23 @@ REMEDY = "Repair the row, or the entry of the recipe that says how it is read"
 
 ROLES: dict[str, tuple[str, ...]] = {
     "id": (),
-    "image": ("file_name",),
-    "question": ("instruction",),
-    "answer": ("caption", "text"),
+    "image": ("file_name", "images", "video", "videos"),
+    "question": ("instruction", "query"),
+    "answer": ("caption", "text", "response", "output"),
     "choices": (),
-    "context": (),
+    "context": ("system", "system_prompt"),
     "ocr_tokens": (),
     "split": (),
 }
 """What a column can hold, with the other names that are accepted for it."""
 
+CAPTIONS = ("caption", "text")
+"""Columns whose text may stand without a question."""
+VIDEO_FRAMES = 4
+"""Evenly spaced frames that stand for a video, as in the paper."""
+
+_ASKING = re.compile(r"(?<![a-z])(questions?|query|prompt|ask|frage|pregunta)(?![a-z])|问题|提问")
+"""Words of a heading that promise questions."""
 _QUESTION_ENDS = ("?", "？", "=", "＝", ":", "：")
 _BASE64 = re.compile(r"[\w+/-]{12,}={1,2}", re.ASCII)
 """An identifier or a digest, whose final ``=`` does not make it a question."""
@@ -46,6 +57,8 @@ class CustomSet:
     task: str | None = None
     group: str | None = field(default=None, repr=False)
     """A column, or a regular expression whose parentheses find the group in an image's path."""
+    language: str = field(default="en", repr=False)
+    """Of the captions that are read, where a text has several."""
 
 
 class Row(NamedTuple):
@@ -178,12 +191,13 @@ def _example(
     if choices:
         task = "multiple_choice"
     elif question:
-        task = "instruct" if _folded(columns["question"]) == "instruction" else "vqa"
+        task = "instruct" if _folded(columns["question"]) in ROLES["question"] else "vqa"
     else:
         task = "caption"
     if task == "caption" and not custom.task and answers:
         _refuse_unread(record, {**columns, "group": custom.group or ""})
-    values = record.data[columns["image"]]
+    _refuse_other_forms(record, columns)
+    values = _several(record.data[columns["image"]], root / custom.images / row.folder)
     images = images_of(root / custom.images, values, record.where, row.folder)
     return Example(
         dataset=custom.name,
@@ -205,18 +219,53 @@ def _refuse_unread(record: Record, columns: dict[str, str]) -> None:
     """ValueError for an answer that would be learnt as a caption while a text beside it, perhaps
     its question, has no role."""
     answer = columns["answer"]
-    asked = any(spelling(name, record) for name in (columns["question"], *ROLES["question"]))
-    if asked or _folded(answer) in ROLES["answer"]:
+    if any(spelling(name, record) for name in (columns["question"], *ROLES["question"])):
         return
+    remedy = f"call {answer!r} `caption`, or set `task: caption`"
+    may_ask = _may_ask
+    if _folded(answer) in CAPTIONS:
+        remedy, may_ask = "set `task: caption`", _asks
     read = (*columns.values(), *ROLES["image"])
     for column, value in record.data.items():
-        if column not in read and isinstance(value, str) and _may_ask(value):
+        if column in read or not isinstance(value, str) or not value.strip():
+            continue
+        if may_ask(value) or _ASKING.search(_folded(column)):
             raise ValueError(
                 f"{record.where}: {answer!r} would be learnt as a caption, and column "
                 f"{column[:80]!r} is not read. If it is the question, call it `question`, or set "
-                f"`columns: {{question: {column[:80]}}}` in the recipe; if not, call {answer!r} "
-                "`caption`, or set `task: caption`"
+                f"`columns: {{question: {column[:80]}}}` in the recipe; if not, {remedy}"
             )
+
+
+def _refuse_other_forms(record: Record, columns: dict[str, str]) -> None:
+    """ValueError for fields that only a dialogue has, and for a video beside an image."""
+    dialogue = ("history", "messages", "conversations", "conversation")
+    if _folded(columns["question"]) in ROLES["question"]:
+        dialogue += ("input",)
+    for name in dialogue:
+        if _filled(record, name):
+            record.fail(name, "no such column in a table; `format: sharegpt` reads it")
+    for name in ("video", "videos"):
+        column = spelling(name, record)
+        if column not in (None, columns["image"]) and _filled(record, column):
+            record.fail(column, "no video beside an image; `format: sharegpt` reads both")
+
+
+def _several(value: Any, folder: Path) -> Any:
+    """The images of a cell of text: a JSON list, or paths with ``|`` between them."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:  # a name may begin with a bracket
+            return value
+    several = "|" in value and not os.path.isfile(folder / value)  # noqa: PTH113
+    return [part.strip() for part in value.split("|")] if several else value
+
+
+def _asks(text: str) -> bool:
+    return text.rstrip().endswith(("?", "？"))
 
 
 def _may_ask(text: str) -> bool:
@@ -300,16 +349,45 @@ def _texts(record: Record, column: str, separator: str = "") -> tuple[str, ...]:
 
 
 def images_of(image_root: Path, value: Any, where: str, folder: str = "") -> tuple[str, ...]:
-    """Paths below ``image_root`` of one image, or of a list of images or frames.
+    """Paths below ``image_root`` of one image or video, or of a list of them.
 
     Paths in ``value`` are relative to ``folder`` below the image root. Images that come as bytes
-    or as ``data:`` URLs are written below the image root. Raises ValueError for anything else.
+    or as ``data:`` URLs, and frames of video files, are written below the image root. A folder
+    is a video whose frames it holds. Raises ValueError for anything else.
     """
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple(_image(image_root, one, where, folder) for one in values)
+    names = (_image(image_root, one, where, folder) for one in values)
+    return tuple(frame for name in names for frame in _frames(image_root, name, where))
+
+
+def _frames(image_root: Path, name: str, where: str) -> tuple[str, ...]:
+    """``name``, or the frames of the video that it names.
+
+    os.path returns False for a name that is too long, where pathlib raises an error.
+    """
+    suffix, folder = posixpath.splitext(name)[1].lower(), name
+    if suffix and suffix not in VIDEO_SUFFIXES:
+        return (name,)
+    if not os.path.isdir(image_root / name):  # noqa: PTH112
+        if not suffix:
+            return (name,)
+        if not os.path.isfile(image_root / name):  # noqa: PTH113
+            raise ValueError(f"{where}: video {name!r} does not exist in {image_root}")
+        folder = f"extracted/{name}"
+        try:
+            extract_frames(image_root / name, image_root / folder, VIDEO_FRAMES)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    paths = list_folder(image_root / folder)
+    frames = [path.name for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not frames:
+        raise ValueError(f"{where}: {name!r} has no frame; expected images in it")
+    return tuple(f"{folder}/{frames[i]}" for i in evenly_spaced(len(frames), VIDEO_FRAMES))
 
 
 def _image(image_root: Path, value: Any, where: str, folder: str) -> str:
+    if isinstance(value, bytes):
+        return keep_image(image_root, value)
     if isinstance(value, dict):
         if isinstance(data := value.get("bytes"), bytes):
             return keep_image(image_root, data)

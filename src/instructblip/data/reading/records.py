@@ -201,6 +201,26 @@ def read_records(path: Path, *fields: str) -> Iterator[tuple[str, Record]]:
         yield key, Record(check_object(value, where), where)
 
 
+def read_json(path: Path) -> Iterator[tuple[str, Record]]:
+    """(key, record) of a JSON array or object, or of JSON lines that are named ``.json``."""
+    return read_lines(path) if _has_lines(path) else read_records(path)
+
+
+def _has_lines(path: Path) -> bool:
+    """Whether the first line is an object, and another line or a value that is no object follows:
+    then it is a record, and not an object of records."""
+    with path.open("rb") as file:
+        first = file.readline(MAX_LINE)
+        if not first.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
+            return False
+        try:
+            value = json.loads(first.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            return False
+        more = any(line.strip() for line in file)
+    return more or not all(isinstance(item, dict) for item in value.values())
+
+
 def read_texts(path: Path, *fields: str) -> list[str]:
     """A JSON array of strings at ``fields``."""
     texts = []
