@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from instructblip.evaluation.classes import balanced_accuracy, labels, macro_f1
+from instructblip.evaluation.classes import balanced_accuracy, class_table, labels, macro_f1
 from instructblip.evaluation.constant import best_constant, most_common
 from instructblip.evaluation.scoring import scorer_of
 
@@ -94,3 +94,17 @@ def test_class_of_several_answers_is_the_predicted_one() -> None:
         {"prediction": "up", "answers": ["a", "b"]},
     ]
     assert labels(rows) == (["left", "a"], ["left", "up"])
+
+
+def test_class_table_is_the_confusion_matrix() -> None:
+    answered = [("no", "no"), ("no", "yes"), ("no", "no"), ("yes", "yes"), ("yes", "a lung")]
+    table = class_table(
+        "chest", [{"answers": [right], "prediction": given} for right, given in answered]
+    )
+    assert table is not None
+    assert table.columns == ["no", "yes", "other"]
+    no, yes = table.rows
+    assert no == ("no", 3, pytest.approx(200 / 3), 100.0, pytest.approx(80.0), [2, 1, 0])
+    assert yes == ("yes", 2, 50.0, 50.0, 50.0, [0, 1, 1])
+    texts = [{"answers": [f"a text {i}"], "prediction": "a text"} for i in range(5)]
+    assert class_table("captions", texts) is None

@@ -190,6 +190,9 @@ def test_training_on_a_split_that_is_evaluated_is_refused(
 def test_held_out_sets_are_validated_on_the_split_of_their_benchmark(root: Path):
     more = ["evaluation.validation=[scenes_vqav2, scenes_gqa]", "evaluation.benchmarks=[]"]
     recipe = recipe_of(root, "data.sets={gqa: {split: test}}", *more)
-    assert evaluation_sets(recipe) == [("vqav2", "val"), ("gqa", "test")]
+    assert [(b.source, b.split) for b in evaluation_sets(recipe)] == [
+        ("vqav2", "val"),
+        ("gqa", "test"),
+    ]
     with pytest.raises(ValueError, match="gqa test is a set that this recipe is evaluated on"):
         checked_training(recipe, prepare_training(recipe))

@@ -60,5 +60,21 @@ def test_scores_of_a_card() -> None:
         model_card("mine", "x", {}, None, [some, some])
 
 
+def test_card_of_an_own_benchmark_has_every_metric_and_its_constant() -> None:
+    asked = benchmark(role="own", metric="balanced_accuracy", others=("rouge_l",))
+    result = evaluate(FakeEngine(), asked, colour_questions())
+    text = model_card("mine", "InstructBlipForConditionalGeneration", {}, None, [result])
+    constant = result.constants["balanced_accuracy"]
+    assert f"always '{constant.answer}': {constant.score:.1f} |" in text
+    assert "| toy rouge_l | 100.0" in text
+    assert "NOT BETTER" not in result.describe()
+    guess = replace(
+        result,
+        value=constant.score,
+        score=replace(result.score, samples=0.3 * result.score.samples),
+    )
+    assert "NOT BETTER than this constant answer" in guess.describe()
+
+
 def reds() -> list[Example]:
     return [e for e in colour_questions().examples if e.answers[0] == "red"]

@@ -4,25 +4,28 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter
 
 Mode = Literal["generate", "rank"]
-Role = Literal["held_in", "held_out", "finetuned"]
+Role = Literal["held_in", "held_out", "finetuned", "own"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
     """One evaluation set with everything its score depends on.
 
-    ``source`` is a key of ``data.sources.SOURCES``, ``prompt`` a template, ``metric`` a key of
-    ``scoring.SCORERS``. ``mode`` "rank" chooses the likeliest of ``candidates`` (None: the choices
-    of the example, or with ``vocabulary`` the distinct answers of the training split).
-    ``verbalizers`` are further wordings of a candidate, which scores as its likeliest wording
-    (section 3.3 of the paper). ``decoding`` has settings of ``Decoding`` above ``GREEDY``.
-    ``unseen_type``: the instruction tuning has no set of this task.
+    ``source`` is a key of ``data.sources.SOURCES`` (of ``data.sets`` for the role "own"),
+    ``prompt`` a template (None: the first of each example's task), ``metric`` a key of
+    ``scoring.SCORERS``, and ``others`` are further ones that are reported beside it. ``mode``
+    "rank" chooses the likeliest of ``candidates`` (None: the choices of the example, or with
+    ``vocabulary`` the distinct answers of the training split). ``verbalizers`` are further wordings
+    of a candidate, which scores as its likeliest wording (section 3.3 of the paper). ``decoding``
+    has settings of ``Decoding`` above ``GREEDY``. ``unseen_type``: the instruction tuning has no
+    set of this task.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -31,7 +34,7 @@ class Benchmark:
     title: str
     source: str
     split: str
-    prompt: str
+    prompt: str | None
     mode: Mode
     metric: str
     role: Role
@@ -40,10 +43,13 @@ class Benchmark:
     vocabulary: bool = False
     decoding: Mapping[str, int | float] = field(default_factory=dict)
     unseen_type: bool = False
+    others: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, Any]:
-        """All fields as values that JSON can hold."""
-        return asdict(self)
+        """All fields as values that JSON can hold; no ``others`` where there are none, as in
+        results of earlier versions."""
+        values = asdict(self)
+        return values if self.others else {k: v for k, v in values.items() if k != "others"}
 
 
 def _benchmarks(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Benchmark]:
@@ -62,20 +68,23 @@ BENCHMARKS: dict[str, Benchmark] = _benchmarks(_FILE["benchmarks"])
 OWNERS: dict[str, str] = _FILE["owners"]
 """Source of a benchmark -> the page where its owner offers the data. Nothing is downloaded."""
 
-GROUPS = ("held_in", "held_out", "finetuned", "scenes", "scenes_held_in", "scenes_held_out")
+GROUPS = ("held_in", "held_out", "finetuned", "scenes", "scenes_held_in", "scenes_held_out", "own")
 
 
-def select_benchmarks(names: Iterable[str]) -> list[Benchmark]:
+def select_benchmarks(
+    names: Iterable[str], own: Mapping[str, Benchmark] = MappingProxyType({})
+) -> list[Benchmark]:
     """Return the benchmarks called ``names``, each once; the name of a group means its members.
 
     Groups: "held_in", "held_out" and "finetuned" (the paper's), "scenes", "scenes_held_in",
-    "scenes_held_out". Raises ValueError with the nearest names for an unknown one.
+    "scenes_held_out", and "own" for those of the recipe, which are ``own`` by name. Raises
+    ValueError with the nearest names for an unknown one.
     """
-    chosen: dict[str, Benchmark] = {}
+    known, chosen = {**BENCHMARKS, **own}, dict[str, Benchmark]()
     for name in names:
-        members = [b for b in BENCHMARKS.values() if name in (b.name, *groups_of(b.name, b.role))]
+        members = [b for b in known.values() if name in (b.name, *groups_of(b.name, b.role))]
         if not members:
-            near = get_close_matches(name, [*BENCHMARKS, *GROUPS], n=3)
+            near = get_close_matches(name, [*known, *GROUPS], n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"no benchmark or group '{name}'{hint} Groups: {', '.join(GROUPS)}")
         chosen |= {b.name: b for b in members}
@@ -84,4 +93,5 @@ def select_benchmarks(names: Iterable[str]) -> list[Benchmark]:
 
 def groups_of(name: str, role: str) -> tuple[str, ...]:
     """Return the groups that the benchmark ``name`` belongs to."""
-    return ("scenes", f"scenes_{role}") if name.startswith("scenes_") else (role,)
+    scenes = name.startswith("scenes_") and role != "own"
+    return ("scenes", f"scenes_{role}") if scenes else (role,)

@@ -1,12 +1,59 @@
 """Answers as classes: scores that rare classes count in, and the table of each class."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from instructblip.evaluation.bootstrap import Floats
 from instructblip.evaluation.metrics import plain
+
+MOST_CLASSES = 20
+"""Classes of a table; more are no classes but texts."""
+OTHER = "other"
+"""Column of the answers that are no class."""
+
+
+class ClassRow(NamedTuple):
+    """One class: samples, scores in percent, and how often each of the columns was answered."""
+
+    name: str
+    n: int
+    recall: float
+    precision: float
+    f1: float
+    counts: list[int]
+
+
+class ClassTable(NamedTuple):
+    """The confusion matrix of a benchmark, ``rows`` by right class and ``columns`` by answer."""
+
+    title: str
+    columns: list[str]
+    rows: list[ClassRow]
+
+
+def class_table(title: str, predictions: Sequence[Mapping[str, Any]]) -> ClassTable | None:
+    """Return the table of every class, the most frequent first; None for more than 20 classes or
+    where no class has two samples, since these are texts."""
+    from sklearn.metrics import confusion_matrix
+
+    right, predicted = labels(predictions)
+    frequency = Counter(right)
+    names = [name for name, _ in frequency.most_common()]
+    if len(names) > MOST_CLASSES or frequency[names[0]] < 2:
+        return None
+    given = [name if name in frequency else OTHER for name in predicted]
+    columns = names if OTHER in names or OTHER not in given else [*names, OTHER]
+    matrix = confusion_matrix(right, given, labels=columns)
+    rows = []
+    for i, name in enumerate(names):
+        n, answered, hits = frequency[name], int(matrix[:, i].sum()), int(matrix[i, i])
+        precision = 100 * hits / answered if answered else 0.0
+        f1 = 100 * 2 * hits / (n + answered)
+        rows.append(ClassRow(name, n, 100 * hits / n, precision, f1, matrix[i].tolist()))
+    return ClassTable(title, columns, rows)
 
 
 def labels(predictions: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:

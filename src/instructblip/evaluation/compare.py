@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 
 from instructblip.evaluation.bootstrap import Difference, Floats, difference, interval
+from instructblip.evaluation.constant import Constant
 from instructblip.evaluation.result import Result
 
-ROLES = {"held_in": "held-in", "held_out": "held-out", "finetuned": "fine-tuned"}
+ROLES = {
+    "held_in": "held-in", "held_out": "held-out", "finetuned": "fine-tuned", "own": "your data"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class Row:
     """One benchmark, or the mean over one role, for all models that have it.
 
     ``differences`` are those to the baseline, for every other model; ``how`` is ``Result.how``,
-    None for a mean.
+    None for a mean. ``constant`` is the best constant answer, of a benchmark of the role "own",
+    which has a row for each of its metrics.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Row:
     how: dict[str, Any] | None
     cells: dict[str, Cell]
     differences: dict[str, Difference]
+    constant: Constant | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,7 @@ def compare(models: Mapping[str, Sequence[Result]], baseline: str | None = None)
         raise ValueError(f"baseline {baseline!r} is none of the models: {', '.join(models)}")
     sets: dict[str, dict[str, Result]] = {}  # benchmark -> model -> result
     for model, results in models.items():
-        for result in results:
+        for result in (view for each in results for view in each.by_metric()):
             by_model = sets.setdefault(result.benchmark, {})
             _check_pair(next(iter(by_model.values()), result), result)
             by_model[model] = result
@@ -80,6 +85,7 @@ def compare(models: Mapping[str, Sequence[Result]], baseline: str | None = None)
             each
             for each in members
             if all(model in each and each[model].value is not None for model in models)
+            and not next(iter(each.values())).is_further
         ]
         if shared:
             means.append(_mean_row(shared, role, title, baseline))
@@ -125,6 +131,7 @@ def _row(results: Mapping[str, Result], baseline: str) -> Row:
         how=first.how,
         cells=cells,
         differences=differences,
+        constant=first.constant,
     )
 
 

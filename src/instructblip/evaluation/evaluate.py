@@ -5,7 +5,7 @@ import json
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -20,7 +20,7 @@ from instructblip.data.templates import render_prompt, template_hash
 from instructblip.evaluation.benchmarks import Benchmark
 from instructblip.evaluation.captions import CaptionTokenizer
 from instructblip.evaluation.predictions import PredictionLog
-from instructblip.evaluation.result import Result, make_result
+from instructblip.evaluation.result import Result, constants_of, make_result
 from instructblip.evaluation.scoring import probabilities, scorer_of
 
 BatchSize = int | Literal["auto"]
@@ -70,6 +70,7 @@ def evaluate(
     tokenizer: CaptionTokenizer = "python",
     progress: bool = True,
     together: bool = False,
+    baseline: bool = True,
 ) -> Result:
     """Return the score of ``engine`` on ``benchmark``, whose examples are ``dataset``.
 
@@ -85,6 +86,7 @@ def evaluate(
         vocabulary: the answers to rank, for benchmarks that rank the answers of training.
         tokenizer: of captions; see ``evaluation.captions``.
         together: every rank answers all samples, in step, for a model whose weights are sharded.
+        baseline: whether to compute the best constant answer, of a benchmark of the role "own".
 
     Raises ValueError for samples without answers, repeated ids, a set too small for the blind
     control, or a missing vocabulary.
@@ -131,6 +133,8 @@ def evaluate(
         log.gather()
         predictions = [log.done[example.id] for example in examples]
     result = make_result(settings, predictions, tokenizer, str(dataset.image_root))
+    if benchmark.role == "own" and baseline:
+        result = replace(result, constants=constants_of(result))
     if folder is not None and distributed.is_main():
         result.save(folder)
     return result
@@ -239,7 +243,8 @@ def in_batches(
 def _check(
     examples: Sequence[Example], benchmark: Benchmark, vocabulary: Sequence[str] | None
 ) -> None:
-    scorer_of(benchmark.metric).require()
+    for metric in (benchmark.metric, *benchmark.others):
+        scorer_of(metric).require()
     if not examples:
         raise ValueError(f"{benchmark.name}: the data set holds no examples")
     if benchmark.vocabulary and not vocabulary:
@@ -256,6 +261,35 @@ def _check(
         if example.id in seen:
             raise ValueError(f"{example.where}: id {example.id!r} appears twice in the set")
         seen.add(example.id)
+
+
+def check_rows(benchmark: Benchmark, rows: Iterable[Example], name: str) -> None:
+    """Raise ValueError, beginning with ``name``, for answers that a benchmark cannot score."""
+    seen: set[str] = set()
+    for row in rows:
+        if not row.answers:
+            raise ValueError(f"{name}: {row.where} has no answer; expected one in every row")
+        metrics = (benchmark.metric, *benchmark.others)
+        if any(m.startswith("vqa_accuracy") for m in metrics) and len(row.answers) < 4:
+            raise ValueError(
+                f"{name}: {row.where} has {len(row.answers)} answers, and vqa_accuracy compares "
+                "annotators, ten in VQAv2 and here at least 4; use exact_match"
+            )
+        if benchmark.mode == "rank":
+            offered = benchmark.candidates or row.choices
+            answer = next((answer for answer in row.answers if answer in offered), None)
+            if answer is None:
+                raise ValueError(
+                    f"{name}: {row.where} has the answer {row.answers[0][:80]!r}, which is none of "
+                    f"the candidates {list(offered[:10]) or '(the row has no choices)'}; add it, "
+                    "spelled as there, or leave the row out"
+                )
+            seen.add(answer)
+    if "auroc" in (benchmark.metric, *benchmark.others) and len(seen) < 2:
+        raise ValueError(
+            f"{name}: every row has the answer {next(iter(seen), None)!r}, and auroc needs rows of "
+            "both candidates; use accuracy, or another split"
+        )
 
 
 def _candidates(

@@ -19,6 +19,7 @@ from instructblip.core.files import write_text
 from instructblip.core.pages import data_url, page_template
 from instructblip.data.images import load_image
 from instructblip.evaluation.benchmarks import BENCHMARKS
+from instructblip.evaluation.classes import class_table
 from instructblip.evaluation.compare import ROLES, Comparison, compare
 from instructblip.evaluation.result import Result
 from instructblip.training.log import read_metrics
@@ -77,6 +78,12 @@ def write_report(
         tiles=[row for row in comparison.means if subject in row.cells],
         scale=_scale(comparison),
         radars=_radars(comparison),
+        classes=[
+            table
+            for result in models[subject]
+            if result.settings["benchmark"]["role"] == "own"
+            and (table := class_table(result.title, result.predictions))
+        ],
         charts=[c for name, file in (curves or {}).items() for c in training_charts(file, name)],
         cards=make_cards(models, samples_per_set) if samples_per_set else [],
         asked=asked.values(),

@@ -3,15 +3,17 @@
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from instructblip.core.files import write_json
 from instructblip.evaluation.benchmarks import groups_of
 from instructblip.evaluation.bootstrap import Floats, Interval, interval, resample
 from instructblip.evaluation.captions import CaptionTokenizer
+from instructblip.evaluation.constant import Constant, best_constant
 from instructblip.evaluation.predictions import PREDICTIONS, read_predictions
 from instructblip.evaluation.scoring import Score, scorer_of
 
@@ -22,6 +24,8 @@ RESULT = "result.json"
 class Result:
     """One benchmark, one model. ``value`` is 0 to 100 (CIDEr may exceed it), None if undefined.
 
+    ``constants`` has the best constant answer by metric, of a benchmark of the role "own".
+
     ``settings`` are those of the predictions: benchmark, model, limit, blind seed. ``predictions``
     are in the order of the data set. The bootstrap resamples ``score``.
     """
@@ -31,12 +35,13 @@ class Result:
     role: str
     unseen_type: bool
     metric: str
-    tokenizer: str | None
+    tokenizer: CaptionTokenizer | None
     value: float | None
     n: int
     others: dict[str, float]
     settings: dict[str, Any]
     image_root: str = ""
+    constants: dict[str, Constant] = field(default_factory=dict)
     score: Score = field(repr=False)
     predictions: list[dict[str, Any]] = field(repr=False)
 
@@ -61,22 +66,56 @@ class Result:
         """Whether the images were swapped between samples: a control, not a score of the model."""
         return self.settings.get("blind_seed") is not None
 
+    @property
+    def constant(self) -> Constant | None:
+        """The best constant answer under the metric of the score."""
+        return self.constants.get(self.metric)
+
+    @property
+    def is_further(self) -> bool:
+        """Whether the score is by a further metric of the benchmark."""
+        return self.metric != self.settings["benchmark"]["metric"]
+
+    def by_metric(self) -> "list[Result]":
+        """The result, then one of the same predictions for each further metric of the benchmark,
+        called ``benchmark metric``."""
+        views: list[Result] = [self]
+        for metric in self.settings["benchmark"].get("others", ()):
+            scorer = scorer_of(metric)
+            score = scorer.score(self.predictions, self.tokenizer or "python")
+            views.append(
+                replace(
+                    self,
+                    benchmark=f"{self.benchmark} {metric}",
+                    title=f"{self.title} {metric}",
+                    metric=metric,
+                    value=score.value,
+                    others=score.others,
+                    score=score,
+                )
+            )
+        return views
+
     def describe(self) -> str:
-        """Return the score and what it was measured with, in one line."""
+        """Return the score and what it was measured with, in one line; for an own benchmark a
+        second one compares every metric with the best constant answer."""
         score, bounds = "not defined (one class only)", self.interval
         if bounds is not None:
             score = f"{self.value:.2f} [{bounds.low:.2f}, {bounds.high:.2f}]"
         blind = "; blind control" if self.blind else ""
-        return f"{self.benchmark} {score}  n {self.n}; {describe_how(self.how)}{blind}"
+        line = f"{self.benchmark} {score}  n {self.n}; {describe_how(self.how)}{blind}"
+        lines = [_against_constant(each) for each in self.by_metric() if each.constant]
+        return "\n  ".join([line, *lines])
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the predictions."""
-        bounds = self.interval
+        bounds, constants = self.interval, self.constants
         names = ("benchmark", "title", "role", "unseen_type", "metric", "tokenizer", "value", "n")
         return {
             **{name: getattr(self, name) for name in names},
             "interval_95": None if bounds is None else list(bounds),
             "others": self.others,
+            **({"constants": {m: c._asdict() for m, c in constants.items()}} if constants else {}),
             "settings": self.settings,
             "image_root": self.image_root,
         }
@@ -101,7 +140,9 @@ class Result:
             by_id.sort(key=lambda prediction: prediction["index"])
             if len(by_id) == stored["n"]:
                 tokenizer = stored["tokenizer"] or "python"
-                return make_result(stored["settings"], by_id, tokenizer, stored["image_root"])
+                known = {m: Constant(**c) for m, c in stored.get("constants", {}).items()}
+                root = stored["image_root"]
+                return make_result(stored["settings"], by_id, tokenizer, root, known)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{folder} is damaged ({type(error).__name__}: {error}); evaluate again"
@@ -135,7 +176,7 @@ def describe_how(how: Mapping[str, Any]) -> str:
     decoding = ", ".join(f"{k} {v}" for k, v in how["decoding"].items())
     return (
         f"{how['metric']}{tokens}; {how['mode']} ({decoding or 'argmax of candidates'}); "
-        f"prompt {how['prompt']!r}"
+        f"prompt {how['prompt'] or 'of each task'!r}"
     )
 
 
@@ -144,26 +185,51 @@ def make_result(
     predictions: list[dict[str, Any]],
     tokenizer: CaptionTokenizer = "python",
     image_root: str = "",
+    constants: Mapping[str, Constant] = MappingProxyType({}),
 ) -> Result:
     """Score predictions as ``settings["benchmark"]`` specifies."""
     asked = settings["benchmark"]
-    scorer = scorer_of(asked["metric"])
-    score = scorer.score(predictions, tokenizer)
+    metrics = (asked["metric"], *asked.get("others", ()))
+    score = scorer_of(asked["metric"]).score(predictions, tokenizer)
     return Result(
         benchmark=asked["name"],
         title=asked["title"],
         role=asked["role"],
         unseen_type=asked["unseen_type"],
         metric=asked["metric"],
-        tokenizer=tokenizer if scorer.uses_tokenizer else None,
+        tokenizer=tokenizer if any(scorer_of(m).uses_tokenizer for m in metrics) else None,
         value=score.value,
         n=len(predictions),
         others=score.others,
         settings=settings,
         image_root=image_root,
+        constants=dict(constants),
         score=score,
         predictions=predictions,
     )
+
+
+def constants_of(result: Result) -> dict[str, Constant]:
+    """The best constant answer to the samples of a result, for each metric of its benchmark."""
+    asked = result.settings["benchmark"]
+    references = [prediction["answers"] for prediction in result.predictions]
+    return {
+        metric: best_constant(
+            references, metric, result.tokenizer or "python", asked["candidates"] or ()
+        )
+        for metric in (asked["metric"], *asked.get("others", ()))
+    }
+
+
+def _against_constant(result: Result) -> str:
+    constant = result.constant
+    assert constant is not None
+    always = f"always {constant.answer[:60]!r} would score {constant.score:.2f}"
+    if result.value is None:
+        return f"{result.metric} not defined; {always}"
+    above = result.interval is not None and result.interval.low > constant.score
+    verdict = "" if above else "; NOT BETTER than this constant answer beyond chance"
+    return f"{result.metric} {result.value:.2f}; {always}{verdict}"
 
 
 def select_results(

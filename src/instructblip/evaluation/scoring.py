@@ -65,10 +65,21 @@ class Scorer:
         return _mean([self.sample(prediction) for prediction in predictions])
 
 
+ALIASES = {
+    "vqa_accuracy": "vqa_accuracy official_2021",
+    "okvqa_accuracy": "okvqa_accuracy official_2021",
+    "gqa_accuracy": "gqa_accuracy official_exact",
+    "bleu": "bleu_4",
+}
+"""Short names of metrics -> the variant that they mean."""
+NEEDS_CANDIDATES = ("auroc", "mrr")
+"""Metrics of the order of candidates, which a generated answer does not have."""
+
+
 def scorer_of(metric: str) -> Scorer:
     """Return the scorer called ``metric``. Raises ValueError with the nearest name."""
     if metric not in SCORERS:
-        near = get_close_matches(metric, SCORERS, n=1)
+        near = get_close_matches(metric.lower(), [*ALIASES, *SCORERS], n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"no metric '{metric}'; {hint}expected one of {', '.join(SCORERS)}")
     return SCORERS[metric]

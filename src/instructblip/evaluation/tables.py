@@ -27,6 +27,8 @@ NOTE = (
     f"bootstrap, * p < 0.05, ** p < 0.01. {UNSEEN}: task type never seen in tuning. "
     "(paper): published figures; no mean, since not all have every set."
 )
+CONSTANT = "best constant answer"
+"""The line of what one answer to all samples would score."""
 _NARROW_NOTE = NOTE.split(". ", 1)[1]
 
 
@@ -51,7 +53,7 @@ class Line:
     """One line of a table: the scores of a model, or its differences, by column."""
 
     name: str
-    kind: str  # "published", "model" or "difference"
+    kind: str  # "published", "constant", "model" or "difference"
     texts: list[str]
 
 
@@ -83,6 +85,9 @@ def _lines(comparison: Comparison, rows: Sequence[Row], intervals: bool) -> list
         for model, figures in PUBLISHED.items()
         if any(row.name in figures for row in rows)
     ]
+    if any(row.constant for row in rows):
+        texts = [f"{row.constant.score:.1f}" if row.constant else "–" for row in rows]
+        lines.append(Line(CONSTANT, "constant", texts))
     for model in comparison.models:
         texts = [_figure(row.cells.get(model), intervals) for row in rows]
         lines.append(Line(model, "model", texts))
@@ -118,7 +123,8 @@ def measured_with(comparison: Comparison) -> list[str]:
     for row in comparison.rows:
         assert row.how is not None
         n = next(iter(row.cells.values())).n
-        lines.append(f"{row.title}: {row.name}, n {n}; {describe_how(row.how)}")
+        always = f"; {CONSTANT} {row.constant.answer[:60]!r}" if row.constant else ""
+        lines.append(f"{row.title}: {row.name}, n {n}; {describe_how(row.how)}{always}")
     return lines
 
 
@@ -136,6 +142,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 model: {"value": d.value, "interval_95": [d.low, d.high], "p": d.p}
                 for model, d in row.differences.items()
             },
+            **({"constant": row.constant._asdict()} if row.constant else {}),
             "published": {m: f[row.name] for m, f in PUBLISHED.items() if row.name in f},
         }
 
@@ -211,7 +218,7 @@ def to_rich(comparison: Comparison, intervals: bool = False) -> "list[Table]":
         for title in table.titles:
             shown.add_column(Text(title), justify="right")
         for kind, group in groupby(table.lines, key=attrgetter("kind")):
-            style = {"model": "bold", "published": "dim"}.get(kind, "")
+            style = {"model": "bold", "published": "dim", "constant": "dim"}.get(kind, "")
             for line in group:
                 shown.add_row(*(Text(text, style=style) for text in [line.name, *line.texts]))
             shown.add_section()

@@ -380,7 +380,7 @@ def make_validation(recipe: Recipe, model: InstructBlip, held: Sequence[Held]) -
     if not held:
         return None
     settings, training = recipe.evaluation, recipe.training
-    choosing = [h.benchmark.name for h in held if h.benchmark.role == "held_in"]
+    choosing = [h.benchmark.name for h in held if h.benchmark.role in ("held_in", "own")]
     choosing = choosing or [h.benchmark.name for h in held]
     times = training.steps // (training.validate_every or training.steps)
     engine = Engine(model, *read_assets(recipe, model.config))
@@ -396,6 +396,7 @@ def make_validation(recipe: Recipe, model: InstructBlip, held: Sequence[Held]) -
                 settings,
                 limit=settings.validation_limit,
                 progress=False,
+                baseline=False,
                 together=training.parallel == "fsdp2",
             )
             scores[each.benchmark.name] = result.value or 0.0

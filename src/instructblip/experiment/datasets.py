@@ -1,5 +1,6 @@
 """The data sets of a recipe: prepared, mixed, checked; and the benchmarks it names."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from instructblip.data.sources import SOURCES, source_of
 from instructblip.data.templates import check_template, templates_of
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.benchmarks import OWNERS, Benchmark, groups_of, select_benchmarks
+from instructblip.evaluation.evaluate import check_rows
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.decoding import merge_overrides
 from instructblip.recipe.schema import DataSet, Recipe
@@ -30,6 +32,10 @@ from instructblip.scenes.official import SCENE_SETS, other_data
 
 TrainingSet = PreparedDataset | DatasetView
 """A prepared set, or the examples of it that passed the check."""
+
+
+LONG_TASKS = {"caption", "caption_ocr", "instruct"}
+"""Tasks whose answers are sentences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +61,9 @@ def prepare_training(recipe: Recipe) -> dict[str, PreparedDataset]:
     return {name: job_of(recipe, name).run() for name in training_names(recipe)}
 
 
-def job_of(recipe: Recipe, name: str) -> Job:
-    """How the entry ``name`` of ``data.sets`` is prepared. A root that is a URL is fetched first.
+def job_of(recipe: Recipe, name: str, split: str | None = None) -> Job:
+    """How the entry ``name`` of ``data.sets``, or another split of it, is prepared. A root that is
+    a URL is fetched first.
 
     The prepared folder has the name of the source. An entry whose root differs from the root of
     the source's first entry gets a folder of its own, ``source@entry``.
@@ -72,7 +79,7 @@ def job_of(recipe: Recipe, name: str) -> Job:
         root = data.root / where
     reader = custom_source(_custom_set(name, entry, root)) if custom else source_of(source)
     folder = source if custom or where == data.where_of(source) else f"{source}@{name}"
-    return Job(folder, root, entry.split, data.prepared_root, reader, data.max_bad_rate)
+    return Job(folder, root, split or entry.split, data.prepared_root, reader, data.max_bad_rate)
 
 
 def _custom_set(name: str, entry: DataSet, root: Path) -> CustomSet:
@@ -123,10 +130,11 @@ def benchmarks_of(recipe: Recipe, names: Iterable[str]) -> list[Benchmark]:
     Raises ValueError for a prompt of an unknown benchmark or with an unknown placeholder.
     """
     decoding, prompts = recipe.evaluation.decoding, recipe.evaluation.prompts
-    select_benchmarks(prompts)
+    own = recipe.evaluation.own_benchmarks
+    select_benchmarks(prompts, own)
     chosen = [
-        replace(b, prompt=check_template(prompts.get(b.name, b.prompt)))
-        for b in select_benchmarks(names)
+        replace(b, prompt=check_template(prompts[b.name])) if b.name in prompts else b
+        for b in select_benchmarks(names, own)
     ]
     return [
         replace(b, decoding=merge_overrides(b.decoding, decoding)) if b.mode == "generate" else b
@@ -142,11 +150,36 @@ def validation_of(recipe: Recipe) -> list[Benchmark]:
     ]
 
 
-def prepare_split(recipe: Recipe, source: str, split: str) -> PreparedDataset:
-    """A split of one of the published data sets."""
-    data = recipe.data
+def prepare_split(
+    recipe: Recipe, benchmark: Benchmark, split: str | None = None
+) -> PreparedDataset:
+    """The split of a benchmark, or another one of the same data set."""
+    source, split, data = benchmark.source, split or benchmark.split, recipe.data
+    if benchmark.role == "own":
+        return job_of(recipe, source, split).run()
     root = data.root_of(source)
     return prepare(source, root, split, data.prepared_root, max_bad_rate=data.max_bad_rate)
+
+
+def _rows_of(recipe: Recipe, benchmark: Benchmark, dataset: PreparedDataset) -> Examples:
+    """The examples that a benchmark scores. Raises ValueError for an own benchmark that its rows
+    do not fit, before a model answers any."""
+    if benchmark.role != "own":
+        return dataset
+    key, task = f"evaluation.own.{benchmark.name}", recipe.evaluation.own[benchmark.name].task
+    tasks = Counter(example.task for example in dataset)
+    counted = ", ".join(f"{count} of {name}" for name, count in tasks.items())
+    long = tasks.keys() & LONG_TASKS
+    if task is None and long and tasks.keys() - long:
+        raise ValueError(
+            f"{key}: its rows are {counted}, short and long answers, which need different prompts, "
+            f"lengths and metrics; make a benchmark for each, with `task: {next(iter(tasks))}`"
+        )
+    if task is not None and task not in tasks:
+        raise ValueError(f"{key}: no row has the task {task}; there are {counted or 'no rows'}")
+    check_rows(benchmark, (row for row in dataset if task in (None, row.task)), key)
+    chosen = [i for i, row in enumerate(dataset) if task in (None, row.task)]
+    return dataset if len(chosen) == len(dataset) else DatasetView(dataset, chosen)
 
 
 def prepare_benchmarks(recipe: Recipe, benchmarks: Iterable[Benchmark]) -> list[Held]:
@@ -158,7 +191,7 @@ def prepare_benchmarks(recipe: Recipe, benchmarks: Iterable[Benchmark]) -> list[
     held, missing = [], []
     for benchmark in benchmarks:
         try:
-            dataset = prepare_split(recipe, benchmark.source, benchmark.split)
+            dataset = _rows_of(recipe, benchmark, prepare_split(recipe, benchmark))
             held.append(Held(benchmark, dataset, _vocabulary(recipe, benchmark)))
         except FileNotFoundError as error:
             missing.append(f"{benchmark.name}: {error}. {_remedy(recipe, benchmark)}")
@@ -171,12 +204,14 @@ def _vocabulary(recipe: Recipe, benchmark: Benchmark) -> list[str] | None:
     """The distinct answers of the training split, for benchmarks that rank them."""
     if not benchmark.vocabulary:
         return None
-    training = prepare_split(recipe, benchmark.source, "train")
+    training = prepare_split(recipe, benchmark, "train")
     return sorted({answer for example in training for answer in example.answers})
 
 
 def _remedy(recipe: Recipe, benchmark: Benchmark) -> str:
     """Where the files of a benchmark come from, and where they belong."""
+    if benchmark.role == "own":
+        return f"The data are those of data.sets.{benchmark.source}"
     if "scenes" in groups_of(benchmark.name, benchmark.role):
         if taken := other_data(recipe.data.root, SCENE_SETS):
             return (
@@ -203,13 +238,15 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
     """
     perceptual = any(recipe.data.sets[name].format for name in training_names(recipe))
     evaluated = []
-    for name, split in evaluation_sets(recipe):
+    for benchmark in evaluation_sets(recipe):
         try:
-            dataset = _prepare_if_present(recipe, name, split)
-        except ValueError as error:
+            dataset = _prepare_if_present(recipe, benchmark)
+            if dataset is not None:
+                _rows_of(recipe, benchmark, dataset)
+        except (FileNotFoundError, ValueError) as error:
             yield str(error)
             continue
-        if dataset is not None:
+        if dataset is not None and dataset.path not in {each.path for each in evaluated}:
             evaluated.append(dataset)
             yield check_dataset(dataset, decode=decode, perceptual=perceptual)
     shown = evaluated_by(evaluated)
@@ -220,6 +257,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             continue
         try:
             dataset = job_of(recipe, name).run()
+            _refuse_shared_rows(recipe, name, dataset, evaluated)
         except (FileNotFoundError, ValueError) as error:
             yield str(error)
             continue
@@ -257,10 +295,13 @@ def checked_training(
     for name in datasets:
         if fault := evaluated_too(recipe, name):
             raise ValueError(fault)
-    against = [
-        _key(dataset) for source, split in evaluation_sets(recipe)
-        if (dataset := _prepare_if_present(recipe, source, split)) is not None
+    evaluated = [
+        dataset for benchmark in evaluation_sets(recipe)
+        if (dataset := _prepare_if_present(recipe, benchmark)) is not None
     ]  # fmt: skip
+    for name, dataset in datasets.items():
+        _refuse_shared_rows(recipe, name, dataset, evaluated)
+    against = [_key(dataset) for dataset in evaluated]
     stale = {
         name: reason
         for name, dataset in datasets.items()
@@ -294,18 +335,29 @@ def without_bad(dataset: PreparedDataset, max_bad_rate: float) -> TrainingSet:
     return DatasetView(dataset, [i for i in range(len(dataset)) if i not in bad])
 
 
-def evaluation_sets(recipe: Recipe) -> list[tuple[str, str]]:
-    """(source, split) of everything that the recipe is evaluated on, each once."""
+def evaluation_sets(recipe: Recipe) -> list[Benchmark]:
+    """The benchmarks that the recipe is evaluated on; of published ones one for each (source,
+    split)."""
     final = benchmarks_of(recipe, recipe.evaluation.benchmarks)
-    return list(dict.fromkeys((b.source, b.split) for b in (*validation_of(recipe), *final)))
+    sets = {}
+    for b in (*validation_of(recipe), *final):
+        sets.setdefault((b.source, b.split, b.name if b.role == "own" else ""), b)
+    return list(sets.values())
 
 
 def evaluated_too(recipe: Recipe, name: str) -> str:
     """Why an entry of ``data.sets`` cannot be trained on: the recipe is evaluated on the same
     split. Empty otherwise; the check finds single images that two sets share."""
-    data = recipe.data
+    data, evaluated = recipe.data, evaluation_sets(recipe)
     entry, source = data.sets[name], data.source_of(name)
-    if entry.format is not None or (source, entry.split) not in evaluation_sets(recipe):
+    for b in evaluated:
+        if b.role == "own" and (b.source, b.split) == (name, entry.split):
+            return (
+                f"data.sets.{name}: evaluation.own.{b.name} scores the split {b.split} that it "
+                "trains on; train on another split, or score another one"
+            )
+    published = {(b.source, b.split) for b in evaluated if b.role != "own"}
+    if entry.format is not None or (source, entry.split) not in published:
         return ""
     if (data.root / (entry.root or source)).resolve() != data.root_of(source).resolve():
         return ""
@@ -314,6 +366,27 @@ def evaluated_too(recipe: Recipe, name: str) -> str:
         "train on another split, or take its benchmark out of evaluation.validation and "
         "evaluation.benchmarks"
     )
+
+
+def _refuse_shared_rows(
+    recipe: Recipe, name: str, training: PreparedDataset, evaluated: Iterable[PreparedDataset]
+) -> None:
+    """ValueError if custom data have rows of a set that the recipe is evaluated on, as where one
+    file without splits is read for both."""
+    for other in evaluated if recipe.data.sets[name].format else ():
+        if other.image_root != training.image_root:
+            continue
+        shared = {*_records(training)} & {*_records(other)}
+        if shared:
+            raise ValueError(
+                f"data.sets.{name}: {len(shared)} of its {len(training)} rows are also in "
+                f"{_key(other)}, which the recipe is evaluated on; split the rows, such as into "
+                "files with `path: {split}.jsonl`"
+            )
+
+
+def _records(dataset: PreparedDataset) -> Iterator[tuple[object, ...]]:
+    return ((e.where, e.images, e.question, e.answers) for e in dataset)
 
 
 def data_fingerprints(
@@ -333,10 +406,12 @@ def _key(dataset: PreparedDataset) -> str:
     return f"{dataset.name} {dataset.split}"
 
 
-def _prepare_if_present(recipe: Recipe, source: str, split: str) -> PreparedDataset | None:
+def _prepare_if_present(recipe: Recipe, benchmark: Benchmark) -> PreparedDataset | None:
     try:
-        return prepare_split(recipe, source, split)
+        return prepare_split(recipe, benchmark)
     except FileNotFoundError:
+        if benchmark.role == "own":
+            raise
         return None
 
 

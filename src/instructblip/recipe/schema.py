@@ -5,8 +5,9 @@ result.
 """
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import (
@@ -21,6 +22,9 @@ from pydantic import (
     model_validator,
 )
 
+from instructblip.data.templates import check_template, templates_of
+from instructblip.evaluation.benchmarks import BENCHMARKS, GROUPS, Benchmark
+from instructblip.evaluation.scoring import ALIASES, NEEDS_CANDIDATES, scorer_of
 from instructblip.model.config import LoraConfig
 from instructblip.model.decoding import check_overrides
 from instructblip.text_to_image.config import ConditionerConfig, DiffusersConfig, NativeConfig
@@ -29,6 +33,8 @@ from instructblip.training.config import TrainingConfig
 RECIPE_FILE = "recipe.yaml"
 """The resolved recipe beside every checkpoint, model and result."""
 
+LONG_ANSWER = 256
+"""Tokens that a long answer may have in a benchmark of the recipe."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Format = Literal[
     "llava_json", "sharegpt", "openai_messages", "table", "imagefolder", "hf_dataset", "webdataset"
@@ -184,12 +190,94 @@ def _decoding(settings: dict[str, int | float | bool]) -> dict[str, int | float 
     return settings
 
 
+class OwnBenchmark(_Section):
+    """One benchmark of the recipe: which rows, asked how, answered how, scored by what."""
+
+    set: str
+    """The entry of ``data.sets`` that has the rows; weight 0 there trains on none of them."""
+    split: Literal["train", "val", "test"] = "test"
+    """Which of its splits; no data set of the recipe may train on these rows."""
+    task: str | None = None
+    """Only rows of this task; null for all, if they are all short or all long answers."""
+    mode: Literal["generate", "rank"] = "generate"
+    """Whether the model writes its answer, or ranks candidates."""
+    candidates: tuple[str, ...] | None = None
+    """The answers that are ranked; null for the choices of each row."""
+    verbalizers: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Candidate -> other wordings of it; it scores as the likeliest."""
+    prompt: str | None = None
+    """Template of the prompt; null for the first of each row's task."""
+    metrics: tuple[str, ...] = Field(min_length=1)
+    """The first is the score, which validation uses; the others are reported beside it."""
+    decoding: Annotated[dict[str, int | float | bool], AfterValidator(_decoding)] = Field(
+        default_factory=dict
+    )
+    """Settings of generation; else greedy with 32 tokens, or 256 where ``task`` is instruct."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.task is not None:
+            templates_of(self.task)
+        if self.prompt is not None:
+            check_template(self.prompt)
+        for metric in self.metrics:
+            scorer_of(ALIASES.get(metric, metric))
+        ordered = [metric for metric in self.metrics if metric in NEEDS_CANDIDATES]
+        if self.mode == "generate":
+            given = [n for n in ("candidates", "verbalizers") if getattr(self, n)]
+            if ordered or given:
+                raise ValueError(
+                    f"{', '.join(ordered + given)} needs candidates that are ranked, and mode is "
+                    "generate: set mode: rank, or leave it out"
+                )
+        elif self.decoding:
+            raise ValueError("decoding is for generated answers, and mode is rank: leave it out")
+        names = self.candidates or ()
+        if self.candidates is not None and len({*names}) != max(2, len(names)):
+            raise ValueError(f"candidates are {list(names)}; expected two or more different ones")
+        if "auroc" in self.metrics and len(names) != 2:
+            raise ValueError(
+                f"auroc needs two candidates, the positive one first; got {list(names) or 'none'}"
+            )
+        if unknown := [name for name in self.verbalizers if names and name not in names]:
+            raise ValueError(f"verbalizers of {', '.join(unknown)}, which is no candidate")
+        return self
+
+    def benchmark(self, name: str) -> Benchmark:
+        """What evaluation knows of it."""
+        long = {"max_new_tokens": LONG_ANSWER} if self.task == "instruct" else {}
+        metric, *others = (ALIASES.get(metric, metric) for metric in self.metrics)
+        return Benchmark(
+            name=name,
+            title=name,
+            source=self.set,
+            split=self.split,
+            prompt=self.prompt,
+            mode=self.mode,
+            metric=metric,
+            role="own",
+            candidates=self.candidates,
+            verbalizers=self.verbalizers,
+            decoding={**long, **self.decoding} if self.mode == "generate" else {},
+            others=tuple(others),
+        )
+
+
+def _free(name: str) -> str:
+    if name in BENCHMARKS or name in GROUPS:
+        raise ValueError(f"{name} is a published benchmark or a group of them; choose another name")
+    return _plain(name)
+
+
 class EvaluationConfig(_Section):
     """What the model is evaluated on: during training, and after it."""
 
+    own: dict[Annotated[str, AfterValidator(_free)], OwnBenchmark] = Field(default_factory=dict)
+    """Name -> benchmark on data of ``data.sets``; ``own`` is the group of all of them."""
+
     validation: tuple[str, ...] = ("held_in",)
-    """Benchmarks scored during training; the mean of the held-in ones picks the best weights. An
-    empty list validates nothing: the last weights are then the result."""
+    """Benchmarks scored during training; the mean of the held-in and own ones picks the best
+    weights. An empty list validates nothing: the last weights are then the result."""
     validation_limit: PositiveInt | None = None
     """Samples of each set in a validation, evenly spaced; null for all."""
     benchmarks: tuple[str, ...] = ("held_in", "held_out")
@@ -206,6 +294,11 @@ class EvaluationConfig(_Section):
     """Settings of generation on top of each benchmark's own."""
     prompts: dict[str, str] = Field(default_factory=dict)
     """Benchmark -> prompt, in place of the benchmark's; scores then do not compare."""
+
+    @property
+    def own_benchmarks(self) -> dict[str, Benchmark]:
+        """The benchmarks of the recipe by name."""
+        return {name: entry.benchmark(name) for name, entry in self.own.items()}
 
 
 class DrawingSet(_Section):
@@ -262,6 +355,18 @@ class Recipe(_Section):
     """What it is evaluated on."""
     drawing: DrawingConfig | None = None
     """Text to image; null tunes the model to answer."""
+
+    @model_validator(mode="after")
+    def _sets_exist(self) -> Self:
+        for name, entry in self.evaluation.own.items():
+            if entry.set not in self.data.sets:
+                near = get_close_matches(entry.set, self.data.sets, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise ValueError(
+                    f"evaluation.own.{name}.set: no entry '{entry.set}' in data.sets; {hint}"
+                    f"there are {', '.join(self.data.sets)} (weight: 0 trains on none of it)"
+                )
+        return self
 
     def to_yaml(self) -> str:
         """The recipe with every default written out; `load_recipe` reads it back as the same."""

@@ -172,12 +172,15 @@ def _yaml(recipe: Mapping[str, Any]) -> str:
 def _scores(results: Sequence[Result]) -> str:
     """Each score with its 95 % bootstrap interval, the number of samples, prompt and decoding."""
     lines = ["| benchmark | figure, 0 to 100 | samples | how |", "|---|---|---|---|"]
-    for result in results:
+    for result in (view for each in results for view in each.by_metric()):
         bounds, asked = result.interval, f"{result.n:,} of {result.settings['of']:,}"
         score = "not defined: one class only"
         if bounds is not None:
             score = f"{result.value:.1f} [{bounds.low:.1f}, {bounds.high:.1f}]"
-        how = describe_how(result.how).replace("|", "\\|").replace("\n", " ")
+        how = describe_how(result.how)
+        if (constant := result.constant) is not None:
+            how += f"; always {constant.answer[:60]!r}: {constant.score:.1f}"
+        how = how.replace("|", "\\|").replace("\n", " ")
         lines.append(f"| {result.benchmark} | {score} | {asked} | {how} |")
     for role, mean in summarise([r for r in results if r.value is not None]).items():
         sets = f"{mean.n} set{'s' if mean.n > 1 else ''}"

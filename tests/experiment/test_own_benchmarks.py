@@ -1,0 +1,193 @@
+"""Benchmarks of the recipe on custom data: chosen by name, compared with a constant, refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instructblip.evaluation.compare import compare
+from instructblip.evaluation.report import write_report
+from instructblip.evaluation.result import load_results
+from instructblip.evaluation.tables import to_markdown
+from instructblip.experiment.build import build
+from instructblip.experiment.datasets import (
+    benchmarks_of,
+    check_recipe,
+    checked_training,
+    prepare_benchmarks,
+    prepare_training,
+)
+from instructblip.experiment.evaluate import evaluate
+from instructblip.recipe.load import load_recipe
+from instructblip.recipe.schema import Recipe
+from tests.testing import write_json_lines, write_picture
+
+ANSWERS = {"train": ["yes", "no"] * 3, "val": ["no", "yes"], "test": ["no", "no", "no", "yes"]}
+CHEST: dict[str, Any] = {
+    "set": "chest",
+    "mode": "rank",
+    "candidates": ["yes", "no"],
+    "metrics": ["balanced_accuracy", "auroc", "accuracy"],
+}
+
+
+def write_chest(root: Path, answers: dict[str, list[str]] = ANSWERS) -> None:
+    for number, (split, texts) in enumerate(answers.items()):
+        rows = []
+        for i, text in enumerate(texts):
+            name = f"{split}_{i}.png"
+            write_picture(root / "chest" / "images" / name, seed=10 * number + i)
+            rows.append({"image": name, "question": "Is it broken?", "answer": text})
+        write_json_lines(root / "chest" / f"{split}.jsonl", *rows)
+
+
+def recipe_with(
+    root: Path, own: dict[str, Any] | None = None, *more: str, path: str = "{split}.jsonl"
+) -> Recipe:
+    sets = {"chest": {"format": "table", "path": path}}
+    return load_recipe(
+        "quickstart",
+        [
+            f"data.root={root}",
+            f"data.sets={json.dumps(sets)}",
+            f"evaluation.own={json.dumps({'chest': CHEST} if own is None else own)}",
+            "evaluation.validation=[]",
+            "evaluation.benchmarks=[chest]",
+            "features.cache=off",
+            *more,
+        ],
+    )
+
+
+def test_scores_stand_beside_the_best_constant_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_chest(tmp_path)
+    (result,) = evaluate(recipe_with(tmp_path), "starter", tmp_path / "results/starter")
+    assert result.constants["balanced_accuracy"].score == 50
+    assert result.constants["accuracy"] == ("no", 75.0)
+    printed = capsys.readouterr().out
+    assert "accuracy " in printed
+    assert "always 'no' would score 75.00" in printed
+
+    results = load_results([tmp_path / "results/starter"])
+    (loaded,) = results["starter"]
+    assert loaded.constants == result.constants
+    comparison = compare(results)
+    assert [row.name for row in comparison.rows] == ["chest", "chest auroc", "chest accuracy"]
+    assert [row.name for row in comparison.means] == ["mean_own"]
+    assert comparison.means[0].cells["starter"].value == result.value
+    table = to_markdown(comparison)
+    assert "| best constant answer | 50.0 | 50.0 | 75.0 |" in table.replace("*", "")
+    assert "best constant answer 'no'" in table
+    page = write_report(tmp_path / "report.html", results).read_text(encoding="utf-8")
+    assert "always “no” 75.0" in page
+    assert '<table class="classes">' in page
+
+
+def test_own_benchmarks_choose_the_best_weights(tmp_path: Path) -> None:
+    write_chest(tmp_path)
+    own = {"early": CHEST | {"split": "val"}, "late": CHEST}
+    more = ["evaluation.validation=[early]", "evaluation.benchmarks=[own]", "data.check=run"]
+    more += ["training.steps=2", "training.batch_size=2", "training.workers=0"]
+    recipe = recipe_with(tmp_path, own, *more)
+    assert [b.name for b in benchmarks_of(recipe, ["own"])] == ["early", "late"]
+    run = build(recipe)
+    assert run.validate is not None
+    scores = run.validate(run.model)
+    assert set(scores) == {"score", "early"}
+    assert scores["score"] == scores["early"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"set": "chset"}, "no entry 'chset' in data.sets; did you mean chest"),
+        ({"metrics": ["balanced_acuracy"]}, "did you mean balanced_accuracy"),
+        ({"metrics": []}, "at least 1 item"),
+        ({"mode": "generate", "candidates": None}, "auroc needs candidates that are ranked"),
+        ({"mode": "generate", "metrics": ["accuracy"]}, "candidates needs candidates that are"),
+        ({"candidates": ["yes", "no", "maybe"]}, "auroc needs two candidates"),
+        ({"candidates": ["yes", "yes"]}, "expected two or more different ones"),
+        ({"verbalizers": {"yse": ["true"]}}, "verbalizers of yse, which is no candidate"),
+        ({"prompt": "{qestion}"}, "no place '{qestion}'"),
+        ({"task": "vqq"}, "no templates for task 'vqq'"),
+        ({"decoding": {"num_beams": 2}}, "mode is rank"),
+        ({"metric": "accuracy"}, "did you mean metrics"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_the_recipe(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe_with(tmp_path, {"chest": CHEST | change})
+
+
+@pytest.mark.parametrize("name", ["vqav2", "held_in", "own"])
+def test_names_of_published_benchmarks_are_taken(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{name} is a published benchmark or a group"):
+        recipe_with(tmp_path, {name: CHEST})
+
+
+def test_unknown_own_benchmark_names_the_nearest(tmp_path: Path) -> None:
+    recipe = recipe_with(tmp_path, None, "evaluation.benchmarks=[chests]")
+    with pytest.raises(ValueError, match="no benchmark or group 'chests'; did you mean chest"):
+        benchmarks_of(recipe, recipe.evaluation.benchmarks)
+
+
+@pytest.mark.parametrize(
+    ("test", "change", "message"),
+    [
+        (["no", "yes", "none"], {}, r"test.jsonl:line 3 has the answer 'none', which is none of"),
+        (["no", "no"], {}, "every row has the answer 'no', and auroc needs rows of both"),
+        (["no", "yes"], {"metrics": ["vqa_accuracy"]}, "at least 4; use exact_match"),
+        (["no", "yes"], {"task": "caption", "metrics": ["accuracy"]}, "there are 2 of vqa"),
+        (["no", ""], {"metrics": ["accuracy"]}, "line 2 has no answer"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_named_before_a_model_is_read(
+    test: list[str], change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_chest(tmp_path, ANSWERS | {"test": test})
+    recipe = recipe_with(tmp_path, {"chest": CHEST | change})
+    with pytest.raises(ValueError, match=message):
+        prepare_benchmarks(recipe, benchmarks_of(recipe, ["chest"]))
+    faults = [each for each in check_recipe(recipe) if isinstance(each, str)]
+    assert len(faults) == 1
+    assert faults[0].startswith("evaluation.own.chest: ")
+
+
+def test_missing_rows_of_an_own_benchmark_are_an_error_of_the_check(tmp_path: Path) -> None:
+    write_chest(tmp_path)
+    (tmp_path / "chest" / "test.jsonl").unlink()
+    recipe = recipe_with(tmp_path)
+    assert "no .jsonl" in next(str(each) for each in check_recipe(recipe))
+    with pytest.raises(FileNotFoundError, match=r"chest: .*data\.sets\.chest"):
+        prepare_benchmarks(recipe, benchmarks_of(recipe, ["chest"]))
+
+
+def test_nothing_trains_on_what_is_evaluated(tmp_path: Path) -> None:
+    """The same split of the set, and a file that is read for every split."""
+    write_chest(tmp_path)
+    same = recipe_with(tmp_path, {"chest": CHEST | {"split": "train"}})
+    faults = [each for each in check_recipe(same) if isinstance(each, str)]
+    assert faults == [
+        "data.sets.chest: evaluation.own.chest scores the split train that it trains on; train on "
+        "another split, or score another one"
+    ]
+    with pytest.raises(ValueError, match="scores the split train that it trains on"):
+        checked_training(same, prepare_training(same))
+
+    one_file = recipe_with(tmp_path, None, path="test.jsonl")
+    message = r"4 of its 4 rows are also in chest test, which the recipe is evaluated on"
+    with pytest.raises(ValueError, match=message):
+        checked_training(one_file, prepare_training(one_file))
+    assert any("4 of its 4 rows" in str(each) for each in check_recipe(one_file))
+
+
+def test_recipe_with_an_own_benchmark_reads_back_as_the_same(tmp_path: Path) -> None:
+    recipe = recipe_with(tmp_path)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(file) == recipe
