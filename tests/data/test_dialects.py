@@ -290,7 +290,8 @@ def test_captions_in_several_languages(root: Path):
     for name, text in STAMPS.items():
         (root / f"{name}.txt").write_text(text, encoding="utf-8")
     with pytest.warns(
-        UserWarning, match=r"\(also de, zh_CN, zh_TW\): those in 'en' are read; `lang"
+        UserWarning,
+        match=r"\(also de, zh_CN, zh_TW\): those in 'en' are read; data\.sets\.mine\.lang",
     ):
         examples = read_custom(root, "imagefolder")
     assert [e.answers for e in examples] == [("A frog.",), ("A dog.",), ("A cup.",)]
@@ -300,3 +301,15 @@ def test_captions_in_several_languages(root: Path):
     with pytest.warns(UserWarning, match=r"also de, en_GB.*'zh' are read, and 2 images have none"):
         (example,) = read_custom(root, "imagefolder", language="zh")
     assert (example.images, example.answers) == (("0.png",), ("青蛙。",))
+    with pytest.warns(UserWarning, match=r"data\.sets\.own\.language=zh or en chooses"):
+        assert len(read_folder(root, "zh")) == 1
+
+
+def test_absolute_paths_below_the_image_root(root: Path):
+    """ms-swift recommends them."""
+    messages = turns("<image>What is it?", "A cup.")
+    (example,) = dialogue(root, {"messages": messages, "images": [str(root / "0.png")]})
+    assert example.images == ("0.png",)
+    for elsewhere in (root.parent / "0.png", f"{root}/../0.png", f"{root}x/0.png", f"{root}/"):
+        with pytest.raises(ValueError, match=r"record 0: image name .* leaves the image root"):
+            dialogue(root, {"messages": messages, "images": [str(elsewhere)]})

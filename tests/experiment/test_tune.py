@@ -12,6 +12,7 @@ import torch
 from instructblip.cli import main as cli
 from instructblip.cli.data import check
 from instructblip.data.custom.folder import read_folder, split_by_image
+from instructblip.experiment import tune as tune_module
 from instructblip.experiment.train import train
 from instructblip.experiment.tune import (
     MEASURES,
@@ -30,6 +31,22 @@ def write_folder(root: Path, rows: list[dict], images: int = 5) -> Path:
         write_picture(root / f"{number}.png", seed=number)
     (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return root
+
+
+def test_the_language_of_captions_is_that_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[tuple[object, ...]] = []
+
+    def note(*arguments: object) -> None:
+        asked.append(arguments)
+        raise ValueError("noted")
+
+    monkeypatch.setattr(tune_module, "read_folder", note)
+    for overrides in ([], ["data.sets.own.language=en", "data.sets.own.language=zh"]):
+        with pytest.raises(ValueError, match="noted"):
+            tune_module.tune(tmp_path, "starter", tmp_path / "out", overrides)
+    assert asked == [(tmp_path,), (tmp_path, "zh")]
 
 
 def test_rows_become_examples(tmp_path: Path) -> None:

@@ -84,7 +84,8 @@ def tune(
     """
     if not resume:
         refuse_existing(out / "run")
-    folder = read_folder(root)
+    languages = [o for o in overrides if o.startswith(f"data.sets.{SET}.language=")]
+    folder = read_folder(root, *(o.partition("=")[2] for o in languages[-1:]))
     training, held = split_by_image(folder)
     images = max(len(example.images) for example in folder.examples)
     variant, sets = FolderTuning(training, held), held_sets(held)

@@ -31,14 +31,16 @@ class FolderSet:
         return self.examples[index]
 
 
-def read_folder(root: Path) -> FolderSet:
-    """All examples of a folder, with every image decoded once.
+def read_folder(root: Path, language: str = "en") -> FolderSet:
+    """All examples of a folder, with every image decoded once. Of captions in several languages
+    those in ``language`` are read.
 
     ValueError lists the first ``MAX_LISTED`` bad examples, or says why none has an answer.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: expected a folder of images")
-    rows = list(folder_examples(CustomSet("own", "imagefolder"), root, "train"))
+    custom = CustomSet("own", "imagefolder", language=language)
+    rows = list(folder_examples(custom, root, "train"))
     if not any(isinstance(row, ValueError) or row.answers for row in rows):
         raise ValueError(_why_no_answers(root))
     problems = [problem for row in rows if (problem := _problem(row, root))]

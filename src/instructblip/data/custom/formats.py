@@ -188,7 +188,7 @@ def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
     texts = {path.with_suffix(""): path for path in uncovered if path.suffix.lower() == ".txt"}
     images = [path for path in uncovered if path.suffix.lower() in IMAGE_SUFFIXES]
     _warn_of_texts_alone(folder, texts, {path.with_suffix("") for path in images})
-    captioner = _Captions(custom.language)
+    captioner = _Captions(custom)
     for path in images:
         text = texts.get(path.with_suffix(""))
         if tables and text is None:
@@ -236,7 +236,7 @@ def _hf_dataset(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
 
 def _webdataset(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
     """Every .tar that ``path`` names (``train-*.tar``)."""
-    captioner = _Captions(custom.language)
+    captioner = _Captions(custom)
     for path in _files_of(custom, root, split, (".tar",)):
         note_file(path)
         for key, parts, where in read_shard(path):
@@ -277,8 +277,8 @@ class _Captions:
     (the form of Tux Paint's stamps).
     """
 
-    def __init__(self, language: str) -> None:
-        self.language = language
+    def __init__(self, custom: CustomSet) -> None:
+        self.name, self.language = custom.name, custom.language
         self.others: set[str] = set()
         self.missing = 0
 
@@ -306,7 +306,8 @@ class _Captions:
             skipped = f", and {self.missing} images have none" if self.missing else ""
             warnings.warn(
                 f"{folder}: captions in several languages (also {others}): those in "
-                f"{self.language!r} are read{skipped}; `language` of the recipe's entry chooses",
+                f"{self.language!r} are read{skipped}; data.sets.{self.name}.language=zh or en "
+                "chooses",
                 stacklevel=2,
             )
 

@@ -405,6 +405,9 @@ def _image(image_root: Path, value: Any, where: str, folder: str) -> str:
             f"{where}: image {value[:80]!r} is on the network, and images are not downloaded; "
             "save it below the image root and write its path"
         )
+    # ms-swift recommends absolute paths; os.path, since this runs once per image
+    if value[:1] == "/" and value.startswith(root := f"{os.path.abspath(image_root)}/"):  # noqa: PTH100
+        return image_name(value.removeprefix(root), where)
     name = image_name(value, where)
     return image_name(f"{folder}/{name}", where) if folder else name
 
