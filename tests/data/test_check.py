@@ -116,7 +116,7 @@ def test_prompts_that_training_would_cut(tmp_path: Path):
     assert check_dataset(dataset, tokens=tokens).kinds == {"over-long prompt": 1}
     (line,) = bad_samples(dataset)
     assert line["index"] == 1
-    assert "training cuts its beginning to leave 64 (data.max_prompt)" in line["reason"]
+    assert "its beginning is cut to leave 64 (data.max_prompt)" in line["reason"]
 
 
 def test_answers_may_be_missing_in_a_test_split(tmp_path: Path):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from instructblip.data.templates import render_prompt
 from instructblip.evaluation.compare import compare
 from instructblip.evaluation.report import write_report
 from instructblip.evaluation.result import load_results
@@ -21,7 +22,7 @@ from instructblip.experiment.datasets import (
 from instructblip.experiment.evaluate import evaluate
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
-from tests.testing import write_json_lines, write_picture
+from tests.testing import read_custom, write_json_lines, write_picture
 
 ANSWERS = {"train": ["yes", "no"] * 3, "val": ["no", "yes"], "test": ["no", "no", "no", "yes"]}
 CHEST: dict[str, Any] = {
@@ -191,3 +192,77 @@ def test_recipe_with_an_own_benchmark_reads_back_as_the_same(tmp_path: Path) -> 
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(file) == recipe
+
+
+def write_reports(root: Path) -> str:
+    """Short answers and reports in one file; returns the text of a report."""
+    report = "There is a small effusion on the left. " * 10
+    rows = [
+        {"image": "a.png", "question": "Is it broken?", "answer": "no"},
+        {"image": "a.png", "question": "What is seen?", "answer": report},
+        {"image": "a.png", "question": "", "answer": report},
+        {"image": "a.png", "question": "", "answer": "病灶位于左下肺" * 15},
+        {"image": "a.png", "question": "Which side?", "answer": "left", "task": "Instruct"},
+    ]
+    write_picture(root / "chest" / "images" / "a.png")
+    write_json_lines(root / "chest" / "test.jsonl", *rows)
+    return report
+
+
+def test_short_and_long_answers_have_their_own_benchmark_template_and_length(
+    tmp_path: Path,
+) -> None:
+    write_reports(tmp_path)
+    short = {"set": "chest", "task": "vqa", "metrics": ["exact_match"]}
+    long = {"set": "chest", "task": "instruct", "metrics": ["rouge_l"]}
+    more = ["evaluation.benchmarks=[own]"]
+    recipe = recipe_with(tmp_path, {"short": short, "long": long}, *more)
+    held = prepare_benchmarks(recipe, benchmarks_of(recipe, ["own"]))
+    assert [len(each.dataset) for each in held] == [1, 4]
+    assert [dict(each.benchmark.decoding) for each in held] == [{}, {"max_new_tokens": 256}]
+    prompts = [
+        render_prompt(each.dataset[i], each.benchmark.prompt).prompt
+        for each in held
+        for i in range(len(each.dataset))
+    ]
+    assert prompts == [
+        "Question: Is it broken? Short answer:",
+        "What is seen?",
+        "Describe the image in detail.",
+        "请详细描述这张图片。",
+        "Which side?",
+    ]
+    mixed = recipe_with(tmp_path, {"chest": short | {"task": None}})
+    message = r"its rows are 1 of vqa, 4 of instruct, short and long answers, .*`task: vqa`"
+    with pytest.raises(ValueError, match=message):
+        prepare_benchmarks(mixed, benchmarks_of(mixed, ["chest"]))
+
+
+def test_check_counts_answers_that_a_benchmark_cannot_write_in_full(tmp_path: Path) -> None:
+    write_reports(tmp_path)
+    long = {"set": "chest", "task": "instruct", "metrics": ["rouge_l"]}
+    recipe = recipe_with(
+        tmp_path,
+        {"long": long | {"decoding": {"max_new_tokens": 20}}},
+        "evaluation.benchmarks=[long]",
+    )
+    text = next(each.describe() for each in check_recipe(recipe) if not isinstance(each, str))
+    assert "3 x over-long answer" in text
+    assert "the model writes at most 20 (max_new_tokens of decoding)" in text
+    recipe = recipe_with(
+        tmp_path,
+        {"long": long | {"decoding": {"max_new_tokens": 1000}}},
+        "evaluation.benchmarks=[long]",
+    )
+    text = next(each.describe() for each in check_recipe(recipe) if not isinstance(each, str))
+    assert "over-long answer" not in text
+
+
+def test_a_task_that_is_none_is_refused_only_in_a_named_column(tmp_path: Path) -> None:
+    write_picture(tmp_path / "images" / "a.png")
+    row = {"image": "a.png", "question": "What?", "answer": "a cat", "task": "detection"}
+    write_json_lines(tmp_path / "rows.jsonl", row)
+    (example,) = read_custom(tmp_path, "table", images="images")
+    assert example.task == "vqa"
+    with pytest.raises(ValueError, match=r"field 'task' .*expected one of caption"):
+        read_custom(tmp_path, "table", images="images", columns=(("task", "task"),))

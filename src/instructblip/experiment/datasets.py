@@ -26,7 +26,7 @@ from instructblip.data.tokens import Tokens
 from instructblip.evaluation.benchmarks import OWNERS, Benchmark, groups_of, select_benchmarks
 from instructblip.evaluation.evaluate import check_rows
 from instructblip.model.checkpoints.directory import model_directory
-from instructblip.model.decoding import merge_overrides
+from instructblip.model.decoding import GREEDY, merge_overrides
 from instructblip.recipe.schema import DataSet, Recipe
 from instructblip.scenes.official import SCENE_SETS, other_data
 
@@ -237,7 +237,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
     are not on this machine are skipped. Near-duplicates are looked for in custom data.
     """
     perceptual = any(recipe.data.sets[name].format for name in training_names(recipe))
-    evaluated = []
+    tokens, evaluated = _response_tokens(recipe), []
     for benchmark in evaluation_sets(recipe):
         try:
             dataset = _prepare_if_present(recipe, benchmark)
@@ -248,9 +248,9 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             continue
         if dataset is not None and dataset.path not in {each.path for each in evaluated}:
             evaluated.append(dataset)
-            yield check_dataset(dataset, decode=decode, perceptual=perceptual)
+            limits = _written_tokens(recipe, tokens, benchmark)
+            yield check_dataset(dataset, tokens=limits, decode=decode, perceptual=perceptual)
     shown = evaluated_by(evaluated)
-    tokens = _response_tokens(recipe)
     for name in training_names(recipe):
         if fault := evaluated_too(recipe, name):
             yield fault
@@ -413,6 +413,20 @@ def _prepare_if_present(recipe: Recipe, benchmark: Benchmark) -> PreparedDataset
         if benchmark.role == "own":
             raise
         return None
+
+
+def _written_tokens(recipe: Recipe, tokens: Tokens | None, benchmark: Benchmark) -> Tokens | None:
+    """The tokenizers with the greatest length that own benchmarks let the model write on the same
+    rows; None without such a benchmark."""
+    if tokens is None or benchmark.role != "own":
+        return None
+    place = benchmark.source, benchmark.split
+    lengths = [
+        int(b.decoding.get("max_new_tokens", GREEDY.max_new_tokens))
+        for b in evaluation_sets(recipe)
+        if b.role == "own" and b.mode == "generate" and (b.source, b.split) == place
+    ]
+    return replace(tokens, max_response=max(lengths)) if lengths else None
 
 
 def _response_tokens(recipe: Recipe) -> Tokens | None:

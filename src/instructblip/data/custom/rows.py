@@ -17,6 +17,7 @@ from instructblip.core.files import replacing
 from instructblip.data.reading.frames import VIDEO_SUFFIXES, evenly_spaced, extract_frames
 from instructblip.data.reading.records import IMAGE_SUFFIXES, Record, image_name, list_folder
 from instructblip.data.reading.splits import SPLITS, split_named
+from instructblip.data.templates import TEMPLATES
 
 REMEDY = "Repair the row, or the entry of the recipe that says how it is read"
 """Ends the error messages about a record of custom data."""
@@ -30,11 +31,18 @@ ROLES: dict[str, tuple[str, ...]] = {
     "context": ("system", "system_prompt"),
     "ocr_tokens": (),
     "split": (),
+    "task": (),
 }
 """What a column can hold, with the other names that are accepted for it."""
 
 CAPTIONS = ("caption", "text")
 """Columns whose text may stand without a question."""
+LONG_ANSWER, LONG_CAPTION = 12, 40
+"""Words from which an answer to a question, or a text without one, is long: its task is then
+``instruct``, whose templates ask for no short answer."""
+DETAIL = {"en": "Describe the image in detail.", "zh": "请详细描述这张图片。"}
+"""Question of a long text that has none, by its language."""
+_CHINESE = re.compile("[\u3400-\u9fff]")
 VIDEO_FRAMES = 4
 """Evenly spaced frames that stand for a video, as in the paper."""
 
@@ -188,14 +196,19 @@ def _example(
     question = _text(record, columns["question"])
     choices = _texts(record, columns["choices"], separator="|")
     answers = _answers(record, columns, choices, digits)
-    if choices:
+    task = custom.task or _task_column(custom, record, columns["task"])
+    words = max(map(_words, answers), default=0)
+    if task is None and choices:
         task = "multiple_choice"
-    elif question:
-        task = "instruct" if _folded(columns["question"]) in ROLES["question"] else "vqa"
-    else:
-        task = "caption"
-    if task == "caption" and not custom.task and answers:
-        _refuse_unread(record, {**columns, "group": custom.group or ""})
+    elif task is None and question:
+        asked = _folded(columns["question"]) in ROLES["question"]
+        task = "instruct" if asked or words > LONG_ANSWER else "vqa"
+    elif task is None:
+        if answers:
+            _refuse_unread(record, {**columns, "group": custom.group or ""})
+        task = "instruct" if words > LONG_CAPTION else "caption"
+    if task == "instruct" and not question:
+        question = DETAIL["zh" if any(map(_CHINESE.search, answers)) else "en"]
     _refuse_other_forms(record, columns)
     values = _several(record.data[columns["image"]], root / custom.images / row.folder)
     images = images_of(root / custom.images, values, record.where, row.folder)
@@ -204,7 +217,7 @@ def _example(
         split=split,
         id=_text(record, columns["id"]) or row.key,
         images=images,
-        task=custom.task or task,
+        task=task,
         question=question,
         answers=answers,
         choices=choices,
@@ -213,6 +226,22 @@ def _example(
         where=record.where,
         extra=extra_of(custom, record, images),
     )
+
+
+def _task_column(custom: CustomSet, record: Record, column: str) -> str | None:
+    """The task that a row names. A column ``task`` may have another meaning, so a name that is none
+    of the tasks is an error only in the column that the recipe names."""
+    task = _folded(_text(record, column)) if column in record else ""
+    if task in TEMPLATES:
+        return task
+    if task and "task" in dict(custom.columns):
+        record.fail(column, f"one of {', '.join(TEMPLATES)}")
+    return None
+
+
+def _words(text: str) -> int:
+    """Words of a text; two Chinese characters count as one."""
+    return len(_CHINESE.sub(" ", text).split()) + len(_CHINESE.findall(text)) // 2
 
 
 def _refuse_unread(record: Record, columns: dict[str, str]) -> None:

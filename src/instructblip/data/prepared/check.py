@@ -298,7 +298,7 @@ def _faults(
         yield "no question", f"the task '{example.task}' needs one"
     for reason in placeholders(example):
         yield "placeholder", reason
-    if tokens is not None and example.split == "train":
+    if tokens is not None:
         yield from _too_long(example, tokens)
 
 
@@ -313,19 +313,22 @@ def placeholders(example: Example) -> Iterator[str]:
 
 
 def _too_long(example: Example, tokens: Tokens) -> Iterator[tuple[str, str]]:
-    """(kind, reason) of texts that training would cut: the prompt, in the first template of the
-    task, and answers. A token is at least one byte, so short texts need no tokenizer."""
+    """(kind, reason) of texts that would be cut: the prompt, in the first template of the task, and
+    answers, of an evaluation set those that the model cannot write in full. A token is at least one
+    byte, so short texts need no tokenizer."""
     template = None if example.task in TEMPLATES else "{question}"  # a recipe may have its own
     prompt = render_prompt(example, template).prompt
     limit = tokens.max_prompt
     # The prompt may have two special tokens.
     if len(prompt.encode()) + 2 > limit and (length := tokens.prompt_length(prompt)) > limit:
-        cut = f"training cuts its beginning to leave {limit} (data.max_prompt)"
+        cut = f"its beginning is cut to leave {limit} (data.max_prompt)"
         yield "over-long prompt", f"{length} tokens; {cut}: {prompt[:60]!r}..."
     limit = tokens.max_response
     for answer in example.answers:
         if len(answer.encode()) >= limit and (length := tokens.response_length(answer)) > limit:
             cut = f"training cuts it to {limit} (data.max_response)"
+            if example.split != "train":
+                cut = f"the model writes at most {limit} (max_new_tokens of decoding)"
             yield "over-long answer", f"{length} tokens; {cut}: {answer[:60]!r}..."
 
 
