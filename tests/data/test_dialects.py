@@ -235,6 +235,27 @@ def test_raw_bytes_in_parquet(root: Path):
     assert [(root / name).read_bytes() for name in example.images] == data
 
 
+def test_dialogues_in_parquet(root: Path):
+    """Structs have all fields of all rows: those that a row lacks are null."""
+    asked = [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": said},
+            ],
+            "images": [{"bytes": (root / f"{i}.png").read_bytes(), "path": None}],
+        }
+        for i, said in enumerate([[{"type": "text", "text": "A cup."}]] * 2)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), root / "train.parquet")
+    examples = read_custom(root, "sharegpt", path="train.parquet")
+    assert [(e.question, e.answers) for e in examples] == [("What is it?", ("A cup.",))] * 2
+    assert [(root / e.images[0]).read_bytes() for e in examples] == [
+        (root / f"{i}.png").read_bytes() for i in range(2)
+    ]
+
+
 def test_several_images_in_a_cell(root: Path):
     (root / "[1].png").write_bytes((root / "1.png").read_bytes())
     (root / "1|2.png").write_bytes((root / "2.png").read_bytes())

@@ -64,6 +64,7 @@ def test_frames_make_a_video(engine: Engine, image_files: list[Path]) -> None:
     mixed = engine.answer([image_files[:4], [image_files[0]], image_files[:2]], QUESTION)
     assert mixed[0] == video[0]
     assert mixed[1] == engine.answer(image_files[0], QUESTION)
+    assert mixed[2:] == engine.answer([image_files[:2]], QUESTION)
     assert len(engine.rank(image_files[:2], QUESTION, ["red"])) == 1
 
 

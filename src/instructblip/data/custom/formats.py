@@ -1,7 +1,8 @@
 """Custom data, described in the recipe and read without code.
 
 ==============  ===========================================================================
-llava_json      dialogues in .json or .jsonl, in any form that `dialogues` reads
+llava_json      dialogues in .json or .jsonl, or in a .parquet that ``path`` names, in any form
+                that `dialogues` reads
 sharegpt        the same
 openai_messages the same
 table           .jsonl, .json, .csv, .tsv or .parquet with one example a row (``columns``)
@@ -153,7 +154,8 @@ def _dialogues(custom: CustomSet, root: Path, split: str, rows: Iterable[Row]) -
 
 
 def _json_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
-    for path in _files_of(custom, root, split, (".json", ".jsonl")):
+    suffixes = (".json", ".jsonl", ".parquet") if custom.path else (".json", ".jsonl")
+    for path in _files_of(custom, root, split, suffixes):
         yield from itertools.starmap(Row, records_of(path))
 
 
