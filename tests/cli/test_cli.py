@@ -53,6 +53,19 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]):
     assert "Traceback" not in err
 
 
+def test_recipes_and_their_schema_are_printed(capsys: pytest.CaptureFixture[str]):
+    code, out, _ = call(capsys, "recipe")
+    assert code == 0
+    assert "scenes                 Instruction tuning on Scenes" in out
+    code, out, _ = call(capsys, "recipe", "quickstart")
+    assert "\n  # Optimiser steps of the run.\n  steps: " in out
+    code, _, err = call(capsys, "recipe", "quikstart")
+    assert code == 2
+    assert "did you mean quickstart?" in err
+    code, out, _ = call(capsys, "schema")
+    assert "report_to" in json.loads(out)["$defs"]["TrainingConfig"]["properties"]
+
+
 def test_choices_are_those_of_the_package(capsys: pytest.CaptureFixture[str]):
     from instructblip.cli.data import ExportForm
     from instructblip.data.export import Form

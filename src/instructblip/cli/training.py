@@ -1,5 +1,6 @@
-"""The commands that train, and `memory`, which predicts what training needs."""
+"""The commands that train, and those about the recipe that training follows."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -150,6 +151,28 @@ def pretrain(
 
     folder = out or Path("out") / f"{Path(recipe).stem}_stage{stage}"
     run(read_recipe(recipe, overrides), stage, folder, resume)
+
+
+@app.command(name="recipe")
+def recipe_(
+    name: Annotated[str | None, Argument(help="A shipped recipe or a YAML file.")] = None,
+) -> None:
+    """Print a recipe with a sentence above each setting, to edit: recipe NAME > my.yaml."""
+    from instructblip.recipe.writing import commented, titles
+
+    if name is not None:
+        print(commented(name), end="")
+        return
+    for shipped, title in titles().items():
+        print(f"{shipped:22} {title}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, with which an editor completes and checks settings."""
+    from instructblip.recipe.writing import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
 
 
 @app.command()

@@ -34,7 +34,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: naming the file, the key and what was expected; for an unknown key the nearest.
     """
     path = find_recipe(recipe)
-    values = _read_values(path)
+    values = read_values(path)
     for override in overrides:
         _override(values, override)
     try:
@@ -44,7 +44,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{where}: " + "; ".join(_explain(error))) from None
 
 
-def _read_values(path: Path, depth: int = 0) -> dict[str, Any]:
+def read_values(path: Path, depth: int = 0) -> dict[str, Any]:
     """The sections of a file, on top of those of its ``base``.
 
     A setting such as ``training.steps`` or ``data.sets`` replaces that of the base as a whole.
@@ -60,7 +60,7 @@ def _read_values(path: Path, depth: int = 0) -> dict[str, Any]:
         raise ValueError(f"{path}: base: expected the name or path of a recipe; got {base!r}")
     if depth == MOST_BASES:
         raise ValueError(f"{path}: base: more than {MOST_BASES} recipes are based on each other")
-    below = _read_values(find_recipe(base, path.parent), depth + 1)
+    below = read_values(find_recipe(base, path.parent), depth + 1)
     for name, section in values.items():
         if isinstance(section, dict) and isinstance(below.get(name), dict):
             values[name] = {**below[name], **section}
@@ -133,7 +133,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
     for detail in error.errors():
         key = ".".join(map(str, detail["loc"]))
         if detail["type"] == "extra_forbidden":
-            name, known = str(detail["loc"][-1]), sorted(_fields_at(detail["loc"][:-1]))
+            name, known = str(detail["loc"][-1]), sorted(fields_at(detail["loc"][:-1]))
             near = get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             yield f"unknown key {key}: {hint}"
@@ -144,7 +144,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"{key}: {detail['msg'].removeprefix('Value error, ')}{got}"
 
 
-def _fields_at(place: tuple[int | str, ...]) -> Mapping[str, Any]:
+def fields_at(place: tuple[int | str, ...]) -> Mapping[str, Any]:
     """Names of the settings at a place of the recipe, such as ("data", "sets", "vqav2")."""
     kind: Any = Recipe
     for name in place:

@@ -36,7 +36,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class TrainingConfig(BaseModel):
     """The optimiser, its schedule, and what happens how often. Defaults are the paper's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     trainable: tuple[str, ...] = ("qformer",)
     """Parts of the model that are trained; all others stay bit-identical."""
