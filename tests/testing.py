@@ -213,8 +213,12 @@ def replaced(value: Any, place: tuple[Any, ...], new: Any) -> Any:
 
 
 def read_custom(root: Path, form: str, **options: Any) -> list[Any]:
-    """The examples of a custom data set, read and not prepared."""
-    return list(custom_source(CustomSet("mine", form, **options)).read(root, "train"))
+    """The examples of a custom data set, read and not prepared. Raises the first error of a row."""
+    examples = list(custom_source(CustomSet("mine", form, **options)).read(root, "train"))
+    for example in examples:
+        if isinstance(example, ValueError):
+            raise example
+    return examples
 
 
 def prepare_vizwiz(

@@ -156,6 +156,18 @@ def test_patience_needs_validations(name: str, start: Path, root: Path):
         run_of(name, start, root, more)
 
 
+def test_a_missing_tracker_is_refused_before_the_data_are_read(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("train", "stage1", "draw"):
+        variant, more = CASES[name].variant(tmp_path), "training.report_to=[wandb]"
+        recipe = recipe_of(CASES[name], start, tmp_path / "absent", more)
+        with pytest.raises(ValueError, match="pip install wandb"):
+            build(recipe, variant, tmp_path / "run")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_run_that_is_shorter_than_its_warmup_says_so(
     start: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -118,6 +118,46 @@ def test_training_needs_a_check(root: Path, capsys: pytest.CaptureFixture[str]):
         checked_training(recipe, datasets)
 
 
+def test_all_bad_rows_of_all_sets_are_listed_in_one_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Tables and dialogues, with rows that cannot be read beside images that are missing."""
+    write_picture(tmp_path / "a" / "0.png")
+    write_picture(tmp_path / "b" / "0.png")
+    (tmp_path / "a" / "rows.csv").write_text("image,answer\n0.png,x\n,y\n../0.png,z\ngone.png,z\n")
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "a"}]
+    dialogues = [{"image": "0.png", "conversations": turns[:n]} for n in (2, 1, 2, 1)]
+    (tmp_path / "b" / "talk.json").write_text(json.dumps(dialogues))
+    sets = "data.sets={a: {format: table}, b: {format: llava_json}}"
+    recipe = recipe_of(tmp_path, sets)
+    with pytest.raises(ValueError, match=r"a train: 3 of 4 samples are bad") as error:
+        prepare_training(recipe)
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "quickstart", f"data.root={tmp_path}", *SETTINGS, sets])
+    assert str(error.value) in capsys.readouterr().err
+    for place in ("rows.csv:line 3: ", "rows.csv:line 4: ", "gone.png does not exist"):
+        assert place in str(error.value)
+    assert "b train: 2 of 4 samples are bad" in str(error.value)
+    for place in ("talk.json:record 1: ", "talk.json:record 3: "):
+        assert place in str(error.value)
+    lax = recipe_of(tmp_path, sets, "data.max_bad_rate=0.8")
+    assert [len(dataset) for dataset in prepare_training(lax).values()] == [1, 2]
+
+
+def test_entries_without_data_name_what_to_set(tmp_path: Path):
+    sets = "{vqa: {}, mine: {format: table}, okvqa: {}}"
+    with pytest.raises(ValueError, match="does not exist") as error:
+        prepare_training(recipe_of(tmp_path, f"data.sets={sets}"))
+    unknown, custom, published = str(error.value).splitlines()
+    assert "data.sets.vqa: 'vqa' is no published data set" in unknown
+    assert "set `format:` (one of llava_json" in unknown
+    assert f"data.sets.mine: {tmp_path / 'mine'} does not exist; expected the files of a" in custom
+    assert (
+        f"set `root:` of the entry to their folder below data.root, which is {tmp_path}" in custom
+    )
+    assert "mscoco_train2014_annotations.json" in published
+
+
 def test_bad_examples_are_left_out_within_the_rate(root: Path):
     image_of(root, 5).write_bytes(b"")
     strict, lax = recipe_of(root), recipe_of(root, "data.max_bad_rate=0.2")

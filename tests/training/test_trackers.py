@@ -32,9 +32,27 @@ def test_tensorboard_shows_the_lines_of_metrics_jsonl(tmp_path: Path):
         assert points == [(step, pytest.approx(value, rel=1e-5)) for step, value in expected]
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install wandb"):
+def test_mlflow_continues_a_run_and_has_each_point_once(tmp_path: Path):
+    mlflow = pytest.importorskip("mlflow")
+    config = toy_config(report_to=["mlflow"], log_every=1, keep_last=9)
+    train(Toy(), ToyBatches(config), toy_score, config, tmp_path)
+    for step in (24, 21):
+        shutil.rmtree(tmp_path / "checkpoints" / f"step_{step:06d}")
+    train(Toy(), ToyBatches(config), toy_score, config, tmp_path, resume=True)
+
+    (run,) = mlflow.search_runs(experiment_names=["instructblip"], output_format="list")
+    assert (tmp_path / "mlflow.db").is_file()
+    history = mlflow.MlflowClient().get_metric_history
+    for name, steps in (("loss", [*range(1, 25)]), ("validation/score", [8, 16, 24])):
+        assert sorted(point.step for point in history(run.info.run_id, name)) == steps
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match=r"pip install wandb.*instructblip\[track\]"):
+        check_trackers(["tensorboard", "wandb"])
+    (tmp_path / "wandb").mkdir()  # what an earlier run of wandb left
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="wandb is not installed"):
         check_trackers(["wandb"])
 
 

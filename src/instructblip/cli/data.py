@@ -42,7 +42,7 @@ def prepare(
 
     resolved = read_recipe(recipe, overrides)
     names = sets.training_names(resolved)
-    jobs = [sets.job_of(resolved, name) for name in names]
+    jobs = sets.jobs_of(resolved, names)
     prepared = prepare_all(jobs, workers)
     datasets = dict(zip(names, prepared, strict=True))
     if export is None:

@@ -1,11 +1,12 @@
 """The data sets of a recipe: prepared, mixed, checked; and the benchmarks it names."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from instructblip.data.custom.formats import custom_source
+from instructblip.data.custom.formats import FORMATS, custom_source
 from instructblip.data.custom.remote import fetch_tree, is_remote
 from instructblip.data.custom.rows import CustomSet
 from instructblip.data.order import Mixture
@@ -18,7 +19,7 @@ from instructblip.data.prepared.check import (
     unchecked,
 )
 from instructblip.data.prepared.dataset import DatasetView, PreparedDataset
-from instructblip.data.prepared.prepare import Job, prepare
+from instructblip.data.prepared.prepare import Job, all_of, prepare, prepare_all
 from instructblip.data.samples import Examples
 from instructblip.data.sources import SOURCES, source_of
 from instructblip.data.templates import check_template, templates_of
@@ -58,7 +59,14 @@ def training_names(recipe: Recipe) -> list[str]:
 
 def prepare_training(recipe: Recipe) -> dict[str, PreparedDataset]:
     """The data sets of the mixture by name, read and indexed."""
-    return {name: job_of(recipe, name).run() for name in training_names(recipe)}
+    names = training_names(recipe)
+    return dict(zip(names, prepare_all(jobs_of(recipe, names), workers=1), strict=True))
+
+
+def jobs_of(recipe: Recipe, names: Sequence[str]) -> list[Job]:
+    """How the entries ``names`` of ``data.sets`` are prepared; what is wrong with them in one
+    error."""
+    return all_of(partial(job_of, recipe, name) for name in names)
 
 
 def job_of(recipe: Recipe, name: str, split: str | None = None) -> Job:
@@ -77,7 +85,19 @@ def job_of(recipe: Recipe, name: str, split: str | None = None) -> Job:
         root = fetch_tree(where, data.prepared_root / "fetched" / name)
     else:
         root = data.root / where
+    if not custom and source not in SOURCES:
+        raise ValueError(
+            f"data.sets.{name}: {source!r} is no published data set. For your data set `format:` "
+            f"(one of {', '.join(FORMATS)}) and `root:`, their folder; else set `source:` to one "
+            f"of {', '.join(sorted(SOURCES))}"
+        )
     reader = custom_source(_custom_set(name, entry, root)) if custom else source_of(source)
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"data.sets.{name}: {root.absolute()} does not exist; expected "
+            f"{reader.files.format(split=split or entry.split)} there, and images. Put them there, or set "
+            f"`root:` of the entry to their folder below data.root, which is {data.root}"
+        )
     folder = source if custom or where == data.where_of(source) else f"{source}@{name}"
     return Job(folder, root, split or entry.split, data.prepared_root, reader, data.max_bad_rate)
 

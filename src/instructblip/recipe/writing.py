@@ -45,19 +45,16 @@ def json_schema() -> dict[str, Any]:
     """
     schema = Recipe.model_json_schema()
     parts = {"data": "DataConfig", "drawing": "DrawingConfig"}
-    needed = {
-        key: {"required": schema["$defs"][part].pop("required")} for key, part in parts.items()
+    inside = {
+        name: {"required": schema["$defs"][part].pop("required")} for name, part in parts.items()
     }
+    needed = {"required": schema.pop("required"), "properties": inside}
     schema["properties"]["base"] = {
         "type": "string",
         "description": "Name or path of the recipe whose settings this one starts from.",
     }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **schema,
-        "if": {"not": {"required": ["base"]}},
-        "then": {"required": schema.pop("required"), "properties": needed},
-    }
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, **schema, "if": {"not": {"required": ["base"]}}, "then": needed}
 
 
 def _header(path: Path) -> Iterator[str]:

@@ -30,10 +30,12 @@ class Tracker(Protocol):
 def check_trackers(names: Sequence[TrackerName]) -> None:
     """Raise ValueError for a tracker that is not installed, naming its package."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        # a folder of that name, as wandb leaves one where it runs, is a package without an origin
+        if spec is None or spec.origin is None:
             raise ValueError(
-                f"training.report_to: the package {name} is not installed: run `pip install "
-                f"{name}`, or take {name} out of the list"
+                f"training.report_to: {name} is not installed: run `pip install {name}` (for "
+                f"all trackers `pip install 'instructblip[track]'`), or take {name} out of the list"
             )
 
 
@@ -108,9 +110,17 @@ class _Mlflow:
         )
         mlflow.start_run(earlier[0].info.run_id if earlier else None, run_name=run)
         self._log, self.close = mlflow.log_metrics, mlflow.end_run
+        # Points cannot be removed: a run that repeats steps leaves out those that are there.
+        history = mlflow.MlflowClient().get_metric_history
+        self._last = {
+            name: max(point.step for point in history(earlier[0].info.run_id, name))
+            for name in (earlier[0].data.metrics if earlier else ())
+        }
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self._log(dict(values), step=step)
+        new = {name: value for name, value in values.items() if step > self._last.get(name, 0)}
+        if new:
+            self._log(new, step=step)
 
 
 class _Swanlab:

@@ -78,14 +78,9 @@ def custom_source(custom: CustomSet) -> Source:
     return Source(read, custom.task or "", "your own", files, custom.images, settings)
 
 
-def _examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example]:
-    """The examples of the files; raises the first error of a row."""
+def _examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example | ValueError]:
     read, to_examples = FORMATS[custom.format]
-    rows = rows_of_split(custom, split, read(custom, root, split))
-    for example in to_examples(custom, root, split, rows):
-        if isinstance(example, ValueError):
-            raise example
-        yield example
+    return to_examples(custom, root, split, rows_of_split(custom, split, read(custom, root, split)))
 
 
 def folder_examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example | ValueError]:
@@ -136,15 +131,20 @@ def _matching_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if path.is_file())
 
 
-def _dialogues(custom: CustomSet, root: Path, split: str, rows: Iterable[Row]) -> Iterator[Example]:
+def _dialogues(
+    custom: CustomSet, root: Path, split: str, rows: Iterable[Row]
+) -> Iterator[Example | ValueError]:
     """The examples of each dialogue; answers that see no image are counted in a warning."""
     blind = []
     for row in rows:
-        for example in dialogue(custom, root / custom.images, split, row.key, row.record):
-            if example.images:
-                yield example
-            else:
-                blind.append(example.where)
+        try:
+            for example in dialogue(custom, root / custom.images, split, row.key, row.record):
+                if example.images:
+                    yield example
+                else:
+                    blind.append(example.where)
+        except ValueError as error:
+            yield error
     if blind:
         warnings.warn(
             f"{custom.name}: answers without an image before them: {len(blind)}, skipped: "

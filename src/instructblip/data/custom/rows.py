@@ -163,10 +163,12 @@ def extra_of(custom: CustomSet, record: Record, images: tuple[str, ...]) -> dict
 def examples_of(
     custom: CustomSet, root: Path, split: str, rows: Iterable[Row]
 ) -> Iterator[Example | ValueError]:
-    """The example of each row, or the error of the row or, at the end, of all rows together."""
+    """The example of each row, or its error. ValueError for columns that no row has, raised if
+    it is the only error."""
     absent = [column for _, column in custom.columns]
     present: dict[str, None] = {}
     digits: dict[str, str] = {}
+    failed = False
     for key, record, folder in rows:
         record = replace(record, remedy=REMEDY)
         if absent:
@@ -175,13 +177,17 @@ def examples_of(
         try:
             yield _example(custom, root, split, Row(key, record, folder), digits)
         except ValueError as error:
+            failed = True
             yield error
     if absent and present:
-        yield ValueError(
+        fault = ValueError(
             f"{custom.name}: no row of {custom.path or split} has the columns "
             f"{', '.join(map(repr, absent))} that `columns` names; it has "
             f"{', '.join(map(repr, list(present)[:20]))}"
         )
+        if not failed:
+            raise fault
+        yield fault
 
 
 def _example(

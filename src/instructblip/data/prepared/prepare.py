@@ -21,14 +21,14 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from instructblip.core.batch import Example
 from instructblip.core.files import flush, put_directory, recover, write_json, write_text
@@ -55,6 +55,7 @@ SAVE_SECONDS = 10.0
 PARALLEL_BYTES = 1 << 27
 """Bytes of annotations from which several processes prepare faster than one."""
 ANNOTATION_FILES = (".json", ".jsonl", ".csv", ".txt", ".arrow")
+T = TypeVar("T")
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -62,7 +63,8 @@ END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 class Job:
     """One split to prepare: ``source`` is read from ``root`` into ``out/<name>/<split>/``.
 
-    An example whose image is missing, or a training example without answer, is a bad sample. More
+    A row that cannot be read, an example whose image is missing, or a training example without
+    answer is a bad sample. More
     than ``max_bad_rate`` of them raise ValueError naming the first few; fewer are left out, counted
     in the manifest and listed in ``bad_samples.jsonl``.
     """
@@ -121,24 +123,38 @@ def prepare(
 
 
 def prepare_all(jobs: list[Job], workers: int | None = None) -> list[PreparedDataset]:
-    """Prepares several splits, each in its own process. After an error those done stay prepared.
+    """Prepares several splits, each in its own process.
 
-    A process takes seconds to start, so small sets are prepared here, one after the other.
+    All are tried: those without an error stay prepared, then the errors of the others are raised as
+    one. A process takes seconds to start, so small sets are prepared here, one after the other.
     """
     unique = {job.target: job for job in jobs}
     workers = min(workers or os.cpu_count() or 1, len(unique))
     if workers == 1 or sum(_annotation_bytes(job) for job in jobs) < PARALLEL_BYTES:
-        return [job.run() for job in jobs]
-    done: dict[Path, PreparedDataset] = {}
+        return all_of(job.run for job in jobs)
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
         progress_bar("preparing", "data sets") as advance,
     ):
         running = {pool.submit(job.run, False): target for target, job in unique.items()}
-        for future in as_completed(running):
-            done[running[future]] = future.result()
-            advance(len(done), len(running))
+        for number, _ in enumerate(as_completed(running), start=1):
+            advance(number, len(running))
+    done = dict(zip(unique, all_of(future.result for future in running), strict=True))
     return [done[job.target] for job in jobs]
+
+
+def all_of(calls: Iterable[Callable[[], T]]) -> list[T]:
+    """The results of all calls. Errors of the user's files are raised after the last call, several
+    of them together as one ValueError."""
+    results, errors = [], []
+    for call in calls:
+        try:
+            results.append(call())
+        except (FileNotFoundError, ValueError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0] if len(errors) == 1 else ValueError("\n".join(map(str, errors)))
+    return results
 
 
 def _annotation_bytes(job: Job) -> int:
@@ -244,10 +260,14 @@ def _read(job: Job, part: Path, progress: bool) -> "_Rows":
 
 
 def _good(
-    examples: Iterable[Example], split: str, images: "_ImageNames", rows: "_Rows"
+    examples: Iterable[Example | ValueError], split: str, images: "_ImageNames", rows: "_Rows"
 ) -> Iterator[Example]:
     """The good examples; the others are listed in ``rows.bad``."""
     for example in examples:
+        if isinstance(example, ValueError):
+            where, _, reason = str(example).partition(": ")
+            rows.note(where, "bad row", reason)
+            continue
         names = (n for n in example.images if image_name(n, example.where) not in images)
         absent = next(names, None)
         if not example.images:
@@ -261,8 +281,7 @@ def _good(
         else:
             yield example
             continue
-        file, _, record = example.where.partition(":")
-        rows.bad.append({"file": file, "record": record, "kind": kind, "reason": reason})
+        rows.note(example.where, kind, reason)
 
 
 class _ImageNames:
@@ -340,6 +359,11 @@ class _Rows:
     def append(self, examples: list[Example]) -> None:
         self._data.write(to_batch(examples).serialize())
         self.tasks.update(example.task for example in examples)
+
+    def note(self, where: str, kind: str, reason: str) -> None:
+        """Record a bad sample."""
+        file, _, record = where.partition(":")
+        self.bad.append({"file": file, "record": record, "kind": kind, "reason": reason})
 
     def due(self) -> bool:
         """Whether it is time to save."""

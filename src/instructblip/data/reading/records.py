@@ -32,10 +32,12 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 class Source:
     """One data set: ``read(root, split)`` yields its examples in the order of the file.
 
+    In place of an example of custom data that cannot be read it yields the error, which begins with
+    the place: ``file:record: ``. Of a published set it raises the first, for the file is not whole.
     ``split`` is train, val or test. ``files`` describes which files belong into ``root``.
     """
 
-    read: Callable[[Path, str], Iterator[Example]]
+    read: Callable[[Path, str], Iterator[Example | ValueError]]
     task: str
     licence: str
     files: str
