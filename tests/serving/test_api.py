@@ -96,6 +96,105 @@ def test_the_openai_client_gets_answers(
             client.chat.completions.create(model="gpt", messages=messages)
 
 
+NEUTRAL: dict[str, Any] = {
+    "n": 1,
+    "frequency_penalty": 0,
+    "presence_penalty": 0.0,
+    "logit_bias": {},
+    "logprobs": False,
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "tools": [],
+    "tool_choice": "none",
+    "parallel_tool_calls": True,
+    "store": False,
+    "metadata": {},
+    "service_tier": "auto",
+    "seed": 7,
+    "stop": None,
+    "user": "me",
+    "stream_options": None,
+}
+"""What clients that fill in OpenAI's defaults send."""
+
+
+def test_the_defaults_of_openai_change_nothing(
+    model_folder: Path, engine: Engine, png: list[Path]
+) -> None:
+    with running(create_app({"tuned": greedy_engine(model_folder)})) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
+        messages: Any = body(png[0])["messages"]
+        for settings in (NEUTRAL, dict.fromkeys(NEUTRAL)):
+            more: Any = settings
+            reply = client.chat.completions.create(model="tuned", messages=messages, **more)
+            assert reply.choices[0].message.content == engine.answer(png[0], TEXT)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "neutral"),
+    [
+        ("n", 2, "1"),
+        ("frequency_penalty", 0.5, "0"),
+        ("presence_penalty", -1, "0"),
+        ("logit_bias", {"5": 1}, "{}"),
+        ("logprobs", True, "false"),
+        ("response_format", {"type": "json_object"}, '{"type": "text"}'),
+        ("tools", [{"type": "function"}], "[]"),
+        ("tool_choice", "required", '"none" or "auto"'),
+    ],
+)
+def test_what_the_server_does_not_have_is_refused(
+    client: TestClient, png: list[Path], field: str, value: Any, neutral: str
+) -> None:
+    message = error_of(client.post(CHAT, json=body(png[0], **{field: value})), 422)
+    expected = f"{field}: this server has no such setting; leave it out, or send {neutral}"
+    assert message == expected
+
+
+def test_a_seed_samples_the_same_answer_again(client: TestClient, png: list[Path]) -> None:
+    def sampled(seed: int) -> str:
+        return ask(client, body(png[0], temperature=2.0, seed=seed))
+
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(6)}) > 1
+    with ThreadPoolExecutor(4) as pool:  # beside others, with which it shares no batch
+        others = [pool.submit(sampled, seed) for seed in (5, 1, 6, 1)]
+        assert others[1].result() == others[3].result() == sampled(1)
+    assert len({ask(client, body(png[0], temperature=2.0)) for _ in range(6)}) > 1
+
+
+def test_stop_texts_end_an_answer(client: TestClient, engine: Engine, png: list[Path]) -> None:
+    image = max(png, key=lambda p: len(engine.answer(p, TEXT, max_new_tokens=14)))
+    whole = engine.answer(image, TEXT, max_new_tokens=14)
+    assert len(whole) > 6
+    late, early = whole[4:6], whole[2:4]
+    for stop in (early, [early], ["\N{SNOWMAN}", early], [late, early, late + "\N{SNOWMAN}"]):
+        request = body(image, TEXT, max_tokens=14, stop=stop)
+        reply = client.post(CHAT, json=request).json()["choices"][0]
+        expected = whole[: whole.index(early)]
+        assert (reply["message"]["content"], reply["finish_reason"]) == (expected, "stop")
+        lines = client.post(CHAT, json=request | {"stream": True}).text.split("\n\n")[:-2]
+        deltas = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+        assert "".join(each["delta"].get("content", "") for each in deltas) == expected
+        assert deltas[-1]["finish_reason"] == "stop"
+    assert ask(client, body(image, TEXT, max_tokens=14, stop="\N{SNOWMAN}")) == whole
+    for wrong in ("", ["a"] * 5, [""], 3):
+        assert "stop" in error_of(client.post(CHAT, json=body(image, stop=wrong)), 422)
+
+
+def test_a_stream_holds_back_what_may_become_a_stop_text() -> None:
+    sent: list[str] = []
+    job = Job(pixels=(), instruction="", stop=("abc", "b!"))
+    job.listen(sent.append)
+    for piece in ("x", "a", "b", "d", "ab"):
+        job.send(piece)
+    assert sent == ["x", "abd"]
+    job.send("", last=True)
+    assert sent == ["x", "abd", "ab"]
+    job = Job(pixels=(), instruction="", stop=("abc", "b"))
+    assert job.cut("xabc") == "xa"  # complete first
+
+
 def test_settings_of_a_request(client: TestClient, engine: Engine, png: list[Path]) -> None:
     text = TEXT
     longer = ask(client, body(png[0], text, max_tokens=14))
@@ -246,7 +345,8 @@ def test_malformed_bodies(client: TestClient, content: bytes) -> None:
 
 
 def test_unknown_fields_and_missing_parts(client: TestClient, png: list[Path]) -> None:
-    assert "tools" in error_of(client.post(CHAT, json=body(png[0], tools=[])), 422)
+    unknown = error_of(client.post(CHAT, json=body(png[0], top_k=3)), 422)
+    assert unknown == "top_k: this server does not know the field; leave it out"
     only = {"messages": [{"role": "user", "content": "what?"}]}
     assert "no image" in error_of(client.post(CHAT, json=only), 400)
     assert "no text" in error_of(client.post(CHAT, json=body(png[0], " ")), 400)
@@ -603,7 +703,11 @@ def test_images_of_a_listed_host_are_fetched(
 
 
 def test_the_command_passes_its_options_to_the_server(
-    model_folder: Path, blip2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path,
+    blip2_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     ran: list[tuple[Any, dict[str, Any]]] = []
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: ran.append((app, options)))
@@ -630,6 +734,12 @@ def test_the_command_passes_its_options_to_the_server(
     assert (config.max_queue, config.max_batch, config.timeout_s) == (5, 2, 9.0)
     assert (config.api_keys, config.image_hosts) == (("first", "second"), ("a.example",))
     assert not [route for route in app.routes if getattr(route, "path", "") == "/page"]
+    assert "page" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--model", str(model_folder), "--host", "0.0.0.0", "--port", str(port)])
+    assert f"page: http://localhost:{port}/page\n" in capsys.readouterr().out
+    front = TestClient(ran[1][0]).get("/", follow_redirects=False)
+    assert (front.status_code, front.headers["location"]) == (307, "/page")
     keys.write_text(" \n")
     with pytest.raises(ValueError, match=r"keys\.txt holds no keys; expected one a line"):
         cli.main(["serve", "--api-keys", str(keys), "--debug"])

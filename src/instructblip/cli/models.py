@@ -114,9 +114,11 @@ def serve(
         engines["blip2"] = Engine.from_pretrained(before, instruction_aware=False)
     app = create_app(engines, config)
     if page:
-        from instructblip.serving.page import mount_page
+        from instructblip.serving.page import PATH, mount_page
 
         app = mount_page(app)
+        name = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        print(f"page: http://{name}:{port}{PATH}" if port else f"the page is at {PATH}", flush=True)
     uvicorn.run(
         app,
         host=host,

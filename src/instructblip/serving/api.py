@@ -213,7 +213,10 @@ def _add_errors(app: FastAPI) -> None:
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(place)[:40] for place in first["loc"] if place != "body")[:200]
-        message = f"{where or 'body'}: {first['msg']}"[:500]
+        reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            reason = "this server does not know the field; leave it out"
+        message = f"{where or 'body'}: {reason}"[:500]
         # a key of the request may hold half a surrogate pair, which no response can carry
         where, message = (text.encode(errors="replace").decode() for text in (where, message))
         return JSONResponse(error_body(422, message, where or None), 422)

@@ -13,8 +13,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from instructblip.core.batch import Sample
 from instructblip.inference.engine import Engine
 from instructblip.inference.streaming import TextStream
 from instructblip.model.decoding import Decoding
@@ -41,18 +43,27 @@ class Answer:
     finish_reason: Literal["stop", "length"]
 
 
+def _overlap(text: str, stop: str) -> int:
+    """Number of characters at the end of ``text`` with which ``stop`` begins."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
 @dataclass(eq=False, kw_only=True)
 class Job:
     """One request: its images as pixels [F][3, S, S], the instruction, and the kind of result.
 
     ``future`` resolves to an ``Answer``; with ``candidates`` to their log-likelihoods, a list of
     floats; with ``look`` to the attention of the queries to the images [F, Q, P]; with ``drawing``,
-    the arguments of ``Engine.draw``, to images. ``decoding`` None is the engine's.
+    the arguments of ``Engine.draw``, to images. ``decoding`` None is the engine's. An answer ends
+    before the first of the texts ``stop``; with a ``seed`` the same answer is sampled again.
     """
 
     pixels: tuple[Tensor, ...]
     instruction: str
     decoding: Decoding | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
     candidates: tuple[str, ...] | None = None
     normalization: Normalization = "sum"
     look: bool = False
@@ -60,13 +71,18 @@ class Job:
     deadline: float = math.inf
     future: "Future[Any]" = field(default_factory=Future, init=False)
     _on_text: Callable[[str], None] | None = field(default=None, init=False)
+    _sent: str = field(default="", init=False)
+    _generated: str = field(default="", init=False)
     _left: bool = field(default=False, init=False)
 
     @property
     def key(self) -> Hashable:
-        """Jobs with equal keys can run in one batch; a drawing has noise of its own seed."""
+        """Jobs with equal keys can run in one batch; what is drawn or sampled by a seed is alone,
+        since a batch shares its noise."""
         if self.drawing is not None:
             return "draw", id(self)
+        if self.seed is not None and self.decoding is not None and self.decoding.do_sample:
+            return "sample", id(self)
         if self.look:
             return "look", len(self.pixels)
         if self.candidates is not None:
@@ -77,10 +93,20 @@ class Job:
         """Pass the pieces of the answer to ``on_text``, called from the model's thread."""
         self._on_text = on_text
 
-    def send(self, piece: str) -> None:
-        """Pass a piece of the answer to the listener."""
+    def send(self, piece: str, last: bool = False) -> None:
+        """Pass a piece of the answer to the listener, but nothing that a stop text may begin."""
+        self._generated += piece
+        text = self.cut(self._generated)
+        if text == self._generated and not last:
+            text = text[: len(text) - max((_overlap(text, stop) for stop in self.stop), default=0)]
+        piece, self._sent = text[len(self._sent) :], text
         if piece and self._on_text is not None:
             self._on_text(piece)
+
+    def cut(self, text: str) -> str:
+        """``text`` up to the stop text that is complete first."""
+        found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
+        return text[: min(found)[1]] if found else text
 
     def leave(self) -> None:
         """Stop waiting for the result: the job is dropped, or ends early."""
@@ -230,16 +256,26 @@ class Batcher:
                 job.send(text.add(token))
 
         decoding = first.decoding or engine.decoding
-        responses = engine.respond(samples, decoding, on_tokens)
+        with torch.random.fork_rng(enabled=first.seed is not None):
+            if first.seed is not None:  # of a search it changes nothing
+                torch.manual_seed(first.seed)
+            responses = engine.respond(samples, decoding, on_tokens)
         for job, text, ids in zip(jobs, texts, responses, strict=True):
-            job.send(text.rest(ids))
+            job.send(text.rest(ids), last=True)
         return [
-            Answer(
-                text=engine.tokens.decode(ids),
-                prompt_tokens=len(sample.prompt_ids),
-                lost=engine.lost_tokens(job.instruction),
-                tokens=len(ids),
-                finish_reason="length" if len(ids) >= decoding.max_new_tokens else "stop",
-            )
+            _answer(engine, job, sample, ids, decoding)
             for job, sample, ids in zip(jobs, samples, responses, strict=True)
         ]
+
+
+def _answer(engine: Engine, job: Job, sample: Sample, ids: list[int], decoding: Decoding) -> Answer:
+    whole = engine.tokens.decode(ids)
+    text = job.cut(whole)
+    full = len(ids) >= decoding.max_new_tokens and text == whole
+    return Answer(
+        text=text,
+        prompt_tokens=len(sample.prompt_ids),
+        lost=engine.lost_tokens(job.instruction),
+        tokens=len(ids),
+        finish_reason="length" if full else "stop",
+    )

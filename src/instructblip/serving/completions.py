@@ -33,10 +33,13 @@ async def chat_job(service: Service, body: ChatRequest, engine: Engine) -> Job:
     urls = [url for message in body.messages for url in message.urls]
     if not urls:
         raise HTTPException(400, "messages: no image; give one as a part of type image_url")
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return Job(
         pixels=await service.pixels(urls, engine, "messages"),
         instruction=instruction,
         decoding=_decoding(body, engine.decoding, service.config),
+        seed=body.seed,
+        stop=stop,
         deadline=deadline,
     )
 
@@ -45,7 +48,7 @@ def instruction_of_messages(messages: list[Message]) -> str:
     """System texts, then earlier turns in the form of the training data, then the last message."""
     if messages[-1].role != "user":
         raise HTTPException(400, "messages: the last one must be of the user")
-    system = [message.text for message in messages if message.role == "system"]
+    system = [message.text for message in messages if message.role in ("system", "developer")]
     turns: list[tuple[str, str]] = []
     asked: list[str] = []
     for message in messages:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 from fastapi import FastAPI, HTTPException
+from fastapi.responses import RedirectResponse
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -76,7 +77,7 @@ def _refuse(_file: Any) -> None:
 
 
 def mount_page(app: FastAPI) -> FastAPI:
-    """Mount the page at ``/page`` of an application of ``create_app``.
+    """Mount the page at ``/page`` of an application of ``create_app``; ``/`` leads there.
 
     If the server asks for API keys, so does the page: any user name, a key as the password.
     """
@@ -85,6 +86,10 @@ def mount_page(app: FastAPI) -> FastAPI:
     i18n = gr.I18n(en=EN, zh=ZH, **{"zh-CN": ZH, "zh-TW": ZH})
     # fonts of the reader's machine: the page loads nothing from other addresses
     theme = Default(primary_hue="blue", font=("system-ui", "sans-serif"), font_mono=("monospace",))
+
+    @app.get("/", include_in_schema=False)
+    async def front() -> RedirectResponse:
+        return RedirectResponse(PATH)
 
     @app.get(PATH + "/gradio_api/file=http{rest:path}", include_in_schema=False)
     async def elsewhere(rest: str) -> None:  # gradio would fetch it

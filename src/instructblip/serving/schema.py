@@ -1,11 +1,13 @@
 """Requests and responses: OpenAI's chat completions and images, and ranking.
 
-Unknown fields are refused: ignoring a setting silently would answer another question.
+Unknown fields are refused: ignoring a setting silently would answer another question. Fields of
+OpenAI that this server does not have are taken at the value that changes nothing.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from instructblip.model.decoding import (
     MAX_TEMPERATURE,
@@ -24,6 +26,19 @@ ModelName = Annotated[
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _only(*neutral: Any) -> Any:
+    """The type of a field that this server does not have: null, or one of the values that change
+    nothing."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in neutral:
+            shown = " or ".join(json.dumps(one) for one in neutral)
+            raise ValueError(f"this server has no such setting; leave it out, or send {shown}")
+        return value
+
+    return Annotated[Any, AfterValidator(check)]
 
 
 class TextPart(_Body):
@@ -62,7 +77,7 @@ Content = Annotated[
 class Message(_Body):
     """The model reads the images of all messages together, in their order."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: Content
 
     @property
@@ -79,11 +94,24 @@ class Message(_Body):
 
 
 class StreamOptions(_Body):
-    include_usage: bool = False
+    include_usage: bool | None = False
+    include_obfuscation: _only(False) = None
+
+
+Name = Annotated[str | None, Field(max_length=200, description="Changes no answer.")]
+StopText = Annotated[str, Field(min_length=1, max_length=200)]
+Stop = Annotated[
+    Annotated[StopText, Tag("text")] | Annotated[list[StopText], Field(max_length=4), Tag("parts")],
+    Discriminator(
+        _form,
+        custom_error_type="stop",
+        custom_error_message="Input should be a text or a list of texts",
+    ),
+]
 
 
 class ChatRequest(_Body):
-    """A subset of OpenAI's request; the last four fields are additions of this project."""
+    """OpenAI's request; the last four fields are additions of this project."""
 
     model: ModelName = None
     messages: list[Message] = Field(min_length=1, max_length=64)
@@ -91,10 +119,31 @@ class ChatRequest(_Body):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE, description="0: search.")
     top_p: TopP | None = None
-    n: Literal[1] = 1
+    stop: Stop | None = Field(None, description="Texts before which the answer ends.")
+    seed: int | None = Field(
+        None, ge=-(1 << 63), lt=1 << 63, description="The same seed samples the same answer."
+    )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=200)
+    user: Name = None
+    safety_identifier: Name = None
+    prompt_cache_key: Name = None
+    n: _only(1) = None
+    frequency_penalty: _only(0) = None
+    presence_penalty: _only(0) = None
+    logit_bias: _only({}) = None
+    logprobs: _only(False) = None
+    top_logprobs: _only(0) = None
+    response_format: _only({"type": "text"}) = None
+    modalities: _only(["text"]) = None
+    tools: _only([]) = None
+    tool_choice: _only("none", "auto") = None
+    parallel_tool_calls: _only(True, False) = None
+    functions: _only([]) = None
+    function_call: _only("none", "auto") = None
+    store: _only(False) = None
+    metadata: _only({}) = None
+    service_tier: _only("auto", "default") = None
     num_beams: NumBeams | None = None
     min_tokens: MinNewTokens | None = None
     repetition_penalty: RepetitionPenalty | None = None
