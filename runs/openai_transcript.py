@@ -76,7 +76,7 @@ for one in ranked["candidates"]:
 """,
     """from openai import OpenAIError
 
-for wrong in ({"tools": []}, {"max_tokens": 0}, {"model": "gpt"}):
+for wrong in ({"n": 2}, {"max_tokens": 0}, {"model": "gpt"}):
     try:
         body = {"model": "instructblip", **wrong}
         client.chat.completions.create(messages=with_image("What is this?"), **body)

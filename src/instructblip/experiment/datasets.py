@@ -95,8 +95,8 @@ def job_of(recipe: Recipe, name: str, split: str | None = None) -> Job:
     if not root.is_dir():
         raise FileNotFoundError(
             f"data.sets.{name}: {root.absolute()} does not exist; expected "
-            f"{reader.files.format(split=split or entry.split)} there, and images. Put them there, or set "
-            f"`root:` of the entry to their folder below data.root, which is {data.root}"
+            f"{reader.files.format(split=split or entry.split)} there, and images. Put them there, "
+            f"or set `root:` of the entry to their folder below data.root, which is {data.root}"
         )
     folder = source if custom or where == data.where_of(source) else f"{source}@{name}"
     return Job(folder, root, split or entry.split, data.prepared_root, reader, data.max_bad_rate)
