@@ -28,9 +28,9 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-def _only(*neutral: Any) -> Any:
-    """The type of a field that this server does not have: null, or one of the values that change
-    nothing."""
+def _only(*neutral: Any) -> AfterValidator:
+    """Takes null or one of the values that change nothing, in a field that this server does not
+    have."""
 
     def check(value: Any) -> Any:
         if value is not None and value not in neutral:
@@ -38,7 +38,7 @@ def _only(*neutral: Any) -> Any:
             raise ValueError(f"this server has no such setting; leave it out, or send {shown}")
         return value
 
-    return Annotated[Any, AfterValidator(check)]
+    return AfterValidator(check)
 
 
 class TextPart(_Body):
@@ -95,7 +95,7 @@ class Message(_Body):
 
 class StreamOptions(_Body):
     include_usage: bool | None = False
-    include_obfuscation: _only(False) = None
+    include_obfuscation: Annotated[Any, _only(False)] = None
 
 
 Name = Annotated[str | None, Field(max_length=200, description="Changes no answer.")]
@@ -128,22 +128,22 @@ class ChatRequest(_Body):
     user: Name = None
     safety_identifier: Name = None
     prompt_cache_key: Name = None
-    n: _only(1) = None
-    frequency_penalty: _only(0) = None
-    presence_penalty: _only(0) = None
-    logit_bias: _only({}) = None
-    logprobs: _only(False) = None
-    top_logprobs: _only(0) = None
-    response_format: _only({"type": "text"}) = None
-    modalities: _only(["text"]) = None
-    tools: _only([]) = None
-    tool_choice: _only("none", "auto") = None
-    parallel_tool_calls: _only(True, False) = None
-    functions: _only([]) = None
-    function_call: _only("none", "auto") = None
-    store: _only(False) = None
-    metadata: _only({}) = None
-    service_tier: _only("auto", "default") = None
+    n: Annotated[Any, _only(1)] = None
+    frequency_penalty: Annotated[Any, _only(0)] = None
+    presence_penalty: Annotated[Any, _only(0)] = None
+    logit_bias: Annotated[Any, _only({})] = None
+    logprobs: Annotated[Any, _only(False)] = None
+    top_logprobs: Annotated[Any, _only(0)] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, _only(True, False)] = None
+    functions: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only("none", "auto")] = None
+    store: Annotated[Any, _only(False)] = None
+    metadata: Annotated[Any, _only({})] = None
+    service_tier: Annotated[Any, _only("auto", "default")] = None
     num_beams: NumBeams | None = None
     min_tokens: MinNewTokens | None = None
     repetition_penalty: RepetitionPenalty | None = None
