@@ -1,6 +1,6 @@
 """Speed of the input pipeline: `prepare`, `check`, decoding, and the loader with 1 and 2 workers.
 
-    python benchmarks/input_pipeline.py [--rows 1000000] [--folder DIR]
+    python benchmarks/input_pipeline.py [--rows 1000000] [--folder DIR] [--only-decoding]
 
 Rows are VQAv2's two files with ten answers each; images are noisy 640 x 480 JPEGs.
 """
@@ -14,13 +14,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from instructblip.data.images import ImageTransform, decode_image
+from instructblip.data import images as images_module
+from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.order import Mixture
 from instructblip.data.prepared.check import check_dataset
@@ -40,9 +42,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--only-decoding", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
+        if arguments.only_decoding:
+            write_images(folder / "images", DIFFERENT)
+            return time_decoding(folder / "images")
         write_images(folder / "vqav2" / "images")
         write_annotations(folder / "vqav2" / "annotations", arguments.rows)
         print(f"{os.cpu_count()} cores, {arguments.rows:,} rows, {IMAGES:,} images 640 x 480")
@@ -70,17 +76,29 @@ def time_prepare(folder: Path) -> PreparedDataset:
 
 
 def time_decoding(images: Path) -> None:
-    files = [path.read_bytes() for path in sorted(images.iterdir())[:DIFFERENT]]
-    for train in (False, True):
-        transform = ImageTransform(train=train)
-        rng = random.Random(0)
-        seconds = []
-        for data in files:
-            began = time.process_time()  # other programs may run on this machine
-            transform.resize(decode_image(data, "image"), rng)
-            seconds.append(time.process_time() - began)
-        how = "crop, flip and resize" if train else "resize"
-        print(f"decode and {how}: {1000 * statistics.median(seconds):.2f} ms an image, one core")
+    """The median of one image: exact as in evaluation, and as training reads it."""
+    exact = ImageTransform()
+    training, crops = exact.for_training(crop=False, mirror=False), exact.for_training()
+    simplejpeg, pillow = images_module._simplejpeg, lambda: None
+    ways = {
+        "exact filter, Pillow (evaluation)": (exact, pillow),
+        "torch's filter, Pillow": (training, pillow),
+        "torch's filter, simplejpeg": (training, simplejpeg),
+        "crop and mirror, exact filter, Pillow (before)": (replace(crops, filter="pillow"), pillow),
+        "crop and mirror, torch's filter, Pillow": (crops, pillow),
+        "crop and mirror, torch's filter, simplejpeg": (crops, simplejpeg),
+    }
+    rng = random.Random(0)
+    seconds: dict[str, list[float]] = {how: [] for how in ways}
+    for path in sorted(images.iterdir())[:DIFFERENT]:
+        for how, (transform, decoder) in ways.items():  # in turn: other programs may run here
+            images_module._simplejpeg = decoder
+            began = time.process_time()
+            transform.resize(transform.read(str(path)), rng)
+            seconds[how].append(time.process_time() - began)
+    images_module._simplejpeg = simplejpeg
+    for how, measured in seconds.items():
+        print(f"decode and resize, {how}: {1000 * statistics.median(measured):.2f} ms of one core")
 
 
 def time_loader(dataset: PreparedDataset, workers: int, steps: int = 20) -> None:
@@ -88,7 +106,7 @@ def time_loader(dataset: PreparedDataset, workers: int, steps: int = 20) -> None
         {"vqav2": dataset},
         Mixture({"vqav2": len(dataset)}),
         Tokens.from_pretrained(model_directory("starter")),
-        ImageReader(ImageTransform(train=True), cache_images_mb=0),
+        ImageReader(ImageTransform().for_training(), cache_images_mb=0),
         batch_size=64,
         workers=workers,
     )
@@ -104,10 +122,10 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
-def write_images(folder: Path) -> None:
+def write_images(folder: Path, count: int = IMAGES) -> None:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for i in range(IMAGES):
+    for i in range(count):
         path = folder / f"COCO_train2014_{i:012d}.jpg"
         if i >= DIFFERENT:
             path.hardlink_to(folder / f"COCO_train2014_{i % DIFFERENT:012d}.jpg")

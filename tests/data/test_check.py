@@ -5,16 +5,20 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from instructblip.data.images import MAX_PIXELS, image_fault
+from instructblip.data.images import MAX_PIXELS, Window, examine_image
 from instructblip.data.prepared.check import (
     check_dataset,
     evaluated_by,
+    findings,
     left_out,
     unchecked,
 )
+from instructblip.data.prepared.images import FACTS_FILE, read_facts
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.tokens import Tokens
 from tests.testing import bad_samples, llama_like, prepare_vizwiz, write_picture
@@ -66,17 +70,58 @@ def test_whole_and_cut_files(kind: str, tmp_path: Path):
     path = tmp_path / "a"
     Image.radial_gradient("L").convert("RGB").save(path, kind)
     data = path.read_bytes()
-    assert image_fault(data) is None
-    assert image_fault(data[: len(data) * 2 // 3])
+    assert examine_image(data) == ("", "")
+    assert examine_image(data[: len(data) * 2 // 3])[0]
     if kind == "JPEG":  # cameras write more after the end of the image
-        assert image_fault(data + b"trailer") is None
+        assert examine_image(data + b"trailer") == ("", "")
 
 
 def test_damage_in_the_middle_needs_decoding(tmp_path: Path):
     data = bytearray(write_picture(tmp_path / "a.png", (80, 80)).read_bytes())
     data[200:260] = bytes(60)
-    assert image_fault(bytes(data)) is None
-    assert image_fault(bytes(data), decode=True)
+    assert examine_image(bytes(data)) == ("", "")
+    assert examine_image(bytes(data), decode=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("window", "reason"),
+    [
+        ("auto", "values 0 to 3459 of I;16 pixels, stretched to 0 to 255 by data.window=auto"),
+        ("full", "nearly all alike in 8 bits; set data.window=auto or [low, high]"),
+        ((0.0, 4095.0), ""),
+    ],
+)
+def test_images_that_use_a_small_part_of_16_bits_are_named(
+    window: Window, reason: str, tmp_path: Path
+):
+    ramp = np.linspace(0, 3459, 4096).reshape(64, 64).astype(np.uint16)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(ramp).save(tmp_path / "images" / "scan.png")
+    dataset = prepare_vizwiz(tmp_path, [{}, {"image": "scan.png"}])
+    diagnosis = check_dataset(dataset, window=window)
+    assert diagnosis.kinds == ({"narrow range": 1} if reason else {})
+    assert not left_out(dataset)
+    assert findings(dataset) == diagnosis.kinds
+    if reason:
+        (line,) = bad_samples(dataset)
+        assert line["reason"].startswith("scan.png: grey values 0 to 3459 of I;16 pixels, ")
+        assert line["reason"].endswith(reason)
+        assert line["reason"] in diagnosis.describe()
+
+
+def test_data_of_earlier_versions_are_looked_at_again_where_it_matters(tmp_path: Path):
+    dataset = prepare_vizwiz(tmp_path, [{}, {"image": "a.jpg"}])
+    path = dataset.path / FACTS_FILE
+    with pa.ipc.open_stream(path.read_bytes()) as reader:
+        old = reader.read_all().drop_columns(["note"])
+    with pa.ipc.new_stream(path, old.schema) as writer:
+        writer.write_table(old)
+    assert {name: fact.note for name, fact in read_facts(path).items()} == {
+        "train0.png": None,
+        "a.jpg": "",
+    }
+    check_dataset(dataset)
+    assert {fact.note for fact in read_facts(path).values()} == {""}
 
 
 def test_faults_of_texts(tmp_path: Path, tokens: Tokens):

@@ -230,7 +230,7 @@ def test_imagefolder_with_captions_beside(root: Path):
 def test_texts_without_a_readable_image_cause_a_warning(root: Path):
     for name in ("0", "1", "2", "p", "q"):
         (root / f"{name}.txt").write_text("A cup.")
-    for name in ("p.heic", "q.HEIC"):
+    for name in ("p.psd", "q.PSD"):
         (root / name).write_bytes(b"no picture for Pillow")
     (root / "2.txt").rename(root / "2.TXT")
     with pytest.warns(UserWarning, match=r"2 \.txt .* no image .*: p\.txt, q\.txt; .*as \.png"):

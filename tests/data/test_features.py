@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -232,8 +233,22 @@ def test_the_name_of_a_store_depends_on_all_that_changes_features():
         store_name(TRANSFORM, "a", "bf16"),
         store_name(ImageTransform(image_size=16), "a", "fp32"),
         store_name(TRANSFORM.for_training(), "a", "fp32"),
+        store_name(replace(TRANSFORM.for_training(), filter="pillow"), "a", "fp32"),
+        store_name(replace(TRANSFORM, window="full"), "a", "fp32"),
+        store_name(replace(TRANSFORM, window=(0.0, 4095.0)), "a", "fp32"),
     }
-    assert len(names) == 5
+    assert len(names) == 8
+    # the name of earlier versions, so that their stores are read
+    assert store_name(TRANSFORM, "a", "fp32") == "fe12a5fc272a105b"
+    mirrored = TRANSFORM.for_training(crop=False).for_features()
+    assert store_name(mirrored, "a", "fp32") == "fe12a5fc272a105b"
+
+
+def test_features_of_a_narrow_range_are_not_those_of_earlier_versions(tmp_path: Path):
+    """These clipped it to a few dark values."""
+    path = tmp_path / "scan.png"
+    Image.fromarray(np.linspace(0, 3459, 64).reshape(8, 8).astype(np.uint16)).save(path)
+    assert hash_images([str(path)], {})[str(path)].endswith("~window")
 
 
 def test_costs_show_whether_storing_saves_time(tmp_path: Path, paths: list[str]):

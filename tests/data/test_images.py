@@ -3,13 +3,15 @@
 import io
 import random
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from instructblip.core.batch import Example
@@ -17,7 +19,10 @@ from instructblip.data import images as images_module
 from instructblip.data.images import (
     ImageTransform,
     crop_box,
+    decode_image,
+    examine_image,
     load_image,
+    load_pixels,
     may_flip,
 )
 from instructblip.data.templates import Rendered
@@ -80,8 +85,9 @@ def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
     )
     deep = Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16))
     assert colour_of(saved(deep, "PNG"), tmp_path) == (156, 156, 156)
-    dark = Image.fromarray(np.full((8, 8), 250, dtype=np.uint16))
-    assert colour_of(saved(dark, "PNG"), tmp_path) == (1, 1, 1)
+    dark = saved(Image.fromarray(np.full((8, 8), 250, dtype=np.uint16)), "PNG").getvalue()
+    assert decode_image(dark, "dark").getpixel((0, 0)) == (250, 250, 250)
+    assert decode_image(dark, "dark", "full").getpixel((0, 0)) == (1, 1, 1)
     whole = Image.fromarray(np.full((8, 8), 100, dtype=np.int32))
     assert colour_of(saved(whole, "TIFF"), tmp_path) == (100, 100, 100)
     for value, grey in ((0.5, 128), (0.0, 0), (200.0, 200), (40_000.0, 156), (float("nan"), 0)):
@@ -92,13 +98,109 @@ def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
     assert colour_of(frames, tmp_path)[0] > 150
 
 
-def test_exif_rotation(tmp_path: Path) -> None:
-    image = Image.new("RGB", (8, 4))
+@pytest.mark.parametrize(
+    ("values", "kind", "window", "ends", "note"),
+    [
+        ((0, 3459), np.uint16, "auto", (0, 255), "grey values 0 to 3459"),
+        ((0, 3459), np.uint16, "full", (0, 13), ""),
+        ((0, 3459), np.uint16, (0.0, 4095.0), (0, 215), ""),
+        ((1000, 4000), np.uint16, "auto", (0, 255), "grey values 1000 to 4000"),
+        ((0, 65535), np.uint16, "auto", (0, 255), ""),
+        ((0, 20_000), np.uint16, "auto", (0, 78), ""),
+        ((-1000, 3000), np.int32, "auto", (0, 255), "grey values -1000 to 3000"),
+        ((-1000, 3000), np.int32, (-160.0, 240.0), (0, 255), ""),
+        ((0, 200), np.int32, "auto", (0, 200), ""),
+        ((0.0, 1.0), np.float32, "auto", (0, 255), ""),
+        ((-1000.0, 500.5), np.float32, "auto", (0, 255), "grey values -1000 to 500.5"),
+    ],
+)
+def test_the_window_of_grey_values(
+    values: tuple[float, float], kind: Any, window: Any, ends: tuple[int, int], note: str
+) -> None:
+    ramp = np.linspace(*values, 4096).reshape(64, 64).astype(kind)
+    data = saved(Image.fromarray(ramp), "TIFF").getvalue()
+    shown = np.asarray(decode_image(data, "ramp", window))
+    assert (shown.min(), shown.max()) == ends
+    assert (np.diff(shown[:, :, 0].ravel().astype(int)) >= 0).all()
+    if window == "auto":
+        fault, found = examine_image(data)
+        assert fault == ""
+        assert found.partition(" of ")[0] == (f"narrow range: {note}" if note else "")
+
+
+def test_dead_pixels_do_not_hide_a_narrow_range() -> None:
+    values = np.linspace(0, 3459, 4096).reshape(64, 64).astype(np.uint16)
+    values[0, :2] = 65535
+    shown = np.asarray(decode_image(saved(Image.fromarray(values), "PNG").getvalue(), "dead"))
+    assert shown.max() == 255
+    assert 110 < np.median(shown) < 140
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_of_an_animation_the_first_frame_is_read_and_noted(kind: str) -> None:
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    data = saved(red, kind, save_all=True, append_images=[blue]).getvalue()
+    assert decode_image(data, "moving").getpixel((4, 4))[0] > 250  # type: ignore[index]
+    assert examine_image(data) == ("", "several frames: the model sees the first one")
+    assert examine_image(saved(red, kind).getvalue()) == ("", "")
+
+
+def test_pictures_of_phones_with_a_second_frame_are_usual() -> None:
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    data = saved(red, "MPO", save_all=True, append_images=[blue]).getvalue()
+    assert decode_image(data, "phone").getpixel((4, 4))[0] > 250  # type: ignore[index]
+    assert examine_image(data) == ("", "")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation(kind: str, orientation: int, tmp_path: Path) -> None:
+    """A viewer shows the red corner at the top left, whichever way the camera was held."""
+    upright = Image.new("RGB", (48, 32), "white")
+    upright.paste("red", (0, 0, 16, 16))
+    turned = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # how the camera stores it
+    image = upright.transpose(Image.Transpose(turned[orientation])) if orientation > 1 else upright
     exif = image.getexif()
+    exif[0x0112] = orientation
+    path = tmp_path / "picture"
+    path.write_bytes(saved(image, kind, exif=exif).getvalue())
+    for shown in (load_image(path), Image.fromarray(load_pixels(path))):
+        assert shown.size == (48, 32)
+        assert np.abs(np.asarray(shown, int)[8, 8] - (255, 0, 0)).max() < 20
+        assert np.asarray(shown, int)[24, 8].min() > 235
+
+
+def test_colours_of_cmyk_and_palettes() -> None:
+    orange = Image.new("RGB", (16, 16), (240, 120, 0))
+    for data in (
+        saved(orange.convert("CMYK"), "JPEG", quality=98),
+        saved(orange.convert("CMYK"), "TIFF"),
+        saved(orange.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
+        saved(orange.convert("P", palette=Image.Palette.ADAPTIVE), "GIF"),
+        saved(orange.convert("P", palette=Image.Palette.ADAPTIVE).convert("PA"), "TIFF"),
+    ):
+        colour = decode_image(data.getvalue(), "orange").getpixel((8, 8))
+        assert np.abs(np.subtract(colour, (240, 120, 0))).max() < 8
+
+
+def test_heic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    upright = Image.new("RGB", (64, 32), "white")
+    upright.paste("red", (0, 0, 32, 32))
+    turned = upright.transpose(Image.Transpose.ROTATE_90)  # as orientation 6 stores it
+    exif = Image.Exif()
     exif[0x0112] = 6
-    path = tmp_path / "a.jpg"
-    image.save(path, exif=exif)
-    assert load_image(path).size == (4, 8)
+    path = tmp_path / "phone.heic"
+    heif.from_pillow(turned).save(path, exif=exif.tobytes(), quality=95)
+    shown = load_image(path)
+    assert shown.size == (64, 32)
+    assert np.abs(np.subtract(shown.getpixel((5, 16)), (255, 0, 0))).max() < 20
+    assert examine_image(path.read_bytes()) == ("", "")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    images_module._register_heif.cache_clear()
+    with pytest.raises(ValueError, match=r"phone\.heic: HEIC needs .*'instructblip\[heif\]'$"):
+        load_image(path)
+    assert "pip install" in examine_image(path.read_bytes())[0]
 
 
 def test_unreadable_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +251,88 @@ def test_training_transform_repeats_with_its_seed(tmp_path: Path) -> None:
     assert not all(same)
     with pytest.raises(ValueError, match="needs rng"):
         transform(image)
+
+
+def photo(size: tuple[int, int] = (640, 480)) -> Image.Image:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    noise = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    smooth = coarse.resize(size, Image.Resampling.BICUBIC)
+    return Image.blend(smooth, noise.filter(ImageFilter.GaussianBlur(1)), 0.2)
+
+
+def test_the_filter_of_training_is_a_grey_level_from_the_exact_one() -> None:
+    exact = ImageTransform()
+    fast = exact.for_training(crop=False, mirror=False)
+    apart = np.abs(exact.resize(photo()).astype(int) - fast.resize(np.array(photo())))
+    assert apart.max() == 1
+    assert apart.mean() < 0.005
+    crop = replace(fast, crop=True)
+    exact_crop = replace(crop, filter="pillow")
+    pixels = [t.resize(photo(), random.Random(3)).astype(int) for t in (crop, exact_crop)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 90},
+        {"quality": 75, "subsampling": 0},
+        {"quality": 60, "progressive": True},
+        {"mode": "L"},
+        {"mode": "CMYK"},
+        {"size": (641, 479)},
+    ],
+)
+def test_simplejpeg_decodes_the_pixels_of_pillow(options: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("simplejpeg")
+    mode, size = options.pop("mode", "RGB"), options.pop("size", (640, 480))
+    path = tmp_path / "a.jpg"
+    path.write_bytes(saved(photo(size).convert(mode), "JPEG", **options).getvalue())
+    assert (images_module._simplejpeg_pixels(path.read_bytes()) is None) == (mode == "CMYK")
+    assert np.array_equal(load_pixels(path), np.asarray(load_image(path)))
+
+
+def test_a_damaged_jpeg_is_named_with_simplejpeg_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    data = saved(photo(), "JPEG").getvalue()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"a\.jpg: cannot be decoded: image file is truncated"):
+        load_pixels(path)
+
+
+def test_cropping_and_mirroring_are_apart() -> None:
+    image = np.array(photo((40, 40)))
+    base = ImageTransform(image_size=16)
+    crops = [base.for_training(mirror=False).resize(image, random.Random(s)) for s in range(20)]
+    both = [base.for_training().resize(image, random.Random(s)) for s in range(20)]
+    same = [np.array_equal(a, b) for a, b in zip(crops, both, strict=True)]
+    assert any(same)
+    assert not all(same)
+    assert all(
+        np.array_equal(a, b) or np.array_equal(a[:, ::-1], b)
+        for a, b in zip(crops, both, strict=True)
+    )
+    plain = base.for_training(crop=False, mirror=False).resize(image)
+    mirror = base.for_training(crop=False)
+    mirrored = [mirror.resize(image, random.Random(s)) for s in range(20)]
+    sides = [np.array_equal(m, plain) or -np.array_equal(m, plain[:, ::-1]) for m in mirrored]
+    assert {*sides} == {True, -1}
+    assert all(
+        np.array_equal(mirror.resize(image, random.Random(s), False), plain) for s in range(9)
+    )
+
+
+def test_a_chosen_window_is_saved_where_transformers_reads_it(tmp_path: Path) -> None:
+    for window in ("full", (0.0, 4095.0)):
+        transform = ImageTransform(image_size=30, window=window)  # type: ignore[arg-type]
+        transform.save_pretrained(tmp_path)
+        assert ImageTransform.from_pretrained(tmp_path) == transform
+        BlipImageProcessorPil.from_pretrained(str(tmp_path))
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(file.read_text().replace("4095.0", '"high"'))
+    with pytest.raises(ValueError, match=r"'window' is \[0.0, 'high'\]; expected auto, full or"):
+        ImageTransform.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

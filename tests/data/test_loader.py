@@ -49,7 +49,8 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Examples]:
 
 
 def make(sets: dict[str, Examples], tokens: Tokens, **options: Any) -> Loader:
-    transform = ImageTransform(image_size=8, train=options.pop("augment", True))
+    augment = options.pop("augment", True)
+    transform = ImageTransform(image_size=8, crop=augment, mirror=augment)
     names = ("features", "cache_images_mb")
     reader = {name: options.pop(name) for name in names if name in options}
     mixture = Mixture({name: len(data) for name, data in sets.items()})
@@ -181,10 +182,10 @@ def test_cache_and_shared_images(sets: dict[str, Examples], tokens: Tokens) -> N
     assert batch.pixel_values is not None
     assert len(batch.pixel_values) < len(batch)  # ten questions on five images
     assert same(batch, plain.batch(0))
-    assert plain.images._cached_bytes == 8 * 8 * 3 * len(plain.images._cache)
+    assert plain.images["vqav2"]._cached_bytes == 8 * 8 * 3 * len(plain.images["vqav2"]._cache)
     small = make(sets, tokens, augment=False, cache_images_mb=0)
     assert same(batch, small.batch(0))
-    assert not small.images._cache
+    assert not small.images["vqav2"]._cache
 
 
 def test_cache_is_bounded(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_hashes_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert fact.sha256 == hashlib.sha256((root / "images" / name).read_bytes()).digest()
     assert data.manifest["images"] == summary(facts)
     monkeypatch.setattr(
-        facts_module, "image_fault", None
+        facts_module, "examine_image", None
     )  # prepare has read them: they are not read again
     check_dataset(data)
     paths = [str(root / "images" / name) for name in facts]

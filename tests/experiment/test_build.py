@@ -3,24 +3,32 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from instructblip.core import distributed
 from instructblip.core.batch import Batch
 from instructblip.data.custom.folder import read_folder, split_by_image
+from instructblip.data.images import ImageTransform, load_image
+from instructblip.data.loader import Loader
 from instructblip.experiment.build import Run, Variant, build
 from instructblip.experiment.draw import Drawing
+from instructblip.experiment.evaluate import load_engine
 from instructblip.experiment.pretrain import Pretraining
 from instructblip.experiment.tune import SET, FolderTuning
+from instructblip.inference.engine import Engine
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
-from tests.testing import write_model, write_picture
+from instructblip.serving.config import ServeConfig
+from instructblip.serving.incoming import decode
+from tests.testing import write_model, write_picture, write_vqa
 
 IMAGES = 6
 """Images of a sample, more than the four that are shown by default."""
@@ -274,3 +282,109 @@ def test_micro_batches_and_ranks_of_unlike_samples_train_alike(
         for accumulate, ranks in divided:
             other = gradients(accumulate, ranks, *features)
             torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-5)
+
+
+def augmentations(settings: list[str]) -> dict[str, tuple[bool, bool]]:
+    sets = "data.sets={vqav2: {}, mine: {format: imagefolder}}"
+    data = load_recipe("instructblip_vicuna7b", [sets, *settings]).data
+    return {name: data.augmentation(name) for name in data.sets}
+
+
+def test_custom_data_are_neither_cropped_nor_mirrored_unless_asked():
+    published, both, none = (True, True), (True, True), (False, False)
+    assert augmentations([]) == {"vqav2": published, "mine": none}
+    assert augmentations(["data.augment=true"]) == {"vqav2": both, "mine": both}
+    assert augmentations(["data.augment=false"]) == {"vqav2": none, "mine": none}
+    mirror = augmentations(["data.mirror=false"])
+    assert mirror == {"vqav2": (True, False), "mine": none}
+    assert augmentations(["data.crop=true"])["mine"] == (True, False)
+    assert augmentations(["data.augment=true", "data.mirror=false"])["mine"] == (True, False)
+
+
+def test_each_set_of_a_mixture_has_its_own_augmentation(start: Path, root: Path, tmp_path: Path):
+    write_vqa(tmp_path / "vqav2", 8)
+    shutil.copytree(root, tmp_path / "mine")
+    settings = [
+        f"data.root={tmp_path}",
+        "data.sets={mine: {format: imagefolder}, vqav2: {}}",
+        "data.cache_images_mb=8",
+        "features.cache=auto",
+        "features.views=1",
+    ]
+    case = Case("instructblip_vicuna7b", lambda root: Variant())
+    run = build(recipe_of(case, start, tmp_path, *settings))
+    loader = run.batches
+    assert isinstance(loader, Loader)
+    exact = ImageTransform.from_pretrained(start)
+    exact = replace(exact, filter="torch", image_size=loader.images["mine"].transform.image_size)
+    kinds = {"mine": 0, "vqav2": 0}
+    for slot in range(32):
+        sample = loader.sample(slot)
+        example, _ = loader.rendered(slot)
+        assert sample.pixels is not None
+        name = "mine" if sample.dataset == "mine" else "vqav2"
+        kinds[name] += 1
+        folder = tmp_path / name / ("images" if name == "vqav2" else "")
+        whole = exact(load_image(folder / example.images[0]))
+        assert torch.equal(sample.pixels[0], whole) == (name == "mine")
+    assert all(kinds.values())
+    assert loader.images["mine"].cache_images_mb == loader.images["vqav2"].cache_images_mb == 4
+
+
+def test_a_window_holds_wherever_images_are_read(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """12-bit images of a set whose brightness means something."""
+    rows = []
+    for i in range(8):
+        ramp = np.linspace(0, 1000 + 300 * i, 256).reshape(16, 16).astype(np.uint16)
+        Image.fromarray(ramp).save(tmp_path / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "caption": f"a ramp to {i}"})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    case = Case("quickstart", lambda root: Variant())
+    plain = build(recipe_of(case, start, tmp_path))
+    assert f"data.window=auto: 8 of {SET} use a small part" in capsys.readouterr().out
+    build(recipe_of(CASES["tune"], start, tmp_path), folder_tuning(tmp_path))
+    assert f"of {SET} use a small part of their grey values" in capsys.readouterr().out
+    assert isinstance(plain.batches, Loader)
+    assert plain.batches.images[SET].transform.window == "auto"
+    out, window = tmp_path / "run", "data.window=[0, 4095]"
+    recipe = recipe_of(case, start, tmp_path, window, "features.cache=on")
+    run = build(recipe, out=out)
+    assert "data.window" not in capsys.readouterr().out
+    run.train(out)
+    engine = Engine.from_pretrained(out / "last", device="cpu")
+    assert engine.images.transform.window == (0.0, 4095.0)
+    expected = engine.images.load(str(tmp_path / "7.png"), None, False)
+    brightest = (3100 / 4095 - engine.images.transform.mean[0]) / engine.images.transform.std[0]
+    assert abs(float(expected[0].max()) - brightest) < 0.01
+    # training reads the features of these pixels
+    loader = run.batches
+    assert isinstance(loader, Loader)
+    features = loader.images[SET].features
+    assert features is not None
+    with torch.no_grad():
+        stored = engine.model.encode_image(expected[None])[0]
+    assert torch.allclose(features(str(tmp_path / "7.png"), 0), stored, atol=1e-5)
+    # the server reads them, and an evaluation by the recipe
+    data = (tmp_path / "7.png").read_bytes()
+    shown = decode(data, ServeConfig(), "here", engine.images.transform.window)
+    assert torch.equal(engine.images.transform(shown), expected)
+    assert torch.equal(engine._pixels(Image.open(tmp_path / "7.png"), "x"), expected)
+    before = load_engine(recipe, str(start))
+    assert before.images.transform.window == (0.0, 4095.0)
+    assert (
+        before.fingerprint != load_engine(recipe_of(case, start, tmp_path), str(start)).fingerprint
+    )
+    # `auto` in a later recipe keeps the window of the model
+    later = recipe_of(case, out / "last", tmp_path)
+    assert load_engine(later, str(out / "last")).images.transform.window == (0.0, 4095.0)
+    again = build(later).batches
+    assert isinstance(again, Loader)
+    assert again.images[SET].transform.window == (0.0, 4095.0)
+
+
+def test_wrong_windows_are_refused_when_the_recipe_is_read():
+    for window in ("[4095, 0]", "[1]", "wide", "[0, .nan]", "[5, 5]"):
+        with pytest.raises(ValueError, match=r"data\.window"):
+            load_recipe("quickstart", [f"data.window={window}"])

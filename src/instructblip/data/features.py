@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 from instructblip.core import distributed
 from instructblip.core.files import recover, replacing, scratch_directory, set_aside
 from instructblip.core.progress import progress_bar
-from instructblip.data.images import ImageTransform, load_image
+from instructblip.data.images import NARROW, ImageTransform
 from instructblip.data.prepared.images import MISSING, ImageFact, gather_facts
 
 FeatureType = Literal["fp32", "bf16", "int8"]
@@ -187,13 +187,22 @@ class Costs:
 
 
 def store_name(transform: ImageTransform, encoder: str, kind: FeatureType) -> str:
-    """The name of a store's folder: a hash of all that features depend on except the images."""
-    text = json.dumps([asdict(transform), encoder, kind], sort_keys=True)
+    """The name of a store's folder: a hash of all that features depend on except the images.
+
+    The values of earlier versions give the same names as these versions.
+    """
+    values = asdict(transform)
+    values["train"] = values.pop("crop")
+    for name, before in (("mirror", values["mirror"]), ("filter", "pillow"), ("window", "auto")):
+        if values[name] == before:
+            del values[name]
+    text = json.dumps([values, encoder, kind], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def hash_images(paths: Iterable[str], known: Mapping[str, ImageFact]) -> dict[str, str]:
-    """sha256 of the bytes of each image, by path; each rank reads a share, all return the whole.
+    """What identifies the pixels of each image, by path: the sha256 of its bytes, and a mark where
+    earlier versions read other pixels from them. Each rank reads a share, all return the whole.
 
     An image that ``known`` (``PreparedDataset.facts``) has with the same size and date is not read.
     Raises FileNotFoundError or ValueError for an image that cannot be read any more.
@@ -207,7 +216,12 @@ def hash_images(paths: Iterable[str], known: Mapping[str, ImageFact]) -> dict[st
             )
         if not fact.sha256:
             raise ValueError(f"image {path} {fact.fault}; repair it, or prepare the data again")
-    parts = distributed.gather_objects({path: fact.sha256.hex() for path, fact in facts.items()})
+    parts = distributed.gather_objects(
+        {
+            path: fact.sha256.hex() + ("~window" if (fact.note or "").startswith(NARROW) else "")
+            for path, fact in facts.items()
+        }
+    )
     return {path: digest for part in parts for path, digest in part.items()}
 
 
@@ -287,7 +301,7 @@ class _Pixels(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Float[Tensor, "3 S S"]:
         key, path = self.items[index]
         crop = random.Random(key.rpartition("@")[2])
-        return self.transform(load_image(path), crop, flip=False)
+        return self.transform(self.transform.read(path), crop, flip=False)
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

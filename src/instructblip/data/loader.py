@@ -39,7 +39,8 @@ class Loader:
 
     Args:
         datasets: by name; ``mixture`` has the same names and sizes.
-        images: reads pixels or, where it has ``features``, stored features.
+        images: reads pixels or, where it has ``features``, stored features; one reader for all data
+            sets, or one for each.
         batch_size: samples of one optimizer step over all ranks and micro batches, a multiple of
             ``world_size * accumulate``.
         rank: this process among ``world_size``.
@@ -60,7 +61,7 @@ class Loader:
         datasets: Mapping[str, Examples],
         mixture: Mixture,
         tokens: Tokens,
-        images: ImageReader,
+        images: ImageReader | Mapping[str, ImageReader],
         *,
         batch_size: int,
         seed: int = 0,
@@ -77,7 +78,8 @@ class Loader:
         if sizes != mixture.sizes:
             raise ValueError(f"the mixture has {mixture.sizes}; expected the data sets {sizes}")
         self.names, self.datasets = list(datasets), list(datasets.values())
-        self.tokens, self.images = tokens, images
+        self.tokens = tokens
+        self.images = dict.fromkeys(datasets, images) if isinstance(images, ImageReader) else images
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.bucket_steps = bucket_steps
@@ -97,9 +99,10 @@ class Loader:
     def sample(self, slot: int) -> Sample:
         """The sample of a slot, with its crop, template and answer."""
         example, rendered = self.rendered(slot)
-        image_root = self.datasets[self.order[slot].dataset].image_root
+        dataset = self.order[slot].dataset
+        image_root, images = self.datasets[dataset].image_root, self.images[self.names[dataset]]
         crop_seed = mix(self._seed_of(slot), 4)
-        return make_sample(example, rendered, self.tokens, self.images, image_root, crop_seed)
+        return make_sample(example, rendered, self.tokens, images, image_root, crop_seed)
 
     def rendered(self, slot: int) -> tuple[Example, Rendered]:
         """The example of a slot and its texts: the same template and answer at every call."""
@@ -150,7 +153,8 @@ class Loader:
         """Images of a sample, each of which is Q tokens of its row; then its characters, which are
         near to its tokens and need no tokenizer."""
         example, rendered = self.rendered(slot)
-        num_images = len(self.images.select(example.images))
+        images = self.images[self.names[self.order[slot].dataset]]
+        num_images = len(images.select(example.images))
         return num_images, len(rendered.prompt) + len(rendered.response)
 
     def iterate(self, step: int = 0, stop: int | None = None) -> Iterator[Batch]:

@@ -14,12 +14,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 
 from instructblip.core.batch import Batch, Example, Sample
 from instructblip.data.features import Features
-from instructblip.data.images import ImageTransform, load_image, may_flip
+from instructblip.data.images import ImageTransform, may_flip
 from instructblip.data.reading.frames import evenly_spaced
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
@@ -72,11 +71,12 @@ class ImageReader:
 
     def load(self, path: str, rng: random.Random | None, flip: bool) -> Float[Tensor, "3 S S"]:
         """The image at ``path``, transformed; ``rng`` and ``flip`` matter when that augments."""
-        if not self.transform.train:
-            pixels = self._cached(path, lambda: self.transform.resize(load_image(path)))
-            return self.transform.normalise(pixels)
-        whole = self._cached(path, lambda: np.asarray(load_image(path)))
-        return self.transform(Image.fromarray(whole), rng, flip)
+        transform = self.transform
+        if transform.is_random:
+            whole = self._cached(path, lambda: np.asarray(transform.read(path)))
+            return transform(whole, rng, flip)
+        pixels = self._cached(path, lambda: transform.resize(transform.read(path)))
+        return transform.normalise(pixels)
 
     def _cached(self, path: str, read: Callable[[], np.ndarray]) -> np.ndarray:
         if path in self._cache:
@@ -121,7 +121,8 @@ def make_sample(
                 images.load(path, random.Random(seed), flip) for path in paths
             )
             # Two crops of one image are different images for the encoder.
-            keys = tuple(f"{path}#{seed}" for path in paths) if images.transform.train else paths
+            random_pixels = images.transform.is_random
+            keys = tuple(f"{path}#{seed}" for path in paths) if random_pixels else paths
     except (ValueError, OSError) as error:
         raise type(error)(f"{example.dataset} {example.where}: {error}") from error
     qformer_ids, prompt_ids, response_ids = tokens.tokenize(rendered)  # [I], [T], [R]

@@ -89,15 +89,15 @@ def _show(loader: Loader, name: str, slot: int) -> Shown:
     example, rendered = loader.rendered(slot)
     sample = loader.sample(slot)
     assert sample.pixels is not None
-    transform, tokens = loader.images.transform, loader.tokens
+    reader, tokens = loader.images[name], loader.tokens
     batch = collate([sample])
     return Shown(
         name=name,
         step=loader.step_of(slot),
         example=example,
         rendered=rendered,
-        image_names=loader.images.select(example.images),
-        images=tuple(_to_image(frame.numpy(), transform) for frame in sample.pixels),
+        image_names=reader.select(example.images),
+        images=tuple(_to_image(frame.numpy(), reader.transform) for frame in sample.pixels),
         qformer=tuple(_tokens(tokens.qformer, batch, "qformer", False)) if tokens.qformer else (),
         language=(
             *_tokens(tokens.language, batch, "prompt", False),

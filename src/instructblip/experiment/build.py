@@ -9,7 +9,7 @@ frames, stored features, checked data and exact resume.
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from instructblip.core import distributed
-from instructblip.data.images import ImageTransform
+from instructblip.data.images import PREPROCESSORS, ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.samples import Examples, ImageReader
 from instructblip.data.templates import TEMPLATES_FILE, templates_note
@@ -32,6 +32,7 @@ from instructblip.experiment.datasets import (
     prepare_benchmarks,
     prepare_training,
     validation_of,
+    window_note,
     without_bad,
 )
 from instructblip.experiment.evaluate import score
@@ -187,29 +188,31 @@ def build(
             )
         if data.training:
             print(describe_mixture(recipe, make_mixture(recipe, data.training)), flush=True)
+        if note := window_note(recipe, data.training):
+            print(note, flush=True)
     instructblip = variant.instructblip(recipe)
     model = variant.model(recipe, instructblip)
-    tokens, images = read_assets(recipe, instructblip.config, recipe.data.augment)
-    if data.training:
-        features = training_features(
-            recipe, instructblip, images, data.training.values(), began_with(out, resume)
-        )
-        images = replace(images, features=features)
+    tokens, images = read_assets(recipe, instructblip.config)
+    readers = training_readers(recipe, data.training, images)
+    began = began_with(out, resume)
+    readers = training_features(recipe, instructblip, readers, data.training, began)
 
     def loader(training: TrainingConfig) -> Loader:
-        return make_loader(recipe, data.training, variant.tokens(tokens), images, training)
+        return make_loader(recipe, data.training, variant.tokens(tokens), readers, training)
 
     files = {
         RECIPE_FILE: recipe.to_yaml(),
         TEMPLATES_FILE: templates_note(),
         DATA_FILE: json.dumps(data.fingerprints, indent=2) + "\n",
     }
+    if recipe.data.window != "auto":
+        files[PREPROCESSORS[0]] = images.transform.to_json()
     return Run(
         config=recipe.training,
         model=model,
         batches=variant.batches(recipe, model, loader),
         validate=variant.validate(recipe, instructblip, model, data.held),
-        files=files | features_note(images.features),
+        files=files | features_note(readers.values()),
         export=variant.export(instructblip, model),
     )
 
@@ -311,9 +314,7 @@ def shard_language(model: InstructBlip, device: torch.device) -> None:
 # --- batches -------------------------------------------------------------------------------------
 
 
-def read_assets(
-    recipe: Recipe, config: InstructBlipConfig, augment: bool = False
-) -> tuple[Tokens, ImageReader]:
+def read_assets(recipe: Recipe, config: InstructBlipConfig) -> tuple[Tokens, ImageReader]:
     """Tokenizers and image reader of the start, with the recipe's limits and without features."""
     data, directory = recipe.data, model_directory(recipe.model.start)
     tokens = Tokens.from_pretrained(
@@ -326,16 +327,29 @@ def read_assets(
         tokens = replace(tokens, qformer=None)
     transform = ImageTransform.from_pretrained(directory)
     transform = replace(transform, image_size=config.vision.image_size)
-    if augment:
-        transform = transform.for_training()
+    if data.window != "auto":
+        transform = replace(transform, window=data.window)
     return tokens, ImageReader(transform, data.num_frames, data.cache_images_mb)
+
+
+def training_readers(
+    recipe: Recipe, names: Iterable[str], images: ImageReader
+) -> dict[str, ImageReader]:
+    """A reader for each entry of ``data.sets``; those of equal augmentation share one."""
+    kinds = {name: recipe.data.augmentation(name) for name in names}
+    cache = images.cache_images_mb // (len({*kinds.values()}) or 1)
+    readers = {
+        kind: replace(images, transform=images.transform.for_training(*kind), cache_images_mb=cache)
+        for kind in kinds.values()
+    }
+    return {name: readers[kind] for name, kind in kinds.items()}
 
 
 def make_loader(
     recipe: Recipe,
     datasets: Mapping[str, Examples],
     tokens: Tokens,
-    images: ImageReader,
+    images: Mapping[str, ImageReader],
     training: TrainingConfig,
 ) -> Loader:
     """This rank's batches of ``recipe.data``."""
@@ -364,8 +378,9 @@ def training_samples(recipe: Recipe) -> Loader:
     """
     rate = recipe.data.max_bad_rate
     datasets = {name: without_bad(each, rate) for name, each in prepare_training(recipe).items()}
-    tokens, images = read_assets(recipe, model_config(recipe), recipe.data.augment)
-    return make_loader(recipe, datasets, tokens, images, recipe.training)
+    tokens, images = read_assets(recipe, model_config(recipe))
+    readers = training_readers(recipe, datasets, images)
+    return make_loader(recipe, datasets, tokens, readers, recipe.training)
 
 
 # --- validation ----------------------------------------------------------------------------------

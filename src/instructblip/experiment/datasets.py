@@ -9,16 +9,19 @@ from pathlib import Path
 from instructblip.data.custom.formats import FORMATS, custom_source
 from instructblip.data.custom.remote import fetch_tree, is_remote
 from instructblip.data.custom.rows import CustomSet
+from instructblip.data.images import NARROW
 from instructblip.data.order import Mixture
 from instructblip.data.prepared.check import (
     Diagnosis,
     check_dataset,
     evaluated_by,
+    findings,
     fingerprint,
     left_out,
     unchecked,
 )
 from instructblip.data.prepared.dataset import DatasetView, PreparedDataset
+from instructblip.data.prepared.images import gather_facts
 from instructblip.data.prepared.prepare import Job, all_of, prepare, prepare_all
 from instructblip.data.samples import Examples
 from instructblip.data.sources import SOURCES, source_of
@@ -139,6 +142,27 @@ def describe_mixture(recipe: Recipe, mixture: Mixture) -> str:
             f"{row.epochs:>8.2f}"
         )
     return "\n".join(lines)
+
+
+def window_note(recipe: Recipe, datasets: Mapping[str, Examples]) -> str:
+    """The line that says which training images ``data.window=auto`` changes; empty for none."""
+    if recipe.data.window != "auto":
+        return ""
+    counts = {name: _count_narrow(dataset) for name, dataset in datasets.items()}
+    listed = ", ".join(f"{count} of {name}" for name, count in counts.items() if count)
+    return listed and (
+        f"data.window=auto: {listed} use a small part of their grey values, and each image is "
+        "stretched to what it uses; data.window=[low, high] sets one window for all, full none"
+    )
+
+
+def _count_narrow(dataset: Examples) -> int:
+    whole = dataset.dataset if isinstance(dataset, DatasetView) else dataset
+    if isinstance(whole, PreparedDataset):
+        return findings(whole).get(NARROW, 0)
+    names = {name for i in range(len(dataset)) for name in dataset[i].images}
+    facts = gather_facts(names, dataset.image_root, {})
+    return sum((fact.note or "").startswith(NARROW) for _, fact in facts)
 
 
 # --- benchmarks ----------------------------------------------------------------------------------
@@ -269,7 +293,13 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
         if dataset is not None and dataset.path not in {each.path for each in evaluated}:
             evaluated.append(dataset)
             limits = _written_tokens(recipe, tokens, benchmark)
-            yield check_dataset(dataset, tokens=limits, decode=decode, perceptual=perceptual)
+            yield check_dataset(
+                dataset,
+                tokens=limits,
+                decode=decode,
+                perceptual=perceptual,
+                window=recipe.data.window,
+            )
     shown = evaluated_by(evaluated)
     for name in training_names(recipe):
         if fault := evaluated_too(recipe, name):
@@ -290,6 +320,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             max_images=_most_images(recipe, name),
             decode=decode,
             perceptual=recipe.data.sets[name].format is not None,
+            window=recipe.data.window,
         )
 
 

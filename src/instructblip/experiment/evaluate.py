@@ -82,7 +82,7 @@ def load_answerer(
     """A saved model that answers ``datasets``, from stored features where they save time."""
     if is_baseline(Path(model)):
         device = distributed.resolve_device(recipe.training.device)
-        return TransformersModel(Path(model), device, recipe.data.num_frames)
+        return TransformersModel(Path(model), device, recipe.data.num_frames, recipe.data.window)
     engine = load_engine(recipe, model, instruction_aware)
     # Twice: benchmarks are answered again, by the next model or without the images.
     return with_features(recipe, engine, datasets, recipe.evaluation.limit, times=2)
@@ -96,6 +96,7 @@ def load_engine(recipe: Recipe, model: str, instruction_aware: bool | None = Non
         device=distributed.resolve_device(recipe.training.device),
         instruction_aware=instruction_aware,
         num_frames=data.num_frames,
+        window=data.window,
         max_instruction=data.max_instruction,
         max_prompt=data.max_prompt,
         max_response=data.max_response,

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,9 +37,10 @@ FEATURES_FILE = "features.json"
 """In a run directory: whether the run reads stored features. A resumed run keeps to it."""
 
 
-def features_note(features: object | None) -> dict[str, str]:
+def features_note(readers: Iterable[ImageReader]) -> dict[str, str]:
     """The file that `began_with` reads."""
-    return {FEATURES_FILE: json.dumps({"stored": features is not None}) + "\n"}
+    stored = any(reader.features is not None for reader in readers)
+    return {FEATURES_FILE: json.dumps({"stored": stored}) + "\n"}
 
 
 def began_with(run: Path | None, resume: bool) -> bool | None:
@@ -53,15 +54,28 @@ def began_with(run: Path | None, resume: bool) -> bool | None:
 def training_features(
     recipe: Recipe,
     model: InstructBlip,
-    images: ImageReader,
-    datasets: Iterable[Examples],
+    readers: Mapping[str, ImageReader],
+    datasets: Mapping[str, Examples],
     began_with: bool | None = None,
-) -> Features | None:
-    """Features of all training images. A run that resumes passes what it `began_with`, so that it
-    resumes bit for bit."""
+) -> dict[str, ImageReader]:
+    """``readers`` of the data sets, with stored features where they save time: all or none, as a
+    batch has pixels or features. A run that resumes passes what it `began_with`, so that it resumes
+    bit for bit."""
     reads = recipe.training.steps * recipe.training.batch_size
-    shown = [(dataset, _images_of(dataset)) for dataset in datasets]
-    return make_features(recipe, model, images, shown, reads, began_with=began_with)
+    transforms = dict.fromkeys(reader.transform for reader in readers.values())
+    if not all([_wanted(recipe, model, transform) for transform in transforms]):
+        return dict(readers)
+    plain, stored = {}, {}
+    for transform in transforms:
+        names = [name for name in readers if readers[name].transform == transform]
+        images = readers[names[0]]
+        if not transform.is_random:  # whether features pay must not change what a run reads
+            images = replace(images, transform=transform.for_features())
+        plain |= dict.fromkeys(names, images)
+        shown = [(datasets[name], _images_of(datasets[name])) for name in names]
+        features = make_features(recipe, model, images, shown, reads, began_with=began_with)
+        stored |= dict.fromkeys(names, replace(images, features=features))
+    return stored if all(reader.features for reader in stored.values()) else plain
 
 
 def with_features(
@@ -102,8 +116,8 @@ def make_features(
         exact: refuse a store that rounds.
         began_with: the decision of the run that resumes, which ``auto`` keeps.
     """
-    settings, transform = recipe.features, images.transform
-    if not _wanted(recipe, model, transform):
+    settings, transform = recipe.features, images.transform.for_features()
+    if not _wanted(recipe, model, images.transform):
         return None
     device = distributed.resolve_device(recipe.training.device)
     model.vision_model.to(device)
@@ -128,8 +142,8 @@ def make_features(
     features = Features(
         FeatureStore(root / store_name(transform, model.encoder_fingerprint(), kind), kind),
         hash_images({path for path, _ in frames}, known),
-        views=settings.views if transform.train else 1,
-        frames=frozenset(frames if transform.train else ()),
+        views=settings.views if transform.crop else 1,
+        frames=frozenset(frames if transform.crop else ()),
     )
     if settings.cache == "auto":
         keeps = began_with
@@ -163,7 +177,8 @@ def _wanted(recipe: Recipe, model: InstructBlip, transform: ImageTransform) -> b
             )
         return False
     # one stored view of an augmented image would be the same crop in each epoch
-    return settings.cache == "on" or not transform.train or settings.views > 1
+    views = settings.views > 1 and transform.crop
+    return settings.cache == "on" or not transform.is_random or views
 
 
 def features_pay(features: Features, transform: ImageTransform, encode: Encode, reads: int) -> bool:

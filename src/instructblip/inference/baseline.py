@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from instructblip.core.batch import Example
-from instructblip.data.images import load_image
+from instructblip.data.images import Window, load_image
 from instructblip.data.reading.frames import evenly_spaced
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.checkpoints.weights import read_json
@@ -33,9 +33,16 @@ class TransformersModel:
         directory: as ``save_pretrained`` of model and processor writes it.
         device: where to run.
         num_frames: frames of a video that the model sees.
+        window: of images with more than 8 bits.
     """
 
-    def __init__(self, directory: Path, device: torch.device, num_frames: int = 4) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        device: torch.device,
+        num_frames: int = 4,
+        window: Window = "auto",
+    ) -> None:
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             self.processor: Any = AutoProcessor.from_pretrained(directory, **local)
@@ -48,7 +55,8 @@ class TransformersModel:
         self.model = model.to(device).eval()
         self.device = device
         self.num_frames = num_frames
-        self.fingerprint = fingerprint(directory, False)
+        self.window: Window = window
+        self.fingerprint = fingerprint(directory, False, window)
 
     @torch.no_grad()
     def answer_examples(
@@ -101,7 +109,7 @@ class TransformersModel:
     def _inputs(self, example: Example, prompt: str, image_root: Path) -> dict[str, Tensor]:
         names = example.images
         frames = [names[i] for i in evenly_spaced(len(names), self.num_frames)]
-        images = [load_image(name, image_root) for name in frames]
+        images = [load_image(name, image_root, self.window) for name in frames]
         text = self._text(prompt, len(images))
         one_or_many = images[0] if len(images) == 1 else images
         inputs = self.processor(images=one_or_many, text=text, return_tensors="pt")

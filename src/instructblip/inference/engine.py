@@ -19,7 +19,7 @@ from torch import Tensor
 
 from instructblip.core.batch import Batch, Example, Sample
 from instructblip.core.distributed import resolve_device
-from instructblip.data.images import ImageTransform, to_rgb
+from instructblip.data.images import ImageTransform, Window, to_rgb
 from instructblip.data.samples import ImageReader, collate, make_sample
 from instructblip.data.templates import Rendered, warn_of_other_templates
 from instructblip.data.tokens import Tokens
@@ -95,6 +95,7 @@ class Engine:
         batch_size: int = 32,
         decoding: Mapping[str, Any] | None = None,
         num_frames: int = 4,
+        window: Window = "auto",
         **limits: int,
     ) -> "Engine":
         """Load a model directory, a run directory or "starter", with its tokenizers and settings.
@@ -107,6 +108,8 @@ class Engine:
                 saved: a BLIP-2's does not, an InstructBLIP's does.
             decoding: settings above those that the directory stores, which are above the paper's.
             num_frames: frames of a video that evaluation reads.
+            window: of images with more than 8 bits; "auto" takes the one that the model was trained
+                with, if its directory names one.
             limits: ``max_instruction``, ``max_prompt`` and ``max_response`` of ``Tokens``.
         """
         directory = model_directory(path)
@@ -120,12 +123,15 @@ class Engine:
         dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
         model.requires_grad_(False)
         model.to_training_dtypes(frozen_dtype=dtype).to(place).eval()
+        transform = ImageTransform.from_pretrained(directory)
+        if window != "auto":
+            transform = replace(transform, window=window)
         return cls(
             model,
             Tokens.from_pretrained(directory, **limits),
-            ImageReader(ImageTransform.from_pretrained(directory), num_frames),
+            ImageReader(transform, num_frames),
             stored.override(**(decoding or {})),
-            fingerprint(directory, model.config.instruction_aware),
+            fingerprint(directory, model.config.instruction_aware, window),
             batch_size,
         )
 
@@ -330,7 +336,7 @@ class Engine:
 
     def _pixels(self, image: ImageInput, key: str) -> Float[Tensor, "3 S S"]:
         if isinstance(image, Image.Image):
-            return self.images.transform(to_rgb(image))
+            return self.images.transform(to_rgb(image, self.images.transform.window))
         return self.images.load(key, None, flip=False)
 
     def _collate(self, samples: Sequence[Sample]) -> Batch:

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from instructblip.data.images import PREPROCESSORS
+from instructblip.data.images import PREPROCESSORS, Window
 from instructblip.model.checkpoints.weights import WEIGHT_FILES
 
 _HASH_WHOLE = 1 << 28
@@ -12,10 +12,12 @@ evenly spaced pieces of ``_PIECE`` bytes, the first and the last included."""
 _SAMPLES, _PIECE = 256, 1 << 16
 
 
-def fingerprint(directory: Path, instruction_aware: bool) -> str:
+def fingerprint(directory: Path, instruction_aware: bool, window: Window = "auto") -> str:
     """Hash of a model directory: its config, weights, tokenizers, image transform and decoding
-    settings, and whether its Q-Former reads the instruction."""
+    settings, whether its Q-Former reads the instruction, and a ``window`` above the stored one."""
     digest = hashlib.sha256(b"aware" if instruction_aware else b"plain")
+    if window != "auto":
+        digest.update(repr(window).encode())
     files = [directory / "config.json", *(directory / name for name in WEIGHT_FILES)]
     files += [directory / name for name in (*PREPROCESSORS, "generation_config.json")]
     for pattern in ("model-*.safetensors", "tokenizer*", "qformer_tokenizer/*"):

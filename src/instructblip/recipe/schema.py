@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from instructblip.data.images import Window
 from instructblip.data.templates import check_template, templates_of
 from instructblip.evaluation.benchmarks import BENCHMARKS, GROUPS, Benchmark
 from instructblip.evaluation.scoring import ALIASES, NEEDS_CANDIDATES, scorer_of
@@ -36,6 +37,14 @@ RECIPE_FILE = "recipe.yaml"
 LONG_ANSWER = 256
 """Tokens that a long answer may have in a benchmark of the recipe."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _increasing(window: Window) -> Window:
+    if isinstance(window, tuple) and not window[0] < window[1]:
+        raise ValueError("expected [low, high] with low below high")
+    return window
+
+
 Format = Literal[
     "llava_json", "sharegpt", "openai_messages", "table", "imagefolder", "hf_dataset", "webdataset"
 ]
@@ -132,8 +141,17 @@ class DataConfig(_Section):
     bucket_steps: NonNegativeInt = 0
     """Steps whose samples are sorted by length together, so that a batch has less padding; 0 keeps
     the order drawn, 1 sorts within each step over its ranks and micro batches."""
-    augment: bool = True
-    """Whether training images are cropped and flipped at random."""
+    crop: bool | None = None
+    """Whether training images are cropped at random; null crops published sets, not your data."""
+    mirror: bool | None = None
+    """Whether training images are mirrored at random, except where a text names a side; null
+    mirrors published sets, not your data."""
+    augment: bool | None = None
+    """The earlier switch for ``crop`` and ``mirror``: their value where they are null."""
+    window: Annotated[Window, AfterValidator(_increasing)] = "auto"
+    """Grey values, of more than 8 bits, that become black and white: [low, high]; full, the ends of
+    their type; or auto: a DICOM file's own window, and the values that an image uses where they are
+    a small part. Auto keeps the window that the model was trained with."""
     num_frames: PositiveInt = 4
     """Maximum number of images of a sample; of a video so many frames, evenly spaced."""
     max_instruction: PositiveInt = 128
@@ -150,6 +168,12 @@ class DataConfig(_Section):
     """Whether training leaves out images that an evaluation set of the recipe shows as well."""
     cache_images_mb: NonNegativeInt = 256
     """Memory in MiB for decoded images, in each process that prepares batches."""
+
+    def augmentation(self, name: str) -> tuple[bool, bool]:
+        """Whether images of an entry are cropped, and whether they are mirrored at random."""
+        default = self.sets[name].format is None if self.augment is None else self.augment
+        crop, mirror = (default if each is None else each for each in (self.crop, self.mirror))
+        return crop, mirror
 
     def source_of(self, name: str) -> str:
         return self.sets[name].source or name
@@ -182,7 +206,7 @@ class FeaturesConfig(_Section):
     dtype: Literal["fp32", "bf16", "int8"] | None = None
     """Type on disk; null for the encoder's own, without loss. int8 has a scale for each token."""
     views: PositiveInt = 1
-    """Random crops stored of each image, where ``data.augment`` is on."""
+    """Random crops stored of each image, where ``data.crop`` is on; they are never mirrored."""
     root: Path | None = None
     """Folder of the features; null for ``data.root/features``."""
 

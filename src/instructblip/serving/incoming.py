@@ -13,7 +13,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from PIL import Image
 
-from instructblip.data.images import decode_image
+from instructblip.data.images import Window, decode_image
 from instructblip.serving.config import ServeConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -27,7 +27,7 @@ class BadImage(ValueError):
         self.status = status
 
 
-def read_image(url: str, config: ServeConfig, where: str) -> Image.Image:
+def read_image(url: str, config: ServeConfig, where: str, window: Window = "auto") -> Image.Image:
     """The image behind a URL as RGB. Raises BadImage, naming ``where`` in the request."""
     scheme = url[:8].lower()
     if scheme.startswith("data:"):
@@ -36,7 +36,7 @@ def read_image(url: str, config: ServeConfig, where: str) -> Image.Image:
         data = fetch(url, config, where)
     else:
         raise BadImage(f"{where}: expected data:image/...;base64,... as the URL of an image")
-    return decode(data, config, where)
+    return decode(data, config, where, window)
 
 
 def _read_data_url(url: str, config: ServeConfig, where: str) -> bytes:
@@ -53,7 +53,7 @@ def _read_data_url(url: str, config: ServeConfig, where: str) -> bytes:
         raise BadImage(f"{where}: the content of the data URL is not base64") from None
 
 
-def decode(data: bytes, config: ServeConfig, where: str) -> Image.Image:
+def decode(data: bytes, config: ServeConfig, where: str, window: Window = "auto") -> Image.Image:
     """The image in ``data`` as RGB. Raises BadImage.
 
     The header is read first: a small file can declare more pixels than there is memory.
@@ -73,7 +73,7 @@ def decode(data: bytes, config: ServeConfig, where: str) -> Image.Image:
     if pixels > config.max_pixels:
         raise too_large
     try:
-        return decode_image(data, where)
+        return decode_image(data, where, window)
     except Exception:
         raise BadImage(f"{where}: the image is damaged or cut off") from None
 

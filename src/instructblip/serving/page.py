@@ -223,8 +223,9 @@ def ask(
     options = tuple(dict.fromkeys(part for part in parts if part))
     with _visitor_errors("the answer took too long / 回答超时", BadImage):
         service.check_candidates(options)
-        image = decode(Path(file).read_bytes(), service.config, "the picture")
-        jobs = [_submit(service, name, image, instruction, options) for name in service.batchers]
+        data = Path(file).read_bytes()
+        image = decode(data, service.config, "the picture")
+        jobs = [_submit(service, name, data, instruction, options) for name in service.batchers]
         # of each model: the answer, the attention and, with candidates, their scores
         results = [[job.wait() for job in submitted] for submitted in jobs]
     if any(answer.lost for answer, *_ in results):
@@ -241,12 +242,14 @@ def ask(
 
 
 def _submit(
-    service: Service, name: str, image: Image.Image, instruction: str, options: tuple[str, ...]
+    service: Service, name: str, data: bytes, instruction: str, options: tuple[str, ...]
 ) -> list[Job]:
     """Submits a job to answer, one to look and, with candidates, one to rank."""
     batcher = service.batchers[name]
+    transform = batcher.engine.images.transform
+    image = decode(data, service.config, "the picture", transform.window)
     shared: dict[str, Any] = {
-        "pixels": (batcher.engine.images.transform(image),),
+        "pixels": (transform(image),),
         "instruction": instruction,
         "deadline": service.deadline,
     }

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import HTTPException
-from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
+from instructblip.data.images import ImageTransform
 from instructblip.inference.engine import Engine
 from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
 from instructblip.serving.config import ServeConfig
@@ -102,12 +102,15 @@ class Service:
             )
 
     async def read_image(
-        self, url: str, where: str, convert: Callable[[Image.Image], Any] = lambda image: image
+        self, url: str, where: str, transform: ImageTransform | None = None
     ) -> Any:
-        """What ``convert`` makes of the image behind a URL, off the event loop. Raises BadImage."""
+        """The image behind a URL, or what ``transform`` makes of it, off the event loop. Raises
+        BadImage."""
 
         def read() -> Any:
-            return convert(read_image(url, self.config, where))
+            if transform is None:
+                return read_image(url, self.config, where)
+            return transform(read_image(url, self.config, where, transform.window))
 
         async with self._decoders:
             return await run_in_threadpool(read)

@@ -138,7 +138,9 @@ class Painter:
                 raise ValueError(f"guidance must be a finite number; got {scale}")
         subject = None
         if image is not None:
-            loaded = to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
+            window = self.transform.window
+            is_open = isinstance(image, Image.Image)
+            loaded = to_rgb(image, window) if is_open else load_image(image, window=window)
             subject = lambda: loaded  # noqa: E731
         generator = torch.Generator()
         if seed is None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from instructblip.core.batch import Example
 from instructblip.core.files import replacing, write_json
+from instructblip.data.images import NARROW, Window
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
 from instructblip.data.prepared.images import FACTS_FILE, ImageFact, first_changed, read_facts
 from instructblip.data.prepared.near import NEAR, near_pairs
@@ -110,6 +111,7 @@ def check_dataset(
     max_images: int | None = None,
     decode: bool = False,
     perceptual: bool = False,
+    window: Window = "auto",
 ) -> Diagnosis:
     """Checks every example and every image once, and writes the findings beside the data.
 
@@ -122,6 +124,7 @@ def check_dataset(
             a video has more frames.
         decode: decodes every image whole, which finds damage in the middle of a file.
         perceptual: decodes every image at a small scale, to find near-duplicates.
+        window: of images with more than 8 bits; a chosen one is not reported.
     """
     facts = dataset.update_images(decode, perceptual)
     bad_kinds = BAD | {LEAKED} if drop_leaked else BAD
@@ -134,7 +137,8 @@ def check_dataset(
         temporary.open("w", encoding="utf-8") as file,
     ):
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped)
-        findings = _findings(dataset, facts, evaluated or Evaluated(), tokens, max_images)
+        notes = {name: _note(fact, window) for name, fact in facts.items() if fact.note}
+        findings = _findings(dataset, facts, notes, evaluated or Evaluated(), tokens, max_images)
         for index, where, kind, reason in findings:
             kinds[kind] += 1
             if kind in bad_kinds:
@@ -194,6 +198,11 @@ def left_out(dataset: PreparedDataset) -> tuple[int, ...]:
     return tuple(_read_check(dataset).get("left_out", ()))
 
 
+def findings(dataset: PreparedDataset) -> dict[str, int]:
+    """Number of findings of the last check, by kind."""
+    return _read_check(dataset).get("kinds", {})
+
+
 def unchecked(
     dataset: PreparedDataset,
     against: Collection[str] = (),
@@ -227,9 +236,22 @@ def _read_check(dataset: PreparedDataset) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def _note(fact: ImageFact, window: Window) -> tuple[str, str] | None:
+    """(kind, reason) of what is unusual about an image, with what ``window`` makes of it."""
+    kind, _, reason = (fact.note or "").partition(": ")
+    if kind != NARROW:
+        return kind, reason
+    if window == "full":
+        return kind, f"{reason}, nearly all alike in 8 bits; set data.window=auto or [low, high]"
+    if window == "auto":
+        return kind, f"{reason}, stretched to 0 to 255 by data.window=auto"
+    return None
+
+
 def _findings(
     dataset: PreparedDataset,
     facts: Mapping[str, ImageFact],
+    notes: Mapping[str, tuple[str, str] | None],
     evaluated: Evaluated,
     tokens: Tokens | None,
     max_images: int | None,
@@ -242,6 +264,8 @@ def _findings(
     for i, example in enumerate(dataset):
         faults = list(_faults(example, dataset.image_root, facts, evaluated, tokens, max_images))
         faults += [(NEAR_DUPLICATE, near[name]) for name in example.images if name in near]
+        noted = [(name, note) for name in example.images if (note := notes.get(name))]
+        faults += [(kind, f"{name}: {reason}") for name, (kind, reason) in noted]
         images = tuple(facts[name].sha256 for name in example.images)
         text = (example.question, example.context, example.history, example.answers)
         if (first := contents.setdefault(hash((images, text)), i)) != i:

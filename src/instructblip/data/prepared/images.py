@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from instructblip.core.files import replacing
 from instructblip.core.progress import progress_bar
-from instructblip.data.images import MAX_FILE_BYTES, decode_image, image_fault
+from instructblip.data.images import MAX_FILE_BYTES, decode_image, examine_image
 from instructblip.data.prepared.near import perceptual_hash
 
 FACTS_FILE = "pictures.arrow"
@@ -30,6 +30,7 @@ _SCHEMA = pa.schema(
         ("sha256", pa.binary()),
         ("fault", pa.string()),
         ("perceptual", pa.uint64()),
+        ("note", pa.string()),
     ]
 )
 SAVE_SECONDS = 300
@@ -41,13 +42,15 @@ _PARTS_AHEAD = 64
 class ImageFact(NamedTuple):
     """One image file. ``fault`` says why it does not open and is empty when it does; ``sha256`` of
     the file's bytes is empty when they cannot be read. ``perceptual`` is its `perceptual_hash`,
-    None where nobody has asked for it and in files of earlier versions."""
+    None where nobody has asked for it and in files of earlier versions. ``note`` says what is
+    unusual ("kind: reason"); None if an earlier version looked at a file that may be unusual."""
 
     size: int
     modified_ns: int
     sha256: bytes
     fault: str
     perceptual: int | None = None
+    note: str | None = ""
 
 
 def update_facts(
@@ -155,10 +158,15 @@ def read_facts(path: Path) -> dict[str, ImageFact]:
         return {}
     with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
         table = reader.read_all()
-    names, *columns = (column.to_pylist() for column in table.columns)
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    names = columns.pop("name")
+    if "note" not in columns:  # of an earlier version
+        jpeg = (".jpg", ".jpeg")
+        columns["note"] = ["" if name.lower().endswith(jpeg) else None for name in names]
+    rows = zip(*columns.values(), strict=True)
     return {
-        name: ImageFact(*values)
-        for name, values in zip(names, zip(*columns, strict=True), strict=True)
+        name: ImageFact(**dict(zip(columns, row, strict=True)))
+        for name, row in zip(names, rows, strict=True)
     }
 
 
@@ -166,7 +174,8 @@ def _look_at(path: Path, known: ImageFact | None, decode: bool, perceptual: bool
     try:
         stat = path.stat()
         stamp = stat.st_size, stat.st_mtime_ns
-        is_known = known is not None and not decode and known[:2] == stamp
+        seen = known is not None and known[:2] == stamp and known.note is not None
+        is_known = seen and not decode
         if known and is_known and (not perceptual or known.perceptual is not None or known.fault):
             return known
         if stat.st_size > MAX_FILE_BYTES:
@@ -179,8 +188,8 @@ def _look_at(path: Path, known: ImageFact | None, decode: bool, perceptual: bool
     if known and is_known:
         fact = known
     else:
-        fault = image_fault(data, decode) or ""
-        fact = ImageFact(*stamp, hashlib.sha256(data).digest(), fault)
+        fault, note = examine_image(data, decode)
+        fact = ImageFact(*stamp, hashlib.sha256(data).digest(), fault, note=note)
     return fact._replace(perceptual=_perceptual(data)) if perceptual and not fact.fault else fact
 
 

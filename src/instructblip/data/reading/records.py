@@ -25,7 +25,10 @@ MAX_LINE = 1 << 26
 MAX_NAME = 255
 """Bytes of one part of an image's path: what file systems allow."""
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif",
+    ".dcm", ".dicom",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
