@@ -1,6 +1,7 @@
 """Custom data as users of other trainers have it: miniatures in each form, read unedited."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,14 @@ def test_wrong_dialogues_are_refused_by_place(root: Path, record: Any, message: 
     (root / "empty").mkdir()
     with pytest.raises(ValueError, match=rf"data\.json:record 0.*{message}"):
         dialogue(root, record)
+
+
+def test_a_video_without_pyav_names_the_extra(root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (root / "a.mp4").write_bytes(b"a video")
+    messages = turns("<video>What moves?", "A ball.")
+    with pytest.raises(ValueError, match=r"record 0: video .*pip install 'instructblip\[video\]'"):
+        dialogue(root, {"messages": messages, "videos": ["a.mp4"]})
 
 
 def test_json_lines_that_are_named_json(root: Path):
