@@ -1,6 +1,8 @@
 """Answering from the command line, in batches, piece by piece and over several turns."""
 
+import csv
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,48 @@ def test_command_answers_a_folder_and_a_jsonl_like_one_by_one(
     assert records[1]["answer"] == engine.answer([[image_files[0], image_files[1]]], "what?")[0]
     assert "absent.png does not exist" in records[2]["error"]
     requests.unlink()
+
+
+def test_command_writes_a_csv_and_texts_beside_the_images(
+    folder: Path, image_files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Engine.from_pretrained(folder, device="cpu")
+    images = shutil.copytree(image_files[0].parent, tmp_path / "images")
+    (images / "3.png").write_bytes(b"no image")
+    out = tmp_path / "answers.csv"
+    command = ["answer", "--batch", str(images), "--instruction", QUESTION, "--out", str(out)]
+    command += ["--txt", "--model", str(folder)]
+    code, printed, _ = call(capsys, *command)
+    assert code == 1
+    assert "4 answers in" in printed
+    with out.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image", "instruction", "answer", "error"]
+    for row, path in zip(rows, image_files, strict=True):
+        text = images / f"{path.stem}.txt"
+        if path.stem == "3":
+            assert row["error"]
+            assert not text.exists()
+            continue
+        answer = engine.answer(path, QUESTION)
+        assert (row["image"], row["answer"]) == (path.name, answer)
+        assert text.read_text() == " ".join(answer.split()) + "\n"
+
+    with pytest.raises(ValueError, match=r"0\.txt exists, as do 3 others of 5: move them away"):
+        cli.main([*command[:-1], "absent", "--debug"])  # before the model is read
+    requests = images / "requests.jsonl"
+    lines = [{"image": ["3.png", "4.png"], "id": 7}, {"image": "3.png", "tags": {"a": "é"}}]
+    requests.write_text("\n".join(map(json.dumps, lines)))
+    command[2] = str(requests)
+    with pytest.raises(ValueError, match=r"2 requests would share .*3\.txt"):
+        cli.main([*command, "--debug"])
+    code, _, _ = call(capsys, *(word for word in command if word != "--txt"))
+    with out.open(encoding="utf-8-sig", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["image"], first["id"], first["tags"]) == ('["3.png", "4.png"]', "7", "")
+    assert (second["id"], second["tags"]) == ("", '{"a": "é"}')
+    with pytest.raises(ValueError, match="--txt writes beside the images of --batch"):
+        cli.main(["answer", "--image", "a.png", "--txt", "--instruction", "x", "--debug"])
 
 
 @pytest.mark.parametrize(

@@ -20,26 +20,32 @@ def answer(
     image: Images = None,
     instruction: Annotated[str | None, Option(help="What to ask.")] = None,
     batch: Annotated[Path | None, Option(help="Folder of images, or JSONL of requests.")] = None,
-    out: Annotated[Path, to_file("Where the answers of --batch go.")] = Path("out/answers.jsonl"),
+    out: Annotated[Path, to_file("Answers of --batch: .jsonl or .csv.")] = Path(
+        "out/answers.jsonl"
+    ),
+    txt: Annotated[bool, Option("--txt", help="--batch: also a .txt beside each image.")] = False,
     model: Model = "starter",
     decoding: DecodingOptions = None,
 ) -> None:
     """Answer an instruction about an image, or about every image of a folder or a JSONL."""
     if (batch is None) == (image is None):
         raise ValueError("give either --image IMAGE or --batch FOLDER_OR_JSONL")
+    if txt and batch is None:
+        raise ValueError("--txt writes beside the images of --batch: give a folder there")
     if instruction is not None and not instruction.strip():
         raise ValueError("--instruction is empty; say what to ask")
     if batch is None and not instruction:
         raise ValueError("say with --instruction what to ask")
-    from instructblip.inference.batch import read_requests, write_answers
+    from instructblip.inference.batch import read_requests, text_files, write_answers
     from instructblip.inference.engine import Engine
     from instructblip.inference.inputs import open_images
 
     settings = decoding or {}
     if batch is not None:
         requests = read_requests(batch, instruction)
+        texts = text_files(requests) if txt else None
         out.parent.mkdir(parents=True, exist_ok=True)  # an error comes before the model is read
-        errors = write_answers(Engine.from_pretrained(model), requests, out, **settings)
+        errors = write_answers(Engine.from_pretrained(model), requests, out, texts, **settings)
         failed = f"; {errors} with an error" if errors else ""
         print(f"{len(requests) - errors} answers in {out}{failed}")
         raise typer.Exit(1 if errors else 0)

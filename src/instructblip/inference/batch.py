@@ -1,17 +1,20 @@
-"""Many images at once: a folder or a JSONL of requests in, a JSONL of answers out.
+"""Many images at once: a folder or a JSONL of requests in; out a JSONL or CSV of answers, and on
+request a ``.txt`` beside each image.
 
 A line of requests is ``{"image": "a.jpg", "instruction": "What is this?"}``; ``image`` may be a
 video file, or a list (the frames of a video). Further keys are copied to the answer's line, except
 the ``answer`` or ``error`` of an earlier run.
 """
 
+import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from instructblip.core.files import replacing
+from instructblip.core.files import replacing, write_text
 from instructblip.core.progress import progress_bar
 from instructblip.data.reading.frames import VIDEO_SUFFIXES
 from instructblip.data.reading.records import IMAGE_SUFFIXES, image_name
@@ -106,20 +109,69 @@ def answer_requests(
         ]
 
 
-def write_answers(engine: Engine, requests: Sequence[Request], out: Path, **decoding: Any) -> int:
-    """Write the answered records to the JSONL ``out``; returns the number of those with an
-    error."""
-    errors = 0
+def text_files(requests: Sequence[Request]) -> list[Path]:
+    """The ``.txt`` beside the first image of each request.
+
+    Raises ValueError for files that exist, which may be the user's captions, and where requests
+    share one.
+    """
+    files = [request.images[0].with_suffix(".txt") for request in requests]
+    if there := [file for file in files if file.exists()]:
+        raise ValueError(
+            f"--txt: {there[0]} exists, as do {len(there) - 1} others of {len(files)}: move them "
+            "away first, since nothing is overwritten"
+        )
+    file, count = Counter(files).most_common(1)[0]
+    if count > 1:
+        raise ValueError(
+            f"--txt: {count} requests would share {file}: rename the images, or leave out --txt"
+        )
+    return files
+
+
+def write_answers(
+    engine: Engine,
+    requests: Sequence[Request],
+    out: Path,
+    texts: Sequence[Path] | None = None,
+    **decoding: Any,
+) -> int:
+    """Write the answered records to ``out``, a CSV by its suffix, else JSON lines; returns the
+    number of those with an error. ``texts`` are files that get the answers, each in one line."""
+    errors = done = 0
     with (
         replacing(out) as temporary,
-        temporary.open("w", encoding="utf-8") as file,
+        temporary.open("w", encoding="utf-8", newline="") as file,
         progress_bar("answering", "images") as bar,
     ):
+        write = _csv_writer(file, requests) if out.suffix.lower() == ".csv" else _json_writer(file)
         for records in answer_requests(engine, requests, **decoding):
-            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-            errors += sum("error" in record for record in records)
-            bar.advance(len(records), len(requests))
+            for number, record in enumerate(records, start=done):
+                write(record)
+                errors += "error" in record
+                if texts is not None and "error" not in record:
+                    write_text(texts[number], " ".join(record["answer"].split()) + "\n")
+            done += len(records)
+            bar(done, len(requests))
     return errors
+
+
+def _json_writer(file: TextIO) -> Callable[[dict[str, Any]], object]:
+    return lambda record: file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _csv_writer(file: TextIO, requests: Sequence[Request]) -> Callable[[dict[str, Any]], object]:
+    """A column for each key of the requests; lists and objects are written as JSON."""
+    keys = dict.fromkeys(key for request in requests for key in request.record)
+    columns = [*dict.fromkeys([*keys, "instruction", *RESULT_KEYS])]
+    file.write("\ufeff")  # by which spreadsheet programs know UTF-8
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+
+    def cell(value: Any) -> Any:
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+
+    return lambda record: writer.writerow({key: cell(value) for key, value in record.items()})
 
 
 def _open_or_error(request: Request) -> list[ImageInput] | str:
