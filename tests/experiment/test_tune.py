@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import math
+import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,16 @@ import torch
 
 from instructblip.cli import main as cli
 from instructblip.cli.data import check
-from instructblip.data.custom.folder import read_folder, split_by_image
+from instructblip.data.custom.folder import FolderSet, read_folder, read_sides, split_by_image
+from instructblip.evaluation.result import Result
 from instructblip.experiment import tune as tune_module
+from instructblip.experiment.evaluate import load_engine
+from instructblip.experiment.sayable import LEAST_KNOWN, sayable
 from instructblip.experiment.train import train
 from instructblip.experiment.tune import (
     MEASURES,
     held_sets,
+    tune,
     write_recipe,
 )
 from instructblip.recipe.load import load_recipe
@@ -42,11 +49,11 @@ def test_the_language_of_captions_is_that_of_the_recipe(
         asked.append(arguments)
         raise ValueError("noted")
 
-    monkeypatch.setattr(tune_module, "read_folder", note)
+    monkeypatch.setattr(tune_module, "read_sides", note)
     for overrides in ([], ["data.sets.own.language=en", "data.sets.own.language=zh"]):
         with pytest.raises(ValueError, match="noted"):
             tune_module.tune(tmp_path, "starter", tmp_path / "out", overrides)
-    assert asked == [(tmp_path,), (tmp_path, "zh")]
+    assert asked == [(tmp_path, None, None, "en"), (tmp_path, None, None, "zh")]
 
 
 def test_rows_become_examples(tmp_path: Path) -> None:
@@ -181,7 +188,7 @@ def test_an_image_is_on_one_side_only(tmp_path: Path) -> None:
         split_by_image(few)
     tied = [{"file_name": [f"{n}.png", "0.png"], "caption": "x"} for n in range(5)]
     write_folder(tmp_path, tied)
-    with pytest.raises(ValueError, match="shared images connect all rows"):
+    with pytest.raises(ValueError, match="shared images or groups connect all rows"):
         sides(tmp_path)
     write_folder(tmp_path, [*tied[:4], {"file_name": "4.png", "caption": "x"}])
     assert sorted(map(len, sides(tmp_path))) == [1, 4]
@@ -212,6 +219,162 @@ def test_more_images_move_no_others(tmp_path: Path) -> None:
         before = after
 
 
+def split_folder(tmp_path: Path, **columns: list[Any]) -> Path:
+    """Four images with a row each."""
+    cells = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+    rows = [{"file_name": f"{n}.png", "caption": "x", **each} for n, each in enumerate(cells)]
+    return write_folder(tmp_path, rows, images=len(rows))
+
+
+def names(side: FolderSet | None) -> list[str]:
+    return [name for e in side.examples for name in e.images] if side else []
+
+
+def test_a_column_splits_the_folder(tmp_path: Path) -> None:
+    root = split_folder(tmp_path, split=["train", "test", "train", "dev"], site=[*"abac"])
+    split = read_sides(root)
+    assert split.by == "column"
+    sides = (split.training, split.validation, split.test)
+    assert list(map(names, sides)) == [["0.png", "2.png"], ["3.png"], ["1.png"]]
+    assert read_sides(root, "column", group="site").final is not None
+    assert read_sides(root, "images").by == "images"
+    assert len(read_sides(root, "images").training) == 3
+    with pytest.raises(ValueError, match="--split files needs folders or tables named train"):
+        read_sides(root, "files")
+    split_folder(tmp_path, split=["train", "test", "train", "train"], site=[*"abab"])
+    assert names(read_sides(root).validation) == ["1.png"]
+    with pytest.raises(ValueError, match="1 groups are on two sides of the split: b; move each"):
+        read_sides(root, group="site")
+    split_folder(tmp_path, split=["train"] * 4)
+    with pytest.raises(ValueError, match="the split has train 4, val 0, test 0; expected train"):
+        read_sides(root)
+
+
+def test_folders_split(tmp_path: Path) -> None:
+    for name in ("train", "valid"):
+        write_folder(tmp_path / name, [{"file_name": "0.png", "caption": name}], images=1)
+    split = read_sides(tmp_path)
+    assert (split.by, names(split.training), names(split.validation), split.test) == (
+        "files",
+        ["train/0.png"],
+        ["valid/0.png"],
+        None,
+    )
+    assert split.lookalikes() == [("train/0.png", "valid/0.png")]
+    with pytest.raises(ValueError, match="--split column needs a column `split`"):
+        read_sides(tmp_path, "column")
+
+
+def test_a_group_is_on_one_side(tmp_path: Path) -> None:
+    patients = [n // 4 for n in range(60)]
+    root = split_folder(tmp_path, patient=patients)
+    split = read_sides(root, group="patient")
+    training, held = (
+        {patients[int(name.removesuffix(".png"))] for name in names(side)}
+        for side in (split.training, split.validation)
+    )
+    assert not training & held
+    assert training | held == {*range(15)}
+    with pytest.raises(ValueError, match=r"4 of 4 examples are bad.*\n.*no column 'doctor'"):
+        read_sides(split_folder(tmp_path, patient=[1, 2, 3, 4]), group="doctor")
+    with pytest.raises(ValueError, match="shared images or groups connect all rows"):
+        read_sides(split_folder(tmp_path, patient=[1, 1, 1, 1]), group="patient")
+
+
+def photos(root: Path, texts: list[str]) -> Path:
+    return write_folder(root, [{"file_name": f"{n}.png", "text": t} for n, t in enumerate(texts)])
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a fireman eats an apple"] * 5, r"knows 40% .*'fireman'.*--model /models/blip2-flan-t5"),
+        (["一只红色的星星"] * 5, r"knows 0% .*language model writes Chinese.*--anyway"),
+    ],
+)
+def test_the_starter_refuses_what_it_cannot_say(
+    texts: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tune(photos(tmp_path / "photos", texts), "starter", tmp_path / "out")
+    assert not (tmp_path / "out" / "run").exists()
+
+
+def test_the_starter_can_say_its_worked_examples(tmp_path: Path) -> None:
+    recipe = load_recipe("scenes")
+    engine = load_engine(recipe, "starter")
+    for name in EXAMPLES:
+        importlib.import_module(f"examples.{name}").draw(tmp_path / name, count=8)
+        for held in held_sets(read_folder(tmp_path / name)):
+            examples = [*held.dataset]
+            measured = sayable(engine, examples, [held.benchmark.prompt] * len(examples))
+            assert measured.known > LEAST_KNOWN
+            assert 0 < measured.loss < 12
+    assert measured.guessing == pytest.approx(math.log(768))
+
+
+def test_chinese_captions_choose_chinese(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = (
+        photos(tmp_path / "photos", ["一只猫", "两只狗", "a red cup", "红色的星", "天空"]),
+        tmp_path / "out",
+    )
+    start = str(write_model(tmp_path / "blip2", "blip2"))
+    short = ["training.steps=1", "training.batch_size=2", "model.text_branch=random"]
+    tune(root, start, out, short)
+    assert (
+        "the answers are Chinese: Chinese templates and prompts are used" in capsys.readouterr().out
+    )
+    assert load_recipe(out / "recipe.yaml").data.sets["own"].language == "zh"
+    (result,) = (Result.load(path.parent) for path in out.glob("results/after/*/result.json"))
+    assert result.predictions[0]["prompt"] == "简短的图片描述："
+
+
+def test_tune_resumes_after_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed in the middle of the training; the rest is that of an uninterrupted run."""
+    root = photos(tmp_path / "photos", ["a cat", "a dog", "a red cup", "two cats", "three dogs"])
+    start = str(write_model(tmp_path / "blip2", "blip2"))
+    short = ["training.steps=6", "training.batch_size=2", "training.save_every=1"]
+    short += ["model.text_branch=random", "training.validate_every=2"]
+    torch.set_num_threads(1)
+    child = os.fork()
+    if not child:
+        real = loop.update
+
+        def killed(*arguments: Any) -> float:
+            if (tmp_path / "killed/run/checkpoints/step_000003").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments)
+
+        loop.update = killed
+        try:
+            tune(root, start, tmp_path / "killed", short)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert not (tmp_path / "killed/report.html").exists()
+    with pytest.raises(ValueError, match="continue it with --resume"):
+        tune(root, start, tmp_path / "killed", short)
+    resumed = tune(root, "starter", tmp_path / "killed", resume=True)  # its own start and recipe
+    whole = tune(root, start, tmp_path / "whole", short)
+    assert resumed is not None
+    assert whole is not None
+    assert resumed.verdict.headline == whole.verdict.headline
+    for name in ("best", "last"):
+        model, other = (
+            tmp_path / run / "run" / name / "model.safetensors" for run in ("killed", "whole")
+        )
+        assert model.read_bytes() == other.read_bytes()
+    (root / "0.png").unlink()
+    write_picture(root / "0.png", seed=77)
+    write_picture(root / "1.png", seed=78)
+    with pytest.raises(ValueError, match="began with other training examples"):
+        tune(root, start, tmp_path / "killed", short, resume=True)
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_worked_examples(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Drawn, tuned for two steps and reported through the command, on a tiny random BLIP-2."""
@@ -229,6 +392,9 @@ def test_worked_examples(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert " held back" in printed
     assert "instructblip serve --model" in printed
+    assert re.search(r"^(Worse|No use yet|Not clearly better|Better): ", printed, re.MULTILINE)
+    for row in ("**before**", "**after**", "**always the same answer**"):
+        assert row in printed
     report = (out / "report.html").read_text()
     assert "<html" in report
     assert "the interval does not cover this choice" in report
@@ -259,7 +425,7 @@ def test_ctrl_c_keeps_what_tune_did(
     assert not (out / "report.html").exists()
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--resume"])
-    assert "To try the model" in capsys.readouterr().out
+    assert "report.html" in capsys.readouterr().out
 
 
 def test_the_recipe_that_tune_writes_trains(

@@ -49,12 +49,12 @@ def prepare(
         print("".join(f"{dataset.describe()}\n" for dataset in prepared))
         print(sets.describe_mixture(resolved, sets.make_mixture(resolved, datasets)))
         return
-    data = resolved.data
+    data, languages = resolved.data, sets.languages_of(resolved, datasets)
     for job, (name, dataset) in zip(jobs, datasets.items(), strict=True):
         entry = data.sets[name]
         prefix = os.path.relpath(job.root / job.source.images, data.root)  # links stay links
         path = write_export(
-            dataset, name, export, out, prefix, data.seed, entry.templates, entry.language
+            dataset, name, export, out, prefix, data.seed, entry.templates, languages[name]
         )
         print(path, flush=True)
     print(f"paths of images are relative to {data.root}")

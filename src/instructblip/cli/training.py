@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -128,14 +128,28 @@ def tune(
     overrides: Overrides = None,
     model: Model = "starter",
     out: Annotated[Path, to_dir("Folder of run, results and report.")] = Path("out/tuned"),
+    split: Annotated[
+        Literal["images", "column", "files"] | None,
+        Option(help="Split by a hash of images, a column `split`, or files."),
+    ] = None,
+    group: Annotated[
+        str | None, Option(help="Column, or regex over paths, that may not be on two sides.")
+    ] = None,
+    anyway: Annotated[bool, Option("--anyway", help="Also if it cannot say the answers.")] = False,
     resume: Resume = False,
 ) -> None:
     """Tune a model on a folder of your data: check, split, tune, evaluate before and after."""
     from instructblip.experiment.tune import tune as run
 
-    page = run(root, model, out, overrides or [], resume)
-    if page is not None:
-        print(f"\nOpen {page}. To try the model:\n  instructblip serve --model {out / 'run'}")
+    tuned = run(root, model, out, overrides or [], resume, split, group, anyway)
+    if tuned is None:
+        return
+    print(f"\nOpen {tuned.report}.")
+    if tuned.verdict.is_better:
+        print(f"To try the model:\n  instructblip serve --model {out / 'run'}")
+    else:
+        print("The tuned model is not clearly better. To compare it with its start by hand:")
+        print(f"  instructblip serve --model {out / 'run'} --before {model}")
 
 
 @app.command()

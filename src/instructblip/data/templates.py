@@ -19,6 +19,7 @@ import json
 import random
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +95,13 @@ def templates_of(task: str, language: Language = "en") -> tuple[str, ...]:
     if task not in TEMPLATES:
         raise ValueError(f"no templates for task '{task}'; expected one of {', '.join(TEMPLATES)}")
     return (TEMPLATES if language == "en" else TEMPLATES_ZH)[task]
+
+
+def language_of(texts: Iterable[str]) -> Language:
+    """Chinese if more than half of the letters are Chinese characters, else English."""
+    letters = [letter for text in texts for letter in text if letter.isalpha()]
+    chinese = sum(bool(_CHINESE.match(letter)) for letter in letters)
+    return "zh" if 2 * chinese > len(letters) else "en"
 
 
 def check_template(template: str) -> str:

@@ -5,6 +5,7 @@ import json
 import random
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -177,6 +178,12 @@ def swap_images(examples: Sequence[Example], seed: int) -> list[Example]:
         replace(example, images=examples[giver].images)
         for example, giver in zip(examples, givers, strict=True)
     ]
+
+
+def can_swap(dataset: Examples, limit: int | None = None) -> bool:
+    """Whether the blind control of these samples exists: no image is that of more than half."""
+    images = Counter(dataset[i].images for i in pick(len(dataset), limit))
+    return 2 * max(images.values()) <= images.total()
 
 
 def derange(keys: Sequence[Any], seed: int) -> list[int]:

@@ -28,6 +28,7 @@ from instructblip.experiment.datasets import (
     checked_training,
     data_fingerprints,
     describe_mixture,
+    languages_of,
     make_mixture,
     prepare_benchmarks,
     prepare_training,
@@ -188,6 +189,9 @@ def build(
             )
         if data.training:
             print(describe_mixture(recipe, make_mixture(recipe, data.training)), flush=True)
+            for name, language in languages_of(recipe, data.training).items():
+                if language == "zh" and recipe.data.sets[name].language is None:
+                    print(f"{name}: the answers are Chinese, and so its instructions are")
         if note := window_note(recipe, data.training):
             print(note, flush=True)
     instructblip = variant.instructblip(recipe)
@@ -367,7 +371,7 @@ def make_loader(
         workers=training.workers,
         bucket_steps=data.bucket_steps,
         templates={name: entry.templates for name, entry in data.sets.items() if entry.templates},
-        languages={name: entry.language for name, entry in data.sets.items()},
+        languages=languages_of(recipe, datasets),
     )
 
 

@@ -25,7 +25,7 @@ from instructblip.data.prepared.images import gather_facts
 from instructblip.data.prepared.prepare import Job, all_of, prepare, prepare_all
 from instructblip.data.samples import Examples
 from instructblip.data.sources import SOURCES, source_of
-from instructblip.data.templates import check_template, templates_of
+from instructblip.data.templates import Language, check_template, language_of, templates_of
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.benchmarks import OWNERS, Benchmark, groups_of, select_benchmarks
 from instructblip.evaluation.evaluate import check_rows
@@ -118,8 +118,9 @@ def _custom_set(name: str, entry: DataSet, root: Path) -> CustomSet:
     if entry.task is not None:
         templates_of(entry.task)
     columns = tuple(sorted(entry.columns.items()))
+    language = entry.language or "en"
     return CustomSet(
-        name, entry.format, entry.path, images, columns, entry.task, entry.group, entry.language
+        name, entry.format, entry.path, images, columns, entry.task, entry.group, language
     )
 
 
@@ -130,6 +131,20 @@ def make_mixture(recipe: Recipe, datasets: Mapping[str, Examples]) -> Mixture:
         weights={name: recipe.data.sets[name].weight for name in datasets},
         temperature=recipe.data.temperature,
     )
+
+
+def languages_of(recipe: Recipe, datasets: Mapping[str, Examples]) -> dict[str, Language]:
+    """The language of the instructions of each data set: what the recipe says, or that of the
+    answers of custom data, by up to 1000 examples."""
+    languages: dict[str, Language] = {}
+    for name, dataset in datasets.items():
+        entry = recipe.data.sets[name]
+        language = entry.language or "en"
+        if entry.language is None and entry.format is not None:
+            chosen = range(0, len(dataset), len(dataset) // 1000 + 1)
+            language = language_of(answer for i in chosen for answer in dataset[i].answers)
+        languages[name] = language
+    return languages
 
 
 def describe_mixture(recipe: Recipe, mixture: Mixture) -> str:

@@ -1,6 +1,7 @@
 """Tuning on a folder of images: check, split, choose settings, evaluate, train, report."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +13,24 @@ import yaml
 from instructblip.core import distributed
 from instructblip.core.files import write_text
 from instructblip.core.version import __version__
-from instructblip.data.custom.folder import FolderSet, read_folder, split_by_image
+from instructblip.data.custom.folder import FolderSet, Sides, SplitBy, read_sides
+from instructblip.data.templates import TEMPLATES_ZH, Language, language_of
 from instructblip.evaluation.benchmarks import Benchmark
 from instructblip.evaluation.compare import compare
+from instructblip.evaluation.evaluate import can_swap
 from instructblip.evaluation.report import write_report
 from instructblip.evaluation.result import Result
 from instructblip.evaluation.tables import to_markdown
-from instructblip.experiment.build import Data, Variant, build
+from instructblip.evaluation.verdict import Verdict, constant_result, worst
+from instructblip.experiment.build import DATA_FILE, Data, Variant, build
 from instructblip.experiment.datasets import Held
 from instructblip.experiment.evaluate import load_engine, score
+from instructblip.experiment.sayable import LEAST_KNOWN, sayable
+from instructblip.inference.engine import Engine
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
+from instructblip.training.log import METRICS, read_metrics
 from instructblip.training.run_directory import refuse_existing
 
 SET = "own"
@@ -32,11 +39,12 @@ MOST_EVALUATED = 1000
 """Held-back examples of a task that are answered before and after."""
 SMALL = 20_000_000
 """Trainable parameters below which a model is small: it takes higher rates and more epochs."""
-LEAD = (
-    "What was held back, before and after. The step that is kept is the one with the best score on "
-    "some of these same examples, which makes the figure after a little too high; the interval "
-    "does not cover this choice."
+BLIND_SEED = 0
+CHOSEN = (
+    "The step that is kept is the one with the best score on some of these same examples, which "
+    "makes the figure after a little too high; the interval does not cover this choice."
 )
+UNSEEN = "Neither the training nor the choice of its step has seen these examples."
 
 # task -> prompt, metric, decoding: how a held-back example is asked and scored
 MEASURES: dict[str, tuple[str, str, dict[str, int]]] = {
@@ -57,6 +65,7 @@ class FolderTuning(Variant):
 
     training: FolderSet
     held: FolderSet
+    language: Language = "en"
 
     def refuse(self, recipe: Recipe) -> None:
         most = max(len(e.images) for side in (self.training, self.held) for e in side.examples)
@@ -70,49 +79,203 @@ class FolderTuning(Variant):
         return True
 
     def read_data(self, recipe: Recipe) -> Data:
-        return Data({SET: self.training}, {SET: fingerprint(self.training)}, held_sets(self.held))
+        held = held_sets(self.held, self.language)
+        return Data({SET: self.training}, {SET: fingerprint(self.training)}, held)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `tune` found out."""
+
+    report: Path
+    verdict: Verdict
 
 
 def tune(
-    root: Path, start: str, out: Path, overrides: Sequence[str] = (), resume: bool = False
-) -> Path | None:
+    root: Path,
+    start: str,
+    out: Path,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    split: SplitBy | None = None,
+    group: str | None = None,
+    anyway: bool = False,
+) -> Tuned | None:
     """Tune ``start`` on the folder ``root`` and compare before and after.
 
-    Returns the report, or None if a signal interrupted the run, which ``resume`` continues.
+    Args:
+        resume: continue the run in ``out``, with its recipe and its start.
+        split: how the folder is split; None as its column or its files say, else by image.
+        group: what may not be on two sides: a column, or a regular expression over image paths.
+        anyway: train even where the starter cannot say the answers.
 
-    Raises ValueError or FileNotFoundError for what is wrong with the folder, naming every row.
+    Returns None if a signal interrupted the run, which ``resume`` continues.
+
+    Raises ValueError or FileNotFoundError for what is wrong with the folder, naming every row, for
+    answers that the starter cannot say, and for a run that began with other data.
     """
     if not resume:
         refuse_existing(out / "run")
-    languages = [o for o in overrides if o.startswith(f"data.sets.{SET}.language=")]
-    folder = read_folder(root, *(o.partition("=")[2] for o in languages[-1:]))
-    training, held = split_by_image(folder)
-    images = max(len(example.images) for example in folder.examples)
-    variant, sets = FolderTuning(training, held), held_sets(held)
+    sides = read_sides(root, split, group, captions_in(overrides, out if resume else None))
+    examples = [*sides.training.examples, *sides.final.examples]
+    language = language_of(answer for example in examples for answer in example.answers)
+    images = max(len(example.images) for example in examples)
+    variant = FolderTuning(sides.training, sides.validation, language)
+    sets = held_sets(sides.final, language)
+    refuse_other_data(out / "run", sides.training)
     with distributed.process_group():
         if distributed.is_main():
-            tasks = Counter(example.task for example in folder.examples)
-            print(f"{len(folder)} examples: {dict(tasks)}; {len(held)} held back", flush=True)
-            write_recipe(root, start, out, len(training), overrides, images)
+            print(describe(sides, language), flush=True)
+            if not (resume and (out / RECIPE_FILE).is_file()):
+                count = len(sides.training)
+                write_recipe(root, start, out, count, overrides, images, group, language)
         distributed.barrier()
-        recipe = load_recipe(out / RECIPE_FILE)
+        recipe = load_recipe(out / RECIPE_FILE, overrides if resume else ())
         variant.refuse(recipe)
-        results = {"before": _evaluate(recipe, start, sets, out / "results/before")}
+        engine = load_engine(recipe, recipe.model.start)
+        report_sayable(engine, recipe.model.start, sets, language, anyway or resume)
+        results = {"before": _evaluate(engine, recipe, sets, out / "results/before")}
+        del engine
         result = build(recipe, variant, out / "run", resume).train(out / "run", resume)
         if result.stopped == "terminated":
             return None
-        results["after"] = _evaluate(recipe, str(out / "run"), sets, out / "results/after")
-        page = out / "report.html"
+        engine = load_engine(recipe, str(out / "run"))
+        after = _evaluate(engine, recipe, sets, out / "results/after")
+        blind = [each for each in sets if can_swap(each.dataset, MOST_EVALUATED)]
+        blind = _evaluate(engine, recipe, blind, out / "results/blind", BLIND_SEED)
+        results["always the same answer"] = [constant_result(each) for each in after]
+        if blind:
+            results["after, pictures swapped"] = blind
+        results["after"] = after
+        kept = kept_start(out / "run", result.best_step)
+        swapped = {each.benchmark: each for each in blind}
+        verdicts = [
+            Verdict(
+                before=old,
+                after=new,
+                constant=same,
+                blind=swapped.get(new.benchmark),
+                kept_start=kept,
+            )
+            for old, new, same in zip(
+                results["before"], after, results["always the same answer"], strict=True
+            )
+        ]
+        tuned = Tuned(out / "report.html", worst(verdicts))
         if distributed.is_main():
-            print(to_markdown(compare(results)))
-            curves = {"run": out / "run" / "metrics.jsonl"}
-            facts = {"version": __version__}
-            write_report(page, results, lead=LEAD, curves=curves, facts=facts)
-        return page
+            write_verdict(tuned, verdicts, results, UNSEEN if sides.test else CHOSEN, out)
+        return tuned
+
+
+def captions_in(overrides: Sequence[str], resumed: Path | None) -> str:
+    """The language that is read of captions in several: the overrides', else the resumed run's."""
+    key = f"data.sets.{SET}.language="
+    languages = [o.partition("=")[2] for o in overrides if o.startswith(key)]
+    if not languages and resumed is not None and (resumed / RECIPE_FILE).is_file():
+        languages = [load_recipe(resumed / RECIPE_FILE).data.sets[SET].language or "en"]
+    return languages[-1] if languages else "en"
+
+
+def describe(sides: Sides, language: Language) -> str:
+    """What was read and how it is split, in a few lines."""
+    training, held = sides.training, sides.final
+    tasks = Counter(example.task for side in (training, held) for example in side.examples)
+    by = {
+        "images": "chosen by a hash of each picture",
+        "column": "as the column `split` says",
+        "files": "as the names of the files say",
+    }
+    lines = [
+        f"{len(training) + len(held)} examples: {dict(tasks)}; {len(held)} held back, "
+        f"{by[sides.by]}: the model never trains on them"
+    ]
+    if sides.test:
+        lines.append(f"{len(sides.validation)} more choose the best step")
+    if language == "zh":
+        lines.append("the answers are Chinese: Chinese templates and prompts are used")
+    if pairs := sides.lookalikes():
+        lines.append(
+            f"{len({held for _, held in pairs})} pictures that are held back look like one that is "
+            f"trained on, such as {pairs[0][1]} and {pairs[0][0]}: if they show the same, scores "
+            "are too high, and `--group` keeps them on one side"
+        )
+    return "\n".join(lines)
+
+
+def report_sayable(
+    engine: Engine, start: str, sets: Sequence[Held], language: Language, anyway: bool
+) -> None:
+    """Print how well the language model can say the answers; ValueError if the starter cannot."""
+    examples = [e for each in sets for e in each.dataset]
+    prompts = [each.benchmark.prompt for each in sets for _ in range(len(each.dataset))]
+    measured = sayable(engine, examples, prompts)
+    if distributed.is_main():
+        print(measured.describe(), flush=True)
+    if start == "starter" and measured.known < LEAST_KNOWN and not anyway:
+        where = (
+            "one whose language model writes Chinese, such as `instructblip combine` makes with a "
+            "Qwen2"
+            if language == "zh"
+            else "--model /models/blip2-flan-t5-xl or another directory in transformers' format, "
+            "or one that `instructblip combine` makes"
+        )
+        raise ValueError(
+            f"the starter cannot say these answers: it knows {measured.known:.0%} of their words "
+            f"({LEAST_KNOWN:.0%} expected; not {', '.join(map(repr, measured.spelled))}). Its "
+            "language model has read only about coloured shapes, and tuning leaves it as it is. "
+            f"Start from a BLIP-2 with a real language model: {where}; --anyway trains the starter "
+            "all the same"
+        )
+
+
+def refuse_other_data(run: Path, training: FolderSet) -> None:
+    """ValueError if the run in this folder began with other training examples."""
+    file = run / DATA_FILE
+    if not file.is_file():
+        return
+    if json.loads(file.read_text(encoding="utf-8")).get(SET) != fingerprint(training):
+        raise ValueError(
+            f"{run} began with other training examples: the pictures, their texts, --split or "
+            "--group have changed since; undo this, or begin anew with another --out"
+        )
+
+
+def kept_start(run: Path, best_step: int | None) -> tuple[float, float] | None:
+    """The scores of the first and the last validation, if no step was better than the start."""
+    lines = [line["validation"] for line in read_metrics(run / METRICS) if "validation" in line]
+    return (lines[0]["score"], lines[-1]["score"]) if best_step == 0 else None
+
+
+def write_verdict(
+    tuned: Tuned,
+    verdicts: Sequence[Verdict],
+    results: dict[str, list[Result]],
+    caution: str,
+    out: Path,
+) -> None:
+    """Print the verdict with its tables, and write the report."""
+    others = [v.headline for v in verdicts if v is not tuned.verdict]
+    text = " ".join([*others, *(verdict.baselines for verdict in verdicts), caution])
+    print(f"\n{tuned.verdict.headline}\n{text}\n\n{to_markdown(compare(results))}", flush=True)
+    write_report(
+        tuned.report,
+        results,
+        title=tuned.verdict.headline,
+        lead=text,
+        curves={"run": out / "run" / METRICS},
+        facts={"version": __version__},
+    )
 
 
 def write_recipe(
-    root: Path, start: str, out: Path, examples: int, overrides: Sequence[str], images: int = 1
+    root: Path,
+    start: str,
+    out: Path,
+    examples: int,
+    overrides: Sequence[str],
+    images: int = 1,
+    group: str | None = None,
+    language: Language = "en",
 ) -> Recipe:
     """Choose settings for ``examples`` training examples of at most ``images`` images each, write
     them to ``out/recipe.yaml`` and return them; ``overrides`` have precedence."""
@@ -130,7 +293,14 @@ def write_recipe(
             "root": str(root.absolute()),
             "augment": False,
             "num_frames": max(4, images),
-            "sets": {SET: {"format": "imagefolder", "root": "."}},
+            "sets": {
+                SET: {
+                    "format": "imagefolder",
+                    "root": ".",
+                    "language": language,
+                    "group": group,
+                }
+            },
         },
         "training": {
             "steps": steps,
@@ -138,6 +308,7 @@ def write_recipe(
             "learning_rate": rate,
             "warmup_steps": steps // 10,
             "validate_every": max(1, steps // 4),
+            "validate_first": True,
             "save_every": max(1, steps // 4),
             "workers": 0,
             "precision": "fp32" if small else "bf16",
@@ -159,10 +330,11 @@ def _absolute(start: str) -> str:
     return str(Path(start).absolute()) if is_path else start
 
 
-def held_sets(held: FolderSet) -> list[Held]:
+def held_sets(held: FolderSet, language: Language = "en") -> list[Held]:
     """A benchmark for each task among the held-back examples, with its examples."""
     sets = []
     for task, (prompt, metric, decoding) in MEASURES.items():
+        prompt = TEMPLATES_ZH[task][0] if language == "zh" else prompt
         examples = [example for example in held.examples if example.task == task]
         benchmark = Benchmark(
             name=f"own_{task}",
@@ -190,9 +362,11 @@ def fingerprint(folder: FolderSet) -> str:
     return f"{len(folder)} {digest.hexdigest()[:16]}"
 
 
-def _evaluate(recipe: Recipe, model: str, sets: Sequence[Held], out: Path) -> list[Result]:
-    engine, settings = load_engine(recipe, model), recipe.evaluation
-    options = {"limit": MOST_EVALUATED, "progress": False}
+def _evaluate(
+    engine: Engine, recipe: Recipe, sets: Sequence[Held], out: Path, blind_seed: int | None = None
+) -> list[Result]:
+    options = {"limit": MOST_EVALUATED, "progress": False, "blind_seed": blind_seed}
     return [
-        score(engine, held, settings, out=out / held.benchmark.name, **options) for held in sets
+        score(engine, held, recipe.evaluation, out=out / held.benchmark.name, **options)
+        for held in sets
     ]

@@ -87,9 +87,10 @@ class DataSet(_Section):
     """Hand weight on top of the size; 0 leaves the set out."""
     templates: tuple[str, ...] | None = None
     """Instruction templates instead of those of its task."""
-    language: Literal["en", "zh"] = "en"
-    """Language of its instructions: English or Chinese templates. Of captions in several languages
-    (lines ``zh_CN.utf8=...``) those in this one are read."""
+    language: Literal["en", "zh"] | None = None
+    """Language of its instructions: English or Chinese templates; null for that of the answers of
+    custom data, and for English elsewhere. Of captions in several languages (lines
+    ``zh_CN.utf8=...``) those in this one are read, the English ones without it."""
     format: Format | None = None
     """For custom data: how its files are written (docs/data.md); ``source`` is then unused."""
     path: str | None = None

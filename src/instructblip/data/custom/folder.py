@@ -1,16 +1,27 @@
-"""A folder of images (an ``imagefolder``) -> examples, all checked, and split by image."""
+"""A folder of images (an ``imagefolder``) -> examples, all checked, and split."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from instructblip.core.batch import Example
-from instructblip.data.custom.formats import folder_examples, is_metadata, records_of
+from instructblip.data.custom.formats import (
+    folder_examples,
+    has_split_column,
+    is_metadata,
+    records_of,
+)
 from instructblip.data.custom.rows import CustomSet
 from instructblip.data.images import load_image
 from instructblip.data.prepared.check import placeholders
+from instructblip.data.prepared.near import near_pairs, perceptual_hash
 from instructblip.data.reading.records import walk_files
+from instructblip.data.reading.splits import SPLITS
+
+SplitBy = Literal["images", "column", "files"]
+"""How a folder is split: by a hash of each image, or as its column or its files say."""
 
 MAX_LISTED = 20
 """Bad examples that a message lists; it counts the rest."""
@@ -23,6 +34,8 @@ class FolderSet:
     examples: Sequence[Example]
     image_root: Path
     name: str = "own"
+    hashes: Mapping[str, int] = field(default_factory=dict, repr=False)
+    """Perceptual hash of each image of the folder."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -31,26 +44,110 @@ class FolderSet:
         return self.examples[index]
 
 
-def read_folder(root: Path, language: str = "en") -> FolderSet:
-    """All examples of a folder, with every image decoded once. Of captions in several languages
-    those in ``language`` are read.
+@dataclass(frozen=True)
+class Sides:
+    """A folder, split. ``test`` is None where nothing but ``validation`` is held back."""
+
+    training: FolderSet
+    validation: FolderSet
+    test: FolderSet | None
+    by: SplitBy
+
+    @property
+    def final(self) -> FolderSet:
+        """The side that scores are reported on."""
+        return self.test or self.validation
+
+    def lookalikes(self) -> list[tuple[str, str]]:
+        """(training image, held-back image) of each pair of near-duplicates."""
+        training, held = (
+            {side.hashes[name]: name for side in sides for e in side.examples for name in e.images}
+            for sides in ([self.training], [self.validation, *([self.test] if self.test else [])])
+        )
+        return sorted((training[a], held[b]) for a, b, _ in near_pairs(training, held))
+
+
+def read_sides(
+    root: Path, by: SplitBy | None = None, group: str | None = None, language: str = "en"
+) -> Sides:
+    """Read and check a folder and split it, by default as its column ``split`` or its files say and
+    where neither does, by image.
+
+    Args:
+        group: what may not be on two sides: a column, or a regular expression over image paths.
+        language: of captions in several languages those in this one are read.
+
+    Raises ValueError for bad examples, for a split that the folder does not have, and for a group
+    on two sides.
+    """
+    parts = {split: _read_rows(root, split, group, language) for split in SPLITS}
+    places = [[str(r) if isinstance(r, ValueError) else r.where for r in p] for p in parts.values()]
+    given = any(each != places[0] for each in places)
+    found: SplitBy = "images"
+    if given:
+        found = "column" if has_split_column(root) else "files"
+    if by not in (None, "images", found):
+        expected = {
+            "column": "a column `split` with train, val or test in every row",
+            "files": "folders or tables named train, val or test",
+        }
+        raise ValueError(f"{root}: --split {by} needs {expected[by or found]}")
+    rows = [row for part in (parts.values() if given else [parts["train"]]) for row in part]
+    folder = _checked(rows, root)
+    if by == "images" or not given:
+        return Sides(*split_by_image(folder), None, "images")
+    sides = [
+        replace(folder, examples=[e for e in folder.examples if e.split == split])
+        for split in SPLITS
+    ]
+    training, *held = sides
+    held = [side for side in held if len(side)]
+    if not len(training) or not held:
+        counts = ", ".join(f"{split} {len(s)}" for split, s in zip(SPLITS, sides, strict=True))
+        raise ValueError(f"{root}: the split has {counts}; expected train, and val or test")
+    _refuse_shared_groups(sides)
+    return Sides(training, held[0], held[1] if len(held) > 1 else None, found)
+
+
+def _refuse_shared_groups(sides: Sequence[FolderSet]) -> None:
+    groups = [{e.extra["group"] for e in side.examples if "group" in e.extra} for side in sides]
+    if shared := sorted(groups[0] & (groups[1] | groups[2]) | groups[1] & groups[2]):
+        raise ValueError(
+            f"{sides[0].image_root}: {len(shared)} groups are on two sides of the split: "
+            f"{', '.join(shared[:5])}; move each to one side, or split with --split images"
+        )
+
+
+def read_folder(root: Path, language: str = "en", group: str | None = None) -> FolderSet:
+    """All examples of a folder without a split, with every image decoded once. Of captions in
+    several languages those in ``language`` are read.
 
     ValueError lists the first ``MAX_LISTED`` bad examples, or says why none has an answer.
     """
+    return _checked(_read_rows(root, "train", group, language), root)
+
+
+def _read_rows(
+    root: Path, split: str, group: str | None, language: str
+) -> list[Example | ValueError]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: expected a folder of images")
-    custom = CustomSet("own", "imagefolder", language=language)
-    rows = list(folder_examples(custom, root, "train"))
+    custom = CustomSet("own", "imagefolder", group=group, language=language)
+    return list(folder_examples(custom, root, split))
+
+
+def _checked(rows: Sequence[Example | ValueError], root: Path) -> FolderSet:
     if not any(isinstance(row, ValueError) or row.answers for row in rows):
         raise ValueError(_why_no_answers(root))
-    problems = [problem for row in rows if (problem := _problem(row, root))]
+    hashes: dict[str, int] = {}
+    problems = [problem for row in rows if (problem := _problem(row, root, hashes))]
     if problems:
         listed = problems[:MAX_LISTED]
         if more := len(problems) - len(listed):
             listed.append(f"and {more} more")
         lines = "".join(f"\n  {line}" for line in listed)
         raise ValueError(f"{len(problems)} of {len(rows)} examples are bad:{lines}")
-    return FolderSet([row for row in rows if isinstance(row, Example)], root)
+    return FolderSet([row for row in rows if isinstance(row, Example)], root, hashes=hashes)
 
 
 def _why_no_answers(root: Path) -> str:
@@ -69,8 +166,9 @@ def _why_no_answers(root: Path) -> str:
     )
 
 
-def _problem(row: Example | ValueError, root: Path) -> str:
-    """Why a row cannot be used, with its file and place; empty when it can."""
+def _problem(row: Example | ValueError, root: Path, hashes: dict[str, int]) -> str:
+    """Why a row cannot be used, with its file and place; empty when it can. Adds the perceptual
+    hashes of its images to ``hashes``."""
     if isinstance(row, ValueError):
         return str(row)
     if not row.answers:
@@ -79,14 +177,16 @@ def _problem(row: Example | ValueError, root: Path) -> str:
         return f"{row.where}: {reason}"
     try:
         for name in row.images:
-            load_image(name, root)
+            if name not in hashes:
+                hashes[name] = perceptual_hash(load_image(name, root))
     except (ValueError, FileNotFoundError) as error:
         return f"{row.where}: {error}"
     return ""
 
 
 def split_by_image(folder: FolderSet, share: float = 0.2) -> tuple[FolderSet, FolderSet]:
-    """(training, validation). Examples that share an image, by its bytes, are on one side.
+    """(training, validation). Examples that share an image, by its bytes, or a group are on one
+    side.
 
     A hash of the image decides the side, so adding images moves no others; where the hash leaves
     a side empty, the nearest examples fill it. ValueError for fewer than four images, or where
@@ -96,12 +196,12 @@ def split_by_image(folder: FolderSet, share: float = 0.2) -> tuple[FolderSet, Fo
     digests = {name: _sha256((folder.image_root / name).read_bytes()) for name in names}
     if (count := len({*digests.values()})) < 4:
         raise ValueError(f"{folder.image_root}: {count} images; expected at least 4")
-    groups = _groups([[digests[name] for name in example.images] for example in folder.examples])
+    groups = _groups([[digests[n] for n in e.images] + _group_key(e) for e in folder.examples])
     order = sorted({*groups}, key=_sha256)
     if len(order) < 2:
         raise ValueError(
-            f"{folder.image_root}: shared images connect all rows, so none can be held back; "
-            "expected at least two rows without a common image"
+            f"{folder.image_root}: shared images or groups connect all rows, so none can be held "
+            "back; expected at least two rows without a common image or group"
         )
     below = sum(_sha256(group)[:8] < int(share * 2**64).to_bytes(8) for group in order)
     held_back = {*order[: min(max(1, below), len(order) - 1)]}
@@ -109,6 +209,11 @@ def split_by_image(folder: FolderSet, share: float = 0.2) -> tuple[FolderSet, Fo
     training = [example for example, group in pairs if group not in held_back]
     validation = [replace(e, split="val") for e, group in pairs if group in held_back]
     return replace(folder, examples=training), replace(folder, examples=validation)
+
+
+def _group_key(example: Example) -> list[bytes]:
+    group = example.extra.get("group")
+    return [] if group is None else [_sha256(f"group {group}".encode())]
 
 
 def _groups(rows: list[list[bytes]]) -> list[bytes]:

@@ -32,6 +32,7 @@ from instructblip.data.custom.rows import (
     examples_of,
     keep_image,
     rows_of_split,
+    spelling,
 )
 from instructblip.data.reading.opened import note_file
 from instructblip.data.reading.records import (
@@ -87,6 +88,12 @@ def folder_examples(custom: CustomSet, root: Path, split: str) -> Iterator[Examp
     """The example of each row of an imagefolder, or the error of the row."""
     rows = rows_of_split(custom, split, _imagefolder(custom, root, split))
     return examples_of(custom, root, split, rows)
+
+
+def has_split_column(root: Path) -> bool:
+    """Whether the table of an imagefolder has a column ``split``."""
+    row = next(_imagefolder(CustomSet("own", "imagefolder"), root, "train"), None)
+    return row is not None and spelling("split", row.record) is not None
 
 
 def _files_of(custom: CustomSet, root: Path, split: str, suffixes: Collection[str]) -> list[Path]:

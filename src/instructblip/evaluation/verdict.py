@@ -1,0 +1,133 @@
+"""What tuning did on one benchmark, in words for people who know no machine learning."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from instructblip.evaluation.bootstrap import difference
+from instructblip.evaluation.captions import CaptionTokenizer
+from instructblip.evaluation.constant import best_constant, most_common
+from instructblip.evaluation.result import Result, make_result
+from instructblip.evaluation.scoring import scorer_of
+
+
+class Outcome(IntEnum):
+    """How a tuned model compares with its baselines, the worst first."""
+
+    WORSE = 0
+    CONSTANT = 1
+    BLIND = 2
+    UNCLEAR = 3
+    BETTER = 4
+
+
+SENTENCES = {
+    Outcome.WORSE: "Worse: tuning on your pictures made the answers worse.",
+    Outcome.CONSTANT: "No use yet: the answers are not better than always giving the same one.",
+    Outcome.BLIND: "No use yet: the answers are as good with the wrong pictures.",
+    Outcome.UNCLEAR: "Not clearly better: the difference to the start may be chance.",
+    Outcome.BETTER: "Better: the answers are better than before, and than always giving the same.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One benchmark before and after tuning, beside its baselines; scores are 0 to 100."""
+
+    before: Result
+    after: Result
+    constant: Result
+    """The best constant answer, scored as a model."""
+    blind: Result | None
+    """The tuned model with images swapped; None where too few images could be."""
+    kept_start: tuple[float, float] | None = None
+    """Where no step was better than the start: the scores of the first and the last validation."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """The worst that can be said."""
+        first, last = self.kept_start or (0.0, 0.0)
+        if last < first or _value(self.after) < _value(self.before):
+            return Outcome.WORSE
+        if not _clearly_better(self.after, self.constant):
+            return Outcome.CONSTANT
+        if self.blind is not None and not _clearly_better(self.after, self.blind):
+            return Outcome.BLIND
+        better = _clearly_better(self.after, self.before)
+        return Outcome.BETTER if better else Outcome.UNCLEAR
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the tuned model is clearly better than its start and than all baselines."""
+        return self.outcome is Outcome.BETTER
+
+    @property
+    def headline(self) -> str:
+        """The outcome and the scores that show it, in at most three sentences."""
+        n, images = self.after.n, len({tuple(p["images"]) for p in self.after.predictions})
+        count = f"{images} pictures" if n == images else f"{n} questions about {images} pictures"
+        before, after = _value(self.before), _value(self.after)
+        if self.after.metric == "exact_match":
+            told = (
+                f"{_right(self.after)} were answered right after it, {_right(self.before)} before"
+            )
+        else:
+            told = (
+                f"the answers agree with yours by {after:.1f} of 100 after it, {before:.1f} before"
+            )
+        text = f"{SENTENCES[self.outcome]} Of {count} kept back, {told}."
+        if self.kept_start is not None:
+            first, last = self.kept_start
+            text += (
+                " No step of the training was better than the start, so the start was kept: its "
+                f"score was {first:.1f}, and that of the last step {last:.1f}."
+            )
+        return text
+
+    @property
+    def baselines(self) -> str:
+        """The scores beside before and after, in one sentence."""
+        share = most_common([p["answers"] for p in self.after.predictions])
+        answer = self.constant.predictions[0]["prediction"]
+        parts = [f"always answering {answer[:80]!r} gives {_value(self.constant):.1f}"]
+        if self.blind is not None:
+            parts.append(f"the tuned model with pictures swapped {_value(self.blind):.1f}")
+        return (
+            f"{self.after.title}: {'; '.join(parts)}; the most common answer, "
+            f"{share.answer[:80]!r}, is right for {share.score:.0f} %."
+        )
+
+
+def constant_result(result: Result) -> Result:
+    """The score of the best constant answer on the samples of ``result``, as that of a model."""
+    tokenizer: CaptionTokenizer = "ptb_java" if result.tokenizer == "ptb_java" else "python"
+    predictions = result.predictions
+    candidates = sorted({c for p in predictions for c in p.get("candidates", ())})
+    references = [p["answers"] for p in predictions]
+    answer = best_constant(references, result.metric, tokenizer, candidates).answer
+    sample, constant = scorer_of(result.metric).sample, []
+    for prediction in predictions:
+        same = {**prediction, "prediction": answer}
+        if "candidates" in prediction:
+            same["probabilities"] = [float(c == answer) for c in prediction["candidates"]]
+        constant.append({**same, "score": sample(same)})
+    return make_result(result.settings, constant, tokenizer, result.image_root)
+
+
+def worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict to report first."""
+    return min(verdicts, key=lambda verdict: verdict.outcome)
+
+
+def _value(result: Result) -> float:
+    return result.value or 0.0
+
+
+def _right(result: Result) -> int:
+    return round(_value(result) * result.n / 100)
+
+
+def _clearly_better(result: Result, other: Result) -> bool:
+    """Whether the 95 % interval of the paired difference lies above zero."""
+    change = difference(_value(result) - _value(other), result.resampled, other.resampled)
+    return change.low > 0

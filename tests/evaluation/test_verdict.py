@@ -1,0 +1,87 @@
+"""The verdict on a tuned model: worse, no better than a baseline, unclear, or better."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from instructblip.evaluation.benchmarks import Benchmark
+from instructblip.evaluation.result import Result, make_result
+from instructblip.evaluation.scoring import scorer_of
+from instructblip.evaluation.verdict import Outcome, Verdict, constant_result, worst
+
+
+def result(answers: Sequence[str], predicted: Sequence[str], metric: str = "exact_match") -> Result:
+    """The result of predictions about one picture each."""
+    benchmark = Benchmark(
+        name="own_vqa", title="own vqa", source="imagefolder", split="val", prompt="{question}",
+        mode="generate", metric=metric, role="held_in",
+    )  # fmt: skip
+    predictions: list[dict[str, Any]] = [
+        {"id": str(i), "dataset": "own", "images": [f"{i}.png"], "prompt": "?", "answers": [answer],
+         "prediction": prediction, "extra": {}, "index": i}
+        for i, (answer, prediction) in enumerate(zip(answers, predicted, strict=True))
+    ]  # fmt: skip
+    sample = scorer_of(metric).sample
+    scored = [{**p, "score": sample(p)} for p in predictions]
+    return make_result({"benchmark": benchmark.settings(), "blind_seed": None}, scored)
+
+
+ANSWERS = ["no"] * 24 + ["yes"] * 16
+WRONG = ["maybe"] * 40
+
+
+def verdict(
+    before: Sequence[str], after: Sequence[str], blind: Sequence[str] = WRONG, **more: Any
+) -> Verdict:
+    first, second, swapped = (result(ANSWERS, each) for each in (before, after, blind))
+    constant = constant_result(second)
+    return Verdict(before=first, after=second, constant=constant, blind=swapped, **more)
+
+
+CASES = [
+    (WRONG, ANSWERS, WRONG, Outcome.BETTER, "Better: "),
+    (ANSWERS, ["no"] * 40, WRONG, Outcome.WORSE, "Worse: "),
+    (WRONG, ["no"] * 40, WRONG, Outcome.CONSTANT, "not better than always giving the same one"),
+    (WRONG, ANSWERS, ANSWERS, Outcome.BLIND, "as good with the wrong pictures"),
+    (["maybe", *ANSWERS[1:]], ANSWERS, WRONG, Outcome.UNCLEAR, "may be chance"),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "blind", "outcome", "first"), CASES)
+def test_outcomes(
+    before: list[str], after: list[str], blind: list[str], outcome: Outcome, first: str
+):
+    reached = verdict(before, after, blind)
+    assert (reached.outcome, reached.is_better) == (outcome, outcome is Outcome.BETTER)
+    assert first in reached.headline.split(". ")[0] + "."
+
+
+def test_plain_words():
+    good = verdict(WRONG, ANSWERS)
+    assert "Of 40 pictures kept back, 40 were answered right after it, 0 before." in good.headline
+    assert "always answering 'no' gives 60.0" in good.baselines
+    assert "with pictures swapped 0.0" in good.baselines
+    assert "the most common answer, 'no', is right for 60 %" in good.baselines
+    captions = result(["a red cup", "a big dog"], ["a red cup", "a"], "rouge_l")
+    text = Verdict(before=captions, after=captions, constant=captions, blind=None).headline
+    assert "agree with yours by 7" in text
+
+
+def test_a_start_that_no_step_improves_on_is_worse():
+    kept = verdict(ANSWERS, ANSWERS, kept_start=(11.6, 2.5))
+    assert kept.outcome is Outcome.WORSE
+    assert "the start was kept: its score was 11.6, and that of the last step 2.5" in kept.headline
+    unchanged = verdict(ANSWERS, ANSWERS, kept_start=(11.6, 11.6))
+    assert unchanged.outcome is Outcome.UNCLEAR
+    assert worst([verdict(WRONG, ANSWERS), kept, unchanged]) is kept
+
+
+def test_a_constant_among_candidates():
+    ranked = result(ANSWERS, ANSWERS)
+    for prediction in ranked.predictions:
+        prediction |= {"candidates": ["yes", "no"], "probabilities": [0.5, 0.5]}
+    constant = constant_result(ranked)
+    assert constant.value == 60
+    assert constant.predictions[0]["probabilities"] == [0.0, 1.0]
+    assert ranked.predictions[0]["probabilities"] == [0.5, 0.5]
