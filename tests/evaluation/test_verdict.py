@@ -65,15 +65,17 @@ def test_plain_words():
     assert "the most common answer, 'no', is right for 60 %" in good.baselines
     captions = result(["a red cup", "a big dog"], ["a red cup", "a"], "rouge_l")
     text = Verdict(before=captions, after=captions, constant=captions, blind=None).headline
-    assert "agree with yours by 7" in text
+    assert "the answers agree by 7" in text
 
 
 def test_a_start_that_no_step_improves_on_is_worse():
     kept = verdict(ANSWERS, ANSWERS, kept_start=(11.6, 2.5))
     assert kept.outcome is Outcome.WORSE
-    assert "the start was kept: its score was 11.6, and that of the last step 2.5" in kept.headline
+    assert kept.headline.startswith("Worse: every step of tuning on your pictures made")
+    assert "the score was 11.6 of 100 at the start and 2.5 at the last step." in kept.headline
     unchanged = verdict(ANSWERS, ANSWERS, kept_start=(11.6, 11.6))
     assert unchanged.outcome is Outcome.UNCLEAR
+    assert "No step was better than the start, which was kept." in unchanged.headline
     assert worst([verdict(WRONG, ANSWERS), kept, unchanged]) is kept
 
 

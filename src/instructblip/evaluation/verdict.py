@@ -63,25 +63,24 @@ class Verdict:
 
     @property
     def headline(self) -> str:
-        """The outcome and the scores that show it, in at most three sentences."""
+        """The outcome and the scores that show it, in two or three sentences."""
+        if self.kept_start is not None and self.kept_start[1] < self.kept_start[0]:
+            first, last = self.kept_start
+            return (
+                "Worse: every step of tuning on your pictures made the answers worse, so the start "
+                f"was kept. On pictures kept back the score was {first:.1f} of 100 at the start "
+                f"and {last:.1f} at the last step."
+            )
         n, images = self.after.n, len({tuple(p["images"]) for p in self.after.predictions})
         count = f"{images} pictures" if n == images else f"{n} questions about {images} pictures"
         before, after = _value(self.before), _value(self.after)
+        scores = f"the answers agree by {after:.1f} of 100 after it, by {before:.1f} before"
         if self.after.metric == "exact_match":
-            told = (
-                f"{_right(self.after)} were answered right after it, {_right(self.before)} before"
-            )
-        else:
-            told = (
-                f"the answers agree with yours by {after:.1f} of 100 after it, {before:.1f} before"
-            )
-        text = f"{SENTENCES[self.outcome]} Of {count} kept back, {told}."
+            right, earlier = _right(self.after), _right(self.before)
+            scores = f"{right} were answered right after it, {earlier} before"
+        text = f"{SENTENCES[self.outcome]} Of {count} kept back, {scores}."
         if self.kept_start is not None:
-            first, last = self.kept_start
-            text += (
-                " No step of the training was better than the start, so the start was kept: its "
-                f"score was {first:.1f}, and that of the last step {last:.1f}."
-            )
+            text += " No step was better than the start, which was kept."
         return text
 
     @property
