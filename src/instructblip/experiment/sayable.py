@@ -46,8 +46,9 @@ class Sayable:
         )
 
 
-def sayable(engine: Engine, examples: Sequence[Example], prompts: Sequence[str]) -> Sayable:
-    """Measure the answers of ``examples``, each under its template of ``prompts``."""
+def sayable(engine: Engine, examples: Sequence[Example], prompts: Sequence[str | None]) -> Sayable:
+    """Measure the answers of ``examples``, each under its template of ``prompts``, None for
+    the first of its task."""
     counts: Counter[str] = Counter()
     for example in examples:
         for answer in example.answers:
