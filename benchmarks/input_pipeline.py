@@ -1,18 +1,22 @@
 """Speed of the input pipeline: `prepare`, `check`, decoding, and the loader with 1 and 2 workers.
 
-    python benchmarks/input_pipeline.py [--rows 1000000] [--folder DIR] [--only-decoding]
+    python benchmarks/input_pipeline.py [--rows 1000000] [--folder DIR] [--only-decoding | --shards]
 
-Rows are VQAv2's two files with ten answers each; images are noisy 640 x 480 JPEGs.
+Rows are VQAv2's two files with ten answers each; images are noisy 640 x 480 JPEGs. ``--shards``
+times Web CapFilt's tar shards instead: their index, `prepare`, and reading images from them.
 """
 
 import argparse
+import io
 import json
 import os
 import random
 import resource
 import statistics
+import tarfile
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +32,16 @@ from instructblip.data.order import Mixture
 from instructblip.data.prepared.check import check_dataset
 from instructblip.data.prepared.dataset import PreparedDataset
 from instructblip.data.prepared.prepare import prepare
+from instructblip.data.reading.members import read_image
+from instructblip.data.reading.shards import read_shard
 from instructblip.data.samples import ImageReader
+from instructblip.data.sources import SOURCES
 from instructblip.data.tokens import Tokens
 from instructblip.model.checkpoints.directory import model_directory
 
 IMAGES = 20_000
+MEMBERS = 100_000
+"""Members of the tar shard."""
 DIFFERENT = 200
 """Images that are drawn; the others are links to them."""
 WORDS = ("what", "is", "the", "colour", "of", "this", "red", "car", "near", "green", "hats")
@@ -43,12 +52,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--only-decoding", action="store_true")
+    parser.add_argument("--shards", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
         if arguments.only_decoding:
             write_images(folder / "images", DIFFERENT)
             return time_decoding(folder / "images")
+        if arguments.shards:
+            return time_shards(folder / "web_capfilt")
         write_images(folder / "vqav2" / "images")
         write_annotations(folder / "vqav2" / "annotations", arguments.rows)
         print(f"{os.cpu_count()} cores, {arguments.rows:,} rows, {IMAGES:,} images 640 x 480")
@@ -73,6 +85,56 @@ def time_prepare(folder: Path) -> PreparedDataset:
     print(f"peak memory of the process: {peak:.2f} GiB")
     print(f"prepare again: {timed(run)[0]:.2f} s")
     return dataset
+
+
+def time_shards(root: Path) -> None:
+    write_shard(root / "00000.tar")
+    size = (root / "00000.tar").stat().st_size / 1e6
+    print(f"{os.cpu_count()} cores, a shard of {MEMBERS:,} members and {size:,.0f} MB")
+    tracemalloc.start()
+    sum(1 for _ in read_shard(root / "00000.tar", "00000.tar"))
+    print(f"peak memory of the index: {tracemalloc.get_traced_memory()[1] / 2**20:.2f} MiB")
+    tracemalloc.stop()
+    began = time.process_time()  # other programs may run on this machine
+    sum(1 for _ in read_shard(root / "00000.tar", "00000.tar"))
+    seconds = time.process_time() - began
+    print(f"index: {seconds:.2f} s of one core, {MEMBERS / seconds:,.0f} members/s")
+    began = time.process_time()
+    examples = list(SOURCES["web_capfilt"].read(root, "train"))
+    seconds = time.process_time() - began
+    print(
+        f"index and examples: {seconds:.2f} s of one core, {len(examples) / seconds:,.0f} images/s"
+    )
+    seconds, dataset = timed(lambda: prepare("web_capfilt", root, "train", root.parent / "out"))
+    print(f"prepare: {seconds:.1f} s, {len(dataset) / seconds:,.0f} images/s")
+    names = random.Random(0).sample([example.images[0] for example in examples], 10_000)
+    paths = [dataset.image_root / name for name in names]
+    (root / "files").mkdir()
+    files = [root / "files" / f"{i}.jpg" for i in range(len(paths))]
+    for path, file in zip(paths, files, strict=True):
+        file.write_bytes(read_image(path))
+    for what, these in (("shard", paths), ("files", files)):
+        seconds, _ = timed(lambda these=these: [read_image(path) for path in these])
+        print(f"random reads from {what}: {len(these) / seconds:,.0f} images/s")
+
+
+def write_shard(path: Path) -> None:
+    """A shard as img2dataset writes it: images and captions, here two members a sample."""
+    path.parent.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    jpegs = []
+    for _ in range(DIFFERENT):
+        file = io.BytesIO()
+        noise = rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(file, "JPEG", quality=80)
+        jpegs.append(file.getvalue())
+    with tarfile.open(path, "w") as archive:
+        for i in range(MEMBERS // 2):
+            parts = {"jpg": jpegs[i % DIFFERENT], "txt": f"a red car near hat {i}".encode()}
+            for suffix, data in parts.items():
+                member = tarfile.TarInfo(f"{i:09d}.{suffix}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
 
 
 def time_decoding(images: Path) -> None:

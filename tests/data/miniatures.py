@@ -149,9 +149,12 @@ CASES: list[tuple[str, str, dict[str, Any], int, dict[str, Any], int]] = [
     (
         "web_capfilt",
         "train",
-        {"annotations/web_capfilt.json": [{"image": "0/1.jpg", "caption": "a cup"}]},
+        {
+            "annotations/web_capfilt.json": [{"image": "0/1.jpg", "caption": "a cup"}],
+            "images/0/1.jpg": "",
+        },
         0,
-        {"answers": ("a cup",)},
+        {"images": ("images/0/1.jpg",), "answers": ("a cup",)},
         1,
     ),
     (

@@ -1,28 +1,47 @@
 """Custom data in its formats, read without code."""
 
 import base64
+import hashlib
 import json
+import os
+import re
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from instructblip.cli import data as commands
 from instructblip.cli import main as cli
 from instructblip.core.batch import Example
 from instructblip.data.custom.folder import read_folder
 from instructblip.data.custom.formats import custom_source
-from instructblip.data.custom.rows import CustomSet
+from instructblip.data.custom.rows import CustomSet, keep_image
 from instructblip.data.export import Form, export
-from instructblip.data.prepared.check import check_dataset
+from instructblip.data.features import hash_images
+from instructblip.data.images import ImageTransform, load_image
+from instructblip.data.prepared.check import Evaluated, check_dataset, unchecked
 from instructblip.data.prepared.prepare import prepare
+from instructblip.data.reading.members import read_image
+from instructblip.data.reading.records import Source
+from instructblip.data.samples import ImageReader
 from instructblip.data.templates import render_prompt
 from instructblip.experiment.datasets import prepare_training
 from instructblip.recipe.load import load_recipe
-from tests.testing import TURNS, write_json, write_json_lines, write_picture, write_tar, write_vqa
+from tests.testing import (
+    TURNS,
+    write_json,
+    write_json_lines,
+    write_picture,
+    write_tar,
+    write_vqa,
+)
 
 
 def read(root: Path, form: str, split: str = "train", **options: Any) -> list[Example]:
@@ -393,13 +412,101 @@ def test_webdataset(root: Path):
     png = (root / "0.png").read_bytes()
     fields = json.dumps({"question": "What?", "answer": "cup"}).encode()
     files = {"a/1.png": png, "a/1.txt": b"A cup.\n", "a/2.json": fields, "a/2.png": png}
-    write_tar(root / "train-0.tar", files | {"../../3.png": png, "../../3.txt": b"Out."})
-    first, second, third = read(root, "webdataset", path="{split}-*.tar")
+    write_tar(root / "train-0.tar", files)
+    before = {path for path in root.rglob("*") if "prepared" not in path.parts}
+    first, second = read(root, "webdataset", path="{split}-*.tar")
     assert (first.task, first.answers) == ("caption", ("A cup.",))
     assert (second.task, second.question, second.answers) == ("vqa", "What?", ("cup",))
-    assert first.images == second.images == third.images  # by content, under no name of the tar
-    assert (root / first.images[0]).read_bytes() == png
-    assert not list(root.parent.glob("3.*"))
+    assert first.images == (f"train-0.tar/512+{len(png)}",)
+    assert read_image(root / second.images[0]) == png
+    assert {path for path in root.rglob("*") if "prepared" not in path.parts} == before
+
+
+def test_images_in_shards_are_used_as_files_are(root: Path):
+    """The data check, the loader, leaked and changed images, and the error of an export."""
+    pngs = [(root / f"{i}.png").read_bytes() for i in range(3)]
+    files = {f"{i}.{k}": d for i in range(3) for k, d in (("png", pngs[i]), ("txt", b"A cup."))}
+    write_tar(root / "a.tar", files)
+    source = custom_source(CustomSet("mine", "webdataset", images="images"))
+    data = prepare("mine", root, "train", root / "prepared", source=source)
+    facts = data.update_images(decode=True)
+    assert [f.sha256 for f in facts.values()] == [hashlib.sha256(png).digest() for png in pngs]
+    assert not any(fact.fault for fact in facts.values())
+    evaluated = Evaluated({hashlib.sha256(pngs[1]).digest(): "vqav2 val"})
+    found = check_dataset(data, evaluated=evaluated, perceptual=True)
+    assert found.kinds == {"leaked image": 1}
+    assert unchecked(data) == ""
+    for i, example in enumerate(data):
+        shown = load_image(example.images[0], data.image_root)
+        assert np.array_equal(np.asarray(shown), np.asarray(load_image(root / f"{i}.png")))
+    reader = ImageReader(ImageTransform())
+    (path,) = reader.paths(data[0].images, data.image_root)
+    expected = reader.load(str(root / "0.png"), None, False)
+    assert torch.equal(reader.load(path, None, False), expected)
+    assert hash_images([path], {}) == {path: hashlib.sha256(pngs[0]).hexdigest()}
+    with pytest.raises(ValueError, match="its images are in tar shards"):
+        export(data, "mine", "llava", root / "out", ".")
+    write_tar(root / "a.tar", files | {"3.png": pngs[0], "3.txt": b"A dog."})
+    os.utime(root / "a.tar", (1, 1))
+    assert "a.tar/512+" in unchecked(data)
+    assert len(prepare("mine", root, "train", root / "prepared", source=source)) == 4
+    (root / "a.tar").write_bytes((root / "a.tar").read_bytes()[:600])
+    with pytest.raises(ValueError, match=r"a\.tar/512\+\d+: .* ends \d+ bytes early; download"):
+        load_image(path)
+    (root / "a.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.tar/512\+\d+ does not exist"):
+        load_image(path)
+
+
+def test_data_that_was_unpacked_by_an_earlier_version_still_loads(root: Path):
+    """Its manifest names the image root, and its settings are those of today."""
+    png = (root / "0.png").read_bytes()
+    write_tar(root / "a.tar", {"1.png": png, "1.txt": b"A cup."})
+    custom = CustomSet("mine", "webdataset", images="images")
+    example = replace(next(iter(custom_source(custom).read(root, "train"))))
+    name = keep_image(root / "images", png)
+    earlier = Source(
+        lambda root, split: iter([replace(example, images=(name,))]),
+        "",
+        "your own",
+        "",
+        "images",
+        custom_source(custom).settings,
+    )
+    prepare("mine", root, "train", root / "prepared", source=earlier)
+    data = prepare("mine", root, "train", root / "prepared", source=custom_source(custom))
+    assert data[0].images == (name,)
+    assert load_image(name, data.image_root).size == load_image(root / "0.png").size
+
+
+def lying_member(kind: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo({"absolute": "/1.png", "above": "../1.png"}.get(kind, "1.png"))
+    member.size = 1 << 20 if kind == "long" else 0
+    types = {"symbolic": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "fifo": tarfile.FIFOTYPE}
+    member.type = {**types, "sparse": tarfile.GNUTYPE_SPARSE}.get(kind, tarfile.REGTYPE)
+    member.linkname = "/etc/passwd" if kind in ("symbolic", "hard") else ""
+    return member
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("symbolic", "is a link to '/etc/passwd'; expected a file"),
+        ("hard", "is a link to '/etc/passwd'; expected a file"),
+        ("fifo", "is sparse or no file"),
+        ("sparse", "is sparse or no file"),
+        ("absolute", "leaves the archive"),
+        ("above", "leaves the archive"),
+        ("long", "claims 1048576 bytes, more than the shard has"),
+    ],
+)
+def test_members_that_lie_are_refused(kind: str, message: str, root: Path):
+    member = lying_member(kind)
+    header = member.tobuf(tarfile.GNU_FORMAT)
+    (root / "a.tar").write_bytes(header + b"\0" * 2048)
+    expected = re.escape(f"a.tar:{member.name} {message}")
+    with pytest.raises(ValueError, match=rf"^{expected}.*; make the shard anew$"):
+        read(root, "webdataset")
 
 
 @pytest.mark.parametrize(

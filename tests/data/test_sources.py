@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from instructblip.core.batch import Example
+from instructblip.data.reading.members import read_image
 from instructblip.data.sources import SOURCES
 from instructblip.data.templates import TEMPLATES
 from tests.data.miniatures import CASES, VISDIAL, write_files
@@ -40,7 +41,10 @@ def test_shards_of_web_capfilt(tmp_path: Path) -> None:
     write_tar(tmp_path / "00000.tar", files)
     (example,) = SOURCES["web_capfilt"].read(tmp_path, "train")
     assert (example.answers, example.dataset) == (("a cup",), "web_capfilt")
-    assert (tmp_path / "images" / example.images[0]).read_bytes() == files["0.jpg"]
+    assert (
+        read_image(tmp_path / SOURCES["web_capfilt"].images / example.images[0]) == files["0.jpg"]
+    )
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["00000.tar"]
     record = {"url": "https://images.example/1.jpg", "caption": "a cup"}
     write_json(tmp_path / "annotations" / "ccs_synthetic_filtered_large.json", [record])
     with pytest.raises(ValueError, match=r"record 0: field 'image' is missing.*from its URL"):

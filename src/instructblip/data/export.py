@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from instructblip.core.files import replacing
 from instructblip.data.order import mix
+from instructblip.data.reading.members import file_of
 from instructblip.data.samples import Examples
 from instructblip.data.templates import Language, render_instruction
 
@@ -66,6 +67,11 @@ def export(
 
     def row(i: int) -> dict[str, Any]:
         example = dataset[i]
+        if any(file_of(image) != image for image in example.images):
+            raise ValueError(
+                f"{name}: its images are in tar shards, where other frameworks cannot read them; "
+                "unpack the shards and read the folder as an imagefolder"
+            )
         rng = random.Random(mix(seed, zlib.crc32(name.encode()), i))
         template = rng.choice(templates) if templates else None
         rendered = render_instruction(example, rng, template, language)

@@ -28,6 +28,7 @@ from torch.nn.functional import interpolate
 
 from instructblip.core.batch import Example
 from instructblip.data.reading.dicom import is_dicom, read_dicom
+from instructblip.data.reading.members import read_image, size_and_date
 from instructblip.data.reading.records import image_name
 from instructblip.data.templates import Rendered
 
@@ -61,8 +62,8 @@ def load_image(name: str | Path, root: Path | None = None, window: Window = "aut
     """The image as RGB, rotated by its EXIF tag, transparency over white; of an animation the first
     frame, of a DICOM file the middle one.
 
-    With ``root``, ``name`` must be a relative path below it. Raises FileNotFoundError, or
-    ValueError naming the file, for anything unreadable.
+    With ``root``, ``name`` must be a relative path below it, also of an image in a tar shard.
+    Raises FileNotFoundError, or ValueError naming the file, for anything unreadable.
     """
     path = Path(name) if root is None else Path(root) / image_name(str(name), str(root))
     return decode_image(_file_bytes(path), str(path), window)
@@ -77,9 +78,9 @@ def load_pixels(path: str | Path, window: Window = "auto") -> UInt8[np.ndarray, 
 
 def _file_bytes(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        if size_and_date(path)[0] > MAX_FILE_BYTES:
             raise ValueError(f"the file is larger than {MAX_FILE_BYTES} bytes")
-        return path.read_bytes()
+        return read_image(path)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"image {path} does not exist; check its name, and that all images are there"

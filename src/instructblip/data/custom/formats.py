@@ -12,8 +12,6 @@ hf_dataset      a data set that Hugging Face ``datasets`` saved with ``save_to_d
 webdataset      .tar shards of ``key.jpg`` with ``key.txt`` (captions) or ``key.json`` (``columns``)
 ==============  ===========================================================================
 
-Images that are stored inside a file are written to ``extracted/`` below the image root, under
-their sha256.
 """
 
 import itertools
@@ -30,7 +28,6 @@ from instructblip.data.custom.rows import (
     CustomSet,
     Row,
     examples_of,
-    keep_image,
     rows_of_split,
     spelling,
 )
@@ -76,7 +73,8 @@ def custom_source(custom: CustomSet) -> Source:
     if custom.format in ("imagefolder", "webdataset") and custom.language != "en":
         settings += f" language={custom.language}"
     read = partial(_examples, custom)
-    return Source(read, custom.task or "", "your own", files, custom.images, settings)
+    images = "." if custom.format == "webdataset" else custom.images
+    return Source(read, custom.task or "", "your own", files, images, settings)
 
 
 def _examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example | ValueError]:
@@ -248,9 +246,8 @@ def _webdataset(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
     captioner = _Captions(custom)
     for path in _files_of(custom, root, split, (".tar",)):
         note_file(path)
-        for key, parts, where in read_shard(path):
-            data = next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), None)
-            images = (keep_image(root / custom.images, data),) if data is not None else ()
+        for key, parts, where in read_shard(path, path.relative_to(root).as_posix()):
+            images = tuple(parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts)[:1]
             if ".json" in parts and ".txt" not in parts:
                 column = dict(custom.columns).get("image", "image")
                 record = Record({**parts[".json"], column: images}, where)

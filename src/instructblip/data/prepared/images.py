@@ -1,4 +1,4 @@
-"""Facts about each image file: size, date, hash, and whether it opens.
+"""Facts about each image: size, date of its file or shard, hash, and whether it opens.
 
 They are stored in ``pictures.arrow`` beside the prepared data, so that only files that are new or
 changed are read again.
@@ -19,6 +19,7 @@ from instructblip.core.files import replacing
 from instructblip.core.progress import progress_bar
 from instructblip.data.images import MAX_FILE_BYTES, decode_image, examine_image
 from instructblip.data.prepared.near import perceptual_hash
+from instructblip.data.reading.members import read_image, size_and_date
 
 FACTS_FILE = "pictures.arrow"
 MISSING = "does not exist"
@@ -134,10 +135,10 @@ def first_changed(root: Path, facts: Mapping[str, ImageFact]) -> str | None:
     """The first image that has changed since ``facts`` were gathered, or None."""
     for name, fact in facts.items():
         try:
-            stat = (root / name).stat()
+            stamp = size_and_date(root / name)
         except OSError:
             return name
-        if (stat.st_size, stat.st_mtime_ns) != fact[:2]:
+        if stamp != fact[:2]:
             return name
     return None
 
@@ -172,15 +173,14 @@ def read_facts(path: Path) -> dict[str, ImageFact]:
 
 def _look_at(path: Path, known: ImageFact | None, decode: bool, perceptual: bool) -> ImageFact:
     try:
-        stat = path.stat()
-        stamp = stat.st_size, stat.st_mtime_ns
+        stamp = size_and_date(path)
         seen = known is not None and known[:2] == stamp and known.note is not None
         is_known = seen and not decode
         if known and is_known and (not perceptual or known.perceptual is not None or known.fault):
             return known
-        if stat.st_size > MAX_FILE_BYTES:
+        if stamp[0] > MAX_FILE_BYTES:
             return ImageFact(*stamp, b"", f"has more than {MAX_FILE_BYTES} bytes")
-        data = path.read_bytes()
+        data = read_image(path)
     except FileNotFoundError:
         return ImageFact(0, 0, b"", MISSING)
     except OSError as error:

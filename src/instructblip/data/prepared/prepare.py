@@ -43,6 +43,7 @@ from instructblip.data.prepared.dataset import (
     to_batch,
 )
 from instructblip.data.prepared.images import FACTS_FILE, read_facts, summary, update_facts
+from instructblip.data.reading.members import file_of
 from instructblip.data.reading.opened import FilesRead, note_files
 from instructblip.data.reading.records import image_name, walk_files
 from instructblip.data.sources import Source, source_of
@@ -296,6 +297,7 @@ class _ImageNames:
         self._unreadable: dict[str, str] = {}  # the folder -> why
 
     def __contains__(self, name: str) -> bool:
+        name = file_of(name)
         folder, _, base = name.rpartition("/")
         if folder not in self._folders:
             self._folders[folder] = frozenset(self._list(folder))
@@ -312,6 +314,7 @@ class _ImageNames:
 
     def fault(self, name: str) -> tuple[str, str]:
         """(kind, reason) for an image that is not there."""
+        name = file_of(name)
         folder = name.rpartition("/")[0]
         if reason := self._unreadable.get(folder):
             return "unreadable folder", f"folder {self.root / folder} {reason}"
@@ -467,8 +470,12 @@ def _stamp(path: Path, root: Path, without: Path) -> dict[str, Any]:
 
 
 def _sha256_of(path: Path, without: Path) -> str:
-    """Of a file, or of the names and contents of a folder's annotation files."""
+    """Of a file, or of the names and contents of a folder's annotation files; of the size and date
+    of a tar shard, which may have many gigabytes of images."""
     digest = hashlib.sha256()
+    if path.suffix.lower() == ".tar":
+        status = path.stat()
+        return hashlib.sha256(repr((status.st_size, status.st_mtime_ns)).encode()).hexdigest()
     for file in _files_of(path, without) if path.is_dir() else [path]:
         if file != path:
             digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())

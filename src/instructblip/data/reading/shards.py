@@ -4,12 +4,13 @@ import json
 import tarfile
 import warnings
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from instructblip.data.reading.members import member_name
 from instructblip.data.reading.records import IMAGE_SUFFIXES, Record, check_object
 from instructblip.data.reading.splits import split_named
 from instructblip.data.reading.streaming import refuse_constant
@@ -55,11 +56,13 @@ def read_saved(folder: Path, split: str) -> Iterator[tuple[str, Record]]:
         yield str(i), Record(dict(row), f"{folder.name}:row {i}")
 
 
-def read_shard(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
+def read_shard(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
     """(key, parts by suffix, place) of each sample: neighbours that share a key.
 
-    ``.json`` is an object, ``.txt`` a text and images are bytes; other parts are skipped with a
-    warning. Nothing is written under the name that the archive gives.
+    ``.json`` is an object, ``.txt`` a text, and an image the name of its bytes in the shard, which
+    is called ``name`` (``reading.members``); other parts are skipped with a warning. Nothing is
+    written. Raises ValueError for a shard that is not complete, and for a member that is a link, is
+    sparse, leaves the archive, or is larger than ``MAX_MEMBER`` or the shard.
     """
     key, parts = "", {}
     count, skipped = 0, []
@@ -69,25 +72,32 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
             "again"
         )
     try:
-        with tarfile.open(path, "r|") as archive:
-            for member in archive:
-                stem, _, suffix = PurePosixPath(member.name).name.partition(".")
-                if not member.isfile() or not stem:
+        with tarfile.open(path, "r:") as archive:
+            size = path.stat().st_size
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # it would keep every header
+                if member.isdir():
                     continue
-                name = str(PurePosixPath(member.name).with_name(stem))
                 where = f"{path.name}:{member.name}"
-                if name != key:
+                if fault := _fault(member, size):
+                    raise ValueError(f"{where} {fault}; make the shard anew")
+                folder, _, file = member.name.rpartition("/")
+                stem, _, suffix = file.partition(".")
+                if not stem:
+                    continue
+                if (other := f"{folder}/{stem}" if folder else stem) != key:
                     if parts:
                         yield key, parts, f"{path.name}:{key}"
-                    key, parts = name, {}
-                if member.size > MAX_MEMBER:
-                    raise ValueError(f"{where} has more than {MAX_MEMBER} bytes")
-                file = archive.extractfile(member)
-                assert file is not None
-                part = _part("." + suffix.lower(), file.read(), where)
-                parts |= part
+                    key, parts = other, {}
                 count += 1
-                if not part:
+                suffix = "." + suffix.lower()
+                if suffix in IMAGE_SUFFIXES:
+                    parts[suffix] = member_name(name, member.offset_data, member.size)
+                elif suffix in (".json", ".txt"):
+                    opened = archive.extractfile(member)
+                    assert opened is not None
+                    parts[suffix] = _text_or_object(suffix, opened.read(), where)
+                else:
                     skipped.append(member.name)
         if parts:
             yield key, parts, f"{path.name}:{key}"
@@ -113,16 +123,27 @@ def _is_complete(path: Path) -> bool:
     return len(end) == 1024 and not any(end)
 
 
-def _part(suffix: str, data: bytes, where: str) -> dict[str, Any]:
-    if suffix in IMAGE_SUFFIXES:
-        return {suffix: data}
-    if suffix not in (".json", ".txt"):
-        return {}
+def _fault(member: tarfile.TarInfo, size: int) -> str:
+    """Why a member of a shard of ``size`` bytes cannot be read in place; empty if it can."""
+    if member.islnk() or member.issym():
+        return f"is a link to {member.linkname[:80]!r}; expected a file"
+    if not member.isfile() or member.issparse():
+        return "is sparse or no file; expected a file"
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "leaves the archive; expected a relative name"
+    if member.size > MAX_MEMBER:
+        return f"has more than {MAX_MEMBER} bytes"
+    if member.size < 0 or member.offset_data + member.size > size:
+        return f"claims {member.size} bytes, more than the shard has"
+    return ""
+
+
+def _text_or_object(suffix: str, data: bytes, where: str) -> str | dict[str, Any]:
     try:
         text = data.decode("utf-8-sig")
         if suffix == ".txt":
-            return {suffix: text}
+            return text
         value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not readable: {error}") from None
-    return {suffix: check_object(value, where)}
+    return check_object(value, where)

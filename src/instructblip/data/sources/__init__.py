@@ -117,6 +117,7 @@ SOURCES = {
     for name, (read, task, licence, files) in TABLE.items()
 }
 # Data prepared before its examples were marked has to be prepared again.
+SOURCES["web_capfilt"] = replace(SOURCES["web_capfilt"], images=".")  # where shards are
 SOURCES["aokvqa_direct"] = replace(SOURCES["aokvqa_direct"], settings="difficult_direct_answer")
 
 VIDEO_SETS = {"msvdqa", "msrvttqa", "ivqa"}

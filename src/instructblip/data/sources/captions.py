@@ -54,18 +54,19 @@ def web_capfilt(split: Split) -> Iterator[Example]:
     """``web_capfilt.json`` or ``ccs_synthetic_filtered_large.json``: ``[{image, caption}]``.
 
     The owner's file has a URL in place of each image. img2dataset downloads them into .tar shards
-    of images and captions, which are read from ``root`` when there is no such file.
+    of images and captions, which are read from ``root`` when there is no such file. Image paths
+    are relative to ``root``.
     """
     names = ("web_capfilt.json", "ccs_synthetic_filtered_large.json")
     names = names if split.name == "train" else (f"web_capfilt_{split.name}.json",)
     if (path := split.find_optional(*names)) is None and any(split.root.glob("*.tar")):
-        shards = custom_source(CustomSet(split.dataset, "webdataset", "*.tar", "images"))
+        shards = custom_source(CustomSet(split.dataset, "webdataset", "*.tar"))
         yield from shards.read(split.root, split.name)
         return
     for key, record in read_records(path or split.find(*names)):
         if "url" in record and "image" not in record:
             record.fail("image", "the path of the image, downloaded from its URL beforehand")
-        image = split.image(record.text("image"), record.where)
+        image = f"images/{split.image(record.text('image'), record.where)}"
         yield split.example(record.where, key, image, answers=(record.text("caption"),))
 
 
