@@ -75,7 +75,7 @@ def read_shard(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any], str
         with tarfile.open(path, "r:") as archive:
             size = path.stat().st_size
             while (member := archive.next()) is not None:
-                archive.members.clear()  # it would keep every header
+                archive.members.clear()  # type: ignore  # it would keep every header
                 if member.isdir():
                     continue
                 where = f"{path.name}:{member.name}"

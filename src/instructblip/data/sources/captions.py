@@ -61,7 +61,10 @@ def web_capfilt(split: Split) -> Iterator[Example]:
     names = names if split.name == "train" else (f"web_capfilt_{split.name}.json",)
     if (path := split.find_optional(*names)) is None and any(split.root.glob("*.tar")):
         shards = custom_source(CustomSet(split.dataset, "webdataset", "*.tar"))
-        yield from shards.read(split.root, split.name)
+        for example in shards.read(split.root, split.name):
+            if isinstance(example, ValueError):
+                raise example
+            yield example
         return
     for key, record in read_records(path or split.find(*names)):
         if "url" in record and "image" not in record:
