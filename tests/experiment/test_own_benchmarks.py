@@ -1,11 +1,13 @@
 """Benchmarks of the recipe on custom data: chosen by name, compared with a constant, refused."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from instructblip.data.loader import Loader
 from instructblip.data.templates import render_prompt
 from instructblip.evaluation.compare import compare
 from instructblip.evaluation.report import write_report
@@ -22,7 +24,7 @@ from instructblip.experiment.datasets import (
 from instructblip.experiment.evaluate import evaluate
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
-from tests.testing import read_custom, write_json_lines, write_picture
+from tests.testing import read_custom, write_json, write_json_lines, write_picture
 
 ANSWERS = {"train": ["yes", "no"] * 3, "val": ["no", "yes"], "test": ["no", "no", "no", "yes"]}
 CHEST: dict[str, Any] = {
@@ -266,3 +268,83 @@ def test_a_task_that_is_none_is_refused_only_in_a_named_column(tmp_path: Path) -
     assert example.task == "vqa"
     with pytest.raises(ValueError, match=r"field 'task' .*expected one of caption"):
         read_custom(tmp_path, "table", images="images", columns=(("task", "task"),))
+
+
+CODE = """
+def read(root, split):
+    for line in (root / f"{split}.txt").read_text().splitlines():
+        image, answer = line.split()
+        yield {"image": image, "question": "Is it broken?", "answer": answer}
+
+def ask(example):
+    return f"Look well. {example.question}"
+
+def first_letter(prediction, answers):
+    return float(prediction[:1] == answers[0][:1])
+
+def wrong(prediction, answers):
+    return 7
+"""
+
+
+def write_code(root: Path, metric: str = "first_letter") -> Path:
+    """A recipe with the user's own reader, template and metric in a file beside it."""
+    module = f"chest_{metric}"
+    (root / "project").mkdir(parents=True)
+    (root / "project" / f"{module}.py").write_text(CODE)
+    for number, split in enumerate(("train", "test")):
+        for i in range(2):
+            write_picture(root / "chest" / f"{split}{i}.png", seed=10 * number + i)
+        lines = [f"{split}{i}.png {answer}\n" for i, answer in enumerate(("yes", "no"))]
+        (root / "chest" / f"{split}.txt").write_text("".join(lines))
+    entry = {"format": f"{module}:read", "templates": [f"{module}:ask"]}
+    own = {"set": "chest", "metrics": [f"{module}:{metric}"], "prompt": f"{module}:ask"}
+    values = {
+        "model": {"start": "starter"},
+        "data": {"root": str(root), "sets": {"chest": entry}, "check": "run"},
+        "evaluation": {"own": {"chest": own}, "validation": [], "benchmarks": ["chest"]},
+        "training": {"steps": 1, "batch_size": 2, "workers": 0},
+        "features": {"cache": "off"},
+    }
+    return write_json(root / "project" / "my.yaml", values)
+
+
+def test_reader_template_and_metric_of_the_user(tmp_path: Path) -> None:
+    recipe = load_recipe(write_code(tmp_path))
+    assert recipe.code == tmp_path / "project"
+    (result,) = evaluate(recipe, "starter", tmp_path / "results/starter")
+    assert [p["prompt"] for p in result.predictions] == ["Look well. Is it broken?"] * 2
+    expected = [float(p["prediction"][:1] == p["answers"][0][:1]) for p in result.predictions]
+    assert [p["score"] for p in result.predictions] == expected
+    assert result.constant is not None
+    assert result.constant.score == 50
+    batches = build(recipe).batches
+    assert isinstance(batches, Loader)
+    assert batches.rendered(0)[1].prompt == "Look well. Is it broken?"
+    # Results are read without the code.
+    (tmp_path / "project/chest_first_letter.py").unlink()
+    sys.modules.pop("chest_first_letter")
+    (loaded,) = load_results([tmp_path / "results/starter"])["starter"]
+    assert loaded.value == result.value
+
+
+def test_functions_that_are_missing_or_return_something_else(tmp_path: Path) -> None:
+    file = write_code(tmp_path, "wrong")
+    with pytest.raises(ValueError, match="expected a number from 0 to 1; got 7"):
+        evaluate(load_recipe(file), "starter", tmp_path / "results/starter")
+    text = file.read_text()
+    file.write_text(text.replace("chest_wrong:ask", "chest_wrong:aks"))
+    with pytest.raises(ValueError, match=r"chest_wrong\.py has no function 'aks'"):
+        load_recipe(file)
+    file.write_text(text.replace("chest_wrong:ask", "no_such_file:ask"))
+    with pytest.raises(ValueError, match="no module 'no_such_file' beside the recipe"):
+        load_recipe(file)
+
+
+def test_a_model_from_elsewhere_brings_no_code_along(tmp_path: Path) -> None:
+    text = write_code(tmp_path, "elsewhere").read_text()
+    beside = tmp_path / "project" / "recipe.yaml"
+    beside.write_text(text)
+    with pytest.raises(ValueError, match="are not run from there"):
+        load_recipe(beside)
+    assert "chest_elsewhere" not in sys.modules

@@ -11,6 +11,9 @@ template does not name it, it is put in front (``PARTS``), so that nothing is lo
 
 A template in Chinese has these parts in Chinese. All texts are in ``templates.yaml``.
 
+A template may also be ``package.module:function``, a function of the user's own that takes the
+example and returns the whole prompt.
+
 Options are lettered: ``(a) red (b) blue``. The response is the bare answer, never its letter.
 """
 
@@ -27,6 +30,7 @@ from typing import Any, Literal
 import yaml
 
 from instructblip.core.batch import Example
+from instructblip.core.user_code import find_function, is_function
 
 Language = Literal["en", "zh"]
 TEMPLATES_FILE = "templates.json"
@@ -106,7 +110,7 @@ def language_of(texts: Iterable[str]) -> Language:
 
 def check_template(template: str) -> str:
     """Returns ``template``; ValueError names a place that does not exist."""
-    for name in _PLACE.findall(template):
+    for name in () if is_function(template) else _PLACE.findall(template):
         if name not in PLACES:
             raise ValueError(
                 f"template {template!r}: no place '{{{name}}}'; expected "
@@ -148,6 +152,11 @@ def letter_options(choices: tuple[str, ...]) -> str:
 
 
 def _fill(example: Example, template: str) -> str:
+    if is_function(template):
+        text = find_function(template)(example)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{template}: expected a prompt for {example.where}; got {text!r}")
+        return text
     check_template(template)
     chinese = bool(_CHINESE.search(template))
     values = {

@@ -16,6 +16,7 @@ import torch
 from instructblip.core import distributed
 from instructblip.core.batch import Example
 from instructblip.core.progress import progress_bar
+from instructblip.core.user_code import is_function
 from instructblip.data.samples import Examples
 from instructblip.data.templates import render_prompt, template_hash
 from instructblip.evaluation.benchmarks import Benchmark
@@ -357,6 +358,9 @@ def _answer(
         ranked = engine.rank_examples(examples, prompts, image_root, flat)
         for prediction, wordings, row in zip(predictions, worded, ranked, strict=True):
             prediction |= _choose(wordings, row)
+    computed = [m for m in (benchmark.metric, *benchmark.others) if is_function(m)]
+    for prediction in predictions if computed else ():
+        prediction["scores"] = {m: scorer_of(m).sample(prediction) for m in computed}
     sample = scorer_of(benchmark.metric).sample
     return [{**prediction, "score": sample(prediction)} for prediction in predictions]
 

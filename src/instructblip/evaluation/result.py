@@ -174,8 +174,9 @@ def describe_how(how: Mapping[str, Any]) -> str:
     """Return ``Result.how`` in words: metric, tokenizer, decoding, prompt."""
     tokens = f"; tokenizer {how['tokenizer']}" if how["tokenizer"] else ""
     decoding = ", ".join(f"{k} {v}" for k, v in how["decoding"].items())
+    default = "greedy" if how["mode"] == "generate" else "argmax of candidates"
     return (
-        f"{how['metric']}{tokens}; {how['mode']} ({decoding or 'argmax of candidates'}); "
+        f"{how['metric']}{tokens}; {how['mode']} ({decoding or default}); "
         f"prompt {how['prompt'] or 'of each task'!r}"
     )
 

@@ -15,10 +15,12 @@ all predictions.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from instructblip.core.user_code import find_function, is_function
 from instructblip.evaluation import captions, classes, metrics, normalize
 from instructblip.evaluation.bootstrap import Floats
 from instructblip.evaluation.captions import CaptionTokenizer
@@ -78,11 +80,24 @@ NEEDS_CANDIDATES = ("auroc", "mrr")
 
 def scorer_of(metric: str) -> Scorer:
     """Return the scorer called ``metric``. Raises ValueError with the nearest name."""
+    if is_function(metric):
+        return Scorer(partial(_user_score, metric))
     if metric not in SCORERS:
         near = get_close_matches(metric.lower(), [*ALIASES, *SCORERS], n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"no metric '{metric}'; {hint}expected one of {', '.join(SCORERS)}")
     return SCORERS[metric]
+
+
+def _user_score(metric: str, prediction: Prediction) -> float:
+    """The score of one prediction, 0 to 1, by a function of the user; a stored one is not computed
+    again, so that results are read without the user's code."""
+    if metric in prediction.get("scores", {}):
+        return prediction["scores"][metric]
+    score = find_function(metric)(prediction["prediction"], list(prediction["answers"]))
+    if not isinstance(score, int | float) or not 0 <= score <= 1:
+        raise ValueError(f"{metric}: expected a number from 0 to 1; got {score!r}")
+    return float(score)
 
 
 def probabilities(log_likelihoods: Sequence[float]) -> list[float]:

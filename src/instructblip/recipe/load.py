@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from instructblip.recipe.schema import Recipe
+from instructblip.core.user_code import find_function, import_from
+from instructblip.recipe.schema import RECIPE_FILE, Recipe
 
 RECIPES = Path(__file__).parent
 """The recipes that ship with the package."""
@@ -38,10 +39,30 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(values, override)
     try:
-        return Recipe.model_validate(values)
+        return _with_code(Recipe.model_validate(values), path)
     except ValidationError as error:
         where = f"{path}" + (f" with {' '.join(overrides)}" if overrides else "")
         raise ValueError(f"{where}: " + "; ".join(_explain(error))) from None
+
+
+def _with_code(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe with the folder of its Python files, each of which is imported once.
+
+    A ``recipe.yaml``, which lies beside every model, runs no file below its own folder: a model
+    from elsewhere brings no code along.
+    """
+    if not recipe.functions:
+        return recipe
+    folder = (path.parent / (recipe.code or ".")).resolve()
+    if path.name == RECIPE_FILE and folder.is_relative_to(path.parent.resolve()):
+        raise ValueError(
+            f"{path} names the functions {', '.join(recipe.functions)} beside a model, and they "
+            "are not run from there: read them, and copy the recipe under another name to run them"
+        )
+    import_from(folder)
+    for name in recipe.functions:
+        find_function(name)
+    return recipe.model_copy(update={"code": folder})
 
 
 def read_values(path: Path, depth: int = 0) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from instructblip.core.user_code import FUNCTION, is_function
 from instructblip.data.images import Window
 from instructblip.data.templates import check_template, templates_of
 from instructblip.evaluation.benchmarks import BENCHMARKS, GROUPS, Benchmark
@@ -86,13 +87,14 @@ class DataSet(_Section):
     weight: NonNegativeFloat = 1.0
     """Hand weight on top of the size; 0 leaves the set out."""
     templates: tuple[str, ...] | None = None
-    """Instruction templates instead of those of its task."""
+    """Instruction templates instead of those of its task, or ``package.module:function``."""
     language: Literal["en", "zh"] | None = None
     """Language of its instructions: English or Chinese templates; null for that of the answers of
     custom data, and for English elsewhere. Of captions in several languages (lines
     ``zh_CN.utf8=...``) those in this one are read, the English ones without it."""
-    format: Format | None = None
-    """For custom data: how its files are written (docs/data.md); ``source`` is then unused."""
+    format: Format | Annotated[str, Field(pattern=FUNCTION)] | None = None
+    """For custom data: how its files are written (docs/data.md), or ``package.module:function``;
+    ``source`` is then unused."""
     path: str | None = None
     """File or pattern of custom data below its root, such as ``{split}.jsonl``; null for all."""
     images: str | None = None
@@ -233,9 +235,11 @@ class OwnBenchmark(_Section):
     verbalizers: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Candidate -> other wordings of it; it scores as the likeliest."""
     prompt: str | None = None
-    """Template of the prompt; null for the first of each row's task."""
+    """Template of the prompt, or ``package.module:function``; null for the first of each row's
+    task."""
     metrics: tuple[str, ...] = Field(min_length=1)
-    """The first is the score, which validation uses; the others are reported beside it."""
+    """The first is the score, which validation uses; the others are reported beside it. Names, or
+    ``package.module:function``."""
     decoding: Annotated[dict[str, int | float | bool], AfterValidator(_decoding)] = Field(
         default_factory=dict
     )
@@ -382,6 +386,18 @@ class Recipe(_Section):
     """What it is evaluated on."""
     drawing: DrawingConfig | None = None
     """Text to image; null tunes the model to answer."""
+    code: Path | None = None
+    """Folder of the Python files that ``package.module:function`` names; null for that of the
+    recipe."""
+
+    @property
+    def functions(self) -> list[str]:
+        """The functions of the user that the recipe names; using one runs its file."""
+        own, sets = self.evaluation.own.values(), self.data.sets.values()
+        names = [name for entry in own for name in (*entry.metrics, entry.prompt or "")]
+        names += [name for entry in sets for name in (*(entry.templates or ()), entry.format or "")]
+        names += self.evaluation.prompts.values()
+        return list(filter(is_function, names))
 
     @model_validator(mode="after")
     def _sets_exist(self) -> Self:

@@ -14,6 +14,8 @@ webdataset      .tar shards of ``key.jpg`` with ``key.txt`` (captions) or ``key.
 
 """
 
+import hashlib
+import inspect
 import itertools
 import re
 import warnings
@@ -22,6 +24,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from instructblip.core.batch import Example
+from instructblip.core.user_code import find_function, is_function
 from instructblip.data.custom.dialogues import dialogue
 from instructblip.data.custom.rows import (
     ROLES,
@@ -36,6 +39,7 @@ from instructblip.data.reading.records import (
     IMAGE_SUFFIXES,
     Record,
     Source,
+    check_object,
     list_folder,
     not_utf8,
     read_json,
@@ -61,7 +65,7 @@ _LANGUAGE = re.compile(r"([A-Za-z]{2,3}(?:[_@-]\w+)?)\.utf8=")
 
 def custom_source(custom: CustomSet) -> Source:
     """The source of a custom data set; ValueError for an unknown format or role."""
-    if custom.format not in FORMATS:
+    if custom.format not in FORMATS and not is_function(custom.format):
         raise ValueError(f"format '{custom.format}'; expected one of {', '.join(FORMATS)}")
     if unknown := [role for role, _ in custom.columns if role not in ROLES]:
         raise ValueError(f"{custom.name}: columns {unknown}; expected some of {', '.join(ROLES)}")
@@ -72,14 +76,28 @@ def custom_source(custom: CustomSet) -> Source:
         settings += f" and group {custom.group!r}"
     if custom.format in ("imagefolder", "webdataset") and custom.language != "en":
         settings += f" language={custom.language}"
+    if is_function(custom.format):
+        file = Path(inspect.getfile(find_function(custom.format)))
+        settings += f" {hashlib.sha256(file.read_bytes()).hexdigest()}"
     read = partial(_examples, custom)
     images = "." if custom.format == "webdataset" else custom.images
     return Source(read, custom.task or "", "your own", files, images, settings)
 
 
 def _examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example | ValueError]:
-    read, to_examples = FORMATS[custom.format]
+    read, to_examples = FORMATS.get(custom.format, (_user_rows, examples_of))
     return to_examples(custom, root, split, rows_of_split(custom, split, read(custom, root, split)))
+
+
+def _user_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
+    """The rows that a function of the user yields for (root, split): dicts with the columns of a
+    table. Data are read again when its file or a file below the root that is no image changes."""
+    for path in walk_files(root):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            note_file(path)
+    for i, row in enumerate(find_function(custom.format)(root, split)):
+        where = f"{custom.format}:row {i}"
+        yield Row(str(i), Record(check_object(row, where), where))
 
 
 def folder_examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example | ValueError]:
