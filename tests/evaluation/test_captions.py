@@ -129,3 +129,8 @@ def test_bad_input_is_named() -> None:
         captions.bleu(["a"], [["a"]], n=5)
     with pytest.raises(ValueError, match="tokenizer must be"):
         inspect.unwrap(captions.tokenize)(["a"], "nltk")  # without the checker of annotations
+
+
+def test_chinese_characters_are_words():
+    assert captions.tokenize(["一只红猫，在 T恤上。"]) == [[*"一只红猫在", "t恤上"]]
+    assert 0 < captions.rouge_l(["一只猫。"], [["一只红猫"]]).value < 1

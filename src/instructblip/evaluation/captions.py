@@ -245,6 +245,7 @@ def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 PUNCTUATION = frozenset(
     {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-"}
     | {".", "?", "!", ",", ":", "-", "--", "...", ";"}
+    | {*"。，！？、；："}
 )
 
 _REWRITTEN = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
@@ -282,7 +283,8 @@ def _any_of(words: str) -> str:
 
 _TOKEN = re.compile(
     rf"""
-      https?://[^\s<>"]+ | www\.[\w.-]+\w(?:/[^\s<>"]*)?      # addresses
+      [\u3400-\u9fff]                   # Chinese has no spaces: each character is a word
+    | https?://[^\s<>"]+ | www\.[\w.-]+\w(?:/[^\s<>"]*)?      # addresses
     | [\w.+-]+@[\w-]+(?:\.[\w-]+)+ | @[a-z]\w* | \#[a-z]\w*
     | </?[a-z][^<>]*>                                          # a tag such as <unk> is one word
     | &(?:[a-z]+|\#\d+);                                       # &lt; &eacute; &#39;
