@@ -7,7 +7,7 @@ result.
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -107,6 +107,13 @@ class DataSet(_Section):
     group: str | None = None
     """For custom data: what may not be on two sides of a split, such as a patient. A column, or a
     regular expression over the path of an image with parentheses around the group."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_sets_are_english(cls, entry: Any) -> Any:
+        if isinstance(entry, dict) and not entry.get("format") and entry.get("language") is None:
+            return {**entry, "language": "en"}
+        return entry
 
     @model_validator(mode="after")
     def _group_fits(self) -> "DataSet":
