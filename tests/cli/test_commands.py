@@ -300,7 +300,8 @@ def test_custom_data_alone_train_without_validation(overrides: list[str], tmp_pa
     (tmp_path / "custom.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     for i in range(4):
         write_picture(tmp_path / "photos" / "pictures" / f"{i}.png", seed=i)
-    rows = [{"file": f"{i}.png", "ask": "what is it?", "reply": "a cup"} for i in range(4)]
+    asked = {"ask": "what is it?", "reply": "a cup"}
+    rows = [{"file": f"{i}.png", "patient_id": f"p{i}", **asked} for i in range(4)]
     (tmp_path / "photos" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = [one for one in overrides if not one.startswith("evaluation.")]
     recipe = load_recipe(tmp_path / "custom.yaml", [f"data.root={tmp_path}", *settings])

@@ -245,6 +245,7 @@ def test_early_stopping(tmp_path: Path):
 def test_ctrl_c_saves_before_the_first_checkpoint(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
+    handler = signal.getsignal(signal.SIGINT)
     whole, _ = run(tmp_path / "whole")
     config, folder, model = toy_config(save_every=100), tmp_path / "cut", Toy()
     stopping = stop_at(1, ToyBatches(config), signal.SIGINT)
@@ -255,7 +256,7 @@ def test_ctrl_c_saves_before_the_first_checkpoint(
     assert "finishing the step and saving" in output.err
     resumed, _ = run(folder, model=wiped(), resume=True)
     assert_same(weights(whole), weights(resumed))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path):
