@@ -251,11 +251,11 @@ def test_dialogues_in_parquet(root: Path):
         {
             "messages": [
                 {"role": "user", "content": asked},
-                {"role": "assistant", "content": said},
+                {"role": "assistant", "content": content},
             ],
             "images": [{"bytes": (root / f"{i}.png").read_bytes(), "path": None}],
         }
-        for i, said in enumerate([[{"type": "text", "text": "A cup."}]] * 2)
+        for i, content in enumerate([[{"type": "text", "text": "A cup."}]] * 2)
     ]
     pq.write_table(pa.Table.from_pylist(rows), root / "train.parquet")
     examples = read_custom(root, "sharegpt", path="train.parquet")

@@ -45,7 +45,7 @@ class Verdict:
 
     @property
     def outcome(self) -> Outcome:
-        """The worst that can be said."""
+        """The worst outcome that holds."""
         first, last = self.kept_start or (0.0, 0.0)
         if last < first or _value(self.after) < _value(self.before):
             return Outcome.WORSE

@@ -11,7 +11,6 @@ import torch
 from instructblip.core.batch import Batch, Example
 from instructblip.data.samples import pad
 from instructblip.data.templates import render_prompt
-from instructblip.data.tokens import Tokens
 from instructblip.inference.engine import Engine
 
 LEAST_KNOWN = 2 / 3
@@ -61,16 +60,16 @@ def sayable(engine: Engine, examples: Sequence[Example], prompts: Sequence[str |
     ]
     size = engine.model.language_model.get_input_embeddings().weight.shape[0]
     return Sayable(
-        loss=_text_loss(engine, engine.tokens, texts[::step]),
+        loss=_text_loss(engine, texts[::step]),
         guessing=math.log(size),
         known=1 - sum(spelled.values()) / max(1, counts.total()),
         spelled=tuple(word for word, _ in Counter(spelled).most_common(5)),
     )
 
 
-def _text_loss(engine: Engine, tokens: Tokens, texts: Sequence[tuple[str, str]]) -> float:
+def _text_loss(engine: Engine, texts: Sequence[tuple[str, str]]) -> float:
     """Mean loss per response token of (prompt, response) without any query."""
-    model = engine.model
+    model, tokens = engine.model, engine.tokens
     weight = model.language_model.get_input_embeddings().weight
     total, count = 0.0, 0
     for start in range(0, len(texts), ROWS):

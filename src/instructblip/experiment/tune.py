@@ -85,7 +85,7 @@ class FolderTuning(Variant):
 
 @dataclass(frozen=True)
 class Tuned:
-    """What `tune` found out."""
+    """The report of `tune`, and its verdict."""
 
     report: Path
     verdict: Verdict
@@ -195,9 +195,9 @@ def describe(sides: Sides, language: Language) -> str:
         lines.append("the answers are Chinese: Chinese templates and prompts are used")
     if pairs := sides.lookalikes():
         lines.append(
-            f"{len({held for _, held in pairs})} pictures that are held back look like one that is "
-            f"trained on, such as {pairs[0][1]} and {pairs[0][0]}: if they show the same, scores "
-            "are too high, and `--group` keeps them on one side"
+            "held-back pictures that look like one that is trained on: "
+            f"{len({held for _, held in pairs})}, such as {pairs[0][1]} and {pairs[0][0]}; if they "
+            "show the same, scores are too high, and `--group` keeps them on one side"
         )
     return "\n".join(lines)
 
