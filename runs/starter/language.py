@@ -29,7 +29,7 @@ from instructblip.scenes.questions import QUESTIONS
 from instructblip.scenes.world import sample_scene
 
 SCENES = 24  # documents a step
-LESSON_STEPS = 300
+LESSON_SHARE = 1 / 13  # of the steps of a term
 RATES = (5e-3, 2.5e-3)  # highest learning rate of each term
 SUMMED = (0.5, 0.85)  # share of documents told thing by thing
 NOISE = 0.05  # of an embedding's size: soft prompts will not be exact words
@@ -163,10 +163,10 @@ class TextModel(nn.Module):
         return LossOutput(total, tokens.sum(), sums, tokens)
 
 
-def lesson_of(step: int, term: int, tokenizer: Any) -> Lesson:
-    """The documents of a step: three quarters on the lesson of the day, the rest on everything."""
+def lesson_of(step: int, steps: int, term: int, tokenizer: Any) -> Lesson:
+    """The documents of one of ``steps`` steps: three quarters on the lesson, the rest on all."""
     rng = random.Random(step + 1_000_000 * (term - 1))
-    lessons, number = TERMS[term - 1], step // LESSON_STEPS
+    lessons, number = TERMS[term - 1], int(step / (steps * LESSON_SHARE))
     given = lessons[number] if number < len(lessons) else None
     # Some of everything from the start: tokens that are only ever wrong would become alike.
     documents = [document(rng, lesson=one) for one in [given, given, given, None] * (SCENES // 4)]
@@ -191,7 +191,7 @@ def main() -> None:
     model.generation_config.eos_token_id = 2
 
     def make(step: int) -> Lesson:
-        return lesson_of(step, args.term, tokenizer)
+        return lesson_of(step, args.steps, args.term, tokenizer)
 
     rate = RATES[args.term - 1]
     if not teach(TextModel(model), make, args.out, args.steps, rate, model.save_pretrained):

@@ -1,7 +1,7 @@
 """Step 3: BLIP-2 pre-training of the starter's Q-Former, on images of the training world.
 
-    python runs/starter/qformer.py match --vision DIR --language DIR --tokenizers DIR --out OUT
-    python runs/starter/qformer.py phrases ... --start OUT/last
+    python runs/starter/qformer.py match --vision DIR --tokenizers DIR --out OUT
+    python runs/starter/qformer.py phrases ... --language DIR --start OUT/last
     python runs/starter/qformer.py captions ... --start OUT/last
 
 ``match`` and ``phrases`` are stage 1 (BLIP-2, section 3.2) with the heads of the package's
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from language import build as language_model
 from lessons import Lesson, teach
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -216,7 +217,7 @@ class Pretraining(Stage1):
     def details(self, features: Tensor, scenes: list[Scene]) -> Tensor:
         """Grounded captions that name everything, by stage 1's own loss."""
         ids, mask = self.qformer_text([detail(scene) for scene in scenes])
-        return self.tell(features, text_batch(len(scenes), qformer=(ids, mask)))
+        return self.caption(features, text_batch(len(scenes), qformer=(ids, mask)))
 
     def look(self, features: Tensor) -> Tensor:
         """[images, Q, D] the queries behind the Q-Former, which reads no text."""
@@ -325,9 +326,13 @@ def load_tokens(folder: Path) -> Tokens:
     )
 
 
-def assemble(vision: Path, language: Path, tokens: Tokens) -> InstructBlip:
-    """A fresh Q-Former between the trained image encoder and the trained language model."""
-    loaded = LlamaForCausalLM.from_pretrained(str(language))
+def assemble(vision: Path, language: Path | None, tokens: Tokens) -> InstructBlip:
+    """A fresh Q-Former between the trained image encoder and the trained language model (None: one
+    that nobody trained, for a phase that does not read it)."""
+    if language is None:
+        loaded = language_model(-(-len(tokens.language) // 64) * 64)  # type: ignore[arg-type]
+    else:
+        loaded = LlamaForCausalLM.from_pretrained(str(language))
     vocab = -(-len(tokens.qformer) // 8) * 8  # type: ignore[arg-type]
     model = build(loaded.config.to_dict(), vocab, image_token_id=len(tokens.language))
     model.language_model.load_state_dict(loaded.state_dict())
@@ -338,11 +343,14 @@ def assemble(vision: Path, language: Path, tokens: Tokens) -> InstructBlip:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("phase", choices=PHASES)
-    for name in ("vision", "language", "tokenizers", "out"):
+    for name in ("vision", "tokenizers", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--language", type=Path, help="not read by match")
     parser.add_argument("--start", type=Path)
     parser.add_argument("--steps", type=int)
     args = parser.parse_args()
+    if args.phase != "match" and args.language is None:
+        parser.error(f"{args.phase} needs --language")
     steps, rate = PHASES[args.phase]
     steps = args.steps or steps
     tokens = load_tokens(args.tokenizers)
