@@ -137,7 +137,7 @@ def test_a_group_is_a_column_or_a_part_of_the_path(root: Path):
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ("patient_id", r"line 1: no column 'patient_id' for `group`; the columns are 'image', "),
+        ("patient_id", r"^mine: 2 rows have no column 'patient_id' for `group`; the columns are 'image', "),
         (r"p(\d+)_", r"line 1: `group` .* finds nothing in 0.png; expected one group"),
         ("patient", r"line 2: field 'patient' is ''; expected the group of the row"),
     ],

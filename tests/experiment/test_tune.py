@@ -277,8 +277,13 @@ def test_a_group_is_on_one_side(tmp_path: Path) -> None:
     )
     assert not training & held
     assert training | held == {*range(15)}
-    with pytest.raises(ValueError, match=r"4 of 4 examples are bad.*\n.*no column 'doctor'"):
-        read_sides(split_folder(tmp_path, patient=[1, 2, 3, 4]), group="doctor")
+    split_folder(tmp_path, patient=[1, 2, 3, 4])
+    with pytest.raises(ValueError, match=r"^own: 4 rows have no column 'doctor'[^\n]*'patient'"):
+        read_sides(root, group="doctor")
+    rows = [{"file_name": name, "caption": "x"} for name in ("0.png", "../1.png", "2.png")]
+    write_folder(tmp_path, rows)
+    with pytest.raises(ValueError, match=r"line 2: image name[^\n]*\n  own: 2 rows have no col"):
+        read_sides(root, group="doctor")
     with pytest.raises(ValueError, match="shared images or groups connect all rows"):
         read_sides(split_folder(tmp_path, patient=[1, 1, 1, 1]), group="patient")
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from instructblip.core.batch import Example
 from instructblip.data.custom.formats import (
-    folder_examples,
     has_split_column,
     is_metadata,
+    read_custom,
     records_of,
 )
 from instructblip.data.custom.rows import CustomSet
@@ -133,7 +133,7 @@ def _read_rows(
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: expected a folder of images")
     custom = CustomSet("own", "imagefolder", group=group, language=language)
-    return list(folder_examples(custom, root, split))
+    return list(read_custom(custom, root, split))
 
 
 def _checked(rows: Sequence[Example | ValueError], root: Path) -> FolderSet:

@@ -31,6 +31,7 @@ from instructblip.data.custom.rows import (
     CustomSet,
     Row,
     examples_of,
+    group_errors_once,
     rows_of_split,
     spelling,
 )
@@ -79,14 +80,16 @@ def custom_source(custom: CustomSet) -> Source:
     if is_function(custom.format):
         file = Path(inspect.getfile(find_function(custom.format)))
         settings += f" {hashlib.sha256(file.read_bytes()).hexdigest()}"
-    read = partial(_examples, custom)
+    read = partial(read_custom, custom)
     images = "." if custom.format == "webdataset" else custom.images
     return Source(read, custom.task or "", "your own", files, images, settings)
 
 
-def _examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example | ValueError]:
+def read_custom(custom: CustomSet, root: Path, split: str) -> Iterator[Example | ValueError]:
+    """The examples of a split of custom data, or the error of a row in their place."""
     read, to_examples = FORMATS.get(custom.format, (_user_rows, examples_of))
-    return to_examples(custom, root, split, rows_of_split(custom, split, read(custom, root, split)))
+    rows = rows_of_split(custom, split, read(custom, root, split))
+    return group_errors_once(custom, to_examples(custom, root, split, rows))
 
 
 def _user_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
@@ -98,12 +101,6 @@ def _user_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
     for i, row in enumerate(find_function(custom.format)(root, split)):
         where = f"{custom.format}:row {i}"
         yield Row(str(i), Record(check_object(row, where), where))
-
-
-def folder_examples(custom: CustomSet, root: Path, split: str) -> Iterator[Example | ValueError]:
-    """The example of each row of an imagefolder, or the error of the row."""
-    rows = rows_of_split(custom, split, _imagefolder(custom, root, split))
-    return examples_of(custom, root, split, rows)
 
 
 def has_split_column(root: Path) -> bool:

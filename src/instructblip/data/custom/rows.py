@@ -133,10 +133,15 @@ def rows_of_split(custom: CustomSet, split: str, rows: Iterable[Row]) -> Iterato
             yield row
 
 
+class GroupColumnError(ValueError):
+    """A row does not have the column that ``group`` names."""
+
+
 def extra_of(custom: CustomSet, record: Record, images: tuple[str, ...]) -> dict[str, Any]:
     """``{"group": ...}`` where the entry of the recipe names one, else nothing.
 
-    Raises ValueError for a row without a group, or with images of several.
+    Raises GroupColumnError for a row without the column, and ValueError for one without a group
+    in it, or with images of several.
     """
     if custom.group is None:
         return {}
@@ -146,7 +151,7 @@ def extra_of(custom: CustomSet, record: Record, images: tuple[str, ...]) -> dict
         return {"group": str(record.data[column])}
     if "(" not in custom.group:
         listed = ", ".join(map(repr, list(record.data)[:20]))
-        raise ValueError(
+        raise GroupColumnError(
             f"{record.where}: no column {custom.group!r} for `group`; the columns are {listed}. A "
             "regular expression over the image's path needs parentheses around the group"
         )
@@ -158,6 +163,30 @@ def extra_of(custom: CustomSet, record: Record, images: tuple[str, ...]) -> dict
             f"{', '.join(images)}; expected one group"
         )
     return {"group": groups.pop()}
+
+
+def group_errors_once(
+    custom: CustomSet, examples: Iterable[Example | ValueError]
+) -> Iterator[Example | ValueError]:
+    """``examples``, with the errors of rows without the column of ``group`` as one if no row has
+    it; raised if there is no other error."""
+    lacking: list[GroupColumnError] | None = []  # None once a row has the column
+    failed = False
+    for each in examples:
+        if lacking is not None and isinstance(each, GroupColumnError):
+            lacking.append(each)
+            continue
+        if lacking is not None and isinstance(each, Example):
+            yield from lacking
+            lacking = None
+        failed = failed or isinstance(each, ValueError)
+        yield each
+    if lacking:
+        _, _, reason = str(lacking[0]).partition(": ")
+        fault = ValueError(f"{custom.name}: {len(lacking)} rows have {reason}")
+        if not failed:
+            raise fault
+        yield fault
 
 
 def examples_of(
