@@ -20,9 +20,12 @@ from instructblip.recipe.schema import DataSet
 from tests.testing import TURNS, bad_samples, write_json, write_json_lines, write_picture
 
 
-def prepared(root: Path, form: str, split: str = "train", **options: Any) -> PreparedDataset:
+def prepared(
+    root: Path, form: str, split: str = "train", max_bad_rate: float = 0.0, **options: Any
+) -> PreparedDataset:
     source = custom_source(CustomSet("mine", form, **options))
-    return prepare("mine", root, split, root / "prepared", source=source)
+    out = root / "prepared"
+    return prepare("mine", root, split, out, source=source, max_bad_rate=max_bad_rate)
 
 
 def sides(root: Path, form: str, **options: Any) -> dict[str, list[str]]:
@@ -114,6 +117,7 @@ def test_splits_that_are_none(cells: tuple[str, ...], message: str, root: Path):
     )
     with pytest.raises(ValueError, match=message):
         prepared(root, "table")
+    assert len(prepared(root, "table", max_bad_rate=0.5)) == 1
 
 
 # --- groups --------------------------------------------------------------------------------------
@@ -137,7 +141,10 @@ def test_a_group_is_a_column_or_a_part_of_the_path(root: Path):
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ("patient_id", r"^mine: 2 rows have no column 'patient_id' for `group`; the columns are 'image', "),
+        (
+            "patient_id",
+            r"^mine: 2 rows have no column 'patient_id' for `group`; the columns are 'image', ",
+        ),
         (r"p(\d+)_", r"line 1: `group` .* finds nothing in 0.png; expected one group"),
         ("patient", r"line 2: field 'patient' is ''; expected the group of the row"),
     ],

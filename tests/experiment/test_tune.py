@@ -163,6 +163,20 @@ def test_all_bad_rows_are_listed_at_once(tmp_path: Path) -> None:
         read_folder(tmp_path / "absent")
 
 
+def test_lines_without_json_and_rows_without_a_split_are_listed_too(tmp_path: Path) -> None:
+    row = '{"file_name": "0.png", "caption": "a", "split": "%s"}'
+    lines = [row % "train", "{", row % "fold3", '{"file_name": "0.png", "caption": "a"}', "[1]"]
+    lines += [row.replace("0.png", "absent.png") % "test", row % "test"]
+    root = write_folder(tmp_path, [])
+    (root / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"^5 of 7 examples are bad") as error:
+        read_sides(root)
+    reasons = ["2: is not JSON", "3: field 'split' is 'fold3'", "4: field 'split' is missing"]
+    for reason in [*reasons, "5: is [1]; expected an object", "6: "]:
+        assert str(error.value).count(f"line {reason}") == 1
+    assert "owner's original" not in str(error.value)
+
+
 def sides(root: Path) -> tuple[set[str], set[str]]:
     """The images of the two sides."""
     training, held = split_by_image(read_folder(root))

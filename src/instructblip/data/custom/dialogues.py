@@ -15,7 +15,6 @@ stand in front.
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from instructblip.core.batch import Example
@@ -49,7 +48,6 @@ def dialogue(
     custom: CustomSet, image_root: Path, split: str, key: str, record: Record
 ) -> Iterator[Example]:
     """One example for each answer; it has no image where none stands before the answer."""
-    record = replace(record, remedy=REMEDY)
     identifier = record.identifier("id", key)
     turns = _turns(record)
     contents = [_content(image_root, turn) for turn in turns]

@@ -11,9 +11,9 @@ from instructblip.data.custom.formats import (
     has_split_column,
     is_metadata,
     read_custom,
-    records_of,
+    rows_of,
 )
-from instructblip.data.custom.rows import CustomSet
+from instructblip.data.custom.rows import CustomSet, Row
 from instructblip.data.images import load_image
 from instructblip.data.prepared.check import placeholders
 from instructblip.data.prepared.near import near_pairs, perceptual_hash
@@ -93,6 +93,8 @@ def read_sides(
         }
         raise ValueError(f"{root}: --split {by} needs {expected[by or found]}")
     rows = [row for part in (parts.values() if given else [parts["train"]]) for row in part]
+    # the error of a row whose split is unknown is in every part
+    rows = [*{str(r) if isinstance(r, ValueError) else id(r): r for r in rows}.values()]
     folder = _checked(rows, root)
     if by == "images" or not given:
         return Sides(*split_by_image(folder), None, "images")
@@ -157,9 +159,10 @@ def _why_no_answers(root: Path) -> str:
             f"{root} holds no metadata.jsonl or metadata.csv (.json, .tsv, .parquet), and no "
             "image with a .txt beside it"
         )
-    columns = next((", ".join(map(repr, record.data)) for _, record in records_of(table)), "")
-    if not columns:
+    row = next(rows_of(table), None)
+    if not isinstance(row, Row):
         return f"{table}: no row; expected one for each example"
+    columns = ", ".join(map(repr, row.record.data))
     return (
         f"{table}: no row has an answer; expected a column `answer`, `caption` or `text`, and the "
         f"columns are {columns}"

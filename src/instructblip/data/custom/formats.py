@@ -44,21 +44,21 @@ from instructblip.data.reading.records import (
     list_folder,
     not_utf8,
     read_json,
-    read_lines,
     read_table,
+    try_lines,
     walk_files,
 )
 from instructblip.data.reading.shards import read_parquet, read_saved, read_shard
 from instructblip.data.reading.splits import files_of_split, first_folder, split_of_file
 
-TABLES: dict[str, Callable[[Path], Iterator[tuple[str, Record]]]] = {
-    ".jsonl": read_lines,
+TABLES: dict[str, Callable[[Path], Iterator[tuple[str, Record | ValueError]]]] = {
+    ".jsonl": try_lines,
     ".json": read_json,
     ".csv": read_table,
     ".tsv": partial(read_table, delimiter="\t"),
     ".parquet": read_parquet,
 }
-"""What reads (key, record) of the rows of a table, by suffix."""
+"""What reads (key, record) of the rows of a table, or a row's error in its place, by suffix."""
 
 _LANGUAGE = re.compile(r"([A-Za-z]{2,3}(?:[_@-]\w+)?)\.utf8=")
 """Begins a caption that names its language."""
@@ -105,7 +105,8 @@ def _user_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
 
 def has_split_column(root: Path) -> bool:
     """Whether the table of an imagefolder has a column ``split``."""
-    row = next(_imagefolder(CustomSet("own", "imagefolder"), root, "train"), None)
+    rows = _imagefolder(CustomSet("own", "imagefolder"), root, "train")
+    row = next((row for row in rows if isinstance(row, Row)), None)
     return row is not None and spelling("split", row.record) is not None
 
 
@@ -134,10 +135,12 @@ def _below_root(pattern: str) -> str:
     return pattern
 
 
-def records_of(path: Path) -> Iterator[tuple[str, Record]]:
-    """(key, record) of each row of a table or each value of a JSON file."""
+def rows_of(path: Path, folder: str = "") -> Iterator[Row | ValueError]:
+    """Each row of a table or value of a JSON file, whose image paths are relative to ``folder``
+    below the image root; or its error in its place."""
     note_file(path)
-    return TABLES[path.suffix.lower()](path)
+    for key, record in TABLES[path.suffix.lower()](path):
+        yield record if isinstance(record, ValueError) else Row(key, record, folder)
 
 
 def _matching_files(folder: Path, pattern: str) -> list[Path]:
@@ -152,11 +155,14 @@ def _matching_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def _dialogues(
-    custom: CustomSet, root: Path, split: str, rows: Iterable[Row]
+    custom: CustomSet, root: Path, split: str, rows: Iterable[Row | ValueError]
 ) -> Iterator[Example | ValueError]:
     """The examples of each dialogue; answers that see no image are counted in a warning."""
     blind = []
     for row in rows:
+        if isinstance(row, ValueError):
+            yield row
+            continue
         try:
             for example in dialogue(custom, root / custom.images, split, row.key, row.record):
                 if example.images:
@@ -173,18 +179,18 @@ def _dialogues(
         )
 
 
-def _json_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
+def _json_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row | ValueError]:
     suffixes = (".json", ".jsonl", ".parquet") if custom.path else (".json", ".jsonl")
     for path in _files_of(custom, root, split, suffixes):
-        yield from itertools.starmap(Row, records_of(path))
+        yield from rows_of(path)
 
 
-def _table_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
+def _table_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row | ValueError]:
     for path in _files_of(custom, root, split, TABLES):
-        yield from itertools.starmap(Row, records_of(path))
+        yield from rows_of(path)
 
 
-def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
+def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row | ValueError]:
     """Below ``root/<split>`` or ``root/images/<split>`` if there is such a folder, else below
     ``root``: the rows of tables, and captions where no table is in the folder or in one above it.
     Where there are tables, an image that none of them covers counts only with a caption. Nothing,
@@ -204,8 +210,7 @@ def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
     if len(tables) < len(listed):
         raise ValueError(f"{', '.join(map(str, listed))}: expected one in a folder; remove others")
     for parent, path in tables.items():
-        for key, record in records_of(path):
-            yield Row(key, record, parent.relative_to(base).as_posix())
+        yield from rows_of(path, parent.relative_to(base).as_posix())
     uncovered = [path for path in paths if tables.keys().isdisjoint(path.parents)]
     texts = {path.with_suffix(""): path for path in uncovered if path.suffix.lower() == ".txt"}
     images = [path for path in uncovered if path.suffix.lower() in IMAGE_SUFFIXES]

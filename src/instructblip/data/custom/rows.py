@@ -113,24 +113,36 @@ def _filled(record: Record, column: str) -> bool:
     return not (value is None or value == [] or (isinstance(value, str) and not value.strip()))
 
 
-def rows_of_split(custom: CustomSet, split: str, rows: Iterable[Row]) -> Iterator[Row]:
+def rows_of_split(
+    custom: CustomSet, split: str, rows: Iterable[Row | ValueError]
+) -> Iterator[Row | ValueError]:
     """The rows whose column ``split`` names ``split``; all rows, where they have no such column.
 
-    Raises ValueError for any other name in it, and for a column that only some rows have.
+    Rows with any other name in it, and those without the column where the first row has it or the
+    other way round, are errors in every split.
     """
     name = dict(custom.columns).get("split", "split")
     known = ", ".join(names for each in SPLITS.values() for names in each)
     has_column: bool | None = None
     for row in rows:
-        column = spelling(name, row.record)
-        has_column = bool(column) if has_column is None else has_column
-        if has_column != bool(column):
-            row.record.fail(name, "in every row or in none")
-        value = str(row.record.data.get(column)) if column else split
-        if (named := split_named(value)) is None:
-            row.record.fail(column or name, f"one of {known}, or rename the column")
-        if named == split:
+        if isinstance(row, ValueError):
             yield row
+            continue
+        key, record, folder = row
+        record = replace(record, remedy=REMEDY)
+        try:
+            column = spelling(name, record)
+            has_column = bool(column) if has_column is None else has_column
+            if has_column != bool(column):
+                record.fail(name, "in every row or in none")
+            value = str(record.data.get(column)) if column else split
+            if (named := split_named(value)) is None:
+                record.fail(column or name, f"one of {known}, or rename the column")
+        except ValueError as error:
+            yield error
+            continue
+        if named == split:
+            yield Row(key, record, folder)
 
 
 class GroupColumnError(ValueError):
@@ -190,7 +202,7 @@ def group_errors_once(
 
 
 def examples_of(
-    custom: CustomSet, root: Path, split: str, rows: Iterable[Row]
+    custom: CustomSet, root: Path, split: str, rows: Iterable[Row | ValueError]
 ) -> Iterator[Example | ValueError]:
     """The example of each row, or its error. ValueError for columns that no row has, raised if
     it is the only error."""
@@ -198,13 +210,16 @@ def examples_of(
     present: dict[str, None] = {}
     digits: dict[str, str] = {}
     failed = False
-    for key, record, folder in rows:
-        record = replace(record, remedy=REMEDY)
+    for row in rows:
+        if isinstance(row, ValueError):
+            failed = True
+            yield row
+            continue
         if absent:
-            present |= dict.fromkeys(record.data)
-            absent = [name for name in absent if spelling(name, record) is None]
+            present |= dict.fromkeys(row.record.data)
+            absent = [name for name in absent if spelling(name, row.record) is None]
         try:
-            yield _example(custom, root, split, Row(key, record, folder), digits)
+            yield _example(custom, root, split, row, digits)
         except ValueError as error:
             failed = True
             yield error

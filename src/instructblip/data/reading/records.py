@@ -206,9 +206,9 @@ def read_records(path: Path, *fields: str) -> Iterator[tuple[str, Record]]:
         yield key, Record(check_object(value, where), where)
 
 
-def read_json(path: Path) -> Iterator[tuple[str, Record]]:
-    """(key, record) of a JSON array or object, or of JSON lines that are named ``.json``."""
-    return read_lines(path) if _has_lines(path) else read_records(path)
+def read_json(path: Path) -> Iterator[tuple[str, Record | ValueError]]:
+    """(key, record) of a JSON array or object, or `try_lines` where it is named ``.json``."""
+    return try_lines(path) if _has_lines(path) else read_records(path)
 
 
 def _has_lines(path: Path) -> bool:
@@ -239,15 +239,30 @@ def read_texts(path: Path, *fields: str) -> list[str]:
 
 def read_lines(path: Path) -> Iterator[tuple[str, Record]]:
     """(index, record) of the objects of a JSON-lines file."""
+    for key, record in try_lines(path):
+        if isinstance(record, ValueError):
+            raise record
+        yield key, record
+
+
+def try_lines(path: Path) -> Iterator[tuple[str, Record | ValueError]]:
+    """(index, record) of each line of a JSON-lines file, or the error of a line in its place."""
     lines = ((line, where) for line, where in read_text(path) if line.strip())
     for i, (line, where) in enumerate(lines):
         try:
-            value = json.loads(line, parse_constant=refuse_constant)
-        except RecursionError:
-            raise ValueError(f"{where}: is nested too deeply; repair the line") from None
+            yield str(i), Record(_object(line, where), where)
         except ValueError as error:
-            raise ValueError(f"{where}: is not JSON ({error}); repair the line") from None
-        yield str(i), Record(check_object(value, where), where)
+            yield str(i), error
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line, parse_constant=refuse_constant)
+    except RecursionError:
+        raise ValueError(f"{where}: is nested too deeply; repair the line") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: is not JSON ({error}); repair the line") from None
+    return check_object(value, where)
 
 
 def read_text(path: Path) -> Iterator[tuple[str, str]]:
