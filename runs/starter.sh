@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rebuilds the small BLIP-2 that ships with the package, from nothing: about 125 minutes on two CPU
+# Rebuilds the small BLIP-2 that ships with the package, from nothing: about three hours on two CPU
 # cores. Every stage is a run of the package's training loop: it writes checkpoints and resumes; a
 # stage that is done is skipped.
 #   [SCALE=1] runs/starter.sh [WORK_FOLDER] [OUT]   (default: runs/out/starter, and OUT below it)
@@ -34,7 +34,7 @@ mkdir -p "$work"
 language_stages > "$work/language.log" 2>&1 &
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 export OMP_NUM_THREADS=$threads
-[ -f "$work/vision/vision_accuracy.json" ] || stage vision "$work/vision" --steps "$(steps 1600)"
+[ -f "$work/vision/vision_accuracy.json" ] || stage vision "$work/vision" --steps "$(steps 800)"
 qformer match 3000
 echo "== language: $work/language.log"
 wait $!
