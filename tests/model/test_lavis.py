@@ -331,7 +331,7 @@ def test_import_and_combine_take_no_directory_in_use(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists"):
         import_(none, none, none, used)
     with pytest.raises(ValueError, match="exists"):
-        combine(none, none, none, used)
+        combine(none, none, used, none)
 
 
 def test_inspect_names_what_is_missing(parts: dict[str, Path], tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_command_combines_parts_and_the_result_answers(
     with pytest.raises(SystemExit) as stop:
         cli.main(["combine", *arguments, "--queries", "4", "--layers", "1", "--debug"])
     assert not stop.value.code
-    assert "query tokens: 4" in capsys.readouterr().out
+    assert "4 tokens" in capsys.readouterr().out
     engine = Engine.from_pretrained(tmp_path / "model", device="cpu")
     assert engine.images.transform.mean == (0.5, 0.5, 0.5)
     image = write_picture(tmp_path / "a.png")

@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from instructblip.cli.options import DecodingCommand, DecodingOptions, Images, Model, to_file
+from instructblip.cli.options import (
+    DecodingCommand,
+    DecodingOptions,
+    Images,
+    Model,
+    read_recipe,
+    to_file,
+)
 
 app = typer.Typer()
 
@@ -217,16 +224,48 @@ def import_(
 def combine(
     vision: Annotated[Path, Option(help="CLIP, SigLIP, or a BLIP-2 with its EVA-CLIP.")],
     language: Annotated[Path, Option(help="A Llama, Qwen, Gemma, OPT or T5 directory.")],
-    qformer_tokenizer: Annotated[Path, Option(help="Directory of BERT's tokenizer.")],
     out: Annotated[Path, Option(help="Directory to write.")],
+    qformer_tokenizer: Annotated[
+        Path | None, Option(help="Directory of a BERT's tokenizer; else the language model's own.")
+    ] = None,
+    text_branch: Annotated[
+        Path | None, Option(help="A BERT whose words the Q-Former starts from; else random.")
+    ] = None,
     queries: Annotated[int, Option(help="Query tokens.", min=1)] = 32,
     layers: Annotated[int, Option(help="Layers of the Q-Former.", min=1)] = 12,
+    width: Annotated[
+        int | None, Option(help="Its width; 768, at most the language model's.", min=1)
+    ] = None,
+    heads: Annotated[int | None, Option(help="Its attention heads; width / 64.", min=1)] = None,
+    feed_forward: Annotated[
+        int | None, Option(help="Width of its feed-forwards; 4 x width.", min=1)
+    ] = None,
+    image_every: Annotated[int, Option(help="Each n-th layer reads the image.", min=1)] = 2,
 ) -> None:
-    """Combine an image encoder and a language model, with a new Q-Former between them."""
+    """Combine an image encoder and a language model, with a new Q-Former between them.
+
+    Prints what was built, what each part starts from, and the memory and disk that it needs.
+    """
+    from instructblip.experiment.memory import predict_memory
     from instructblip.release.assemble import combine_parts
 
-    combine_parts(vision, language, qformer_tokenizer, out, queries, layers)
-    inspect_(str(out))
+    sizes = {
+        "num_hidden_layers": layers,
+        "cross_attention_frequency": image_every,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": feed_forward,
+    }
+    given = {name: size for name, size in sizes.items() if size is not None}
+    made = combine_parts(vision, language, qformer_tokenizer, out, queries, text_branch, given)
+    print(made.describe())
+    samples = 32
+    step = [f"model.start={out}", f"training.batch_size={samples}", "training.accumulate=1"]
+    peak = predict_memory(read_recipe("pretrain_captions", step)).peak
+    print(
+        f"on disk: {made.bytes_on_disk / 2**20:,.0f} MiB; memory to pre-train with {samples} "
+        f"samples a step: {peak / 2**30:.1f} GiB (`instructblip memory` predicts it for a recipe)"
+    )
 
 
 @app.command()

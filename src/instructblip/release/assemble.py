@@ -1,18 +1,29 @@
 """Make a model directory from parts: an official checkpoint, or two models and a new Q-Former."""
 
 import json
-import shutil
+import re
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from instructblip.data.images import ImageTransform
-from instructblip.data.tokens import load_tokenizer
-from instructblip.model.checkpoints.combine import combine
+from instructblip.data.tokens import Tokens, load_tokenizer, num_rows, shared_tokenizer
+from instructblip.model.checkpoints.combine import combine, copy_words, fit_text_branch, word_rms
 from instructblip.model.checkpoints.directory import check_output
 from instructblip.model.checkpoints.lavis import import_lavis, language_tokenizer
+from instructblip.model.checkpoints.transformers import TEXT_BRANCH, read_text_branch
 from instructblip.model.decoding import PAPER
 from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language.adapters import read_language_config, text_config
+
+BERT_WIDTH = 768
+HEAD_WIDTH = 64
+"""Channels of an attention head, as in BERT."""
 
 
 def import_checkpoint(
@@ -29,43 +40,204 @@ def import_checkpoint(
     """
     check_output(out)
     model = import_lavis(checkpoint, vision, language)
-    transform = ImageTransform(image_size=model.config.vision.image_size)
-    _write(model, language_tokenizer(language), qformer_tokenizer, transform, out)
-
-
-def combine_parts(
-    vision: Path,
-    language: Path,
-    qformer_tokenizer: Path,
-    out: Path,
-    num_queries: int = 32,
-    num_layers: int = 12,
-) -> None:
-    """Write an image encoder and a language model with a new Q-Former, ready to train."""
-    check_output(out)
-    transform, tokenizer = ImageTransform.from_pretrained(vision), load_tokenizer(language)
-    model = combine(vision, language, {"num_hidden_layers": num_layers}, num_queries)
-    _write(model, tokenizer, qformer_tokenizer, transform, out)
-
-
-def _write(
-    model: InstructBlip,
-    tokenizer: Any,
-    qformer_tokenizer: Path | None,
-    transform: ImageTransform,
-    out: Path,
-) -> None:
-    """Write weights, tokenizers, image transform and the paper's decoding, all or nothing."""
     if model.config.instruction_aware and qformer_tokenizer is None:
         raise ValueError(
             "an instruction-aware Q-Former needs its tokenizer: give --qformer-tokenizer DIR, a "
             "directory with the tokenizer of bert-base-uncased"
         )
+    reader = load_tokenizer(qformer_tokenizer) if qformer_tokenizer is not None else None
+    transform = ImageTransform(image_size=model.config.vision.image_size)
+    _write(model, Tokens(language_tokenizer(language), reader), transform, out)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A row of the table that `combine` prints."""
+
+    name: str
+    type: str
+    width: str
+    layers: str
+    parameters: int
+    start: str
+    """Where its weights come from."""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return self.name, self.type, self.width, self.layers, f"{self.parameters:,}", self.start
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What `combine_parts` wrote."""
+
+    parts: list[Part]
+    tokenizers: str
+    bytes_on_disk: int
+
+    def describe(self) -> str:
+        """A table of the parts, to print."""
+        total = Part("all", "", "", "", sum(part.parameters for part in self.parts), "")
+        head = ("part", "type", "width", "layers", "parameters", "starts from")
+        rows = [head, *(part.cells for part in (*self.parts, total))]
+        sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            left = [cell.ljust(size) for cell, size in zip(row[:2], sizes[:2], strict=True)]
+            right = [cell.rjust(size) for cell, size in zip(row[2:5], sizes[2:5], strict=True)]
+            lines.append("  ".join([*left, *right, row[5]]).rstrip())
+        return "\n".join([*lines, f"tokenizers: {self.tokenizers}"])
+
+
+def combine_parts(
+    vision: Path,
+    language: Path,
+    qformer_tokenizer: Path | None,
+    out: Path,
+    num_queries: int = 32,
+    text_branch: Path | None = None,
+    qformer: Mapping[str, int] | None = None,
+) -> Combined:
+    """Write an image encoder and a language model with a new Q-Former, ready to train.
+
+    The same parts give the same weights.
+
+    Args:
+        qformer_tokenizer: directory of a BERT's tokenizer; None for the language model's own, whose
+            word embeddings then start the Q-Former's word table where the widths are equal.
+        text_branch: a BERT or Blip2ForImageTextRetrieval directory, or a file of this project, for
+            word table, positions and text feed-forwards; None for random ones.
+        qformer: fields of ``QFormerConfig`` other than those of `qformer_fields`.
+
+    Raises ValueError, before weights of the two models are read, for tokenizers that do not fit, a
+    text branch of other sizes, and a width that the heads do not divide.
+    """
+    check_output(out)
+    if text_branch is not None and qformer_tokenizer is None:
+        raise ValueError(
+            f"--text-branch {text_branch} has a word table for its own tokenizer: give that with "
+            "--qformer-tokenizer DIR"
+        )
+    text = text_config(read_language_config(language))
+    tokens = _tokens_for(language, text.vocab_size, qformer_tokenizer)
+    width = BERT_WIDTH if qformer_tokenizer else min(BERT_WIDTH, text.hidden_size)
+    fields = qformer_fields(tokens.qformer, {"hidden_size": width, **(qformer or {})})
+    branch = None
+    if text_branch is not None:
+        branch = read_text_branch(text_branch)
+        fields = fit_text_branch(branch, fields, text_branch)
+    transform = ImageTransform.from_pretrained(vision)
+    torch.manual_seed(0)
+    model = combine(vision, language, fields, num_queries, branch)
+    copied = qformer_tokenizer is None and copy_words(model)
+    _write(model, tokens, transform, out)
+    before, after = tokens.around_instruction
+    return Combined(
+        _parts_of(model, vision, language, text_branch, copied),
+        f"{language}; of the Q-Former {qformer_tokenizer or 'the same'}, as {before} text {after}",
+        sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+    )
+
+
+def _tokens_for(language: Path, rows: int, qformer_tokenizer: Path | None) -> Tokens:
+    """The tokenizers of a model whose language model has ``rows`` word embeddings."""
+    tokenizer = load_tokenizer(language)
+    if (needed := num_rows(tokenizer)) > rows:
+        raise ValueError(
+            f"{language}: the tokenizer does not fit, its ids need {needed:,} word embeddings and "
+            f"the language model has {rows:,}; give the tokenizer that it was trained with"
+        )
+    if qformer_tokenizer is None:
+        return Tokens(tokenizer, shared_tokenizer(tokenizer))
+    tokens = Tokens(tokenizer, load_tokenizer(qformer_tokenizer))
+    if not all(tokens.around_instruction):
+        raise ValueError(
+            f"{qformer_tokenizer}: the tokenizer does not fit, it puts no [CLS] before and no "
+            "[SEP] after a text; give a BERT's, or leave --qformer-tokenizer out for the language "
+            "model's own"
+        )
+    return tokens
+
+
+def qformer_fields(tokenizer: Any, given: Mapping[str, int]) -> dict[str, Any]:
+    """Fields of a ``QFormerConfig`` for a tokenizer: a head has 64 channels, the feed-forwards are
+    4 times as wide as the rest, and the word table has a row for every id. ``given`` has the
+    ``hidden_size``, and replaces the others. Raises ValueError for heads that do not divide it."""
+    width, vocab = given["hidden_size"], tokenizer.get_vocab()
+    pad, around, rows = tokenizer.pad_token_id, tokenizer("a")["input_ids"], num_rows(tokenizer)
+    fields: dict[str, Any] = {
+        "num_attention_heads": max(1, width // HEAD_WIDTH),
+        "intermediate_size": 4 * width,
+        # a BERT's gets the row of [DEC], as BLIP-2 adds it
+        "vocab_size": rows + ("[CLS]" in vocab and "[DEC]" not in vocab),
+        # the row of padding never trains, so it must not be that of the start or the end
+        "pad_token_id": None if pad is None or pad in around or pad >= rows else pad,
+        **given,
+    }
+    if width % (heads := fields["num_attention_heads"]):
+        raise ValueError(
+            f"a Q-Former of width {width} has no {heads} heads of equal width; choose the number "
+            "with --heads, or a width that is a multiple of it"
+        )
+    return fields
+
+
+ROWS = {
+    "image encoder": "vision_model.",
+    "query tokens": "query_tokens",
+    "word table": "qformer.embeddings.word_embeddings.",
+    "text branch": TEXT_BRANCH,
+    "Q-Former": "qformer.",
+    "projection": "language_projection.",
+    "language model": "language_model.",
+}
+"""Row of the table -> its parameters: the first row that matches a name has it."""
+
+
+def _parts_of(
+    model: InstructBlip, vision: Path, language: Path, text_branch: Path | None, copied: bool
+) -> list[Part]:
+    """The rows of the table."""
+    counts = Counter[str]()
+    for name, parameter in model.named_parameters():
+        counts[next(row for row, pattern in ROWS.items() if re.match(pattern, name))] += (
+            parameter.numel()
+        )
+    encoder, qformer, text = model.config.vision, model.config.qformer, model.language_model.config
+    projection, width = model.language_projection, qformer.hidden_size
+    deviation = f"deviation {qformer.initializer_range:g}"
+    new = f"random, {deviation}"
+    branch = str(text_branch or new)
+    words = f"the language model's, scaled to {deviation}" if copied else branch
+    scaled = f"random, {word_rms(model):.3g} as the RMS of its output and of word embeddings"
+    vision_layers, layers = encoder.num_hidden_layers, qformer.num_hidden_layers
+    queries, words_in = model.config.num_query_tokens, projection.out_features
+    rows = (
+        (
+            "image encoder",
+            f"{encoder.num_tokens} tokens",
+            encoder.hidden_size,
+            vision_layers,
+            vision,
+        ),
+        ("query tokens", f"{queries} tokens", width, 0, new),
+        ("Q-Former", f"{qformer.num_attention_heads} heads", width, layers, new),
+        ("word table", f"{qformer.vocab_size} rows", width, 0, words),
+        ("text branch", f"{qformer.intermediate_size} inside", width, 0, branch),
+        ("projection", "linear", words_in, 0, scaled),
+        ("language model", text.model_type, words_in, text.num_hidden_layers, language),
+    )
+    return [
+        Part(name, kind, f"{size:,}", str(layers or ""), counts[name], str(start))
+        for name, kind, size, layers, start in rows
+    ]
+
+
+def _write(model: InstructBlip, tokens: Tokens, transform: ImageTransform, out: Path) -> None:
+    """Write weights, tokenizers, image transform and the paper's decoding, all or nothing."""
     with tempfile.TemporaryDirectory() as folder:
         assets = Path(folder)
-        tokenizer.save_pretrained(folder)
-        if qformer_tokenizer is not None:
-            shutil.copytree(qformer_tokenizer, assets / "qformer_tokenizer")
+        tokens.save_pretrained(assets)
         transform.save_pretrained(assets)
         text = model.config.language
         ids = {

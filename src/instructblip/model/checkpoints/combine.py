@@ -6,6 +6,7 @@ any that ``model/language`` drives (Llama, Qwen, Gemma, OPT, T5 families).
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from instructblip.model.checkpoints.transformers import load_weights
+from instructblip.model.checkpoints.transformers import TEXT_BRANCH, load_weights
 from instructblip.model.checkpoints.weights import read_json, read_weights
 from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import read_language_config
+from instructblip.model.qformer import QFormer
 
 SHARED = (
     "hidden_size",
@@ -44,13 +46,16 @@ def combine(
     language: Path,
     qformer: dict[str, Any] | None = None,
     num_query_tokens: int = 32,
+    text_branch: Mapping[str, Tensor] | None = None,
 ) -> InstructBlip:
     """An instruction-aware model of two frozen parts and a random Q-Former, to be pre-trained.
 
-    ``qformer`` are fields of ``QFormerConfig``; by default BERT-base, as in the paper.
+    ``qformer`` are fields of ``QFormerConfig``; by default BERT-base, as in the paper. The
+    projection starts at the scale of the language model's word embeddings (`scale_projection`).
+    ``text_branch`` are tensors that `fit_text_branch` approved.
     """
-    vision_config, encoder = read_vision(vision)
     text = read_language_config(language)
+    vision_config, encoder = read_vision(vision)
     config = InstructBlipConfig(
         vision=vision_config,
         qformer=QFormerConfig(
@@ -65,8 +70,77 @@ def combine(
     weights |= {f"language_model.{n}": v for n, v in read_weights(language).items()}
     new = ("query_tokens", "qformer.", "language_projection.")
     weights |= {n: v for n, v in model.state_dict().items() if n.startswith(new)}
+    weights |= {n: v for n, v in (text_branch or {}).items() if n in weights}
     load_weights(model, weights, f"{vision} and {language}")
+    scale_projection(model)
     return model.eval()
+
+
+def fit_text_branch(
+    branch: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path
+) -> dict[str, Any]:
+    """``fields`` of a ``QFormerConfig`` with the numbers of words and positions of a text branch.
+
+    A branch with more layers gives its first ones. Raises ValueError where it has too few words, or
+    another width.
+    """
+    tables = {"vocab_size": "word", "max_position_embeddings": "position"}
+    names = {field: f"qformer.embeddings.{t}_embeddings.weight" for field, t in tables.items()}
+    sizes = {field: len(branch[name]) for field, name in names.items() if name in branch}
+    if (rows := sizes.get("vocab_size", 0)) < fields["vocab_size"]:
+        raise ValueError(
+            f"{where}: the text branch does not fit the tokenizer, it has {rows:,} words and the "
+            f"ids need {fields['vocab_size']:,}; give the tokenizer that it was trained with"
+        )
+    with torch.device("meta"):
+        state = QFormer(QFormerConfig(**{**fields, **sizes})).state_dict()
+    for name, value in state.items():
+        full = f"qformer.{name}"
+        if TEXT_BRANCH.fullmatch(full) and (
+            full not in branch or branch[full].shape != value.shape
+        ):
+            given = list(branch[full].shape) if full in branch else "nothing"
+            raise ValueError(
+                f"{where}: the text branch does not fit a Q-Former of width "
+                f"{fields['hidden_size']}, it has {given} for {full} and {list(value.shape)} is "
+                "expected; choose the width and at most the layers that it has"
+            )
+    return {**fields, **sizes}
+
+
+@torch.no_grad()
+def word_rms(model: InstructBlip) -> float:
+    """Root mean square of what the language model's word embedding returns, over all words."""
+    embedding = model.language_model.get_input_embeddings()
+    # not of its weight: Gemma 3 scales the rows that it looks up
+    words = embedding(torch.arange(embedding.num_embeddings))
+    return words.float().pow(2).mean().sqrt().item()
+
+
+@torch.no_grad()
+def scale_projection(model: InstructBlip) -> None:
+    """Draw a new projection whose output has the root mean square of word embeddings.
+
+    Queries leave the Q-Former through a LayerNorm, which gives them a root mean square of 1.
+    """
+    projection = model.language_projection
+    projection.weight.normal_(std=word_rms(model) / projection.in_features**0.5)
+    projection.bias.zero_()
+
+
+@torch.no_grad()
+def copy_words(model: InstructBlip) -> bool:
+    """Start the Q-Former's word table as the language model's, for a tokenizer that both share.
+
+    The copy has the deviation of new weights, which is that of the position embeddings added to
+    it. Returns False, and copies nothing, where the widths differ.
+    """
+    table = model.qformer.embeddings.word_embeddings.weight  # [rows, D]
+    words = model.language_model.get_input_embeddings().weight[: len(table)]
+    if words.shape != table.shape:
+        return False
+    table.copy_(words * (model.config.qformer.initializer_range / words.float().std()))
+    return True
 
 
 def read_vision(path: Path) -> tuple[VisionConfig, dict[str, Tensor]]:

@@ -251,20 +251,14 @@ def _find_text_branch(directory: Path, text_branch: str | Path | None) -> dict[s
         )
     if source.is_dir() and (source / TEXT_BRANCH_FILE).is_file():
         source = source / TEXT_BRANCH_FILE
-    branch = _read_text_branch(source)
-    if not branch:
-        raise ValueError(
-            f"{source} holds no text branch: expected word and position embeddings and text "
-            "feed-forwards under the names of this project, Blip2ForImageTextRetrieval or BERT"
-        )
-    return branch
+    return read_text_branch(source)
 
 
-def _read_text_branch(source: Path) -> dict[str, Tensor]:
+def read_text_branch(source: Path) -> dict[str, Tensor]:
     """Tensors of a text branch by names ``qformer.*``, from any of the three formats.
 
     BERT's vocabulary gets one more row for the [DEC] token that BLIP-2's tokenizer adds, the mean
-    of the others: instruction tuning does not read it.
+    of the others: instruction tuning does not read it. Raises ValueError where there is none.
     """
     weights = read_weights(source)
     is_bert = any("token_type_embeddings" in name for name in weights)
@@ -279,6 +273,11 @@ def _read_text_branch(source: Path) -> dict[str, Tensor]:
     if is_bert and words in branch:
         mean = branch[words].float().mean(0, keepdim=True).to(branch[words].dtype)
         branch[words] = torch.cat([branch[words], mean])
+    if not branch:
+        raise ValueError(
+            f"{source} holds no text branch: expected word and position embeddings and text "
+            "feed-forwards under the names of this project, Blip2ForImageTextRetrieval or BERT"
+        )
     return branch
 
 

@@ -44,27 +44,33 @@ def read_language_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def text_config(config: dict[str, Any]) -> Any:
+    """transformers' config of a language model from its values, with transformers' defaults."""
+    values = dict(config)
+    kind = values.pop("model_type", None)
+    if not kind:
+        raise ValueError(f"the language config has no model_type; its keys are {sorted(config)}")
+    made = AutoConfig.for_model(kind, **values)
+    if "dense_act_fn" in values:  # T5's config derives it from another field and ignores this one
+        made.dense_act_fn = values["dense_act_fn"]
+    return made
+
+
 def build_language_model(config: dict[str, Any]) -> Any:
     """A transformers language model with random weights, from its config as a dict.
 
     Raises ValueError for a model type that neither adapter can drive.
     """
-    values = dict(config)
-    kind = values.pop("model_type", None)
-    if not kind:
-        raise ValueError(f"the language config has no model_type; its keys are {sorted(config)}")
-    text_config = AutoConfig.for_model(kind, **values)
-    if "dense_act_fn" in values:  # T5's config derives it from another field and ignores this one
-        text_config.dense_act_fn = values["dense_act_fn"]
+    made, kind = text_config(config), config["model_type"]
     if kind in SEQ2SEQ_TYPES:
-        model = AutoModelForSeq2SeqLM.from_config(text_config)
+        model = AutoModelForSeq2SeqLM.from_config(made)
         t5.allow_packing(model)
-    elif getattr(text_config, "is_encoder_decoder", False):
+    elif getattr(made, "is_encoder_decoder", False):
         raise ValueError(
             f"encoder-decoder language models must be one of {SEQ2SEQ_TYPES}; got {kind!r}"
         )
     else:
-        model = AutoModelForCausalLM.from_config(text_config)
+        model = AutoModelForCausalLM.from_config(made)
         attention.allow_packing(model)
         if attention.packs(model):
             llama.fuse_layers(model)
