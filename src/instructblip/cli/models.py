@@ -223,7 +223,7 @@ def import_(
 @app.command()
 def combine(
     vision: Annotated[Path, Option(help="CLIP, SigLIP, or a BLIP-2 with its EVA-CLIP.")],
-    language: Annotated[Path, Option(help="A Llama, Qwen, Gemma, OPT or T5 directory.")],
+    language: Annotated[Path, Option(help="A Llama, Qwen, Gemma, OPT or T5 directory, or a GGUF.")],
     out: Annotated[Path, Option(help="Directory to write.")],
     qformer_tokenizer: Annotated[
         Path | None, Option(help="Directory of a BERT's tokenizer; else the language model's own.")

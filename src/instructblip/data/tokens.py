@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from instructblip.core.gguf import find_gguf, gguf_tokenizer
 from instructblip.data.templates import Rendered
 
 ENCODER_DECODER = ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "led", "t5gemma")
@@ -171,9 +172,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory, read from disk only. ValueError when there is none."""
+    """The tokenizer of a directory or of its GGUF file, read from disk only. ValueError when there
+    is none."""
     # For some model types transformers returns an empty tokenizer where there are no files.
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        if (file := find_gguf(path)) is not None:
+            return gguf_tokenizer(file)
         raise ValueError(
             f"{path}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}, as "
             "`save_pretrained` of the model's tokenizer writes them"

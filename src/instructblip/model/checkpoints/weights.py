@@ -1,7 +1,7 @@
 """Tensors in files, read without trusting whoever wrote them.
 
 Reads ``model.safetensors``, sharded safetensors with their index, and ``pytorch_model.bin``
-(sharded too) through ``torch.load(weights_only=True)``, which runs no code.
+(sharded too) through ``torch.load(weights_only=True)``, which runs no code, and GGUF.
 """
 
 import json
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from instructblip.core.files import replacing
+from instructblip.core.gguf import find_gguf, gguf_weights
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -51,11 +52,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a model directory or of one weight file, by name, on the CPU.
+    """All tensors of a model directory or of one weight file, by name, on the CPU. Those of a GGUF
+    file are in fp32.
 
     Raises FileNotFoundError when there are none, and ValueError for a file that is damaged, needs
     code to be unpickled, or is an index that points outside the directory.
     """
+    if (file := find_gguf(path)) is not None:
+        return gguf_weights(file)
     if path.is_file():
         return _dict_of_tensors(_load(path), path)
     for name in WEIGHT_FILES:

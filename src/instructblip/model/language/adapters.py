@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from instructblip.core.gguf import find_gguf, gguf_config
 from instructblip.model.checkpoints.weights import read_json
 from instructblip.model.language.causal import CausalLanguage
 from instructblip.model.language.fast import attention, llama, t5
@@ -33,7 +34,10 @@ def language_of(model: Any) -> Language:
 
 
 def read_language_config(directory: Path) -> dict[str, Any]:
-    """The config.json of a language model. ValueError for any other kind of model."""
+    """The config.json of a language model, or that of its GGUF file. ValueError for any other kind
+    of model."""
+    if (file := find_gguf(directory)) is not None:
+        return gguf_config(file)
     config = read_json(directory / "config.json")
     kind = config.get("model_type")
     if kind not in LANGUAGE_TYPES:
