@@ -1,12 +1,12 @@
-"""One writer per data set: scenes and questions in the official files and fields of the set."""
+"""What Scenes puts into each set: its images, and what is asked about them."""
 
-import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+from instructblip.scenes import formats
+from instructblip.scenes.formats import Asked
 from instructblip.scenes.language import captions, detail, phrase
 from instructblip.scenes.questions import (
     ALL_PLACES,
@@ -21,37 +21,14 @@ from instructblip.scenes.world import COLOURS, SHAPES, WORDS, Scene, Thing, rend
 ANNOTATOR_ERROR = 0.03
 
 
-@dataclass(frozen=True)
-class SetFolder:
-    """The folder of one set, the split that is written there, and its random generator."""
-
-    root: Path
-    split: str
-    rng: random.Random
+class SetFolder(formats.SetFolder):
+    """The folder of a set whose images are scenes."""
 
     def scene(self, **kinds: Any) -> Scene:
         return sample_scene(self.rng, test_digits=self.split != "train", **kinds)
 
     def draw(self, scene: Scene, name: str) -> str:
-        """Draw ``scene`` to ``images/<name>``, a JPEG without chroma subsampling or a PNG."""
-        path = self.root / "images" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        options: dict[str, Any] = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
-        render(scene).save(path, **options)
-        return name
-
-    def annotations(self, name: str) -> dict[str, Any]:
-        """What an earlier split wrote to a file that holds all splits."""
-        path = self.root / "annotations" / name
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    def annotate(self, name: str, content: Any) -> None:
-        path = self.root / "annotations" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith(".jsonl"):
-            path.write_text("".join(json.dumps(record) + "\n" for record in content))
-        else:
-            path.write_text(json.dumps(content))
+        return self.save(render(scene), name)
 
     def question(self, scene: Scene, kinds: tuple[str, ...]) -> Question | None:
         """A question of a random kind among those that fit the scene."""
@@ -73,35 +50,38 @@ class SetFolder:
                 yield index, world, list(unique.values())[:per_scene]
                 index += 1
 
-    def ten_answers(self, question: Question) -> list[str]:
+    def ten_answers(self, question: Question) -> tuple[str, ...]:
         """The answers of ten people, each wrong with probability ``ANNOTATOR_ERROR``."""
         rng, others = self.rng, question.others
         wrong = (rng.random() < ANNOTATOR_ERROR for _ in range(10))
-        return [rng.choice(others) if each else question.answer for each in wrong]
+        return tuple(rng.choice(others) if each else question.answer for each in wrong)
+
+    def open(self, question: Question) -> Asked:
+        """A question that ten people have answered in their words."""
+        return _stated(question, answers=self.ten_answers(question))
+
+    def choose(self, question: Question) -> Asked:
+        """A question with choices."""
+        choices, right = question.choices(self.rng)
+        return _stated(question, choices=choices, right=right)
+
+
+def _stated(question: Question, **more: Any) -> Asked:
+    texts = {"question": question.text, "answer": question.answer, "kind": question.kind}
+    return Asked(**texts, context=question.context, why=question.why, **more)
 
 
 # Captions
 
 
 def coco_caption(out: SetFolder, number: int) -> None:
-    _coco_files(out, number, f"captions_{out.split}2014.json", f"COCO_{out.split}2014_", "seen")
+    scenes = (out.scene(pairs="seen") for _ in range(number))
+    formats.coco_caption(out, ((render(scene), captions(scene)) for scene in scenes))
 
 
 def nocaps(out: SetFolder, number: int) -> None:
-    _coco_files(out, number, "nocaps_val_4500_captions.json", "", "unseen")
-
-
-def _coco_files(out: SetFolder, number: int, name: str, prefix: str, pairs: str) -> None:
-    images, annotations = [], []
-    for i in range(number):
-        scene = out.scene(pairs=pairs)
-        file_name = out.draw(scene, f"{prefix}{i:012d}.jpg")
-        images.append({"id": i, "file_name": file_name, "width": 64, "height": 64})
-        annotations += [
-            {"image_id": i, "id": 5 * i + k, "caption": caption}
-            for k, caption in enumerate(captions(scene))
-        ]
-    out.annotate(name, {"info": {}, "images": images, "annotations": annotations, "licenses": []})
+    scenes = (out.scene(pairs="unseen") for _ in range(number))
+    formats.nocaps(out, ((render(scene), captions(scene)) for scene in scenes))
 
 
 def textcaps(out: SetFolder, number: int) -> None:
@@ -129,143 +109,56 @@ def textcaps(out: SetFolder, number: int) -> None:
 
 
 def vqav2(out: SetFolder, number: int) -> None:
-    _vqa_files(out, number, "v2_", VQA_KINDS, per_scene=3)
+    asked = out.asked(number // 3, VQA_KINDS, per_scene=3)
+    formats.vqav2(out, ((render(scene), [*map(out.open, some)]) for _, scene, some in asked))
 
 
 def okvqa(out: SetFolder, number: int) -> None:
-    _vqa_files(out, number, "", KNOWLEDGE_KINDS, per_scene=1)
-
-
-def _vqa_files(
-    out: SetFolder, number: int, prefix: str, kinds: tuple[str, ...], per_scene: int
-) -> None:
-    questions, annotations = [], []
-    year = f"{out.split}2014"
-    for image_id, scene, asked in out.asked(number // per_scene, kinds, per_scene):
-        out.draw(scene, f"COCO_{year}_{image_id:012d}.jpg")
-        for question in asked:
-            ids = {"image_id": image_id, "question_id": len(questions)}
-            answers = [
-                {"answer": answer, "answer_confidence": "yes", "answer_id": k}
-                for k, answer in enumerate(out.ten_answers(question), start=1)
-            ]
-            questions.append({**ids, "question": question.text})
-            annotations.append(
-                {
-                    **ids,
-                    "question_type": question.kind,
-                    "answer_type": _answer_type(question),
-                    "multiple_choice_answer": question.answer,
-                    "answers": answers,
-                }
-            )
-    out.annotate(f"{prefix}OpenEnded_mscoco_{year}_questions.json", {"questions": questions})
-    out.annotate(f"{prefix}mscoco_{year}_annotations.json", {"annotations": annotations})
+    asked = out.asked(number, KNOWLEDGE_KINDS)
+    formats.okvqa(out, ((render(scene), [*map(out.open, some)]) for _, scene, some in asked))
 
 
 def gqa(out: SetFolder, number: int) -> None:
-    records = {}
-    for i, scene, (question,) in out.asked(number, ("beside",), shapes=(2, 3)):
-        image = f"n{i:06d}"
-        out.draw(scene, f"{image}.jpg")
-        records[f"{i:08d}"] = {
-            "question": question.text,
-            "imageId": image,
-            "answer": question.answer,
-            "fullAnswer": question.answer,
-            "isBalanced": True,
-            "types": {"structural": "query", "semantic": "rel", "detailed": "relS"},
-        }
-    out.annotate("testdev_balanced_questions.json", records)
+    asked = out.asked(number, ("beside",), shapes=(2, 3))
+    formats.gqa(out, ((render(scene), _stated(question)) for _, scene, (question,) in asked))
 
 
 def vizwiz(out: SetFolder, number: int) -> None:
     """Slightly blurred images, and every third one so blurred that nobody can answer."""
-    records = []
-    for i, scene, (question,) in out.asked(number, VQA_KINDS):
-        lost = i % 3 == 2
-        blur = out.rng.uniform(8, 12) if lost else out.rng.uniform(0.3, 1.0)
-        name = out.draw(replace(scene, blur=blur), f"VizWiz_{out.split}_{i:08d}.jpg")
-        answers = ["unanswerable"] * 10 if lost else out.ten_answers(question)
-        records.append(
-            {
-                "image": name,
-                "question": question.text,
-                "answers": [{"answer": a, "answer_confidence": "yes"} for a in answers],
-                "answer_type": "unanswerable" if lost else _answer_type(question),
-                "answerable": int(not lost),
-            }
-        )
-    out.annotate(f"{out.split}.json", records)
 
+    def blurred() -> formats.OneQuestion:
+        for i, scene, (question,) in out.asked(number, VQA_KINDS):
+            lost = i % 3 == 2
+            blur = out.rng.uniform(8, 12) if lost else out.rng.uniform(0.3, 1.0)
+            asked = _stated(question) if lost else out.open(question)
+            yield render(replace(scene, blur=blur)), asked
 
-def _answer_type(question: Question) -> str:
-    if question.answer in ("yes", "no"):
-        return "yes/no"
-    return "number" if question.answer.isdigit() else "other"
+    formats.vizwiz(out, blurred())
 
 
 # Multiple choice
 
 
 def aokvqa(out: SetFolder, number: int) -> None:
-    records = []
     kinds = (*KNOWLEDGE_KINDS, "color", "shape", "place")
-    # Both splits share one folder of images, so their numbers must differ.
-    first = 0 if out.split == "train" else 500_000
-    for i, scene, (question,) in out.asked(number, kinds):
-        out.draw(scene, f"{first + i:012d}.jpg")
-        choices, right = question.choices(out.rng)
-        records.append(
-            {
-                "split": out.split,
-                "image_id": first + i,
-                "question_id": f"{out.split}{i}",
-                "question": question.text,
-                "choices": choices,
-                "correct_choice_idx": right,
-                "direct_answers": out.ten_answers(question),
-                "difficult_direct_answer": False,
-                "rationales": [question.why] * 3,
-            }
-        )
-    out.annotate(f"aokvqa_v1p0_{out.split}.json", records)
+
+    def both() -> formats.OneQuestion:
+        for _, scene, (question,) in out.asked(number, kinds):
+            chosen = out.choose(question)
+            yield render(scene), replace(chosen, answers=out.ten_answers(question))
+
+    formats.aokvqa(out, both())
 
 
 def iconqa(out: SetFolder, number: int) -> None:
-    for i, scene, (question,) in out.asked(number, ("most", "count"), shapes=(2, 3)):
-        folder = f"iconqa_data/iconqa/test/choose_txt/{i}"
-        out.draw(scene, f"{folder}/image.png")
-        choices, right = question.choices(out.rng)
-        record = {
-            "question": question.text,
-            "choices": choices,
-            "answer": right,
-            "ques_type": "choose_txt",
-            "grade": "grade1",
-        }
-        (out.root / "images" / folder / "data.json").write_text(json.dumps(record))
+    asked = out.asked(number, ("most", "count"), shapes=(2, 3))
+    formats.iconqa(out, ((render(scene), out.choose(question)) for _, scene, (question,) in asked))
 
 
 def scienceqa(out: SetFolder, number: int) -> None:
-    problems = out.annotations("problems.json")
-    first = len(problems)
-    for i, scene, (question,) in out.asked(number, ("science",)):
-        key = str(first + i)
-        out.draw(scene, f"{out.split}/{key}/image.png")
-        choices, right = question.choices(out.rng)
-        problems[key] = {
-            "question": question.text,
-            "choices": choices,
-            "answer": right,
-            "hint": question.context,
-            "image": "image.png",
-            "subject": "natural science",
-            "lecture": "",
-            "solution": "",
-            "split": out.split,
-        }
-    out.annotate("problems.json", problems)
+    asked = out.asked(number, ("science",))
+    chosen = ((render(scene), out.choose(question)) for _, scene, (question,) in asked)
+    formats.scienceqa(out, chosen)
 
 
 # Words in images
@@ -313,25 +206,21 @@ def textvqa(out: SetFolder, number: int) -> None:
 
 
 def vsr(out: SetFolder, number: int) -> None:
-    records = []
-    for i, scene, (question,) in out.asked(number, ("statement",), shapes=(2, 3)):
-        name = out.draw(scene, f"{i:012d}.jpg")
-        relation = next(r for r in ("left of", "right of", "above", "below") if r in question.text)
-        label = int(question.answer == "true")
-        records.append(
-            {"image": name, "caption": question.text, "label": label, "relation": relation}
-        )
-    out.annotate("test.jsonl", records)
+    def stated() -> formats.OneQuestion:
+        for _, scene, (question,) in out.asked(number, ("statement",), shapes=(2, 3)):
+            relations = ("left of", "right of", "above", "below")
+            relation = next(r for r in relations if r in question.text)
+            yield render(scene), replace(_stated(question), kind=relation)
+
+    formats.vsr(out, stated())
 
 
 def hatefulmemes(out: SetFolder, number: int) -> None:
     """The label is 1 where the text fits the image."""
-    records = []
-    for i, scene, (question,) in out.asked(number, ("label",)):
-        name = out.draw(scene, f"img/{i:05d}.png")
-        label = int(question.answer == "yes")
-        records.append({"id": f"{i:05d}", "img": name, "label": label, "text": question.text})
-    out.annotate("dev.jsonl", records)
+    asked = out.asked(number, ("label",))
+    formats.hatefulmemes(
+        out, ((render(scene), _stated(question)) for _, scene, (question,) in asked)
+    )
 
 
 # Dialogues
