@@ -17,16 +17,17 @@ from typing import Any, NamedTuple
 
 from instructblip.core.files import recover, replacing_directory
 from instructblip.scenes import writers
+from instructblip.scenes.formats import SetFolder
 
 FORMAT_VERSION = 2
 MARKER = "scenes.json"
 """The file of settings that marks a folder as written by us."""
 
 
-class SceneSet(NamedTuple):
+class WrittenSet(NamedTuple):
     """How a set is written: its writer, and samples per split, before rounding."""
 
-    write: Callable[[writers.SetFolder, int], None]
+    write: Callable[[Any, int], None]
     sizes: dict[str, int]
 
 
@@ -40,28 +41,44 @@ def write_scenes(
     ValueError, before anything is written, for an unknown set, for a scale that is not positive
     and finite, and for other data where a set would go.
     """
-    root = Path(root)
     chosen = tuple(SCENE_SETS) if sets is None else sets
     if unknown := [name for name in chosen if name not in SCENE_SETS]:
         raise ValueError(f"no scene set {unknown}; expected some of {', '.join(SCENE_SETS)}")
+    settings = {"format": FORMAT_VERSION, "seed": seed, "scale": scale}
+    due = {name: SCENE_SETS[name] for name in chosen}
+    return write_sets(Path(root), due, settings, writers.SetFolder, "instructblip scenes")
+
+
+def write_sets(
+    root: Path,
+    sets: dict[str, WrittenSet],
+    settings: dict[str, Any],
+    folder_type: type[SetFolder],
+    command: str,
+) -> dict[str, Path]:
+    """Write ``sets`` below ``root``, each whole or not at all; returns the folder of each.
+
+    ``settings`` have a seed and a scale; a set that was written with the same ones is left as it
+    is. ``command`` is what a user calls, for the error about other data.
+    """
+    scale = settings["scale"]
     if not 0 < scale < math.inf:
         raise ValueError(f"scale {scale:g}; expected a number above 0, such as 0.1")
-    settings = {"format": FORMAT_VERSION, "seed": seed, "scale": scale}
     recover(root, earlier=False)
-    due = [name for name in chosen if _settings_of(root / name) != settings]
+    due = [name for name in sets if _settings_of(root / name) != settings]
     if taken := other_data(root, due):
         raise ValueError(
-            f"{', '.join(map(str, taken))}: `instructblip scenes` did not write this and would "
+            f"{', '.join(map(str, taken))}: `{command}` did not write this and would "
             f"replace it; choose another ROOT than {root}"
         )
     root.mkdir(parents=True, exist_ok=True)
     for name in due:
         with replacing_directory(root / name, synced=False) as folder:
-            for split, size in SCENE_SETS[name].sizes.items():
-                out = writers.SetFolder(folder, split, random.Random(f"{seed}/{name}/{split}"))
-                SCENE_SETS[name].write(out, max(8, round(size * scale)))
+            for split, size in sets[name].sizes.items():
+                rng = random.Random(f"{settings['seed']}/{name}/{split}")
+                sets[name].write(folder_type(folder, split, rng), max(8, round(size * scale)))
             (folder / MARKER).write_text(json.dumps(settings))
-    return {name: root / name for name in chosen}
+    return {name: root / name for name in sets}
 
 
 def other_data(root: Path, sets: Iterable[str]) -> list[Path]:
@@ -83,22 +100,22 @@ def _settings_of(folder: Path) -> Any:
     return json.loads(marker.read_text()) if marker.is_file() else None
 
 
-SCENE_SETS: dict[str, SceneSet] = {
-    "coco_caption": SceneSet(writers.coco_caption, {"train": 2000, "val": 200}),
-    "vqav2": SceneSet(writers.vqav2, {"train": 9000, "val": 300}),
-    "okvqa": SceneSet(writers.okvqa, {"train": 2000, "val": 200}),
-    "aokvqa": SceneSet(writers.aokvqa, {"train": 2000, "val": 200}),
-    "ocrvqa": SceneSet(writers.ocrvqa, {"train": 2000, "val": 200}),
-    "textcaps": SceneSet(writers.textcaps, {"train": 1500, "val": 200}),
-    "llava": SceneSet(writers.llava, {"train": 1000}),
-    "nocaps": SceneSet(writers.nocaps, {"val": 200}),
-    "gqa": SceneSet(writers.gqa, {"test": 200}),
-    "vsr": SceneSet(writers.vsr, {"test": 200}),
-    "iconqa": SceneSet(writers.iconqa, {"test": 200}),
-    "scienceqa": SceneSet(writers.scienceqa, {"test": 200, "train": 400}),
-    "textvqa": SceneSet(writers.textvqa, {"val": 200}),
-    "visual_dialog": SceneSet(writers.visual_dialog, {"val": 200}),
-    "hatefulmemes": SceneSet(writers.hatefulmemes, {"val": 200}),
-    "vizwiz": SceneSet(writers.vizwiz, {"val": 200}),
-    "msvdqa": SceneSet(writers.msvdqa, {"train": 60, "test": 200}),
+SCENE_SETS: dict[str, WrittenSet] = {
+    "coco_caption": WrittenSet(writers.coco_caption, {"train": 2000, "val": 200}),
+    "vqav2": WrittenSet(writers.vqav2, {"train": 9000, "val": 300}),
+    "okvqa": WrittenSet(writers.okvqa, {"train": 2000, "val": 200}),
+    "aokvqa": WrittenSet(writers.aokvqa, {"train": 2000, "val": 200}),
+    "ocrvqa": WrittenSet(writers.ocrvqa, {"train": 2000, "val": 200}),
+    "textcaps": WrittenSet(writers.textcaps, {"train": 1500, "val": 200}),
+    "llava": WrittenSet(writers.llava, {"train": 1000}),
+    "nocaps": WrittenSet(writers.nocaps, {"val": 200}),
+    "gqa": WrittenSet(writers.gqa, {"test": 200}),
+    "vsr": WrittenSet(writers.vsr, {"test": 200}),
+    "iconqa": WrittenSet(writers.iconqa, {"test": 200}),
+    "scienceqa": WrittenSet(writers.scienceqa, {"test": 200, "train": 400}),
+    "textvqa": WrittenSet(writers.textvqa, {"val": 200}),
+    "visual_dialog": WrittenSet(writers.visual_dialog, {"val": 200}),
+    "hatefulmemes": WrittenSet(writers.hatefulmemes, {"val": 200}),
+    "vizwiz": WrittenSet(writers.vizwiz, {"val": 200}),
+    "msvdqa": WrittenSet(writers.msvdqa, {"train": 60, "test": 200}),
 }
