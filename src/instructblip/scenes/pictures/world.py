@@ -88,6 +88,9 @@ class World:
         new = [p for p in catalog if p.head in held and not words & {*p.name.split()}]
         self.new = [p for p in new if p.style != "twitter"]
         self.kinds = sorted({p.kind for p in self.train})
+        for group in (self.train, self.photos, self.unseen_style, self.new):
+            if len({p.head for p in group}) < 5:
+                raise ValueError("the packages hold too few images; remove them and fetch again")
 
     @cached_property
     def known_names(self) -> dict[str, str]:
