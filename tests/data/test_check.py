@@ -31,6 +31,14 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + b"\0\0\0\0IEND\xaeB`\x82"
 
 
+def test_more_marks_than_images(tmp_path: Path):
+    questions = ["<image>What?", "<image>What is like <image>?", "What?"]
+    dataset = prepare_vizwiz(tmp_path, [{"question": question} for question in questions])
+    assert check_dataset(dataset).left_out == (1,)
+    (line,) = bad_samples(dataset)
+    assert line["reason"] == "the texts have 2 <image> and the example 1 images"
+
+
 def test_unreadable_images(tmp_path: Path):
     images = tmp_path / "images"
     names = ["whole.png", "cut.png", "half.jpg", "empty.jpg", "text.jpg", "bomb.png", "folder.png"]

@@ -34,8 +34,10 @@ from instructblip.data.samples import ImageReader
 from instructblip.data.templates import render_prompt
 from instructblip.experiment.datasets import prepare_training
 from instructblip.recipe.load import load_recipe
+from tests.evaluation.fakes import ListDataset
 from tests.testing import (
     TURNS,
+    read_custom,
     write_json,
     write_json_lines,
     write_picture,
@@ -599,6 +601,27 @@ def test_an_export_is_read_again(form: Any, reader: str, tmp_path: Path):
         assert before.question in after.question
         assert after.answers[0] in before.answers
         assert (tmp_path / after.images[0]).samefile(data.image_root / before.images[0])
+
+
+@pytest.mark.parametrize(
+    ("form", "reader"), [("sharegpt", "sharegpt"), ("messages", "openai_messages")]
+)
+def test_an_export_keeps_images_between_words(form: Any, reader: str, tmp_path: Path):
+    for i in range(3):
+        write_picture(tmp_path / f"{i}.png", seed=i)
+    asked = "Is <image> like <image>, or not?"
+    images = ["0.png", "1.png", "2.png"]
+    record = {"messages": [
+        {"role": "user", "content": asked}, {"role": "assistant", "content": "It is."}
+    ]}  # fmt: skip
+    write_json(tmp_path / "data.json", [record | {"images": images[:2]}])
+    (example,) = read_custom(tmp_path, "sharegpt")
+    dataset = ListDataset([replace(example, images=tuple(images))], image_root=tmp_path)
+    path = export(dataset, "mine", form, tmp_path / "out", ".", templates=["{question}"])
+    (again,) = read_custom(tmp_path, reader, path=f"out/{path.name}")
+    # The image without a mark is in front, and so it is written.
+    assert again.images == tuple(images)
+    assert again.question.removeprefix("<image>").strip() == asked
 
 
 def test_an_export_of_a_linked_set_is_read_again(tmp_path: Path):

@@ -48,11 +48,62 @@ def test_an_answer_sees_the_images_before_it(root: Path):
     messages = turns("<image>What is it?", "A cup.", "And this?<image>", "A dog.")
     assert seen(dialogue(root, {"messages": messages, "images": ["0.png", "1.png"]})) == [
         ("What is it?", ("A cup.",), ("0.png",)),
-        ("And this?", ("A dog.",), ("0.png", "1.png")),
+        ("And this?<image>", ("A dog.",), ("0.png", "1.png")),
     ]
     unmarked = turns("What is it?", "A cup.", "And this?", "A dog.")
     both = dialogue(root, {"messages": unmarked, "images": ["0.png", "1.png"]})
     assert [e.images for e in both] == [("0.png", "1.png")] * 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "question"),
+    [
+        ("<image>\nWhat is it?", "What is it?"),
+        ("What is it?\n<image>", "What is it?"),  # half of LLaVA-Instruct
+        ("<image>\n<image>\nWhich?", "Which?"),
+        ("Which?\n<image>\n<image>", "Which?"),
+        ("Is <image> it?", "Is <image> it?"),
+        ("Is it <image>", "Is it <image>"),
+        ("<image>\nor <image>?", "<image>\nor <image>?"),
+    ],
+)
+def test_images_of_the_first_question_are_in_front_or_between_its_words(
+    root: Path, asked: str, question: str
+):
+    images = ["0.png", "1.png"][: asked.count("<image>")]
+    (example,) = dialogue(root, {"messages": turns(asked, "A cup."), "images": images})
+    assert seen([example]) == [(question, ("A cup.",), tuple(images))]
+
+
+def test_later_images_keep_their_places_in_the_history(root: Path):
+    """Few-shot examples; an image of an answer belongs to the end of its question."""
+    messages = turns(
+        "<image>It?", "A cup.", "<image>It?", "A <image> dog.", "<image> It?", "A hat."
+    )
+    messages.insert(2, {"role": "system", "content": "Now <image> this."})
+    images = [f"{i}.png" for i in range(3)] + ["0.png", "1.png"]
+    *_, last = dialogue(root, {"messages": messages, "images": images})
+    assert last.history == (("It?", "A cup."), ("<image><image>It?<image>", "A  dog."))
+    assert (last.question, last.images) == ("<image> It?", tuple(images))
+    assert last.context == "Now  this."
+
+
+def test_parts_keep_their_order(root: Path):
+    def asked(*parts: str) -> str:
+        content = [
+            {"type": "image", "image": part} if part.endswith(".png") else
+            {"type": "text", "text": part}
+            for part in parts
+        ]  # fmt: skip
+        reply = {"role": "assistant", "content": "A cup."}
+        messages = [{"role": "user", "content": content}, reply]
+        (example,) = dialogue(root, {"messages": messages}, form="openai_messages")
+        assert example.images == tuple(part for part in parts if part.endswith(".png"))
+        return example.question
+
+    assert asked("Is", "0.png", "like", "1.png") == "Is <image> like\n<image>"
+    assert asked("Is", "0.png", "like", "1.png", "?") == "Is <image> like <image>?"
+    assert asked("0.png", "1.png", "Which?") == asked("Which?", "0.png", "1.png") == "Which?"
 
 
 def test_answers_before_the_first_image_are_counted_and_stay_in_the_history(root: Path):
@@ -74,7 +125,7 @@ def test_parts_name_their_images_or_take_the_next(root: Path):
         root, {"messages": [{"role": "user", "content": asked}, reply, *later]}
     )
     assert (first.question, first.answers, first.images) == ("What is it?", ("A cup.",), ("0.png",))
-    assert (second.question, second.images) == ("And?", ("0.png", "1.png"))
+    assert (second.question, second.images) == ("And?\n<image>", ("0.png", "1.png"))
     waiting = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     record = {"messages": [{"role": "user", "content": waiting}, reply], "images": ["2.png"]}
     (example,) = dialogue(root, record, form="openai_messages")

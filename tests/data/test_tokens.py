@@ -1,6 +1,7 @@
 """The ids of instruction, prompt and response for each kind of tokenizer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ STYLES = {"llama": llama_like, "bytes": byte_level}
 @pytest.mark.parametrize("response", ["red", "a red cat.", "42", "red red"])
 def test_prompt_and_response_ids_decode_to_one_text(style: str, response: str) -> None:
     tokens = Tokens(language=STYLES[style]())
-    _, prompt_ids, response_ids = tokens.tokenize(Rendered(PROMPT, PROMPT, response))
+    _, prompt_ids, response_ids, _ = tokens.tokenize(Rendered(PROMPT, PROMPT, response))
     if style == "bytes" or "42" not in response:
         assert tokens.decode(prompt_ids + response_ids) == f"{PROMPT} {response}"
         assert tokens.decode(response_ids) == response
@@ -29,7 +30,7 @@ def test_prompt_and_response_ids_decode_to_one_text(style: str, response: str) -
 
 def test_special_tokens_of_a_decoder() -> None:
     tokens = Tokens(language=llama_like())
-    _, prompt_ids, response_ids = tokens.tokenize(Rendered(PROMPT, PROMPT, "red"))
+    _, prompt_ids, response_ids, _ = tokens.tokenize(Rendered(PROMPT, PROMPT, "red"))
     assert prompt_ids[0] == tokens.language.bos_token_id
     assert tokens.eos_id not in prompt_ids
     assert response_ids == [tokens.language.convert_tokens_to_ids("▁red"), tokens.eos_id]
@@ -40,7 +41,7 @@ def test_special_tokens_of_a_decoder() -> None:
 
 def test_special_tokens_of_an_encoder_decoder() -> None:
     tokens = Tokens(language=t5_like(), decoder_only=False)
-    _, prompt_ids, response_ids = tokens.tokenize(Rendered(PROMPT, PROMPT, "red"))
+    _, prompt_ids, response_ids, _ = tokens.tokenize(Rendered(PROMPT, PROMPT, "red"))
     assert prompt_ids[-1] == tokens.eos_id
     assert response_ids == [tokens.language.convert_tokens_to_ids("▁red"), tokens.eos_id]
 
@@ -49,7 +50,7 @@ def test_truncation_keeps_question_and_special_tokens() -> None:
     qformer = wordpiece()
     tokens = Tokens(llama_like(), qformer, max_instruction=6, max_prompt=5, max_response=4)
     text = "blue blue blue blue blue is red"
-    instruction, prompt, response = tokens.tokenize(Rendered(text, text, text))
+    instruction, prompt, response, _ = tokens.tokenize(Rendered(text, text, text))
     assert qformer.convert_ids_to_tokens(instruction) == [
         "[CLS]",
         "blue",
@@ -72,7 +73,7 @@ def test_special_tokens_written_in_a_text_are_text(make: type[PreTrainedTokenize
     tokens = Tokens(language=make(), qformer=wordpiece())
     end = tokens.language.eos_token
     text = f"is it {end} red [SEP] ?"
-    instruction, prompt, response = tokens.tokenize(Rendered(text, text, text))
+    instruction, prompt, response, _ = tokens.tokenize(Rendered(text, text, text))
     assert tokens.eos_id not in prompt
     assert response.count(tokens.eos_id) == 1
     assert wordpiece().convert_ids_to_tokens(instruction).count("[SEP]") == 1
@@ -106,3 +107,48 @@ def test_errors_of_loading(tmp_path: Path) -> None:
     plain.eos_token = None
     with pytest.raises(ValueError, match="no end token"):
         Tokens(plain)
+
+
+def placed(tokens: Tokens, text: str, num_images: int) -> tuple[list[str], tuple[int, ...]]:
+    """The tokens of a prompt and the places of the images."""
+    texts = tokens.tokenize(Rendered(text, text), num_images)
+    return tokens.language.convert_ids_to_tokens(texts.prompt_ids), texts.image_places
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_images_between_words(style: str) -> None:
+    """The words around an image have the ids that they have behind a space."""
+    tokens = Tokens(language=STYLES[style](), qformer=wordpiece())
+    plain, _ = placed(tokens, "is red ? red", 0)
+    start = 1 if style == "llama" else 0
+    head = len(placed(tokens, "is red", 0)[0])
+    middle = len(placed(tokens, "is red ?", 0)[0])
+    assert start < head < middle < len(plain)
+    assert placed(tokens, "is red <image> ? <image> red", 2) == (plain, (head, middle))
+    assert placed(tokens, "is red <image><image> ? red", 2) == (plain, (head, head))
+    assert placed(tokens, "is red ? red\n<image>", 1) == (plain, (len(plain),))
+    # Without a mark, with marks at the beginning, and where there are fewer marks than images.
+    assert placed(tokens, "is red ? red", 2) == (plain, ())
+    assert placed(tokens, "<image>\n<image> is red ? red", 2)[1] == ()
+    assert placed(tokens, "<image>is red ? red", 1) == (plain, ())
+    assert placed(tokens, "is red <image> ? red", 3) == (plain, (0, 0, head))
+    text = "is red <image> ? <image> red"
+    aware = tokens.tokenize(Rendered(text, text), 2).qformer_ids
+    assert tokens.qformer is not None
+    assert tokens.qformer.convert_ids_to_tokens(aware)[1:-1] == ["is", "red", "?", "red"]
+
+
+@pytest.mark.parametrize("decoder_only", [True, False])
+def test_a_cut_prompt_keeps_its_images(decoder_only: bool) -> None:
+    tokens = Tokens(llama_like() if decoder_only else t5_like(), decoder_only=decoder_only)
+    tokens = replace(tokens, max_prompt=5)
+    texts = tokens.tokenize(Rendered("", "red <image> red <image> red red red <image> red"), 3)
+    start = int(decoder_only)
+    assert len(texts.prompt_ids) == 5
+    assert texts.image_places == (0, 0, start + 3)
+
+
+def test_more_marks_than_images_are_refused() -> None:
+    tokens = Tokens(llama_like())
+    with pytest.raises(ValueError, match=r"2 <image> and there are 1 images; .* take 1 out"):
+        tokens.tokenize(Rendered("a", "<image> or <image>?"), 1)

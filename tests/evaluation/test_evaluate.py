@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from torch import multiprocessing
 
 from instructblip.core import distributed
+from instructblip.core.batch import Example
 from instructblip.data.prepared.prepare import prepare
 from instructblip.evaluation import normalize
 from instructblip.evaluation.benchmarks import select_benchmarks
 from instructblip.evaluation.compare import summarise
-from instructblip.evaluation.evaluate import derange, evaluate, in_batches, pick
+from instructblip.evaluation.evaluate import derange, evaluate, in_batches, pick, swap_images
 from instructblip.evaluation.predictions import PREDICTIONS
 from instructblip.evaluation.result import Result
 from instructblip.scenes.official import write_scenes
@@ -294,6 +295,13 @@ def test_a_missing_lemmatizer_is_named_before_the_first_answer(
     with pytest.raises(ValueError, match=r"instructblip\[lemmas\].*or use 'okvqa_accuracy off"):
         evaluate(engine, benchmark(metric="okvqa_accuracy lavis"), colour_questions())
     assert not engine.batches
+
+
+def test_the_blind_control_has_an_image_for_each_place() -> None:
+    shared = {"dataset": "toy", "split": "test", "task": "vqa"}
+    two = Example(**shared, id="a", images=("a", "b"), question="<image> or <image>?")
+    one = Example(**shared, id="b", images=("c",), question="What?")
+    assert [example.images for example in swap_images([two, one], 0)] == [("c", "c"), ("a", "b")]
 
 
 @settings(max_examples=100, deadline=None)

@@ -68,6 +68,20 @@ def test_frames_make_a_video(engine: Engine, image_files: list[Path]) -> None:
     assert len(engine.rank(image_files[:2], QUESTION, ["red"])) == 1
 
 
+def test_images_between_words(engine: Engine, image_files: list[Path]) -> None:
+    def scores(text: str, *images: Path) -> list[float]:
+        return engine.rank(list(images), text, ["red", "a cat"])
+
+    first, second = image_files[:2]
+    text = "is <image> the red <image> cat?"
+    assert scores(text, first, second) != pytest.approx(scores(text, second, first))
+    assert scores(text, first, second) != pytest.approx(scores("is the red cat?", first, second))
+    front = scores("is the red cat?", first, second)
+    assert scores("<image><image>is the red cat?", first, second) == front
+    with pytest.raises(ValueError, match="2 <image> and there are 1 images"):
+        engine.answer(Path("missing.png"), text)
+
+
 def test_stored_settings_are_the_defaults(engine: Engine, image_files: list[Path]) -> None:
     assert engine.decoding == Decoding(num_beams=2, max_new_tokens=4)
     default = engine.answer(image_files, QUESTION)

@@ -14,11 +14,24 @@ import datasets
 from PIL import Image
 
 from instructblip.inference.engine import Engine
+from instructblip.integrations.lmms_eval import _prompt
 from runs.lmms import TASK, UTILS
 from tests.testing import write_model, write_picture
 
 QUESTION = "Question: what is red? Short answer:"
 CHOICES = ["red", "blue", "the cat"]
+
+
+@pytest.mark.parametrize(
+    ("context", "num_images", "prompt"),
+    [
+        ("<image> or <image>? ", 2, "<image> or <image>?"),
+        ("<image>\nWhat?", 3, "What?"),
+        ("What?", 1, "What?"),
+    ],
+)
+def test_images_between_words_keep_their_places(context: str, num_images: int, prompt: str) -> None:
+    assert _prompt(context, num_images) == prompt
 
 
 def test_lmms_eval_runs_the_engine(tmp_path: Path) -> None:

@@ -218,11 +218,43 @@ def test_turns_and_several_images(client: TestClient, engine: Engine, png: list[
         {"role": "assistant", "content": "cat"},
         second,
     ]
-    asked = "Be short. " + instruction_of("and red?", [("what?", "cat")])
+    asked = "Be short. " + instruction_of("and red?\n<image>", [("what?", "cat")])
     assert ask(client, {"messages": messages}) == engine.answer([[png[0], png[1]]], asked)[0]
     assert "last one must be of the user" in error_of(
         client.post(CHAT, json={"messages": messages[:-1]}), 400
     )
+
+
+def test_parts_keep_the_order_of_texts_and_images(
+    client: TestClient, engine: Engine, png: list[Path]
+) -> None:
+    def request(*parts: str | Path) -> dict[str, Any]:
+        content = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image_url", "image_url": {"url": data_url(part)}}
+            for part in parts
+        ]
+        return {"messages": [{"role": "user", "content": content}], "max_tokens": 12}
+
+    def answer(text: str, *images: Path) -> str:
+        return engine.answer([list(images)], text, max_new_tokens=12)[0]
+
+    first, second = png[:2]
+    mixed = ask(client, request("is", first, "red or", second, "?"))
+    assert mixed == answer("is\n<image>\nred or\n<image>\n?", first, second)
+    assert mixed != answer("is\nred or\n?", first, second)
+    assert ask(client, request("is", second, "red or", first, "?")) != mixed
+    # Marks of the text instead of the parts, and images that are all in front or all behind.
+    written = request(first, second, "is <image> red or <image>?")
+    assert ask(client, written) == answer("is <image> red or <image>?", first, second)
+    front = answer("what is red?", first)
+    assert ask(client, request(first, "what is red?")) == front
+    assert ask(client, request("what is red?", first)) == front
+    many = client.post(CHAT, json=request(first, "is <image> red or <image>?"))
+    assert "2 <image> and there are 1 images" in error_of(many, 400)
+    ranked = {"images": [data_url(first)], "candidates": ["a"], "instruction": "<image><image>"}
+    assert "there are 1 images" in error_of(client.post("/v1/rank", json=ranked), 400)
 
 
 def test_lost_prompt_tokens_are_reported(

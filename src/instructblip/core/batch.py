@@ -26,6 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+IMAGE_MARK = "<image>"
+"""The place of an image in a text, as LLaVA writes it."""
+
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (the convention of torch's cross-entropy)."""
 
@@ -57,6 +60,12 @@ class Example:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def num_marks(self) -> int:
+        """Images whose place the texts state; the others are in front."""
+        texts = (self.context, self.question, *(text for turn in self.history for text in turn))
+        return sum(text.count(IMAGE_MARK) for text in texts)
+
+    @property
     def taught(self) -> list[str]:
         """The answers that a model can learn: not the empty ones."""
         return [answer for answer in self.answers if answer.strip()]
@@ -69,6 +78,9 @@ class Sample:
     ``image_keys`` tell equal images apart from different ones inside a batch, so that each
     distinct image is encoded once. Exactly one of ``pixels`` [F][3, S, S] and ``features``
     [F][P, V] is set. ``response_ids`` ends with the end token; it is empty at inference.
+
+    ``image_places`` [F] are the numbers of prompt ids in front of each image, ascending; empty
+    means that all images are in front of the prompt.
     """
 
     image_keys: tuple[str, ...]
@@ -77,6 +89,7 @@ class Sample:
     qformer_ids: list[int] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
     response_ids: list[int] = field(default_factory=list)
+    image_places: tuple[int, ...] = ()
     dataset: str = ""
     id: str = ""
 
@@ -88,6 +101,8 @@ class Batch:
     Exactly one of ``pixel_values`` [N, 3, S, S] and ``image_features`` [N, P, V] is set.
     ``image_index`` [B, F] says which of the N images the frames of each sample are; a sample with
     fewer than F images has -1 behind them, where the language model reads nothing.
+    ``image_places`` [B, F] says how many ids of the prompt come before each of them; None where
+    all images of the batch are in front.
     ``datasets`` and ``ids`` name the samples for logs and errors; the model never reads them.
 
     A batch to draw has ``target_values`` [B, 3, G, G] in [-1, 1], the images that are asked for.
@@ -105,6 +120,7 @@ class Batch:
     pixel_values: Tensor | None = None  # float [N, 3, S, S]
     image_features: Tensor | None = None  # float [N, P, V]
     target_values: Tensor | None = None  # float [B, 3, G, G]
+    image_places: Tensor | None = None  # int64 [B, F]
     datasets: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
 

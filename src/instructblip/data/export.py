@@ -1,8 +1,8 @@
 """Writes rendered training samples in the formats of other frameworks.
 
 Each example gives one sample, whose template and answer are chosen at random by the seed, as in
-training. The earlier turns of a dialogue are part of the prompt. Image paths of all data sets are
-relative to one folder.
+training. The earlier turns of a dialogue are part of the prompt. Images that are not in front of
+the prompt keep their places. Image paths of all data sets are relative to one folder.
 
 ===========  ============================================================================
 llava        ``[{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."},
@@ -27,11 +27,12 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from instructblip.core.batch import IMAGE_MARK
 from instructblip.core.files import replacing
 from instructblip.data.order import mix
 from instructblip.data.reading.members import file_of
 from instructblip.data.samples import Examples
-from instructblip.data.templates import Language, render_instruction
+from instructblip.data.templates import Language, in_parts, render_instruction
 
 Form = Literal["llava", "sharegpt", "messages", "parquet"]
 """The formats that can be written."""
@@ -102,16 +103,18 @@ def _sharegpt(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _turns(row: dict[str, Any]) -> list[dict[str, str]]:
-    marks = "<image>\n" * len(row["images"])
+    in_front = len(row["images"]) - row["prompt"].count(IMAGE_MARK)
     return [
-        {"from": "human", "value": marks + row["prompt"]},
+        {"from": "human", "value": f"{IMAGE_MARK}\n" * in_front + row["prompt"]},
         {"from": "gpt", "value": row["response"]},
     ]
 
 
 def _messages(row: dict[str, Any]) -> dict[str, Any]:
-    images = [{"type": "image_url", "image_url": {"url": image}} for image in row["images"]]
-    prompt = {"role": "user", "content": [*images, {"type": "text", "text": row["prompt"]}]}
+    images = ({"type": "image_url", "image_url": {"url": image}} for image in row["images"])
+    parts = in_parts(row["prompt"], len(row["images"]))
+    content = [next(images) if p == IMAGE_MARK else {"type": "text", "text": p} for p in parts]
+    prompt = {"role": "user", "content": content}
     response = {"role": "assistant", "content": row["response"]}
     return {"id": row["id"], "messages": [prompt, response]}
 

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from instructblip.data.images import ImageTransform, may_flip
 from instructblip.data.reading.frames import evenly_spaced
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
+
+T = TypeVar("T")
 
 PAD_ID = 0
 """Id at positions where the mask is 0. Any valid id works: the model never reads them."""
@@ -61,9 +63,10 @@ class ImageReader:
     )
     _cached_bytes: int = field(default=0, init=False, repr=False)
 
-    def select(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """All ``names`` in order; of more than ``num_frames``, that many evenly spaced ones."""
-        return tuple(names[i] for i in evenly_spaced(len(names), self.num_frames))
+    def select(self, each: tuple[T, ...]) -> tuple[T, ...]:
+        """Of what belongs to ``each`` image those that the model sees, in order: all, or
+        ``num_frames`` evenly spaced ones."""
+        return tuple(each[i] for i in evenly_spaced(len(each), self.num_frames))
 
     def paths(self, names: tuple[str, ...], image_root: Path) -> tuple[str, ...]:
         """The paths of the images that the model sees of ``Example.images``."""
@@ -106,11 +109,13 @@ def make_sample(
 ) -> Sample:
     """The tensors of one example. ``seed`` decides the crop; all frames of a video share it.
 
-    Raises ValueError or OSError, naming the example's record, for an unreadable image.
+    Raises ValueError or OSError, naming the example's record, for an unreadable image and for a
+    text with more image marks than the example has images.
     """
     paths = images.paths(example.images, image_root)  # F of them
     pixels = features = None
     try:
+        texts = tokens.tokenize(rendered, len(example.images))
         if images.features is not None:
             view = images.features.view(seed)
             features = tuple(images.features(path, view, paths[0]) for path in paths)  # F x [P, V]
@@ -125,14 +130,14 @@ def make_sample(
             keys = tuple(f"{path}#{seed}" for path in paths) if random_pixels else paths
     except (ValueError, OSError) as error:
         raise type(error)(f"{example.dataset} {example.where}: {error}") from error
-    qformer_ids, prompt_ids, response_ids = tokens.tokenize(rendered)  # [I], [T], [R]
     return Sample(
         image_keys=keys,
         pixels=pixels,
         features=features,
-        qformer_ids=qformer_ids,
-        prompt_ids=prompt_ids,
-        response_ids=response_ids,
+        qformer_ids=texts.qformer_ids,
+        prompt_ids=texts.prompt_ids,
+        response_ids=texts.response_ids,
+        image_places=images.select(texts.image_places),
         dataset=example.dataset,
         id=example.id,
     )
@@ -174,6 +179,11 @@ def collate(samples: list[Sample]) -> Batch:
                 images.append(image)
         image_index.append([places[key] for key in sample.image_keys] + [-1] * (num_frames - count))
     stacked = torch.stack(images)  # [N, 3, S, S] or [N, P, V]
+    image_places = None
+    if any(sample.image_places for sample in samples):
+        empty = (0,) * num_frames
+        rows = [(*sample.image_places, *empty)[:num_frames] for sample in samples]
+        image_places = torch.tensor(rows, dtype=torch.int64)  # [B, F]
     qformer_ids, qformer_mask = pad([sample.qformer_ids for sample in samples])  # [B, I]
     prompt_ids, prompt_mask = pad([sample.prompt_ids for sample in samples])  # [B, T]
     response_ids, response_mask = pad([sample.response_ids for sample in samples])  # [B, R]
@@ -187,6 +197,7 @@ def collate(samples: list[Sample]) -> Batch:
         response_mask=response_mask,
         pixel_values=None if stored[0] else stacked,
         image_features=stacked if stored[0] else None,
+        image_places=image_places,
         datasets=tuple(sample.dataset for sample in samples),
         ids=tuple(sample.id for sample in samples),
     )

@@ -15,6 +15,8 @@ A template may also be ``package.module:function``, a function of the user's own
 example and returns the whole prompt.
 
 Options are lettered: ``(a) red (b) blue``. The response is the bare answer, never its letter.
+
+``<image>`` in a text says where the language model reads an image; see ``tokens.py``.
 """
 
 import hashlib
@@ -29,7 +31,7 @@ from typing import Any, Literal
 
 import yaml
 
-from instructblip.core.batch import Example
+from instructblip.core.batch import IMAGE_MARK, Example
 from instructblip.core.user_code import find_function, is_function
 
 Language = Literal["en", "zh"]
@@ -53,11 +55,13 @@ PARTS_ZH: dict[str, str] = _TEXTS["zh"]["parts"]
 PLACES = ("question", "options", *PARTS)
 _PLACE = re.compile(r"\{([^{}]*)\}")
 _CHINESE = re.compile("[\u3400-\u9fff]")
+_FRONT = re.compile(rf"^(\s*{IMAGE_MARK})+"), re.compile(rf"\n(\s*{IMAGE_MARK})+\s*$")
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """The texts of one sample. ``response`` is empty at inference.
+    """The texts of one sample. ``response`` is empty at inference. ``prompt`` has an
+    ``IMAGE_MARK`` for each image that is not in front of it.
 
     ``instruction`` and ``prompt`` are the same text today; they are two fields since some systems
     show the history to the language model only.
@@ -106,6 +110,23 @@ def language_of(texts: Iterable[str]) -> Language:
     letters = [letter for text in texts for letter in text if letter.isalpha()]
     chinese = sum(bool(_CHINESE.match(letter)) for letter in letters)
     return "zh" if 2 * chinese > len(letters) else "en"
+
+
+def without_front_marks(text: str) -> str:
+    """A first turn without its image marks where all stand at its beginning, or all on lines at its
+    end: there the images are in front, as LLaVA reads its data, which has both forms. Any other
+    text is returned as it is."""
+    if IMAGE_MARK not in text:
+        return text
+    front = (marks.sub("", text).strip() for marks in _FRONT)
+    return next((rest for rest in front if IMAGE_MARK not in rest), text)
+
+
+def in_parts(prompt: str, num_images: int) -> list[str]:
+    """The texts of a prompt and an ``IMAGE_MARK`` for each image, in order."""
+    parts = re.split(f"({IMAGE_MARK})", prompt)
+    in_front = num_images - prompt.count(IMAGE_MARK)
+    return [IMAGE_MARK] * in_front + [part for part in parts if part.strip()]
 
 
 def check_template(template: str) -> str:

@@ -13,19 +13,29 @@ end and keeps ``</s>``.
 The response is tokenized as it reads after the prompt and one space, so that the prompt ids
 followed by the response ids decode to "... Short answer: red": a byte-level tokenizer gives " red",
 a Llama tokenizer "▁red". Special tokens that occur in a text (a question with "</s>") are text.
+
+``<image>`` in a prompt is no text but the place of an image; the Q-Former reads the text without
+it. Marks take the images in order. Where there are fewer marks than images, the first images have
+none and are in front of the prompt, before its start token; so is an image whose mark begins the
+prompt. A prompt that is cut at its beginning keeps all its images.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from instructblip.core.batch import IMAGE_MARK
 from instructblip.core.gguf import find_gguf, gguf_tokenizer
 from instructblip.data.templates import Rendered
+
+_MARK = re.compile(rf"\s*{IMAGE_MARK}")
+"""An image mark, and the white space that separates it from the word before."""
 
 ENCODER_DECODER = ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "led", "t5gemma")
 
@@ -49,11 +59,23 @@ class _Wrap:
             f"{type(tokenizer).__name__}: the ids of a text change when special tokens are added"
         )
 
-    def last(self, text: str, limit: int, suffix: bool = True) -> list[int]:
-        """The ids of ``text`` between the special tokens, its beginning cut to ``limit`` in all."""
+    def last(self, ids: list[int], limit: int, suffix: bool = True) -> list[int]:
+        """The ids of a text between the special tokens, their beginning cut to ``limit`` in all."""
         after = self.suffix if suffix else ()
-        room = max(1, limit - len(self.prefix) - len(after))
-        return [*self.prefix, *_encode(self.tokenizer, text)[-room:], *after]
+        return [*self.prefix, *ids[-self.room(limit, suffix) :], *after]
+
+    def room(self, limit: int, suffix: bool = True) -> int:
+        """How many ids of a text are among ``limit`` ids."""
+        return max(1, limit - len(self.prefix) - (len(self.suffix) if suffix else 0))
+
+
+class TokenizedTexts(NamedTuple):
+    """The ids of one sample, as ``Sample`` has them."""
+
+    qformer_ids: list[int]
+    prompt_ids: list[int]
+    response_ids: list[int]
+    image_places: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,19 +119,50 @@ class Tokens:
         if self.qformer is not None:
             self.qformer.save_pretrained(str(Path(path) / "qformer_tokenizer"))
 
-    def tokenize(self, rendered: Rendered) -> tuple[list[int], list[int], list[int]]:
-        """(qformer_ids [I], prompt_ids [T], response_ids [R]).
+    def tokenize(self, rendered: Rendered, num_images: int = 0) -> TokenizedTexts:
+        """The ids of the texts [I], [T], [R] of a sample with ``num_images`` images.
 
-        ``qformer_ids`` is empty without a Q-Former tokenizer, ``response_ids`` without a response.
+        ``qformer_ids`` is empty without a Q-Former tokenizer, ``response_ids`` without a response,
+        and ``image_places`` where all images are in front. ValueError for more marks than images.
         """
-        qformer = self._qformer
-        instruction = qformer.last(rendered.instruction, self.max_instruction) if qformer else []
-        response = self.response(rendered.response) if rendered.response else []
-        return instruction, self.prompt(rendered.prompt), response
+        check_marks(rendered.prompt, num_images)
+        prompt_ids, places = self._prompt(rendered.prompt)
+        places = [0] * (num_images - len(places)) + places
+        return TokenizedTexts(
+            qformer_ids=self.instruction(rendered.instruction),
+            prompt_ids=prompt_ids,
+            response_ids=self.response(rendered.response) if rendered.response else [],
+            image_places=tuple(places) if any(places) else (),
+        )
+
+    def instruction(self, text: str) -> list[int]:
+        """[I] ids of the text without its image marks; none without a Q-Former tokenizer."""
+        if self._qformer is None:
+            return []
+        ids = _encode(self._qformer.tokenizer, _MARK.sub("", text))
+        return self._qformer.last(ids, self.max_instruction)
 
     def prompt(self, text: str) -> list[int]:
         """[T] ids with the tokenizer's special tokens, without an end token for a decoder."""
-        return self._language.last(text, self.max_prompt, suffix=not self.decoder_only)
+        return self._prompt(text)[0]
+
+    def _prompt(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a prompt, and how many of them are in front of each image mark."""
+        ids, places = self._between(text)
+        suffix, start = not self.decoder_only, len(self._language.prefix)
+        cut = max(0, len(ids) - self._language.room(self.max_prompt, suffix))
+        # An image in front of all text is in front of the start token too.
+        places = [start + place - cut if place > cut else 0 for place in places]
+        return self._language.last(ids, self.max_prompt, suffix), places
+
+    def _between(self, prompt: str) -> tuple[list[int], list[int]]:
+        """The ids of the text between the image marks, and how many are in front of each mark."""
+        text, *more = _MARK.split(prompt)
+        ids, places = _encode(self.language, text), []
+        for text in more:
+            places.append(len(ids))
+            ids += self._behind("", text) if ids else _encode(self.language, text.lstrip())
+        return ids, places
 
     def response(self, text: str) -> list[int]:
         """[R] ids, the end token last and no special token first."""
@@ -122,13 +175,16 @@ class Tokens:
     def prompt_length(self, text: str) -> int:
         """Number of ids of an uncut prompt, special tokens included."""
         suffix = () if self.decoder_only else self._language.suffix
-        return len(self._language.prefix) + len(_encode(self.language, text)) + len(suffix)
+        return len(self._language.prefix) + len(self._between(text)[0]) + len(suffix)
 
     def _response(self, text: str) -> list[int]:
-        """The ids that ``text`` has after the anchor and a space, where they can be separated."""
-        if self.decoder_only and self._anchor is not None:
+        return self._behind(" ", text) if self.decoder_only else _encode(self.language, text)
+
+    def _behind(self, space: str, text: str) -> list[int]:
+        """The ids that ``text`` has after the anchor and ``space``, where they can be separated."""
+        if self._anchor is not None:
             head = _encode(self.language, self._anchor)
-            whole = _encode(self.language, f"{self._anchor} {text}")
+            whole = _encode(self.language, f"{self._anchor}{space}{text}")
             if whole[: len(head)] == head:
                 return whole[len(head) :]
         return _encode(self.language, text)
@@ -149,6 +205,15 @@ class Tokens:
     def eos_id(self) -> int:
         assert isinstance(self.language.eos_token_id, int)
         return self.language.eos_token_id
+
+
+def check_marks(text: str, num_images: int) -> None:
+    """Raise ValueError for a text with more image marks than there are images."""
+    if (marks := text.count(IMAGE_MARK)) > num_images:
+        raise ValueError(
+            f"the text has {marks} {IMAGE_MARK} and there are {num_images} images; expected at "
+            f"most one for each: take {marks - num_images} out, or give the images"
+        )
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -173,12 +173,16 @@ def _warn_of_unseen_classes(chosen: Sequence[Example], dataset: Examples) -> Non
 
 
 def swap_images(examples: Sequence[Example], seed: int) -> list[Example]:
-    """Return the blind control: the same texts, each with the images of another sample."""
+    """Return the blind control: the same texts, each with the images of another sample, repeated
+    where the texts have places for more."""
     givers = derange([example.images for example in examples], seed)
-    return [
-        replace(example, images=examples[giver].images)
-        for example, giver in zip(examples, givers, strict=True)
-    ]
+    swapped = []
+    for example, giver in zip(examples, givers, strict=True):
+        images, marks = examples[giver].images, example.num_marks
+        if marks > len(images):
+            images = (images * marks)[:marks]
+        swapped.append(replace(example, images=images))
+    return swapped
 
 
 def can_swap(dataset: Examples, limit: int | None = None) -> bool:

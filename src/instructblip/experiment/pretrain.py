@@ -7,7 +7,7 @@ from torch import nn
 
 from instructblip.core import distributed
 from instructblip.data.templates import Rendered
-from instructblip.data.tokens import Tokens
+from instructblip.data.tokens import TokenizedTexts, Tokens
 from instructblip.experiment.build import Variant, build, load_model
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.stage1 import Stage1
@@ -20,9 +20,9 @@ from instructblip.training.train import TrainResult
 class CaptionTokens(Tokens):
     """Stage 1: the Q-Former reads the caption itself; there is no instruction."""
 
-    def tokenize(self, rendered: Rendered) -> tuple[list[int], list[int], list[int]]:
+    def tokenize(self, rendered: Rendered, num_images: int = 0) -> TokenizedTexts:
         caption = Rendered(rendered.response, rendered.prompt, rendered.response)
-        return Tokens.tokenize(self, caption)
+        return Tokens.tokenize(self, caption, num_images)
 
 
 @dataclass(frozen=True)

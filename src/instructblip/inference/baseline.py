@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from instructblip.core.batch import Example
+from instructblip.core.batch import IMAGE_MARK, Example
 from instructblip.data.images import Window, load_image
 from instructblip.data.reading.frames import evenly_spaced
+from instructblip.data.templates import in_parts
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.checkpoints.weights import read_json
 from instructblip.model.config import READERS
@@ -119,8 +120,13 @@ class TransformersModel:
     def _text(self, prompt: str, num_images: int) -> str:
         """The prompt in the model's chat template if it has one, else after its image tokens."""
         if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+            parts = in_parts(prompt, num_images)
+            image = {"type": "image"}
+            content = [image if p == IMAGE_MARK else {"type": "text", "text": p} for p in parts]
             turns = [{"role": "user", "content": content}]
             return self.processor.apply_chat_template(turns, add_generation_prompt=True)
         token = getattr(self.processor, "image_token", None)
-        return f"{token * num_images}\n{prompt}" if token else prompt
+        in_front = num_images - prompt.count(IMAGE_MARK)
+        if token and in_front:
+            prompt = f"{IMAGE_MARK * in_front}\n{prompt}"
+        return prompt.replace(IMAGE_MARK, token or "")

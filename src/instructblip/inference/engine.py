@@ -22,7 +22,7 @@ from instructblip.core.distributed import resolve_device
 from instructblip.data.images import ImageTransform, Window, to_rgb
 from instructblip.data.samples import ImageReader, collate, make_sample
 from instructblip.data.templates import Rendered, warn_of_other_templates
-from instructblip.data.tokens import Tokens
+from instructblip.data.tokens import Tokens, check_marks
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.inference.inputs import (
     FramesInput,
@@ -160,14 +160,15 @@ class Engine:
         """The model's answer: a text for one image and one instruction, a list for lists.
 
         A single image goes with all instructions of a list, and a single instruction with all
-        images. An image that is itself a list holds the frames of a video.
+        images. An image that is itself a list holds the frames of a video, or several images; each
+        ``<image>`` in the instruction is the place of one of them (`data/tokens.py`).
 
         Args:
             decoding: settings of ``Decoding`` (num_beams, max_new_tokens, ...) above the engine's.
 
         Raises:
             ValueError: before an image is read, for an unknown setting, a value out of its range,
-                or counts that do not match.
+                counts that do not match, or more ``<image>`` than images.
             FileNotFoundError: for a missing image.
         """
         settings = self.decoding.override(**decoding)
@@ -307,6 +308,8 @@ class Engine:
         pixels: dict[str, Tensor] = {}
         samples = []
         for frames, text in zip(videos, texts, strict=True):
+            check_marks(text, len(frames))
+        for frames, text in zip(videos, texts, strict=True):
             keys = tuple(image_key(frame) for frame in frames)
             for key, frame in zip(keys, frames, strict=True):
                 if key not in pixels:
@@ -329,10 +332,8 @@ class Engine:
         self, keys: tuple[str, ...], pixels: tuple[Float[Tensor, "3 S S"], ...], text: str
     ) -> Sample:
         """What the model reads: the frames with their keys, and the instruction."""
-        qformer_ids, prompt_ids, _ = self.tokens.tokenize(Rendered(text, text))
-        return Sample(
-            image_keys=keys, pixels=pixels, qformer_ids=qformer_ids, prompt_ids=prompt_ids
-        )
+        texts = self.tokens.tokenize(Rendered(text, text), len(keys))
+        return Sample(image_keys=keys, pixels=pixels, **texts._asdict())
 
     def _pixels(self, image: ImageInput, key: str) -> Float[Tensor, "3 S S"]:
         if isinstance(image, Image.Image):

@@ -12,6 +12,7 @@ from lmms_eval.api.instance import GenerationResult, Instance  # pyright: ignore
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
+from instructblip.core.batch import IMAGE_MARK
 from instructblip.inference.engine import Engine
 from instructblip.inference.inputs import ImageInput
 
@@ -54,7 +55,9 @@ class EngineLmms(lmms):
             settings = requests[group[0]].args[1]
             arguments = [requests[i].args for i in group]
             images = [self._images(*each[2:6]) for each in arguments]
-            prompts = [_prompt(each[0]) for each in arguments]
+            prompts = [
+                _prompt(each[0], len(shown)) for each, shown in zip(arguments, images, strict=True)
+            ]
             texts = self.engine.answer(images, prompts, **_decoding(settings))
             for i, text in zip(group, texts, strict=True):
                 answers[i] = _cut(text, settings.get("until"))
@@ -73,7 +76,8 @@ class EngineLmms(lmms):
         results: list[Any] = [None] * len(requests)
         for group in groups.values():
             context, _, *where = requests[group[0]].args
-            images, prompt = self._images(*where), _prompt(context)
+            images = self._images(*where)
+            prompt = _prompt(context, len(images))
             texts = [self._continuation(requests[i]) for i in group]
             scores = self.engine.rank(images, prompt, texts)
             longest = max(len(self.engine.tokens.response(text)) for text in texts)
@@ -100,9 +104,10 @@ class EngineLmms(lmms):
         return images
 
 
-def _prompt(context: str) -> str:
-    """The text without the image placeholder of some tasks."""
-    return context.replace("<image>", "").strip()
+def _prompt(context: str, num_images: int) -> str:
+    """The text; its image marks, which some tasks write, only where there is one for each image."""
+    marked = context.count(IMAGE_MARK) == num_images
+    return (context if marked else context.replace(IMAGE_MARK, "")).strip()
 
 
 def _greedy(tokens: int) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from fastapi import HTTPException
 
+from instructblip.core.batch import IMAGE_MARK
+from instructblip.data.templates import without_front_marks
 from instructblip.inference.chat import instruction_of
 from instructblip.inference.engine import Engine
 from instructblip.model.decoding import MIN_TEMPERATURE, Decoding
@@ -25,14 +27,17 @@ from instructblip.serving.schema import (
 )
 from instructblip.serving.service import Service
 
+SYSTEM = ("system", "developer")
+"""Roles whose texts come first."""
+
 
 async def chat_job(service: Service, body: ChatRequest, engine: Engine) -> Job:
     """The job of a request, its images decoded. Raises HTTPException or BadImage."""
     deadline = service.deadline
-    instruction = instruction_of_messages(body.messages)
-    urls = [url for message in body.messages for url in message.urls]
+    instruction, urls = read_messages(body.messages)
     if not urls:
         raise HTTPException(400, "messages: no image; give one as a part of type image_url")
+    service.check_marks(instruction, len(urls), "messages")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return Job(
         pixels=await service.pixels(urls, engine, "messages"),
@@ -44,23 +49,27 @@ async def chat_job(service: Service, body: ChatRequest, engine: Engine) -> Job:
     )
 
 
-def instruction_of_messages(messages: list[Message]) -> str:
-    """System texts, then earlier turns in the form of the training data, then the last message."""
+def read_messages(messages: list[Message]) -> tuple[str, list[str]]:
+    """The instruction: system texts, then earlier turns in the form of the training data, then the
+    last message; and the URLs of the images, in the order of their marks in it."""
     if messages[-1].role != "user":
         raise HTTPException(400, "messages: the last one must be of the user")
-    system = [message.text for message in messages if message.role in ("system", "developer")]
+    messages = sorted(messages, key=lambda message: message.role not in SYSTEM)
+    urls = [url for message in messages for url in message.urls]
+    system = [message.text for message in messages if message.role in SYSTEM]
     turns: list[tuple[str, str]] = []
     asked: list[str] = []
-    for message in messages:
-        if message.role == "user":
-            asked.append(message.text)
-        elif message.role == "assistant":
+    for message in messages[len(system) :]:
+        if message.role == "assistant":
             turns.append((" ".join(asked), message.text))
             asked = []
+        else:
+            text = message.text
+            asked.append(text if asked or turns else without_front_marks(text))
     question = " ".join(text for text in asked if text)
-    if not question.strip():
+    if not question.replace(IMAGE_MARK, "").strip():
         raise HTTPException(400, "messages: the last one has no text")
-    return " ".join([*system, instruction_of(question, turns)])
+    return " ".join([*system, instruction_of(question, turns)]), urls
 
 
 def _decoding(body: ChatRequest, stored: Decoding, config: ServeConfig) -> Decoding:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from instructblip.core.batch import IMAGE_MARK
 from instructblip.model.decoding import (
     MAX_TEMPERATURE,
     LengthPenalty,
@@ -75,16 +76,21 @@ Content = Annotated[
 
 
 class Message(_Body):
-    """The model reads the images of all messages together, in their order."""
+    """The model reads each image where it is among the parts of its message; those that are all
+    before or all behind the text of the first message of the user are read first."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
 
     @property
     def text(self) -> str:
+        """The text, with an ``IMAGE_MARK`` for each image unless it has marks itself."""
         if isinstance(self.content, str):
             return self.content
-        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+        texts = "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+        if IMAGE_MARK in texts:
+            return texts
+        return "\n".join(getattr(part, "text", IMAGE_MARK) for part in self.content)
 
     @property
     def urls(self) -> list[str]:

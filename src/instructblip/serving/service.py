@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
 from instructblip.data.images import ImageTransform
+from instructblip.data.tokens import check_marks
 from instructblip.inference.engine import Engine
 from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
 from instructblip.serving.config import ServeConfig
@@ -100,6 +101,13 @@ class Service:
             raise HTTPException(
                 413, f"candidates of {length} characters in all; at most {longest}: send fewer"
             )
+
+    def check_marks(self, text: str, num_images: int, where: str) -> None:
+        """Raise HTTPException for a text with more image marks than there are images."""
+        try:
+            check_marks(text, num_images)
+        except ValueError as error:
+            raise HTTPException(400, f"{where}: {error}") from None
 
     async def read_image(
         self, url: str, where: str, transform: ImageTransform | None = None

@@ -15,7 +15,6 @@ from instructblip.data.images import ImageTransform
 from instructblip.data.loader import iterate_batches, micro_batch_size
 from instructblip.data.order import Mixture, Order
 from instructblip.data.samples import pad
-from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
 from instructblip.text_to_image.tasks import DrawExample, Drawings
 from instructblip.training.train import Batches
@@ -103,7 +102,7 @@ def collate_drawings(
     index: list[list[int]] = []
     texts: list[list[int]] = []
     for example in examples:
-        texts.append(tokens.tokenize(Rendered(example.instruction, example.instruction))[0])
+        texts.append(tokens.instruction(example.instruction))
         index.append([len(subjects) if example.image else -1])
         try:
             if example.image is not None:

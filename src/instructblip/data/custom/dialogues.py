@@ -10,16 +10,19 @@ Other trainers write a dialogue in one of these forms::
 with ``system`` or ``system_prompt``, and ``image``, ``images``, ``video`` or ``videos`` beside it.
 An answer sees the images up to its own place: each ``<image>`` or ``<video>`` in a text stands for
 the next one of the record, parts and ``<img>path</img>`` name theirs. Without a mark all images
-stand in front.
+stand in front. Texts keep an ``<image>`` for each image (frame of a video), except where all those
+of the first question are at its beginning, or on lines at its end: these images are in front too.
+An image in an answer or a system text belongs to the end of the question before, or to the next.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.core.batch import Example
+from instructblip.core.batch import IMAGE_MARK, Example
 from instructblip.data.custom.rows import REMEDY, CustomSet, extra_of, images_of
 from instructblip.data.reading.records import Record
+from instructblip.data.templates import without_front_marks
 
 SPEAKERS = {
     "human": "question",
@@ -36,9 +39,11 @@ UNREAD = ("<audio>", "<bbox>", "<ref-object>")
 """Marks of other trainers for what no image shows."""
 _MARK = re.compile(
     r"(?:Picture \d+: *)?<img>(?P<path>.*?)</img>\n?"
-    r"|<(?P<kind>image|video)>|<(?:IMG|VIDEO)_CONTEXT>",
+    r"|<(?P<kind>image|video)>|(?P<unnumbered><(?:IMG|VIDEO)_CONTEXT>)",
     re.DOTALL,
 )
+
+_BEFORE_STOP = re.compile(rf"{IMAGE_MARK} (?=[,.;:?!)])")
 
 Shown = list[str | tuple[str, ...]]
 """What a turn shows, in order: paths, or "image" or "video" for the next one of the record."""
@@ -52,27 +57,34 @@ def dialogue(
     turns = _turns(record)
     contents = [_content(image_root, turn) for turn in turns]
     images, waiting = _images(image_root, record, [shown for _, shown in contents])
-    context, question = "", None
+    context, question, marks = "", None, ""
     history: list[tuple[str, str]] = []
-    for i, (turn, (text, shown)) in enumerate(zip(turns, contents, strict=True)):
-        for item in shown:
-            if not isinstance(item, str):
-                images += item
-            elif waiting[item]:
-                images += waiting[item].pop(0)
+    for i, (turn, (content, shown)) in enumerate(zip(turns, contents, strict=True)):
+        marked, *pieces = content.split(IMAGE_MARK)
+        for item, piece in zip(shown, pieces, strict=True):
+            if isinstance(item, str):
+                item = waiting[item].pop(0) if waiting[item] else ()
+            images += item
+            marked += IMAGE_MARK * len(item) + piece
+        text = marked
+        if shown:
+            marked, text = marked.strip(), marked.replace(IMAGE_MARK, "").strip()
         role = "role" if "role" in turn else "from"
         speaker = SPEAKERS.get(turn.text(role))
         if speaker is None:
             turn.fail(role, f"one of {', '.join(SPEAKERS)}")
         if speaker == "context":
-            context = text
+            context, marks = text, marks + IMAGE_MARK * marked.count(IMAGE_MARK)
         elif speaker == "question":
             if question is not None:
                 turn.fail(role, "an answer to the turn before")
-            question = text
+            question, marks = marks + marked, ""
+            if not history:
+                question = without_front_marks(question)
         else:
             if question is None:
                 turn.fail(role, "a question before the answer")
+            question += IMAGE_MARK * marked.count(IMAGE_MARK)
             yield Example(
                 dataset=custom.name,
                 split=split,
@@ -164,7 +176,7 @@ def _listed(value: object) -> list[object]:
 
 
 def _content(image_root: Path, turn: Record) -> tuple[str, Shown]:
-    """The text of a turn without marks, and what it shows."""
+    """The text of a turn with an ``IMAGE_MARK`` for each item that it shows, and these."""
     field = "content" if "content" in turn else "value"
     if not isinstance(turn.data.get(field), list):
         return _text(image_root, turn, field)
@@ -183,13 +195,24 @@ def _content(image_root: Path, turn: Record) -> tuple[str, Shown]:
             if isinstance(value, dict) and "url" in value:
                 value = value["url"]
             shown.append(medium if value is None else images_of(image_root, value, part.where))
+            texts.append(IMAGE_MARK)
         else:
             part.fail("type", "'text', 'image_url', 'image', 'video_url' or 'video'")
-    return " ".join(texts), shown
+    return _join(texts), shown
+
+
+def _join(texts: list[str]) -> str:
+    """The texts and marks of a content in parts, with spaces between them. Marks at its end are on
+    lines, so that those of a first question are in front."""
+    last = len(texts)
+    while last and texts[last - 1] == IMAGE_MARK:
+        last -= 1
+    joined = _BEFORE_STOP.sub(IMAGE_MARK, " ".join(texts[:last]))
+    return "\n".join([joined, *texts[last:]]) if last else "".join(texts)
 
 
 def _text(image_root: Path, record: Record, field: str) -> tuple[str, Shown]:
-    """A text without its marks, and what they show."""
+    """A text with an ``IMAGE_MARK`` for each item that it shows, and these."""
     text = record.text(field)
     if "<" not in text:
         return text, []
@@ -201,4 +224,5 @@ def _text(image_root: Path, record: Record, field: str) -> tuple[str, Shown]:
             shown.append(images_of(image_root, mark["path"], record.where))
         elif mark["kind"]:
             shown.append(mark["kind"])
-    return _MARK.sub("", text).strip(), shown
+    marked = _MARK.sub(lambda mark: "" if mark["unnumbered"] else IMAGE_MARK, text)
+    return marked.strip(), shown

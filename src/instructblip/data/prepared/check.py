@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from instructblip.core.batch import Example
+from instructblip.core.batch import IMAGE_MARK, Example
 from instructblip.core.files import replacing, write_json
 from instructblip.data.images import NARROW, Window
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
@@ -29,11 +29,14 @@ from instructblip.data.tokens import Tokens
 CHECK_FILE = "check.json"
 CHECK_VERSION = 3
 
+TOO_MANY_MARKS = "<image> without image"
+"""An example whose texts have more image marks than it has images."""
 SHARED_GROUP = "group on both sides"
 """A training example whose group an evaluation set has as well."""
 BAD = {
     *("unreadable image", "too many images", "no answer", "no question", "placeholder"),
     SHARED_GROUP,
+    TOO_MANY_MARKS,
 }
 """Kinds of findings that make an example unusable."""
 NEAR_DUPLICATE = "near-duplicate"
@@ -322,6 +325,8 @@ def _faults(
         yield "no question", f"the task '{example.task}' needs one"
     for reason in placeholders(example):
         yield "placeholder", reason
+    if (marks := example.num_marks) > (count := len(example.images)):
+        yield TOO_MANY_MARKS, f"the texts have {marks} {IMAGE_MARK} and the example {count} images"
     if tokens is not None:
         yield from _too_long(example, tokens)
 

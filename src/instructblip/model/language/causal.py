@@ -20,8 +20,8 @@ from instructblip.model.language.inputs import (
     Joined,
     compact,
     embed_prefix,
+    insert_queries,
     pad_left,
-    prepend_queries,
     query_mask,
 )
 from instructblip.model.language.ranking import Layout, Prefix, select_cache
@@ -61,8 +61,8 @@ class CausalLanguage:
         targets = ids[rows, columns]
         # mask[:, 1:] has one real position less per row: the last token of each row is left out.
         read = query_mask(queries, batch)
-        embeds, attention_mask = prepend_queries(
-            self.model, queries, read, ids[:, :-1], mask[:, 1:]
+        embeds, attention_mask = insert_queries(
+            self.model, queries, read, ids[:, :-1], mask[:, 1:], batch.image_places
         )
         # Token j of a row stands behind its queries and is predicted one position earlier.
         places = rows * embeds.shape[1] + columns + read.sum(1)[rows] - 1

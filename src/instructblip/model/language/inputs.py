@@ -1,4 +1,4 @@
-"""What the language model reads: projected queries, then tokens; and where the labels are."""
+"""What the language model reads: projected queries among tokens; and where the labels are."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ class Joined:
     token belongs to which sample.
     """
 
-    inputs_embeds: Float[Tensor, "B X L"]  # [queries; tokens]
+    inputs_embeds: Float[Tensor, "B X L"]  # queries and tokens
     attention_mask: Int[Tensor, "B X"] | None  # None: no padding
     rows: Int[Tensor, " m"]  # sample of each label, in ascending order
     places: Int[Tensor, " m"]  # position that predicts it, counted over all rows: row * X + column
@@ -42,27 +42,43 @@ def query_mask(queries: Float[Tensor, "B K L"], batch: Batch) -> Bool[Tensor, "B
     return present.repeat_interleave(queries.shape[1] // present.shape[1], dim=1)
 
 
-def prepend_queries(
+def insert_queries(
     model: Any,
     queries: Float[Tensor, "B K L"],
     query_mask: Bool[Tensor, "B K"],
     ids: Int[Tensor, "B X"],
     mask: Bool[Tensor, "B X"],
+    image_places: Int[Tensor, "B F"] | None = None,
 ) -> tuple[Float[Tensor, "B Y L"], Int[Tensor, "B Y"]]:
     """[queries; tokens] as embeddings in the precision of the model, padded on the right, and
-    their mask."""
+    their mask.
+
+    With ``image_places`` the queries of an image come directly before the token of that number.
+    With one query per image, two images at the places 1 and 3 of the tokens 5 6 7::
+
+        image_places    [[1, 3]]        row    5  q  6  7  q
+    """
     tokens = model.get_input_embeddings()(ids)  # [B, X, L]
     embeds = torch.cat([queries.to(tokens.dtype), tokens], dim=1)
     joined = torch.cat([query_mask, mask], dim=1).long()
-    return (embeds, joined) if query_mask.all() else pad_right(embeds, joined)
+    if image_places is None:
+        return (embeds, joined) if query_mask.all() else pad_right(embeds, joined)
+    per_image = queries.shape[1] // image_places.shape[1]
+    # Half steps: a query sorts between its token and the one before; padding sorts behind all.
+    of_queries = 2 * image_places.repeat_interleave(per_image, dim=1)  # [B, K]
+    of_tokens = 2 * torch.arange(ids.shape[1], device=ids.device).expand_as(ids) + 1  # [B, X]
+    keys = torch.cat([of_queries, of_tokens], dim=1)
+    order = keys.masked_fill(joined == 0, 2 * ids.shape[1] + 2).argsort(dim=1, stable=True)
+    return _reorder(embeds, joined, order[:, : int(joined.sum(1).max())])
 
 
 def embed_prefix(
     model: Any, queries: Float[Tensor, "B K L"], batch: Batch
 ) -> tuple[Float[Tensor, "B X L"], Int[Tensor, "B X"]]:
-    """[queries; prompt] as embeddings, padded on the right, and their mask."""
+    """Queries and prompt as embeddings, padded on the right, and their mask."""
     ids, mask = compact(batch.prompt_mask.bool(), batch.prompt_ids)
-    return prepend_queries(model, queries, query_mask(queries, batch), ids, mask)
+    read = query_mask(queries, batch)
+    return insert_queries(model, queries, read, ids, mask, batch.image_places)
 
 
 def compact(
@@ -86,14 +102,19 @@ def pad_right(
 ) -> tuple[Float[Tensor, "B Y L"], Int[Tensor, "B Y"]]:
     """`compact` for embeddings: those of padding may be anything."""
     order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
-    embeds = embeds.gather(1, order[:, :, None].expand(-1, -1, embeds.shape[2]))
-    return embeds, mask.gather(1, order)
+    return _reorder(embeds, mask, order)
 
 
 def pad_left(
     embeds: Float[Tensor, "B X L"], mask: Int[Tensor, "B X"]
 ) -> tuple[Float[Tensor, "B X L"], Int[Tensor, "B X"]]:
     """Turn rows padded on the right into rows padded on the left."""
-    order = mask.argsort(dim=1, stable=True)
+    return _reorder(embeds, mask, mask.argsort(dim=1, stable=True))
+
+
+def _reorder(
+    embeds: Float[Tensor, "B X L"], mask: Int[Tensor, "B X"], order: Int[Tensor, "B Y"]
+) -> tuple[Float[Tensor, "B Y L"], Int[Tensor, "B Y"]]:
+    """Positions ``order`` of each row."""
     embeds = embeds.gather(1, order[:, :, None].expand(-1, -1, embeds.shape[2]))
     return embeds, mask.gather(1, order)
