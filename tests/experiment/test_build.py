@@ -59,6 +59,7 @@ CASES = {
     "train": Case("quickstart", lambda root: Variant()),
     "tune": Case("quickstart", folder_tuning),
     "stage1": Case("pretrain_scenes", lambda root: Pretraining(1)),
+    "align": Case("pretrain_scenes", lambda root: Pretraining("align")),
     "stage2": Case("pretrain_scenes", lambda root: Pretraining(2)),
     "draw": Case("draw", lambda root: Drawing(), tuple(DRAW)),
     "draw_and_understand": Case(

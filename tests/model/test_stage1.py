@@ -1,5 +1,6 @@
 """BLIP-2's first stage: what each loss may read, hard negatives, and both stages end to end."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,11 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from instructblip.experiment.pretrain import pretrain
+from instructblip.inference.engine import Engine
+from instructblip.model.checkpoints.transformers import by_our_names
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.stage1 import LABEL_SMOOTHING, Stage1, contrast
 from instructblip.recipe.load import load_recipe
 from instructblip.scenes.official import write_scenes
+from instructblip.training.log import read_metrics
 from tests.parity.tiny import tiny_batch, tiny_config
 from tests.testing import write_model
 
@@ -145,15 +149,43 @@ def test_ranks_share_a_stage(short: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "one" / "last" / "model.safetensors").is_file()
 
 
-def test_both_stages_from_a_recipe(short: list[str], tmp_path: Path) -> None:
+def test_all_stages_from_a_recipe(short: list[str], tmp_path: Path) -> None:
     first = load_recipe("pretrain_scenes", short)
     pretrain(first, 1, tmp_path / "one")
-    again = [f"model.start={tmp_path / 'one'}", "model.text_branch=null"]
-    second = load_recipe("pretrain_scenes", [*short, *again])
-    pretrain(second, 2, tmp_path / "two")
-    one, two = (load_file(tmp_path / n / "last" / "model.safetensors") for n in ("one", "two"))
-    moved = {name for name in one if not torch.equal(one[name], two[name])}
-    assert "language_projection.weight" in moved
-    assert not [n for n in moved if n.startswith(("language_model.", "vision_model.encoder"))]
+    line = read_metrics(tmp_path / "one" / "metrics.jsonl")[-1]
+    assert [*line["terms"]] == ["contrast", "match", "caption"]
+    assert sum(line["terms"].values()) == pytest.approx(line["loss"], rel=1e-4)
+    again = [*short, f"model.start={tmp_path / 'one'}", "model.text_branch=null"]
+    pretrain(load_recipe("pretrain_scenes", again), "align", tmp_path / "align")
+    assert [*read_metrics(tmp_path / "align" / "metrics.jsonl")[-1]["terms"]] == [
+        "contrast",
+        "length",
+    ]
+    again[-2] = f"model.start={tmp_path / 'align'}"
+    pretrain(load_recipe("pretrain_scenes", again), 2, tmp_path / "two")
+    one, align, two = (
+        by_our_names(load_file(tmp_path / n / "last" / "model.safetensors"))
+        for n in ("one", "align", "two")
+    )
     words = "qformer.embeddings.word_embeddings.weight"
-    assert words not in moved, "the Q-Former reads no text in stage 2"
+    for before, after in ((one, align), (align, two)):
+        moved = {name for name in after if not torch.equal(before[name], after[name])}
+        assert "language_projection.weight" in moved
+        assert not [n for n in moved if n.startswith(("language_model.", "vision_model.encoder"))]
+        assert words not in moved, "the Q-Former reads no text there"
+
+
+def test_stage_2_writes_a_blip2_that_is_tuned_into_an_instructblip(
+    short: list[str], tmp_path: Path
+) -> None:
+    start = write_model(tmp_path / "start", "instructblip")
+    recipe = load_recipe("pretrain_scenes", [*short, f"model.start={start}"])
+    pretrain(recipe, 2, tmp_path / "two")
+    engine = Engine.from_pretrained(tmp_path / "two", device="cpu")
+    assert not engine.model.config.instruction_aware
+    assert engine.tokens.qformer is None, "it would be given instructions"
+    config = json.loads((tmp_path / "two" / "last" / "config.json").read_text())
+    assert config["model_type"] == "blip-2"
+    tuned = InstructBlip.from_pretrained(tmp_path / "two", instruction_aware=True).state_dict()
+    words = "qformer.embeddings.word_embeddings.weight"
+    assert torch.equal(tuned[words], load_file(start / "model.safetensors")[words])

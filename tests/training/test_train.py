@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from instructblip.core.batch import Batch
+from instructblip.core.batch import Batch, LossOutput
 from instructblip.training.log import read_metrics, without_timings
 from instructblip.training.train import NonFiniteLossError, TrainResult, train
 from tests.training.toy import Toy, ToyBatches, toy_config, toy_score
@@ -349,3 +349,30 @@ def test_reports_how_long_it_waited_for_data(
     printed = capsys.readouterr().out
     assert "77.9% waiting" in printed
     assert "waited for data 25.0% of the time of the steps" in printed
+
+
+class TwoTerms(Toy):
+    """A loss of two terms, three quarters and one quarter of it."""
+
+    def loss(self, batch: Batch) -> LossOutput:
+        output = super().loss(batch)
+        mean = output.loss_sum.detach() / output.num_tokens
+        return output._replace(terms={"most": 0.75 * mean, "rest": 0.25 * mean})
+
+
+def test_each_term_of_a_loss_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "whole", TwoTerms(), steps=10, accumulate=2)
+    logged = [line for line in lines(tmp_path / "whole") if "loss" in line]
+    assert len(logged) == 2
+    for line in logged:
+        assert [*line["terms"]] == ["most", "rest"]
+        assert line["terms"]["most"] == pytest.approx(0.75 * line["loss"], rel=1e-5)
+        assert sum(line["terms"].values()) == pytest.approx(line["loss"], rel=1e-5)
+    last = logged[-1]
+    expected = f"loss {last['loss']:.3f} (most {last['terms']['most']:.3f}, rest "
+    assert expected in capsys.readouterr().out
+    config = toy_config(steps=10, accumulate=2)
+    stopping = stop_at(7, ToyBatches(config))
+    train(TwoTerms(), stopping, toy_score, config, tmp_path / "again")
+    run(tmp_path / "again", TwoTerms(), resume=True, steps=10, accumulate=2)
+    assert lines(tmp_path / "again") == lines(tmp_path / "whole")

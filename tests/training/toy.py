@@ -2,23 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from instructblip.core.batch import Batch
+from instructblip.core.batch import Batch, LossOutput
 from instructblip.training.config import TrainingConfig
 
 WIDTH, WORDS = 8, 12
-
-
-class Output(NamedTuple):
-    loss_sum: Tensor
-    num_tokens: Tensor
-    sample_losses: Tensor
-    sample_tokens: Tensor
 
 
 class Toy(nn.Module):
@@ -35,7 +27,7 @@ class Toy(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(WIDTH, WORDS)
 
-    def loss(self, batch: Batch) -> Output:
+    def loss(self, batch: Batch) -> LossOutput:
         words = self.frozen(batch.prompt_ids) + self.words(batch.prompt_ids)
         hidden = torch.tanh(self.hidden(words + self.query_tokens))
         scores = self.head(self.dropout(self.norm(hidden)))  # [B, R, WORDS]
@@ -44,7 +36,7 @@ class Toy(nn.Module):
         )
         each = each * batch.response_mask
         tokens = batch.response_mask.sum(1)
-        return Output(each.sum(), tokens.sum(), each.sum(1).detach(), tokens)
+        return LossOutput(each.sum(), tokens.sum(), each.sum(1).detach(), tokens)
 
     def save_pretrained(self, folder: Path) -> None:
         save_file(self.state_dict(), folder / "model.safetensors")

@@ -156,15 +156,23 @@ def tune(
 def pretrain(
     recipe: RecipeName,
     overrides: Overrides = None,
-    stage: Annotated[int, Option(min=1, max=2, help="1: see; 2: tell.")] = 1,
-    out: Annotated[Path | None, to_dir("Run directory; out/<recipe>_stageN if absent.")] = None,
+    stage: Annotated[
+        Literal["1", "align", "2"],
+        Option(help="1: see; align: see as words; 2: tell."),
+    ] = "1",
+    out: Annotated[Path | None, to_dir("Run directory; out/<recipe>_stage<N> if absent.")] = None,
     resume: Resume = False,
 ) -> None:
-    """Run a stage of BLIP-2's pre-training for a new pair of image encoder and language model."""
+    """Run a stage of pre-training for a new pair of image encoder and language model.
+
+    Stages 1 and 2 are BLIP-2's. Align stands between them and needs no pass of the language model.
+    """
+    from instructblip.experiment.pretrain import Stage
     from instructblip.experiment.pretrain import pretrain as run
 
     folder = out or Path("out") / f"{Path(recipe).stem}_stage{stage}"
-    run(read_recipe(recipe, overrides), stage, folder, resume)
+    stages: dict[str, Stage] = {"1": 1, "align": "align", "2": 2}
+    run(read_recipe(recipe, overrides), stages[stage], folder, resume)
 
 
 @app.command(name="recipe")

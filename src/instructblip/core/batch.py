@@ -20,7 +20,9 @@ G    side of a square image to be drawn, in pixels
 ===  ======================================================================
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -151,9 +153,11 @@ class Batch:
 class LossOutput(NamedTuple):
     """Loss of one batch. ``loss_sum`` and ``sample_losses`` [B] are sums in nats over the response
     tokens, ``num_tokens`` and ``sample_tokens`` [B] their numbers, int64: the mean belongs to the
-    caller, who knows the tokens of the whole step. Only ``loss_sum`` carries gradients."""
+    caller, who knows the tokens of the whole step. ``terms`` are the means that a loss of several
+    adds up, by name. Only ``loss_sum`` carries gradients."""
 
     loss_sum: Tensor
     num_tokens: Tensor
     sample_losses: Tensor
     sample_tokens: Tensor
+    terms: Mapping[str, Tensor] = MappingProxyType({})

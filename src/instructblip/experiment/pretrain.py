@@ -1,7 +1,10 @@
-"""BLIP-2's two stages of pre-training for a new pair of image encoder and language model."""
+"""BLIP-2's two stages of pre-training for a new pair of image encoder and language model, and a
+cheap one between them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from torch import nn
 
@@ -9,11 +12,17 @@ from instructblip.core import distributed
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import TokenizedTexts, Tokens
 from instructblip.experiment.build import Variant, build, load_model
+from instructblip.model.align import Align
+from instructblip.model.checkpoints.transformers import TEXT_BRANCH_FILE, read_text_branch
+from instructblip.model.checkpoints.weights import read_json, write_weights
+from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.stage1 import Stage1
 from instructblip.model.trainable import ALIASES
 from instructblip.recipe.schema import Recipe
 from instructblip.training.train import TrainResult
+
+Stage = Literal[1, "align", 2]
 
 
 @dataclass(frozen=True)
@@ -27,29 +36,30 @@ class CaptionTokens(Tokens):
 
 @dataclass(frozen=True)
 class Pretraining(Variant):
-    """Stage 1 trains the Q-Former against captions, stage 2 through the language model."""
+    """Stage 1 trains the Q-Former against captions, align against the language model's word
+    embeddings, stage 2 through the language model."""
 
-    stage: int
+    stage: Stage
     reads_benchmarks = False  # the last weights are the result
 
     def refuse(self, recipe: Recipe) -> None:
         training = recipe.training
         if training.trainable != ("qformer",) or recipe.model.lora is not None:
             raise ValueError(
-                "both stages train the Q-Former alone, and the recipe asks for training.trainable "
+                "all stages train the Q-Former alone, and the recipe asks for training.trainable "
                 f"{list(training.trainable)} and model.lora {recipe.model.lora}: leave both out"
             )
-        if self.stage == 1 and training.micro_batch_size(distributed.world_size()) == 1:
+        if self.stage != 2 and training.micro_batch_size(distributed.world_size()) == 1:
             raise ValueError(
-                "stage 1 contrasts images, and each micro batch holds one sample: raise "
-                "training.batch_size or lower training.accumulate"
+                f"stage {self.stage} contrasts images, and each micro batch holds one sample: "
+                "raise training.batch_size or lower training.accumulate"
             )
 
     def validates(self, recipe: Recipe) -> bool:
         return False
 
     def tokens(self, tokens: Tokens) -> Tokens:
-        if self.stage == 2:  # the Q-Former reads no text; the language model writes the caption
+        if self.stage != 1:  # the Q-Former reads no text
             return replace(tokens, qformer=None)
         settings = {each.name: getattr(tokens, each.name) for each in fields(tokens) if each.init}
         return CaptionTokens(**settings)
@@ -57,16 +67,36 @@ class Pretraining(Variant):
     def instructblip(self, recipe: Recipe) -> InstructBlip:
         if self.stage == 1:
             return load_model(recipe)
-        # the text embeddings, which stage 2 does not read, would only decay
+        if self.stage == 2:  # it trains a BLIP-2, whose Q-Former has no text branch
+            aware = recipe.model.model_copy(update={"instruction_aware": False})
+            recipe = recipe.model_copy(update={"model": aware})
+        # the text embeddings, which neither stage reads, would only decay
         parts = tuple(p for p in ALIASES["qformer"] if p != "qformer_text_embeddings")
         return load_model(recipe, parts)
 
     def model(self, recipe: Recipe, instructblip: InstructBlip) -> nn.Module:
-        return Stage1(instructblip) if self.stage == 1 else instructblip
+        if self.stage == 2:
+            return instructblip
+        return (Stage1 if self.stage == 1 else Align)(instructblip)
+
+    def export(self, instructblip: InstructBlip, model: Any) -> Callable[[Path], object]:
+        if self.stage != 2:
+            return instructblip.save_pretrained
+        return lambda path: save_blip2(instructblip, path)
 
 
-def pretrain(recipe: Recipe, stage: int, out: Path, resume: bool = False) -> TrainResult:
-    """Run stage 1 or 2 on the captions of the recipe's data sets into the run directory ``out``.
+def save_blip2(model: InstructBlip, path: Path) -> None:
+    """Write a BLIP-2, and beside it the text branch of the directory that it was loaded from, with
+    which instruction tuning continues."""
+    model.save_pretrained(path)
+    assert model.assets is not None, "stage 2 starts from a directory"
+    start = InstructBlipConfig.from_transformers(read_json(model.assets / "config.json"))
+    if start.instruction_aware:  # the text branch of a BLIP-2 is a file, which is copied
+        write_weights(read_text_branch(model.assets), path / TEXT_BRANCH_FILE)
+
+
+def pretrain(recipe: Recipe, stage: Stage, out: Path, resume: bool = False) -> TrainResult:
+    """Run a stage on the captions of the recipe's data sets into the run directory ``out``.
 
     Raises ValueError for a recipe that would train anything else and for unchecked data.
     """

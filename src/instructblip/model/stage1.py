@@ -8,6 +8,7 @@ dropped after the stage.
 
 import math
 import warnings
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,7 @@ LABEL_SMOOTHING = 0.1
 class Stage1(nn.Module):
     """Trains the Q-Former of an instruction-aware model on captions, given as ``qformer_ids``.
 
-    ``loss`` is the sum of the three losses, each a mean, times the response tokens of the batch,
-    because the training loop divides by them. Negatives come from the batch of this process only.
+    ``loss`` is the sum of the three losses. Negatives come from the batch of this process only.
     Raises ValueError for a model without a text branch.
     """
 
@@ -48,16 +48,14 @@ class Stage1(nn.Module):
         model, images = self.model, batch.image_index[:, 0]
         features = model.vision_model.norm(model.features_of(batch))  # [N, P, V]
         similarity = self.similarity(features, batch)
-        losses = torch.stack(
-            [
-                contrast(similarity, images),
-                self.match(features, batch, similarity.detach()),
-                self.caption(features, batch),
-            ]
+        return sum_of_means(
+            batch,
+            {
+                "contrast": contrast(similarity, images),
+                "match": self.match(features, batch, similarity.detach()),
+                "caption": self.caption(features, batch),
+            },
         )
-        tokens = batch.response_mask.long().sum(1)
-        mean = losses.sum()
-        return LossOutput(mean * tokens.sum(), tokens.sum(), mean.detach() * tokens, tokens)
 
     def similarity(self, features: Float[Tensor, "N P V"], batch: Batch) -> Float[Tensor, "B B"]:
         """Row i: the image of sample i with the text of every sample, by the image's best query."""
@@ -113,6 +111,15 @@ class Stage1(nn.Module):
         labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, IGNORE_INDEX)
         logits = self.word_head(text[:, :-1]).flatten(0, 1).float()
         return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX)
+
+
+def sum_of_means(batch: Batch, terms: Mapping[str, Tensor]) -> LossOutput:
+    """The sum of losses that are means over samples, times the response tokens of the batch,
+    because the training loop divides by them."""
+    tokens = batch.response_mask.long().sum(1)
+    mean = torch.stack([*terms.values()]).sum()
+    kept = {name: value.detach() for name, value in terms.items()}
+    return LossOutput(mean * tokens.sum(), tokens.sum(), mean.detach() * tokens, tokens, kept)
 
 
 def is_same_image(images: Int[Tensor, " B"]) -> Bool[Tensor, "B B"]:

@@ -91,13 +91,15 @@ class RunLog:
         waited = waits / max(seconds, 1e-9)
         figures = (round(per_step, 5), round(rate, 2), round(waited, 5))
         self._write({"step": step, **metrics, **dict(zip(TIMINGS, figures, strict=True))})
+        terms = ", ".join(f"{name} {value:.3f}" for name, value in metrics.get("terms", {}).items())
+        loss = f"{metrics['loss']:.3f}" + (f" ({terms})" if terms else "")
         if self._bar.shown:
-            loss, lr = f"{metrics['loss']:.3f}", f"{metrics['lr']:.1e}"
+            lr = f"{metrics['lr']:.1e}"
             self._bar(step, self.steps, **{"loss": loss, "lr": lr, "samples/s": f"{rate:.0f}"})
             return
         left = timedelta(seconds=int(per_step * (self.steps - step)))
         self.print(
-            f"step {step}/{self.steps}  loss {metrics['loss']:.3f}  lr {metrics['lr']:.1e}  "
+            f"step {step}/{self.steps}  loss {loss}  lr {metrics['lr']:.1e}  "
             f"{rate:.0f} samples/s  {waited:.1%} waiting  {left} left"
         )
 
@@ -167,6 +169,9 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
     for name in sorted({name for line in training for name in line["losses"]}):
         points = [(v["step"], v["losses"][name]) for v in training if name in v["losses"]]
         loss.plot(*zip(*points, strict=True), alpha=0.4, linewidth=0.8, label=name)
+    for name in training[-1].get("terms", {}) if training else ():
+        points = [(v["step"], v["terms"][name]) for v in training if name in v.get("terms", {})]
+        loss.plot(*zip(*points, strict=True), linestyle="--", linewidth=0.8, label=name)
     rate.plot(steps, [line["lr"] for line in training], color="black")
     for name in sorted({name for line in checks for name in line["validation"]}):
         points = [(v["step"], v["validation"][name]) for v in checks if name in v["validation"]]

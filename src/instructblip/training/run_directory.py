@@ -34,6 +34,8 @@ class Progress:
     validations_without_best: int = 0
     window: dict[str, list[float | int]] = field(default_factory=dict)
     """Per data set: sum of the loss and number of response tokens since the last logged line."""
+    terms: dict[str, list[float | int]] = field(default_factory=dict)
+    """The same for each term of a loss that has several."""
 
 
 @dataclass(slots=True)
@@ -128,14 +130,15 @@ def refuse_existing(folder: Path) -> None:
 
 def merge_windows(progress: Progress) -> None:
     """Move the loss windows of all ranks to the first rank."""
-    windows = distributed.gather_objects(progress.window)
-    progress.window = {}
+    windows = distributed.gather_objects((progress.window, progress.terms))
+    progress.window, progress.terms = {}, {}
     if distributed.is_main():
-        for window in windows:
-            for name, (loss, tokens) in window.items():
-                total = progress.window.setdefault(name, [0.0, 0])
-                total[0] += loss
-                total[1] += tokens
+        for of_rank in windows:
+            for window, merged in zip(of_rank, (progress.window, progress.terms), strict=True):
+                for name, (loss, tokens) in window.items():
+                    total = merged.setdefault(name, [0.0, 0])
+                    total[0] += loss
+                    total[1] += tokens
 
 
 def _load(
@@ -174,5 +177,5 @@ def _load(
     known = {f.name for f in fields(Progress)}
     progress = Progress(**{k: v for k, v in checkpoint.progress.items() if k in known})
     if not distributed.is_main():
-        progress.window = {}  # the first rank has the sum over all ranks
+        progress.window, progress.terms = {}, {}  # the first rank has the sum over all ranks
     return progress

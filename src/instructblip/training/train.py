@@ -161,7 +161,7 @@ def train(
             if progress.step % config.log_every == 0 or progress.step == config.steps:
                 merge_windows(progress)
                 log.train(progress.step, {**losses(progress), "lr": rate, "grad_norm": norm})
-                progress.window = {}
+                progress.window, progress.terms = {}, {}
             if table := end_step():
                 log.print(table)
         finish(stopped, progress, files, log)
@@ -253,18 +253,24 @@ def update(
     num_tokens = float(sum(batch.num_response_tokens for batch in micro_batches))
     tokens = distributed.all_reduce_sum(torch.tensor(num_tokens, device=device))
     sample_losses: list[Tensor] = []
+    terms: list[Mapping[str, Tensor]] = []
     for batch in micro_batches:
         output = model.loss(batch.to(device))
         (output.loss_sum / tokens).backward()
         coalesce_gradients(parameters.values())
         sample_losses.append(output.sample_losses.detach().float())  # [B]
+        terms.append(output.terms)
     distributed.sum_gradients(parameters.values())
 
     # One copy from the device brings all losses and the gradient norm: each copy waits for the
     # device to finish.
     with part("optimiser"):
         norm = nn.utils.get_total_norm(gradient_values(parameters.values()))
-    *values, norm_value = torch.cat([*sample_losses, norm.float().reshape(1)]).tolist()
+    singles = [*(value for each in terms for value in each.values()), norm]
+    singles = [value.detach().float().reshape(1) for value in singles]
+    *values, norm_value = torch.cat([*sample_losses, *singles]).tolist()
+    num_samples = sum(map(len, micro_batches))
+    values, of_terms = values[:num_samples], iter(values[num_samples:])
     bad = not (math.isfinite(norm_value) and all(map(math.isfinite, values)))
     if distributed.any_rank(bad, device):
         raise NonFiniteLossError(
@@ -278,15 +284,26 @@ def update(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     _add_to_window(progress.window, micro_batches, values)
+    for batch, each in zip(micro_batches, terms, strict=True):
+        for name in each:
+            total = progress.terms.setdefault(name, [0.0, 0])
+            total[0] += next(of_terms) * batch.num_response_tokens
+            total[1] += batch.num_response_tokens
     return norm_value
 
 
 def losses(progress: Progress) -> dict[str, Any]:
-    """Mean loss per response token in the window, over all data sets and for each of them."""
+    """Mean loss per response token in the window, over all data sets, for each of them, and for
+    each of the terms where the loss has several."""
     window = progress.window
     total = [sum(column) for column in zip(*window.values(), strict=True)] or [0.0, 0.0]
-    by_set = {name: loss / max(1, tokens) for name, (loss, tokens) in sorted(window.items())}
-    return {"loss": total[0] / max(1, total[1]), "losses": by_set, "tokens": int(total[1])}
+    by_set, by_term = (
+        {name: loss / max(1, tokens) for name, (loss, tokens) in each}
+        for each in (sorted(window.items()), progress.terms.items())
+    )
+    terms = {"terms": by_term} if by_term else {}
+    mean = total[0] / max(1, total[1])
+    return {"loss": mean, "losses": by_set, **terms, "tokens": int(total[1])}
 
 
 def finish(stopped: Stopped, progress: Progress, files: RunFiles, log: RunLog) -> None:

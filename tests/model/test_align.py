@@ -1,0 +1,97 @@
+"""Aligning queries with word embeddings: what is contrasted, what trains, and that it works."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from instructblip.core.batch import Batch
+from instructblip.model.align import Align, contrast, is_same_text
+from instructblip.model.config import InstructBlipConfig
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.trainable import ALIASES
+from tests.parity.tiny import tiny_batch, tiny_config
+
+
+@pytest.fixture
+def stage() -> Align:
+    torch.manual_seed(0)
+    config = {"model_type": "instructblip", **tiny_config(dropout=0.0)}
+    model = InstructBlip(InstructBlipConfig.from_transformers(config))
+    parts = tuple(part for part in ALIASES["qformer"] if part != "qformer_text_embeddings")
+    return Align(model.set_trainable(parts))
+
+
+def texts(batch: Batch, rows: list[list[int]]) -> Batch:
+    """The batch with other responses, 0 where there is padding."""
+    ids = torch.tensor(rows)
+    return replace(batch, response_ids=ids, response_mask=(ids > 0).long())
+
+
+def test_no_layer_of_the_language_model_runs(stage: Align, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(stage.model.language_model), "forward", pytest.fail)
+    stage.loss(tiny_batch(stage.model.config)).loss_sum.backward()
+    gradients: dict[str, Any] = {n: p.grad for n, p in stage.model.named_parameters()}
+    moved = {name for name, grad in gradients.items() if grad is not None and grad.abs().sum() > 0}
+    assert {"query_tokens", "language_projection.weight"} <= moved
+    assert "qformer.encoder.layer.0.crossattention.attention.key.weight" in moved
+    assert "vision_model.post_layernorm.weight" in moved
+    assert not [n for n in moved if n.startswith(("language_model.", "vision_model.encoder."))]
+    assert not [n for n in moved if "word_embeddings" in n]
+
+
+def test_a_phrase_is_the_mean_of_its_words_without_its_end(stage: Align) -> None:
+    batch = texts(tiny_batch(stage.model.config), [[5, 6, 2, 0], [6, 5, 2, 0], [7, 2, 0, 0]])
+    table = stage.model.language_model.get_input_embeddings().weight
+    words = table - table.mean(0)
+    expected = [words[5] + words[6], words[6] + words[5], words[7]]
+    torch.testing.assert_close(stage.phrases(batch), F.normalize(torch.stack(expected), dim=-1))
+
+
+def test_same_images_and_same_texts_are_no_negatives(
+    stage: Align, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = texts(tiny_batch(stage.model.config), [[5, 2, 0], [5, 6, 2], [5, 2, 0]])
+    assert is_same_text(batch).tolist() == [
+        [True, False, True],
+        [False, True, False],
+        [True, False, True],
+    ]
+    scores = torch.tensor([[1.0, 0.0, 9.0], [0.0, 1.0, 0.0], [9.0, 0.0, 1.0]])
+    right = F.cross_entropy(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    both = F.cross_entropy(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([0]))
+    torch.testing.assert_close(contrast(scores, is_same_text(batch)), (2 * right + both) / 3)
+    seen: list[torch.Tensor] = []
+
+    def watch(scores: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+        seen.append(same)
+        return scores.sum()
+
+    monkeypatch.setattr("instructblip.model.align.contrast", watch)
+    stage.loss(replace(batch, response_ids=torch.tensor([[5, 2, 0], [5, 6, 2], [7, 2, 0]])))
+    assert seen[0].tolist() == is_same_text(batch).tolist(), "tiny_batch shows images 0, 1, 0"
+
+
+def test_queries_become_the_words_of_their_image(stage: Align) -> None:
+    """A few steps, after which each image names its text among all of them."""
+    batch = texts(tiny_batch(stage.model.config), [[5, 2, 0], [6, 7, 2], [5, 2, 0]])
+    trained = [p for p in stage.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=0.01)
+    for _ in range(150):
+        output = stage.loss(batch)
+        optimizer.zero_grad()
+        (output.loss_sum / output.num_tokens).backward()
+        optimizer.step()
+    assert output.terms["contrast"] < 0.1
+    queries = stage.model.encode_queries(
+        replace(batch, qformer_ids=batch.qformer_ids[:, :0], qformer_mask=batch.qformer_mask[:, :0])
+    )
+    table = stage.model.language_model.get_input_embeddings().weight
+    words = F.normalize(table - table.mean(0), dim=-1)
+    near = (F.normalize(queries - table.mean(0), dim=-1) @ words.t()).amax(1)  # [B, words]
+    assert near[0, 5] > near[0, 6:8].max()
+    assert near[1, 6:8].min() > near[1, 5]
+    lengths = (queries - table.mean(0)).norm(dim=-1) / stage.length
+    assert 0.5 < lengths.mean() < 2
