@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from instructblip.data.custom.formats import group_hint
+from instructblip.data.custom.rows import CustomSet
 from instructblip.data.loader import Loader
 from instructblip.data.templates import render_prompt
 from instructblip.evaluation.compare import compare
@@ -18,13 +20,14 @@ from instructblip.experiment.datasets import (
     benchmarks_of,
     check_recipe,
     checked_training,
+    choosing_note,
     prepare_benchmarks,
     prepare_training,
 )
 from instructblip.experiment.evaluate import evaluate
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
-from tests.testing import read_custom, write_json, write_json_lines, write_picture
+from tests.testing import read_custom, write_json, write_json_lines, write_model, write_picture
 
 ANSWERS = {"train": ["yes", "no"] * 3, "val": ["no", "yes"], "test": ["no", "no", "no", "yes"]}
 CHEST: dict[str, Any] = {
@@ -101,6 +104,63 @@ def test_own_benchmarks_choose_the_best_weights(tmp_path: Path) -> None:
     scores = run.validate(run.model)
     assert set(scores) == {"score", "early"}
     assert scores["score"] == scores["early"]
+
+
+def grouped(root: Path, *patients: str, **entry: Any) -> list[str]:
+    """Rows of ``patients`` in one table with a split, and the overrides that train on them."""
+    splits = ["train"] * (len(patients) - 4) + ["val", "val", "test", "test"]
+    rows = []
+    for i, (patient, split) in enumerate(zip(patients, splits, strict=True)):
+        write_picture(root / "chest" / "images" / f"{i}.png", seed=i)
+        answer = ("yes", "no")[i % 2]
+        row = {"image": f"{i}.png", "question": "Is it broken?", "answer": answer}
+        rows.append(row | {"patient_id": patient, "split": split})
+    write_json_lines(root / "chest" / "rows.jsonl", *rows)
+    sets = {"chest": {"format": "table", "path": "rows.jsonl", **entry}}
+    more = [f"data.sets={json.dumps(sets)}", "data.check=run", "data.max_bad_rate=0.5"]
+    more += ["evaluation.validation=[early]", "evaluation.benchmarks=[late]"]
+    return [*more, "training.batch_size=2", "training.workers=0"]
+
+
+EARLY_LATE = {"early": CHEST | {"split": "val"}, "late": CHEST}
+
+
+def test_no_group_is_trained_on_and_evaluated(tmp_path: Path) -> None:
+    more = grouped(tmp_path, *"abcdecfbg", group="patient_id")
+    recipe = recipe_with(tmp_path, EARLY_LATE, *more)
+    checked = [each.describe() for each in check_recipe(recipe) if not isinstance(each, str)]
+    assert "2 x group on both sides" in checked[-1]
+    assert "'b' is also in chest test" in checked[-1]
+    training = checked_training(recipe, prepare_training(recipe))["chest"]
+    assert [example.extra["group"] for example in training] == ["a", "d", "e"]
+    strict = recipe_with(tmp_path, EARLY_LATE, *more, "data.max_bad_rate=0")
+    with pytest.raises(ValueError, match="chest train: 2 of 5 examples are bad"):
+        checked_training(strict, prepare_training(strict))
+
+
+def test_a_column_that_looks_like_a_group_is_named(tmp_path: Path) -> None:
+    more = grouped(tmp_path, *"abcdecfbg")
+    with pytest.warns(UserWarning, match=r"^chest: column 'patient_id' .*7 values.*--group pat"):
+        list(check_recipe(recipe_with(tmp_path, EARLY_LATE, *more)))
+    for patients in ("abcdefghi", "aaaaaaaaa"):
+        grouped(tmp_path, *patients)
+        assert not group_hint(CustomSet("chest", "table"), tmp_path / "chest", "train")
+
+
+def test_an_own_benchmark_stops_a_run_early(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = grouped(tmp_path, *"abcdefghi")
+    more += ["training.steps=9", "training.validate_every=2", "training.early_stopping_patience=1"]
+    more += ["training.learning_rate=1e-30", "training.warmup_steps=0"]
+    write_model(tmp_path / "blip2", "blip2")
+    more += [f"model.start={tmp_path / 'blip2'}", "model.text_branch=random"]
+    assert not choosing_note(recipe_with(tmp_path, EARLY_LATE, *more))
+    recipe = recipe_with(tmp_path, EARLY_LATE, *more, "evaluation.benchmarks=[own]")
+    result = build(recipe).train(tmp_path / "run")
+    assert (result.stopped, result.step, result.best_step) == ("early", 4, 2)
+    assert (tmp_path / "run/best/model.safetensors").is_file()
+    assert "early of evaluation.own chooses the best weights" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

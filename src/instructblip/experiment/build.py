@@ -26,6 +26,7 @@ from instructblip.data.tokens import Tokens
 from instructblip.experiment.datasets import (
     Held,
     checked_training,
+    choosing_note,
     data_fingerprints,
     describe_mixture,
     languages_of,
@@ -192,7 +193,8 @@ def build(
             for name, language in languages_of(recipe, data.training).items():
                 if language == "zh" and recipe.data.sets[name].language is None:
                     print(f"{name}: the answers are Chinese, and so its instructions are")
-        if note := window_note(recipe, data.training):
+        notes = window_note(recipe, data.training), choosing_note(recipe) if data.held else ""
+        for note in filter(None, notes):
             print(note, flush=True)
     instructblip = variant.instructblip(recipe)
     model = variant.model(recipe, instructblip)

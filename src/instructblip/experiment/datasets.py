@@ -1,12 +1,13 @@
 """The data sets of a recipe: prepared, mixed, checked; and the benchmarks it names."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from instructblip.data.custom.formats import FORMATS, custom_source
+from instructblip.data.custom.formats import FORMATS, custom_source, group_hint
 from instructblip.data.custom.remote import fetch_tree, is_remote
 from instructblip.data.custom.rows import CustomSet
 from instructblip.data.images import NARROW
@@ -209,6 +210,19 @@ def validation_of(recipe: Recipe) -> list[Benchmark]:
     ]
 
 
+def choosing_note(recipe: Recipe) -> str:
+    """The line about own benchmarks that choose the weights and score them too; empty without."""
+    final = {b.name for b in benchmarks_of(recipe, recipe.evaluation.benchmarks)}
+    both = [b.name for b in validation_of(recipe) if b.role == "own" and b.name in final]
+    if not both:
+        return ""
+    return (
+        f"{', '.join(both)} of evaluation.own chooses the best weights (evaluation.validation) and "
+        "is scored at the end too (evaluation.benchmarks), which makes that score a little too "
+        "high: validate on a benchmark with another split"
+    )
+
+
 def prepare_split(
     recipe: Recipe, benchmark: Benchmark, split: str | None = None
 ) -> PreparedDataset:
@@ -321,11 +335,17 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             yield fault
             continue
         try:
-            dataset = job_of(recipe, name).run()
+            job = job_of(recipe, name)
+            dataset = job.run()
             _refuse_shared_rows(recipe, name, dataset, evaluated)
         except (FileNotFoundError, ValueError) as error:
             yield str(error)
             continue
+        entry = recipe.data.sets[name]
+        if entry.format and entry.group is None:
+            custom = _custom_set(name, entry, job.root)
+            if hint := group_hint(custom, job.root, job.split):
+                warnings.warn(hint, stacklevel=2)
         yield check_dataset(
             dataset,
             evaluated=shown,
@@ -334,7 +354,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             drop_leaked=recipe.data.drop_leaked,
             max_images=_most_images(recipe, name),
             decode=decode,
-            perceptual=recipe.data.sets[name].format is not None,
+            perceptual=entry.format is not None,
             window=recipe.data.window,
         )
 

@@ -14,6 +14,8 @@ from instructblip.core import distributed
 from instructblip.core.files import write_text
 from instructblip.core.version import __version__
 from instructblip.data.custom.folder import FolderSet, Sides, SplitBy, read_sides
+from instructblip.data.custom.formats import group_hint
+from instructblip.data.custom.rows import CustomSet
 from instructblip.data.templates import TEMPLATES_ZH, Language, language_of
 from instructblip.evaluation.benchmarks import Benchmark
 from instructblip.evaluation.compare import compare
@@ -126,6 +128,8 @@ def tune(
     with distributed.process_group():
         if distributed.is_main():
             print(describe(sides, language), flush=True)
+            if group is None and (hint := group_hint(CustomSet(SET, "imagefolder"), root, "train")):
+                print(hint, flush=True)
             if not (resume and (out / RECIPE_FILE).is_file()):
                 count = len(sides.training)
                 write_recipe(root, start, out, count, overrides, images, group, language)

@@ -19,6 +19,7 @@ import inspect
 import itertools
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -62,6 +63,13 @@ TABLES: dict[str, Callable[[Path], Iterator[tuple[str, Record | ValueError]]]] =
 
 _LANGUAGE = re.compile(r"([A-Za-z]{2,3}(?:[_@-]\w+)?)\.utf8=")
 """Begins a caption that names its language."""
+_GROUP = re.compile(
+    r"(patient|subject|participant|person|study|case|session|visit|recording|series|specimen|animal)"
+    r"[ _-]?(id|uid|no|nr|number|name|key|code)?"
+)
+"""Headings of columns whose equal values may belong together."""
+MOST_HINTED = 10_000
+"""Rows that `group_hint` reads."""
 
 
 def custom_source(custom: CustomSet) -> Source:
@@ -101,6 +109,29 @@ def _user_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
     for i, row in enumerate(find_function(custom.format)(root, split)):
         where = f"{custom.format}:row {i}"
         yield Row(str(i), Record(check_object(row, where), where))
+
+
+def group_hint(custom: CustomSet, root: Path, split: str) -> str:
+    """The line about a column that looks like a group: by its heading, and since rows share values;
+    empty without one."""
+    read, _ = FORMATS.get(custom.format, (_user_rows, examples_of))
+    rows = itertools.islice(read(custom, root, split), MOST_HINTED)
+    records = (row.record for row in rows if isinstance(row, Row))
+    if (first := next(records, None)) is None:
+        return ""
+    headings = [c for c in first.data if _GROUP.fullmatch(c.strip().casefold())]
+    counts: dict[str, Counter[str]] = {heading: Counter() for heading in headings}
+    for record in itertools.chain([first], records) if headings else ():
+        for heading, count in counts.items():
+            count[str(record.data.get(heading))] += 1
+    for heading, count in counts.items():
+        if 1 < len(count) < count.total():
+            return (
+                f"{custom.name}: column {heading!r} looks like a group, with {len(count)} values "
+                f"in {count.total()} rows; `--group {heading}` of tune, or `group: {heading}` in "
+                "a recipe, lets no value be on two sides of a split"
+            )
+    return ""
 
 
 def has_split_column(root: Path) -> bool:
