@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 
 from instructblip.data import images as images_module
+from instructblip.data.custom.folder import read_sides
 from instructblip.data.images import Window, decode_image, examine_image, load_image
 from instructblip.data.prepared.check import check_dataset
-from tests.testing import prepare_vizwiz
+from instructblip.data.reading import dicom as dicom_module
+from tests.testing import prepare_vizwiz, write_json_lines
 
 pydicom = pytest.importorskip("pydicom")
+from pydicom import uid  # noqa: E402
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
 from pydicom.encaps import encapsulate  # noqa: E402
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLosslessSV1  # noqa: E402
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian  # noqa: E402
 
 NAME = "Doe^Jane"
 PATIENT = {"PatientName": NAME, "PatientID": "4711-0815", "PatientBirthDate": "19700101"}
@@ -46,6 +49,11 @@ def dicom(values: np.ndarray | None, syntax: str = ExplicitVRLittleEndian, **mor
         warnings.simplefilter("ignore")
         dataset.save_as(file, enforce_file_format=True)
     return file.getvalue()
+
+
+def compressed(syntax: str) -> bytes:
+    """A file whose compressed pixels are zeros."""
+    return dicom(RAMP, syntax, PixelData=encapsulate([b"\0" * 8]))
 
 
 RAMP = np.linspace(0, 3459, 4096).reshape(64, 64).round()
@@ -117,10 +125,12 @@ def test_colours() -> None:
     ("data", "reason"),
     [
         (dicom(None), "a DICOM file without pixels"),
-        (
-            dicom(RAMP, JPEGLosslessSV1, PixelData=encapsulate([b"\0" * 8])),
-            "no installed package decodes JPEG Lossless",
-        ),
+        (compressed(uid.JPEGLosslessSV1), "decodes DICOM's JPEG Lossless.*gdcmconv.*pylibjpeg"),
+        (compressed(uid.JPEGLSLossless), "decodes DICOM's JPEG-LS Lossless.*gdcmconv.*pylibjpeg"),
+        (compressed(uid.MPEG2MPML), "decodes DICOM's MPEG2 Main Profile"),
+        (compressed(uid.RLELossless), r"damaged \(RuntimeError\)"),
+        (compressed(uid.JPEGBaseline8Bit), r"damaged \(RuntimeError\)"),
+        (b"\0" * 128 + b"DICM", "a DICOM file without pixels"),
         (dicom(RAMP)[:-5000], r"damaged \(ValueError\)"),
         (dicom(RAMP, Rows=9000, Columns=9001), "9001 x 9000 pixels; at most"),
         (dicom(RAMP, BitsStored=None), "damaged"),
@@ -135,7 +145,7 @@ def test_what_cannot_be_read_is_named_without_the_patient(
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         with pytest.raises(
-            ValueError, match=rf"scan\.dcm: cannot be decoded: .*{reason}"
+            ValueError, match=rf"scan\.dcm: (cannot be decoded: .*|no installed .*){reason}"
         ) as caught:
             load_image(path)
     quoted = f"{caught.value} {caught.value.__cause__} {caplog.text} {[str(w) for w in warned]}"
@@ -159,6 +169,36 @@ def test_nothing_about_a_patient_is_written(tmp_path: Path) -> None:
     shown = io.BytesIO()
     load_image(tmp_path / "images" / "a.dcm").save(shown, "PNG")
     assert json.dumps(NAME)[1:-1].encode() not in shown.getvalue()
+
+
+def test_nothing_about_a_patient_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Dataset] = []
+    decode = dicom_module._decode
+    monkeypatch.setattr(dicom_module, "_decode", lambda data: parsed.append(data) or decode(data))
+    dicom_module.read_dicom(dicom(RAMP), 1 << 20)
+    assert {element.keyword for element in parsed[0]} <= {*dicom_module._TAGS}
+    assert NAME not in str(parsed[0])
+
+
+def test_a_folder_of_scans_is_split_by_patient(tmp_path: Path) -> None:
+    names = [f"p{i // 2}_{i}.dcm" for i in range(8)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(dicom(np.roll(RAMP, 500 * i)))
+    rows = [{"file_name": n, "caption": "x", "patient": n[:2]} for n in names]
+    write_json_lines(tmp_path / "metadata.jsonl", *rows)
+    for group in ("patient", r"(p\d)_"):
+        split = read_sides(tmp_path, group=group)
+        training, held = (
+            {(e.extra["group"], e.images[0][:2]) for e in side.examples}
+            for side in (split.training, split.validation)
+        )
+        assert len(training) + len(held) == 4
+        assert all(patient == prefix for patient, prefix in training | held)
+        assert NAME not in repr(split)
+    (tmp_path / names[3]).write_bytes(dicom(RAMP)[:-5000])
+    with pytest.raises(ValueError, match=r"1 of 8 .*:\n[^\n]*p1_3\.dcm: .*damaged.*$") as error:
+        read_sides(tmp_path, group="patient")
+    assert not any(value in str(error.value) for value in PATIENT.values())
 
 
 def test_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

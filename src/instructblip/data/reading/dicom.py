@@ -49,8 +49,8 @@ def is_dicom(data: bytes) -> bool:
 def read_dicom(data: bytes, max_pixels: int) -> Dicom:
     """The image of a DICOM file.
 
-    Raises ImportError without pydicom, and ValueError for a file without pixels, with more than
-    ``max_pixels`` in a frame, or compressed in a way that no installed package decodes.
+    Raises ImportError without pydicom, or where no installed package decodes the compression, and
+    ValueError for a file without pixels, with more than ``max_pixels`` in a frame, or damaged.
     """
     try:
         import pydicom
@@ -66,11 +66,8 @@ def read_dicom(data: bytes, max_pixels: int) -> Dicom:
             is_small = rows * columns <= max_pixels
             if has_pixels and is_small:
                 return _decode(dataset)
-        except RuntimeError:
-            raise ValueError(
-                f"no installed package decodes {dataset.file_meta.TransferSyntaxUID.name}; convert "
-                "the DICOM file to an uncompressed one, or install pylibjpeg"
-            ) from None
+        except ImportError:
+            raise
         except Exception as error:  # of any class, with a message that may quote the file
             raise ValueError(f"the DICOM file is damaged ({type(error).__name__})") from None
     if not has_pixels:
@@ -82,6 +79,7 @@ def _decode(dataset: Any) -> Dicom:
     from pydicom.pixels.processing import apply_color_lut, apply_rescale, apply_voi
     from pydicom.pixels.utils import pixel_array
 
+    _refuse_undecodable(dataset.file_meta.TransferSyntaxUID)
     num_frames = int(dataset.get("NumberOfFrames") or 1)
     middle = num_frames // 2
     pixels = pixel_array(dataset, index=middle)
@@ -108,6 +106,21 @@ def _decode(dataset: Any) -> Dicom:
         inverted=kind == "MONOCHROME1",
         num_frames=num_frames,
     )
+
+
+def _refuse_undecodable(syntax: Any) -> None:
+    """ImportError if no installed package decodes a transfer syntax."""
+    from pydicom.pixels.decoders.base import get_decoder
+
+    try:
+        is_available = get_decoder(syntax).is_available
+    except NotImplementedError:  # such as that of a video
+        is_available = False
+    if not is_available:
+        raise ImportError(
+            f"no installed package decodes DICOM's {syntax.name}: `gdcmconv --raw` writes the file "
+            "without compression; `pip install 'pylibjpeg[all]'` decodes JPEG, JPEG-LS, JPEG 2000"
+        )
 
 
 def _lift_frame_values(dataset: Any, frame: int) -> None:
