@@ -104,6 +104,26 @@ def test_batch_equals_single(model, extra_padding):
         assert respond(model, alone, max_new_tokens=6) == [answers[sample]]
 
 
+def test_rows_end_where_the_caller_says(model):
+    batch = tiny_batch(model.config)
+    six = GREEDY.override(max_new_tokens=6, min_new_tokens=6)
+    whole = generate_responses(model, batch, decoding=six)
+    seen = []
+
+    def on_tokens(tokens):
+        seen.append(tokens)
+        return [row == 0 and len(seen) == 2 for row in range(len(tokens))]
+
+    assert generate_responses(model, batch, on_tokens, six) == [whole[0][:2], *whole[1:]]
+    assert [tokens[1] for tokens in seen] == whole[1]
+    seen.clear()
+    ended = generate_responses(
+        model, batch, lambda tokens: seen.append(tokens) or [True] * len(tokens), six
+    )
+    assert ended == [ids[:1] for ids in whole]
+    assert len(seen) == 1
+
+
 def test_first_greedy_token_is_the_most_likely_candidate(model):
     """Generation pads on the left and ranking continues a cache; both continue the same prefix."""
     batch = tiny_batch(model.config)

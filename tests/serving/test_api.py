@@ -168,10 +168,12 @@ def test_stop_texts_end_an_answer(client: TestClient, engine: Engine, png: list[
     whole = engine.answer(image, TEXT, max_new_tokens=14)
     assert len(whole) > 6
     late, early = whole[4:6], whole[2:4]
+    usage = client.post(CHAT, json=body(image, TEXT, max_tokens=14)).json()["usage"]
     for stop in (early, [early], ["\N{SNOWMAN}", early], [late, early, late + "\N{SNOWMAN}"]):
         request = body(image, TEXT, max_tokens=14, stop=stop)
-        reply = client.post(CHAT, json=request).json()["choices"][0]
-        expected = whole[: whole.index(early)]
+        answer = client.post(CHAT, json=request).json()
+        reply, expected = answer["choices"][0], whole[: whole.index(early)]
+        assert answer["usage"]["completion_tokens"] < usage["completion_tokens"]
         assert (reply["message"]["content"], reply["finish_reason"]) == (expected, "stop")
         lines = client.post(CHAT, json=request | {"stream": True}).text.split("\n\n")[:-2]
         deltas = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]

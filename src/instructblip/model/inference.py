@@ -44,7 +44,8 @@ def generate_responses(
 
     Responses in the batch are ignored. The model answers in eval mode. ``on_tokens`` is called with
     the newest token of every sample [B] at each step, padding after its end; not with beams, whose
-    tokens are known at the end only. An error that it raises ends the run.
+    tokens are known at the end only. It may return which samples end there; an error that it
+    raises ends the run.
     """
     with _eval_mode(model):
         queries = model.encode_queries(batch)

@@ -72,6 +72,8 @@ class Job:
     future: "Future[Any]" = field(default_factory=Future, init=False)
     _on_text: Callable[[str], None] | None = field(default=None, init=False)
     _sent: str = field(default="", init=False)
+    stopped: bool = field(default=False, init=False)
+    """Whether the answer has one of the texts ``stop``."""
     _generated: str = field(default="", init=False)
     _left: bool = field(default=False, init=False)
 
@@ -97,7 +99,8 @@ class Job:
         """Pass a piece of the answer to the listener, but nothing that a stop text may begin."""
         self._generated += piece
         text = self.cut(self._generated)
-        if text == self._generated and not last:
+        self.stopped = text != self._generated
+        if not self.stopped and not last:
             text = text[: len(text) - max((_overlap(text, stop) for stop in self.stop), default=0)]
         piece, self._sent = text[len(self._sent) :], text
         if piece and self._on_text is not None:
@@ -250,10 +253,12 @@ class Batcher:
             return engine.rank_samples(samples, candidates, first.normalization, check_waiting)
         texts = [TextStream(engine.tokens, engine.ends) for _ in jobs]
 
-        def on_tokens(tokens: list[int]) -> None:
+        def on_tokens(tokens: list[int]) -> list[bool]:
             check_waiting()
             for job, text, token in zip(jobs, texts, tokens, strict=True):
-                job.send(text.add(token))
+                if not job.stopped:
+                    job.send(text.add(token))
+            return [job.stopped for job in jobs]
 
         decoding = first.decoding or engine.decoding
         with torch.random.fork_rng(enabled=first.seed is not None):

@@ -3,39 +3,42 @@
 import copy
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.stopping_criteria import StoppingCriteria
 
 # The prompt is passed as embeddings, as in the official code: the penalty applies to the response.
 warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
 
-OnTokens = Callable[[list[int]], None]
-"""Receives the newest token of every row at each step, padding after the row's end token."""
+OnTokens = Callable[[list[int]], Sequence[bool] | None]
+"""Receives the newest token of every row at each step, padding after the row's end. Returns which
+rows end here; None ends none."""
 
 
-class _Streamer(BaseStreamer):
-    """Calls ``on_tokens`` at each step. transformers' first call contains the prompt."""
+class _Watched(StoppingCriteria):
+    """Calls ``on_tokens`` at each step, and ends the rows that it returns."""
 
     def __init__(self, on_tokens: OnTokens) -> None:
-        self.on_tokens, self.started = on_tokens, False
+        self.on_tokens = on_tokens
+        self.lengths: dict[int, int] = {}
+        """Row that was ended -> number of its tokens."""
 
-    def put(self, value: Tensor) -> None:
-        if self.started:
-            self.on_tokens(value.tolist())
-        self.started = True
-
-    def end(self) -> None:
-        """Nothing is buffered."""
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        for row, ended in enumerate(self.on_tokens(input_ids[:, -1].tolist()) or ()):
+            if ended:
+                self.lengths.setdefault(row, input_ids.shape[1])
+        ended = [row in self.lengths for row in range(len(input_ids))]
+        return torch.tensor(ended, device=input_ids.device)  # [B]
 
 
 def generate(
     model: Any, on_tokens: OnTokens | None, decoding: dict[str, Any], **inputs: Any
 ) -> list[list[int]]:
-    """Token ids of each row from transformers' ``generate``, up to and without its end token.
+    """Token ids of each row from transformers' ``generate``, up to and without its end token, or
+    up to where ``on_tokens`` ends it.
 
     A beam search decides its tokens at the end, so it does not call ``on_tokens``.
     """
@@ -45,11 +48,16 @@ def generate(
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if config.pad_token_id is None:
         config.pad_token_id = ends[0] if ends else 0
-    if on_tokens is not None and config.num_beams == 1:
-        inputs["streamer"] = _Streamer(on_tokens)
+    watched = None if on_tokens is None or config.num_beams > 1 else _Watched(on_tokens)
     with torch.no_grad():
-        output = model.generate(**inputs, generation_config=config)
+        output = model.generate(
+            **inputs,
+            generation_config=config,
+            stopping_criteria=None if watched is None else [watched],
+        )
     rows = output.tolist()
+    if watched is not None:
+        rows = [row[: watched.lengths.get(i)] for i, row in enumerate(rows)]
     if model.config.is_encoder_decoder:
         rows = [row[1:] for row in rows]  # without the start token
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
