@@ -436,8 +436,9 @@ def test_ctrl_c_keeps_what_tune_did(
         return loop.update(*arguments)
 
     monkeypatch.setattr(loop, "update", interrupted)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
+    assert stopped.value.code == 130
     printed = capsys.readouterr().out
     assert "interrupted: saved step 1; continue with --resume" in printed
     assert "To try the model" not in printed

@@ -29,6 +29,8 @@ class Termination:
 
     def __init__(self) -> None:
         self.requested = False
+        self.by_hand = False
+        """Whether Ctrl-C asked for it."""
         self._raise = False
 
     def __enter__(self) -> "Termination":
@@ -47,6 +49,7 @@ class Termination:
         if name == signal.SIGINT:
             if self.requested:
                 raise KeyboardInterrupt
+            self.by_hand = True
             os.write(2, HINT)  # print is not safe in a handler
         self.requested = True
         if self._raise:

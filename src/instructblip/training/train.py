@@ -93,6 +93,7 @@ def train(
         NonFiniteLossError: naming step and samples, before any weight changes.
         ValueError: if ``folder`` already holds a run and ``resume`` is off.
         OSError: if a checkpoint cannot be written; older ones are intact.
+        KeyboardInterrupt: after Ctrl-C, once the step is saved. (SIGTERM returns "terminated".)
     """
     began = time.monotonic()
     device = distributed.resolve_device(config.device)
@@ -165,6 +166,8 @@ def train(
             if table := end_step():
                 log.print(table)
         finish(stopped, progress, files, log)
+    if termination.by_hand:
+        raise KeyboardInterrupt
     return TrainResult(
         step=progress.step,
         stopped=stopped,
