@@ -21,7 +21,7 @@ from instructblip.core import distributed
 from instructblip.data.images import PREPROCESSORS, ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.samples import Examples, ImageReader
-from instructblip.data.templates import TEMPLATES_FILE, templates_note
+from instructblip.data.templates import TEMPLATES_FILE, Language, templates_note
 from instructblip.data.tokens import Tokens
 from instructblip.experiment.datasets import (
     Held,
@@ -180,6 +180,7 @@ def build(
         compare_with_saved(recipe, out, resume)
     with distributed.main_first():
         data = variant.read_data(recipe)
+    languages = languages_of(recipe, data.training)
     if distributed.is_main():
         if out is not None and resume:
             report_changed_data(data.fingerprints, out)
@@ -190,7 +191,7 @@ def build(
             )
         if data.training:
             print(describe_mixture(recipe, make_mixture(recipe, data.training)), flush=True)
-            for name, language in languages_of(recipe, data.training).items():
+            for name, language in languages.items():
                 if language == "zh" and recipe.data.sets[name].language is None:
                     print(f"{name}: the answers are Chinese, and so its instructions are")
         notes = window_note(recipe, data.training), choosing_note(recipe) if data.held else ""
@@ -204,7 +205,8 @@ def build(
     readers = training_features(recipe, instructblip, readers, data.training, began)
 
     def loader(training: TrainingConfig) -> Loader:
-        return make_loader(recipe, data.training, variant.tokens(tokens), readers, training)
+        texts = variant.tokens(tokens)
+        return make_loader(recipe, data.training, languages, texts, readers, training)
 
     files = {
         RECIPE_FILE: recipe.to_yaml(),
@@ -354,6 +356,7 @@ def training_readers(
 def make_loader(
     recipe: Recipe,
     datasets: Mapping[str, Examples],
+    languages: Mapping[str, Language],
     tokens: Tokens,
     images: Mapping[str, ImageReader],
     training: TrainingConfig,
@@ -373,7 +376,7 @@ def make_loader(
         workers=training.workers,
         bucket_steps=data.bucket_steps,
         templates={name: entry.templates for name, entry in data.sets.items() if entry.templates},
-        languages=languages_of(recipe, datasets),
+        languages=languages,
     )
 
 
@@ -386,7 +389,8 @@ def training_samples(recipe: Recipe) -> Loader:
     datasets = {name: without_bad(each, rate) for name, each in prepare_training(recipe).items()}
     tokens, images = read_assets(recipe, model_config(recipe))
     readers = training_readers(recipe, datasets, images)
-    return make_loader(recipe, datasets, tokens, readers, recipe.training)
+    languages = languages_of(recipe, datasets)
+    return make_loader(recipe, datasets, languages, tokens, readers, recipe.training)
 
 
 # --- validation ----------------------------------------------------------------------------------

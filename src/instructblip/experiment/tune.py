@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from instructblip.core import distributed
@@ -29,6 +30,9 @@ from instructblip.experiment.datasets import Held
 from instructblip.experiment.evaluate import load_engine, score
 from instructblip.experiment.sayable import LEAST_KNOWN, sayable
 from instructblip.inference.engine import Engine
+from instructblip.model.checkpoints.directory import model_directory
+from instructblip.model.checkpoints.weights import read_json
+from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
@@ -283,8 +287,7 @@ def write_recipe(
 ) -> Recipe:
     """Choose settings for ``examples`` training examples of at most ``images`` images each, write
     them to ``out/recipe.yaml`` and return them; ``overrides`` have precedence."""
-    model = InstructBlip.from_pretrained(start)
-    small = sum(p.numel() for _, p in model.trainable_parameters()) < SMALL
+    small = num_trainable(start) < SMALL
     batch = max(2, min(32 if small else 16, examples // 4 * 2))
     epochs, rate = (30, 1e-3) if small else (3, 1e-5)
     steps = max(20, min(2000, epochs * examples // batch))
@@ -295,7 +298,6 @@ def write_recipe(
         "model": {"start": _absolute(start)},
         "data": {
             "root": str(root.absolute()),
-            "augment": False,
             "num_frames": max(4, images),
             "sets": {
                 SET: {
@@ -326,6 +328,14 @@ def write_recipe(
     recipe = load_recipe(file, overrides)
     write_text(file, recipe.to_yaml())
     return recipe
+
+
+def num_trainable(start: str) -> int:
+    """The number of parameters that tuning ``start`` trains by default, without its weights."""
+    config = read_json(model_directory(start) / "config.json")
+    with torch.device("meta"):
+        model = InstructBlip(InstructBlipConfig.from_transformers(config))
+    return sum(p.numel() for _, p in model.trainable_parameters())
 
 
 def _absolute(start: str) -> str:
