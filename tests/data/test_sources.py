@@ -1,17 +1,20 @@
 """Every reader reads a hand-made miniature of its owner's file."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from instructblip.core.batch import Example
+from instructblip.data.prepared.prepare import prepare
 from instructblip.data.reading.members import read_image
+from instructblip.data.reading.opened import note_files
 from instructblip.data.sources import SOURCES
 from instructblip.data.templates import TEMPLATES
 from tests.data.miniatures import CASES, VISDIAL, write_files
-from tests.testing import write_json, write_tar
+from tests.testing import bad_samples, write_json, write_tar
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{c[0]}-{c[1]}-{i}" for i, c in enumerate(CASES)])
@@ -45,6 +48,16 @@ def test_shards_of_web_capfilt(tmp_path: Path) -> None:
         read_image(tmp_path / SOURCES["web_capfilt"].images / example.images[0]) == files["0.jpg"]
     )
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["00000.tar"]
+    write_tar(tmp_path / "00001.tar", {"1.jpg": b"\xff\xd8\xff", "1.txt": b"a" * 100_001})
+    with note_files() as files:
+        rows = SOURCES["web_capfilt"].read(tmp_path, "train")
+        assert [isinstance(row, ValueError) for row in rows] == [False, True]
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
+    assert files.position() == (size, size)  # what the progress bar shows
+    rows = prepare("web_capfilt", tmp_path, "train", tmp_path / "out", max_bad_rate=0.5)
+    assert len(rows) == 1
+    assert [bad["kind"] for bad in bad_samples(rows)] == ["bad row"]
+    shutil.rmtree(tmp_path / "out")
     record = {"url": "https://images.example/1.jpg", "caption": "a cup"}
     write_json(tmp_path / "annotations" / "ccs_synthetic_filtered_large.json", [record])
     with pytest.raises(ValueError, match=r"record 0: field 'image' is missing.*from its URL"):

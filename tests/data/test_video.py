@@ -38,6 +38,14 @@ def test_a_folder_of_frames_comes_first(tmp_path: Path):
     assert example.images == ("vid1301/0.jpg",)
 
 
+def test_a_video_without_frames_is_named(tmp_path: Path):
+    questions(tmp_path)
+    for folder in ("elsewhere", "vid1301"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        with pytest.raises(ValueError, match=r"video '1301' is not in .*images; expected .*1301/"):
+            prepare("msvdqa", tmp_path, "test", tmp_path / "out")
+
+
 @pytest.mark.parametrize("content", [b"", b"no video at all", b"\0" * 5000])
 def test_broken_videos_are_named(content: bytes, tmp_path: Path):
     questions(tmp_path)

@@ -273,7 +273,10 @@ def _good(
         absent = next(names, None)
         if not example.images:
             rows.missing.append("")  # the names under which they may appear are unknown
-            kind, reason = "no image", "no image, or no frames in the folder of this video"
+            kind, reason = "no image", "no image"
+            if video := example.extra.get("video"):
+                wanted = f"a folder of frames such as {video}/, or a file such as {video}.mp4"
+                reason = f"video {video!r} is not in {images.root}; expected {wanted}"
         elif absent is not None:
             rows.missing.append(absent)
             kind, reason = images.fault(absent)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 
 @dataclass(slots=True)
@@ -46,6 +46,17 @@ def note_file(path: Path, present: bool = True) -> None:
 def open_text(path: Path, encoding: str = "utf-8-sig", newline: str | None = None) -> TextIO:
     """Opens an annotation file; ``FilesRead.position`` counts what is read of it."""
     file = path.open(encoding=encoding, newline=newline)
-    if (noted := _noted.get()) is not None:
-        noted.streams.append((file.buffer.raw, path.stat().st_size))  # type: ignore[attr-defined]
+    _note_stream(file.buffer.raw, path)  # type: ignore[attr-defined]
     return file
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Opens a file that is not text, as `open_text`."""
+    file = path.open("rb")
+    _note_stream(file.raw, path)
+    return file
+
+
+def _note_stream(raw: Any, path: Path) -> None:
+    if (noted := _noted.get()) is not None:
+        noted.streams.append((raw, path.stat().st_size))

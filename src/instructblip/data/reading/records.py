@@ -35,8 +35,9 @@ IMAGE_SUFFIXES = (
 class Source:
     """One data set: ``read(root, split)`` yields its examples in the order of the file.
 
-    In place of an example of custom data that cannot be read it yields the error, which begins with
-    the place: ``file:record: ``. Of a published set it raises the first, for the file is not whole.
+    In place of an example of custom data, or of a tar shard, that cannot be read it yields the
+    error, which begins with the place: ``file:record: ``. Of another published set it raises the
+    first, for the file is not whole.
     ``split`` is train, val or test. ``files`` describes which files belong into ``root``.
     """
 

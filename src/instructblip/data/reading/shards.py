@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from instructblip.data.reading.members import member_name
+from instructblip.data.reading.opened import open_bytes
 from instructblip.data.reading.records import IMAGE_SUFFIXES, Record, check_object
 from instructblip.data.reading.splits import split_named
 from instructblip.data.reading.streaming import refuse_constant
@@ -72,7 +73,7 @@ def read_shard(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any], str
             "again"
         )
     try:
-        with tarfile.open(path, "r:") as archive:
+        with open_bytes(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             size = path.stat().st_size
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore  # it would keep every header
@@ -81,8 +82,8 @@ def read_shard(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any], str
                 where = f"{path.name}:{member.name}"
                 if fault := _fault(member, size):
                     raise ValueError(f"{where} {fault}; make the shard anew")
-                folder, _, file = member.name.rpartition("/")
-                stem, _, suffix = file.partition(".")
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
                 if not stem:
                     continue
                 if (other := f"{folder}/{stem}" if folder else stem) != key:

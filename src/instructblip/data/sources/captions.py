@@ -50,7 +50,7 @@ def nocaps(split: Split) -> Iterator[Example]:
     yield from _coco_style(split, path, split.name, "val", "test")
 
 
-def web_capfilt(split: Split) -> Iterator[Example]:
+def web_capfilt(split: Split) -> Iterator[Example | ValueError]:
     """``web_capfilt.json`` or ``ccs_synthetic_filtered_large.json``: ``[{image, caption}]``.
 
     The owner's file has a URL in place of each image. img2dataset downloads them into .tar shards
@@ -61,10 +61,7 @@ def web_capfilt(split: Split) -> Iterator[Example]:
     names = names if split.name == "train" else (f"web_capfilt_{split.name}.json",)
     if (path := split.find_optional(*names)) is None and any(split.root.glob("*.tar")):
         shards = custom_source(CustomSet(split.dataset, "webdataset", "*.tar"))
-        for example in shards.read(split.root, split.name):
-            if isinstance(example, ValueError):
-                raise example
-            yield example
+        yield from shards.read(split.root, split.name)
         return
     for key, record in read_records(path or split.find(*names)):
         if "url" in record and "image" not in record:

@@ -98,9 +98,11 @@ class Split:
         )
 
 
-Reader = Callable[[Split], Iterator[Example]]
-"""Yields the examples of a split in the order of its file."""
+Reader = Callable[[Split], Iterator[Example | ValueError]]
+"""Yields the examples of a split in the order of its file, or the error of a row of a shard."""
 
 
-def read_split(read: Reader, dataset: str, task: str, root: Path, split: str) -> Iterator[Example]:
+def read_split(
+    read: Reader, dataset: str, task: str, root: Path, split: str
+) -> Iterator[Example | ValueError]:
     yield from read(Split(root, split, dataset, task))

@@ -58,10 +58,12 @@ def _questions(split: Split, path: Path, names: dict[str, str] | None = None) ->
     frames = _Frames(split.root, names)
     for key, record in read_records(path):
         video = record.identifier("video_id" if "video_id" in record else "video")
+        images = frames.of(video, record.where)
         yield split.example(
             record.where,
             record.identifier("question_id", record.identifier("id", key)),
-            *frames.of(video, record.where),
+            *images,
+            extra={} if images else {"video": video},
             question=record.text("question"),
             answers=(record.text("answer"),) if "answer" in record else (),
         )
@@ -80,10 +82,12 @@ def ivqa(split: Split) -> Iterator[Example]:
         video = record.text("video_id")
         clip = f"{video}_{record.text('start', '')}_{record.text('end', '')}"
         answers = (record.text(f"answer{k}", "") for k in range(1, 6))
+        images = frames.of(clip, record.where) or frames.of(video, record.where)
         yield split.example(
             record.where,
             key,
-            *(frames.of(clip, record.where) or frames.of(video, record.where)),
+            *images,
+            extra={} if images else {"video": video},
             question=record.text("question"),
             answers=tuple(answer for answer in answers if answer),
         )

@@ -29,7 +29,7 @@ response is the question.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from sys import intern
@@ -38,7 +38,7 @@ from typing import Any
 from instructblip.core.batch import Example
 from instructblip.data.reading.records import Record, read_records
 from instructblip.data.reading.streaming import is_list
-from instructblip.data.sources.split import COCO_FOLDERS, Reader, Split
+from instructblip.data.sources.split import COCO_FOLDERS, Split
 
 
 def vqav2(split: Split) -> Iterator[Example]:
@@ -145,7 +145,7 @@ def _aokvqa_records(split: Split) -> Iterator[tuple[Record, Example]]:
         )
 
 
-def asked_for(read: Reader, split: Split) -> Iterator[Example]:
+def asked_for(read: Callable[[Split], Iterator[Example]], split: Split) -> Iterator[Example]:
     """The questions of another reader as responses to their most frequent answer: people agree on
     it, and it is the same each time."""
     for example in read(split):
