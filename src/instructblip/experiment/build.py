@@ -7,6 +7,7 @@ overrides the steps in which it differs, and inherits accumulation, ranks, worke
 frames, stored features, checked data and exact resume.
 """
 
+import functools
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -149,8 +150,8 @@ class Variant:
         return make_validation(recipe, instructblip, held)
 
     def export(self, instructblip: InstructBlip, model: Any) -> Callable[[Path], object]:
-        """What writes the model."""
-        return instructblip.save_pretrained
+        """What writes the model: what it changed, where the frozen parts are large."""
+        return functools.partial(instructblip.save_pretrained, whole=False)
 
 
 def build(

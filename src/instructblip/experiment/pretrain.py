@@ -81,14 +81,14 @@ class Pretraining(Variant):
 
     def export(self, instructblip: InstructBlip, model: Any) -> Callable[[Path], object]:
         if self.stage != 2:
-            return instructblip.save_pretrained
+            return super().export(instructblip, model)
         return lambda path: save_blip2(instructblip, path)
 
 
 def save_blip2(model: InstructBlip, path: Path) -> None:
     """Write a BLIP-2, and beside it the text branch of the directory that it was loaded from, with
     which instruction tuning continues."""
-    model.save_pretrained(path)
+    model.save_pretrained(path, whole=False)
     assert model.assets is not None, "stage 2 starts from a directory"
     start = InstructBlipConfig.from_transformers(read_json(model.assets / "config.json"))
     if start.instruction_aware:  # the text branch of a BLIP-2 is a file, which is copied

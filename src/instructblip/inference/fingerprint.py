@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from instructblip.data.images import PREPROCESSORS, Window
-from instructblip.model.checkpoints.weights import WEIGHT_FILES
+from instructblip.model.checkpoints.weights import CHANGED_FILE, START_FILE, WEIGHT_FILES, read_json
 
 _HASH_WHOLE = 1 << 28
 """Weights up to this many bytes are hashed whole; of larger ones the size and ``_SAMPLES``
@@ -20,6 +20,9 @@ def fingerprint(directory: Path, instruction_aware: bool, window: Window = "auto
         digest.update(repr(window).encode())
     files = [directory / "config.json", *(directory / name for name in WEIGHT_FILES)]
     files += [directory / name for name in (*PREPROCESSORS, "generation_config.json")]
+    files += [directory / CHANGED_FILE]
+    if (directory / START_FILE).is_file():  # where it is changes no answer
+        digest.update(repr(read_json(directory / START_FILE)["sha256"]).encode())
     for pattern in ("model-*.safetensors", "tokenizer*", "qformer_tokenizer/*"):
         files += sorted(directory.glob(pattern))
     for file in files:

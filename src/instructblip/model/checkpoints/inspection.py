@@ -10,8 +10,19 @@ from safetensors import safe_open
 
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.lavis import from_lavis, is_lavis
-from instructblip.model.checkpoints.transformers import TEXT_BRANCH_FILE, by_our_names
-from instructblip.model.checkpoints.weights import read_json, read_nested, read_weights
+from instructblip.model.checkpoints.transformers import (
+    TEXT_BRANCH,
+    TEXT_BRANCH_FILE,
+    by_our_names,
+)
+from instructblip.model.checkpoints.weights import (
+    CHANGED_FILE,
+    START_FILE,
+    read_json,
+    read_nested,
+    read_weights,
+    start_of,
+)
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.trainable import part_of
@@ -71,6 +82,8 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         },
     )
     given = by_our_names(_shapes(directory))
+    if not config.instruction_aware:  # what a run started from may have one
+        given = {name: shape for name, shape in given.items() if not TEXT_BRANCH.fullmatch(name)}
     for name, parameter in model.named_parameters():
         report.parts[part_of(name)] += parameter.numel()
     report.trainable = sum(p.numel() for _, p in model.trainable_parameters())
@@ -115,9 +128,15 @@ def _tokenizers(directory: Path) -> list[str]:
 
 def _shapes(directory: Path) -> Shapes:
     """Names and shapes of all tensors; of safetensors only the headers are read."""
+    if (directory / START_FILE).is_file():
+        return _shapes(start_of(directory)) | _shapes_of([directory / CHANGED_FILE])
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
         return {name: tuple(value.shape) for name, value in read_weights(directory).items()}
+    return _shapes_of(files)
+
+
+def _shapes_of(files: list[Path]) -> Shapes:
     shapes: Shapes = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:

@@ -24,6 +24,7 @@ from instructblip.model.checkpoints.weights import (
     NoRandomWeights,
     read_json,
     read_weights,
+    write_changed,
     write_weights,
 )
 from instructblip.model.config import READERS, InstructBlipConfig
@@ -134,14 +135,18 @@ class Pretrained(nn.Module):
             lora.load_lora(model.language_model, directory / lora.FOLDER)
         return model.set_trainable(("qformer",)).eval()
 
-    def save_pretrained(self, path: str | Path, assets: Path | None = None) -> None:
+    def save_pretrained(
+        self, path: str | Path, assets: Path | None = None, whole: bool = True
+    ) -> None:
         """Write a directory that transformers loads with the same logits, whole or not at all.
 
         It holds config.json, model.safetensors, and the tokenizers and settings in the directory
         ``assets`` (None: the one that the model was loaded from). A BLIP-2 is written as one; an
         adapter of the language model goes into a separate folder; weights that are quantized or
-        sharded over ranks are copied from where the model was loaded. Raises OSError when the disk
-        is full; what stood at ``path`` then stays as it was.
+        sharded over ranks are copied from where the model was loaded. Without ``whole`` the weights
+        that the model was loaded with are left out where they are many, and ``start.json`` says
+        where they are: transformers then refuses the directory. Raises OSError when the disk is
+        full; what stood at ``path`` then stays as it was.
         """
         assets = assets or self.assets
         with replacing_directory(Path(path)) as directory:
@@ -158,7 +163,9 @@ class Pretrained(nn.Module):
                 lora.save_lora(self.language_model, directory / lora.FOLDER)
             if not self.config.instruction_aware:
                 weights = {name.replace(NORM, BLIP2_NORM): v for name, v in weights.items()}
-            write_weights(weights, directory / "model.safetensors")
+            start = None if whole else self.assets
+            if start is None or not write_changed(weights, start, directory):
+                write_weights(weights, directory / "model.safetensors")
 
     def _stored_elsewhere(self) -> dict[str, Tensor]:
         """Frozen weights that this process does not hold in full, because they are quantized or

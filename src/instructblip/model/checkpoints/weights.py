@@ -2,9 +2,17 @@
 
 Reads ``model.safetensors``, sharded safetensors with their index, and ``pytorch_model.bin``
 (sharded too) through ``torch.load(weights_only=True)``, which runs no code, and GGUF.
+
+A run does not store its frozen parts again: ``changed.safetensors`` has the tensors that differ
+from the model that the run started from, and ``start.json`` says where that is and the sha256 of
+its files. Without ``model.safetensors`` transformers refuses such a directory instead of drawing
+what is missing at random; `instructblip export` makes it whole.
 """
 
+import functools
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from instructblip.core.files import replacing
+from instructblip.core.files import current, replacing
 from instructblip.core.gguf import find_gguf, gguf_weights
 
 WEIGHT_FILES = (
@@ -23,6 +31,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+START_FILE, CHANGED_FILE = "start.json", "changed.safetensors"
+WORTH_REFERRING = 64 * 2**20
+"""Bytes below which equal weights are stored again: a small model stays whole."""
 
 
 class NoRandomWeights(TorchFunctionMode):
@@ -62,11 +73,85 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return gguf_weights(file)
     if path.is_file():
         return _dict_of_tensors(_load(path), path)
+    if (path / START_FILE).is_file():
+        return read_weights(start_of(path)) | read_weights(path / CHANGED_FILE)
     for name in WEIGHT_FILES:
         file = path / name
         if file.is_file():
             return _read_shards(file) if name.endswith(".json") else read_weights(file)
     raise FileNotFoundError(f"{path} holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
+
+
+def start_of(directory: Path) -> Path:
+    """Where the weights are that ``directory`` leaves out.
+
+    Raises FileNotFoundError where they are gone, ValueError where they have changed.
+    """
+    noted = read_json(directory / START_FILE)
+    places = [current(directory / place) for place in noted["start"]]
+    start = next((place for place in places if place.is_dir()), places[-1])
+    for name, expected in noted["sha256"].items():
+        if not (file := start / name).is_file():
+            raise FileNotFoundError(
+                f"{directory} holds only what training changed, and {start / name}, from which it "
+                f"started, is not there: put it back, or correct the path in {START_FILE} there "
+                "(`instructblip export` makes a model that needs no other)"
+            )
+        if _sha256(file, file.stat().st_mtime_ns) != expected:
+            raise ValueError(
+                f"{directory} holds only what training changed, and {file}, from which it started, "
+                f"is another file now: restore it, or correct the path in {START_FILE} there"
+            )
+    return start
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(file: Path, _changed: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write_changed(weights: dict[str, Tensor], start: Path, directory: Path) -> bool:
+    """Write those of ``weights`` that the model directory ``start`` does not have, and where it is.
+
+    Returns False, and writes nothing, where that would save too little or ``start`` is gone.
+    """
+    if not start.is_dir():
+        return False
+    if (start / START_FILE).is_file():  # no chains: the run in between may be removed
+        start = start_of(start)
+    stored = read_weights(start)
+    equal: dict[tuple[int, torch.Size], int] = {}
+    for name, value in weights.items():
+        other = stored.get(name)
+        if other is None or other.shape != value.shape:
+            continue
+        if torch.equal(other.to(value.dtype), value.detach().cpu()):
+            equal[value.data_ptr(), value.shape] = other.nbytes
+    if sum(equal.values()) < WORTH_REFERRING:
+        return False
+    changed = {
+        # a copy, because tensors that share memory are written under one name, and those of
+        # ``start`` must not show under another
+        name: value.detach().clone() if name in stored else value
+        for name, value in weights.items()
+        if (value.data_ptr(), value.shape) not in equal
+    }
+    write_weights(changed, directory / CHANGED_FILE)
+    start = start.resolve()
+    noted = {
+        "start": [os.path.relpath(start, directory.resolve()), str(start)],
+        "sha256": {file.name: _sha256(file, file.stat().st_mtime_ns) for file in _files(start)},
+    }
+    (directory / START_FILE).write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+    return True
+
+
+def _files(directory: Path) -> list[Path]:
+    """The files that `read_weights` reads of a directory."""
+    first = next(directory / name for name in WEIGHT_FILES if (directory / name).is_file())
+    names = {*read_json(first)["weight_map"].values()} if first.suffix == ".json" else ()
+    return [first, *(directory / name for name in sorted(names))]
 
 
 def read_nested(file: Path, key: str) -> dict[str, Tensor]:
