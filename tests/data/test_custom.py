@@ -341,6 +341,25 @@ def test_circular_links_are_followed_once(root: Path):
     assert read(root, "imagefolder")[-1].answers == ("A red dog.",)
 
 
+def test_imagefolder_with_one_table_of_any_name(root: Path):
+    table = "image,question,answer\na.png,what is it?,a dog\n"
+    write_picture(root / "a.png")
+    (root / "labels of march.csv").write_text(table)
+    (example,) = read(root, "imagefolder")
+    assert (example.images, example.question, example.answers) == (
+        ("a.png",), "what is it?", ("a dog",)
+    )  # fmt: skip
+    (root / "other.csv").write_text(table)
+    with pytest.raises(ValueError, match=r"several tables \(labels of march.csv, other.csv\)"):
+        read(root, "imagefolder")
+    (root / "metadata.csv").write_text(table)
+    assert read(root, "imagefolder")[0].answers == ("a dog",)
+    (root / "metadata.csv").unlink()
+    for name in ("a", "0", "1", "2"):  # captions beside images come first, as they always did
+        (root / f"{name}.txt").write_text("A cat.")
+    assert [e.answers for e in read(root, "imagefolder")] == [("A cat.",)] * 4
+
+
 def test_imagefolder_with_metadata_beside_its_images(root: Path):
     for i in range(2):
         (root / "images").mkdir(exist_ok=True)

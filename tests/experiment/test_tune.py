@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from instructblip.cli import main as cli
 from instructblip.cli.data import check
@@ -18,10 +19,11 @@ from instructblip.data.custom.folder import FolderSet, read_folder, read_sides, 
 from instructblip.evaluation.result import Result
 from instructblip.experiment import tune as tune_module
 from instructblip.experiment.evaluate import load_engine
-from instructblip.experiment.sayable import LEAST_KNOWN, sayable
+from instructblip.experiment.sayable import LEAST_KNOWN, Sayable, sayable
 from instructblip.experiment.train import train
 from instructblip.experiment.tune import (
     MEASURES,
+    describe,
     held_sets,
     tune,
     write_recipe,
@@ -157,7 +159,7 @@ def test_all_bad_rows_are_listed_at_once(tmp_path: Path) -> None:
     (root / "metadata.jsonl").write_text("{")
     with pytest.raises(ValueError, match="line 1: is not JSON"):
         read_folder(root)
-    with pytest.raises(ValueError, match="holds no metadata"):
+    with pytest.raises(ValueError, match="holds no table of its images"):
         read_folder(write_picture(tmp_path / "empty" / "a.png").parent)
     with pytest.raises(FileNotFoundError, match="expected a folder"):
         read_folder(tmp_path / "absent")
@@ -300,6 +302,24 @@ def test_a_group_is_on_one_side(tmp_path: Path) -> None:
         read_sides(root, group="doctor")
     with pytest.raises(ValueError, match="shared images or groups connect all rows"):
         read_sides(split_folder(tmp_path, patient=[1, 1, 1, 1]), group="patient")
+
+
+def test_lookalikes_of_a_grouped_folder_do_not_ask_for_a_group(tmp_path: Path) -> None:
+    root = split_folder(tmp_path, patient=[n // 4 for n in range(60)])
+    split = read_sides(root, group="patient")
+    trained, held = names(split.training)[0], names(split.validation)[0]
+    Image.open(root / trained).save(root / held, compress_level=1)
+    split = read_sides(root, group="patient")
+    assert split.lookalikes() == [(trained, held)]
+    text = describe(split, "en", "patient")
+    assert "look like one that is trained on: 1" in text
+    assert "a hash of each group (patient)" in text
+    assert "--group" not in text
+
+
+def test_words_that_are_all_known_are_not_spelled() -> None:
+    text = Sayable(loss=1.0, guessing=6.0, known=1.0, spelled=()).describe()
+    assert text.endswith("it knows 100% of their words whole.")
 
 
 def photos(root: Path, texts: list[str]) -> Path:

@@ -38,10 +38,11 @@ class Sayable:
     def describe(self) -> str:
         """One or two sentences for people who know no machine learning."""
         words = f", such as {', '.join(map(repr, self.spelled))}" if self.spelled else ""
+        others = f" and has to spell the others{words}" if self.known < 1 else ""
         return (
             f"The language model stays as it is. Without pictures your answers surprise it by "
             f"{self.loss:.1f} nats per token (guessing blindly: {self.guessing:.1f}); it knows "
-            f"{self.known:.0%} of their words whole and has to spell the others{words}."
+            f"{self.known:.0%} of their words whole{others}."
         )
 
 

@@ -131,7 +131,7 @@ def tune(
     refuse_other_data(out / "run", sides.training)
     with distributed.process_group():
         if distributed.is_main():
-            print(describe(sides, language), flush=True)
+            print(describe(sides, language, group), flush=True)
             if group is None and (hint := group_hint(CustomSet(SET, "imagefolder"), root, "train")):
                 print(hint, flush=True)
             if not (resume and (out / RECIPE_FILE).is_file()):
@@ -184,12 +184,12 @@ def captions_in(overrides: Sequence[str], resumed: Path | None) -> str:
     return languages[-1] if languages else "en"
 
 
-def describe(sides: Sides, language: Language) -> str:
+def describe(sides: Sides, language: Language, group: str | None = None) -> str:
     """What was read and how it is split, in a few lines."""
     training, held = sides.training, sides.final
     tasks = Counter(example.task for side in (training, held) for example in side.examples)
     by = {
-        "images": "chosen by a hash of each picture",
+        "images": f"chosen by a hash of each {f'group ({group})' if group else 'picture'}",
         "column": "as the column `split` says",
         "files": "as the names of the files say",
     }
@@ -205,7 +205,8 @@ def describe(sides: Sides, language: Language) -> str:
         lines.append(
             "held-back pictures that look like one that is trained on: "
             f"{len({held for _, held in pairs})}, such as {pairs[0][1]} and {pairs[0][0]}; if they "
-            "show the same, scores are too high, and `--group` keeps them on one side"
+            "show the same, scores are too high"
+            + ("" if group else ", and `--group` keeps them on one side")
         )
     return "\n".join(lines)
 

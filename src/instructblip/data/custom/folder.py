@@ -10,6 +10,7 @@ from instructblip.core.batch import Example
 from instructblip.data.custom.formats import (
     has_split_column,
     is_metadata,
+    only_table,
     read_custom,
     rows_of,
 )
@@ -153,11 +154,12 @@ def _checked(rows: Sequence[Example | ValueError], root: Path) -> FolderSet:
 
 
 def _why_no_answers(root: Path) -> str:
-    table = next(filter(is_metadata, walk_files(root)), None)
+    paths = walk_files(root)
+    table = next(filter(is_metadata, paths), None) or next(iter(only_table(root, paths)), None)
     if table is None:
         return (
-            f"{root} holds no metadata.jsonl or metadata.csv (.json, .tsv, .parquet), and no "
-            "image with a .txt beside it"
+            f"{root} holds no table of its images (metadata.csv, or one .csv, .jsonl, .json, .tsv, "
+            ".parquet of any name), and no image with a .txt beside it"
         )
     row = next(rows_of(table), None)
     if not isinstance(row, Row):

@@ -20,7 +20,7 @@ import itertools
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -223,7 +223,8 @@ def _table_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row | Val
 
 def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row | ValueError]:
     """Below ``root/<split>`` or ``root/images/<split>`` if there is such a folder, else below
-    ``root``: the rows of tables, and captions where no table is in the folder or in one above it.
+    ``root``: the rows of tables, and captions where no table is in the folder or in one above it. A
+    table is called metadata or as its split, or is the only one.
     Where there are tables, an image that none of them covers counts only with a caption. Nothing,
     where only another split has a folder or a table named for it."""
     base = root / custom.images
@@ -237,6 +238,8 @@ def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row | Va
         by_name = [p for p in paths if p.suffix.lower() in TABLES and split_of_file(p)]
         if by_name and not (listed := files_of_split(by_name, split)):
             return
+    if not listed:
+        listed = only_table(folder, paths)
     tables = {path.parent: path for path in listed}
     if len(tables) < len(listed):
         raise ValueError(f"{', '.join(map(str, listed))}: expected one in a folder; remove others")
@@ -263,6 +266,24 @@ def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row | Va
 def is_metadata(path: Path) -> bool:
     """Whether a file is the table of an imagefolder."""
     return path.stem.lower() == "metadata" and path.suffix.lower() in TABLES
+
+
+def only_table(folder: Path, paths: Sequence[Path]) -> list[Path]:
+    """The one table of ``folder`` itself, whatever its name, where no image has a text beside it.
+
+    Raises ValueError for several, since nothing says which one to read.
+    """
+    tables = [path for path in paths if path.parent == folder and path.suffix.lower() in TABLES]
+    texts = {path.with_suffix("") for path in paths if path.suffix.lower() == ".txt"}
+    if any(p.suffix.lower() in IMAGE_SUFFIXES and p.with_suffix("") in texts for p in paths):
+        return []
+    if len(tables) > 1:
+        names = ", ".join(path.name for path in tables)
+        raise ValueError(
+            f"{folder} holds several tables ({names}) and none is called metadata; rename the one "
+            f"that lists the images to metadata{tables[0].suffix}"
+        )
+    return tables
 
 
 def _folder_of_split(base: Path, split: str) -> Path | None:
