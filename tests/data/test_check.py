@@ -12,6 +12,7 @@ from PIL import Image
 
 from instructblip.data.images import MAX_PIXELS, Window, examine_image
 from instructblip.data.prepared.check import (
+    Context,
     check_dataset,
     evaluated_by,
     findings,
@@ -20,6 +21,7 @@ from instructblip.data.prepared.check import (
 )
 from instructblip.data.prepared.images import FACTS_FILE, read_facts
 from instructblip.data.prepared.prepare import prepare
+from instructblip.data.templates import render_prompt
 from instructblip.data.tokens import Tokens
 from tests.testing import bad_samples, llama_like, prepare_vizwiz, write_picture
 
@@ -161,6 +163,23 @@ def test_faults_of_texts(tmp_path: Path, tokens: Tokens):
     assert f"{length} tokens; training cuts it to 256" in bad_samples(dataset)[-1]["reason"]
     check_dataset(dataset)  # without tokens no length is known; lines do not accumulate
     assert [line["index"] for line in bad_samples(dataset)] == [1, 1, 2, 3, 5]
+
+
+def test_samples_that_exceed_the_context(tmp_path: Path):
+    tokens = Tokens(llama_like())
+    dataset = prepare_vizwiz(tmp_path, [{}, {"question": "is it red? " * 9}])
+    texts = [render_prompt(example, None).prompt for example in dataset]
+    answers = [max(example.answers, key=len) for example in dataset]
+    lengths = [
+        tokens.prompt_length(text) + tokens.response_length(answer)
+        for text, answer in zip(texts, answers, strict=True)
+    ]
+    for room, kinds in ((lengths[1], {}), (lengths[1] - 1, {"over-long sample": 1})):
+        context = Context(room + 32, num_queries=32, num_frames=4)
+        assert check_dataset(dataset, tokens=tokens, context=context).kinds == kinds
+    (line,) = bad_samples(dataset)
+    assert line["index"] == 1
+    assert f"1 x 32 queries and {lengths[1]} tokens" in line["reason"]
 
 
 def test_prompts_that_training_would_cut(tmp_path: Path):

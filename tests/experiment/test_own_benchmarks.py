@@ -320,6 +320,20 @@ def test_check_counts_answers_that_a_benchmark_cannot_write_in_full(tmp_path: Pa
     assert "over-long answer" not in text
 
 
+def test_check_counts_samples_that_exceed_the_context(tmp_path: Path) -> None:
+    write_reports(tmp_path)
+    model = write_model(tmp_path / "blip2", "blip2")
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 64
+    write_json(model / "config.json", config)
+    long = {"set": "chest", "task": "instruct", "metrics": ["rouge_l"]}
+    more = [f"model.start={model}", "evaluation.benchmarks=[long]"]
+    recipe = recipe_with(tmp_path, {"long": long}, *more)
+    text = next(each.describe() for each in check_recipe(recipe) if not isinstance(each, str))
+    assert "3 x over-long sample" in text
+    assert "the language model reads 64 together" in text
+
+
 def test_a_task_that_is_none_is_refused_only_in_a_named_column(tmp_path: Path) -> None:
     write_picture(tmp_path / "images" / "a.png")
     row = {"image": "a.png", "question": "What?", "answer": "a cat", "task": "detection"}

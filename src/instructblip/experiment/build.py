@@ -46,8 +46,7 @@ from instructblip.experiment.features import (
     with_features,
 )
 from instructblip.inference.engine import Engine
-from instructblip.model.checkpoints.directory import model_directory
-from instructblip.model.checkpoints.weights import read_json
+from instructblip.model.checkpoints.directory import model_directory, read_config
 from instructblip.model.config import InstructBlipConfig, LoraConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import checkpoint_layers, stacks_of
@@ -232,8 +231,7 @@ def build(
 def model_config(recipe: Recipe) -> InstructBlipConfig:
     """The configuration that the recipe's model will have, read without its weights."""
     settings = recipe.model
-    directory = model_directory(settings.start)
-    config = InstructBlipConfig.from_transformers(read_json(directory / "config.json"))
+    config = read_config(settings.start)
     size = settings.image_size or config.vision.image_size
     vision = type(config.vision)(**{**config.vision.model_dump(), "image_size": size})
     return config.model_copy(

@@ -13,6 +13,7 @@ from instructblip.data.custom.rows import CustomSet
 from instructblip.data.images import NARROW
 from instructblip.data.order import Mixture
 from instructblip.data.prepared.check import (
+    Context,
     Diagnosis,
     check_dataset,
     evaluated_by,
@@ -30,8 +31,9 @@ from instructblip.data.templates import Language, check_template, language_of, t
 from instructblip.data.tokens import Tokens
 from instructblip.evaluation.benchmarks import OWNERS, Benchmark, groups_of, select_benchmarks
 from instructblip.evaluation.evaluate import check_rows
-from instructblip.model.checkpoints.directory import model_directory
+from instructblip.model.checkpoints.directory import model_directory, read_config
 from instructblip.model.decoding import GREEDY, merge_overrides
+from instructblip.model.language.adapters import context_length
 from instructblip.recipe.schema import DataSet, Recipe
 from instructblip.scenes.official import SCENE_SETS, other_data
 
@@ -311,6 +313,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
     """
     perceptual = any(recipe.data.sets[name].format for name in training_names(recipe))
     tokens, evaluated = _response_tokens(recipe), []
+    context = _context(recipe)
     for benchmark in evaluation_sets(recipe):
         try:
             dataset = _prepare_if_present(recipe, benchmark)
@@ -325,6 +328,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             yield check_dataset(
                 dataset,
                 tokens=limits,
+                context=context,
                 decode=decode,
                 perceptual=perceptual,
                 window=recipe.data.window,
@@ -351,6 +355,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             evaluated=shown,
             against=[_key(dataset) for dataset in evaluated],
             tokens=tokens,
+            context=context,
             drop_leaked=recipe.data.drop_leaked,
             max_images=_most_images(recipe, name),
             decode=decode,
@@ -513,6 +518,19 @@ def _written_tokens(recipe: Recipe, tokens: Tokens | None, benchmark: Benchmark)
         if b.role == "own" and b.mode == "generate" and (b.source, b.split) == place
     ]
     return replace(tokens, max_response=max(lengths)) if lengths else None
+
+
+def _context(recipe: Recipe) -> Context | None:
+    """What a sample of the recipe's model has to fit into; None without a limit, and where the
+    model is not on this machine."""
+    try:
+        config = read_config(recipe.model.start)
+    except (FileNotFoundError, ValueError):
+        return None
+    length = context_length(config.language)
+    if length is None:
+        return None
+    return Context(length, config.num_query_tokens, recipe.data.num_frames)
 
 
 def _response_tokens(recipe: Recipe) -> Tokens | None:

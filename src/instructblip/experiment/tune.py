@@ -30,9 +30,7 @@ from instructblip.experiment.datasets import Held
 from instructblip.experiment.evaluate import load_engine, score
 from instructblip.experiment.sayable import LEAST_KNOWN, sayable
 from instructblip.inference.engine import Engine
-from instructblip.model.checkpoints.directory import model_directory
-from instructblip.model.checkpoints.weights import read_json
-from instructblip.model.config import InstructBlipConfig
+from instructblip.model.checkpoints.directory import read_config
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
@@ -333,9 +331,8 @@ def write_recipe(
 
 def num_trainable(start: str) -> int:
     """The number of parameters that tuning ``start`` trains by default, without its weights."""
-    config = read_json(model_directory(start) / "config.json")
     with torch.device("meta"):
-        model = InstructBlip(InstructBlipConfig.from_transformers(config))
+        model = InstructBlip(read_config(start))
     return sum(p.numel() for _, p in model.trainable_parameters())
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from instructblip.core.batch import IMAGE_MARK, Example
 from instructblip.core.files import replacing, write_json
@@ -69,6 +69,15 @@ class Evaluated:
     """(entry of the recipe, group) -> name of a set."""
 
 
+class Context(NamedTuple):
+    """The positions of a language model, and what the images of a sample take of them."""
+
+    length: int
+    num_queries: int
+    num_frames: int
+    """Images that the model sees at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """The result of checking one data set of ``count`` examples and ``num_images`` images.
@@ -110,6 +119,7 @@ def check_dataset(
     evaluated: Evaluated | None = None,
     against: Sequence[str] = (),
     tokens: Tokens | None = None,
+    context: Context | None = None,
     drop_leaked: bool = False,
     max_images: int | None = None,
     decode: bool = False,
@@ -122,6 +132,7 @@ def check_dataset(
         evaluated: what evaluation sets show: for training sets.
         against: names of these sets, recorded so that a set added later is noticed.
         tokens: measures answers and prompts, which it limits; without it no length is checked.
+        context: with ``tokens``, what a whole sample has to fit into; None without a limit.
         drop_leaked: counts leaked images as bad.
         max_images: images of an example that the model sees; None if an example may have more, as
             a video has more frames.
@@ -141,7 +152,9 @@ def check_dataset(
     ):
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped)
         notes = {name: _note(fact, window) for name, fact in facts.items() if fact.note}
-        findings = _findings(dataset, facts, notes, evaluated or Evaluated(), tokens, max_images)
+        findings = _findings(
+            dataset, facts, notes, evaluated or Evaluated(), tokens, context, max_images
+        )
         for index, where, kind, reason in findings:
             kinds[kind] += 1
             if kind in bad_kinds:
@@ -257,6 +270,7 @@ def _findings(
     notes: Mapping[str, tuple[str, str] | None],
     evaluated: Evaluated,
     tokens: Tokens | None,
+    context: Context | None,
     max_images: int | None,
 ) -> Iterator[tuple[int, str, str, str]]:
     """(index, ``Example.where``, kind, reason) of each fault."""
@@ -265,7 +279,9 @@ def _findings(
     contents: dict[int, int] = {}
     ids: dict[int, int] = {}
     for i, example in enumerate(dataset):
-        faults = list(_faults(example, dataset.image_root, facts, evaluated, tokens, max_images))
+        faults = list(_faults(example, dataset.image_root, facts, evaluated, max_images))
+        if tokens is not None:
+            faults += _too_long(example, tokens, context)
         faults += [(NEAR_DUPLICATE, near[name]) for name in example.images if name in near]
         noted = [(name, note) for name in example.images if (note := notes.get(name))]
         faults += [(kind, f"{name}: {reason}") for name, (kind, reason) in noted]
@@ -304,7 +320,6 @@ def _faults(
     root: Path,
     facts: Mapping[str, ImageFact],
     evaluated: Evaluated,
-    tokens: Tokens | None,
     max_images: int | None,
 ) -> Iterator[tuple[str, str]]:
     """(kind, reason) of what is wrong with one example by itself."""
@@ -327,8 +342,6 @@ def _faults(
         yield "placeholder", reason
     if (marks := example.num_marks) > (count := len(example.images)):
         yield TOO_MANY_MARKS, f"the texts have {marks} {IMAGE_MARK} and the example {count} images"
-    if tokens is not None:
-        yield from _too_long(example, tokens)
 
 
 def placeholders(example: Example) -> Iterator[str]:
@@ -341,10 +354,12 @@ def placeholders(example: Example) -> Iterator[str]:
         yield f"the answer is {answers[0][:80]!r}, a placeholder"
 
 
-def _too_long(example: Example, tokens: Tokens) -> Iterator[tuple[str, str]]:
+def _too_long(
+    example: Example, tokens: Tokens, context: Context | None
+) -> Iterator[tuple[str, str]]:
     """(kind, reason) of texts that would be cut: the prompt, in the first template of the task, and
-    answers, of an evaluation set those that the model cannot write in full. A token is at least one
-    byte, so short texts need no tokenizer."""
+    answers, of an evaluation set those that the model cannot write in full; and of samples that
+    then exceed the context. A token is at least one byte, so short texts need no tokenizer."""
     template = None if example.task in TEMPLATES else "{question}"  # a recipe may have its own
     prompt = render_prompt(example, template).prompt
     limit = tokens.max_prompt
@@ -359,6 +374,21 @@ def _too_long(example: Example, tokens: Tokens) -> Iterator[tuple[str, str]]:
             if example.split != "train":
                 cut = f"the model writes at most {limit} (max_new_tokens of decoding)"
             yield "over-long answer", f"{length} tokens; {cut}: {answer[:60]!r}..."
+    longest = max(example.answers, key=len, default="")
+    if context is None:
+        return
+    images = min(len(example.images), context.num_frames)
+    room = context.length - images * context.num_queries
+    if len(prompt.encode()) + len(longest.encode()) + 4 > room:
+        length = min(tokens.prompt_length(prompt), tokens.max_prompt)
+        length += min(tokens.response_length(longest), tokens.max_response)
+        if length > room:
+            yield (
+                "over-long sample",
+                f"{images} x {context.num_queries} queries and {length} tokens of prompt and "
+                f"answer; the language model reads {context.length} together: lower "
+                "data.num_frames, data.max_prompt or data.max_response",
+            )
 
 
 def _skipped_by_prepare(path: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 from instructblip.core.files import current
+from instructblip.model.checkpoints.weights import read_json
+from instructblip.model.config import InstructBlipConfig
 
 HUB = "hf://"
 
@@ -38,6 +40,11 @@ def model_directory(path: str | Path) -> Path:
     raise FileNotFoundError(
         f"{path} holds no model: neither config.json nor best/config.json nor last/config.json"
     )
+
+
+def read_config(path: str | Path) -> InstructBlipConfig:
+    """The configuration of a model, read without its weights."""
+    return InstructBlipConfig.from_transformers(read_json(model_directory(path) / "config.json"))
 
 
 def check_output(out: Path, file: bool = False) -> None:

@@ -60,6 +60,13 @@ def text_config(config: dict[str, Any]) -> Any:
     return made
 
 
+def context_length(config: dict[str, Any]) -> int | None:
+    """Positions that a language model has for queries, prompt and response together, by its config
+    as a dict; None without a limit (T5's relative positions, BLOOM's)."""
+    made = text_config(config)
+    return None if made.is_encoder_decoder else getattr(made, "max_position_embeddings", None)
+
+
 def build_language_model(config: dict[str, Any]) -> Any:
     """A transformers language model with random weights, from its config as a dict.
 
