@@ -1,11 +1,21 @@
 """The majority baseline, and the metrics of classes that it is compared under."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from instructblip.evaluation.classes import balanced_accuracy, class_table, labels, macro_f1
+from instructblip.evaluation.bootstrap import class_means, interval, resample
+from instructblip.evaluation.classes import (
+    Hits,
+    balanced_accuracy,
+    class_table,
+    labels,
+    macro_f1,
+)
 from instructblip.evaluation.constant import best_constant, most_common
+from instructblip.evaluation.result import make_result
 from instructblip.evaluation.scoring import scorer_of
 
 UNEVEN = [["no"]] * 6 + [["Yes"]] * 3 + [["maybe"]]
@@ -71,6 +81,10 @@ def test_constant_of_nothing_and_of_ranks_is_refused() -> None:
         best_constant(UNEVEN, "accurracy")
 
 
+def class_mean(of: Hits) -> float:
+    return float(class_means(of[0][None], of[1][None])[0])
+
+
 def test_class_metrics_equal_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     right = rng.choice(["a", "b", "c"], size=200, p=[0.7, 0.2, 0.1]).tolist()
@@ -79,13 +93,36 @@ def test_class_metrics_equal_scikit_learn() -> None:
     )]  # fmt: skip
     names = ["a", "b", "c"]
     expected = f1_score(right, predicted, labels=names, average="macro")
-    assert macro_f1(right, predicted).mean() == pytest.approx(expected)
+    assert class_mean(macro_f1(right, predicted)) == pytest.approx(expected)
     hits = [
         p if p in names else "a" if r != "a" else "b" for r, p in zip(right, predicted, strict=True)
     ]
-    assert balanced_accuracy(right, predicted).mean() == pytest.approx(
+    assert class_mean(balanced_accuracy(right, predicted)) == pytest.approx(
         balanced_accuracy_score(right, hits)
     )
+
+
+@pytest.mark.parametrize("metric", [balanced_accuracy, macro_f1])
+def test_intervals_of_class_metrics_are_possible_scores(metric: Callable[..., Hits]) -> None:
+    right = ["no"] * 40 + ["yes"] * 5
+    hits, classes = metric(right, right)
+    assert interval(resample(hits, classes=classes)) == (100, 100)
+    hits, classes = balanced_accuracy(right, ["no"] * 45)
+    assert interval(resample(hits, classes=classes)) == (50, 50)
+    predicted = [*["no"] * 30, *["yes"] * 14, "maybe"]
+    hits, classes = metric(right, predicted)
+    values = resample(hits, seed=1, resamples=5, classes=classes)
+    draws = np.random.default_rng([1, 45]).integers(0, 45, size=(5, 45))
+    for value, draw in zip(values, draws, strict=True):
+        part = metric([right[i] for i in draw], [predicted[i] for i in draw])
+        assert value == pytest.approx(100 * class_mean(part))
+
+
+def test_a_result_resamples_its_classes() -> None:
+    asked = {"name": "toy", "title": "toy", "role": "own", "unseen_type": False}
+    rows = [{"prediction": "no", "answers": [a], "extra": {}} for a in ["no"] * 40 + ["yes"] * 5]
+    result = make_result({"benchmark": {**asked, "metric": "balanced_accuracy"}}, rows)
+    assert (result.value, result.interval) == (50, (50, 50))
 
 
 def test_class_of_several_answers_is_the_predicted_one() -> None:

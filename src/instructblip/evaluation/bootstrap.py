@@ -3,7 +3,7 @@
 A resample draws n of n samples with replacement. The draws depend on seed and n alone, so two
 models that answered the same samples are resampled with the SAME draws and their difference is
 paired. The functions take the ``samples`` [n] of a ``Score`` and, for the area under the ROC curve,
-its ``labels`` [n].
+its ``labels`` [n], for a mean over classes its ``classes`` [n, k].
 """
 
 from collections.abc import Iterator
@@ -43,13 +43,18 @@ def resample(
     labels: Real[ndarray, " n"] | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
+    classes: Int64[ndarray, "n k"] | None = None,
 ) -> Float64[ndarray, " resamples"]:
-    """Return values from 0 to 100: means of ``samples``, or AUROCs if ``labels`` are given.
+    """Return values from 0 to 100: means of ``samples``, AUROCs if ``labels`` are given, or
+    `class_means` if ``classes`` are.
 
     A resample that contains one class only has no AUROC: its value is nan.
     """
     values = np.asarray(samples, dtype=np.float64)
-    if labels is None:
+    if classes is not None:
+        draws = _draws(len(values), seed, resamples)
+        blocks = [class_means(values[each], classes[each]) for each in draws]
+    elif labels is None:
         blocks = [values[draws].mean(axis=1) for draws in _draws(len(values), seed, resamples)]
     else:
         truth = np.asarray(labels, dtype=np.float64)
@@ -60,6 +65,30 @@ def resample(
             for draws in _draws(len(values), seed, resamples)
         ]
     return 100 * np.concatenate(blocks)
+
+
+def class_means(
+    hits: Real[ndarray, "block n"], classes: Int64[ndarray, "block n k"]
+) -> Float64[ndarray, " block"]:
+    """Return, for each row, the mean over the classes of k times their hits over how often they
+    occur in the k columns. The first column has the class of each sample. Classes that occur in
+    other columns only, or in other rows only, do not count.
+
+    With the right class alone that is the mean recall; with the predicted one beside it the mean
+    F1, as 2 * hits / (right + predicted).
+    """
+    rows, _, k = classes.shape
+    size = int(classes.max()) + 1
+    places = classes + np.arange(rows)[:, None, None] * size
+
+    def count(column: Int64[ndarray, "block n"], weights: ndarray | None = None) -> ndarray:
+        return np.bincount(column.ravel(), weights, rows * size).reshape(rows, size)
+
+    right = count(places[:, :, 0])
+    found = count(places[:, :, 0], np.asarray(hits, dtype=np.float64).ravel())
+    total = sum((count(places[:, :, i]) for i in range(1, k)), right)
+    shares = np.divide(k * found, total, out=np.zeros((rows, size)), where=right > 0)
+    return shares.sum(axis=1) / (right > 0).sum(axis=1)
 
 
 def interval(values: Float64[ndarray, " r"]) -> Interval:

@@ -5,9 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
 from instructblip.evaluation.bootstrap import Floats
 from instructblip.evaluation.metrics import plain
+
+Hits = tuple[Floats, Int64[np.ndarray, "n k"]]
+"""Whether each sample is right [n], and its class and perhaps the predicted one [n, k]: what
+`bootstrap.class_means` reads."""
 
 MOST_CLASSES = 20
 """Classes of a table; more are no classes but texts."""
@@ -71,22 +76,21 @@ def labels(predictions: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[st
     return right, predicted
 
 
-def balanced_accuracy(right: Sequence[str], predicted: Sequence[str]) -> Floats:
-    """Return shares [n] whose mean is the mean over the classes of their recall, as scikit-learn's
-    ``balanced_accuracy_score``. A resample keeps the weight that a class has in the whole set."""
-    names, index, count = np.unique(right, return_inverse=True, return_counts=True)
-    hits = np.array(right) == np.array(predicted)
-    return hits * len(right) / (len(names) * count[index])
+def balanced_accuracy(right: Sequence[str], predicted: Sequence[str]) -> Hits:
+    """Return hits whose `class_means` is scikit-learn's ``balanced_accuracy_score``: the mean over
+    the classes of their recall."""
+    hits, classes = macro_f1(right, predicted)
+    return hits, classes[:, :1]
 
 
-def macro_f1(right: Sequence[str], predicted: Sequence[str]) -> Floats:
-    """Return shares [n] whose mean is the mean over the classes of the right answers of their F1,
-    as scikit-learn's ``f1_score`` with these ``labels``. A predicted text that is no class costs
-    recall only. A resample keeps the weight that a class has in the whole set."""
-    names, index, count = np.unique(right, return_inverse=True, return_counts=True)
-    given = np.array([list(predicted).count(name) for name in names])
-    hits = np.array(right) == np.array(predicted)
-    return hits * 2 * len(right) / (len(names) * (count + given)[index])
+def macro_f1(right: Sequence[str], predicted: Sequence[str]) -> Hits:
+    """Return hits whose `class_means` is scikit-learn's ``f1_score`` with the right answers as
+    ``labels``: the mean over them of their F1. A predicted text that is no class costs recall
+    only."""
+    ids = {name: i for i, name in enumerate(dict.fromkeys(right))}
+    pairs = list(zip(right, predicted, strict=True))
+    classes = [(ids[name], ids.get(given, len(ids))) for name, given in pairs]
+    return np.array([name == given for name, given in pairs], np.float64), np.array(classes)
 
 
 CLASS_METRICS = {"balanced_accuracy": balanced_accuracy, "macro_f1": macro_f1}

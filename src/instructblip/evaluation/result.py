@@ -48,7 +48,8 @@ class Result:
     @cached_property
     def resampled(self) -> Floats:
         """Bootstrap values of the score. The seed is that of the benchmark, for every model."""
-        return resample(self.score.samples, self.score.labels, zlib.crc32(self.benchmark.encode()))
+        score, seed = self.score, zlib.crc32(self.benchmark.encode())
+        return resample(score.samples, score.labels, seed, classes=score.classes)
 
     @property
     def interval(self) -> Interval | None:

@@ -19,10 +19,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 
 from instructblip.core.user_code import find_function, is_function
 from instructblip.evaluation import captions, classes, metrics, normalize
-from instructblip.evaluation.bootstrap import Floats
+from instructblip.evaluation.bootstrap import Floats, class_means
 from instructblip.evaluation.captions import CaptionTokenizer
 
 Prediction = Mapping[str, Any]
@@ -32,14 +33,16 @@ Prediction = Mapping[str, Any]
 class Score:
     """``value`` 0 to 100 (CIDEr may exceed it), or None where the metric is not defined.
 
-    ``samples`` [n] are resampled for intervals: their mean, or with ``labels`` the area under the
-    ROC curve, is ``value / 100``. ``others`` are further scores of the same predictions.
+    ``samples`` [n] are resampled for intervals: their mean, with ``labels`` the area under the ROC
+    curve, or with ``classes`` their mean over classes is ``value / 100``. ``others`` are further
+    scores of the same predictions.
     """
 
     value: float | None
     samples: Floats
     labels: Floats | None = None
     others: dict[str, float] = field(default_factory=dict)
+    classes: Int64[np.ndarray, "n k"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +200,10 @@ def _classes(main: str) -> Callable[[Sequence[Prediction], CaptionTokenizer], Sc
     """Score by ``main`` of `classes.CLASS_METRICS`; accuracy is reported beside it."""
 
     def score(predictions: Sequence[Prediction], tokenizer: CaptionTokenizer) -> Score:
-        samples = classes.CLASS_METRICS[main](*classes.labels(predictions))
-        return _mean(
-            samples.tolist(), accuracy=100 * float(np.mean([_exact(p) for p in predictions]))
-        )
+        hits, ids = classes.CLASS_METRICS[main](*classes.labels(predictions))
+        value = 100 * float(class_means(hits[None], ids[None])[0])
+        accuracy = {"accuracy": 100 * float(hits.mean())}
+        return Score(value, hits, others=accuracy, classes=ids)
 
     return score
 
