@@ -1,6 +1,7 @@
 """Images of every kind decode to RGB, and the pixels equal those of transformers."""
 
 import io
+import json
 import random
 import re
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from instructblip.core.batch import Example
@@ -50,6 +52,62 @@ def test_config_is_that_of_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(transform(image), expected.float(), atol=1e-6, rtol=0)
     with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):
         ImageTransform.from_pretrained(tmp_path / "none")
+
+
+BIT = {"image_processor_type": "BitImageProcessor", "do_center_crop": True}
+CONVNEXT = {"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.875, "resample": 3}
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (
+            {**BIT, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
+            ImageTransform(224, crop_pct=0.875),
+        ),
+        (
+            {**BIT, "size": 224, "crop_size": 224, "resample": 2},
+            ImageTransform(224, crop_pct=1.0, resample="bilinear"),
+        ),
+        ({**CONVNEXT, "size": {"shortest_edge": 224}}, ImageTransform(224, crop_pct=0.875)),
+        ({**CONVNEXT, "size": {"shortest_edge": 384}}, ImageTransform(384)),
+        (
+            {"image_processor_type": "ViTImageProcessor", "size": 96},
+            ImageTransform(96, resample="bilinear"),
+        ),
+        ({"size": {"height": 96, "width": 96}}, ImageTransform(96)),
+    ],
+)
+def test_the_files_of_image_encoders(
+    told: dict[str, Any], expected: ImageTransform, tmp_path: Path
+) -> None:
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(told))
+    transform = ImageTransform.from_pretrained(tmp_path)
+    assert transform == expected
+    transform.save_pretrained(tmp_path)
+    assert ImageTransform.from_pretrained(tmp_path) == transform
+
+
+@pytest.mark.parametrize("value", [0, 1, "cubic"])
+def test_other_filters_are_refused(value: Any, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 8, "resample": value}))
+    with pytest.raises(ValueError, match=r"'resample' is .*; expected 2 \(bilinear\)"):
+        ImageTransform.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pillow", "torch"])
+def test_the_centre_is_read_as_transformers_reads_it(name: Any) -> None:
+    smooth = Image.effect_noise((160, 120), 90).filter(ImageFilter.GaussianBlur(4)).convert("RGB")
+    theirs = BitImageProcessorPil(
+        size={"shortest_edge": 64}, crop_size={"height": 48, "width": 48}, resample=2
+    )
+    expected = theirs(smooth, return_tensors="pt")["pixel_values"][0].float()
+    transform = ImageTransform(48, resample="bilinear", crop_pct=0.75, filter=name)
+    torch.testing.assert_close(transform(smooth), expected, atol=0.05, rtol=0)
+    squashed = replace(transform, crop_pct=None)(smooth)
+    assert (squashed - expected).abs().max() > 0.2
+    assert transform.seen(160, 120) == (35, 15, 125, 105)
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> io.BytesIO:

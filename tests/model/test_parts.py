@@ -118,7 +118,7 @@ def test_the_tower_of_a_blip2(tmp_path: Path) -> None:
     ours.load_state_dict(weights)
     pixels = torch.randn(1, 3, 16, 16)
     torch.testing.assert_close(ours(pixels), theirs.vision_model(pixels).last_hidden_state)
-    (tmp_path / "ib" / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "ib" / "config.json").write_text('{"model_type": "resnet"}')
     with pytest.raises(ValueError, match="expected CLIP, SigLIP"):
         read_vision(tmp_path / "ib")
 

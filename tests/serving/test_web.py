@@ -221,8 +221,8 @@ def test_attention_equals_that_of_the_layer(engines: dict[str, Engine]) -> None:
 
 
 def test_overlays_are_bright_where_the_query_looks() -> None:
-    attention = torch.zeros(2, 17)
-    attention[:, 1 + 5] = 1  # second row, second column of four
+    attention = torch.zeros(2, 4, 4)
+    attention[:, 1, 1] = 1
     shown = overlays(Image.new("RGB", (30, 20), "grey"), attention, side=40)
     assert [name for _, name in shown] == ["1-2", "1", "2"]
     bright = shown[1][0].convert("L")

@@ -222,7 +222,7 @@ def import_(
 
 @app.command()
 def combine(
-    vision: Annotated[Path, Option(help="CLIP, SigLIP, or a BLIP-2 with its EVA-CLIP.")],
+    vision: Annotated[Path, Option(help="Directory of an image encoder of transformers.")],
     language: Annotated[Path, Option(help="A Llama, Qwen, Gemma, OPT or T5 directory, or a GGUF.")],
     out: Annotated[Path, Option(help="Directory to write.")],
     qformer_tokenizer: Annotated[

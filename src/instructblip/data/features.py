@@ -193,7 +193,8 @@ def store_name(transform: ImageTransform, encoder: str, kind: FeatureType) -> st
     """
     values = asdict(transform)
     values["train"] = values.pop("crop")
-    for name, before in (("mirror", values["mirror"]), ("filter", "pillow"), ("window", "auto")):
+    defaults = {"mirror": values["mirror"], "filter": "pillow", "window": "auto"}
+    for name, before in (defaults | {"resample": "bicubic", "crop_pct": None}).items():
         if values[name] == before:
             del values[name]
     text = json.dumps([values, encoder, kind], sort_keys=True)

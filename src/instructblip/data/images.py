@@ -46,6 +46,11 @@ MAX_PIXELS = 1 << 26
 """Pixels of one image (67 million, 8192 x 8192); an image whose header says more is not decoded."""
 MAX_FILE_BYTES = 1 << 28
 
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+"""Filters of image encoders' own files, by the names that torch has for them."""
+BILINEAR_PROCESSORS = ("ViT", "Siglip2", "DINOv3")
+"""How the names of transformers' image processors begin whose default is not bicubic."""
+
 Window = Literal["auto", "full"] | tuple[float, float]
 """Which grey values of images with more than 8 bits become black and white. ``full``: the ends of
 their type. ``auto``: the window that a DICOM file names, and the values that the image uses (its
@@ -288,7 +293,9 @@ def to_rgb(image: Image.Image, window: Window = "auto") -> Image.Image:
 class ImageTransform:
     """RGB image -> float [3, S, S]. Training may crop and mirror images at random.
 
-    ``filter`` resizes: "pillow" as transformers' processor, "torch" faster (see above).
+    ``filter`` resizes: "pillow" as transformers' processor, "torch" faster (see above). With
+    ``crop_pct`` an image is not squashed to a square: the square in its centre is cut out, whose
+    side is this part of the shorter side of the image.
     """
 
     image_size: int = 224
@@ -299,6 +306,8 @@ class ImageTransform:
     min_scale: float = 0.5
     filter: Literal["pillow", "torch"] = "pillow"
     window: Window = "auto"
+    resample: Literal["bilinear", "bicubic"] = "bicubic"
+    crop_pct: float | None = None
 
     @property
     def is_random(self) -> bool:
@@ -328,7 +337,7 @@ class ImageTransform:
     ) -> UInt8[np.ndarray, "S S 3"]:
         """The resized image: the part of the transform that is worth caching."""
         width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-        box, mirrored = (0, 0, width, height), False
+        box, mirrored = self.seen(width, height), False
         if self.is_random:
             if rng is None:
                 raise ValueError("a transform that crops or mirrors needs rng")
@@ -342,8 +351,17 @@ class ImageTransform:
         else:
             image = image if isinstance(image, Image.Image) else Image.fromarray(image)
             size = (self.image_size, self.image_size)
-            resized = np.asarray(image.crop(box).resize(size, Image.Resampling.BICUBIC))
+            resized = np.asarray(image.crop(box).resize(size, RESAMPLING[self.resample]))
         return np.ascontiguousarray(resized[:, ::-1]) if mirrored else resized
+
+    def seen(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """The part of an image (left, top, right, bottom) that is read when it is not cropped at
+        random."""
+        if self.crop_pct is None:
+            return 0, 0, width, height
+        side = max(1, round(self.crop_pct * min(width, height)))
+        left, top = (width - side) // 2, (height - side) // 2
+        return left, top, left + side, top + side
 
     def normalise(self, pixels: UInt8[np.ndarray, "S S 3"]) -> Float[Tensor, "3 S S"]:
         """Subtract ``mean`` and divide by ``std``, by a table of the 256 values of each channel."""
@@ -363,9 +381,17 @@ class ImageTransform:
             raise FileNotFoundError(
                 f"no preprocessor_config.json in {path}; expected a model directory"
             )
-        size = config.get("size", 224)
+        kind = str(config.get("image_processor_type", config.get("feature_extractor_type", "")))
+        size, crop_pct = config.get("size", 224), config.get("crop_pct")
+        if config.get("do_center_crop") and config.get("crop_size") and crop_pct is None:
+            whole, size = _shortest_edge(size), config["crop_size"]
+            crop_pct = min(1.0, (_shortest_edge(size) or 0) / whole) if whole else None
+        elif kind.startswith("ConvNext") and (_shortest_edge(size) or 0) >= 384:
+            crop_pct = None
         if isinstance(size, dict):
             size = size.get("height", size.get("shortest_edge"))
+        if crop_pct is not None and not (isinstance(crop_pct, int | float) and 0 < crop_pct <= 1):
+            raise ValueError(f"{file}: 'crop_pct' is {crop_pct!r}; expected a part of 1")
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{file}: 'size' is {config.get('size')!r}; expected height and width")
         return cls(
@@ -373,6 +399,8 @@ class ImageTransform:
             mean=_three(config.get("image_mean", CLIP_MEAN), "image_mean", file),
             std=_three(config.get("image_std", CLIP_STD), "image_std", file),
             window=_stored_window(config.get("window", "auto"), file),
+            resample=_stored_filter(config.get("resample"), kind, file),
+            crop_pct=crop_pct,
         )
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -386,7 +414,7 @@ class ImageTransform:
             "do_convert_rgb": True,
             "do_resize": True,
             "size": {"height": self.image_size, "width": self.image_size},
-            "resample": int(Image.Resampling.BICUBIC),
+            "resample": int(RESAMPLING[self.resample]),
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
@@ -395,6 +423,8 @@ class ImageTransform:
         }
         if self.window != "auto":
             config["window"] = self.window
+        if self.crop_pct is not None:
+            config["crop_pct"] = self.crop_pct
         return json.dumps(config, indent=2) + "\n"
 
     def for_training(self, crop: bool = True, mirror: bool = True) -> "ImageTransform":
@@ -413,7 +443,7 @@ def _resize_by_torch(
     left, top, right, bottom = box
     chosen = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]  # [1, 3, h, w]
     size = (to.image_size, to.image_size)
-    resized = interpolate(chosen, size, mode="bicubic", antialias=True)
+    resized = interpolate(chosen, size, mode=to.resample, antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
@@ -457,6 +487,22 @@ def _three(value: Any, name: str, file: Path) -> tuple[float, float, float]:
     if not isinstance(value, list | tuple) or len(value) != 3:
         raise ValueError(f"{file}: '{name}' is {value!r}; expected three numbers")
     return (float(value[0]), float(value[1]), float(value[2]))
+
+
+def _shortest_edge(size: Any) -> int | None:
+    """The length of the shorter side that transformers' ``size`` stands for."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge", size.get("height"))
+    return size if isinstance(size, int) else None
+
+
+def _stored_filter(value: Any, kind: str, file: Path) -> Literal["bilinear", "bicubic"]:
+    if value is None:
+        return "bilinear" if kind.startswith(BILINEAR_PROCESSORS) else "bicubic"
+    for name in ("bilinear", "bicubic"):
+        if value == RESAMPLING[name]:
+            return name
+    raise ValueError(f"{file}: 'resample' is {value!r}; expected 2 (bilinear) or 3 (bicubic)")
 
 
 def _stored_window(value: Any, file: Path) -> Window:

@@ -8,15 +8,20 @@ seconds on a laptop, and every tensor that autograd would save is counted.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
 from instructblip.data.sources import VIDEO_SETS
 from instructblip.experiment.build import model_config, shape_language
 from instructblip.model.checkpoints.weights import NoRandomWeights
+from instructblip.model.config import EncoderConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import stacks_of
 from instructblip.model.language.fast.attention import packs
@@ -212,13 +217,41 @@ def rerun_bytes(forward: Callable[[], Tensor], model: InstructBlip) -> int:
 
 def encoder_bytes(model: InstructBlip, images: int) -> int:
     """Bytes of the widest layer of the image encoder: a feed-forward network at its activation,
-    which needs one or more copies of the inner states, or at its output."""
+    which needs one or more copies of the inner states, or at its output. Of another encoder than
+    the ViT, which may be built in any way, a pass is followed."""
     vision = model.config.vision
-    size = model.vision_model.embeddings.patch_embedding.weight.element_size()
-    tokens = min(images, model.image_chunk) * vision.num_tokens
+    images = min(images, model.image_chunk)
+    if isinstance(vision, EncoderConfig):
+        pixels = torch.empty(images, 3, vision.image_size, vision.image_size)
+        with _Living(pixels, *model.parameters(), *model.buffers()) as living, torch.no_grad():
+            model.encode_image(pixels)
+        return living.peak
+    size = model.vision_model.dtype.itemsize
+    tokens = images * vision.num_tokens
     inner, hidden = vision.intermediate_size, vision.hidden_size
     copies = {"gelu": 1, "quick_gelu": 3}.get(vision.hidden_act, 2)
     return tokens * size * max(copies * inner + 2 * hidden, inner + 3 * hidden)
+
+
+class _Living(TorchDispatchMode):
+    """``peak`` is the most bytes that other tensors than the ``given`` ones occupy together."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.peak = 0
+        self.given = {tensor.untyped_storage()._cdata for tensor in given}
+        self.living: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.given:
+                    self.living[StorageWeakRef(storage)] = storage.nbytes()
+        self.living = {ref: size for ref, size in self.living.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self.living.values()))
+        return result
 
 
 def logits_bytes(model: InstructBlip, tokens: int) -> int:

@@ -235,9 +235,12 @@ class Engine:
         scores = rank_candidates(self.model, batch, ids, normalization, on_chunk=on_chunk)
         return [row.tolist() for row in scores]
 
-    def look(self, samples: Sequence[Sample]) -> Float[Tensor, "B F Q P"]:
-        """Attention of each query token to the image, as one batch; see ``cross_attention``."""
-        return cross_attention(self.model, self._collate(samples)).cpu()
+    def look(self, samples: Sequence[Sample]) -> Float[Tensor, "B F Q G G"]:
+        """Attention of each query token to the G x G places of the image, as one batch; see
+        ``cross_attention``. Class and register tokens, which have no place, are left out."""
+        vision = self.model.config.vision
+        weights = cross_attention(self.model, self._collate(samples)).cpu()
+        return weights[..., vision.num_prefix_tokens :].unflatten(-1, (vision.grid, vision.grid))
 
     def draw(
         self,

@@ -76,14 +76,68 @@ class VisionConfig(_Config):
         return self
 
     @property
+    def grid(self) -> int:
+        """G: patches along a side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before those of the G * G patches."""
+        return int(self.class_token)
+
+    @property
     def num_tokens(self) -> int:
         """P: patches, and the class token where there is one."""
-        return (self.image_size // self.patch_size) ** 2 + self.class_token
+        return self.num_prefix_tokens + self.grid**2
 
     @property
     def in_transformers(self) -> bool:
         """Whether transformers' InstructBLIP has such an image encoder."""
         return self.class_token and not self.pre_layernorm and self.hidden_act != "quick_gelu"
+
+
+class EncoderConfig(_Config):
+    """An image encoder that ``VisionModel`` cannot express (``model/encoders.py``)."""
+
+    encoder: dict[str, Any] = Field(description="Its own config, with a model_type, as a dict.")
+    hidden_size: int = Field(gt=0, description="Width V of the image encoder.")
+    image_size: int = Field(gt=0, description="Side S of the square image in pixels.")
+    patch_size: int = Field(gt=0, description="Side in pixels of a token of the grid.")
+    num_prefix_tokens: int = Field(
+        default=0, ge=0, description="Class and register tokens, which come before the grid."
+    )
+    add_positions: bool = Field(
+        default=False, description="Add the place in the grid, which convolutions do not tell."
+    )
+
+    @model_validator(mode="after")
+    def _holds_whole_patches(self) -> "EncoderConfig":
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size must be a multiple of {self.patch_size}, the pixels of a token of "
+                f"this image encoder; got {self.image_size}"
+            )
+        return self
+
+    @property
+    def grid(self) -> int:
+        """G: tokens along a side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """P: those before the grid, then the G * G of the grid, row by row."""
+        return self.num_prefix_tokens + self.grid**2
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers, or blocks of all stages; 0 where its config does not tell."""
+        return self.encoder.get("num_hidden_layers") or sum(self.encoder.get("depths", ()))
+
+    @property
+    def in_transformers(self) -> bool:
+        """Never: transformers' InstructBLIP has a ``VisionModel`` alone."""
+        return False
 
 
 class QFormerConfig(_Config):
@@ -132,7 +186,7 @@ class LoraConfig(_Config):
 class InstructBlipConfig(_Config):
     """The whole model. ``instruction_aware=False`` is BLIP-2: a Q-Former without a text branch."""
 
-    vision: VisionConfig = Field(description="The image encoder.")
+    vision: VisionConfig | EncoderConfig = Field(description="The image encoder.")
     qformer: QFormerConfig = Field(description="The Q-Former.")
     language: dict[str, Any] = Field(description="transformers' text config as a dict.")
     num_query_tokens: int = Field(default=32, gt=0, description="Query tokens Q per image.")
@@ -169,11 +223,13 @@ class InstructBlipConfig(_Config):
                 f"model_type must be one of {', '.join(READERS)}; got {kind!r}. Give a directory "
                 "that transformers' InstructBlip or Blip2 wrote, or one that this project wrote."
             )
-        vision = _select(VisionConfig, config.get("vision_config") or {})
+        given = config.get("vision_config") or {}
+        other = "encoder" in given
+        vision = _select(EncoderConfig if other else VisionConfig, given)
         vision = {name: value for name, value in vision.items() if value is not None}
         for name in {"image_size", "patch_size"} & vision.keys():
             vision[name] = _side(vision[name], name)
-        vision_config = VisionConfig(**vision)
+        vision_config = EncoderConfig(**vision) if other else VisionConfig(**vision)
         qformer = _select(QFormerConfig, config.get("qformer_config") or {})
         # transformers derives this width as well and ignores what the file says.
         qformer["encoder_hidden_size"] = vision_config.hidden_size

@@ -97,8 +97,8 @@ def rank_candidates(
 
 @torch.no_grad()
 def cross_attention(model: InstructBlip, batch: Batch) -> Float[Tensor, "B F Q P"]:
-    """Weights of each query over the tokens of each frame, class token first. Rows sum to 1; they
-    are zeros where a sample has no image.
+    """Weights of each query over the tokens of each frame, class and register tokens first. Rows
+    sum to 1; they are zeros where a sample has no image.
 
     The mean over the heads of the last layer that attends to the image. The forward pass computes
     no weights, so they are computed again from the queries of that layer.

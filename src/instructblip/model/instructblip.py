@@ -21,11 +21,11 @@ from instructblip.core.batch import Batch, LossOutput
 from instructblip.core.regions import part
 from instructblip.model.checkpoints.transformers import Pretrained
 from instructblip.model.config import InstructBlipConfig
+from instructblip.model.encoders import build_vision
 from instructblip.model.fast import PackedQFormer, encode_frozen, fold_norm
 from instructblip.model.language.adapters import Language, build_language_model, language_of
 from instructblip.model.language.lora import lora_layers
 from instructblip.model.trainable import ALIASES, PARTS, eval_frozen, is_trainable, part_of
-from instructblip.model.vision import VisionModel
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """Stored generation settings that take effect at once; the others are for whoever decodes."""
@@ -49,7 +49,7 @@ class InstructBlip(Pretrained):
     ) -> None:
         super().__init__()
         self.config = config
-        self.vision_model = VisionModel(config.vision)
+        self.vision_model = build_vision(config.vision)
         self.query_tokens = nn.Parameter(
             torch.randn(1, config.num_query_tokens, config.qformer.hidden_size)
             * config.qformer.initializer_range
@@ -70,9 +70,9 @@ class InstructBlip(Pretrained):
         """Features of all tokens of each image, before the last LayerNorm, which trains with the
         Q-Former. Stored features and ``Batch.image_features`` are these."""
         vision = self.vision_model
-        pixel_values = pixel_values.to(vision.embeddings.patch_embedding.weight.dtype)
+        pixel_values = pixel_values.to(vision.dtype)
         with part("vision"), self.precision(vision.encoder):
-            if torch.is_grad_enabled() and is_trainable(vision.embeddings, vision.encoder):
+            if torch.is_grad_enabled() and is_trainable(*vision.tower):
                 return vision.body(pixel_values)
             return encode_frozen(vision, pixel_values, self.image_chunk)
 
@@ -209,11 +209,7 @@ class InstructBlip(Pretrained):
         if any(p.dtype != torch.float32 for p in self.parameters()):  # fake tensors cannot convert
             self.float()
         if frozen_dtype is not None:
-            for part in (
-                self.vision_model.embeddings,
-                self.vision_model.encoder,
-                self.language_model,
-            ):
+            for part in (*self.vision_model.tower, self.language_model):
                 if not is_trainable(part):
                     for parameter in part.parameters():
                         if not parameter.requires_grad:  # an adapter may

@@ -1,8 +1,9 @@
 """The image encoder: a pre-norm ViT whose last LayerNorm is a separate part.
 
-It equals transformers' InstructBlipVisionModel and Blip2VisionModel, parameter names included. Both
+``ImageEncoder`` is what an InstructBLIP needs of any image encoder, ``VisionModel`` the paper's. It
+equals transformers' InstructBlipVisionModel and Blip2VisionModel, parameter names included. Both
 papers freeze the body and train the last LayerNorm (``ln_vision`` in the official code), so
-``VisionModel.body`` stops before it, and stored features are its output.
+``body`` stops before it, and stored features are its output.
 """
 
 import math
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from instructblip.model.config import VisionConfig
+from instructblip.model.config import EncoderConfig, VisionConfig
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -115,8 +116,52 @@ class VisionEncoder(nn.Module):
         return hidden
 
 
-class VisionModel(nn.Module):
-    """pixel_values [N, 3, S, S] -> [N, P, V], all tokens, last LayerNorm included."""
+class ImageEncoder(nn.Module):
+    """pixel_values [N, 3, S, S] -> [N, P, V], all tokens, last LayerNorm included.
+
+    The tokens before the grid (class, registers) come first, then the grid row by row.
+    """
+
+    config: VisionConfig | EncoderConfig
+    encoder: nn.Module
+    post_layernorm: nn.LayerNorm
+
+    @property
+    def tower(self) -> list[nn.Module]:
+        """The modules before the last LayerNorm."""
+        return [module for name, module in self.named_children() if name != "post_layernorm"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights before the last LayerNorm."""
+        return next(self.encoder.parameters()).dtype
+
+    def check_size(self, pixel_values: Float[Tensor, "N 3 _ _"]) -> None:
+        """Raises ValueError for images of another size."""
+        size = self.config.image_size
+        if pixel_values.shape[-2:] != (size, size):
+            raise ValueError(
+                f"images must be {size} x {size} pixels; got {tuple(pixel_values.shape[-2:])}. "
+                "Resize the images, or load the model with image_size set to theirs."
+            )
+
+    def body(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
+        """Everything but the last LayerNorm. Without gradients ``fast.encode_frozen`` is faster."""
+        raise NotImplementedError
+
+    def norm(self, features: Float[Tensor, "N P V"]) -> Float[Tensor, "N P V"]:
+        """The last LayerNorm, in its own dtype: it may train in fp32 on a bf16 body."""
+        return self.post_layernorm(features.to(self.post_layernorm.weight.dtype))
+
+    def forward(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
+        return self.norm(self.body(pixel_values))
+
+
+class VisionModel(ImageEncoder):
+    """The pre-norm ViT of BLIP-2 and InstructBLIP, which CLIP's and SigLIP's are as well."""
+
+    config: VisionConfig
+    encoder: VisionEncoder
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -134,40 +179,30 @@ class VisionModel(nn.Module):
 
     def embed(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
         """The input of the first layer. Raises ValueError for images of another size."""
-        size = self.config.image_size
-        if pixel_values.shape[-2:] != (size, size):
-            raise ValueError(
-                f"images must be {size} x {size} pixels; got {tuple(pixel_values.shape[-2:])}. "
-                "Resize the images, or load the model with image_size set to theirs."
-            )
+        self.check_size(pixel_values)
         return self.embeddings(pixel_values)
 
     def body(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
-        """Everything but the last LayerNorm. Without gradients ``fast.encode_frozen`` is faster."""
         return self.encoder(self.embed(pixel_values))
-
-    def norm(self, features: Float[Tensor, "N P V"]) -> Float[Tensor, "N P V"]:
-        """The last LayerNorm, in its own dtype: it may train in fp32 on a bf16 body."""
-        return self.post_layernorm(features.to(self.post_layernorm.weight.dtype))
-
-    def forward(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
-        return self.norm(self.body(pixel_values))
 
 
 def interpolate_positions(
     positions: Float[Tensor, "1 P V"], num_tokens: int
 ) -> Float[Tensor, "1 P2 V"]:
-    """Resize learned positions to a square grid of ``num_tokens - 1`` patches, bicubically.
+    """Resize learned positions to ``num_tokens``, a square grid behind the class token if there is
+    one, bicubically.
 
     The class token keeps its position. The interpolation is that of the official code
     (``interpolate_pos_embed``) and of transformers. Raises ValueError unless the grid is square.
     """
-    if positions.shape[1] == num_tokens:
+    count = positions.shape[1]
+    if count == num_tokens:
         return positions
-    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(num_tokens - 1)
-    if old * old != positions.shape[1] - 1:
-        raise ValueError(f"positions must form a square grid; got {positions.shape[1] - 1} patches")
-    grid = positions[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    first = int(math.isqrt(count) ** 2 != count)  # SigLIP has no class token
+    old, new = math.isqrt(count - first), math.isqrt(num_tokens - first)
+    if old * old != count - first:
+        raise ValueError(f"positions must form a square grid; got {count - first} patches")
+    grid = positions[:, first:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     grid = grid.flatten(2).transpose(1, 2).to(positions.dtype)
-    return torch.cat([positions[:, :1], grid], dim=1)
+    return torch.cat([positions[:, :first], grid], dim=1)

@@ -128,7 +128,7 @@ def combine_parts(
         fields = fit_text_branch(branch, fields, text_branch)
     transform = ImageTransform.from_pretrained(vision)
     torch.manual_seed(0)
-    model = combine(vision, language, fields, num_queries, branch)
+    model = combine(vision, language, fields, num_queries, branch, transform.image_size)
     copied = qformer_tokenizer is None and copy_words(model)
     _write(model, tokens, transform, out)
     before, after = tokens.around_instruction

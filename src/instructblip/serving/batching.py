@@ -54,9 +54,10 @@ class Job:
     """One request: its images as pixels [F][3, S, S], the instruction, and the kind of result.
 
     ``future`` resolves to an ``Answer``; with ``candidates`` to their log-likelihoods, a list of
-    floats; with ``look`` to the attention of the queries to the images [F, Q, P]; with ``drawing``,
-    the arguments of ``Engine.draw``, to images. ``decoding`` None is the engine's. An answer ends
-    before the first of the texts ``stop``; with a ``seed`` the same answer is sampled again.
+    floats; with ``look`` to the attention of the queries to the images [F, Q, G, G]; with
+    ``drawing``, the arguments of ``Engine.draw``, to images. ``decoding`` None is the engine's. An
+    answer ends before the first of the texts ``stop``; with a ``seed`` the same answer is sampled
+    again.
     """
 
     pixels: tuple[Tensor, ...]

@@ -5,7 +5,6 @@ the language of the browser, English or Chinese.
 """
 
 import contextlib
-import math
 import os
 import random
 import re
@@ -226,6 +225,7 @@ def ask(
         service.check_marks(instruction, 1, "instruction")
         data = Path(file).read_bytes()
         image = decode(data, service.config, "the picture")
+        first = next(iter(service.batchers.values())).engine.images.transform
         jobs = [_submit(service, name, data, instruction, options) for name in service.batchers]
         # of each model: the answer, the attention and, with candidates, their scores
         results = [[job.wait() for job in submitted] for submitted in jobs]
@@ -239,7 +239,8 @@ def ask(
         for _, _, *scores in results
     ]
     history = [*history, [len(history) + 1, instruction, *answers]][-50:]
-    return *answers, *bars, overlays(image, results[0][1][0]), history, history
+    shown = overlays(image.crop(first.seen(*image.size)), results[0][1][0])
+    return *answers, *bars, shown, history, history
 
 
 def _submit(
@@ -266,15 +267,13 @@ def _submit(
 
 
 def overlays(
-    image: Image.Image, attention: Float[Tensor, "Q P"], side: int = 160
+    image: Image.Image, attention: Float[Tensor, "Q G G"], side: int = 160
 ) -> list[tuple[Any, str]]:
     """The image under a heat map of each query, the mean of all queries first."""
     base = np.asarray(image.resize((side, side))).astype(np.float32)
-    grid = math.isqrt(attention.shape[1])
-    patches = attention[:, -grid * grid :]  # without the class token, if there is one
-    count = len(patches)
-    maps = [(f"1-{count}", patches.mean(0)), *((str(i + 1), one) for i, one in enumerate(patches))]
-    return [(_heat(base, one.unflatten(0, (grid, grid)).numpy()), name) for name, one in maps]
+    count = len(attention)
+    maps = [(f"1-{count}", attention.mean(0)), *((str(i + 1), m) for i, m in enumerate(attention))]
+    return [(_heat(base, one.numpy()), name) for name, one in maps]
 
 
 def _heat(base: np.ndarray, weights: np.ndarray) -> Image.Image:

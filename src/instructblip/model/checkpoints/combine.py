@@ -1,10 +1,12 @@
 """A new pair of image encoder and language model, with a new Q-Former between them.
 
-Image encoders: EVA-CLIP (from a BLIP-2 or InstructBLIP directory), CLIP and SigLIP, read from
-transformers' directories into ``VisionModel``, which computes the same features. Language models:
-any that ``model/language`` drives (Llama, Qwen, Gemma, OPT, T5 families).
+EVA-CLIP (from a BLIP-2 or InstructBLIP directory), CLIP, SigLIP and SigLIP 2 are read from
+transformers' directories into ``VisionModel``, which computes the same features; the image encoders
+of ``model/encoders.py`` run as they are. Language models: any that ``model/language`` drives
+(Llama, Qwen, Gemma, OPT, T5 families).
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +18,13 @@ from transformers import AutoConfig
 
 from instructblip.model.checkpoints.transformers import TEXT_BRANCH, load_weights
 from instructblip.model.checkpoints.weights import read_json, read_weights
-from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
+from instructblip.model.config import (
+    EncoderConfig,
+    InstructBlipConfig,
+    QFormerConfig,
+    VisionConfig,
+)
+from instructblip.model.encoders import read_encoder
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import read_language_config
 from instructblip.model.qformer import QFormer
@@ -47,15 +55,17 @@ def combine(
     qformer: dict[str, Any] | None = None,
     num_query_tokens: int = 32,
     text_branch: Mapping[str, Tensor] | None = None,
+    image_size: int | None = None,
 ) -> InstructBlip:
     """An instruction-aware model of two frozen parts and a random Q-Former, to be pre-trained.
 
     ``qformer`` are fields of ``QFormerConfig``; by default BERT-base, as in the paper. The
     projection starts at the scale of the language model's word embeddings (`scale_projection`).
-    ``text_branch`` are tensors that `fit_text_branch` approved.
+    ``text_branch`` are tensors that `fit_text_branch` approved, ``image_size`` is what the image
+    encoder reads where its weights leave that open.
     """
     text = read_language_config(language)
-    vision_config, encoder = read_vision(vision)
+    vision_config, encoder = read_vision(vision, image_size)
     config = InstructBlipConfig(
         vision=vision_config,
         qformer=QFormerConfig(
@@ -143,13 +153,20 @@ def copy_words(model: InstructBlip) -> bool:
     return True
 
 
-def read_vision(path: Path) -> tuple[VisionConfig, dict[str, Tensor]]:
-    """Config and weights of an image encoder, by the names of ``VisionModel``.
+def read_vision(
+    path: Path, image_size: int | None = None
+) -> tuple[VisionConfig | EncoderConfig, dict[str, Tensor]]:
+    """Config and weights of an image encoder, by the names of ``vision_model``.
 
     Raises ValueError for an image encoder of another kind.
     """
     values = read_json(path / "config.json")
     kind = str(values.get("model_type"))
+    family = kind.removesuffix("_vision_model")
+    if family not in ("clip", "siglip", "siglip2") and not kind.startswith(
+        ("instructblip", "blip-2")
+    ):
+        return read_encoder(path, image_size)
     weights = {
         name.removeprefix("vision_model."): value
         for name, value in read_weights(path).items()
@@ -158,15 +175,12 @@ def read_vision(path: Path) -> tuple[VisionConfig, dict[str, Tensor]]:
     if kind.startswith(("instructblip", "blip-2")):
         config = InstructBlipConfig.from_transformers(values).vision
         return config, {n: v for n, v in weights.items() if n.startswith(KNOWN)}
-    family = kind.removesuffix("_vision_model")
-    if family not in ("clip", "siglip"):
-        raise ValueError(
-            f"{path} holds an image encoder of model_type {kind!r}; expected CLIP, SigLIP, or that "
-            "of a BLIP-2 or InstructBLIP"
-        )
     # a config file leaves out transformers' defaults
-    given = {n: v for n, v in values.get("vision_config", values).items() if n in SHARED}
-    theirs = AutoConfig.for_model(f"{family}_vision_model", **given)
+    given = values.get("vision_config", values)
+    given = {n: v for n, v in given.items() if n in (*SHARED, "num_patches")}
+    theirs: Any = AutoConfig.for_model(f"{family}_vision_model", **given)
+    if family == "siglip2":  # its images have any shape; here a square of the learned positions
+        theirs.image_size = math.isqrt(theirs.num_patches) * theirs.patch_size
     config = VisionConfig(
         **{name: getattr(theirs, name) for name in SHARED},
         class_token=family == "clip",
@@ -186,6 +200,9 @@ def _fused(weights: dict[str, Tensor], config: VisionConfig) -> dict[str, Tensor
             ours[name] = value.view(1, 1, -1)
         elif name == "embeddings.position_embedding.weight":
             ours["embeddings.position_embedding"] = value[None]
+        elif name == "embeddings.patch_embedding.weight" and value.ndim == 2:
+            side = config.patch_size  # SigLIP 2 multiplies flat patches [S, S, 3]
+            ours[name] = value.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
         elif not LEFT_OUT.search(name):
             for theirs, new in NORMS.items():
                 name = name.replace(theirs, new)

@@ -23,7 +23,7 @@ from instructblip.model.checkpoints.weights import (
     read_weights,
     start_of,
 )
-from instructblip.model.config import InstructBlipConfig
+from instructblip.model.config import EncoderConfig, InstructBlipConfig, VisionConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.trainable import part_of
 
@@ -74,6 +74,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         directory,
         "InstructBLIP" if config.instruction_aware else "BLIP-2",
         {
+            "image encoder": _encoder(config.vision),
             "language model": str(config.language.get("model_type")),
             "images": f"{config.vision.image_size} x {config.vision.image_size}",
             "query tokens": str(config.num_query_tokens),
@@ -96,6 +97,11 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         if expected.get(n) != s
     ]
     return report
+
+
+def _encoder(config: VisionConfig | EncoderConfig) -> str:
+    kind = "ViT" if isinstance(config, VisionConfig) else config.encoder["model_type"]
+    return f"{kind}, {config.num_tokens} tokens, {config.grid} x {config.grid} of them a grid"
 
 
 def _of_lavis(file: Path) -> Inspection:

@@ -29,7 +29,7 @@ from instructblip.model.checkpoints.weights import (
     read_weights,
     write_pickle,
 )
-from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
+from instructblip.model.config import EncoderConfig, InstructBlipConfig, QFormerConfig, VisionConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import read_language_config
 from instructblip.model.language.lora import lora_layers
@@ -289,6 +289,9 @@ def export_lavis(model: InstructBlip, file: Path, image_encoder: bool = False) -
     """
     if lora_layers(model.language_model):
         refuse_loss(["lora"], image_encoder)
+    if image_encoder and isinstance(model.config.vision, EncoderConfig):
+        kind = model.config.vision.encoder["model_type"]
+        raise ValueError(f"LAVIS has no image encoder {kind!r}: export without --image-encoder")
     kind = str(model.config.language.get("model_type"))
     projection = {"t5": "t5_proj", "opt": "opt_proj"}.get(kind, "llm_proj")
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
