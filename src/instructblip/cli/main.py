@@ -7,13 +7,13 @@ what they need when they run, so that `instructblip --help` stays fast.
 
 import sys
 import warnings
-from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from instructblip.cli import data, evaluation, models, training
+from instructblip.core.problems import problems
 
 app = typer.Typer(
     name="instructblip",
@@ -54,13 +54,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _problem(detail: Mapping[str, Any]) -> str:
-    """One of pydantic's errors: the key, what it expects, what it got; or our message."""
-    message = detail["msg"].removeprefix("Value error, ")
-    key = ".".join(map(str, detail["loc"]))
-    return f"{key}: {message} (got {detail['input']!r})" if key else message
-
-
 def _refuse_empty(arguments: list[str]) -> None:
     """ValueError for an argument without a character, as a script's unset variable leaves one."""
     for before, text in pairwise(["", *arguments]):
@@ -84,5 +77,5 @@ def describe(error: Exception) -> str:
         from pydantic import ValidationError
 
         if isinstance(error, ValidationError):
-            return f"{error.title}: " + "; ".join(map(_problem, error.errors()))
+            return f"{error.title}: {problems(error)}"
     return str(error)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from instructblip.core.problems import problems
+
 INDEX = "drawn.json"
 
 
@@ -58,4 +60,4 @@ def read_drawings(folder: Path) -> tuple[DrawnKind, ...]:
     try:
         return TypeAdapter(tuple[DrawnKind, ...]).validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {problems(error)}") from None

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from instructblip.core.problems import problem
 from instructblip.core.user_code import find_function, import_from
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
 
@@ -161,8 +162,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
         elif detail["type"] == "missing":
             yield f"{key} is missing"
         else:
-            got = f" (got {detail['input']!r})" if not isinstance(detail["input"], dict) else ""
-            yield f"{key}: {detail['msg'].removeprefix('Value error, ')}{got}"
+            yield problem(detail)
 
 
 def fields_at(place: tuple[int | str, ...]) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from instructblip.core.files import replacing_directory
+from instructblip.core.problems import problems
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.transformers import load_weights
 from instructblip.model.checkpoints.weights import read_json, read_weights, write_weights
@@ -69,7 +70,7 @@ def from_pretrained(path: str | Path, instructblip: InstructBlip | None = None) 
     try:
         config = TextToImageConfig.model_validate(read_json(folder / "config.json"))
     except ValidationError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        raise ValueError(f"{folder / 'config.json'}: {problems(error)}") from None
     if instructblip is None:
         instructblip = InstructBlip.from_pretrained(directory, instruction_aware=True)
     actual = qformer_hash(instructblip)
