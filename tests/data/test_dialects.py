@@ -15,7 +15,7 @@ from instructblip.data.custom.formats import custom_source
 from instructblip.data.custom.rows import CustomSet
 from instructblip.data.prepared.check import check_dataset
 from instructblip.data.prepared.prepare import prepare
-from instructblip.data.templates import render_prompt
+from instructblip.data.templates import Dialogue, render_prompt
 from tests.testing import read_custom, write_json, write_json_lines, write_picture, write_video
 
 RED, BLUE = (250, 20, 20), (20, 20, 250)
@@ -187,12 +187,14 @@ def test_a_system_text_reaches_the_prompt(root: Path, name: str):
     turn = turns("<image>What is it?", "A cup.", names=("human", "gpt"))
     (example,) = dialogue(root, {name: "Be brief.", "image": "0.png", "conversations": turn})
     assert render_prompt(example).prompt == "Context: Be brief. What is it?"
+    assert render_prompt(example).turns == Dialogue("What is it?", system="Be brief.")
     (root / "data.json").unlink()
     row = {"image": "0.png", "query": "What is it?", "response": "A cup.", name: "Be brief."}
     write_json_lines(root / "rows.jsonl", row)
     (example,) = read_custom(root, "table")
     assert (example.task, example.answers) == ("instruct", ("A cup.",))
     assert render_prompt(example).prompt == "Context: Be brief. What is it?"
+    assert render_prompt(example).turns == Dialogue("What is it?", system="Be brief.")
 
 
 def test_videos_are_four_of_their_frames(root: Path):

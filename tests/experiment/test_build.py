@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from instructblip.core import distributed
 from instructblip.core.batch import Batch
+from instructblip.data.chat_format import chat_note
 from instructblip.data.custom.folder import read_folder, split_by_image
 from instructblip.data.images import ImageTransform, load_image
 from instructblip.data.loader import Loader
@@ -28,11 +29,12 @@ from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.incoming import decode
+from tests.data.test_chat_format import FORMATS, chat_tokens
 from tests.testing import write_model, write_picture, write_vqa
 
 IMAGES = 6
 """Images of a sample, more than the four that are shown by default."""
-FILES = {"recipe.yaml", "templates.json", "data.json", "features.json"}
+FILES = {"recipe.yaml", "data.json", "features.json"}
 DRAW = [
     "drawing.conditioner={num_queries: 2, num_layers: 1, width: 8, num_heads: 2}",
     "drawing.decoder={kind: native, image_size: 64, patch_size: 16, width: 8, num_layers: 1,"
@@ -222,7 +224,9 @@ def test_files_lie_beside_the_weights_and_resuming_is_exact(
     assert build(recipe, variant, out).train(out).step == 4
     whole = weights(out)
     for folder in (out, out / "last", out / "checkpoints" / "step_000004"):
-        assert {path.name for path in folder.iterdir()} >= FILES
+        files = {path.name for path in folder.iterdir()}
+        assert files >= FILES
+        assert ("templates.json" in files) == variant.instructs
     with pytest.raises(ValueError, match="already holds a run"):
         build(recipe, variant, out)
     shutil.rmtree(out / "checkpoints" / "step_000004")  # as if it had been killed after step 2
@@ -231,6 +235,51 @@ def test_files_lie_beside_the_weights_and_resuming_is_exact(
     resumed = weights(out)
     assert whole.keys() == resumed.keys()
     assert [n for n, value in whole.items() if not torch.equal(value, resumed[n])] == []
+
+
+def test_chat_format_is_on_where_the_tokenizer_has_one_and_is_recorded(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    start, out = write_model(tmp_path / "start", "instructblip", rows=280), tmp_path / "out"
+    tokens = chat_tokens()
+    tokens.language.chat_template = tokens.chat_template
+    tokens.language.save_pretrained(start)
+    control = tokens.language.convert_tokens_to_ids("<|im_start|>")
+
+    def recorded(name: str, *more: str) -> str | None:
+        """The template in the files of a run, once its batches agree with it."""
+        run = run_of(name, start, root, "features.cache=off", *more)
+        (batch, *_) = first_steps(run, 1)
+        note = run.files.get("chat_format.json")
+        template = json.loads(note)["chat_template"] if note else None
+        assert bool((batch.prompt_ids == control).any()) == bool(template)
+        assert bool((batch.response_ids == tokens.eos_id).any()) == bool(template)
+        if template:
+            settings = json.loads(run.files["generation_config.json"])
+            assert settings["eos_token_id"] == [259, tokens.eos_id]
+            assert run.files["chat_template.jinja"] == template
+        return template
+
+    assert recorded("train") == tokens.chat_template
+    assert "in chat format (<|im_end|> ends a response)" in capsys.readouterr().out
+    assert recorded("train", "model.chat_template=off") is None
+    assert recorded("stage2") is None
+    custom = tmp_path / "mine.jinja"
+    custom.write_text(FORMATS["qwen2.5"][0])
+    assert recorded("train", f"model.chat_template={custom}") == FORMATS["qwen2.5"][0]
+    with pytest.raises(FileNotFoundError, match=r"model\.chat_template: no file missing\.jinja"):
+        recorded("train", "model.chat_template=missing.jinja")
+    # What a start records holds; what was tuned before there was a record has no chat format.
+    (start / "templates.json").write_text("{}")
+    assert recorded("train") is None
+    (start / "chat_format.json").write_text(chat_note(tokens.chat_template))
+    assert recorded("train") == tokens.chat_template
+    # A run that began without a record resumes without chat format.
+    recipe = recipe_of(CASES["train"], start, root, "features.cache=off")
+    out.mkdir()
+    resumed = build(recipe, Variant(), out, resume=True)
+    assert json.loads(resumed.files["chat_format.json"]) == {"chat_template": None}
+    assert "chat_template: auto" in resumed.files["recipe.yaml"]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

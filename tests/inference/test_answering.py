@@ -337,5 +337,5 @@ def test_a_video_is_four_of_its_frames(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_history_is_written_as_in_the_data() -> None:
-    assert instruction_of("What?", []) == "What?"
-    assert "Answer: red" in instruction_of("What?", [("Which colour?", "red")])
+    assert instruction_of("What?", []).prompt == "What?"
+    assert "Answer: red" in instruction_of("What?", [("Which colour?", "red")]).prompt

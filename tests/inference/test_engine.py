@@ -13,10 +13,14 @@ from safetensors.torch import load_file, save_file
 
 import instructblip
 from instructblip.core.batch import Example
+from instructblip.data.chat_format import CHAT_FILE, chat_note
+from instructblip.data.templates import render_prompt
 from instructblip.evaluation.evaluate import evaluate
+from instructblip.inference.chat import instruction_of
 from instructblip.inference.engine import Engine
 from instructblip.inference.fingerprint import fingerprint
-from instructblip.model.decoding import Decoding
+from instructblip.model.decoding import GREEDY, Decoding
+from tests.data.test_chat_format import chat_tokens
 from tests.evaluation.fakes import ListDataset, benchmark
 from tests.testing import QUESTION, write_model, write_picture
 
@@ -139,6 +143,45 @@ def test_a_blip2_reads_no_instruction_in_its_qformer(
     engine = Engine.from_pretrained(write_model(tmp_path, "blip2"), device="cpu")
     assert engine.tokens.qformer is None
     assert isinstance(engine.answer(image_files[0], QUESTION), str)
+
+
+def test_a_model_in_chat_format(tmp_path: Path, image_files: list[Path]) -> None:
+    folder = write_model(tmp_path, "instructblip", rows=280)
+    chat = chat_tokens()
+    chat.language.save_pretrained(folder)
+    plain = Engine.from_pretrained(folder, device="cpu")
+    assert plain.tokens.chat_template is None, "a directory without a record stays as it is"
+    (folder / CHAT_FILE).write_text(chat_note(chat.chat_template))
+    engine = Engine.from_pretrained(folder, device="cpu")
+    assert engine.fingerprint != plain.fingerprint
+    assert engine.ends == (259, chat.eos_id)
+    asked = instruction_of("and red?", [("what is it?", "a cat")], "be brief")
+    (sample,) = engine._samples([[image_files[0]]], [asked])
+    assert sample.prompt_ids == chat.tokenize(asked, 1).prompt_ids
+    assert engine.lost_tokens(asked) == 0
+    # Evaluation has the same prompt for a dialogue.
+    example = Example(
+        dataset="mine",
+        split="test",
+        id="a",
+        images=(str(image_files[0]),),
+        task="dialogue",
+        question="and red?",
+        context="be brief",
+        history=(("what is it?", "a cat"),),
+        extra={"system": True},
+    )
+    (again,) = engine._example_samples([example], [render_prompt(example, "{question}")], Path())
+    assert again.prompt_ids == sample.prompt_ids
+    assert again.image_places == sample.image_places != ()
+    # An answer ends at the end token of the format, which the model's settings do not know.
+    (whole,) = engine.respond([sample], GREEDY.override(max_new_tokens=6))
+    assert len(whole) > 2
+    assert engine.tokens._chat is not None
+    ending = replace(engine.tokens._chat, end_id=whole[2])
+    object.__setattr__(engine.tokens, "_chat", ending)
+    (cut,) = engine.respond([sample], GREEDY.override(max_new_tokens=6))
+    assert cut == whole[: whole.index(whole[2])]
 
 
 def test_an_aware_model_needs_its_qformer_tokenizer(engine: Engine) -> None:

@@ -22,12 +22,13 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from instructblip.cli import main as cli
+from instructblip.data.templates import Dialogue
 from instructblip.inference.chat import instruction_of
 from instructblip.inference.engine import Engine
 from instructblip.serving import incoming
 from instructblip.serving.api import create_app
 from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
-from instructblip.serving.completions import stream_events
+from instructblip.serving.completions import read_messages, stream_events
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.schema import ChatRequest
 from tests.conftest import body, data_url, greedy_engine, running
@@ -220,11 +221,26 @@ def test_turns_and_several_images(client: TestClient, engine: Engine, png: list[
         {"role": "assistant", "content": "cat"},
         second,
     ]
-    asked = "Be short. " + instruction_of("and red?\n<image>", [("what?", "cat")])
+    asked = "Be short. " + instruction_of("and red?\n<image>", [("what?", "cat")]).prompt
     assert ask(client, {"messages": messages}) == engine.answer([[png[0], png[1]]], asked)[0]
     assert "last one must be of the user" in error_of(
         client.post(CHAT, json={"messages": messages[:-1]}), 400
     )
+
+
+def test_a_chat_model_reads_the_messages_of_a_request() -> None:
+    request = ChatRequest.model_validate(
+        {
+            "messages": [
+                {"role": "developer", "content": "Be short."},
+                {"role": "user", "content": "What?\n<image>"},
+                {"role": "assistant", "content": "A cat."},
+                {"role": "user", "content": "Red?"},
+            ]
+        }
+    )
+    instruction, _ = read_messages(request.messages)
+    assert instruction.dialogue == Dialogue("Red?", (("What?", "A cat."),), "Be short.")
 
 
 def test_parts_keep_the_order_of_texts_and_images(

@@ -62,6 +62,12 @@ class Example:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def system(self) -> str:
+        """The context where it is the system text of a dialogue: a reader says so in ``extra``,
+        since a context may also be a passage to read."""
+        return self.context if self.extra.get("system") else ""
+
+    @property
     def num_marks(self) -> int:
         """Images whose place the texts state; the others are in front."""
         texts = (self.context, self.question, *(text for turn in self.history for text in turn))

@@ -25,7 +25,7 @@ import random
 import re
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,9 +59,38 @@ _FRONT = re.compile(rf"^(\s*{IMAGE_MARK})+"), re.compile(rf"\n(\s*{IMAGE_MARK})+
 
 
 @dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A prompt as turns: earlier questions with their answers, the last question, and a system
+    text."""
+
+    question: str
+    history: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+
+    @property
+    def num_marks(self) -> int:
+        """Image marks in all texts."""
+        texts = (self.system, self.question, *(text for turn in self.history for text in turn))
+        return sum(text.count(IMAGE_MARK) for text in texts)
+
+    def with_beginning(self, text: str) -> "Dialogue":
+        """``text`` put in front of the first question."""
+        if not self.history:
+            return replace(self, question=text + self.question)
+        (question, answer), *rest = self.history
+        return replace(self, history=((text + question, answer), *rest))
+
+    def without_first_turn(self) -> "Dialogue":
+        """The dialogue after its first answer; the image marks move to the next question."""
+        marks = "".join(self.history[0]).count(IMAGE_MARK)
+        return replace(self, history=self.history[1:]).with_beginning(IMAGE_MARK * marks)
+
+
+@dataclass(frozen=True, slots=True)
 class Rendered:
     """The texts of one sample. ``response`` is empty at inference. ``prompt`` has an
-    ``IMAGE_MARK`` for each image that is not in front of it.
+    ``IMAGE_MARK`` for each image that is not in front of it. ``dialogue`` is the prompt as turns;
+    None for one question.
 
     ``instruction`` and ``prompt`` are the same text today; they are two fields since some systems
     show the history to the language model only.
@@ -70,6 +99,17 @@ class Rendered:
     instruction: str
     prompt: str
     response: str = ""
+    dialogue: Dialogue | None = None
+
+    @classmethod
+    def of(cls, text: "str | Rendered") -> "Rendered":
+        """A text that is instruction and prompt, without response."""
+        return text if isinstance(text, Rendered) else cls(text, text)
+
+    @property
+    def turns(self) -> Dialogue:
+        """The prompt in the form that a chat template takes."""
+        return self.dialogue or Dialogue(self.prompt)
 
 
 def render_instruction(
@@ -88,14 +128,15 @@ def render_instruction(
         raise ValueError(f"{example.where}: no answer to train on; run the data check")
     chosen = template if template is not None else rng.choice(templates_of(example.task, language))
     prompt = _fill(example, chosen)
-    return Rendered(instruction=prompt, prompt=prompt, response=rng.choice(answers))
+    dialogue = _dialogue(example, chosen)
+    return Rendered(prompt, prompt, response=rng.choice(answers), dialogue=dialogue)
 
 
 def render_prompt(example: Example, template: str | None = None) -> Rendered:
     """The prompt for inference from ``template`` or the first of the task, without response."""
     chosen = template if template is not None else templates_of(example.task)[0]
     prompt = _fill(example, chosen)
-    return Rendered(instruction=prompt, prompt=prompt)
+    return Rendered(prompt, prompt, dialogue=_dialogue(example, chosen))
 
 
 def templates_of(task: str, language: Language = "en") -> tuple[str, ...]:
@@ -194,6 +235,24 @@ def _fill(example: Example, template: str) -> str:
     # One pass over the template: braces in a question are text, not places.
     filled = _PLACE.sub(lambda match: values[match[1]], text)
     return re.sub(r"[ \t]+", " ", filled).strip()
+
+
+def _dialogue(example: Example, template: str) -> Dialogue | None:
+    """The prompt as turns. History and system text that the template itself puts into the prompt
+    stay there."""
+    if is_function(template):
+        return None
+    named = set(_PLACE.findall(template))
+    history = () if "history" in named else example.history
+    system = "" if "context" in named else example.system
+    if not history and not system:
+        return None
+    rest = replace(
+        example,
+        history=() if history else example.history,
+        context="" if system else example.context,
+    )
+    return Dialogue(_fill(rest, template), history, system)
 
 
 def _history(turns: tuple[tuple[str, str], ...], chinese: bool) -> str:

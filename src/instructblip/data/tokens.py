@@ -32,7 +32,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from instructblip.core.batch import IMAGE_MARK
 from instructblip.core.gguf import find_gguf, gguf_tokenizer
-from instructblip.data.templates import Rendered
+from instructblip.data.chat_format import ChatFormat, read_chat_template
+from instructblip.data.templates import Dialogue, Rendered
 
 _MARK = re.compile(rf"\s*{IMAGE_MARK}")
 """An image mark, and the white space that separates it from the word before."""
@@ -80,7 +81,12 @@ class TokenizedTexts(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokenizers of a model and the limits on texts; a plain BLIP-2 has no ``qformer``."""
+    """The tokenizers of a model and the limits on texts; a plain BLIP-2 has no ``qformer``.
+
+    With a ``chat_template`` prompts and responses are in its format (`chat_format.py`). Raises
+    ValueError for a template that cannot be used, that is longer than ``max_prompt``, or that comes
+    with an encoder-decoder.
+    """
 
     language: PreTrainedTokenizerBase
     qformer: PreTrainedTokenizerBase | None = None
@@ -88,9 +94,11 @@ class Tokens:
     max_instruction: int = 128
     max_prompt: int = 128
     max_response: int = 256
+    chat_template: str | None = None
     _language: _Wrap = field(init=False, repr=False)
     _qformer: _Wrap | None = field(init=False, repr=False)
     _anchor: str | None = field(init=False, repr=False)
+    _chat: ChatFormat | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.language.eos_token_id is None:
@@ -98,6 +106,20 @@ class Tokens:
         object.__setattr__(self, "_language", _Wrap.of(self.language))
         object.__setattr__(self, "_qformer", _Wrap.of(self.qformer) if self.qformer else None)
         object.__setattr__(self, "_anchor", _anchor(self.language))
+        object.__setattr__(self, "_chat", self._chat_format())
+
+    def _chat_format(self) -> ChatFormat | None:
+        if self.chat_template is None:
+            return None
+        if not self.decoder_only:
+            raise ValueError("an encoder-decoder reads no chat format; set model.chat_template=off")
+        chat = ChatFormat.of(self.language, self.chat_template)
+        if (length := chat.length(Dialogue(""))) >= self.max_prompt:
+            raise ValueError(
+                f"the chat template alone has {length} tokens, and a prompt at most "
+                f"{self.max_prompt}; raise data.max_prompt"
+            )
+        return chat
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **limits: int) -> "Tokens":
@@ -110,6 +132,7 @@ class Tokens:
             language=load_tokenizer(path),
             qformer=load_tokenizer(qformer) if qformer.is_dir() else None,
             decoder_only=_is_decoder_only(path / "config.json"),
+            chat_template=read_chat_template(path),
             **limits,
         )
 
@@ -126,8 +149,11 @@ class Tokens:
         and ``image_places`` where all images are in front. ValueError for more marks than images.
         """
         check_marks(rendered.prompt, num_images)
-        prompt_ids, places = self._prompt(rendered.prompt)
-        places = [0] * (num_images - len(places)) + places
+        if self._chat is not None:
+            prompt_ids, places = self._chat.prompt(rendered.turns, num_images, self.max_prompt)
+        else:
+            prompt_ids, places = self._prompt(rendered.prompt)
+            places = [0] * (num_images - len(places)) + places
         return TokenizedTexts(
             qformer_ids=self.instruction(rendered.instruction),
             prompt_ids=prompt_ids,
@@ -139,11 +165,15 @@ class Tokens:
         """[I] ids of the text without its image marks; none without a Q-Former tokenizer."""
         if self._qformer is None:
             return []
-        ids = _encode(self._qformer.tokenizer, _MARK.sub("", text))
+        if IMAGE_MARK in text:
+            text = _MARK.sub("", text).strip()
+        ids = _encode(self._qformer.tokenizer, text)
         return self._qformer.last(ids, self.max_instruction)
 
     def prompt(self, text: str) -> list[int]:
         """[T] ids with the tokenizer's special tokens, without an end token for a decoder."""
+        if self._chat is not None:
+            return self._chat.prompt(Dialogue(text), 0, self.max_prompt)[0]
         return self._prompt(text)[0]
 
     def _prompt(self, text: str) -> tuple[list[int], list[int]]:
@@ -172,12 +202,17 @@ class Tokens:
         """Number of ids of an uncut response, the end token included."""
         return len(self._response(text)) + 1
 
-    def prompt_length(self, text: str) -> int:
+    def prompt_length(self, prompt: str | Rendered) -> int:
         """Number of ids of an uncut prompt, special tokens included."""
+        rendered = Rendered.of(prompt)
+        if self._chat is not None:
+            return self._chat.length(rendered.turns)
         suffix = () if self.decoder_only else self._language.suffix
-        return len(self._language.prefix) + len(self._between(text)[0]) + len(suffix)
+        return len(self._language.prefix) + len(self._between(rendered.prompt)[0]) + len(suffix)
 
     def _response(self, text: str) -> list[int]:
+        if self._chat is not None:
+            return self._chat.response(text)
         return self._behind(" ", text) if self.decoder_only else _encode(self.language, text)
 
     def _behind(self, space: str, text: str) -> list[int]:
@@ -203,6 +238,9 @@ class Tokens:
 
     @property
     def eos_id(self) -> int:
+        """The token that ends a response."""
+        if self._chat is not None:
+            return self._chat.end_id
         assert isinstance(self.language.eos_token_id, int)
         return self.language.eos_token_id
 

@@ -18,7 +18,7 @@ from instructblip.core.batch import Example
 from instructblip.core.progress import progress_bar
 from instructblip.core.user_code import is_function
 from instructblip.data.samples import Examples
-from instructblip.data.templates import render_prompt, template_hash
+from instructblip.data.templates import Rendered, render_prompt, template_hash
 from instructblip.evaluation.benchmarks import Benchmark
 from instructblip.evaluation.captions import CaptionTokenizer
 from instructblip.evaluation.predictions import PredictionLog
@@ -44,7 +44,11 @@ class Answerer(Protocol):
     fingerprint: str
 
     def answer_examples(
-        self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path, **decoding: Any
+        self,
+        examples: Sequence[Example],
+        prompts: Sequence[Rendered],
+        image_root: Path,
+        **decoding: Any,
     ) -> list[str]:
         """Return one response per example."""
         ...
@@ -52,7 +56,7 @@ class Answerer(Protocol):
     def rank_examples(
         self,
         examples: Sequence[Example],
-        prompts: Sequence[str],
+        prompts: Sequence[Rendered],
         image_root: Path,
         candidates: Sequence[Sequence[str]],
     ) -> list[list[float]]:
@@ -102,7 +106,8 @@ def evaluate(
     candidates = [_candidates(example, benchmark, vocabulary) for example in examples]
     if blind_seed is not None:
         examples = swap_images(examples, blind_seed)
-    prompts = [render_prompt(example, benchmark.prompt).prompt for example in examples]
+    rendered = [render_prompt(example, benchmark.prompt) for example in examples]
+    prompts = [each.prompt for each in rendered]
     settings = {
         "benchmark": benchmark.settings(),
         "model": engine.fingerprint,
@@ -125,7 +130,7 @@ def evaluate(
                     benchmark,
                     dataset.image_root,
                     [examples[i] for i in indices],
-                    [prompts[i] for i in indices],
+                    [rendered[i] for i in indices],
                     [candidates[i] for i in indices],
                 )
                 log.add({"index": i, **p} for i, p in zip(indices, predictions, strict=True))
@@ -346,11 +351,11 @@ def _answer(
     benchmark: Benchmark,
     image_root: Path,
     examples: Sequence[Example],
-    prompts: Sequence[str],
+    prompts: Sequence[Rendered],
     candidates: Sequence[Sequence[str]],
 ) -> list[dict[str, Any]]:
     """One scored prediction per example."""
-    predictions = [_describe(e, p) for e, p in zip(examples, prompts, strict=True)]
+    predictions = [_describe(e, p.prompt) for e, p in zip(examples, prompts, strict=True)]
     if benchmark.mode == "generate":
         texts = engine.answer_examples(examples, prompts, image_root, **benchmark.decoding)
         for prediction, text in zip(predictions, texts, strict=True):

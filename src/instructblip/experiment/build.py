@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from instructblip.core import distributed
+from instructblip.data.chat_format import CHAT_FILE, chat_note, read_chat_template
 from instructblip.data.images import PREPROCESSORS, ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.samples import Examples, ImageReader
@@ -106,6 +107,9 @@ class Data:
 
 class Variant:
     """The steps of a run in which commands differ. This base is instruction tuning."""
+
+    instructs = True
+    """Whether samples are instructions, which have a chat format and templates."""
 
     reads_benchmarks = True
     """Whether the run is validated on the benchmarks of ``recipe.evaluation.validation``."""
@@ -197,9 +201,19 @@ def build(
         notes = window_note(recipe, data.training), choosing_note(recipe) if data.held else ""
         for note in filter(None, notes):
             print(note, flush=True)
+    written = recipe.to_yaml()
+    if not variant.instructs:
+        recipe = with_chat_template(recipe, "off")
+    elif resume and out is not None and recipe.model.chat_template == "auto":
+        kept = read_chat_template(out) is not None
+        recipe = with_chat_template(recipe, str(out / CHAT_FILE) if kept else "off")
+    read_assets(recipe, model_config(recipe))  # refuses a chat template before weights are read
     instructblip = variant.instructblip(recipe)
     model = variant.model(recipe, instructblip)
     tokens, images = read_assets(recipe, instructblip.config)
+    if distributed.is_main() and tokens.chat_template is not None:
+        end = tokens.language.convert_ids_to_tokens(tokens.eos_id)
+        print(f"prompts and responses are in chat format ({end} ends a response)", flush=True)
     readers = training_readers(recipe, data.training, images)
     began = began_with(out, resume)
     readers = training_features(recipe, instructblip, readers, data.training, began)
@@ -209,10 +223,11 @@ def build(
         return make_loader(recipe, data.training, languages, texts, readers, training)
 
     files = {
-        RECIPE_FILE: recipe.to_yaml(),
-        TEMPLATES_FILE: templates_note(),
+        RECIPE_FILE: written,
         DATA_FILE: json.dumps(data.fingerprints, indent=2) + "\n",
     }
+    if variant.instructs:
+        files |= {TEMPLATES_FILE: templates_note(), **chat_files(tokens, instructblip)}
     if recipe.data.window != "auto":
         files[PREPROCESSORS[0]] = images.transform.to_json()
     return Run(
@@ -330,13 +345,66 @@ def read_assets(recipe: Recipe, config: InstructBlipConfig) -> tuple[Tokens, Ima
         max_prompt=data.max_prompt,
         max_response=data.max_response,
     )
-    if not config.instruction_aware:
-        tokens = replace(tokens, qformer=None)
+    tokens = replace(
+        tokens,
+        qformer=tokens.qformer if config.instruction_aware else None,
+        chat_template=chat_template_of(recipe.model.chat_template, directory, tokens),
+    )
     transform = ImageTransform.from_pretrained(directory)
     transform = replace(transform, image_size=config.vision.image_size)
     if data.window != "auto":
         transform = replace(transform, window=data.window)
     return tokens, ImageReader(transform, data.num_frames, data.cache_images_mb)
+
+
+def chat_template_of(setting: str, directory: Path, tokens: Tokens) -> str | None:
+    """The template that ``model.chat_template`` means for the start in ``directory``.
+
+    "auto" is what the start records, and else its tokenizer's template; none for an
+    encoder-decoder, and for a start that was tuned before there was a record.
+    """
+    if setting == "off":
+        return None
+    if setting == "auto":
+        if (directory / CHAT_FILE).is_file():
+            return tokens.chat_template
+        if not tokens.decoder_only or (directory / TEMPLATES_FILE).is_file():
+            return None
+        template = tokens.language.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+    path = Path(setting)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"model.chat_template: no file {path}; give auto, off, or the path of a Jinja file"
+        )
+    if path.name == CHAT_FILE:
+        return read_chat_template(path.parent)
+    return path.read_text(encoding="utf-8")
+
+
+def with_chat_template(recipe: Recipe, setting: str) -> Recipe:
+    """The recipe with another ``model.chat_template``."""
+    model = recipe.model.model_copy(update={"chat_template": setting})
+    return recipe.model_copy(update={"model": model})
+
+
+def chat_files(tokens: Tokens, model: InstructBlip) -> dict[str, str]:
+    """The record of the chat format, and for transformers its template and its end token beside the
+    model's own. Nothing where neither the run nor its start has one."""
+    if tokens.chat_template is None:
+        recorded = model.assets is not None and (model.assets / CHAT_FILE).is_file()
+        return {CHAT_FILE: chat_note(None)} if recorded else {}
+    ends = model.language_model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    settings = {
+        **model.generation_settings,
+        "eos_token_id": list(dict.fromkeys((*ends, tokens.eos_id))),
+    }
+    return {
+        CHAT_FILE: chat_note(tokens.chat_template),
+        "chat_template.jinja": tokens.chat_template,
+        "generation_config.json": json.dumps(settings, indent=2) + "\n",
+    }
 
 
 def training_readers(

@@ -40,6 +40,7 @@ class Pretraining(Variant):
     embeddings, stage 2 through the language model."""
 
     stage: Stage
+    instructs = False  # the language model continues captions
     reads_benchmarks = False  # the last weights are the result
 
     def refuse(self, recipe: Recipe) -> None:

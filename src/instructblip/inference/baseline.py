@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from instructblip.core.batch import IMAGE_MARK, Example
 from instructblip.data.images import Window, load_image
 from instructblip.data.reading.frames import evenly_spaced
-from instructblip.data.templates import in_parts
+from instructblip.data.templates import Rendered, in_parts
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.checkpoints.weights import read_json
 from instructblip.model.config import READERS
@@ -61,12 +61,16 @@ class TransformersModel:
 
     @torch.no_grad()
     def answer_examples(
-        self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path, **decoding: Any
+        self,
+        examples: Sequence[Example],
+        prompts: Sequence[Rendered],
+        image_root: Path,
+        **decoding: Any,
     ) -> list[str]:
         """One answer per example, without prompt and end token."""
         answers = []
         for example, prompt in zip(examples, prompts, strict=True):
-            inputs = self._inputs(example, prompt, image_root)
+            inputs = self._inputs(example, prompt.prompt, image_root)
             row = self.model.generate(**inputs, do_sample=False, **decoding)[0]
             prompt_ids = inputs["input_ids"][0]
             # Some models return the prompt before the answer, some do not.
@@ -79,14 +83,14 @@ class TransformersModel:
     def rank_examples(
         self,
         examples: Sequence[Example],
-        prompts: Sequence[str],
+        prompts: Sequence[Rendered],
         image_root: Path,
         candidates: Sequence[Sequence[str]],
     ) -> list[list[float]]:
         """Summed log-likelihoods of the candidates and their end token, one forward each."""
         ranked = []
         for example, prompt, texts in zip(examples, prompts, candidates, strict=True):
-            inputs = self._inputs(example, prompt, image_root)
+            inputs = self._inputs(example, prompt.prompt, image_root)
             ranked.append([self._likelihood(inputs, text) for text in texts])
         return ranked
 

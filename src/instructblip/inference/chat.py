@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.core.batch import Example
-from instructblip.data.templates import render_prompt
+from instructblip.data.templates import Dialogue, Rendered, render_prompt
 from instructblip.inference.engine import Engine
 from instructblip.inference.inputs import ImageInput, open_images
 
@@ -46,20 +46,22 @@ class Conversation:
         return self.turns[-1][1]
 
 
-def instruction_of(question: str, turns: Sequence[tuple[str, str]]) -> str:
-    """A question after earlier turns, as the dialogue templates write it."""
-    if not turns:
-        return question
-    example = Example(
-        dataset="chat",
-        split="",
-        id="",
-        images=(),
-        task="dialogue",
-        question=question,
-        history=tuple(turns),
-    )
-    return render_prompt(example, "{question}").prompt
+def instruction_of(question: str, turns: Sequence[tuple[str, str]], system: str = "") -> Rendered:
+    """A question after a system text and earlier turns, as the dialogue templates write it."""
+    text = question
+    if turns:
+        example = Example(
+            dataset="chat",
+            split="",
+            id="",
+            images=(),
+            task="dialogue",
+            question=question,
+            history=tuple(turns),
+        )
+        text = render_prompt(example, "{question}").prompt
+    text = f"{system} {text}" if system else text
+    return Rendered(text, text, dialogue=Dialogue(question, tuple(turns), system))
 
 
 def run_chat(

@@ -2,7 +2,8 @@
 
 ``Engine.answer`` takes the steps of training and evaluation, with the same tokens, pixels and
 Q-Former; there is no second path. The instruction is used as it is written and read twice, by the
-Q-Former and by the language model; no template is put around it.
+Q-Former and by the language model; no template is put around it but the chat format that the model
+was tuned with, if any.
 """
 
 import functools
@@ -181,13 +182,15 @@ class Engine:
                 answers[i] = self.tokens.decode(ids)
         return answers[0] if single else answers
 
-    def stream(self, image: FramesInput, instruction: str, **decoding: Any) -> Iterator[str]:
+    def stream(
+        self, image: FramesInput, instruction: str | Rendered, **decoding: Any
+    ) -> Iterator[str]:
         """Yields the answer in pieces as they are generated; joined they equal ``answer``.
 
         With beams there is one piece. ``image`` may be a list of the frames of a video.
         """
         settings = self.decoding.override(**decoding)
-        (sample,) = self._samples(*broadcast([_frames(image)], instruction))
+        (sample,) = self._samples(*broadcast([_frames(image)], [instruction]))
         yield from stream_text(
             TextStream(self.tokens, self.ends),
             lambda on_tokens: self.respond([sample], settings, on_tokens)[0],
@@ -195,17 +198,20 @@ class Engine:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The tokens that end an answer."""
+        """The tokens that end an answer: the model's, and that of its chat format."""
         ends = self.model.language_model.generation_config.eos_token_id
         ends = self.tokens.eos_id if ends is None else ends
-        return (ends,) if isinstance(ends, int) else tuple(ends)
+        ends = (ends,) if isinstance(ends, int) else tuple(ends)
+        chats = self.tokens.chat_template is not None
+        return tuple(dict.fromkeys((*ends, self.tokens.eos_id))) if chats else ends
 
     def respond(
         self, samples: Sequence[Sample], decoding: Decoding, on_tokens: OnTokens | None = None
     ) -> list[list[int]]:
         """Token ids of the answer to each sample, as one batch. All samples must have the same
         number of frames. See ``generate_responses``."""
-        return generate_responses(self.model, self._collate(samples), on_tokens, decoding)
+        ends = () if self.tokens.chat_template is None else self.ends
+        return generate_responses(self.model, self._collate(samples), on_tokens, decoding, ends)
 
     def rank(
         self,
@@ -278,7 +284,11 @@ class Engine:
         return Painter(drawing.to(self.device), tokens, self.images.transform)
 
     def answer_examples(
-        self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path, **decoding: Any
+        self,
+        examples: Sequence[Example],
+        prompts: Sequence[Rendered],
+        image_root: Path,
+        **decoding: Any,
     ) -> list[str]:
         """One answer per example and prompt, as one batch: the entry of evaluation.
 
@@ -292,7 +302,7 @@ class Engine:
     def rank_examples(
         self,
         examples: Sequence[Example],
-        prompts: Sequence[str],
+        prompts: Sequence[Rendered],
         image_root: Path,
         candidates: Sequence[Sequence[str]],
     ) -> list[list[float]]:
@@ -300,18 +310,20 @@ class Engine:
         return self.rank_samples(self._example_samples(examples, prompts, image_root), candidates)
 
     def _example_samples(
-        self, examples: Sequence[Example], prompts: Sequence[str], image_root: Path
+        self, examples: Sequence[Example], prompts: Sequence[Rendered], image_root: Path
     ) -> list[Sample]:
         return [
-            make_sample(example, Rendered(prompt, prompt), self.tokens, self.images, image_root)
+            make_sample(example, prompt, self.tokens, self.images, image_root)
             for example, prompt in zip(examples, prompts, strict=True)
         ]
 
-    def _samples(self, videos: list[list[ImageInput]], texts: list[str]) -> list[Sample]:
+    def _samples(
+        self, videos: list[list[ImageInput]], texts: Sequence[str | Rendered]
+    ) -> list[Sample]:
         pixels: dict[str, Tensor] = {}
         samples = []
         for frames, text in zip(videos, texts, strict=True):
-            check_marks(text, len(frames))
+            check_marks(Rendered.of(text).prompt, len(frames))
         for frames, text in zip(videos, texts, strict=True):
             keys = tuple(image_key(frame) for frame in frames)
             for key, frame in zip(keys, frames, strict=True):
@@ -325,17 +337,21 @@ class Engine:
                 )
         return samples
 
-    def lost_tokens(self, text: str) -> int:
+    def lost_tokens(self, text: str | Rendered) -> int:
         """Number of tokens at the beginning of a prompt that are cut off since it is too long."""
-        if len(text.encode(errors="surrogatepass")) + 2 <= self.tokens.max_prompt:
+        size = len(Rendered.of(text).prompt.encode(errors="surrogatepass"))
+        if self.tokens.chat_template is None and size + 2 <= self.tokens.max_prompt:
             return 0  # a token stands for at least one byte; two are special
         return max(0, self.tokens.prompt_length(text) - self.tokens.max_prompt)
 
     def sample(
-        self, keys: tuple[str, ...], pixels: tuple[Float[Tensor, "3 S S"], ...], text: str
+        self,
+        keys: tuple[str, ...],
+        pixels: tuple[Float[Tensor, "3 S S"], ...],
+        text: str | Rendered,
     ) -> Sample:
         """What the model reads: the frames with their keys, and the instruction."""
-        texts = self.tokens.tokenize(Rendered(text, text), len(keys))
+        texts = self.tokens.tokenize(Rendered.of(text), len(keys))
         return Sample(image_keys=keys, pixels=pixels, **texts._asdict())
 
     def _pixels(self, image: ImageInput, key: str) -> Float[Tensor, "3 S S"]:

@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from instructblip.data.chat_format import CHAT_FILE
 from instructblip.data.images import PREPROCESSORS, Window
 from instructblip.model.checkpoints.weights import CHANGED_FILE, START_FILE, WEIGHT_FILES, read_json
 
@@ -19,7 +20,7 @@ def fingerprint(directory: Path, instruction_aware: bool, window: Window = "auto
     if window != "auto":
         digest.update(repr(window).encode())
     files = [directory / "config.json", *(directory / name for name in WEIGHT_FILES)]
-    files += [directory / name for name in (*PREPROCESSORS, "generation_config.json")]
+    files += [directory / name for name in (*PREPROCESSORS, "generation_config.json", CHAT_FILE)]
     files += [directory / CHANGED_FILE]
     if (directory / START_FILE).is_file():  # where it is changes no answer
         digest.update(repr(read_json(directory / START_FILE)["sha256"]).encode())

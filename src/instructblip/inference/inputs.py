@@ -9,6 +9,7 @@ from PIL import Image
 from instructblip.core.batch import Sample
 from instructblip.data.images import load_image
 from instructblip.data.reading.frames import VIDEO_SUFFIXES, extract_frames
+from instructblip.data.templates import Rendered
 
 ImageInput = Image.Image | str | Path
 """A Pillow image or the path of one."""
@@ -21,13 +22,15 @@ FRAMES = 4
 
 
 def broadcast(
-    images: ImagesInput, instructions: str | Sequence[str]
-) -> tuple[list[list[ImageInput]], list[str]]:
+    images: ImagesInput, instructions: str | Sequence[str | Rendered]
+) -> tuple[list[list[ImageInput]], list[str | Rendered]]:
     """As many lists of frames as instructions; a single one of either is repeated.
 
     Raises ValueError for counts that do not match and for a video without frames.
     """
-    texts = [instructions] if isinstance(instructions, str) else list(instructions)
+    texts: list[str | Rendered] = (
+        [instructions] if isinstance(instructions, str) else list(instructions)
+    )
     given = [images] if isinstance(images, ImageInput) else list(images)
     videos = [[one] if isinstance(one, ImageInput) else list(one) for one in given]
     if isinstance(images, ImageInput):

@@ -2,7 +2,7 @@
 steps as the loss."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -39,18 +39,21 @@ def generate_responses(
     batch: Batch,
     on_tokens: OnTokens | None = None,
     decoding: Decoding = GREEDY,
+    ends: Sequence[int] = (),
 ) -> list[list[int]]:
     """Token ids of each sample's response, without prompt and end token.
 
     Responses in the batch are ignored. The model answers in eval mode. ``on_tokens`` is called with
     the newest token of every sample [B] at each step, padding after its end; not with beams, whose
     tokens are known at the end only. It may return which samples end there; an error that it
-    raises ends the run.
+    raises ends the run. ``ends`` are the tokens that end a response; by default those of the
+    model's generation config.
     """
+    options = decoding.generate_options() | ({"eos_token_id": list(ends)} if ends else {})
     with _eval_mode(model):
         queries = model.encode_queries(batch)
         with model.language_precision():
-            return model.language.generate(queries, batch, on_tokens, **decoding.generate_options())
+            return model.language.generate(queries, batch, on_tokens, **options)
 
 
 @torch.no_grad()

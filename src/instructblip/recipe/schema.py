@@ -46,6 +46,10 @@ def _increasing(window: Window) -> Window:
     return window
 
 
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # in YAML, off is false
+
+
 Format = Literal[
     "llava_json", "sharegpt", "openai_messages", "table", "imagefolder", "hf_dataset", "webdataset"
 ]
@@ -67,6 +71,9 @@ class ModelConfig(_Section):
     """Whether the Q-Former reads the instruction; false tunes a BLIP-2, the paper's ablation."""
     text_branch: str | None = None
     """Where a BLIP-2's missing text branch comes from: a file, a directory, or ``random``."""
+    chat_template: Annotated[str, BeforeValidator(_off)] = "auto"
+    """The format of prompts and responses: ``auto``, the start's own or else the template of its
+    tokenizer; ``off``, none; or the path of a Jinja file."""
     image_size: PositiveInt | None = None
     """Side of an image in pixels; null for the start's."""
     lora: LoraConfig | None = None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from instructblip.core.batch import Sample
+from instructblip.data.templates import Rendered
 from instructblip.inference.engine import Engine
 from instructblip.inference.streaming import TextStream
 from instructblip.model.decoding import Decoding
@@ -61,7 +62,7 @@ class Job:
     """
 
     pixels: tuple[Tensor, ...]
-    instruction: str
+    instruction: str | Rendered
     decoding: Decoding | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
@@ -238,7 +239,8 @@ class Batcher:
                 raise InterruptedError
 
         if first.drawing is not None:  # alone in its batch, see ``Job.key``
-            return [engine.draw(first.instruction, **first.drawing, on_step=check_waiting)]
+            text = Rendered.of(first.instruction).prompt
+            return [engine.draw(text, **first.drawing, on_step=check_waiting)]
         samples = [
             engine.sample(
                 tuple(f"{number}.{frame}" for frame in range(len(job.pixels))),

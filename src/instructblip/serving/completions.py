@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import HTTPException
 
 from instructblip.core.batch import IMAGE_MARK
-from instructblip.data.templates import without_front_marks
+from instructblip.data.templates import Rendered, without_front_marks
 from instructblip.inference.chat import instruction_of
 from instructblip.inference.engine import Engine
 from instructblip.model.decoding import MIN_TEMPERATURE, Decoding
@@ -37,7 +37,7 @@ async def chat_job(service: Service, body: ChatRequest, engine: Engine) -> Job:
     instruction, urls = read_messages(body.messages)
     if not urls:
         raise HTTPException(400, "messages: no image; give one as a part of type image_url")
-    service.check_marks(instruction, len(urls), "messages")
+    service.check_marks(instruction.prompt, len(urls), "messages")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return Job(
         pixels=await service.pixels(urls, engine, "messages"),
@@ -49,7 +49,7 @@ async def chat_job(service: Service, body: ChatRequest, engine: Engine) -> Job:
     )
 
 
-def read_messages(messages: list[Message]) -> tuple[str, list[str]]:
+def read_messages(messages: list[Message]) -> tuple[Rendered, list[str]]:
     """The instruction: system texts, then earlier turns in the form of the training data, then the
     last message; and the URLs of the images, in the order of their marks in it."""
     if messages[-1].role != "user":
@@ -69,7 +69,7 @@ def read_messages(messages: list[Message]) -> tuple[str, list[str]]:
     question = " ".join(text for text in asked if text)
     if not question.replace(IMAGE_MARK, "").strip():
         raise HTTPException(400, "messages: the last one has no text")
-    return " ".join([*system, instruction_of(question, turns)]), urls
+    return instruction_of(question, turns, " ".join(system)), urls
 
 
 def _decoding(body: ChatRequest, stored: Decoding, config: ServeConfig) -> Decoding:

@@ -96,7 +96,8 @@ def dialogue(
                 context=context,
                 history=tuple(history),
                 where=turn.where,
-                extra=extra_of(custom, record, tuple(images)) if images else {},
+                extra=(extra_of(custom, record, tuple(images)) if images else {})
+                | ({"system": True} if context else {}),
             )
             history.append((question, text))
             question = None

@@ -274,8 +274,14 @@ def _example(
         context=_text(record, columns["context"]),
         ocr_tokens=_texts(record, columns["ocr_tokens"], separator="|"),
         where=record.where,
-        extra=extra_of(custom, record, images),
+        extra=extra_of(custom, record, images) | _system(record, columns["context"]),
     )
+
+
+def _system(record: Record, column: str) -> dict[str, bool]:
+    """Whether the context is a system text, in the form of ``Example.extra``."""
+    named = _folded(column) in ROLES["context"]
+    return {"system": True} if named and _filled(record, column) else {}
 
 
 def _task_column(custom: CustomSet, record: Record, column: str) -> str | None:

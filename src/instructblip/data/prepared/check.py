@@ -361,10 +361,11 @@ def _too_long(
     answers, of an evaluation set those that the model cannot write in full; and of samples that
     then exceed the context. A token is at least one byte, so short texts need no tokenizer."""
     template = None if example.task in TEMPLATES else "{question}"  # a recipe may have its own
-    prompt = render_prompt(example, template).prompt
+    rendered = render_prompt(example, template)
+    prompt = rendered.prompt
     limit = tokens.max_prompt
     # The prompt may have two special tokens.
-    if len(prompt.encode()) + 2 > limit and (length := tokens.prompt_length(prompt)) > limit:
+    if len(prompt.encode()) + 2 > limit and (length := tokens.prompt_length(rendered)) > limit:
         cut = f"its beginning is cut to leave {limit} (data.max_prompt)"
         yield "over-long prompt", f"{length} tokens; {cut}: {prompt[:60]!r}..."
     limit = tokens.max_response

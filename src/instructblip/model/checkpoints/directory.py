@@ -70,7 +70,7 @@ def _from_hub(name: str) -> Path:
     repository, _, revision = name.partition("@")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
         raise ValueError(f"{HUB}{name}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION")
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "qformer_tokenizer/*"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "qformer_tokenizer/*"]
     try:
         snapshot = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
     except (OSError, ValueError) as error:

@@ -61,6 +61,7 @@ ASSETS = (
     "merges.txt",
     "spiece.model",
     "chat_template*",
+    "chat_format.json",
     "qformer_tokenizer",
 )
 """What a model directory holds besides config and weights; copied along when the model is saved."""
