@@ -222,7 +222,10 @@ def import_(
 
 @app.command()
 def combine(
-    vision: Annotated[Path, Option(help="Directory of an image encoder of transformers.")],
+    vision: Annotated[
+        Path,
+        Option(help="Directory of an image encoder, or efficientnet-lite0 or -lite2."),
+    ],
     language: Annotated[Path, Option(help="A Llama, Qwen, Gemma, OPT or T5 directory, or a GGUF.")],
     out: Annotated[Path, Option(help="Directory to write.")],
     qformer_tokenizer: Annotated[

