@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.models import CommandInfo
 
 import instructblip.cli.main as cli
@@ -28,13 +29,14 @@ def commands() -> list[tuple[str, str]]:
     ]
 
 
-def registered() -> list[CommandInfo]:
-    groups = [group.typer_instance for group in cli.app.registered_groups]
-    return [command for app in groups for command in app.registered_commands]  # type: ignore
+def registered(app: typer.Typer = cli.app) -> list[CommandInfo]:
+    groups = [group.typer_instance for group in app.registered_groups]
+    nested = [command for group in groups if group for command in registered(group)]
+    return [*app.registered_commands, *nested]
 
 
 def test_there_are_commands() -> None:
-    shown = {line.split()[1] for _, line in commands()}
+    shown = {word for _, line in commands() for word in line.split()[1:3]}
     names = {command.name or command.callback.__name__ for command in registered()}
     assert not names - shown, "no page shows these commands"
 
