@@ -13,11 +13,18 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from instructblip.model.config import EncoderConfig
 from instructblip.model.qformer import MultiHeadAttention, QFormer, QFormerLayer, attention_mask
 from instructblip.model.vision import ImageEncoder, VisionLayer, VisionMLP, VisionModel
 
 READERS = re.compile(r"crossattention\.attention\.(key|value)\.weight$")
 """The layers of a Q-Former that read the image features."""
+
+
+MAPS_AT_ONCE = 4
+"""Images of a convolutional encoder at a time. Its first maps are large: those of more images do
+not stay in a CPU's cache (EfficientNet-Lite0, one thread: 64 at a time 5.0 images/s, 4 at a time
+13.2), and on a GPU they only take memory."""
 
 
 @torch.no_grad()
@@ -29,11 +36,12 @@ def encode_frozen(
     Without gradients nothing reads the input of a layer again, so sums and activations of a
     ``VisionModel`` overwrite it: 813 -> 797 ms.
     """
-    chunks = pixel_values.split(chunk)
     if isinstance(vision, VisionModel):
-        parts = [_encode(vision, images) for images in chunks]
+        parts = [_encode(vision, images) for images in pixel_values.split(chunk)]
     else:
-        parts = [vision.body(images) for images in chunks]
+        maps = isinstance(vision.config, EncoderConfig) and vision.config.add_positions
+        size = min(chunk, MAPS_AT_ONCE) if maps else chunk
+        parts = [vision.body(images) for images in pixel_values.split(size)]
     return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
