@@ -1,6 +1,7 @@
 """The ids of instruction, prompt and response for each kind of tokenizer."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,20 @@ def test_save_and_load(decoder_only: bool, tmp_path: Path) -> None:
     assert loaded.max_prompt == 9
     rendered = Rendered("is it red?", "is it?", "red")
     assert loaded.tokenize(rendered) == tokens.tokenize(rendered)
+
+
+def test_a_model_type_of_ours_brings_no_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Tokens(byte_level()).save_pretrained(tmp_path)
+    config = {"model_type": "instructblip-other-tower", "text_config": {"model_type": "llama"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    warned: list[str] = []
+    for name in ("configuration_utils", "models.auto.tokenization_auto", "tokenization_utils_base"):
+        child = logging.getLogger(f"transformers.{name}")
+        monkeypatch.setattr(child, "handle", lambda record: warned.append(record.getMessage()))
+    assert Tokens.from_pretrained(tmp_path).prompt("red")
+    assert warned == []
 
 
 def test_errors_of_loading(tmp_path: Path) -> None:

@@ -28,7 +28,13 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from instructblip.core.batch import IMAGE_MARK
 from instructblip.core.gguf import find_gguf, gguf_tokenizer
@@ -285,10 +291,14 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             f"{path}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}, as "
             "`save_pretrained` of the model's tokenizer writes them"
         )
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    config = path / "config.json"
     try:
-        return AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
+        if config.is_file():
+            kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+            if kind is not None and kind not in CONFIG_MAPPING:
+                options["config"] = PreTrainedConfig()  # it warns of a type that only we know
+        return AutoTokenizer.from_pretrained(str(path), **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path}: the tokenizer cannot be read ({str(error).splitlines()[0]}); download "
