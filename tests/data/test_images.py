@@ -59,7 +59,7 @@ CONVNEXT = {"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.875,
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("stored", "expected"),
     [
         (
             {**BIT, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
@@ -79,10 +79,10 @@ CONVNEXT = {"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.875,
     ],
 )
 def test_the_files_of_image_encoders(
-    told: dict[str, Any], expected: ImageTransform, tmp_path: Path
+    stored: dict[str, Any], expected: ImageTransform, tmp_path: Path
 ) -> None:
     file = tmp_path / "preprocessor_config.json"
-    file.write_text(json.dumps(told))
+    file.write_text(json.dumps(stored))
     transform = ImageTransform.from_pretrained(tmp_path)
     assert transform == expected
     transform.save_pretrained(tmp_path)

@@ -119,9 +119,9 @@ def test_it_learns_is_saved_and_its_features_are_stored(made: Made, tmp_path: Pa
     assert all(torch.equal(value, weights[name]) for name, value in again.state_dict().items())
     assert torch.equal(again.loss(batch).loss_sum, model.loss(batch).loss_sum)
     assert again.encoder_fingerprint() == model.encoder_fingerprint()
-    told = json.loads((made.folder / "saved" / "config.json").read_text())
-    assert told["model_type"] == "instructblip-other-tower", "transformers would load it wrong"
-    assert InstructBlipConfig.from_transformers(told) == model.config
+    stored = json.loads((made.folder / "saved" / "config.json").read_text())
+    assert stored["model_type"] == "instructblip-other-tower", "transformers would load it wrong"
+    assert InstructBlipConfig.from_transformers(stored) == model.config
     assert made.kind in inspect_checkpoint(made.folder / "saved").facts["image encoder"]
 
 
@@ -182,8 +182,8 @@ def test_siglip2_of_any_shape_is_read_for_squares(tmp_path: Path, whole: bool) -
     theirs.save_pretrained(tmp_path)
     if whole:  # image and text model in one directory
         values = json.loads((tmp_path / "config.json").read_text())
-        told = {"model_type": "siglip2", "vision_config": values}
-        (tmp_path / "config.json").write_text(json.dumps(told))
+        stored = {"model_type": "siglip2", "vision_config": values}
+        (tmp_path / "config.json").write_text(json.dumps(stored))
     config, weights = read_vision(tmp_path)
     assert isinstance(config, VisionConfig)
     assert (config.image_size, config.num_tokens) == (24, 9)
@@ -209,12 +209,12 @@ def test_positions_of_a_grid_are_resized_with_or_without_a_class_token(class_tok
     assert (resized[:, :class_tokens] == 7).all()
 
 
-@pytest.mark.parametrize("told", ["clap", "videomae", "resnet", None])
+@pytest.mark.parametrize("stored", ["clap", "videomae", "resnet", None])
 def test_an_encoder_without_a_grid_is_refused_before_its_weights(
-    tmp_path: Path, told: str | None
+    tmp_path: Path, stored: str | None
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": told}))
-    with pytest.raises(ValueError, match=f"{told!r}, without a grid.*CLIP.*dinov2") as error:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": stored}))
+    with pytest.raises(ValueError, match=f"{stored!r}, without a grid.*CLIP.*dinov2") as error:
         read_vision(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -268,8 +268,8 @@ def test_the_command_reads_the_encoders_own_images_and_shows_where_queries_look(
         cli.main(["combine", *arguments, "--queries", "4", "--layers", "1", "--debug"])
     assert not stop.value.code
     assert "13 tokens" in capsys.readouterr().out
-    told = inspect_checkpoint(tmp_path / "model").facts["image encoder"]
-    assert told == "dinov2_with_registers, 13 tokens, 3 x 3 of them a grid"
+    stored = inspect_checkpoint(tmp_path / "model").facts["image encoder"]
+    assert stored == "dinov2_with_registers, 13 tokens, 3 x 3 of them a grid"
     engine = Engine.from_pretrained(tmp_path / "model", device="cpu")
     assert engine.images.transform == ImageTransform(
         24, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), resample="bilinear", crop_pct=0.75

@@ -35,7 +35,7 @@ class Align(nn.Module):
         super().__init__()
         self.model = model
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
-        with torch.no_grad():  # what all words have in common tells none from another
+        with torch.no_grad():  # what all words share distinguishes none of them
             words = self.embedding(torch.arange(self.embedding.num_embeddings)).float()
             mean = words.mean(0)
             self.register_buffer("mean", mean, persistent=False)  # [L]

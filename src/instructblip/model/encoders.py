@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import AutoConfig, AutoModel
-from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
 from instructblip.model.checkpoints.weights import read_json, read_weights
 from instructblip.model.config import EncoderConfig, VisionConfig
@@ -102,6 +101,8 @@ def build_encoder(values: dict[str, Any]) -> tuple[nn.Module, nn.LayerNorm]:
     family = FAMILIES[kind]
     config = AutoConfig.for_model(kind, **settings)
     if kind == "dinov3_vit":  # its cache would give coordinates of a pass of fake tensors to others
+        from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
+
         dinov3.get_patches_center_coordinates = unwrap(dinov3.get_patches_center_coordinates)
     if isinstance(torch.empty(0), FakeTensor):
         # constructors read values (stochastic depth, rejected draws); fake tensors have none
@@ -132,7 +133,7 @@ def encoder_tokens(encoder: Any, pixel_values: Float[Tensor, "N 3 S S"]) -> Floa
 
 def grid_positions(side: int, width: int, like: Tensor) -> Float[Tensor, "P V"]:
     """Sines and cosines of row and column of each place of a grid, at rates of a quarter turn per
-    place and less. A map of convolutions hardly tells where in the image a feature is."""
+    place and less. A map of convolutions hardly shows where in the image a feature is."""
     count = math.ceil(width / 4)
     rates = math.pi / 2 * 0.01 ** (torch.arange(count, device=like.device) / count)
     angles = torch.arange(side, device=like.device)[:, None] * rates

@@ -81,7 +81,8 @@ class World:
         self.known = [p for p in catalog if not held & {*p.name.split()}]
         drawn = {p.name for p in self.known if p.style not in (UNSEEN_STYLE, "tux")}
         self.photos = [p for p in self.known if p.photo and p.name in drawn]
-        self.train = [p for p in self.known if p.style != UNSEEN_STYLE and p not in {*self.photos}]
+        unseen = {*self.photos}
+        self.train = [p for p in self.known if p.style != UNSEEN_STYLE and p not in unseen]
         seen = {p.name for p in self.train}
         self.unseen_style = [p for p in self.known if p.style == UNSEEN_STYLE and p.name in seen]
         words = {word for p in self.train for word in p.name.split()}
