@@ -39,12 +39,18 @@ def test_wrong_shapes_are_caught():
         head.token_losses(torch.nn.Linear(4, 9), torch.zeros(3, 4), torch.zeros(2).long())
 
 
-@pytest.mark.parametrize("devices", [(), ("cpu",)])
+@pytest.mark.parametrize(
+    ("devices", "dtypes"), [((), ()), (("cpu",), ()), (("cpu",), (torch.float32,))]
+)
 @pytest.mark.parametrize("language", ["llama", "opt", "gpt2", "qwen2", "t5", "t5-scaled"])
 def test_packed_equals_padded(
-    language: str, devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    language: str,
+    devices: tuple[str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(attention, "ONE_BY_ONE", devices)
+    monkeypatch.setattr(attention, "PRODUCT_DTYPES", dtypes)
     model = tiny_model(language)
     if language == "t5":  # the table of relative positions gets a gradient too
         model.set_trainable(("qformer", "language_model"))
