@@ -8,9 +8,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 
 from instructblip.cli import main as cli
-from instructblip.data.tokens import Tokens, shared_tokenizer
+from instructblip.data.tokens import Tokens
 from instructblip.inference.engine import Engine
 from instructblip.model.checkpoints.combine import word_rms
+from instructblip.model.checkpoints.shared_words import shared_tokenizer
 from instructblip.model.instructblip import InstructBlip
 from instructblip.release.assemble import combine_parts
 from tests.parity.tiny import LANGUAGES

@@ -24,7 +24,7 @@ def evaluate(
         list[str],
         Argument(
             metavar="[RECIPE] MODEL [A.B=C]...",
-            help="A run or model directory, or `starter`; before it a recipe, if not the model's.",
+            help="A run or model directory, `starter` or `small`; its recipe, if another, first.",
         ),
     ],
     benchmarks: Benchmarks = None,
@@ -141,7 +141,9 @@ def _is_override(text: str) -> bool:
 
 
 def _is_model(path: Path) -> bool:
-    return str(path) == "starter" or any(
+    from instructblip.model.checkpoints.directory import NAMES
+
+    return str(path) in NAMES or any(
         (folder / "config.json").is_file() for folder in (path, path / "best", path / "last")
     )
 

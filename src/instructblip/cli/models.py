@@ -195,12 +195,34 @@ def draw(
 
 @app.command(name="inspect")
 def inspect_(
-    path: Annotated[str, Argument(help="A model or run directory, `starter`, or a .pth.")],
+    path: Annotated[str, Argument(help="A model or run directory, a .pth, `starter` or `small`.")],
 ) -> None:
     """Print what a checkpoint is: its sizes, what is trainable, what is missing."""
     from instructblip.model.checkpoints.inspection import inspect_checkpoint
 
     print(inspect_checkpoint(path).describe())
+
+
+@app.command()
+def load(
+    model: Annotated[Literal["small"], Argument(help="The model to assemble.")],
+    out: Annotated[Path | None, Option(help="Directory to write; else the cache.")] = None,
+) -> None:
+    """Assemble `small`, a BLIP-2 for real images, from installed packages and our weights.
+
+    Prints what it is, from which packages, and under which licences.
+    """
+    from instructblip.model.checkpoints.directory import check_output, model_directory
+    from instructblip.model.checkpoints.small import LICENCES, assemble, shipped_parts
+
+    if out is not None:
+        check_output(out)
+        assemble(out)
+    directory = out or model_directory(model)
+    inspect_(str(directory))
+    for name, part in shipped_parts().items():
+        print(f"{name} from {part.package} {part.version}, {part.licence}")
+    print(f"all else from this package, Apache-2.0; texts of the licences: {directory / LICENCES}")
 
 
 @app.command(name="import")
@@ -273,7 +295,7 @@ def combine(
 
 @app.command()
 def export(
-    model: Annotated[str, Argument(help="A run or model directory, or `starter`.")],
+    model: Annotated[str, Argument(help="A run or model directory, `starter` or `small`.")],
     out: Annotated[Path, Argument(help="Directory, or .pth file, to write.")],
     form: Annotated[ModelForm, Option("--format", help="What reads it.")] = "transformers",
     results: Annotated[list[Path] | None, Option(help="Results that the card shows.")] = None,

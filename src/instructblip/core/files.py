@@ -7,6 +7,7 @@ the same folder, is flushed to the disk, and is then renamed to its place:
     with replacing_directory(path) as temporary:    a directory
     put_directory(filled, path)                     a directory that was filled over several runs
     with scratch_directory(folder) as temporary:    a directory that nobody keeps
+    with locked(path):                              one process at a time
 
 The system replaces a file in one rename, but a directory in two: the old one moves aside, the new
 one moves in. A process that dies between the two leaves only the one that is aside.
@@ -24,6 +25,7 @@ the last line, which `whole_lines` ignores and `cut_last_line` removes before mo
 
 import contextlib
 import errno
+import fcntl
 import functools
 import itertools
 import json
@@ -132,6 +134,16 @@ def scratch_directory(folder: Path) -> Iterator[Path]:
     with _temporary(folder / "scratch", "new") as temporary:
         temporary.mkdir()
         yield temporary
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Run the block in one process at a time; the others wait. ``path`` is an empty file, which
+    stays. The system releases the lock of a process that dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def remove_directory(path: Path) -> None:

@@ -26,14 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     CONFIG_MAPPING,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from instructblip.core.batch import IMAGE_MARK
@@ -311,29 +308,6 @@ def num_rows(tokenizer: Any) -> int:
     only pads, which transformers adds to some tokenizers, needs none."""
     pads = {tokenizer.pad_token_id} - {tokenizer.eos_token_id, *tokenizer("a")["input_ids"]}
     return max(id_ for id_ in tokenizer.get_vocab().values() if id_ not in pads) + 1
-
-
-def shared_tokenizer(language: Any) -> PreTrainedTokenizerBase:
-    """A language model's tokenizer for the Q-Former: ``<start> text <end>`` with its own tokens.
-
-    The contrast and the captions of stage 1 read the first token as [CLS] and [DEC], so it must not
-    be a word. Without a start token the end token comes first too.
-    """
-    if not getattr(language, "is_fast", False) or language.eos_token is None:
-        raise ValueError(
-            f"{type(language).__name__} cannot be the Q-Former's tokenizer too: it has no "
-            "tokenizer.json, or no end token; give a BERT's with --qformer-tokenizer"
-        )
-    backend = Tokenizer.from_str(language.backend_tokenizer.to_str())
-    start, end = language.bos_token or language.eos_token, language.eos_token
-    ids = [(token, language.convert_tokens_to_ids(token)) for token in {start: 0, end: 0}]
-    backend.post_processor = TemplateProcessing(single=f"{start} $A {end}", special_tokens=ids)
-    special = {
-        name: getattr(language, name)
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-        if getattr(language, name) is not None
-    }
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def _is_decoder_only(path: Path) -> bool:

@@ -30,7 +30,7 @@ from instructblip.experiment.datasets import Held
 from instructblip.experiment.evaluate import load_engine, score
 from instructblip.experiment.sayable import LEAST_KNOWN, sayable
 from instructblip.inference.engine import Engine
-from instructblip.model.checkpoints.directory import read_config
+from instructblip.model.checkpoints.directory import NAMES, read_config
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
@@ -331,14 +331,15 @@ def write_recipe(
 
 def num_trainable(start: str) -> int:
     """The number of parameters that tuning ``start`` trains by default, without its weights."""
+    config = read_config(start)
     with torch.device("meta"):
-        model = InstructBlip(read_config(start))
+        model = InstructBlip(config)
     return sum(p.numel() for _, p in model.trainable_parameters())
 
 
 def _absolute(start: str) -> str:
     """The name of a model as it holds in any working directory."""
-    is_path = start != "starter" and Path(start).exists()
+    is_path = start not in NAMES and Path(start).exists()
     return str(Path(start).absolute()) if is_path else start
 
 

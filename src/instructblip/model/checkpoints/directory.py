@@ -1,26 +1,34 @@
-"""The directory that a model's name stands for (a path, a run, the starter, the Hub), and whether
-a directory may be written."""
+"""The directory that a model's name stands for (a path, a run, the starter, small, the Hub), and
+whether a directory may be written."""
 
 import importlib.resources
 import re
 from pathlib import Path
 
 from instructblip.core.files import current
-from instructblip.model.checkpoints.weights import read_json
+from instructblip.model.checkpoints.small import small_directory
+from instructblip.model.checkpoints.weights import SMALL, read_json, small_start
 from instructblip.model.config import InstructBlipConfig
 
 HUB = "hf://"
+STARTER = "starter"
+NAMES = (STARTER, SMALL)
+"""Models that need no path."""
 
 
 def model_directory(path: str | Path) -> Path:
     """The directory with config.json that ``path`` stands for.
 
-    "starter" is the model in the package; a run directory stands for its ``best``, else ``last``;
-    ``hf://OWNER/NAME[@REVISION]`` is fetched from the Hub; no other name uses the network.
+    "starter" is the model in the package; "small" is assembled from installed packages when it is
+    first used, by whichever name (a run from it needs it too); a run directory stands for its
+    ``best``, else ``last``; ``hf://OWNER/NAME[@REVISION]`` is fetched from the Hub; no other name
+    uses the network.
     """
     if str(path).startswith(HUB):
         return _from_hub(str(path).removeprefix(HUB))
-    if str(path) == "starter":
+    if str(path) == SMALL:
+        return small_directory()
+    if str(path) == STARTER:
         starter = Path(str(importlib.resources.files("instructblip"))) / "starter"
         if not (starter / "config.json").is_file():
             raise FileNotFoundError(
@@ -31,11 +39,13 @@ def model_directory(path: str | Path) -> Path:
     directory = current(Path(path))
     if not directory.is_dir():
         raise FileNotFoundError(
-            f"{path} is not a directory; give a model directory, a run directory, 'starter', or "
-            f"{HUB}OWNER/NAME for a model of the Hub"
+            f"{path} is not a directory; give a model directory, a run directory, 'starter', "
+            f"'small', or {HUB}OWNER/NAME for a model of the Hub"
         )
     for candidate in (directory, current(directory / "best"), current(directory / "last")):
         if (candidate / "config.json").is_file():
+            if (version := small_start(candidate)) is not None:
+                small_directory(version)
             return candidate
     raise FileNotFoundError(
         f"{path} holds no model: neither config.json nor best/config.json nor last/config.json"

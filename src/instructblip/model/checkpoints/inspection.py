@@ -58,7 +58,7 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | Path) -> Inspection:
-    """Inspect a model or run directory, "starter", or a file of the official code.
+    """Inspect a model or run directory, "starter", "small", or a file of the official code.
 
     Of a directory with safetensors the names and shapes alone are read. Raises FileNotFoundError or
     ValueError for anything else.

@@ -63,6 +63,7 @@ ASSETS = (
     "chat_template*",
     "chat_format.json",
     "qformer_tokenizer",
+    "licences",
 )
 """What a model directory holds besides config and weights; copied along when the model is saved."""
 
@@ -94,8 +95,8 @@ class Pretrained(nn.Module):
 
         Args:
             path: a BLIP-2 or InstructBLIP directory that transformers or ``save_pretrained``
-                wrote, a run directory (its ``best``, else its ``last``), "starter", or
-                "hf://OWNER/NAME".
+                wrote, a run directory (its ``best``, else its ``last``), "starter",
+                "small", or "hf://OWNER/NAME".
             instruction_aware: None keeps what the directory holds. True turns a BLIP-2 into an
                 InstructBLIP by adding a text branch; False drops the text branch.
             text_branch: where a BLIP-2's text branch comes from: a file of this project, or the

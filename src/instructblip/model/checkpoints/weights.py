@@ -5,8 +5,9 @@ Reads ``model.safetensors``, sharded safetensors with their index, and ``pytorch
 
 A run does not store its frozen parts again: ``changed.safetensors`` has the tensors that differ
 from the model that the run started from, and ``start.json`` says where that is and the sha256 of
-its files. Without ``model.safetensors`` transformers refuses such a directory instead of drawing
-what is missing at random; `instructblip export` makes it whole.
+its files, or which version of `small` it is (`small.py` assembles it again where it is gone).
+Without ``model.safetensors`` transformers refuses such a directory instead of drawing what is
+missing at random; `instructblip export` makes it whole.
 """
 
 import functools
@@ -32,6 +33,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 START_FILE, CHANGED_FILE = "start.json", "changed.safetensors"
+SMALL = "small"
+"""The name of the model that is assembled from installed packages."""
 WORTH_REFERRING = 64 * 2**20
 """Bytes below which equal weights are stored again: a small model stays whole."""
 
@@ -82,11 +85,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"{path} holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
 
 
+def small_place(version: str) -> Path:
+    """Where a version of `small` is kept once it was assembled."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "instructblip" / f"{SMALL}-{version}"
+
+
+def small_start(directory: Path) -> str | None:
+    """The version of `small` that the run in ``directory`` refers to; None for another start."""
+    if not (file := directory / START_FILE).is_file():
+        return None
+    return read_json(file)["sha256"].get(SMALL)
+
+
 def start_of(directory: Path) -> Path:
     """Where the weights are that ``directory`` leaves out.
 
     Raises FileNotFoundError where they are gone, ValueError where they have changed.
     """
+    if (version := small_start(directory)) is not None:
+        return small_place(version)
     noted = read_json(directory / START_FILE)
     places = [current(directory / place) for place in noted["start"]]
     start = next((place for place in places if place.is_dir()), places[-1])
@@ -97,12 +115,17 @@ def start_of(directory: Path) -> Path:
                 f"started, is not there: put it back, or correct the path in {START_FILE} there "
                 "(`instructblip export` makes a model that needs no other)"
             )
-        if _sha256(file, file.stat().st_mtime_ns) != expected:
+        if sha256(file) != expected:
             raise ValueError(
                 f"{directory} holds only what training changed, and {file}, from which it started, "
                 f"is another file now: restore it, or correct the path in {START_FILE} there"
             )
     return start
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file's content, computed once."""
+    return _sha256(file, file.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
@@ -138,11 +161,15 @@ def write_changed(weights: dict[str, Tensor], start: Path, directory: Path) -> b
         if (value.data_ptr(), value.shape) not in equal
     }
     write_weights(changed, directory / CHANGED_FILE)
-    start = start.resolve()
-    noted = {
-        "start": [os.path.relpath(start, directory.resolve()), str(start)],
-        "sha256": {file.name: _sha256(file, file.stat().st_mtime_ns) for file in _files(start)},
-    }
+    version = start.name.removeprefix(f"{SMALL}-")
+    if start == small_place(version):
+        noted = {"start": [SMALL], "sha256": {SMALL: version}}
+    else:
+        start = start.resolve()
+        noted = {
+            "start": [os.path.relpath(start, directory.resolve()), str(start)],
+            "sha256": {file.name: sha256(file) for file in _files(start)},
+        }
     (directory / START_FILE).write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
     return True
 
