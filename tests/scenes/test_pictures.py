@@ -14,7 +14,13 @@ from instructblip.data.sources import SOURCES
 from instructblip.scenes.pictures import world as pictures
 from instructblip.scenes.pictures.catalog import EMOJI, STAMPS, noun, read_catalog
 from instructblip.scenes.pictures.packages import PACKAGES, fetch
-from instructblip.scenes.pictures.world import SETS, UNSEEN_STYLE, World, write_pictures
+from instructblip.scenes.pictures.world import (
+    SETS,
+    UNSEEN_STYLE,
+    World,
+    page_captions,
+    write_pictures,
+)
 
 GROUPS = {"animal-mammal": "mammal", "food-fruit": "fruit", "tool": "tool", "clothing": "clothing"}
 SYLLABLES = [f"{a}{b}" for a, b in itertools.product("bdfgklmn", ("ab", "ep", "ir", "ok", "un"))]
@@ -28,7 +34,14 @@ COLOURS = {
     "fluent": (0, 0, 200),
     "tux": (90, 90, 90),
 }
-SOURCE_OF = {"named": "okvqa", "kind_new": "okvqa", "photos": "aokvqa", "compare": "gqa"}
+SOURCE_OF = {
+    "composites": "coco_caption",
+    "named": "okvqa",
+    "places": "okvqa",
+    "kind_new": "okvqa",
+    "photos": "aokvqa",
+    "compare": "gqa",
+}
 
 
 def picture(style: str, path) -> None:
@@ -96,7 +109,7 @@ def test_training_shows_neither_held_out_names_nor_the_unseen_style(packages, wo
     new = World(read_catalog(packages)).new_names
     assert len(new) > 5
     trained = [name for name, (_, sizes) in SETS.items() if "train" in sizes]
-    assert len(trained) == 4
+    assert len(trained) == 5
     for name in trained:
         for example in examples_of(world, name, "train"):
             texts = [example.question, *example.answers, *example.choices]
@@ -110,7 +123,7 @@ def test_what_is_evaluated_was_not_trained_on(packages, world):
         split = next(iter(SETS[name][1]))
         answers = {answer for e in examples_of(world, name, split) for answer in e.answers}
         assert all({*a.replace(",", "").split()} & {*worlds.new_names} for a in answers)
-    for name in ("named", "vsr", "gqa", "iconqa", "compare"):
+    for name in ("named", "places", "vsr", "gqa", "iconqa", "compare"):
         split = next(iter(SETS[name][1]))
         for example in examples_of(world, name, split):
             assert colours_in(world[name] / "images" / example.images[0]) == {UNSEEN_STYLE}
@@ -215,3 +228,30 @@ def test_a_missing_tool_is_named_before_anything_is_installed(tmp_path, registry
     with pytest.raises(ValueError, match="npm, which is not on this machine"):
         fetch(tmp_path / "packages")
     assert not (tmp_path / "log").exists()
+
+
+def test_a_page_is_captioned_by_place_name_and_number():
+    shown = {"top left": "owl", "bottom left": "cup", "bottom right": "red apple"}
+    assert page_captions(shown) == [
+        "an owl at the top left, a cup at the bottom left, a red apple at the bottom right",
+        "an owl, a cup and a red apple",
+        "three things: an owl, a cup and a red apple",
+    ]
+    assert page_captions({"top left": "owl"})[1:] == ["an owl", "one thing: an owl"]
+
+
+def test_quickstart_on_real_images_compares_with_all_baselines(packages, tmp_path, capsys):
+    out = tmp_path / "real"
+    settings = ["model.start=starter", "training.steps=2", "training.warmup_steps=1"]
+    settings += ["training.precision=fp32", "evaluation.limit=6", "training.batch_size=4"]
+    arguments = ["--real", "--packages", str(packages), "--out", str(out), "--scale", "0.05"]
+    with pytest.raises(SystemExit) as ended:
+        main(["quickstart", *settings, *arguments, "--debug"])
+    assert ended.value.code == 0
+    results = json.loads((out / "results.json").read_text())["models"]
+    assert {*results} == {"blip2", "instructblip", "instructblip_blind", "constant", "linear_probe"}
+    assert {*results["linear_probe"]["datasets"]} == {"known_names", "photos", "new_kinds"}
+    assert len(results["constant"]["datasets"]) == len(results["instructblip"]["datasets"]) == 10
+    printed = capsys.readouterr().out
+    assert "linear_probe" in printed
+    assert "linear_probe" in (out / "report.html").read_text()

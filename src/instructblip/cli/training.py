@@ -30,8 +30,8 @@ app = typer.Typer()
 NEXT = """
 Open {report}: tables, charts, and the answers of both models to each image.
 {out}/results.json holds the same scores. What to type next:
-  instructblip train scenes data.root={out}/scenes --out out/longer     a longer run
-  instructblip evaluate scenes {run} data.root={out}/scenes             all samples of every set
+  instructblip train {longer} data.root={world} --out out/longer     a longer run
+  instructblip evaluate {longer} {run} data.root={world}             all samples of every set
   instructblip train RECIPE.yaml                                        with your data
 """
 
@@ -39,21 +39,33 @@ Open {report}: tables, charts, and the answers of both models to each image.
 @app.command()
 def quickstart(
     overrides: Overrides = None,
-    out: Annotated[Path, to_dir("Folder of data, run and results.")] = Path("out/quickstart"),
+    out: Annotated[
+        Path | None, to_dir("Folder of all it writes; out/quickstart or -real if absent.")
+    ] = None,
     resume: Resume = False,
     scale: Scale = 1.0,
+    real: Annotated[bool, Option("--real", help="On real images, from the start `small`.")] = False,
+    packages: Annotated[
+        Path, Option(help="--real: the folder of `pictures fetch`.", file_okay=False)
+    ] = Path("data/packages"),
 ) -> None:
     """Tune a small BLIP-2 on the embedded world and compare before and after: minutes, offline."""
     from instructblip.experiment.evaluate import evaluate
     from instructblip.experiment.train import train as run_training
 
-    recipe = read_recipe("quickstart", [f"data.root={out / 'scenes'}", *(overrides or [])])
+    out = out or Path("out/quickstart-real" if real else "out/quickstart")
+    world = out / ("pictures" if real else "scenes")
+    name = "quickstart_real" if real else "quickstart"
+    recipe = read_recipe(name, [f"data.root={world}", *(overrides or [])])
     run, results = out / "run", out / "results"
     seconds: dict[str, float] = {}
     if not resume:
         _remove_earlier(run, results)
-    with _clock(seconds, "scenes"):
-        data.scenes(out / "scenes", scale=scale)
+    with _clock(seconds, world.name):
+        if real:
+            data.write(world, packages, scale=scale)
+        else:
+            data.scenes(world, scale=scale)
     with _clock(seconds, "evaluate_blip2"):
         before = evaluate(recipe, recipe.model.start, results / "blip2", instruction_aware=False)
     with _clock(seconds, "train"):
@@ -65,12 +77,33 @@ def quickstart(
     with _clock(seconds, "evaluate_blind"):
         blind = evaluate(recipe, tuned, results / "instructblip_blind", blind_seed=0)
     models = {"blip2": before, "instructblip": after, "instructblip_blind": blind}
-    folders = [results / name for name in models]
+    folders = [results / each for each in models]
+    if real:
+        with _clock(seconds, "baselines"):
+            models |= _baselines(recipe.model.start, after, packages)
+            for each in ("constant", "linear_probe"):
+                for result in models[each]:
+                    result.save_with_predictions(results / each / result.benchmark)
+                folders.append(results / each)
     with _clock(seconds, "report"):
         evaluation.report(folders, out / "report.html", [run])
     _write_results(out / "results.json", seconds, models)
     evaluation.compare(folders)
-    print(NEXT.format(out=out, run=run, report=out / "report.html"))
+    longer = name if real else "scenes"
+    print(NEXT.format(out=out, run=run, report=out / "report.html", longer=longer, world=world))
+
+
+def _baselines(start: str, after: "list[Result]", packages: Path) -> "dict[str, list[Result]]":
+    """The best constant answers, and what a linear probe of the image encoder knows."""
+    from instructblip.evaluation.verdict import constant_result
+    from instructblip.experiment.probe import PROBED, Probe
+    from instructblip.inference.engine import Engine
+
+    probe = Probe(Engine.from_pretrained(start), packages)
+    return {
+        "constant": [constant_result(result) for result in after],
+        "linear_probe": [probe.answer(each) for each in after if each.benchmark in PROBED],
+    }
 
 
 def _write_results(

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from instructblip.core.files import write_json
+from instructblip.core.files import write_json, write_text
 from instructblip.evaluation.benchmarks import groups_of
 from instructblip.evaluation.bootstrap import Floats, Interval, interval, resample
 from instructblip.evaluation.captions import CaptionTokenizer
@@ -124,6 +124,12 @@ class Result:
     def save(self, folder: Path) -> None:
         """Write ``result.json`` into ``folder``, beside the predictions."""
         write_json(folder / RESULT, self.to_json(), indent=2)
+
+    def save_with_predictions(self, folder: Path) -> None:
+        """Write what `load` reads, of a baseline that was not evaluated as a model."""
+        lines = (json.dumps(p, ensure_ascii=False) + "\n" for p in self.predictions)
+        write_text(folder / PREDICTIONS, "".join(lines))
+        self.save(folder)
 
     @classmethod
     def load(cls, folder: Path | str) -> "Result":

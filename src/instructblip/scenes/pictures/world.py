@@ -5,10 +5,12 @@ no training text names them, and no word of theirs is in a known name. The style
 training image, and neither are photos of names that are also emoji.
 
 ==============  ================================================================================
-held in         coco_caption, vqav2 (what, is this, and on composites where, how many, is there),
-                okvqa (which kind), aokvqa (choose the name)
-known names     their ``val`` splits and ``named`` ("what is this?") show the unseen style;
-                ``photos`` (choose the name) shows unseen photos
+held in         coco_caption, composites (captions of several images on a page), vqav2 (what, is
+                this, and on composites where, how many, is there), okvqa (which kind), aokvqa
+                (choose the name)
+known names     their ``val`` splits, ``named`` ("what is this?") and ``places`` (where and how
+                many, on composites) show the unseen style; ``photos`` (choose the name) shows
+                unseen photos
 held-out names  nocaps, vizwiz ("what is this?"), scienceqa (choose the name), kind_new (which kind)
 held-out types  vsr (true or false), gqa (left or right of), iconqa (odd one out), compare (are
                 both of the same kind)
@@ -37,7 +39,7 @@ from instructblip.scenes.pictures.catalog import (
     single,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 UNSEEN_STYLE = "fluent"
 HELD_OUT = 5
 """One in so many names is held out."""
@@ -216,9 +218,28 @@ def composite(
     return page, dict(zip(places, pictures, strict=True))
 
 
-def ask_composite(world: World, shown: dict[str, Picture], rng: random.Random) -> Asked:
+NUMBERS = ("one thing", "two things", "three things", "four things")
+
+
+def page_captions(shown: dict[str, str]) -> list[str]:
+    """Captions of a page, of the name at each place."""
+    names = [named(name) for name in shown.values()]
+    listed = ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
+    places = [f"{name} at the {place}" for name, place in zip(names, shown, strict=True)]
+    return [", ".join(places), listed, f"{NUMBERS[len(names) - 1]}: {listed}"]
+
+
+PLACES = ("where", "where", "count")
+
+
+def ask_composite(
+    world: World,
+    shown: dict[str, Picture],
+    rng: random.Random,
+    asked: tuple[str, ...] = (*PLACES, "there", "not there"),
+) -> Asked:
     """What is where, how many things there are, or whether something is there."""
-    what = rng.choice(("where", "where", "count", "there", "not there"))
+    what = rng.choice(asked)
     if what == "where":
         where = rng.choice(list(shown))
         return _open(f"what is at the {where}?", shown[where].name, "where")
@@ -242,6 +263,17 @@ def coco_caption(world: World, out: SetFolder, number: int) -> None:
     group = world.train if out.split == "train" else world.unseen_style
     chosen = world.images(group, number, out.rng)
     formats.coco_caption(out, ((single(p), captions(p)) for p in chosen))
+
+
+def composites(world: World, out: SetFolder, number: int) -> None:
+    """Pages of one to four training images, captioned by place, by name and by number."""
+
+    def shown() -> Iterator[tuple[Image.Image, list[str]]]:
+        for _ in range(number):
+            page, pictures = composite(world, world.train, out.rng)
+            yield page, page_captions({place: p.name for place, p in pictures.items()})
+
+    formats.coco_caption(out, shown())
 
 
 def nocaps(world: World, out: SetFolder, number: int) -> None:
@@ -282,6 +314,17 @@ def kind_new(world: World, out: SetFolder, number: int) -> None:
 def named_set(world: World, out: SetFolder, number: int) -> None:
     chosen = world.images(world.unseen_style, number, out.rng)
     formats.okvqa(out, ((single(p), [_open("what is this?", p.name, "what")]) for p in chosen))
+
+
+def places(world: World, out: SetFolder, number: int) -> None:
+    """What is where, or how many things there are, on pages of several images."""
+
+    def asked() -> Iterator[tuple[Image.Image, list[Asked]]]:
+        for _ in range(number):
+            page, shown = composite(world, world.unseen_style, out.rng)
+            yield page, [ask_composite(world, shown, out.rng, PLACES)]
+
+    formats.okvqa(out, asked())
 
 
 def _chosen(world: World, group: list[Picture], out: SetFolder, number: int) -> formats.OneQuestion:
@@ -383,10 +426,12 @@ def iconqa(world: World, out: SetFolder, number: int) -> None:
 
 SETS: dict[str, tuple[Writer, dict[str, int]]] = {
     "coco_caption": (coco_caption, {"train": 1400, "val": 200}),
+    "composites": (composites, {"train": 1400}),
     "vqav2": (vqav2, {"train": 4000, "val": 300}),
     "okvqa": (okvqa, {"train": 1400, "val": 200}),
     "aokvqa": (aokvqa, {"train": 1400, "val": 200}),
     "named": (named_set, {"val": 200}),
+    "places": (places, {"val": 200}),
     "photos": (photos, {"val": 200}),
     "nocaps": (nocaps, {"val": 200}),
     "vizwiz": (vizwiz, {"val": 200}),
