@@ -11,8 +11,13 @@ from instructblip.evaluation.scoring import scorer_of
 from instructblip.evaluation.verdict import Outcome, Verdict, constant_result, worst
 
 
-def result(answers: Sequence[str], predicted: Sequence[str], metric: str = "exact_match") -> Result:
-    """The result of predictions about one picture each."""
+def result(
+    answers: Sequence[str],
+    predicted: Sequence[str],
+    metric: str = "exact_match",
+    log_likelihoods: bool = False,
+) -> Result:
+    """The result of predictions about one picture each, of candidates yes and no on request."""
     benchmark = Benchmark(
         name="own_vqa", title="own vqa", source="imagefolder", split="val", prompt="{question}",
         mode="generate", metric=metric, role="held_in",
@@ -22,6 +27,9 @@ def result(answers: Sequence[str], predicted: Sequence[str], metric: str = "exac
          "prediction": prediction, "extra": {}, "index": i}
         for i, (answer, prediction) in enumerate(zip(answers, predicted, strict=True))
     ]  # fmt: skip
+    for p in predictions if log_likelihoods else ():
+        likely = [0.0, -1.0] if p["prediction"] == "yes" else [-1.0, 0.0]
+        p |= {"candidates": ["yes", "no"], "log_likelihoods": likely, "probabilities": likely}
     sample = scorer_of(metric).sample
     scored = [{**p, "score": sample(p)} for p in predictions]
     return make_result({"benchmark": benchmark.settings(), "blind_seed": None}, scored)
@@ -87,3 +95,9 @@ def test_a_constant_among_candidates():
     assert constant.value == 60
     assert constant.predictions[0]["probabilities"] == [0.0, 1.0]
     assert ranked.predictions[0]["probabilities"] == [0.5, 0.5]
+
+
+def test_a_constant_takes_no_score_of_the_model_along():
+    ranked = result(ANSWERS, ANSWERS, "auroc", log_likelihoods=True)
+    assert ranked.value == 100
+    assert constant_result(ranked).value == 50

@@ -70,7 +70,7 @@ def test_rows_become_examples(tmp_path: Path) -> None:
     assert folder[1].answers == ("a", "b")
     assert folder[3].images == ("0.png", "1.png")
     assert {e.task for e in folder.examples} == set(MEASURES)
-    assert [held.benchmark.name for held in held_sets(folder)] == [
+    assert [held.benchmark.name for held in held_sets(folder, load_recipe("scenes"))] == [
         f"own_{task}" for task in MEASURES
     ]
     (tmp_path / "metadata.jsonl").unlink()
@@ -346,7 +346,7 @@ def test_the_starter_can_say_its_worked_examples(tmp_path: Path) -> None:
     engine = load_engine(recipe, "starter")
     for name in EXAMPLES:
         importlib.import_module(f"examples.{name}").draw(tmp_path / name, count=8)
-        for held in held_sets(read_folder(tmp_path / name)):
+        for held in held_sets(read_folder(tmp_path / name), recipe):
             examples = [*held.dataset]
             measured = sayable(engine, examples, [held.benchmark.prompt] * len(examples))
             assert measured.known > LEAST_KNOWN
@@ -414,6 +414,85 @@ def test_tune_resumes_after_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture
         tune(root, start, tmp_path / "killed", short, resume=True)
 
 
+NODULE = {"set": "own", "mode": "rank", "candidates": ["yes", "no"], "task": "vqa"}
+NODULE |= {"prompt": "Nodule? {question}", "metrics": ["balanced_accuracy", "auroc"]}
+
+
+def chest(root: Path) -> Path:
+    """Questions with a split, and one caption among the test rows."""
+    splits = ["train"] * 4 + ["val"] * 2 + ["test"] * 4
+    rows: list[dict] = [
+        {"file_name": f"{n}.png", "question": "seen?", "answer": ("yes", "no")[n % 2]}
+        for n in range(10)
+    ]
+    rows.append({"file_name": "10.png", "caption": "a chest"})
+    rows = [r | {"split": s} for r, s in zip(rows, [*splits, "test"], strict=True)]
+    return write_folder(root, rows, images=11)
+
+
+def test_a_benchmark_of_the_user_decides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = chest(tmp_path / "chest"), tmp_path / "out"
+    start = str(write_model(tmp_path / "blip2", "blip2"))
+    short = ["training.steps=2", "training.batch_size=2", "model.text_branch=random"]
+    own = f"evaluation.own.nodule={json.dumps(NODULE)}"
+    tuned = tune(root, start, out, [*short, own])
+    assert tuned is not None
+    printed = capsys.readouterr().out
+    assert "1 of 5 held-back examples are not scored: {'caption': 1}" in printed
+    assert "the score (balanced_accuracy) is " in tuned.verdict.headline
+    assert "nodule: always answering 'no' gives 50.0" in printed
+    assert "| *metric* | *balanced\\_accuracy* | *auroc* |" in printed
+    for side in ("before", "after", "blind"):
+        (folder,) = (out / "results" / side).iterdir()
+        result = Result.load(folder)
+        assert (folder.name, result.metric, result.n) == ("nodule", "balanced_accuracy", 4)
+        assert result.predictions[0]["prompt"] == "Nodule? seen?"
+        assert result.predictions[0]["candidates"] == ["yes", "no"]
+    lines = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
+    scores = [line["validation"] for line in lines if "validation" in line]
+    assert scores
+    assert all(set(each) == {"score", "nodule"} for each in scores)
+    resumed = tune(root, start, out, resume=True)  # the recipe of the run has the benchmark
+    assert resumed is not None
+    assert resumed.verdict.headline == tuned.verdict.headline
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "train"}, "own.nodule.split is train, and `tune` scores what it holds back"),
+        (
+            {"candidates": ["yes", "perhaps"]},
+            r"own.nodule: .*line 6 has the answer 'no', which is none",
+        ),
+        ({"metrics": ["mrr"]}, "compares with the best constant answer, which mrr does not have"),
+        ({"task": "instruct"}, "no row has the task instruct; there are 4 of vqa, 1 of caption"),
+        ({"set": "chest"}, "no entry 'chest' in data.sets; there are own"),
+    ],
+)
+def test_a_benchmark_that_does_not_fit_the_folder_is_refused_before_the_run(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    root = chest(tmp_path / "chest")
+    start = str(write_model(tmp_path / "blip2", "blip2"))
+    own = f"evaluation.own.nodule={json.dumps(NODULE | change)}"
+    with pytest.raises(ValueError, match=message):
+        tune(root, start, tmp_path / "out", ["model.text_branch=random", own])
+    assert not (tmp_path / "out/run").exists()
+
+
+def test_chinese_rows_are_asked_in_chinese_by_a_benchmark_of_the_user(tmp_path: Path) -> None:
+    folder = read_folder(photos(tmp_path / "photos", ["一只猫", "两只狗"]))
+    own = "{set: own, metrics: [bleu]}"
+    recipe = load_recipe(
+        "scenes", ["data.sets={own: {format: imagefolder}}", f"evaluation.own.words={own}"]
+    )
+    prompts = [held_sets(folder, recipe, language)[0].benchmark.prompt for language in ("zh", "en")]
+    assert prompts == ["简短的图片描述：", None]
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_worked_examples(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Drawn, tuned for two steps and reported through the command, on a tiny random BLIP-2."""
@@ -432,7 +511,7 @@ def test_worked_examples(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert " held back" in printed
     assert "instructblip serve --model" in printed
     assert re.search(r"^(Worse|No use yet|Not clearly better|Better): ", printed, re.MULTILINE)
-    for row in ("**before**", "**after**", "**always the same answer**"):
+    for row in ("**before**", "**after**", "best constant answer"):
         assert row in printed
     report = (out / "report.html").read_text()
     assert "<html" in report

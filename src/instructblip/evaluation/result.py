@@ -218,7 +218,8 @@ def make_result(
 
 
 def constants_of(result: Result) -> dict[str, Constant]:
-    """The best constant answer to the samples of a result, for each metric of its benchmark."""
+    """The best constant answer to the samples of a result, for each metric of its benchmark but
+    ``mrr``, which has none."""
     asked = result.settings["benchmark"]
     references = [prediction["answers"] for prediction in result.predictions]
     return {
@@ -226,6 +227,7 @@ def constants_of(result: Result) -> dict[str, Constant]:
             references, metric, result.tokenizer or "python", asked["candidates"] or ()
         )
         for metric in (asked["metric"], *asked.get("others", ()))
+        if metric != "mrr"
     }
 
 

@@ -75,9 +75,11 @@ class Verdict:
         count = f"{images} pictures" if n == images else f"{n} questions about {images} pictures"
         before, after = _value(self.before), _value(self.after)
         scores = f"the answers agree by {after:.1f} of 100 after it, by {before:.1f} before"
-        if self.after.metric == "exact_match":
+        if self.after.metric in ("exact_match", "accuracy"):
             right, earlier = _right(self.after), _right(self.before)
             scores = f"{right} were answered right after it, {earlier} before"
+        elif self.after.metric != "rouge_l":
+            scores = f"the score ({self.after.metric}) is {after:.1f} after it, {before:.1f} before"
         text = f"{SENTENCES[self.outcome]} Of {count} kept back, {scores}."
         if self.kept_start is not None:
             text += " No step was better than the start, which was kept."
@@ -107,8 +109,10 @@ def constant_result(result: Result) -> Result:
     sample, constant = scorer_of(result.metric).sample, []
     for prediction in predictions:
         same = {**prediction, "prediction": answer}
+        same.pop("scores", None)  # of the model's answer, by functions of the user
         if "candidates" in prediction:
-            same["probabilities"] = [float(c == answer) for c in prediction["candidates"]]
+            chosen = [float(c == answer) for c in prediction["candidates"]]
+            same |= {"probabilities": chosen, "log_likelihoods": chosen}
         constant.append({**same, "score": sample(same)})
     return make_result(result.settings, constant, tokenizer, result.image_root)
 

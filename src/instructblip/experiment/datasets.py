@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from instructblip.data.custom.folder import FolderSet
 from instructblip.data.custom.formats import FORMATS, custom_source, group_hint
 from instructblip.data.custom.remote import fetch_tree, is_remote
 from instructblip.data.custom.rows import CustomSet
@@ -236,9 +237,11 @@ def prepare_split(
     return prepare(source, root, split, data.prepared_root, max_bad_rate=data.max_bad_rate)
 
 
-def _rows_of(recipe: Recipe, benchmark: Benchmark, dataset: PreparedDataset) -> Examples:
-    """The examples that a benchmark scores. Raises ValueError for an own benchmark that its rows
-    do not fit, before a model answers any."""
+def scored_rows(
+    recipe: Recipe, benchmark: Benchmark, dataset: PreparedDataset | FolderSet
+) -> Examples:
+    """The examples of ``dataset`` that a benchmark scores. Raises ValueError for an own benchmark
+    that its rows do not fit, before a model answers any."""
     if benchmark.role != "own":
         return dataset
     key, task = f"evaluation.own.{benchmark.name}", recipe.evaluation.own[benchmark.name].task
@@ -266,7 +269,7 @@ def prepare_benchmarks(recipe: Recipe, benchmarks: Iterable[Benchmark]) -> list[
     held, missing = [], []
     for benchmark in benchmarks:
         try:
-            dataset = _rows_of(recipe, benchmark, prepare_split(recipe, benchmark))
+            dataset = scored_rows(recipe, benchmark, prepare_split(recipe, benchmark))
             held.append(Held(benchmark, dataset, _vocabulary(recipe, benchmark)))
         except FileNotFoundError as error:
             missing.append(f"{benchmark.name}: {error}. {_remedy(recipe, benchmark)}")
@@ -318,7 +321,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
         try:
             dataset = _prepare_if_present(recipe, benchmark)
             if dataset is not None:
-                _rows_of(recipe, benchmark, dataset)
+                scored_rows(recipe, benchmark, dataset)
         except (FileNotFoundError, ValueError) as error:
             yield str(error)
             continue

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from instructblip.evaluation.result import Result
 from instructblip.evaluation.tables import to_markdown
 from instructblip.evaluation.verdict import Verdict, constant_result, worst
 from instructblip.experiment.build import DATA_FILE, Data, Variant, build
-from instructblip.experiment.datasets import Held
+from instructblip.experiment.datasets import Held, benchmarks_of, scored_rows
 from instructblip.experiment.evaluate import load_engine, score
 from instructblip.experiment.sayable import LEAST_KNOWN, sayable
 from instructblip.inference.engine import Engine
@@ -50,7 +50,8 @@ CHOSEN = (
 )
 UNSEEN = "Neither the training nor the choice of its step has seen these examples."
 
-# task -> prompt, metric, decoding: how a held-back example is asked and scored
+# task -> prompt, metric, decoding: how a held-back example is asked and scored, where the recipe
+# has no benchmark on the folder
 MEASURES: dict[str, tuple[str, str, dict[str, int]]] = {
     "caption": ("A short image description.", "rouge_l", {"max_new_tokens": 60}),
     "vqa": ("Question: {question} Short answer:", "exact_match", {"max_new_tokens": 16}),
@@ -78,12 +79,13 @@ class FolderTuning(Variant):
                 f"an example has {most} images and data.num_frames={recipe.data.num_frames} "
                 "shows fewer: raise it, or leave it out"
             )
+        held_sets(self.held, recipe, self.language)
 
     def validates(self, recipe: Recipe) -> bool:
         return True
 
     def read_data(self, recipe: Recipe) -> Data:
-        held = held_sets(self.held, self.language)
+        held = held_sets(self.held, recipe, self.language)
         return Data({SET: self.training}, {SET: fingerprint(self.training)}, held)
 
 
@@ -125,7 +127,6 @@ def tune(
     language = language_of(answer for example in examples for answer in example.answers)
     images = max(len(example.images) for example in examples)
     variant = FolderTuning(sides.training, sides.validation, language)
-    sets = held_sets(sides.final, language)
     refuse_other_data(out / "run", sides.training)
     with distributed.process_group():
         if distributed.is_main():
@@ -138,6 +139,9 @@ def tune(
         distributed.barrier()
         recipe = load_recipe(out / RECIPE_FILE, overrides if resume else ())
         variant.refuse(recipe)
+        sets = held_sets(sides.final, recipe, language)
+        if distributed.is_main() and (note := unscored_note(sides.final, sets)):
+            print(note, flush=True)
         engine = load_engine(recipe, recipe.model.start)
         report_sayable(engine, recipe.model.start, sets, language, anyway or resume)
         results = {"before": _evaluate(engine, recipe, sets, out / "results/before")}
@@ -149,7 +153,6 @@ def tune(
         after = _evaluate(engine, recipe, sets, out / "results/after")
         blind = [each for each in sets if can_swap(each.dataset, MOST_EVALUATED)]
         blind = _evaluate(engine, recipe, blind, out / "results/blind", BLIND_SEED)
-        results["always the same answer"] = [constant_result(each) for each in after]
         if blind:
             results["after, pictures swapped"] = blind
         results["after"] = after
@@ -159,13 +162,11 @@ def tune(
             Verdict(
                 before=old,
                 after=new,
-                constant=same,
+                constant=constant_result(new),
                 blind=swapped.get(new.benchmark),
                 kept_start=kept,
             )
-            for old, new, same in zip(
-                results["before"], after, results["always the same answer"], strict=True
-            )
+            for old, new in zip(results["before"], after, strict=True)
         ]
         tuned = Tuned(out / "report.html", worst(verdicts))
         if distributed.is_main():
@@ -343,8 +344,33 @@ def _absolute(start: str) -> str:
     return str(Path(start).absolute()) if is_path else start
 
 
-def held_sets(held: FolderSet, language: Language = "en") -> list[Held]:
-    """A benchmark for each task among the held-back examples, with its examples."""
+def held_sets(held: FolderSet, recipe: Recipe, language: Language = "en") -> list[Held]:
+    """The benchmarks of the recipe on the folder, each with the held-back examples that it scores;
+    without any, one for each task.
+
+    Raises ValueError for a benchmark that the examples do not fit.
+    """
+    names = [name for name, entry in recipe.evaluation.own.items() if entry.set == SET]
+    sets = []
+    for benchmark in benchmarks_of(recipe, names) if names else ():
+        key = f"evaluation.own.{benchmark.name}"
+        if benchmark.split == "train":
+            raise ValueError(f"{key}.split is train, and `tune` scores what it holds back")
+        if benchmark.metric == "mrr":
+            raise ValueError(
+                f"{key}: `tune` compares with the best constant answer, which mrr does not have; "
+                "put another metric first, such as accuracy"
+            )
+        rows = scored_rows(recipe, benchmark, held)
+        tasks = {rows[i].task for i in range(len(rows))}
+        if benchmark.prompt is None and language == "zh" and len(tasks) == 1:
+            benchmark = replace(benchmark, prompt=TEMPLATES_ZH[tasks.pop()][0])
+        sets.append(Held(benchmark, rows))
+    return sets or _measured_by_task(held, language)
+
+
+def _measured_by_task(held: FolderSet, language: Language) -> list[Held]:
+    """A benchmark for each task among the held-back examples, as ``MEASURES`` says."""
     sets = []
     for task, (prompt, metric, decoding) in MEASURES.items():
         prompt = TEMPLATES_ZH[task][0] if language == "zh" else prompt
@@ -352,17 +378,26 @@ def held_sets(held: FolderSet, language: Language = "en") -> list[Held]:
         benchmark = Benchmark(
             name=f"own_{task}",
             title=f"own {task.replace('_', ' ')}",
-            source="imagefolder",
+            source=SET,
             split="val",
             prompt=prompt,
             mode="rank" if task == "multiple_choice" else "generate",
             metric=metric,
-            role="held_in",
+            role="own",
             decoding=decoding,
         )
         if examples:
-            sets.append(Held(benchmark, FolderSet(examples, held.image_root, benchmark.name)))
+            sets.append(Held(benchmark, replace(held, examples=examples)))
     return sets
+
+
+def unscored_note(held: FolderSet, sets: Sequence[Held]) -> str:
+    """The line about held-back examples that no benchmark scores; empty without any."""
+    scored = {each.dataset[i].id for each in sets for i in range(len(each.dataset))}
+    rest = Counter(example.task for example in held.examples if example.id not in scored)
+    if not rest:
+        return ""
+    return f"{rest.total()} of {len(held)} held-back examples are not scored: {dict(rest)}"
 
 
 def fingerprint(folder: FolderSet) -> str:

@@ -1,7 +1,7 @@
 """A folder of images (an ``imagefolder``) -> examples, all checked, and split."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -37,6 +37,9 @@ class FolderSet:
     name: str = "own"
     hashes: Mapping[str, int] = field(default_factory=dict, repr=False)
     """Perceptual hash of each image of the folder."""
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
 
     def __len__(self) -> int:
         return len(self.examples)
