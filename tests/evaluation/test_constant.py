@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from instructblip.evaluation.bootstrap import class_means, interval, resample
+from instructblip.evaluation.bootstrap import class_mean_of, interval, resample
 from instructblip.evaluation.classes import (
     Hits,
     balanced_accuracy,
@@ -82,7 +82,7 @@ def test_constant_of_nothing_and_of_ranks_is_refused() -> None:
 
 
 def class_mean(of: Hits) -> float:
-    return float(class_means(of[0][None], of[1][None])[0])
+    return float(class_mean_of(*of)(np.ones((1, len(of[0]))))[0])
 
 
 def test_class_metrics_equal_scikit_learn() -> None:
@@ -105,13 +105,11 @@ def test_class_metrics_equal_scikit_learn() -> None:
 @pytest.mark.parametrize("metric", [balanced_accuracy, macro_f1])
 def test_intervals_of_class_metrics_are_possible_scores(metric: Callable[..., Hits]) -> None:
     right = ["no"] * 40 + ["yes"] * 5
-    hits, classes = metric(right, right)
-    assert interval(resample(hits, classes=classes)) == (100, 100)
-    hits, classes = balanced_accuracy(right, ["no"] * 45)
-    assert interval(resample(hits, classes=classes)) == (50, 50)
+    assert interval(resample(class_mean_of(*metric(right, right)), 45)) == (100, 100)
+    constant = balanced_accuracy(right, ["no"] * 45)
+    assert interval(resample(class_mean_of(*constant), 45)) == (50, 50)
     predicted = [*["no"] * 30, *["yes"] * 14, "maybe"]
-    hits, classes = metric(right, predicted)
-    values = resample(hits, seed=1, resamples=5, classes=classes)
+    values = resample(class_mean_of(*metric(right, predicted)), 45, seed=1, resamples=5)
     draws = np.random.default_rng([1, 45]).integers(0, 45, size=(5, 45))
     for value, draw in zip(values, draws, strict=True):
         part = metric([right[i] for i in draw], [predicted[i] for i in draw])
@@ -123,6 +121,27 @@ def test_a_result_resamples_its_classes() -> None:
     rows = [{"prediction": "no", "answers": [a], "extra": {}} for a in ["no"] * 40 + ["yes"] * 5]
     result = make_result({"benchmark": {**asked, "metric": "balanced_accuracy"}}, rows)
     assert (result.value, result.interval) == (50, (50, 50))
+
+
+def test_a_result_resamples_the_groups_of_its_samples() -> None:
+    """Ten patients, five of whom are answered rightly in all four of their samples."""
+    asked = {"name": "toy", "title": "toy", "role": "own", "unseen_type": False, "mode": "rank"}
+    settings = {"benchmark": {**asked, "metric": "accuracy", "decoding": {}, "prompt": "?"}}
+    rows = [
+        {"prediction": "yes" if i < 20 else "no", "answers": ["yes"], "extra": {"group": f"p{i // 4}"}}
+        for i in range(40)
+    ]
+    grouped, single = (
+        make_result(settings, [{**row, "extra": extra} for row in rows for extra in [e(row)]])
+        for e in (lambda row: row["extra"], lambda row: {})
+    )
+    assert grouped.value == single.value == 50
+    assert grouped.interval is not None
+    assert single.interval is not None
+    wide, narrow = (high - low for low, high in (grouped.interval, single.interval))
+    assert wide == pytest.approx(2 * narrow, rel=0.15)
+    assert grouped.describe().endswith("prompt '?'; intervals over 10 groups")
+    assert "groups" not in single.describe()
 
 
 def test_class_of_several_answers_is_the_predicted_one() -> None:

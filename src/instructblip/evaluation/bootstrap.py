@@ -1,12 +1,13 @@
 """Bootstrap intervals and paired tests, seeded and vectorised.
 
-A resample draws n of n samples with replacement. The draws depend on seed and n alone, so two
-models that answered the same samples are resampled with the SAME draws and their difference is
-paired. The functions take the ``samples`` [n] of a ``Score`` and, for the area under the ROC curve,
-its ``labels`` [n], for a mean over classes its ``classes`` [n, k].
+A resample draws n of n samples with replacement or, where samples belong to groups such as
+patients, n of n groups with all their samples: those of a group are no independent samples, and
+drawing them one by one gives intervals that are too narrow. The draws depend on the seed and the
+groups alone, so two models that answered the same samples are resampled with the SAME draws and
+their difference is paired. A score is a `Statistic` of how often each sample was drawn.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from jaxtyping import Float64, Int64, Real
 from numpy import ndarray
 
 Floats = Float64[ndarray, " _"]
+Statistic = Callable[[Float64[ndarray, "block n"]], Float64[ndarray, " block"]]
+"""Scores, 0 to 1, of resamples; a row of the weights has how often each sample was drawn."""
 
 RESAMPLES = 1000
 _TAIL = 50 * (1 - 0.95)
@@ -39,56 +42,58 @@ class Difference(NamedTuple):
 
 
 def resample(
-    samples: Real[ndarray, " n"],
-    labels: Real[ndarray, " n"] | None = None,
+    statistic: Statistic,
+    groups: Sequence[Hashable] | int,
     seed: int = 0,
     resamples: int = RESAMPLES,
-    classes: Int64[ndarray, "n k"] | None = None,
 ) -> Float64[ndarray, " resamples"]:
-    """Return values from 0 to 100: means of ``samples``, AUROCs if ``labels`` are given, or
-    `class_means` if ``classes`` are.
+    """Return ``statistic`` of each resample, times 100.
 
-    A resample that contains one class only has no AUROC: its value is nan.
+    ``groups`` is the number of samples, or the group of each. A resample for which the score is
+    not defined, as an AUROC of one class, has the value nan.
     """
+    ids = np.arange(groups) if isinstance(groups, int) else _numbered(groups)
+    return 100 * np.concatenate([statistic(w) for w in _weights(ids, seed, resamples)])
+
+
+def mean_of(samples: Real[ndarray, " n"]) -> Statistic:
+    """The mean of the samples."""
     values = np.asarray(samples, dtype=np.float64)
-    if classes is not None:
-        draws = _draws(len(values), seed, resamples)
-        blocks = [class_means(values[each], classes[each]) for each in draws]
-    elif labels is None:
-        blocks = [values[draws].mean(axis=1) for draws in _draws(len(values), seed, resamples)]
-    else:
-        truth = np.asarray(labels, dtype=np.float64)
-        order = np.argsort(values, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(values[order]) != 0])
-        blocks = [
-            _weighted_auroc(_counts(draws)[:, order], truth[order], starts)
-            for draws in _draws(len(values), seed, resamples)
-        ]
-    return 100 * np.concatenate(blocks)
+    return lambda weights: weights @ values / weights.sum(axis=1)
 
 
-def class_means(
-    hits: Real[ndarray, "block n"], classes: Int64[ndarray, "block n k"]
-) -> Float64[ndarray, " block"]:
-    """Return, for each row, the mean over the classes of k times their hits over how often they
-    occur in the k columns. The first column has the class of each sample. Classes that occur in
-    other columns only, or in other rows only, do not count.
+def auroc_of(scores: Real[ndarray, " n"], labels: Real[ndarray, " n"]) -> Statistic:
+    """The area under the ROC curve of scores of samples labelled 0 or 1."""
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])
+    truth = np.asarray(labels[order], dtype=np.float64)
+    return lambda weights: _weighted_auroc(weights[:, order], truth, starts)
+
+
+def class_mean_of(hits: Real[ndarray, " n"], classes: Int64[ndarray, "n k"]) -> Statistic:
+    """The mean over the classes of k times their hits over how often they occur in the k columns.
+    The first column has the class of each sample. Classes that occur in other columns only, or in
+    no sample that was drawn, do not count.
 
     With the right class alone that is the mean recall; with the predicted one beside it the mean
     F1, as 2 * hits / (right + predicted).
     """
-    rows, _, k = classes.shape
-    size = int(classes.max()) + 1
-    places = classes + np.arange(rows)[:, None, None] * size
+    k, size = classes.shape[1], int(classes.max()) + 1
 
-    def count(column: Int64[ndarray, "block n"], weights: ndarray | None = None) -> ndarray:
-        return np.bincount(column.ravel(), weights, rows * size).reshape(rows, size)
+    def statistic(weights: Float64[ndarray, "block n"]) -> Float64[ndarray, " block"]:
+        rows = len(weights)
+        first = np.arange(rows)[:, None] * size
 
-    right = count(places[:, :, 0])
-    found = count(places[:, :, 0], np.asarray(hits, dtype=np.float64).ravel())
-    total = sum((count(places[:, :, i]) for i in range(1, k)), right)
-    shares = np.divide(k * found, total, out=np.zeros((rows, size)), where=right > 0)
-    return shares.sum(axis=1) / (right > 0).sum(axis=1)
+        def count(column: int, weights: ndarray) -> ndarray:
+            places = (first + classes[:, column]).ravel()
+            return np.bincount(places, weights.ravel(), rows * size).reshape(rows, size)
+
+        right, found = count(0, weights), count(0, weights * hits)
+        total = sum((count(i, weights) for i in range(1, k)), right)
+        shares = np.divide(k * found, total, out=np.zeros((rows, size)), where=right > 0)
+        return shares.sum(axis=1) / (right > 0).sum(axis=1)
+
+    return statistic
 
 
 def interval(values: Float64[ndarray, " r"]) -> Interval:
@@ -109,21 +114,26 @@ def difference(value: float, a: Float64[ndarray, " r"], b: Float64[ndarray, " r"
     return Difference(value, *interval(deltas), float(min(1.0, 2 * min(below, above))))
 
 
-def _draws(n: int, seed: int, resamples: int) -> Iterator[Int64[ndarray, "block n"]]:
-    """Yield indices, always the same for the same n and seed."""
-    if n == 0:
+def _numbered(groups: Sequence[Hashable]) -> Int64[ndarray, " n"]:
+    """The groups as numbers from 0, in the order of their first samples."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], np.int64)
+
+
+def _weights(
+    ids: Int64[ndarray, " n"], seed: int, resamples: int
+) -> Iterator[Float64[ndarray, "block n"]]:
+    """Yield how often each sample is drawn, always the same for the same groups and seed."""
+    if not len(ids):
         raise ValueError("cannot resample an empty set")
-    rng = np.random.default_rng([seed, n])
-    rows = max(1, _BLOCK // n)
+    count = int(ids.max()) + 1
+    rng = np.random.default_rng([seed, count])
+    rows = max(1, _BLOCK // len(ids))
     for start in range(0, resamples, rows):
-        yield rng.integers(0, n, size=(min(rows, resamples - start), n))
-
-
-def _counts(draws: Int64[ndarray, "block n"]) -> Float64[ndarray, "block n"]:
-    """Count how often each of n samples was drawn, with one bincount for the whole block."""
-    rows, n = draws.shape
-    flat = (draws + np.arange(rows)[:, None] * n).ravel()
-    return np.bincount(flat, minlength=rows * n).reshape(rows, n).astype(np.float64)
+        draws = rng.integers(0, count, size=(min(rows, resamples - start), count))
+        flat = (draws + np.arange(len(draws))[:, None] * count).ravel()
+        drawn = np.bincount(flat, minlength=len(draws) * count).reshape(len(draws), count)
+        yield drawn[:, ids].astype(np.float64)
 
 
 def _weighted_auroc(

@@ -12,7 +12,7 @@ from instructblip.evaluation.metrics import plain
 
 Hits = tuple[Floats, Int64[np.ndarray, "n k"]]
 """Whether each sample is right [n], and its class and perhaps the predicted one [n, k]: what
-`bootstrap.class_means` reads."""
+`bootstrap.class_mean_of` reads."""
 
 MOST_CLASSES = 20
 """Classes of a table; more are no classes but texts."""
@@ -77,14 +77,14 @@ def labels(predictions: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[st
 
 
 def balanced_accuracy(right: Sequence[str], predicted: Sequence[str]) -> Hits:
-    """Return hits whose `class_means` is scikit-learn's ``balanced_accuracy_score``: the mean over
-    the classes of their recall."""
+    """Return hits whose `class_mean_of` is scikit-learn's ``balanced_accuracy_score``: the mean
+    over the classes of their recall."""
     hits, classes = macro_f1(right, predicted)
     return hits, classes[:, :1]
 
 
 def macro_f1(right: Sequence[str], predicted: Sequence[str]) -> Hits:
-    """Return hits whose `class_means` is scikit-learn's ``f1_score`` with the right answers as
+    """Return hits whose `class_mean_of` is scikit-learn's ``f1_score`` with the right answers as
     ``labels``: the mean over them of their F1. A predicted text that is no class costs recall
     only."""
     ids = {name: i for i, name in enumerate(dict.fromkeys(right))}

@@ -114,7 +114,8 @@ def _check_pair(first: Result, second: Result) -> None:
 def _samples(result: Result, seeing: bool) -> list[list[Any]]:
     """What was asked, without the images for a blind control, which saw other ones."""
     names = ("id", "prompt", "answers", "candidates", *(["images"] if seeing else []))
-    return [[prediction.get(name) for name in names] for prediction in result.predictions]
+    rows = [[prediction.get(name) for name in names] for prediction in result.predictions]
+    return [*rows, result.groups]
 
 
 def _row(results: Mapping[str, Result], baseline: str) -> Row:

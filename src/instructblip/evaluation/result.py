@@ -27,7 +27,8 @@ class Result:
     ``constants`` has the best constant answer by metric, of a benchmark of the role "own".
 
     ``settings`` are those of the predictions: benchmark, model, limit, blind seed. ``predictions``
-    are in the order of the data set. The bootstrap resamples ``score``.
+    are in the order of the data set. The bootstrap resamples ``score``, by group where samples
+    have one.
     """
 
     benchmark: str
@@ -48,8 +49,14 @@ class Result:
     @cached_property
     def resampled(self) -> Floats:
         """Bootstrap values of the score. The seed is that of the benchmark, for every model."""
-        score, seed = self.score, zlib.crc32(self.benchmark.encode())
-        return resample(score.samples, score.labels, seed, classes=score.classes)
+        seed = zlib.crc32(self.benchmark.encode())
+        return resample(self.score.statistic, self.groups or self.n, seed)
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """The group of each sample, such as a patient; empty where the data set names none."""
+        found = [prediction["extra"].get("group") for prediction in self.predictions]
+        return [] if None in found else found
 
     @property
     def interval(self) -> Interval | None:
@@ -60,7 +67,8 @@ class Result:
     def how(self) -> dict[str, Any]:
         """What the score depends on beside the model and the samples."""
         asked = {name: self.settings["benchmark"][name] for name in ("mode", "decoding", "prompt")}
-        return {"metric": self.metric, "tokenizer": self.tokenizer, **asked}
+        groups = {"groups": len({*self.groups})} if self.groups else {}
+        return {"metric": self.metric, "tokenizer": self.tokenizer, **asked, **groups}
 
     @property
     def blind(self) -> bool:
@@ -178,13 +186,14 @@ def load_results(folders: Sequence[Path]) -> dict[str, list[Result]]:
 
 
 def describe_how(how: Mapping[str, Any]) -> str:
-    """Return ``Result.how`` in words: metric, tokenizer, decoding, prompt."""
+    """Return ``Result.how`` in words: metric, tokenizer, decoding, prompt, groups."""
     tokens = f"; tokenizer {how['tokenizer']}" if how["tokenizer"] else ""
     decoding = ", ".join(f"{k} {v}" for k, v in how["decoding"].items())
     default = "greedy" if how["mode"] == "generate" else "argmax of candidates"
+    groups = f"; intervals over {how['groups']} groups" if "groups" in how else ""
     return (
         f"{how['metric']}{tokens}; {how['mode']} ({decoding or default}); "
-        f"prompt {how['prompt'] or 'of each task'!r}"
+        f"prompt {how['prompt'] or 'of each task'!r}{groups}"
     )
 
 

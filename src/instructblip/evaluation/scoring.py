@@ -19,11 +19,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
 
 from instructblip.core.user_code import find_function, is_function
 from instructblip.evaluation import captions, classes, metrics, normalize
-from instructblip.evaluation.bootstrap import Floats, class_means
+from instructblip.evaluation.bootstrap import Statistic, auroc_of, class_mean_of, mean_of
 from instructblip.evaluation.captions import CaptionTokenizer
 
 Prediction = Mapping[str, Any]
@@ -33,16 +32,13 @@ Prediction = Mapping[str, Any]
 class Score:
     """``value`` 0 to 100 (CIDEr may exceed it), or None where the metric is not defined.
 
-    ``samples`` [n] are resampled for intervals: their mean, with ``labels`` the area under the ROC
-    curve, or with ``classes`` their mean over classes is ``value / 100``. ``others`` are further
-    scores of the same predictions.
+    ``statistic`` is the score of resamples, of all samples once it is ``value / 100``. ``others``
+    are further scores of the same predictions.
     """
 
     value: float | None
-    samples: Floats
-    labels: Floats | None = None
+    statistic: Statistic
     others: dict[str, float] = field(default_factory=dict)
-    classes: Int64[np.ndarray, "n k"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +122,7 @@ def right_option(prediction: Prediction) -> int:
 
 def _mean(samples: Sequence[float], **others: float) -> Score:
     values = np.array(samples)
-    return Score(100 * float(values.mean()), values, others=dict(others))
+    return Score(100 * float(values.mean()), mean_of(values), dict(others))
 
 
 def _reciprocal_rank(prediction: Prediction) -> float:
@@ -161,8 +157,7 @@ def _auroc(predictions: Sequence[Prediction], tokenizer: CaptionTokenizer) -> Sc
     accuracy = float(np.mean([_exact(p) for p in predictions]))
     return Score(
         None if area is None else 100 * area,
-        np.array(margins),
-        np.array(labels, dtype=np.float64),
+        auroc_of(np.array(margins), np.array(labels)),
         {"accuracy": 100 * accuracy},
     )
 
@@ -187,7 +182,7 @@ def _captions(main: str) -> Callable[[Sequence[Prediction], CaptionTokenizer], S
         }
         result = scores.pop(main)
         others = {name: 100 * each.value for name, each in scores.items()}
-        return Score(100 * result.value, np.array(result.per_image), others=others)
+        return Score(100 * result.value, mean_of(np.array(result.per_image)), others)
 
     return score
 
@@ -201,9 +196,9 @@ def _classes(main: str) -> Callable[[Sequence[Prediction], CaptionTokenizer], Sc
 
     def score(predictions: Sequence[Prediction], tokenizer: CaptionTokenizer) -> Score:
         hits, ids = classes.CLASS_METRICS[main](*classes.labels(predictions))
-        value = 100 * float(class_means(hits[None], ids[None])[0])
-        accuracy = {"accuracy": 100 * float(hits.mean())}
-        return Score(value, hits, others=accuracy, classes=ids)
+        statistic = class_mean_of(hits, ids)
+        value = 100 * float(statistic(np.ones((1, len(hits))))[0])
+        return Score(value, statistic, {"accuracy": 100 * float(hits.mean())})
 
     return score
 
