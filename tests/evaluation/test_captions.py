@@ -2,10 +2,13 @@
 
 import inspect
 
+import numpy as np
 import pytest
 
 from instructblip.evaluation import captions
+from instructblip.evaluation.bootstrap import interval, resample
 from instructblip.evaluation.captions import CaptionTokenizer
+from instructblip.evaluation.scoring import SCORERS
 from tests.evaluation.caption_cases import CANDIDATES, REFERENCES
 
 CIDER = [3.1587930634409784, 2.856927902374791, 2.3433023919727245, 3.5221002257271055]
@@ -52,6 +55,8 @@ def test_meteor_is_that_of_the_original_program() -> None:
     scores = captions.meteor(CANDIDATES, REFERENCES)
     assert scores.per_image == pytest.approx(METEOR, abs=1e-12)
     assert scores.value == pytest.approx(0.4220739138299799, abs=1e-12)
+    equal = captions.meteor(["a cat", "two dogs run"], [["a cat"], ["two dogs ran in a park"]])
+    assert equal.value == pytest.approx(0.38540163269843797, abs=1e-12)
 
 
 def test_meteor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,3 +139,40 @@ def test_bad_input_is_named() -> None:
 def test_chinese_characters_are_words():
     assert captions.tokenize(["一只红猫，在 T恤上。"]) == [[*"一只红猫在", "t恤上"]]
     assert 0 < captions.rouge_l(["一只猫。"], [["一只红猫"]]).value < 1
+
+
+def test_resampled_corpus_scores_are_those_of_the_drawn_captions() -> None:
+    """BLEU-4 of a corpus is no mean of its images: short captions without a 4-gram score 0."""
+    rng = np.random.default_rng(0)
+    words = ["a", "red", "dog", "runs", "in", "the", "park", "near", "two", "big", "cats"]
+    expected = [" ".join(rng.choice(words, rng.integers(3, 12))) for _ in range(80)]
+    given = [" ".join(text.split()[: rng.integers(2, 9)]) for text in expected]
+    rows = [
+        {"prediction": text, "answers": [answer], "extra": {}}
+        for text, answer in zip(given, expected, strict=True)
+    ]
+    score = SCORERS["bleu_4"].score(rows)
+    assert score.value == 100 * captions.bleu(given, [[text] for text in expected]).value
+    low, high = interval(resample(score.statistic, 80))
+    assert score.value is not None
+    assert low < score.value < high
+    assert score.others.keys() == {"cider", "rouge_l"}
+    mean = np.mean(captions.bleu(given, [[text] for text in expected]).per_image)
+    assert not low < 100 * mean < high
+    values = resample(score.statistic, 80, seed=1, resamples=3)
+    draws = np.random.default_rng([1, 80]).integers(0, 80, (3, 80))
+    for value, draw in zip(values, draws, strict=True):
+        drawn = captions.bleu([given[i] for i in draw], [[expected[i]] for i in draw])
+        assert value == pytest.approx(100 * drawn.value)
+
+
+def test_meteor_of_counts() -> None:
+    """What the program prints for two captions, of which the first is equal to its reference, so
+    that its chunk counts nowhere; and the program's scores of these."""
+    equal = "2 2 1 1 1 1 1 1 0 0 0 0 0 0 0 0 0 0 0 0 0 2 2"
+    other = "3 6 1 3 1 1 1 1 0 0 0 0 1 1 0 0 0 0 0 0 1 3 3"
+    counts = np.array([text.split() for text in (equal, other)], dtype=np.float64)
+    assert captions.meteor_of(counts) == pytest.approx([1, 0.29488643580806345], abs=1e-15)
+    whole = captions.meteor_of(counts.sum(axis=0))
+    assert whole == pytest.approx(0.38540163269843797, abs=1e-15)
+    assert captions.meteor_of(np.zeros(23)) == 0

@@ -128,7 +128,11 @@ def test_a_result_resamples_the_groups_of_its_samples() -> None:
     asked = {"name": "toy", "title": "toy", "role": "own", "unseen_type": False, "mode": "rank"}
     settings = {"benchmark": {**asked, "metric": "accuracy", "decoding": {}, "prompt": "?"}}
     rows = [
-        {"prediction": "yes" if i < 20 else "no", "answers": ["yes"], "extra": {"group": f"p{i // 4}"}}
+        {
+            "prediction": "yes" if i < 20 else "no",
+            "answers": ["yes"],
+            "extra": {"group": f"p{i // 4}"},
+        }
         for i in range(40)
     ]
     grouped, single = (

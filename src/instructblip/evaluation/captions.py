@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 
 CaptionTokenizer = Literal["ptb_java", "python"]
 Ngrams = Counter[tuple[str, ...]]
@@ -68,12 +69,33 @@ def bleu(
     Brevity penalty and precisions are those of the whole corpus; ``per_image`` applies the same
     formula to one image.
     """
+    counts = bleu_counts(candidates, references, tokenizer, n)
+    return CaptionScore(float(bleu_of(counts.sum(axis=0))), bleu_of(counts).tolist())
+
+
+def bleu_counts(
+    candidates: Sequence[str],
+    references: Sequence[Sequence[str]],
+    tokenizer: CaptionTokenizer = "python",
+    n: int = 4,
+) -> Float64[np.ndarray, "images m"]:
+    """Return what BLEU-n sums over images, for `bleu_of`: length of the candidate and of the
+    reference, matches of 1- to n-grams, number of 1- to n-grams."""
     if not 1 <= n <= 4:
         raise ValueError(f"n of BLEU must be from 1 to 4; got {n}")
     predicted, expected = _tokens(candidates, references, tokenizer)
-    counts = [_bleu_counts(t, group, n) for t, group in zip(predicted, expected, strict=True)]
-    total = np.sum(counts, axis=0)
-    return CaptionScore(_bleu(total, n), [_bleu(row, n) for row in counts])
+    rows = [_bleu_counts(t, group, n) for t, group in zip(predicted, expected, strict=True)]
+    return np.array(rows, dtype=np.float64)
+
+
+def bleu_of(counts: Float64[np.ndarray, "*rows m"]) -> Float64[np.ndarray, "*rows"]:
+    """Return BLEU-n of each row of summed `bleu_counts`."""
+    n = counts.shape[-1] // 2 - 1
+    small, tiny = 1e-9, 1e-15  # bleu_scorer.py smooths with these
+    precisions = (counts[..., 2 : 2 + n] + tiny) / (counts[..., 2 + n :] + small)
+    ratio = (counts[..., 0] + tiny) / (counts[..., 1] + small)
+    penalty = np.exp(np.minimum(0, 1 - 1 / ratio))
+    return np.asarray(np.prod(precisions, axis=-1) ** (1 / n) * penalty)
 
 
 def rouge_l(
@@ -96,10 +118,27 @@ def meteor(
     references: Sequence[Sequence[str]],
     tokenizer: CaptionTokenizer = "python",
 ) -> CaptionScore:
-    """METEOR 1.5 by its authors' Java program, which the extra ``caption-metrics`` brings.
+    """METEOR 1.5 with the matches that its authors' Java program finds, which the extra
+    ``caption-metrics`` brings.
 
     Compares stems, synonyms and paraphrases; needs 2 GB of memory and seconds to start. Raises
     FileNotFoundError if the package or Java is missing.
+    """
+    counts = meteor_counts(candidates, references, tokenizer)
+    return CaptionScore(float(meteor_of(counts.sum(axis=0))), meteor_of(counts).tolist())
+
+
+def meteor_counts(
+    candidates: Sequence[str],
+    references: Sequence[Sequence[str]],
+    tokenizer: CaptionTokenizer = "python",
+) -> Float64[np.ndarray, "images 23"]:
+    """Return what METEOR sums over images, for `meteor_of`, of the reference that fits best.
+
+    A row is what the program prints: the lengths of candidate and reference; the function words
+    among them; for exact, stem, synonym and paraphrase matches the content words matched in both,
+    then the function words; the chunks; and all words matched in both. Captions that are equal have
+    no chunk, as in the program's own sum.
     """
     folder = java_package("METEOR") / "meteor"
     predicted, expected = _tokens(candidates, references, tokenizer)
@@ -118,10 +157,30 @@ def meteor(
             _converse(program, "SCORE", *map(_meteor_text, group), _meteor_text(tokens))
             for tokens, group in zip(predicted, expected, strict=True)
         ]
-        assert program.stdout is not None
-        per_image = [float(_converse(program, "EVAL", *matches))]
-        per_image += [float(program.stdout.readline()) for _ in predicted]
-    return CaptionScore(per_image.pop(), per_image)
+    counts = np.array([line.split() for line in matches], dtype=np.float64)
+    equal = (counts[:, 20] == 1) & (counts[:, 21:23] == counts[:, 0:2]).all(axis=1)
+    counts[equal, 20] = 0
+    return counts
+
+
+def meteor_of(counts: Float64[np.ndarray, "*rows 23"]) -> Float64[np.ndarray, "*rows"]:
+    """Return METEOR of each row of summed `meteor_counts`, with the program's weights for English
+    (Denkowski and Lavie, "Meteor Universal", 2014, section 3)."""
+    alpha, beta, gamma, delta = 0.85, 0.2, 0.6, 0.75
+    lengths, functions = counts[..., 0:2], counts[..., 2:4]
+    by_kind = counts[..., 4:20].reshape(*counts.shape[:-1], 4, 2, 2)  # kind, word class, side
+    content, function = np.einsum("...kcs,k->c...s", by_kind, [1.0, 0.6, 0.8, 0.6])
+    total = delta * (lengths - functions) + (1 - delta) * functions
+    matched = delta * content + (1 - delta) * function
+    precision, recall = np.moveaxis(_share(matched, total), -1, 0)
+    mean = _share(precision * recall, alpha * precision + (1 - alpha) * recall)
+    fragments = _share(counts[..., 20], counts[..., 21:23].mean(axis=-1))
+    return np.asarray(mean * (1 - gamma * fragments**beta))
+
+
+def _share(part: np.ndarray | np.float64, whole: np.ndarray | np.float64) -> np.ndarray:
+    """part / whole, 0 where there is nothing."""
+    return np.divide(part, whole, out=np.zeros(np.shape(part)), where=whole > 0)
 
 
 def _meteor_text(tokens: Sequence[str]) -> str:
@@ -194,8 +253,7 @@ def _cider_d(candidate: _Vectors, reference: _Vectors, sigma: float = 6.0) -> fl
     return math.fsum(cosines) * penalty / 4
 
 
-def _bleu_counts(tokens: Sequence[str], references: Sequence[Sequence[str]], n: int) -> np.ndarray:
-    """[candidate length, reference length, matches of 1..n-grams, number of 1..n-grams]."""
+def _bleu_counts(tokens: Sequence[str], references: Sequence[Sequence[str]], n: int) -> list[int]:
     best: Ngrams = Counter()
     for reference in references:
         best |= _ngrams(reference, n)
@@ -203,16 +261,7 @@ def _bleu_counts(tokens: Sequence[str], references: Sequence[Sequence[str]], n: 
     matches, guesses = [0] * n, [max(0, len(tokens) - k) for k in range(n)]
     for gram, count in _ngrams(tokens, n).items():
         matches[len(gram) - 1] += min(count, best[gram])
-    return np.array([len(tokens), closest, *matches, *guesses], dtype=np.float64)
-
-
-def _bleu(counts: np.ndarray, n: int) -> float:
-    small, tiny = 1e-9, 1e-15  # bleu_scorer.py smooths with these
-    length, reference_length = counts[0], counts[1]
-    precisions = (counts[2 : 2 + n] + tiny) / (counts[2 + n :] + small)
-    score = float(np.prod(precisions)) ** (1 / n)
-    ratio = (length + tiny) / (reference_length + small)
-    return score * math.exp(1 - 1 / ratio) if ratio < 1 else score
+    return [len(tokens), closest, *matches, *guesses]
 
 
 def _rouge_l(

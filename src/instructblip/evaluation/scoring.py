@@ -168,6 +168,11 @@ CAPTION_METRICS = {
     "bleu_4": captions.bleu,
     "meteor": captions.meteor,
 }
+CORPUS_METRICS = {
+    "bleu_4": (captions.bleu_counts, captions.bleu_of),
+    "meteor": (captions.meteor_counts, captions.meteor_of),
+}
+"""Metrics that are no mean over the samples: the counts of each, and the score of their sum."""
 
 
 def _captions(main: str) -> Callable[[Sequence[Prediction], CaptionTokenizer], Score]:
@@ -176,13 +181,18 @@ def _captions(main: str) -> Callable[[Sequence[Prediction], CaptionTokenizer], S
     def score(predictions: Sequence[Prediction], tokenizer: CaptionTokenizer) -> Score:
         candidates = [p["prediction"] for p in predictions]
         references = [p["answers"] for p in predictions]
-        scores = {
-            name: CAPTION_METRICS[name](candidates, references, tokenizer)
-            for name in dict.fromkeys(("cider", "rouge_l", "bleu_4", main))
+        others = {
+            name: 100 * CAPTION_METRICS[name](candidates, references, tokenizer).value
+            for name in ("cider", "rouge_l", "bleu_4")
+            if name != main
         }
-        result = scores.pop(main)
-        others = {name: 100 * each.value for name, each in scores.items()}
-        return Score(100 * result.value, mean_of(np.array(result.per_image)), others)
+        if main not in CORPUS_METRICS:
+            result = CAPTION_METRICS[main](candidates, references, tokenizer)
+            return Score(100 * result.value, mean_of(np.array(result.per_image)), others)
+        count, score_of = CORPUS_METRICS[main]
+        counts = count(candidates, references, tokenizer)
+        value = 100 * float(score_of(counts.sum(axis=0)))
+        return Score(value, lambda weights: score_of(weights @ counts), others)
 
     return score
 
