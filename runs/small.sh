@@ -31,14 +31,17 @@ fi
 [ -d "$work/reader" ] || instructblip export "$work/reading" "$work/reader"
 
 data=("data.root=$work/pictures" "features.root=$work/features")
+# Names alone, so that two texts of a batch never mean the same; many of them at a time.
 # shellcheck disable=SC2046
 [ -d "$work/align/last" ] || instructblip pretrain runs/small/pretrain.yaml --stage align \
-    --out "$work/align" "${data[@]}" "model.start=$work/reader" "training.steps=$(steps 1500)" \
-    training.batch_size=64 training.learning_rate=1e-3 training.precision=fp32 \
-    data.crop=true data.mirror=true features.views=6 $(resumed "$work/align")
+    --out "$work/align" "${data[@]}" "model.start=$work/reader" "training.steps=$(steps 350)" \
+    training.batch_size=256 training.learning_rate=1e-3 training.precision=fp32 \
+    data.crop=true data.mirror=true features.views=6 \
+    data.sets.named.source=okvqa data.sets.named.root=named $(resumed "$work/align")
 # shellcheck disable=SC2046
 [ -d "$work/stage2/last" ] || instructblip pretrain runs/small/pretrain.yaml --stage 2 \
     --out "$work/stage2" "${data[@]}" "model.start=$work/align" "training.steps=$(steps 400)" \
-    training.batch_size=48 training.learning_rate=3e-4 data.crop=false \
+    training.batch_size=48 training.learning_rate=3e-4 data.crop=false data.sets.coco_caption.weight=1 \
     data.sets.composites.source=coco_caption data.sets.composites.root=composites \
     $(resumed "$work/stage2")
+"$python" -c "from instructblip.release.small import pack; print(f'{pack(\"$work/stage2\", \"$work/reading\"):,} bytes')"

@@ -324,11 +324,11 @@ class EvaluationConfig(_Section):
     """Benchmarks scored during training; the mean of the held-in and own ones picks the best
     weights. An empty list validates nothing: the last weights are then the result."""
     validation_limit: PositiveInt | None = None
-    """Samples of each set in a validation, evenly spaced; null for all."""
+    """Samples of each set in a validation, drawn once for all models; null for all."""
     benchmarks: tuple[str, ...] = ("held_in", "held_out")
     """Benchmarks, or groups of them, that `evaluate` answers."""
     limit: PositiveInt | None = None
-    """Samples of each benchmark, evenly spaced; null for all."""
+    """Samples of each benchmark, drawn once for all models; null for all."""
     batch_size: PositiveInt | Literal["auto"] = 32
     """Samples answered at a time, or auto; changes speed and memory, not the answers."""
     tokenizer: Literal["python", "ptb_java"] = "python"

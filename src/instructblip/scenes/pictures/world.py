@@ -312,7 +312,8 @@ def kind_new(world: World, out: SetFolder, number: int) -> None:
 
 
 def named_set(world: World, out: SetFolder, number: int) -> None:
-    chosen = world.images(world.unseen_style, number, out.rng)
+    group = world.train if out.split == "train" else world.unseen_style
+    chosen = world.images(group, number, out.rng)
     formats.okvqa(out, ((single(p), [_open("what is this?", p.name, "what")]) for p in chosen))
 
 
@@ -430,7 +431,7 @@ SETS: dict[str, tuple[Writer, dict[str, int]]] = {
     "vqav2": (vqav2, {"train": 4000, "val": 300}),
     "okvqa": (okvqa, {"train": 1400, "val": 200}),
     "aokvqa": (aokvqa, {"train": 1400, "val": 200}),
-    "named": (named_set, {"val": 200}),
+    "named": (named_set, {"train": 1400, "val": 200}),
     "places": (places, {"val": 200}),
     "photos": (photos, {"val": 200}),
     "nocaps": (nocaps, {"val": 200}),
