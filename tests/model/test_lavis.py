@@ -387,6 +387,7 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (tmp_path / "config.json").write_text("{}")
     assert model_directory("hf://owner/name@v1") == tmp_path
     assert model_directory("hf://owner/name") == tmp_path
     assert asked == [("owner/name", "v1"), ("owner/name", None)]

@@ -147,6 +147,21 @@ def test_tokenizers_that_do_not_fit(
         combine_parts(vision, language, tmp_path / "big", out, text_branch=parts / "bert")
 
 
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("vision", r"no image encoder.*config\.json; .*transformers, .*lite0, efficientnet-lite2"),
+        ("language", r"no language model.*config\.json; expected .*transformers, a GGUF file"),
+    ],
+)
+def test_a_folder_without_a_model(parts: Path, tmp_path: Path, part: str, message: str) -> None:
+    names = {"vision": parts / "vision", "language": parts / "language", part: tmp_path}
+    with pytest.raises(FileNotFoundError, match=message) as error:
+        combine_parts(names["vision"], names["language"], None, tmp_path / "a")
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
 def test_a_start_token_comes_first() -> None:
     shared = shared_tokenizer(llama_like())
     ids = shared("red")["input_ids"]

@@ -245,16 +245,15 @@ def import_(
 @app.command()
 def combine(
     vision: Annotated[
-        Path,
-        Option(help="Directory of an image encoder, or efficientnet-lite0 or -lite2."),
+        str, Option(help="Directory of an image encoder, or efficientnet-lite0 or -lite2.")
     ],
-    language: Annotated[Path, Option(help="A Llama, Qwen, Gemma, OPT or T5 directory, or a GGUF.")],
+    language: Annotated[str, Option(help="A Llama, Qwen, Gemma, OPT or T5 directory, or a GGUF.")],
     out: Annotated[Path, Option(help="Directory to write.")],
     qformer_tokenizer: Annotated[
-        Path | None, Option(help="Directory of a BERT's tokenizer; else the language model's own.")
+        str | None, Option(help="Directory of a BERT's tokenizer; else the language model's own.")
     ] = None,
     text_branch: Annotated[
-        Path | None, Option(help="A BERT whose words the Q-Former starts from; else random.")
+        str | None, Option(help="A BERT whose words the Q-Former starts from; else random.")
     ] = None,
     queries: Annotated[int, Option(help="Query tokens.", min=1)] = 32,
     layers: Annotated[int, Option(help="Layers of the Q-Former.", min=1)] = 12,
@@ -269,7 +268,8 @@ def combine(
 ) -> None:
     """Combine an image encoder and a language model, with a new Q-Former between them.
 
-    Prints what was built, what each part starts from, and the memory and disk that it needs.
+    Each part may also be hf://OWNER/NAME of the Hub. Prints what was built, what each part starts
+    from, and the memory and disk that it needs.
     """
     from instructblip.experiment.memory import predict_memory
     from instructblip.release.assemble import combine_parts

@@ -142,6 +142,15 @@ def grid_positions(side: int, width: int, like: Tensor) -> Float[Tensor, "P V"]:
     return torch.cat([rows, columns], 2).flatten(0, 1)[:, :width].to(like.dtype)
 
 
+def check_encoder(path: Path) -> None:
+    """Raises FileNotFoundError unless ``path`` is one of ``WHEELS`` or has a config.json."""
+    if str(path) not in WHEELS and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} holds no image encoder, there is no {path / 'config.json'}; expected a "
+            f"directory of transformers, or a name: {', '.join(WHEELS)}"
+        )
+
+
 def check_kind(kind: Any, where: Path | str) -> None:
     """Raises ValueError unless features of this model_type form a grid."""
     if kind not in FAMILIES and kind not in WHEELS:

@@ -14,12 +14,12 @@ import torch
 from instructblip.data.images import ImageTransform
 from instructblip.data.tokens import Tokens, load_tokenizer, num_rows
 from instructblip.model.checkpoints.combine import combine, copy_words, fit_text_branch, word_rms
-from instructblip.model.checkpoints.directory import check_output
+from instructblip.model.checkpoints.directory import check_output, local_path
 from instructblip.model.checkpoints.lavis import import_lavis, language_tokenizer
 from instructblip.model.checkpoints.shared_words import shared_tokenizer
 from instructblip.model.checkpoints.transformers import TEXT_BRANCH, read_text_branch
 from instructblip.model.decoding import PAPER
-from instructblip.model.encoders import encoder_images
+from instructblip.model.encoders import check_encoder, encoder_images
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import read_language_config, text_config
 
@@ -92,17 +92,18 @@ class Combined:
 
 
 def combine_parts(
-    vision: Path,
-    language: Path,
-    qformer_tokenizer: Path | None,
+    vision: str | Path,
+    language: str | Path,
+    qformer_tokenizer: str | Path | None,
     out: Path,
     num_queries: int = 32,
-    text_branch: Path | None = None,
+    text_branch: str | Path | None = None,
     qformer: Mapping[str, int] | None = None,
 ) -> Combined:
     """Write an image encoder and a language model with a new Q-Former, ready to train.
 
-    The same parts give the same weights.
+    The same parts give the same weights. Each of the four parts may also be ``hf://OWNER/NAME``;
+    no other name uses the network.
 
     Args:
         qformer_tokenizer: directory of a BERT's tokenizer; None for the language model's own, whose
@@ -111,8 +112,9 @@ def combine_parts(
             word table, positions and text feed-forwards; None for random ones.
         qformer: fields of ``QFormerConfig`` other than those of `qformer_fields`.
 
-    Raises ValueError, before weights of the two models are read, for tokenizers that do not fit, a
-    text branch of other sizes, and a width that the heads do not divide.
+    Raises FileNotFoundError for a directory without a model, and ValueError for tokenizers that do
+    not fit, a text branch of other sizes and a width that the heads do not divide, before weights
+    of the two models are read.
     """
     check_output(out)
     if text_branch is not None and qformer_tokenizer is None:
@@ -120,23 +122,27 @@ def combine_parts(
             f"--text-branch {text_branch} has a word table for its own tokenizer: give that with "
             "--qformer-tokenizer DIR"
         )
-    text = text_config(read_language_config(language))
-    tokens = _tokens_for(language, text.vocab_size, qformer_tokenizer)
-    width = BERT_WIDTH if qformer_tokenizer else min(BERT_WIDTH, text.hidden_size)
+    encoder, words = local_path(vision), local_path(language)
+    check_encoder(encoder)
+    text = text_config(read_language_config(words))
+    reader = None if qformer_tokenizer is None else local_path(qformer_tokenizer)
+    tokens = _tokens_for(words, text.vocab_size, reader)
+    width = BERT_WIDTH if reader else min(BERT_WIDTH, text.hidden_size)
     fields = qformer_fields(tokens.qformer, {"hidden_size": width, **(qformer or {})})
     branch = None
     if text_branch is not None:
-        branch = read_text_branch(text_branch)
-        fields = fit_text_branch(branch, fields, text_branch)
-    images = encoder_images(str(vision))
-    transform = ImageTransform(**images) if images else ImageTransform.from_pretrained(vision)
+        source = local_path(text_branch)
+        branch = read_text_branch(source)
+        fields = fit_text_branch(branch, fields, source)
+    images = encoder_images(str(encoder))
+    transform = ImageTransform(**images) if images else ImageTransform.from_pretrained(encoder)
     torch.manual_seed(0)
-    model = combine(vision, language, fields, num_queries, branch, transform.image_size)
-    copied = qformer_tokenizer is None and copy_words(model)
+    model = combine(encoder, words, fields, num_queries, branch, transform.image_size)
+    copied = reader is None and copy_words(model)
     _write(model, tokens, transform, out)
     before, after = tokens.around_instruction
     return Combined(
-        _parts_of(model, vision, language, text_branch, copied),
+        _parts_of(model, str(vision), str(language), text_branch, copied),
         f"{language}; of the Q-Former {qformer_tokenizer or 'the same'}, as {before} text {after}",
         sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
     )
@@ -198,9 +204,9 @@ ROWS = {
 
 
 def _parts_of(
-    model: InstructBlip, vision: Path, language: Path, text_branch: Path | None, copied: bool
+    model: InstructBlip, vision: str, language: str, text_branch: str | Path | None, copied: bool
 ) -> list[Part]:
-    """The rows of the table."""
+    """The rows of the table, with the names by which the parts were given."""
     counts = Counter[str]()
     for name, parameter in model.named_parameters():
         counts[next(row for row, pattern in ROWS.items() if re.match(pattern, name))] += (
@@ -231,7 +237,7 @@ def _parts_of(
         ("language model", text.model_type, words_in, text.num_hidden_layers, language),
     )
     return [
-        Part(name, kind, f"{size:,}", str(layers or ""), counts[name], str(start))
+        Part(name, kind, f"{size:,}", str(layers or ""), counts[name], start)
         for name, kind, size, layers, start in rows
     ]
 

@@ -25,7 +25,7 @@ from instructblip.model.config import (
     QFormerConfig,
     VisionConfig,
 )
-from instructblip.model.encoders import WHEELS, read_encoder
+from instructblip.model.encoders import WHEELS, check_encoder, read_encoder
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import read_language_config
 from instructblip.model.qformer import QFormer
@@ -158,8 +158,9 @@ def read_vision(
 ) -> tuple[VisionConfig | EncoderConfig, dict[str, Tensor]]:
     """Config and weights of an image encoder, by the names of ``vision_model``.
 
-    Raises ValueError for an image encoder of another kind.
+    Raises FileNotFoundError where there is none, ValueError for one of another kind.
     """
+    check_encoder(path)
     if str(path) in WHEELS:
         return read_encoder(path, image_size)
     values = read_json(path / "config.json")

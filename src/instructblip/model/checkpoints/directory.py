@@ -16,6 +16,14 @@ NAMES = (STARTER, SMALL)
 """Models that need no path."""
 
 
+def local_path(path: str | Path) -> Path:
+    """``path``, and for ``hf://OWNER/NAME[@REVISION]`` the directory of what is fetched from the
+    Hub; no other name uses the network."""
+    if str(path).startswith(HUB):
+        return _from_hub(str(path).removeprefix(HUB))
+    return Path(path)
+
+
 def model_directory(path: str | Path) -> Path:
     """The directory with config.json that ``path`` stands for.
 
@@ -24,8 +32,7 @@ def model_directory(path: str | Path) -> Path:
     ``best``, else ``last``; ``hf://OWNER/NAME[@REVISION]`` is fetched from the Hub; no other name
     uses the network.
     """
-    if str(path).startswith(HUB):
-        return _from_hub(str(path).removeprefix(HUB))
+    path = local_path(path)
     if str(path) == SMALL:
         return small_directory()
     if str(path) == STARTER:
@@ -36,7 +43,7 @@ def model_directory(path: str | Path) -> Path:
                 "runs/starter.sh, or give the path of a BLIP-2 directory"
             )
         return starter
-    directory = current(Path(path))
+    directory = current(path)
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{path} is not a directory; give a model directory, a run directory, 'starter', "

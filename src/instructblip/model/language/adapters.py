@@ -34,10 +34,15 @@ def language_of(model: Any) -> Language:
 
 
 def read_language_config(directory: Path) -> dict[str, Any]:
-    """The config.json of a language model, or that of its GGUF file. ValueError for any other kind
-    of model."""
+    """The config.json of a language model, or that of its GGUF file. FileNotFoundError where there
+    is neither, ValueError for any other kind of model."""
     if (file := find_gguf(directory)) is not None:
         return gguf_config(file)
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{directory} holds no language model, there is no {directory / 'config.json'}; "
+            "expected a directory of transformers, a GGUF file, or a directory with one"
+        )
     config = read_json(directory / "config.json")
     kind = config.get("model_type")
     if kind not in LANGUAGE_TYPES:
