@@ -262,8 +262,10 @@ def test_chat_format_is_on_where_the_tokenizer_has_one_and_is_recorded(
 
     assert recorded("train") == tokens.chat_template
     assert "in chat format (<|im_end|> ends a response)" in capsys.readouterr().out
+    plain = "plain text: model.chat_template is auto, and"
     assert recorded("train", "model.chat_template=off") is None
     assert recorded("stage2") is None
+    assert plain not in capsys.readouterr().out, "nobody expects a chat format there"
     custom = tmp_path / "mine.jinja"
     custom.write_text(FORMATS["qwen2.5"][0])
     assert recorded("train", f"model.chat_template={custom}") == FORMATS["qwen2.5"][0]
@@ -272,6 +274,7 @@ def test_chat_format_is_on_where_the_tokenizer_has_one_and_is_recorded(
     # What a start records holds; what was tuned before there was a record has no chat format.
     (start / "templates.json").write_text("{}")
     assert recorded("train") is None
+    assert f"{plain} {start} has no chat format" in capsys.readouterr().out
     (start / "chat_format.json").write_text(chat_note(tokens.chat_template))
     assert recorded("train") == tokens.chat_template
     # A run that began without a record resumes without chat format.

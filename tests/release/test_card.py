@@ -6,9 +6,11 @@ import pytest
 import yaml
 
 from instructblip.core.batch import Example
+from instructblip.data.chat_format import ChatFormat
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.recipe.load import load_recipe
 from instructblip.release.export import model_card
+from tests.data.test_chat_format import FORMATS, chat_tokenizer
 from tests.evaluation.fakes import FakeEngine, ListDataset, benchmark, colour_questions
 
 
@@ -37,6 +39,20 @@ def test_a_card_without_recipe_and_scores() -> None:
     assert "A BLIP-2" in text
     assert text.count("Not known.") == 2
     assert "Not evaluated." in text
+    assert "Plain text: prompts and responses have no chat format." in text
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama-3", "gemma"])
+def test_a_card_shows_the_chat_format(name: str) -> None:
+    template, end = FORMATS[name]
+    chat = ChatFormat.of(chat_tokenizer(), template)
+    text = model_card("mine", "InstructBlipForConditionalGeneration", {}, chat=chat)
+    assert f"chat format of `chat_template.jinja`, and `{end}` ends a response" in text
+    start = "<start_of_turn>" if name == "gemma" else "<|"
+    shown = text.partition("```\n")[2].partition("\n```")[0]
+    assert shown.startswith(("<|begin|>", start))
+    assert f"<image>What is it?{end}" in shown
+    assert shown.endswith(f"A red cat.{end}")
 
 
 def test_scores_of_a_card() -> None:

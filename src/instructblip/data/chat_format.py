@@ -97,6 +97,11 @@ class ChatFormat:
         whole = self._encode(self.before + text, plain=True)
         return whole[len(head) :] if whole[: len(head)] == head else self._encode(text, plain=True)
 
+    def example(self) -> str:
+        """A prompt about an image and its response, as text."""
+        text = self._render(Dialogue(f"{IMAGE_MARK}What is it?"), "A red cat.")
+        return text.replace(_IMAGE, IMAGE_MARK)
+
     def _cut(self, dialogue: Dialogue, limit: int) -> Dialogue:
         """The longest end of a dialogue whose prompt has at most ``limit`` ids."""
 

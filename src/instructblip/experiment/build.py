@@ -214,6 +214,12 @@ def build(
     if distributed.is_main() and tokens.chat_template is not None:
         end = tokens.language.convert_ids_to_tokens(tokens.eos_id)
         print(f"prompts and responses are in chat format ({end} ends a response)", flush=True)
+    elif distributed.is_main() and recipe.model.chat_template == "auto":
+        print(
+            "prompts and responses are plain text: model.chat_template is auto, and "
+            f"{recipe.model.start} has no chat format",
+            flush=True,
+        )
     readers = training_readers(recipe, data.training, images)
     began = began_with(out, resume)
     readers = training_features(recipe, instructblip, readers, data.training, began)

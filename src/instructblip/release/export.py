@@ -12,7 +12,9 @@ import yaml
 
 from instructblip.core.files import replacing_directory
 from instructblip.core.version import __version__
+from instructblip.data.chat_format import ChatFormat, read_chat_template
 from instructblip.data.sources import SOURCES
+from instructblip.data.tokens import load_tokenizer
 from instructblip.evaluation.compare import summarise
 from instructblip.evaluation.result import Result, describe_how
 from instructblip.inference.fingerprint import fingerprint
@@ -40,6 +42,10 @@ with `instructblip.load("{name}")`.
 | part | parameters |
 |---|---|
 {parameters}
+
+## Prompts
+
+{prompts}
 
 ## Data
 
@@ -98,7 +104,9 @@ def export_model(
     parts = Counter[str]()
     for name, parameter in loaded.named_parameters():
         parts[part_of(name)] += parameter.numel()
-    card = model_card(out.name, loaded.config.reader, parts, recipe, results)
+    template = read_chat_template(source)
+    chat = ChatFormat.of(load_tokenizer(source), template) if template is not None else None
+    card = model_card(out.name, loaded.config.reader, parts, recipe, results, chat)
     if (source / PARTS_FILE).is_file():
         card = (source / "README.md").read_text(encoding="utf-8")
         card += f"\n## Figures\n\n{_scores(results)}\n" if results else ""
@@ -123,6 +131,7 @@ def model_card(
     parts: Mapping[str, int],
     recipe: Mapping[str, Any] | None = None,
     results: Sequence[Result] = (),
+    chat: ChatFormat | None = None,
 ) -> str:
     """Return the ``README.md`` of a model directory, which says what is not known.
 
@@ -132,6 +141,7 @@ def model_card(
         parts: number of parameters by part of the model.
         recipe: what it was tuned with; None if unknown. Folders of this machine stay out.
         results: of ``evaluate``, one for each benchmark.
+        chat: the chat format that it was tuned with, if any.
 
     Raises ValueError for a blind control and for two results of one benchmark.
     """
@@ -146,10 +156,21 @@ def model_card(
         kind="A BLIP-2" if reader.startswith("Blip2") else "An InstructBLIP",
         version=__version__,
         reader=reader,
+        prompts=_prompts(chat),
         parameters="\n".join(f"| {part} | {count:,} |" for part, count in parts.items()),
         data=_data(recipe["data"]["sets"]) if recipe else "Not known.",
         figures=_scores(results) if results else "Not evaluated.",
         recipe=f"```yaml\n{_yaml(recipe)}\n```" if recipe else "Not known.",
+    )
+
+
+def _prompts(chat: ChatFormat | None) -> str:
+    if chat is None:
+        return "Plain text: prompts and responses have no chat format."
+    end = chat.tokenizer.convert_ids_to_tokens(chat.end_id)
+    return (
+        "Prompts and responses have the chat format of `chat_template.jinja`, and "
+        f"`{end}` ends a response:\n\n```\n{chat.example().strip()}\n```"
     )
 
 
