@@ -1,13 +1,15 @@
 """The images of the packages, each with a name, a kind and a style.
 
-A style is who drew an image: the emoji sets ``google``, ``twitter`` and ``fluent``, and ``tux``,
-Tux Paint's stamps, mostly photos. An image without a short English name or without a kind is left
-out.
+A style is who drew an image: the emoji sets ``google``, ``twitter``, ``openmoji`` and ``fluent``,
+and ``tux``, Tux Paint's stamps, mostly photos. An image without a short English name or without a
+kind is left out.
 """
 
+import io
 import json
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ SIDE = 224
 EMOJI = {
     "google": ("package/img/google/64", ".png"),
     "twitter": ("package/img/twitter/64", ".png"),
+    "openmoji": ("package/color/svg", ".svg"),
     "fluent": ("package/assets", ".webp"),
 }
 """The folder of each set of emoji in its package, and the suffix of its files."""
@@ -51,13 +54,19 @@ class Picture:
 def read_catalog(packages: Path) -> list[Picture]:
     """Every usable image below ``packages``, in a fixed order.
 
-    Raises FileNotFoundError where a package is missing, with the command that installs it.
+    Raises FileNotFoundError where a package is missing, ModuleNotFoundError without ``resvg_py``,
+    each with the command that installs it.
     """
     if absent := missing(packages):
         names = ", ".join(PACKAGES[key].name for key in absent)
         raise FileNotFoundError(
             f"{packages} does not hold {names}; "
             f"`instructblip pictures fetch --packages {packages}` installs what is missing"
+        )
+    if find_spec("resvg_py") is None:
+        raise ModuleNotFoundError(
+            "resvg_py is missing, which draws OpenMoji's SVG files: pip install "
+            "'instructblip[pictures]'"
         )
     return [*_emoji(packages), *_stamps(packages / "tux" / STAMPS)]
 
@@ -72,7 +81,8 @@ def _emoji(packages: Path) -> list[Picture]:
         if name is None or kind is None or name == kind:
             continue
         code = record["hexcode"].lower()
-        stems = (code, f"{code}-fe0f", code.removesuffix("-fe0f"))
+        stems = [code, f"{code}-fe0f", code.removesuffix("-fe0f")]
+        stems += [stem.upper() for stem in stems]
         for style, (folder, suffix) in EMOJI.items():
             files = (packages / style / folder / f"{stem}{suffix}" for stem in stems)
             if path := next((file for file in files if file.is_file()), None):
@@ -107,10 +117,18 @@ def noun(text: str) -> str | None:
 
 def open_cut(path: Path) -> Image.Image:
     """The image, RGBA, cropped to what is not transparent."""
-    with Image.open(path) as image:
+    with Image.open(_drawn(path) if path.suffix == ".svg" else path) as image:
         cut = image.convert("RGBA")
     box = cut.getchannel("A").point([255 * (value > 16) for value in range(256)]).getbbox()
     return cut.crop(box) if box else cut
+
+
+def _drawn(path: Path) -> io.BytesIO:
+    """An SVG file as a PNG of ``SIDE`` pixels."""
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(svg_path=str(path), width=SIDE, skip_system_fonts=True)
+    return io.BytesIO(png)
 
 
 def place(page: Image.Image, cut: Image.Image, left: int, top: int, side: int) -> None:

@@ -39,7 +39,7 @@ from instructblip.scenes.pictures.catalog import (
     single,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 UNSEEN_STYLE = "fluent"
 HELD_OUT = 5
 """One in so many names is held out."""
@@ -89,7 +89,7 @@ class World:
         self.unseen_style = [p for p in self.known if p.style == UNSEEN_STYLE and p.name in seen]
         words = {word for p in self.train for word in p.name.split()}
         new = [p for p in catalog if p.head in held and not words & {*p.name.split()}]
-        self.new = [p for p in new if p.style != "twitter"]
+        self.new = [p for p in new if p.style not in ("twitter", "openmoji")]
         self.kinds = sorted({p.kind for p in self.train})
         for group in (self.train, self.photos, self.unseen_style, self.new):
             if len({p.head for p in group}) < 5:
@@ -426,12 +426,12 @@ def iconqa(world: World, out: SetFolder, number: int) -> None:
 
 
 SETS: dict[str, tuple[Writer, dict[str, int]]] = {
-    "coco_caption": (coco_caption, {"train": 1400, "val": 200}),
+    "coco_caption": (coco_caption, {"train": 1800, "val": 200}),
     "composites": (composites, {"train": 1400}),
     "vqav2": (vqav2, {"train": 4000, "val": 300}),
-    "okvqa": (okvqa, {"train": 1400, "val": 200}),
-    "aokvqa": (aokvqa, {"train": 1400, "val": 200}),
-    "named": (named_set, {"train": 1400, "val": 200}),
+    "okvqa": (okvqa, {"train": 1800, "val": 200}),
+    "aokvqa": (aokvqa, {"train": 1800, "val": 200}),
+    "named": (named_set, {"train": 1800, "val": 200}),
     "places": (places, {"val": 200}),
     "photos": (photos, {"val": 200}),
     "nocaps": (nocaps, {"val": 200}),
