@@ -117,7 +117,7 @@ def test_it_learns_and_is_saved(wheel: dict[str, Tensor], tmp_path: Path) -> Non
     with FakeTensorMode():
         predicted = encoder_bytes(InstructBlip(model.config), 4)
     measured = tensor_peak(lambda: model.encode_image(pixels))
-    assert predicted <= measured < 1.6 * predicted  # a CPU's convolutions copy their input
+    assert predicted == pytest.approx(measured, rel=0.02)
 
 
 def test_sizes_of_the_second_one() -> None:

@@ -117,7 +117,7 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         gradients=trained - sum(table.weight.nbytes for table in sparse),
         activations=activations,
         passing=max(passing, logits_bytes(model, samples * data.max_response)),
-        encoder=encoder_bytes(model, samples * frames),
+        encoder=encoder_bytes(model, samples * frames, on_gpu),
         accumulates=training.accumulate > 1,
     )
 
@@ -215,7 +215,7 @@ def rerun_bytes(forward: Callable[[], Tensor], model: InstructBlip) -> int:
     return max(sizes)
 
 
-def encoder_bytes(model: InstructBlip, images: int) -> int:
+def encoder_bytes(model: InstructBlip, images: int, on_gpu: bool = False) -> int:
     """Bytes of the widest layer of the image encoder: a feed-forward network at its activation,
     which needs one or more copies of the inner states, or at its output. Of another encoder than
     the ViT, which may be built in any way, a pass is followed."""
@@ -223,7 +223,8 @@ def encoder_bytes(model: InstructBlip, images: int) -> int:
     images = min(images, model.image_chunk)
     if isinstance(vision, EncoderConfig):
         pixels = torch.empty(images, 3, vision.image_size, vision.image_size)
-        with _Living(pixels, *model.parameters(), *model.buffers()) as living, torch.no_grad():
+        living = _Living(pixels, *model.parameters(), *model.buffers(), copies=not on_gpu)
+        with living, torch.no_grad():
             model.encode_image(pixels)
         return living.peak
     size = model.vision_model.dtype.itemsize
@@ -234,13 +235,18 @@ def encoder_bytes(model: InstructBlip, images: int) -> int:
 
 
 class _Living(TorchDispatchMode):
-    """``peak`` is the most bytes that other tensors than the ``given`` ones occupy together."""
+    """``peak`` is the most bytes that other tensors than the ``given`` ones occupy together.
 
-    def __init__(self, *given: Tensor) -> None:
+    With ``copies`` it includes the input and the weights of a grouped convolution in the layout of
+    oneDNN, which computes it on a CPU and makes these copies inside the call.
+    """
+
+    def __init__(self, *given: Tensor, copies: bool) -> None:
         super().__init__()
         self.peak = 0
         self.given = {tensor.untyped_storage()._cdata for tensor in given}
         self.living: dict[StorageWeakRef, int] = {}
+        self.copies = copies
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -250,7 +256,10 @@ class _Living(TorchDispatchMode):
                 if storage._cdata not in self.given:
                     self.living[StorageWeakRef(storage)] = storage.nbytes()
         self.living = {ref: size for ref, size in self.living.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(self.living.values()))
+        copied = 0
+        if self.copies and func is torch.ops.aten.convolution.default and args[8] > 1:
+            copied = args[0].nbytes + args[1].nbytes
+        self.peak = max(self.peak, sum(self.living.values()) + copied)
         return result
 
 
