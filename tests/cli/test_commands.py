@@ -189,7 +189,7 @@ def test_torchrun_answers_as_one_process_does(out: Path, tmp_path: Path):
 def test_compare_and_evaluate(out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]):
     folders = [out / "results" / "blip2", out / "results" / "instructblip"]
     evaluation.compare(folders)
-    assert "mean of 2 held-in sets" in capsys.readouterr().out
+    assert "mean of 2 sets (held-in)" in capsys.readouterr().out
     evaluation.compare(folders, "json")
     assert json.loads(capsys.readouterr().out)["models"] == ["blip2", "instructblip"]
     for form, sign in (("markdown", "| held-in | choices |"), ("latex", r"\begin{tabular}")):

@@ -509,6 +509,7 @@ def test_worked_examples(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not stop.value.code
     printed = capsys.readouterr().out
     assert " held back" in printed
+    assert not re.search("held-in|mean of 1", printed + (out / "report.html").read_text())
     assert "instructblip serve --model" in printed
     assert re.search(r"^(Worse|No use yet|Not clearly better|Better): ", printed, re.MULTILINE)
     for row in ("**before**", "**after**", "best constant answer"):

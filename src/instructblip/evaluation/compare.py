@@ -59,6 +59,11 @@ class Comparison:
     rows: tuple[Row, ...]
     means: tuple[Row, ...]
 
+    def table(self, role: str) -> list[Row]:
+        """The benchmarks of a role, then their mean if it is of several."""
+        means = [row for row in self.means if max(cell.n for cell in row.cells.values()) > 1]
+        return [row for row in (*self.rows, *means) if row.role == role]
+
 
 def compare(models: Mapping[str, Sequence[Result]], baseline: str | None = None) -> Comparison:
     """Put the results of ``models`` side by side, each compared with ``baseline`` (the first).
@@ -137,8 +142,9 @@ def _row(results: Mapping[str, Result], baseline: str) -> Row:
 
 
 def _mean_row(sets: Sequence[Mapping[str, Result]], role: str, title: str, baseline: str) -> Row:
-    """The mean over sets for which all models have a score; each is resampled within itself."""
-    n = len(sets)
+    """The mean over sets for which all models have a score; each is resampled within itself. That
+    of one set has the title of the set."""
+    n, (first, *_) = len(sets), sets[0].values()
     scores = {}
     for model in sets[0]:
         results = [each[model] for each in sets]
@@ -147,7 +153,7 @@ def _mean_row(sets: Sequence[Mapping[str, Result]], role: str, title: str, basel
     cells, differences = _compared(scores, baseline)
     return Row(
         name=f"mean_{role}",
-        title=f"mean of {n} {title} sets",
+        title=f"mean of {n} sets ({title})" if n > 1 else first.title,
         role=role,
         metric="mean",
         unseen_type=False,

@@ -22,6 +22,7 @@ from instructblip.evaluation.benchmarks import BENCHMARKS
 from instructblip.evaluation.classes import class_table
 from instructblip.evaluation.compare import ROLES, Comparison, compare
 from instructblip.evaluation.result import Result
+from instructblip.evaluation.scoring import CAPTION_METRICS
 from instructblip.training.log import read_metrics
 
 
@@ -82,6 +83,7 @@ def write_report(
             table
             for result in models[subject]
             if result.settings["benchmark"]["role"] == "own"
+            and result.metric not in CAPTION_METRICS
             and (table := class_table(result.title, result.predictions))
         ],
         charts=[c for name, file in (curves or {}).items() for c in training_charts(file, name)],

@@ -71,8 +71,7 @@ def paper_tables(comparison: Comparison, intervals: bool = True) -> list[PaperTa
     """Return a table for each role that has sets."""
     tables = []
     for role, title in ROLES.items():
-        rows = [row for row in (*comparison.rows, *comparison.means) if row.role == role]
-        if rows:
+        if rows := comparison.table(role):
             titles = [f"{row.title} {UNSEEN}" if row.unseen_type else row.title for row in rows]
             metrics = [row.metric for row in rows]
             tables.append(PaperTable(title, titles, metrics, _lines(comparison, rows, intervals)))

@@ -50,13 +50,19 @@ CHOSEN = (
 )
 UNSEEN = "Neither the training nor the choice of its step has seen these examples."
 
-# task -> prompt, metric, decoding: how a held-back example is asked and scored, where the recipe
-# has no benchmark on the folder
-MEASURES: dict[str, tuple[str, str, dict[str, int]]] = {
-    "caption": ("A short image description.", "rouge_l", {"max_new_tokens": 60}),
-    "vqa": ("Question: {question} Short answer:", "exact_match", {"max_new_tokens": 16}),
-    "instruct": ("{question}", "rouge_l", {"max_new_tokens": 80}),
+# task -> title, prompt, metric, decoding: how a held-back example is asked and scored, where the
+# recipe has no benchmark on the folder
+MEASURES: dict[str, tuple[str, str, str, dict[str, int]]] = {
+    "caption": ("captions", "A short image description.", "rouge_l", {"max_new_tokens": 60}),
+    "vqa": (
+        "short answers",
+        "Question: {question} Short answer:",
+        "exact_match",
+        {"max_new_tokens": 16},
+    ),
+    "instruct": ("long answers", "{question}", "rouge_l", {"max_new_tokens": 80}),
     "multiple_choice": (
+        "choices",
         "Question: {question} Options: {options}. Short answer:",
         "exact_match",
         {},
@@ -372,12 +378,12 @@ def held_sets(held: FolderSet, recipe: Recipe, language: Language = "en") -> lis
 def _measured_by_task(held: FolderSet, language: Language) -> list[Held]:
     """A benchmark for each task among the held-back examples, as ``MEASURES`` says."""
     sets = []
-    for task, (prompt, metric, decoding) in MEASURES.items():
+    for task, (title, prompt, metric, decoding) in MEASURES.items():
         prompt = TEMPLATES_ZH[task][0] if language == "zh" else prompt
         examples = [example for example in held.examples if example.task == task]
         benchmark = Benchmark(
             name=f"own_{task}",
-            title=f"own {task.replace('_', ' ')}",
+            title=title,
             source=SET,
             split="val",
             prompt=prompt,
