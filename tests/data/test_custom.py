@@ -570,7 +570,7 @@ def test_members_that_lie_are_refused(kind: str, message: str, root: Path):
             "table",
             "a.csv",
             b"image,answer\n0.png,a,b\n",
-            r"a\.csv:line 2 has more or fewer",
+            r"a\.csv:line 2: has more or fewer",
         ),
         ("webdataset", "a.tar", b"\0" * 100, r"a\.tar: not readable as a tar"),
         ("hf_dataset", "dataset_info.json", b"{", "is not a saved data set"),

@@ -179,6 +179,18 @@ def test_lines_without_json_and_rows_without_a_split_are_listed_too(tmp_path: Pa
     assert "owner's original" not in str(error.value)
 
 
+def test_rows_with_a_wrong_number_of_columns_are_listed_too(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, [])
+    (root / "metadata.jsonl").unlink()
+    rows = ["file_name,caption", "0.png,a cat, a dog", "1.png,a cat", "2.png", "absent.png,a cat"]
+    (root / "metadata.csv").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match=r"^3 of 4 examples are bad") as error:
+        read_folder(root)
+    for line in (2, 4):
+        assert f"line {line}: has more or fewer columns than the header (2)" in str(error.value)
+    assert "line 5: image" in str(error.value)
+
+
 def sides(root: Path) -> tuple[set[str], set[str]]:
     """The images of the two sides."""
     training, held = split_by_image(read_folder(root))

@@ -291,8 +291,8 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     return f"{got}; save it as UTF-8 (a spreadsheet as CSV UTF-8)"
 
 
-def read_table(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Record]]:
-    """(index, record) of the rows of a table with a header."""
+def read_table(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Record | ValueError]]:
+    """(index, record) of the rows of a table with a header, or the error of a row in its place."""
     number = before = 0
     with open_text(path, newline="") as file:
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
@@ -305,12 +305,17 @@ def read_table(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Record]]
             number = before + 1
             for i, row in enumerate(rows):
                 number = before + rows.line_num
+                where = f"{path.name}:line {number}"
                 if None in row or None in row.values():
-                    raise ValueError(
-                        f"{path.name}:line {number} has more or fewer columns than the header "
-                        f"({len(rows.fieldnames or ())}); put texts with commas in quotes"
+                    yield (
+                        str(i),
+                        ValueError(
+                            f"{where}: has more or fewer columns than the header "
+                            f"({len(rows.fieldnames or ())}); put texts with commas in quotes"
+                        ),
                     )
-                yield str(i), Record(dict(row), f"{path.name}:line {number}")
+                else:
+                    yield str(i), Record(dict(row), where)
         except csv.Error as error:
             number = max(number + 1, before + rows.line_num)
             raise ValueError(

@@ -69,7 +69,7 @@ def _questions(split: Split, path: Path, names: dict[str, str] | None = None) ->
         )
 
 
-def ivqa(split: Split) -> Iterator[Example]:
+def ivqa(split: Split) -> Iterator[Example | ValueError]:
     """``{split}.csv`` or ``ivqa_{split}.csv``; five annotators answered each question.
 
     ``video_id,question,answer1,answer2,answer3,answer4,answer5,start,end``
@@ -79,6 +79,9 @@ def ivqa(split: Split) -> Iterator[Example]:
     frames = _Frames(split.root)
     path = split.find(f"{split.name}.csv", f"ivqa_{split.name}.csv")
     for key, record in read_table(path):
+        if isinstance(record, ValueError):
+            yield record
+            continue
         video = record.text("video_id")
         clip = f"{video}_{record.text('start', '')}_{record.text('end', '')}"
         answers = (record.text(f"answer{k}", "") for k in range(1, 6))
