@@ -21,6 +21,7 @@ from instructblip.data.prepared.check import (
     findings,
     fingerprint,
     left_out,
+    num_bad,
     unchecked,
 )
 from instructblip.data.prepared.dataset import DatasetView, PreparedDataset
@@ -369,7 +370,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
 
 def passes(recipe: Recipe, diagnosis: Diagnosis) -> bool:
     """Whether a set has no more bad examples than the recipe allows."""
-    return len(diagnosis.left_out) <= recipe.data.max_bad_rate * diagnosis.count
+    return diagnosis.num_bad <= recipe.data.max_bad_rate * diagnosis.count
 
 
 def checked_training(
@@ -415,18 +416,24 @@ def checked_training(
 
 
 def without_bad(dataset: PreparedDataset, max_bad_rate: float) -> TrainingSet:
-    """The examples that the last check did not find bad; ValueError if too many were."""
-    bad = frozenset(left_out(dataset))
-    if len(bad) > max_bad_rate * len(dataset):
+    """The examples that the last check did not leave out; ValueError if too many are bad, or all
+    are left out."""
+    skipped, bad = frozenset(left_out(dataset)), num_bad(dataset)
+    if bad > max_bad_rate * len(dataset):
         raise ValueError(
-            f"{_key(dataset)}: {len(bad)} of {len(dataset)} examples are bad, more than "
+            f"{_key(dataset)}: {bad} of {len(dataset)} examples are bad, more than "
             f"data.max_bad_rate {max_bad_rate:g} allows; they are listed in "
             f"{dataset.path / 'bad_samples.jsonl'}. Repair them, or raise the rate to leave them "
             "out"
         )
-    if not bad:
+    if not skipped:
         return dataset
-    return DatasetView(dataset, [i for i in range(len(dataset)) if i not in bad])
+    if len(skipped) == len(dataset):
+        raise ValueError(
+            f"{_key(dataset)}: the check leaves all {len(dataset)} examples out; see "
+            f"{dataset.path / 'bad_samples.jsonl'}"
+        )
+    return DatasetView(dataset, [i for i in range(len(dataset)) if i not in skipped])
 
 
 def evaluation_sets(recipe: Recipe) -> list[Benchmark]:

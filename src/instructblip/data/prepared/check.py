@@ -42,7 +42,7 @@ BAD = {
 NEAR_DUPLICATE = "near-duplicate"
 """A training image that looks like an image of an evaluation set; it may be another one."""
 LEAKED = "leaked image"
-"""A training image that an evaluation set shows as well: bad only with ``drop_leaked``."""
+"""A training image that an evaluation set shows as well: left out only with ``drop_leaked``."""
 
 NEEDS_QUESTION = {"vqa", "multiple_choice", "read", "statement", "ask", "dialogue", "instruct"}
 
@@ -82,7 +82,8 @@ class Context(NamedTuple):
 class Diagnosis:
     """The result of checking one data set of ``count`` examples and ``num_images`` images.
 
-    ``kinds`` counts the findings by kind and ``left_out`` has the indices of the bad examples.
+    ``kinds`` counts the findings by kind and ``left_out`` has the indices of the examples that
+    training skips. ``num_bad`` of them are bad; the others are leaked and left out on request.
     ``unprepared`` counts by kind those that `prepare` left out, which have no index. ``shown`` are
     the first findings of each kind as text.
     """
@@ -94,6 +95,7 @@ class Diagnosis:
     kinds: dict[str, int]
     unprepared: dict[str, int]
     left_out: tuple[int, ...]
+    num_bad: int
     shown: tuple[str, ...]
     path: Path
 
@@ -133,7 +135,7 @@ def check_dataset(
         against: names of these sets, recorded so that a set added later is noticed.
         tokens: measures answers and prompts, which it limits; without it no length is checked.
         context: with ``tokens``, what a whole sample has to fit into; None without a limit.
-        drop_leaked: counts leaked images as bad.
+        drop_leaked: leaves examples with leaked images out, which are not bad for that.
         max_images: images of an example that the model sees; None if an example may have more, as
             a video has more frames.
         decode: decodes every image whole, which finds damage in the middle of a file.
@@ -141,9 +143,9 @@ def check_dataset(
         window: of images with more than 8 bits; a chosen one is not reported.
     """
     facts = dataset.update_images(decode, perceptual)
-    bad_kinds = BAD | {LEAKED} if drop_leaked else BAD
     kinds: Counter[str] = Counter()
     left_out: dict[int, None] = {}
+    bad: set[int] = set()
     skipped = _skipped_by_prepare(dataset.path)
     shown = [f"{s['file']}:{s['record']}: {s['kind']}: {s['reason']}" for s in skipped[:5]]
     with (
@@ -157,7 +159,9 @@ def check_dataset(
         )
         for index, where, kind, reason in findings:
             kinds[kind] += 1
-            if kind in bad_kinds:
+            if kind in BAD:
+                bad.add(index)
+            if kind in BAD or (drop_leaked and kind == LEAKED):
                 left_out[index] = None
             if kinds[kind] <= 2:
                 shown.append(f"{where}: {kind}: {reason}")
@@ -173,6 +177,7 @@ def check_dataset(
         "drop_leaked": drop_leaked,
         "most_pictures": max_images,
         "left_out": list(left_out),
+        "bad": len(bad),
     }
     write_json(dataset.path / CHECK_FILE, content)
     return Diagnosis(
@@ -183,6 +188,7 @@ def check_dataset(
         kinds=dict(kinds),
         unprepared=dict(Counter(line["kind"] for line in skipped)),
         left_out=tuple(left_out),
+        num_bad=len(bad),
         shown=tuple(shown),
         path=dataset.path,
     )
@@ -210,8 +216,13 @@ def fingerprint(dataset: PreparedDataset) -> str:
 
 
 def left_out(dataset: PreparedDataset) -> tuple[int, ...]:
-    """Indices of the examples that the last check found bad."""
+    """Indices of the examples that training skips, by the last check."""
     return tuple(_read_check(dataset).get("left_out", ()))
+
+
+def num_bad(dataset: PreparedDataset) -> int:
+    """How many of ``left_out`` are bad; all, where an earlier version checked."""
+    return _read_check(dataset).get("bad", len(left_out(dataset)))
 
 
 def findings(dataset: PreparedDataset) -> dict[str, int]:
