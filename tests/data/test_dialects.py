@@ -396,3 +396,34 @@ def test_absolute_paths_below_the_image_root(root: Path):
     for elsewhere in (root.parent / "0.png", f"{root}/../0.png", f"{root}x/0.png", f"{root}/"):
         with pytest.raises(ValueError, match=r"record 0: image name .* leaves the image root"):
             dialogue(root, {"messages": messages, "images": [str(elsewhere)]})
+
+
+def test_short_and_long_answers_of_dialogues_have_their_own_tasks(tmp_path: Path) -> None:
+    """Alone they are told apart as in a table; a turn of a longer dialogue is no short answer."""
+    write_picture(tmp_path / "0.png")
+    long = "there is a red circle at the top left. " * 3
+
+    def record(*texts: str) -> dict[str, Any]:
+        roles = ("user", "assistant") * (len(texts) // 2)
+        turns = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+        return {"messages": turns, "images": ["0.png"]}
+
+    rows = [record("<image>shape?", "circle"), record("<image>describe it.", long)]
+    rows += [record("<image>shape?", "circle", "colour?", "red")]
+    rows += [{"query": "shape?", "response": "circle", "images": ["0.png"]}]
+    write_json(tmp_path / "a.json", rows)
+    tasks = ["vqa", "instruct", "instruct", "instruct", "instruct"]
+    assert [e.task for e in read_custom(tmp_path, "sharegpt")] == tasks
+    assert {e.task for e in read_custom(tmp_path, "sharegpt", task="caption")} == {"caption"}
+    table = [{"image": "0.png", "question": "?", "answer": a} for a in ("circle", long)]
+    write_json(tmp_path / "b.json", table)
+    assert [e.task for e in read_custom(tmp_path, "table", path="b.json")] == tasks[:2]
+
+
+def test_paths_of_the_folder_images_may_begin_with_its_name(tmp_path: Path) -> None:
+    write_picture(tmp_path / "images" / "3.png")
+    write_picture(tmp_path / "images" / "images" / "4.png")
+    rows = [{"image": name, "answer": "x"} for name in ("3.png", "images/3.png", "images/4.png")]
+    write_json(tmp_path / "a.json", rows)
+    names = [e.images for e in read_custom(tmp_path, "table", images="images")]
+    assert names == [("3.png",), ("3.png",), ("images/4.png",)]

@@ -13,6 +13,10 @@ the next one of the record, parts and ``<img>path</img>`` name theirs. Without a
 stand in front. Texts keep an ``<image>`` for each image (frame of a video), except where all those
 of the first question are at its beginning, or on lines at its end: these images are in front too.
 An image in an answer or a system text belongs to the end of the question before, or to the next.
+
+A dialogue of one answer has the task "vqa" where it is short, as a question in a table; longer
+answers, answers to an instruction or a query, and all of longer dialogues or of those with a system
+text have "instruct".
 """
 
 import re
@@ -20,7 +24,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from instructblip.core.batch import IMAGE_MARK, Example
-from instructblip.data.custom.rows import REMEDY, CustomSet, extra_of, images_of
+from instructblip.data.custom.rows import (
+    REMEDY,
+    ROLES,
+    CustomSet,
+    asked_task,
+    extra_of,
+    images_of,
+)
 from instructblip.data.reading.records import Record
 from instructblip.data.templates import without_front_marks
 
@@ -85,14 +96,17 @@ def dialogue(
             if question is None:
                 turn.fail(role, "a question before the answer")
             question += IMAGE_MARK * marked.count(IMAGE_MARK)
+            answers = (text,) if text else ()
+            alone = not history and not context and i == len(turns) - 1
+            asks = alone and _field(record) not in ROLES["question"]
             yield Example(
                 dataset=custom.name,
                 split=split,
                 id=f"{identifier}_{i}",
                 images=tuple(images),
-                task=custom.task or "instruct",
+                task=custom.task or (asked_task(answers) if asks else "instruct"),
                 question=question,
-                answers=(text,) if text else (),
+                answers=answers,
                 context=context,
                 history=tuple(history),
                 where=turn.where,

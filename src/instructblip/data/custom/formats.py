@@ -85,6 +85,8 @@ def custom_source(custom: CustomSet) -> Source:
         settings += f" and group {custom.group!r}"
     if custom.format in ("imagefolder", "webdataset") and custom.language != "en":
         settings += f" language={custom.language}"
+    if FORMATS.get(custom.format, (None, None))[1] is _dialogues and custom.task is None:
+        settings += ", tasks by length"
     if is_function(custom.format):
         file = Path(inspect.getfile(find_function(custom.format)))
         settings += f" {hashlib.sha256(file.read_bytes()).hexdigest()}"

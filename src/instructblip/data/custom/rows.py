@@ -247,16 +247,15 @@ def _example(
     choices = _texts(record, columns["choices"], separator="|")
     answers = _answers(record, columns, choices, digits)
     task = custom.task or _task_column(custom, record, columns["task"])
-    words = max(map(_words, answers), default=0)
     if task is None and choices:
         task = "multiple_choice"
     elif task is None and question:
-        asked = _folded(columns["question"]) in ROLES["question"]
-        task = "instruct" if asked or words > LONG_ANSWER else "vqa"
+        instructs = _folded(columns["question"]) in ROLES["question"]
+        task = "instruct" if instructs else asked_task(answers)
     elif task is None:
         if answers:
             _refuse_unread(record, {**columns, "group": custom.group or ""})
-        task = "instruct" if words > LONG_CAPTION else "caption"
+        task = "instruct" if _longest(answers) > LONG_CAPTION else "caption"
     if task == "instruct" and not question:
         question = DETAIL["zh" if any(map(_CHINESE.search, answers)) else "en"]
     _refuse_other_forms(record, columns)
@@ -276,6 +275,16 @@ def _example(
         where=record.where,
         extra=extra_of(custom, record, images) | _system(record, columns["context"]),
     )
+
+
+def asked_task(answers: tuple[str, ...]) -> str:
+    """The task of a question: "vqa" where its answers are short, else "instruct"."""
+    return "instruct" if _longest(answers) > LONG_ANSWER else "vqa"
+
+
+def _longest(answers: tuple[str, ...]) -> int:
+    """Words of the longest answer."""
+    return max(map(_words, answers), default=0)
 
 
 def _system(record: Record, column: str) -> dict[str, bool]:
@@ -494,6 +503,10 @@ def _image(image_root: Path, value: Any, where: str, folder: str) -> str:
     if value[:1] == "/" and value.startswith(root := f"{os.path.abspath(image_root)}/"):  # noqa: PTH100
         return image_name(value.removeprefix(root), where)
     name = image_name(value, where)
+    # ms-swift writes paths below the root, images/3.png beside the folder images/
+    if image_root.name == "images" and name.startswith("images/"):
+        below_root = os.path.exists(image_root.parent / name)  # noqa: PTH110
+        return name.removeprefix("images/") if below_root else name
     return image_name(f"{folder}/{name}", where) if folder else name
 
 
