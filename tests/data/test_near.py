@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
-from instructblip.data.prepared.near import NEAR, near_pairs, perceptual_hash
+from instructblip.data.prepared.near import (
+    NEAR,
+    look_of,
+    near_duplicates,
+    near_pairs,
+    perceptual_hash,
+)
 
 
 def photo(seed: int) -> Image.Image:
@@ -69,3 +75,39 @@ def test_pairs_are_those_of_a_comparison_of_all():
 def test_flat_images_are_near():
     hashes = {perceptual_hash(Image.new("RGB", (50, 40), (v, v, v))) for v in range(0, 256, 5)}
     assert len(list(near_pairs(hashes, hashes))) == len(hashes) ** 2
+
+
+def drawing(colour: str, x: int = 20) -> Image.Image:
+    """A circle on white paper: its brightness hardly depends on its color."""
+    image = Image.new("RGB", (192, 192), "white")
+    ImageDraw.Draw(image).ellipse((x, 30, x + 60, 90), fill=colour)
+    return image
+
+
+def test_drawings_of_other_colours_are_no_near_duplicates():
+    looks = {colour: look_of(drawing(colour)) for colour in ("red", "green", "gray", "brown")}
+    assert (looks["red"].hash ^ looks["green"].hash).bit_count() <= NEAR
+    pairs = [(pair.left, pair.right) for pair in near_duplicates(looks, looks)]
+    assert pairs == [(colour, colour) for colour in looks]
+
+
+def test_changed_copies_are_near_duplicates():
+    """Also where brightness changes all of a white ground."""
+    changes = {
+        "jpeg": saved(drawing("red"), 60),
+        "half": drawing("red").resize((96, 96)),
+        "darker": ImageEnhance.Brightness(drawing("red")).enhance(0.9),
+        "brighter": ImageEnhance.Brightness(drawing("red")).enhance(1.1),
+    }
+    looks = {name: look_of(image) for name, image in changes.items()}
+    found = {pair.right: pair for pair in near_duplicates({"own": look_of(drawing("red"))}, looks)}
+    assert set(found) == set(changes)
+    assert found["darker"].difference < 2
+
+
+def test_all_images_of_one_hash_are_compared():
+    left = {f"red {i}": look_of(drawing("red")) for i in range(3)}
+    right = {f"red {i}": look_of(drawing("red")) for i in range(3, 5)}
+    right |= {"green": look_of(drawing("green"))}
+    pairs = {(pair.left, pair.right) for pair in near_duplicates(left, right)}
+    assert pairs == {(x, y) for x in left for y in right if y != "green"}

@@ -198,19 +198,19 @@ def test_near_duplicates_are_listed(root: Path):
     (line,) = bad_samples(prepared(root, "table"))
     assert line["index"] == 1
     assert "again.jpg looks like test.png of mine test" in line["reason"]
-    assert "at most 6 count as alike" in line["reason"]
+    assert "at most 6 and 50 count as alike" in line["reason"]
 
 
-def test_facts_of_an_earlier_version_gain_their_hashes(root: Path):
+def test_facts_of_an_earlier_version_gain_their_looks(root: Path):
     write_json_lines(root / "data.jsonl", {"image": "0.png", "caption": "x"})
     dataset = prepared(root, "table")
     file = dataset.path / FACTS_FILE
     with pa.ipc.open_stream(file.read_bytes()) as reader:
-        earlier = reader.read_all().drop_columns(["perceptual"])
+        earlier = reader.read_all().drop_columns(["colours"])
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, earlier.schema) as writer:
         writer.write_table(earlier)
-    assert read_facts(file)["0.png"].perceptual is None
+    assert read_facts(file)["0.png"].look is None
     assert not check_dataset(dataset).kinds
-    assert read_facts(file)["0.png"].perceptual is None  # costs nothing where nobody compares
+    assert read_facts(file)["0.png"].look is None  # costs nothing where nobody compares
     check_dataset(dataset, perceptual=True)
-    assert read_facts(file)["0.png"].perceptual
+    assert read_facts(file)["0.png"].look

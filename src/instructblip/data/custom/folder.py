@@ -17,7 +17,7 @@ from instructblip.data.custom.formats import (
 from instructblip.data.custom.rows import CustomSet, Row
 from instructblip.data.images import load_image
 from instructblip.data.prepared.check import placeholders
-from instructblip.data.prepared.near import near_pairs, perceptual_hash
+from instructblip.data.prepared.near import Look, look_of, near_duplicates
 from instructblip.data.reading.records import walk_files
 from instructblip.data.reading.splits import SPLITS
 
@@ -35,8 +35,8 @@ class FolderSet:
     examples: Sequence[Example]
     image_root: Path
     name: str = "own"
-    hashes: Mapping[str, int] = field(default_factory=dict, repr=False)
-    """Perceptual hash of each image of the folder."""
+    looks: Mapping[str, Look] = field(default_factory=dict, repr=False)
+    """What is compared of each image of the folder to find near-duplicates."""
 
     def __iter__(self) -> Iterator[Example]:
         return iter(self.examples)
@@ -65,10 +65,10 @@ class Sides:
     def lookalikes(self) -> list[tuple[str, str]]:
         """(training image, held-back image) of each pair of near-duplicates."""
         training, held = (
-            {side.hashes[name]: name for side in sides for e in side.examples for name in e.images}
+            {name: side.looks[name] for side in sides for e in side.examples for name in e.images}
             for sides in ([self.training], [self.validation, *([self.test] if self.test else [])])
         )
-        return sorted((training[a], held[b]) for a, b, _ in near_pairs(training, held))
+        return sorted((pair.left, pair.right) for pair in near_duplicates(training, held))
 
 
 def read_sides(
@@ -145,15 +145,15 @@ def _read_rows(
 def _checked(rows: Sequence[Example | ValueError], root: Path) -> FolderSet:
     if not any(isinstance(row, ValueError) or row.answers for row in rows):
         raise ValueError(_why_no_answers(root))
-    hashes: dict[str, int] = {}
-    problems = [problem for row in rows if (problem := _problem(row, root, hashes))]
+    looks: dict[str, Look] = {}
+    problems = [problem for row in rows if (problem := _problem(row, root, looks))]
     if problems:
         listed = problems[:MAX_LISTED]
         if more := len(problems) - len(listed):
             listed.append(f"and {more} more")
         lines = "".join(f"\n  {line}" for line in listed)
         raise ValueError(f"{len(problems)} of {len(rows)} examples are bad:{lines}")
-    return FolderSet([row for row in rows if isinstance(row, Example)], root, hashes=hashes)
+    return FolderSet([row for row in rows if isinstance(row, Example)], root, looks=looks)
 
 
 def _why_no_answers(root: Path) -> str:
@@ -174,9 +174,9 @@ def _why_no_answers(root: Path) -> str:
     )
 
 
-def _problem(row: Example | ValueError, root: Path, hashes: dict[str, int]) -> str:
-    """Why a row cannot be used, with its file and place; empty when it can. Adds the perceptual
-    hashes of its images to ``hashes``."""
+def _problem(row: Example | ValueError, root: Path, looks: dict[str, Look]) -> str:
+    """Why a row cannot be used, with its file and place; empty when it can. Adds the looks of its
+    images to ``looks``."""
     if isinstance(row, ValueError):
         return str(row)
     if not row.answers:
@@ -185,8 +185,8 @@ def _problem(row: Example | ValueError, root: Path, hashes: dict[str, int]) -> s
         return f"{row.where}: {reason}"
     try:
         for name in row.images:
-            if name not in hashes:
-                hashes[name] = perceptual_hash(load_image(name, root))
+            if name not in looks:
+                looks[name] = look_of(load_image(name, root))
     except (ValueError, FileNotFoundError) as error:
         return f"{row.where}: {error}"
     return ""

@@ -21,7 +21,7 @@ from instructblip.core.files import replacing, write_json
 from instructblip.data.images import NARROW, Window
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
 from instructblip.data.prepared.images import FACTS_FILE, ImageFact, first_changed, read_facts
-from instructblip.data.prepared.near import NEAR, near_pairs
+from instructblip.data.prepared.near import ALIKE, NEAR, Look, NearPair, near_duplicates
 from instructblip.data.prepared.prepare import BAD_FILE
 from instructblip.data.templates import TEMPLATES, render_prompt
 from instructblip.data.tokens import Tokens
@@ -63,8 +63,8 @@ class Evaluated:
 
     images: dict[bytes, str] = field(default_factory=dict)
     """sha256 of an image -> name of a set."""
-    hashes: dict[int, str] = field(default_factory=dict)
-    """Perceptual hash -> image and set. Near-duplicates are looked for where there are any."""
+    looks: dict[str, Look] = field(default_factory=dict)
+    """Image and set -> its look. Near-duplicates are looked for where there are any."""
     groups: dict[tuple[str, str], str] = field(default_factory=dict)
     """(entry of the recipe, group) -> name of a set."""
 
@@ -202,8 +202,8 @@ def evaluated_by(datasets: Iterable[PreparedDataset]) -> Evaluated:
         for name, fact in read_facts(dataset.path / FACTS_FILE).items():
             if fact.sha256:  # not of images that cannot be read
                 evaluated.images.setdefault(fact.sha256, title)
-            if fact.perceptual is not None:
-                evaluated.hashes.setdefault(fact.perceptual, f"{name} of {title}")
+            if fact.look is not None:
+                evaluated.looks[f"{name} of {title}"] = fact.look
         if dataset.has_groups:
             for example in dataset:
                 evaluated.groups.setdefault((example.dataset, example.extra["group"]), title)
@@ -309,21 +309,19 @@ def _findings(
 
 def _near_duplicates(facts: Mapping[str, ImageFact], evaluated: Evaluated) -> dict[str, str]:
     """Training image -> why it is a near-duplicate of an evaluated one, but not the same file."""
-    if not evaluated.hashes:
-        return {}
-    hashes = {f.perceptual for f in facts.values() if f.perceptual is not None}
-    nearest: dict[int, tuple[int, int]] = {}  # hash -> (bits, evaluated hash)
-    for mine, other, bits in near_pairs(hashes, evaluated.hashes):
-        nearest[mine] = min(nearest.get(mine, (bits, other)), (bits, other))
-    near = {}
-    for name, fact in facts.items():
-        if fact.perceptual in nearest and fact.sha256 not in evaluated.images:
-            bits, other = nearest[fact.perceptual]
-            near[name] = (
-                f"{name} looks like {evaluated.hashes[other]} ({bits} of 64 bits differ, at most "
-                f"{NEAR} count as alike)"
-            )
-    return near
+    looks = {
+        name: look
+        for name, fact in facts.items()
+        if (look := fact.look) is not None and fact.sha256 not in evaluated.images
+    }
+    nearest: dict[str, NearPair] = {}
+    for pair in near_duplicates(looks, evaluated.looks):
+        nearest[pair.left] = min(nearest.get(pair.left, pair), pair, key=lambda p: p.difference)
+    return {
+        name: f"{name} looks like {pair.right} ({pair.bits} of 64 bits differ, and colors by "
+        f"{pair.difference:.0f} of 255; at most {NEAR} and {ALIKE} count as alike)"
+        for name, pair in nearest.items()
+    }
 
 
 def _faults(

@@ -18,7 +18,7 @@ import pyarrow as pa
 from instructblip.core.files import replacing
 from instructblip.core.progress import progress_bar
 from instructblip.data.images import MAX_FILE_BYTES, decode_image, examine_image
-from instructblip.data.prepared.near import perceptual_hash
+from instructblip.data.prepared.near import Look, look_of
 from instructblip.data.reading.members import read_image, size_and_date
 
 FACTS_FILE = "pictures.arrow"
@@ -32,6 +32,7 @@ _SCHEMA = pa.schema(
         ("fault", pa.string()),
         ("perceptual", pa.uint64()),
         ("note", pa.string()),
+        ("colours", pa.binary()),
     ]
 )
 SAVE_SECONDS = 300
@@ -42,9 +43,10 @@ _PARTS_AHEAD = 64
 
 class ImageFact(NamedTuple):
     """One image file. ``fault`` says why it does not open and is empty when it does; ``sha256`` of
-    the file's bytes is empty when they cannot be read. ``perceptual`` is its `perceptual_hash`,
-    None where nobody has asked for it and in files of earlier versions. ``note`` says what is
-    unusual ("kind: reason"); None if an earlier version looked at a file that may be unusual."""
+    the file's bytes is empty when they cannot be read. ``perceptual`` and ``colours`` are its
+    `near.Look`, None where nobody has asked for it and in files of earlier versions. ``note`` says
+    what is unusual ("kind: reason"); None if an earlier version looked at a file that may be
+    unusual."""
 
     size: int
     modified_ns: int
@@ -52,6 +54,14 @@ class ImageFact(NamedTuple):
     fault: str
     perceptual: int | None = None
     note: str | None = ""
+    colours: bytes | None = None
+
+    @property
+    def look(self) -> Look | None:
+        """What is compared to find near-duplicates; None where it is not known."""
+        if self.perceptual is None or self.colours is None:
+            return None
+        return Look(self.perceptual, self.colours)
 
 
 def update_facts(
@@ -115,7 +125,7 @@ def gather_facts(
 
     An image that ``known`` has with the same size and date is not read. ``decode`` reads and
     decodes every image whole; otherwise its header and the end of its file are looked at.
-    ``perceptual`` decodes images that have no perceptual hash yet, JPEGs at a small scale.
+    ``perceptual`` decodes images whose look is not known yet, JPEGs at a small scale.
     """
 
     def look(part: tuple[str, ...]) -> list[tuple[str, ImageFact]]:
@@ -176,7 +186,7 @@ def _look_at(path: Path, known: ImageFact | None, decode: bool, perceptual: bool
         stamp = size_and_date(path)
         seen = known is not None and known[:2] == stamp and known.note is not None
         is_known = seen and not decode
-        if known and is_known and (not perceptual or known.perceptual is not None or known.fault):
+        if known and is_known and (not perceptual or known.look is not None or known.fault):
             return known
         if stamp[0] > MAX_FILE_BYTES:
             return ImageFact(*stamp, b"", f"has more than {MAX_FILE_BYTES} bytes")
@@ -190,11 +200,10 @@ def _look_at(path: Path, known: ImageFact | None, decode: bool, perceptual: bool
     else:
         fault, note = examine_image(data, decode)
         fact = ImageFact(*stamp, hashlib.sha256(data).digest(), fault, note=note)
-    return fact._replace(perceptual=_perceptual(data)) if perceptual and not fact.fault else fact
-
-
-def _perceptual(data: bytes) -> int | None:
+    if not perceptual or fact.fault:
+        return fact
     try:
-        return perceptual_hash(decode_image(data, "", thumbnail=True))
+        look = look_of(decode_image(data, "", thumbnail=True))
     except ValueError:  # damage in the middle of a file, which only ``decode`` looks for
-        return None
+        return fact._replace(perceptual=None, colours=None)
+    return fact._replace(perceptual=look.hash, colours=look.colours)

@@ -3,11 +3,14 @@
 An image has a 64-bit perceptual hash: the signs of the 64 lowest frequencies of its brightness,
 compared with their median (Zauner, "Implementation and benchmarking of perceptual image hash
 functions", 2010, section 3.2.1). Saving it again, in another size or quality, changes a few bits.
+Flat drawings have few such patterns and share hashes without being alike, so images with close
+hashes are compared a second time, by the colors of 8 x 8 cells.
 """
 
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt64
@@ -15,8 +18,58 @@ from PIL import Image
 
 NEAR = 6
 """Bits of 64 in which the hashes of two near-duplicates differ at the most."""
+ALIKE = 50
+"""Grey levels of 255 by which no color of a cell may differ more, once both are equally bright."""
+_GAIN = 1.25
+"""Brightness is made equal up to this factor."""
+_CELLS = 8
 _SIDE, _KEPT = 32, 8
 _SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
+
+
+class Look(NamedTuple):
+    """What is compared of an image: its perceptual hash, and the RGB of its 8 x 8 cells [192]."""
+
+    hash: int
+    colours: bytes
+
+
+class NearPair(NamedTuple):
+    """Two names, the bits in which their hashes differ, and the largest difference of a cell."""
+
+    left: str
+    right: str
+    bits: int
+    difference: float
+
+
+def look_of(image: Image.Image) -> Look:
+    """The look of an image of any mode and size."""
+    cells = image.convert("RGB").resize((_CELLS, _CELLS), Image.Resampling.BOX)
+    return Look(perceptual_hash(image), cells.tobytes())
+
+
+def near_duplicates(left: Mapping[str, Look], right: Mapping[str, Look]) -> Iterator[NearPair]:
+    """Pairs of an image of ``left`` and one of ``right`` that look alike."""
+    sides = []
+    for looks in (left, right):
+        names = defaultdict(list)
+        for name, look in looks.items():
+            names[look.hash].append(name)
+        sides.append(names)
+    mine, theirs = sides
+    for x, y, bits in near_pairs(mine, theirs):
+        others = _cells([right[name] for name in theirs[y]])
+        for name, cells in zip(mine[x], _cells([left[name] for name in mine[x]]), strict=True):
+            gain = others @ cells / max(1.0, float(cells @ cells))
+            scaled = np.clip(gain, 1 / _GAIN, _GAIN)[:, None] * cells
+            difference = abs(scaled - others).max(axis=1)
+            for i in np.flatnonzero(difference <= ALIKE):
+                yield NearPair(name, theirs[y][i], bits, float(difference[i]))
+
+
+def _cells(looks: list[Look]) -> Float[np.ndarray, "n 192"]:
+    return np.array([[*look.colours] for look in looks], dtype=np.float64)
 
 
 def perceptual_hash(image: Image.Image) -> int:
