@@ -480,7 +480,7 @@ def test_a_benchmark_of_the_user_decides(
             r"own.nodule: .*line 6 has the answer 'no', which is none",
         ),
         ({"metrics": ["mrr"]}, "compares with the best constant answer, which mrr does not have"),
-        ({"task": "instruct"}, "no row has the task instruct; there are 4 of vqa, 1 of caption"),
+        ({"task": "instruct"}, "own.nodule: no row has the task instruct; there are 2 of vqa"),
         ({"set": "chest"}, "no entry 'chest' in data.sets; there are own"),
     ],
 )
