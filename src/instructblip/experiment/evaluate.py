@@ -104,9 +104,11 @@ def load_engine(recipe: Recipe, model: str, instruction_aware: bool | None = Non
 
 
 def recipe_of(model: str) -> str:
-    """The recipe that lies beside a model; without one, Scenes' for the starter and the paper's
-    for any other."""
+    """The recipe that lies beside a model; without one, Scenes' for the starter, that of the real
+    images for small, and the paper's for any other."""
     beside = [folder / RECIPE_FILE for folder in (Path(model), Path(model) / "best")]
     recipe = next((path for path in beside if path.is_file()), None)
-    default = "scenes" if model == "starter" else "instructblip_vicuna7b"
-    return str(recipe) if recipe else default
+    if recipe is not None:
+        return str(recipe)
+    shipped = {"starter": "scenes", "small": "quickstart_real"}
+    return shipped.get(model, "instructblip_vicuna7b")
