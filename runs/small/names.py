@@ -28,7 +28,7 @@ class Namer:
         self.mean = self.words.mean(0)
 
     def direction(self, name: str) -> Tensor:
-        ids = self.engine.tokens.language(name, add_special_tokens=False)["input_ids"]
+        ids = self.engine.tokens.response(name)[:-1]  # with the space in front of it, as trained
         return F.normalize((self.words[ids] - self.mean).sum(0), dim=0)
 
     def similarity(self, picture: Picture, directions: Tensor) -> Tensor:
