@@ -25,7 +25,7 @@ if [ ! -d "$work/combined" ]; then
     cp runs/small/chat_template.jinja "$work/combined/"
 fi
 
-# The language model learns to answer about pictures told in words, and keeps what it learnt.
+# The language model learns to answer about pictures described in words, and keeps what it learnt.
 [ -d "$work/reading/last" ] ||
     "$python" -u runs/small/reading.py "$work/combined" "$packages" "$work/reading" --steps "$(steps 250)"
 [ -d "$work/reader" ] || instructblip export "$work/reading" "$work/reader"

@@ -1,8 +1,8 @@
 """Pictures of the training world, described in words: samples without an image.
 
-Each sample tells in words what an image of the training world shows and asks about it as the world
-does: what, of which kind, is it, choose, where, how many. Held-out names and held-out types of
-question are in none of them.
+Each sample describes what an image of the training world shows and asks about it as the world does:
+what, of which kind, is it, choose, where, how many. Held-out names and held-out types of question
+are in none of them.
 """
 
 import random
@@ -56,7 +56,7 @@ def several(world: World, rng: random.Random) -> tuple[str, Asked]:
 
 def described(world: World, rng: random.Random) -> Rendered:
     """One sample: the description and the question in the words of a template, and the answer."""
-    told, asked = several(world, rng) if rng.random() < 0.3 else one(world, rng)
+    description, asked = several(world, rng) if rng.random() < 0.3 else one(world, rng)
     task = "multiple_choice" if asked.choices else "vqa"
     example = Example(
         dataset="described",
@@ -68,5 +68,5 @@ def described(world: World, rng: random.Random) -> Rendered:
         answers=(asked.answer,),
         choices=asked.choices,
     )
-    text = f"{told} {render_prompt(example, rng.choice(templates_of(task))).prompt}"
+    text = f"{description} {render_prompt(example, rng.choice(templates_of(task))).prompt}"
     return Rendered(text, text, asked.answer)

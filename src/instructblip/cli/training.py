@@ -52,11 +52,13 @@ def quickstart(
     """Tune a small BLIP-2 on the embedded world and compare before and after: minutes, offline."""
     from instructblip.experiment.evaluate import evaluate
     from instructblip.experiment.train import train as run_training
+    from instructblip.model.checkpoints.directory import model_directory
 
     out = out or Path("out/quickstart-real" if real else "out/quickstart")
     world = out / ("pictures" if real else "scenes")
     name = "quickstart_real" if real else "quickstart"
     recipe = read_recipe(name, [f"data.root={world}", *(overrides or [])])
+    model_directory(recipe.model.start)  # a missing start is reported before the world is written
     run, results = out / "run", out / "results"
     seconds: dict[str, float] = {}
     if not resume:
