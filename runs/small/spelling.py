@@ -1,0 +1,176 @@
+"""Step 2: the queries learn to spell the names of what an image shows, as step 1 reads them.
+
+    python runs/small/spelling.py START PACKAGES OUT --features FILE --steps 400
+
+START is the language model with its adapter. No layer of it runs: the stage is `align`, and its
+texts are the words of `described`. FILE keeps the features of all images of the training world,
+each in five views, and of pages of several. OUT is a run directory: it resumes.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+from described import slots, spelled
+from PIL import Image
+from torch import Tensor
+
+from instructblip.core.batch import Batch
+from instructblip.core.files import replacing
+from instructblip.data.tokens import Tokens
+from instructblip.inference.engine import Engine
+from instructblip.model.align import Align
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.trainable import ALIASES
+from instructblip.scenes.pictures.catalog import SIDE, read_catalog, single
+from instructblip.scenes.pictures.world import World, composite
+from instructblip.training.config import TrainingConfig
+from instructblip.training.train import train
+
+SAMPLES = 256  # of a step
+PAGES_OF_STEP = 64  # among them
+VIEWS, PAGES = 5, 2500
+NOISE, HIDDEN = 0.3, 0.2
+"""In training: noise on the features, in their deviation, and the share of tokens left out."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the image encoder gives, in fp16, and the names of what is there."""
+
+    names: list[str]
+    singles: Tensor  # [VIEWS, N, P, V]
+    shown: list[tuple[str | None, ...]]
+    pages: Tensor  # [M, P, V]
+
+
+def read_features(model: Path, packages: Path, file: Path) -> Features:
+    """The features in ``file``, which are computed where it does not exist (minutes)."""
+    if not file.exists():
+        world, rng = World(read_catalog(packages)), random.Random(0)
+        engine = Engine.from_pretrained(str(model), instruction_aware=False)
+        images = [single(picture) for picture in world.train]
+        views = [encode(engine, iter(images))]
+        for i in range(VIEWS - 1):
+            print(f"features of view {i + 2} of {VIEWS}", flush=True)
+            views.append(encode(engine, (varied(image, rng) for image in images)))
+        shown: list[tuple[str | None, ...]] = []
+
+        def pages() -> Iterator[Image.Image]:
+            for _ in range(PAGES):
+                page, pictures = composite(world, world.train, rng)
+                shown.append(slots({place: p.name for place, p in pictures.items()}))
+                yield page
+
+        print(f"features of {PAGES} pages", flush=True)
+        values = {
+            "names": [picture.name for picture in world.train],
+            "singles": torch.stack(views),
+            "pages": encode(engine, pages()),
+            "shown": shown,
+        }
+        with replacing(file) as temporary:
+            torch.save(values, temporary)
+    return Features(**torch.load(file, weights_only=True))
+
+
+def varied(image: Image.Image, rng: random.Random) -> Image.Image:
+    """A part of the image, mirrored in half of the cases."""
+    side = round(SIDE * rng.uniform(0.7, 1.0))
+    left, top = rng.randint(0, SIDE - side), rng.randint(0, SIDE - side)
+    part = image.resize(
+        (SIDE, SIDE), Image.Resampling.BICUBIC, (left, top, left + side, top + side)
+    )
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else part
+
+
+@torch.no_grad()
+def encode(engine: Engine, images: Iterator[Image.Image]) -> Tensor:
+    """[N, P, V] features in fp16."""
+    features = []
+    while some := [*islice(images, 64)]:
+        pixels = torch.stack([engine.images.transform(image) for image in some])
+        features.append(engine.model.encode_image(pixels).half())
+    return torch.cat(features)
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """Batches that nothing but the number of their step decides, so that a run resumes."""
+
+    features: Features
+    of_singles: Tensor  # [N, Q]
+    of_pages: Tensor  # [M, Q]
+
+    def iterate(self, step: int) -> Iterator[Batch]:
+        return map(self.make, count(step))
+
+    def make(self, step: int) -> Batch:
+        random = torch.Generator().manual_seed(step)
+        views, number = self.features.singles.shape[:2]
+        singles = SAMPLES - PAGES_OF_STEP
+        which = torch.randint(number, (singles,), generator=random)
+        view = torch.randint(views, (singles,), generator=random)
+        page = torch.randint(len(self.of_pages), (PAGES_OF_STEP,), generator=random)
+        seen = torch.cat([self.features.singles[view, which], self.features.pages[page]]).float()
+        seen += NOISE * seen.std() * torch.randn(seen.shape, generator=random)
+        seen *= torch.rand((*seen.shape[:2], 1), generator=random) >= HIDDEN
+        texts = torch.cat([self.of_singles[which], self.of_pages[page]])
+        none = torch.zeros(SAMPLES, 0, dtype=torch.long)
+        return Batch(
+            image_index=torch.arange(SAMPLES)[:, None],
+            image_features=seen,
+            qformer_ids=none,
+            qformer_mask=none,
+            prompt_ids=none,
+            prompt_mask=none,
+            response_ids=texts,
+            response_mask=torch.ones_like(texts),
+            datasets=("spelled",) * SAMPLES,
+            ids=tuple(f"{step}/{i}" for i in range(SAMPLES)),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("start", "packages", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--features", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=400)
+    args = parser.parse_args()
+    features = read_features(args.start, args.packages, args.features)
+    torch.manual_seed(0)
+    model = InstructBlip.from_pretrained(args.start)
+    model.set_trainable(tuple(p for p in ALIASES["qformer"] if p != "qformer_text_embeddings"))
+    model.to_training_dtypes(torch.bfloat16, torch.bfloat16)
+    tokens, queries = Tokens.from_pretrained(args.start), model.config.num_query_tokens
+    config = TrainingConfig(
+        steps=args.steps,
+        batch_size=1,  # a batch is that of a step, whatever its size
+        learning_rate=1e-3,
+        warmup_steps=min(40, args.steps - 1),
+        device="cpu",
+        workers=0,
+        validate_every=None,
+        save_every=50,
+        keep_last=1,
+        log_every=10,
+    )
+    batches = Spelled(
+        features,
+        torch.tensor([spelled(tokens, (name,), queries) for name in features.names]),
+        torch.tensor([spelled(tokens, names, queries) for names in features.shown]),
+    )
+    export = lambda path: model.save_pretrained(path, whole=False)  # noqa: E731
+    result = train(Align(model), batches, None, config, args.out, resume=True, export=export)
+    if result.stopped != "finished":
+        sys.exit("stopped: run it again to resume")
+
+
+if __name__ == "__main__":
+    main()
