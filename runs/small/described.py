@@ -41,6 +41,12 @@ def slots(shown: Mapping[str, str]) -> tuple[str | None, ...]:
     return tuple(shown.get(place) for place in (SIDES if "left" in shown else CORNERS))
 
 
+def page_of(names: Sequence[str | None]) -> dict[str, str]:
+    """What `slots` was given, without its empty places."""
+    table = SIDES if len(names) == len(SIDES) else CORNERS
+    return {place: name for place, name in zip(table, names, strict=True) if name}
+
+
 def spelled(tokens: Tokens, names: Sequence[str | None], number: int) -> list[int]:
     """The token that each of ``number`` queries stands for: a quarter of the queries spells the
     name at a place, cut to it, and end tokens fill the rest. ``tokens`` have no chat format, in

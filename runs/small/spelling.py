@@ -89,6 +89,13 @@ def varied(image: Image.Image, rng: random.Random) -> Image.Image:
     return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else part
 
 
+def augmented(features: Tensor, generator: torch.Generator) -> Tensor:
+    """Features [B, P, V] as training sees them."""
+    features = features.float()
+    features += NOISE * features.std() * torch.randn(features.shape, generator=generator)
+    return features * (torch.rand((*features.shape[:2], 1), generator=generator) >= HIDDEN)
+
+
 @torch.no_grad()
 def encode(engine: Engine, images: Iterator[Image.Image]) -> Tensor:
     """[N, P, V] features in fp16."""
@@ -111,20 +118,18 @@ class Spelled:
         return map(self.make, count(step))
 
     def make(self, step: int) -> Batch:
-        random = torch.Generator().manual_seed(step)
+        generator = torch.Generator().manual_seed(step)
         views, number = self.features.singles.shape[:2]
         singles = SAMPLES - PAGES_OF_STEP
-        which = torch.randint(number, (singles,), generator=random)
-        view = torch.randint(views, (singles,), generator=random)
-        page = torch.randint(len(self.of_pages), (PAGES_OF_STEP,), generator=random)
-        seen = torch.cat([self.features.singles[view, which], self.features.pages[page]]).float()
-        seen += NOISE * seen.std() * torch.randn(seen.shape, generator=random)
-        seen *= torch.rand((*seen.shape[:2], 1), generator=random) >= HIDDEN
+        which = torch.randint(number, (singles,), generator=generator)
+        view = torch.randint(views, (singles,), generator=generator)
+        page = torch.randint(len(self.of_pages), (PAGES_OF_STEP,), generator=generator)
+        seen = torch.cat([self.features.singles[view, which], self.features.pages[page]])
         texts = torch.cat([self.of_singles[which], self.of_pages[page]])
         none = torch.zeros(SAMPLES, 0, dtype=torch.long)
         return Batch(
             image_index=torch.arange(SAMPLES)[:, None],
-            image_features=seen,
+            image_features=augmented(seen, generator),
             qformer_ids=none,
             qformer_mask=none,
             prompt_ids=none,

@@ -1,8 +1,8 @@
 """The stage between BLIP-2's two: queries that spell a text in the language model's words.
 
-Query i is trained to be the word embedding of token i of the text, and those that are left to be
-the end token. The language model then reads queries as it reads the text, and no layer of it has to
-run: a step costs a small part of one of stage 2.
+Query i is trained to be nearest to the word embedding of token i of the text, and those that are
+left to that of the end token. The language model then reads queries much as it reads the text, and
+no layer of it has to run: a step costs a small part of one of stage 2.
 """
 
 import math
@@ -17,8 +17,9 @@ from instructblip.core.batch import Batch, LossOutput
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.stage1 import is_same_image, sum_of_means
 
-CONTRAST_WEIGHT, END_WEIGHT = 0.2, 0.2
-"""Of the contrast of texts beside the spelling, and of end tokens beside words."""
+CONTRAST_WEIGHT, END_WEIGHT, LENGTH_WEIGHT = 0.2, 0.2, 0.1
+"""Of the contrast of texts and the length of queries beside the spelling, and of end tokens beside
+words."""
 
 
 class Align(nn.Module):
@@ -48,9 +49,8 @@ class Align(nn.Module):
     def loss(self, batch: Batch) -> LossOutput:
         """All terms for the responses and the first frame of each sample.
 
-        ``spelling`` is the cross-entropy of the token of each query, ``distance`` the squared
-        distance from its word embedding, in mean lengths of a word: the language model reads the
-        embedding and not which one is nearest. ``contrast`` is that of whole texts.
+        ``spelling`` is the cross-entropy of the token of each query, ``contrast`` that of whole
+        texts; ``length`` keeps the queries as long as words, which neither of them sees.
         """
         model, no_text = self.model, batch.qformer_ids[:, :0]
         features = model.features_of(batch)  # [N, P, V]
@@ -60,8 +60,7 @@ class Align(nn.Module):
         words, targets = self.spelling(batch, queries.shape[1])  # [W], [B, Q]
         likelihood = self.scores(queries, words).log_softmax(2)  # [B, Q, W]
         spelled = -likelihood.gather(2, targets[:, :, None])[:, :, 0]  # [B, Q]
-        meant = self.embedding(words).float()[targets] - self.mean  # [B, Q, L]
-        distance = (queries - meant).square().sum(2) / self.length**2  # [B, Q]
+        lengths = queries.norm(dim=2) / self.length  # [B, Q]
         weight = torch.where(words[targets] == end_token(batch), END_WEIGHT, 1.0)
         places = torch.arange(targets.shape[1], device=targets.device)
         of_texts = likelihood[:, places, targets].sum(2)  # [B, B], of each text for each image
@@ -70,8 +69,8 @@ class Align(nn.Module):
             batch,
             {
                 "spelling": (weight * spelled).sum() / weight.sum(),
-                "distance": (weight * distance).sum() / weight.sum(),
                 "contrast": CONTRAST_WEIGHT * contrast(of_texts, same),
+                "length": LENGTH_WEIGHT * (lengths - 1).square().mean(),
             },
         )
 
