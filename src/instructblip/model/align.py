@@ -18,8 +18,7 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.model.stage1 import is_same_image, sum_of_means
 
 CONTRAST_WEIGHT, END_WEIGHT, LENGTH_WEIGHT = 0.2, 0.2, 0.1
-"""Of the contrast of texts and the length of queries beside the spelling, and of end tokens beside
-words."""
+"""Of the terms beside the spelling of words."""
 
 
 class Align(nn.Module):
@@ -49,8 +48,9 @@ class Align(nn.Module):
     def loss(self, batch: Batch) -> LossOutput:
         """All terms for the responses and the first frame of each sample.
 
-        ``spelling`` is the cross-entropy of the token of each query, ``contrast`` that of whole
-        texts; ``length`` keeps the queries as long as words, which neither of them sees.
+        ``spelling`` is the cross-entropy of the word at each query, ``end`` that of the end token
+        at the others, ``contrast`` that of whole texts; ``length`` keeps the queries as long as
+        words, which none of them sees.
         """
         model, no_text = self.model, batch.qformer_ids[:, :0]
         features = model.features_of(batch)  # [N, P, V]
@@ -61,14 +61,15 @@ class Align(nn.Module):
         likelihood = self.scores(queries, words).log_softmax(2)  # [B, Q, W]
         spelled = -likelihood.gather(2, targets[:, :, None])[:, :, 0]  # [B, Q]
         lengths = queries.norm(dim=2) / self.length  # [B, Q]
-        weight = torch.where(words[targets] == end_token(batch), END_WEIGHT, 1.0)
+        is_end = words[targets] == end_token(batch)
         places = torch.arange(targets.shape[1], device=targets.device)
         of_texts = likelihood[:, places, targets].sum(2)  # [B, B], of each text for each image
         same = is_same_image(index) | is_same_text(batch)
         return sum_of_means(
             batch,
             {
-                "spelling": (weight * spelled).sum() / weight.sum(),
+                "spelling": spelled[~is_end].sum() / (~is_end).sum().clamp(min=1),
+                "end": END_WEIGHT * spelled[is_end].sum() / is_end.sum().clamp(min=1),
                 "contrast": CONTRAST_WEIGHT * contrast(of_texts, same),
                 "length": LENGTH_WEIGHT * (lengths - 1).square().mean(),
             },
