@@ -61,8 +61,9 @@ def test_any_micro_batch_gives_the_same_loss_and_gradients(
     close(losses, expected)
     assert gradients.keys() == expected_gradients.keys()
     assert gradients["query_tokens"].abs().max() > 1e-4
-    for name, value in gradients.items():
-        close(value, expected_gradients[name])
+    for name, value in gradients.items():  # sums in another order: rounding is that of the largest
+        other = expected_gradients[name]
+        assert (value - other).norm() <= 1e-5 * other.norm() + 1e-6, name
 
 
 def test_answers_and_scores_are_those_of_each_sample_alone(model: InstructBlip, make: Make):

@@ -158,6 +158,8 @@ def test_all_stages_from_a_recipe(short: list[str], tmp_path: Path) -> None:
     again = [*short, f"model.start={tmp_path / 'one'}", "model.text_branch=null"]
     pretrain(load_recipe("pretrain_scenes", again), "align", tmp_path / "align")
     assert [*read_metrics(tmp_path / "align" / "metrics.jsonl")[-1]["terms"]] == [
+        "spelling",
+        "end",
         "contrast",
         "length",
     ]
