@@ -341,7 +341,7 @@ def photos(root: Path, texts: list[str]) -> Path:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["a fireman eats an apple"] * 5, r"knows 40% .*'fireman'.*--model small, .*/models/blip2-flan-t5"),
+        (["a fireman eats an apple"] * 5, r"knows 40% .*'fireman'.*--model small, .*/models/blip2"),
         (["一只红色的星星"] * 5, r"knows 0% .*language model writes Chinese.*--anyway"),
     ],
 )
