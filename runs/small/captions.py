@@ -1,17 +1,16 @@
-"""Step 4, stage 2: the queries learn what the language model reads of them.
+"""Step 3, stage 2: the queries learn what the language model reads of them.
 
-    python runs/small/captions.py START PACKAGES OUT --features FILE --steps 1000
+    python runs/small/captions.py START PACKAGES OUT --features FILE --steps 560
 
-START is the model with the adapter of step 3 merged. Its projection is solved first, so that the
+START is the model with the adapter of step 2 merged. Its projection is solved first, so that the
 squared distance of queries from the words they spell is least. Q-Former and projection then train
 on names of single images and captions of pages, through the frozen language model; the Q-Former
 reads no text.
-FILE is that of step 2. OUT is a run directory: it resumes. OUT/last is a BLIP-2.
+FILE is that of step 1. OUT is a run directory: it resumes. OUT/last is a BLIP-2.
 """
 
 import argparse
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from described import page_of, spelled
 from spelling import Features, augmented, read_features
+from stage import run_stage
 
 from instructblip.core.batch import Batch
 from instructblip.data.samples import pad
@@ -28,8 +28,6 @@ from instructblip.experiment.pretrain import save_blip2
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.trainable import ALIASES
 from instructblip.scenes.pictures.world import named, page_captions
-from instructblip.training.config import TrainingConfig
-from instructblip.training.train import train
 
 SAMPLES, PAGES_OF_STEP = 64, 12
 PROMPTS = (
@@ -111,34 +109,19 @@ def main() -> None:
     for name in ("start", "packages", "out"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--features", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=560)
     args = parser.parse_args()
     features = read_features(args.start, args.packages, args.features)
     torch.manual_seed(0)
     model = InstructBlip.from_pretrained(args.start, instruction_aware=False)
     model.set_trainable(tuple(p for p in ALIASES["qformer"] if p != "qformer_text_embeddings"))
-    config = TrainingConfig(
-        steps=args.steps,
-        batch_size=1,  # a batch is that of a step, whatever its size
-        learning_rate=3e-4,
-        warmup_steps=min(40, args.steps - 1),
-        device="cpu",
-        workers=0,
-        validate_every=None,
-        save_every=50,
-        keep_last=1,
-        log_every=10,
-    )
     tokens = Tokens.from_pretrained(args.start)
     if not (args.out / "checkpoints").is_dir():  # a resumed run has its own
         solve_projection(model, features, tokens)
     model.to_training_dtypes(torch.bfloat16, torch.bfloat16)
     export = lambda path: save_blip2(model, path)  # noqa: E731
-    result = train(
-        model, Captions(features, tokens), None, config, args.out, resume=True, export=export
-    )
-    if result.stopped != "finished":
-        sys.exit("stopped: run it again to resume")
+    batches = Captions(features, tokens)
+    run_stage(model, batches, args.out, export, args.steps, learning_rate=3e-4)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Step 1: the language model learns to answer about pictures that stand before a question in words.
+"""Step 2: the language model learns to answer about pictures that stand before a question in words.
 
-    python runs/small/reading.py START PACKAGES OUT --steps 400
+    python runs/small/reading.py START PACKAGES OUT --steps 300
 
-START is what `combine` wrote. A LoRA adapter of its language model is trained on `described`
+START is what step 1 wrote. A LoRA adapter of its language model is trained on `described`
 samples, whose words stand where the queries of an image will stand, one for each query; the rest
 is frozen, and no image is read. OUT is a run directory: it resumes. OUT/last is START with the
 adapter, which `instructblip export` merges.
@@ -10,7 +10,6 @@ adapter, which `instructblip export` merges.
 
 import argparse
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 from described import described, spelled
+from stage import run_stage
 from torch import nn
 
 from instructblip.core.batch import Batch, LossOutput
@@ -28,8 +28,6 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.lora import add_lora
 from instructblip.scenes.pictures.catalog import read_catalog
 from instructblip.scenes.pictures.world import World
-from instructblip.training.config import TrainingConfig
-from instructblip.training.train import train
 
 SAMPLES = 32  # of a step
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -103,39 +101,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("start", "packages", "out"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
     torch.manual_seed(0)
     model = InstructBlip.from_pretrained(args.start)
     add_lora(model.language_model, LoraConfig(targets=TARGETS))
     model.set_trainable(("lora",)).to_training_dtypes(torch.bfloat16, torch.bfloat16)
-    config = TrainingConfig(
-        steps=args.steps,
-        batch_size=1,  # a batch is that of a step, whatever its size
-        learning_rate=1e-3,
-        warmup_steps=min(20, args.steps - 1),
-        weight_decay=0.0,
-        device="cpu",
-        workers=0,
-        validate_every=None,
-        save_every=100,
-        keep_last=1,
-        log_every=10,
-    )
     tokens = Tokens.from_pretrained(args.start)  # without a chat format, as tuning will
     batches = Samples(World(read_catalog(args.packages)), tokens, model.config.num_query_tokens)
     export = lambda path: model.save_pretrained(path, whole=False)  # noqa: E731
-    result = train(
-        Reading(model, tokens.response("a")[-1]),
-        batches,
-        None,
-        config,
-        args.out,
-        resume=True,
-        export=export,
-    )
-    if result.stopped != "finished":
-        sys.exit("stopped: run it again to resume")
+    reading = Reading(model, tokens.response("a")[-1])
+    run_stage(reading, batches, args.out, export, args.steps, 1e-3, warmup=20, weight_decay=0.0)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Step 2: the queries learn to spell the names of what an image shows, as step 1 reads them.
+"""Step 1: the queries learn to spell the names of what an image shows.
 
     python runs/small/spelling.py START PACKAGES OUT --features FILE --steps 400
 
-START is the language model with its adapter. No layer of it runs: the stage is `align`, and its
+START is what `combine` wrote. No layer of its language model runs: the stage is `align`, and its
 texts are the words of `described`. FILE keeps the features of all images of the training world,
 each in five views, and of pages of several. OUT is a run directory: it resumes.
 """
 
 import argparse
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from described import slots, spelled
 from PIL import Image
+from stage import run_stage
 from torch import Tensor
 
 from instructblip.core.batch import Batch
@@ -29,8 +29,6 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.model.trainable import ALIASES
 from instructblip.scenes.pictures.catalog import SIDE, read_catalog, single
 from instructblip.scenes.pictures.world import World, composite
-from instructblip.training.config import TrainingConfig
-from instructblip.training.train import train
 
 SAMPLES = 256  # of a step
 PAGES_OF_STEP = 64  # among them
@@ -92,8 +90,10 @@ def varied(image: Image.Image, rng: random.Random) -> Image.Image:
 def augmented(features: Tensor, generator: torch.Generator) -> Tensor:
     """Features [B, P, V] as training sees them."""
     features = features.float()
-    features += NOISE * features.std() * torch.randn(features.shape, generator=generator)
-    return features * (torch.rand((*features.shape[:2], 1), generator=generator) >= HIDDEN)
+    noise = NOISE * features.std() * torch.randn(features.shape, generator=generator)
+    return (features + noise) * (
+        torch.rand((*features.shape[:2], 1), generator=generator) >= HIDDEN
+    )
 
 
 @torch.no_grad()
@@ -154,27 +154,13 @@ def main() -> None:
     model.set_trainable(tuple(p for p in ALIASES["qformer"] if p != "qformer_text_embeddings"))
     model.to_training_dtypes(torch.bfloat16, torch.bfloat16)
     tokens, queries = Tokens.from_pretrained(args.start), model.config.num_query_tokens
-    config = TrainingConfig(
-        steps=args.steps,
-        batch_size=1,  # a batch is that of a step, whatever its size
-        learning_rate=1e-3,
-        warmup_steps=min(40, args.steps - 1),
-        device="cpu",
-        workers=0,
-        validate_every=None,
-        save_every=50,
-        keep_last=1,
-        log_every=10,
-    )
     batches = Spelled(
         features,
         torch.tensor([spelled(tokens, (name,), queries) for name in features.names]),
         torch.tensor([spelled(tokens, names, queries) for names in features.shown]),
     )
     export = lambda path: model.save_pretrained(path, whole=False)  # noqa: E731
-    result = train(Align(model), batches, None, config, args.out, resume=True, export=export)
-    if result.stopped != "finished":
-        sys.exit("stopped: run it again to resume")
+    run_stage(Align(model), batches, args.out, export, args.steps, learning_rate=1e-3)
 
 
 if __name__ == "__main__":

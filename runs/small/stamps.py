@@ -1,6 +1,8 @@
 """300 of Tux Paint's stamps that no stage of `small` has shown, with their kind as a question.
 
-python runs/small/stamps.py PACKAGES OUT && instructblip tune OUT --model small
+    python runs/small/stamps.py PACKAGES OUT && instructblip tune OUT --model small
+
+They are the first ones in the order of their paths.
 """
 
 import argparse
@@ -57,6 +59,8 @@ def main() -> None:
         parts = file.relative_to(stamps).parts
         folder = "vehicles" if parts[0] == "vehicles" else "/".join(parts[:-1][:2])
         kind = KINDS.get(folder)
+        if len(rows) == NUMBER:
+            break
         if not kind or file in shown or not file.with_suffix(".txt").exists():
             continue
         name = "_".join(parts)
@@ -65,7 +69,7 @@ def main() -> None:
     with (args.out / "data.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(("image", "question", "answer"))
-        writer.writerows(rows[:NUMBER])
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ def test_no_layer_of_the_language_model_runs(stage: Align, monkeypatch: pytest.M
 
 def test_query_i_stands_for_token_i_and_the_rest_for_the_end(stage: Align) -> None:
     batch = texts(tiny_batch(stage.model.config), [[5, 6, 2, 0], [6, 5, 9, 2], [7, 2, 0, 0]])
-    words, targets = stage.spelling(batch, 3)
+    words, targets = stage.spelling(batch, 3, 2)
     assert words[targets].tolist() == [[5, 6, 2], [6, 5, 9], [7, 2, 2]], "a long text is cut"
-    words, targets = stage.spelling(batch, 5)
+    words, targets = stage.spelling(batch, 5, 2)
     assert words[targets].tolist() == [[5, 6, 2, 2, 2], [6, 5, 9, 2, 2], [7, 2, 2, 2, 2]]
 
 

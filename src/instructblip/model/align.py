@@ -57,11 +57,12 @@ class Align(nn.Module):
         index = batch.image_index[:, 0]
         queries = model.project_queries(model.query_image(features, no_text, no_text, index))
         queries = queries.float() - self.mean  # [B, Q, L]
-        words, targets = self.spelling(batch, queries.shape[1])  # [W], [B, Q]
+        end = end_token(batch)
+        words, targets = self.spelling(batch, queries.shape[1], end)  # [W], [B, Q]
         likelihood = self.scores(queries, words).log_softmax(2)  # [B, Q, W]
         spelled = -likelihood.gather(2, targets[:, :, None])[:, :, 0]  # [B, Q]
         lengths = queries.norm(dim=2) / self.length  # [B, Q]
-        is_end = words[targets] == end_token(batch)
+        is_end = words[targets] == end
         places = torch.arange(targets.shape[1], device=targets.device)
         of_texts = likelihood[:, places, targets].sum(2)  # [B, B], of each text for each image
         same = is_same_image(index) | is_same_text(batch)
@@ -82,9 +83,10 @@ class Align(nn.Module):
         table = F.normalize(self.embedding(words).float() - self.mean, dim=-1)
         return F.normalize(queries, dim=-1) @ table.T / self.log_temperature.exp()
 
-    def spelling(self, batch: Batch, queries: int) -> tuple[Int[Tensor, " W"], Int[Tensor, "B Q"]]:
+    def spelling(
+        self, batch: Batch, queries: int, end: int
+    ) -> tuple[Int[Tensor, " W"], Int[Tensor, "B Q"]]:
         """The tokens of the batch's texts, and which of them each query stands for."""
-        end = end_token(batch)
         ids = batch.response_ids.masked_fill(batch.response_mask == 0, end)
         ids = F.pad(ids, (0, queries), value=end)[:, :queries]
         words, targets = ids.unique(return_inverse=True)
