@@ -26,12 +26,10 @@ fi
 
 # The queries learn to spell the names of what an image shows; no layer of the language model runs.
 "$python" -u runs/small/spelling.py "$work/combined" "$packages" "$work/align" \
-    --features "$work/features.pt" --steps "$(steps 400)"
-# The language model learns to answer about what is spelled, without an image, and keeps it.
-"$python" -u runs/small/reading.py "$work/align/last" "$packages" "$work/reading" --steps "$(steps 300)"
-[ -d "$work/reader" ] || instructblip export "$work/reading" "$work/reader"
-
-# Stage 2 through the language model, which stays as it is.
-"$python" -u runs/small/captions.py "$work/reader" "$packages" "$work/stage2" \
-    --features "$work/features.pt" --steps "$(steps 560)"
-"$python" -c "from instructblip.release.small import pack; print(f'{pack(\"$work/stage2\", \"$work/reading\"):,} bytes')"
+    --features "$work/features.pt" --steps "$(steps 600)"
+# The language model learns to answer about what is spelled, without an image.
+"$python" -u runs/small/reading.py "$work/align/last" "$packages" "$work/reading" --steps "$(steps 400)"
+# Stage 2: names and captions of images, and the answers of before.
+"$python" -u runs/small/captions.py "$work/reading/last" "$packages" "$work/stage2" \
+    --features "$work/features.pt" --steps "$(steps 700)"
+"$python" -c "from instructblip.release.small import pack; print(f'{pack(\"$work/stage2\"):,} bytes')"

@@ -1,12 +1,13 @@
-"""Step 3, stage 2: the queries learn what the language model reads of them.
+"""Step 3, stage 2: queries and language model learn from each other.
 
-    python runs/small/captions.py START PACKAGES OUT --features FILE --steps 560
+    python runs/small/captions.py START PACKAGES OUT --features FILE --steps 700
 
-START is the model with the adapter of step 2 merged. Its projection is solved first, so that the
-squared distance of queries from the words they spell is least. Q-Former and projection then train
-on names of single images and captions of pages, through the frozen language model; the Q-Former
-reads no text.
-FILE is that of step 1. OUT is a run directory: it resumes. OUT/last is a BLIP-2.
+START is what step 2 wrote. Its projection is solved first, so that the squared distance of queries
+from the words they spell is least. Query tokens, Q-Former, projection and the adapter then train on
+names of single images and captions of pages. The Q-Former reads what it reads in step 1: a question
+beside the point, or nothing. Part of each step are samples of step 2, without an image, so that the
+adapter goes on to answer questions.
+FILE is that of step 1. OUT is a run directory: it resumes.
 """
 
 import argparse
@@ -17,19 +18,21 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from described import page_of, spelled
-from spelling import Features, augmented, read_features
+from described import described, page_of, spelled
+from reading import Reading
+from spelling import Features, Questions, augmented, read_features
 from stage import run_stage
+from torch import Tensor
 
 from instructblip.core.batch import Batch
 from instructblip.data.samples import pad
 from instructblip.data.tokens import Tokens
-from instructblip.experiment.pretrain import save_blip2
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.trainable import ALIASES
-from instructblip.scenes.pictures.world import named, page_captions
+from instructblip.scenes.pictures.catalog import read_catalog
+from instructblip.scenes.pictures.world import World, named, page_captions
 
-SAMPLES, PAGES_OF_STEP = 64, 12
+SINGLES, PAGES, DESCRIBED = 28, 12, 24  # of a step
 PROMPTS = (
     "",
     "a picture of",
@@ -38,12 +41,23 @@ PROMPTS = (
 )
 
 
+class Captioning(Reading):
+    """A model that reads the queries of an image, or where there is none, words in their place."""
+
+    def queries(self, batch: Batch) -> Tensor:
+        shown = self.model.encode_queries(batch)  # [B, Q, L], zeros without an image
+        images = len(batch) - DESCRIBED
+        words = self.words(batch.qformer_ids[images:, : shown.shape[1]])
+        return torch.cat([shown[:images].float(), words])
+
+
 @dataclass(frozen=True)
 class Captions:
     """Batches that nothing but the number of their step decides, so that a run resumes."""
 
     features: Features
-    tokens: Tokens
+    questions: Questions
+    queries: int
 
     def iterate(self, step: int) -> Iterator[Batch]:
         return map(self.make, count(step))
@@ -51,30 +65,36 @@ class Captions:
     def make(self, step: int) -> Batch:
         rng, generator = random.Random(f"captions {step}"), torch.Generator().manual_seed(step)
         views, number = self.features.singles.shape[:2]
-        seen, texts = [], []
-        for _ in range(SAMPLES - PAGES_OF_STEP):
+        seen, texts, tokens = [], [], self.questions.tokens
+        for _ in range(SINGLES):
             i = rng.randrange(number)
             seen.append(self.features.singles[rng.randrange(views), i])
             prompt, name = rng.choice(PROMPTS), self.features.names[i]
             texts.append((prompt, named(name) if prompt in ("", "a picture of") else name))
-        for _ in range(PAGES_OF_STEP):
+        for _ in range(PAGES):
             i = rng.randrange(len(self.features.shown))
             seen.append(self.features.pages[i])
             texts.append(("", rng.choice(page_captions(page_of(self.features.shown[i])))))
-        none = torch.zeros(SAMPLES, 0, dtype=torch.long)
-        prompt_ids, prompt_mask = pad([self.tokens.prompt(prompt) for prompt, _ in texts])
-        response_ids, response_mask = pad([self.tokens.response(text) for _, text in texts])
+        read = [self.questions.beside(rng) for _ in texts]
+        for _ in range(DESCRIBED):
+            sample = described(self.questions.world, rng)
+            texts.append((sample.text.prompt, sample.text.response))
+            read.append(spelled(tokens, sample.names, self.queries))
+        prompt_ids, prompt_mask = pad([tokens.prompt(prompt) for prompt, _ in texts])
+        response_ids, response_mask = pad([tokens.response(text) for _, text in texts])
+        qformer_ids, qformer_mask = pad(read)
+        without = torch.full((DESCRIBED,), -1)
         return Batch(
-            image_index=torch.arange(SAMPLES)[:, None],
+            image_index=torch.cat([torch.arange(len(seen)), without])[:, None],
             image_features=augmented(torch.stack(seen), generator),
-            qformer_ids=none,
-            qformer_mask=none,
+            qformer_ids=qformer_ids,
+            qformer_mask=qformer_mask,
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
             response_ids=response_ids,
             response_mask=response_mask,
-            datasets=("names",) * (SAMPLES - PAGES_OF_STEP) + ("pages",) * PAGES_OF_STEP,
-            ids=tuple(f"{step}/{i}" for i in range(SAMPLES)),
+            datasets=("names",) * SINGLES + ("pages",) * PAGES + ("described",) * DESCRIBED,
+            ids=tuple(f"{step}/{i}" for i in range(len(texts))),
         )
 
 
@@ -109,19 +129,21 @@ def main() -> None:
     for name in ("start", "packages", "out"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--features", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=560)
+    parser.add_argument("--steps", type=int, default=700)
     args = parser.parse_args()
     features = read_features(args.start, args.packages, args.features)
     torch.manual_seed(0)
-    model = InstructBlip.from_pretrained(args.start, instruction_aware=False)
-    model.set_trainable(tuple(p for p in ALIASES["qformer"] if p != "qformer_text_embeddings"))
-    tokens = Tokens.from_pretrained(args.start)
+    model = InstructBlip.from_pretrained(args.start)
+    tokens, queries = Tokens.from_pretrained(args.start), model.config.num_query_tokens
     if not (args.out / "checkpoints").is_dir():  # a resumed run has its own
         solve_projection(model, features, tokens)
-    model.to_training_dtypes(torch.bfloat16, torch.bfloat16)
-    export = lambda path: save_blip2(model, path)  # noqa: E731
-    batches = Captions(features, tokens)
-    run_stage(model, batches, args.out, export, args.steps, learning_rate=3e-4)
+    parts = tuple(p for p in ALIASES["qformer"] if p != "qformer_text_embeddings")
+    model.set_trainable((*parts, "lora")).to_training_dtypes(torch.bfloat16, torch.bfloat16)
+    captioning = Captioning(model, tokens.response("a")[-1])
+    questions = Questions(World(read_catalog(args.packages)), tokens)
+    batches = Captions(features, questions, queries)
+    export = lambda path: model.save_pretrained(path, whole=False)  # noqa: E731
+    run_stage(captioning, batches, args.out, export, args.steps, learning_rate=6e-4)
 
 
 if __name__ == "__main__":

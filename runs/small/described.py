@@ -29,6 +29,10 @@ SLOTS = 4
 """Places of a page: its corners in reading order, or its two sides, or the one image on it."""
 
 
+ASKED = ("where", "where", "count", "count", "there", "not there")
+"""What is asked about a page; the number of things is learned slowest."""
+
+
 class Described(NamedTuple):
     """The name at each place of a page (None where nothing is), and a question about it."""
 
@@ -79,12 +83,13 @@ def several(world: World, rng: random.Random) -> tuple[tuple[str | None, ...], A
     shown: dict[str, Picture] = dict(
         zip(places, world.several(world.train, number, rng), strict=True)
     )
-    return slots({place: p.name for place, p in shown.items()}), ask_composite(world, shown, rng)
+    asked = ask_composite(world, shown, rng, ASKED)
+    return slots({place: p.name for place, p in shown.items()}), asked
 
 
 def described(world: World, rng: random.Random) -> Described:
     """One sample: the names of a page, the question in the words of a template, and the answer."""
-    names, asked = several(world, rng) if rng.random() < 0.4 else one(world, rng)
+    names, asked = several(world, rng) if rng.random() < 0.5 else one(world, rng)
     task = "multiple_choice" if asked.choices else "vqa"
     example = Example(
         dataset="described",

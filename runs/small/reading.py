@@ -1,24 +1,24 @@
 """Step 2: the language model learns to answer about pictures that stand before a question in words.
 
-    python runs/small/reading.py START PACKAGES OUT --steps 300
+    python runs/small/reading.py START PACKAGES OUT --steps 400
 
 START is what step 1 wrote. A LoRA adapter of its language model is trained on `described`
 samples, whose words stand where the queries of an image will stand, one for each query; the rest
 is frozen, and no image is read. OUT is a run directory: it resumes. OUT/last is START with the
-adapter, which `instructblip export` merges.
+adapter.
 """
 
 import argparse
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
 import torch
 from described import described, spelled
 from stage import run_stage
-from torch import nn
+from torch import Tensor, nn
 
 from instructblip.core.batch import Batch, LossOutput
 from instructblip.data.samples import pad
@@ -30,7 +30,8 @@ from instructblip.scenes.pictures.catalog import read_catalog
 from instructblip.scenes.pictures.world import World
 
 SAMPLES = 32  # of a step
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+RANK = 12
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Reading(nn.Module):
@@ -48,18 +49,27 @@ class Reading(nn.Module):
         words = model.language_model.get_input_embeddings().weight.detach().float()
         self.spread = (words - words.mean(0)).square().mean().sqrt().item()
 
+    def words(self, ids: Tensor) -> Tensor:
+        """[B, Q, L] embeddings of the words [B, Q], as training sees them."""
+        words = self.model.language_model.get_input_embeddings()(ids).float()
+        if self.training:
+            is_word = (ids != self.end)[..., None]
+            weight = torch.rand(len(ids), 1, 1) * (torch.rand(len(ids), 1, 1) < 0.5) / 2
+            words = torch.lerp(words, words.roll(1, 0), weight * (is_word & is_word.roll(1, 0)))
+            size = 2 * self.spread * torch.rand(len(ids), 1, 1).square()
+            words = words + size * torch.randn_like(words)
+        return words
+
+    def queries(self, batch: Batch) -> Tensor:
+        """[B, Q, L], what the language model reads before the prompts."""
+        return self.words(batch.qformer_ids)
+
     def loss(self, batch: Batch) -> LossOutput:
         """The loss of the responses."""
-        model = self.model
-        words = model.language_model.get_input_embeddings()(batch.qformer_ids).float()  # [B, Q, L]
-        if self.training:
-            is_word = (batch.qformer_ids != self.end)[..., None]
-            weight = torch.rand(len(batch), 1, 1) * (torch.rand(len(batch), 1, 1) < 0.5) / 2
-            words = torch.lerp(words, words.roll(1, 0), weight * (is_word & is_word.roll(1, 0)))
-            noise = 2 * self.spread * torch.rand(len(batch), 1, 1) * torch.randn_like(words)
-            words = words + noise
+        queries, model = self.queries(batch), self.model
+        batch = replace(batch, image_index=torch.zeros_like(batch.image_index))  # all are read
         with model.language_precision():
-            joined = model.language.join(words, batch)
+            joined = model.language.join(queries, batch)
             losses = model.language.loss(joined)
         of_sample = losses.new_zeros(len(batch)).index_add(0, joined.rows, losses.detach())
         tokens = batch.response_mask.long().sum(1)
@@ -101,11 +111,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("start", "packages", "out"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
     torch.manual_seed(0)
     model = InstructBlip.from_pretrained(args.start)
-    add_lora(model.language_model, LoraConfig(targets=TARGETS))
+    add_lora(model.language_model, LoraConfig(rank=RANK, targets=TARGETS))
     model.set_trainable(("lora",)).to_training_dtypes(torch.bfloat16, torch.bfloat16)
     tokens = Tokens.from_pretrained(args.start)  # without a chat format, as tuning will
     batches = Samples(World(read_catalog(args.packages)), tokens, model.config.num_query_tokens)

@@ -1,10 +1,12 @@
 """Step 1: the queries learn to spell the names of what an image shows.
 
-    python runs/small/spelling.py START PACKAGES OUT --features FILE --steps 400
+    python runs/small/spelling.py START PACKAGES OUT --features FILE --steps 600
 
 START is what `combine` wrote. No layer of its language model runs: the stage is `align`, and its
-texts are the words of `described`. FILE keeps the features of all images of the training world,
-each in five views, and of pages of several. OUT is a run directory: it resumes.
+texts are the words of `described`. The Q-Former reads a question beside the point in half of the
+samples, so that its text branch learns not to disturb the queries. FILE keeps the features of all
+images of the training world, each in twelve views, and of pages of several. OUT is a run directory:
+it resumes.
 """
 
 import argparse
@@ -15,13 +17,14 @@ from itertools import count, islice
 from pathlib import Path
 
 import torch
-from described import slots, spelled
-from PIL import Image
+from described import described, slots, spelled
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from stage import run_stage
 from torch import Tensor
 
 from instructblip.core.batch import Batch
 from instructblip.core.files import replacing
+from instructblip.data.samples import pad
 from instructblip.data.tokens import Tokens
 from instructblip.inference.engine import Engine
 from instructblip.model.align import Align
@@ -32,7 +35,7 @@ from instructblip.scenes.pictures.world import World, composite
 
 SAMPLES = 256  # of a step
 PAGES_OF_STEP = 64  # among them
-VIEWS, PAGES = 5, 2500
+VIEWS, PAGES = 12, 5000
 NOISE, HIDDEN = 0.3, 0.2
 """In training: noise on the features, in their deviation, and the share of tokens left out."""
 
@@ -63,7 +66,7 @@ def read_features(model: Path, packages: Path, file: Path) -> Features:
             for _ in range(PAGES):
                 page, pictures = composite(world, world.train, rng)
                 shown.append(slots({place: p.name for place, p in pictures.items()}))
-                yield page
+                yield redrawn(page, rng)
 
         print(f"features of {PAGES} pages", flush=True)
         values = {
@@ -78,13 +81,38 @@ def read_features(model: Path, packages: Path, file: Path) -> Features:
 
 
 def varied(image: Image.Image, rng: random.Random) -> Image.Image:
-    """A part of the image, mirrored in half of the cases."""
-    side = round(SIDE * rng.uniform(0.7, 1.0))
-    left, top = rng.randint(0, SIDE - side), rng.randint(0, SIDE - side)
-    part = image.resize(
-        (SIDE, SIDE), Image.Resampling.BICUBIC, (left, top, left + side, top + side)
-    )
-    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else part
+    """The image turned, moved, cut or made smaller, mirrored in half of the cases, and redrawn."""
+    if rng.random() < 0.5:
+        angle = rng.uniform(-15, 15)
+        image = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor="white")
+    side = round(SIDE * rng.uniform(0.65, 1.15))
+    left, top = (rng.randint(min(0, SIDE - side), max(0, SIDE - side)) for _ in range(2))
+    part = Image.new("RGB", (side, side), "white")
+    part.paste(image, (-left, -top))
+    part = part.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    if rng.random() < 0.5:
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return redrawn(part, rng)
+
+
+def redrawn(image: Image.Image, rng: random.Random) -> Image.Image:
+    """The image in other colors, and with softer, harder or fewer edges, as another style may."""
+    if rng.random() < 0.8:
+        image = ImageEnhance.Color(image).enhance(rng.uniform(0.3, 1.7))
+        image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.75, 1.2))
+        image = ImageEnhance.Contrast(image).enhance(rng.uniform(0.6, 1.4))
+        hue, *others = image.convert("HSV").split()
+        turn = rng.randint(-12, 12)
+        hue = hue.point([(value + turn) % 256 for value in range(256)])
+        image = Image.merge("HSV", (hue, *others)).convert("RGB")
+    if rng.random() < 0.15:
+        image = ImageOps.grayscale(image).convert("RGB")
+    what = rng.random()
+    if what < 0.2:
+        return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 2)))
+    if what < 0.3:
+        return ImageOps.posterize(image, 3)
+    return image.filter(ImageFilter.EDGE_ENHANCE_MORE) if what < 0.4 else image
 
 
 def augmented(features: Tensor, generator: torch.Generator) -> Tensor:
@@ -107,12 +135,26 @@ def encode(engine: Engine, images: Iterator[Image.Image]) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Questions:
+    """What the Q-Former reads beside an image."""
+
+    world: World
+    tokens: Tokens
+
+    def beside(self, rng: random.Random) -> list[int]:
+        """The tokens of a question about another image; in half of the cases none."""
+        text = described(self.world, rng).text.instruction
+        return self.tokens.instruction(text) if rng.random() < 0.5 else []
+
+
+@dataclass(frozen=True)
 class Spelled:
     """Batches that nothing but the number of their step decides, so that a run resumes."""
 
     features: Features
     of_singles: Tensor  # [N, Q]
     of_pages: Tensor  # [M, Q]
+    questions: Questions
 
     def iterate(self, step: int) -> Iterator[Batch]:
         return map(self.make, count(step))
@@ -127,11 +169,13 @@ class Spelled:
         seen = torch.cat([self.features.singles[view, which], self.features.pages[page]])
         texts = torch.cat([self.of_singles[which], self.of_pages[page]])
         none = torch.zeros(SAMPLES, 0, dtype=torch.long)
+        rng = random.Random(f"questions {step}")
+        ids, mask = pad([self.questions.beside(rng) for _ in range(SAMPLES)])
         return Batch(
             image_index=torch.arange(SAMPLES)[:, None],
             image_features=augmented(seen, generator),
-            qformer_ids=none,
-            qformer_mask=none,
+            qformer_ids=ids,
+            qformer_mask=mask,
             prompt_ids=none,
             prompt_mask=none,
             response_ids=texts,
@@ -146,7 +190,7 @@ def main() -> None:
     for name in ("start", "packages", "out"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--features", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     args = parser.parse_args()
     features = read_features(args.start, args.packages, args.features)
     torch.manual_seed(0)
@@ -158,6 +202,7 @@ def main() -> None:
         features,
         torch.tensor([spelled(tokens, (name,), queries) for name in features.names]),
         torch.tensor([spelled(tokens, names, queries) for names in features.shown]),
+        Questions(World(read_catalog(args.packages)), tokens),
     )
     export = lambda path: model.save_pretrained(path, whole=False)  # noqa: E731
     run_stage(Align(model), batches, args.out, export, args.steps, learning_rate=1e-3)

@@ -18,13 +18,13 @@ from instructblip.data.reading.frames import evenly_spaced
 from instructblip.data.templates import Rendered, in_parts
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.checkpoints.weights import read_json
-from instructblip.model.config import READERS
+from instructblip.model.config import is_known
 
 
 def is_baseline(directory: Path) -> bool:
     """Whether ``directory`` holds a transformers model that is not a BLIP-2 or InstructBLIP."""
     config = directory / "config.json"
-    return config.is_file() and read_json(config).get("model_type") not in READERS
+    return config.is_file() and not is_known(read_json(config).get("model_type"))
 
 
 class TransformersModel:

@@ -25,7 +25,7 @@ class Align(nn.Module):
     """Trains query tokens, Q-Former and projection of a model on its responses as texts.
 
     Words and negatives come from the batch of this process only: a query tells its token from the
-    other tokens of the batch. The Q-Former reads no instruction.
+    other tokens of the batch. The Q-Former reads the batch's instructions, where it has any.
     """
 
     mean: Tensor
@@ -52,10 +52,10 @@ class Align(nn.Module):
         at the others, ``contrast`` that of whole texts; ``length`` keeps the queries as long as
         words, which none of them sees.
         """
-        model, no_text = self.model, batch.qformer_ids[:, :0]
+        model, index = self.model, batch.image_index[:, 0]
         features = model.features_of(batch)  # [N, P, V]
-        index = batch.image_index[:, 0]
-        queries = model.project_queries(model.query_image(features, no_text, no_text, index))
+        texts = batch.qformer_ids, batch.qformer_mask
+        queries = model.project_queries(model.query_image(features, *texts, index))
         queries = queries.float() - self.mean  # [B, Q, L]
         end = end_token(batch)
         words, targets = self.spelling(batch, queries.shape[1], end)  # [W], [B, Q]

@@ -24,6 +24,11 @@ OTHER_TOWER = "-other-tower"
 so that transformers refuses it instead of loading it wrong."""
 
 
+def is_known(model_type: object) -> bool:
+    """Whether a model_type is that of a BLIP-2 or an InstructBLIP, of transformers or of ours."""
+    return str(model_type).removesuffix(OTHER_TOWER) in READERS
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -218,7 +223,7 @@ class InstructBlipConfig(_Config):
         Raises ValueError for any other model_type and for values that our parts cannot express.
         """
         kind = config.get("model_type")
-        if str(kind).removesuffix(OTHER_TOWER) not in READERS:
+        if not is_known(kind):
             raise ValueError(
                 f"model_type must be one of {', '.join(READERS)}; got {kind!r}. Give a directory "
                 "that transformers' InstructBlip or Blip2 wrote, or one that this project wrote."

@@ -26,7 +26,7 @@ from instructblip.model.checkpoints.small import (
     language_weights,
 )
 from instructblip.model.checkpoints.transformers import BLIP2_NORM, NORM, TEXT_BRANCH
-from instructblip.model.checkpoints.weights import read_weights, sha256, write_weights
+from instructblip.model.checkpoints.weights import read_json, read_weights, sha256, write_weights
 from instructblip.model.config import EncoderConfig
 from instructblip.model.encoders import package_folder, read_encoder
 from instructblip.model.instructblip import InstructBlip
@@ -86,6 +86,9 @@ def pack(run: str | Path, adapter: str | Path | None = None, out: Path = FOLDER)
         for file in (out / CARD, *(source / name for name in SETTINGS)):
             if file.is_file():
                 shutil.copyfile(file, directory / file.name)
+        if (processor := directory / "processor_config.json").is_file():
+            values = {**read_json(processor), "processor_class": "Blip2Processor"}
+            write_json(processor, values, indent=2)
         write_json(directory / "config.json", {**config, "dtype": "float32"})
         write_json(directory / PARTS_FILE, {"parts": {n: asdict(p) for n, p in parts.items()}})
         write_weights(trained, directory / WEIGHTS_FILE)
