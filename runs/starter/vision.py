@@ -14,6 +14,7 @@ import json
 import math
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,8 @@ CONFIG = VisionConfig(
     patch_size=8,
 )
 PICTURES = 48  # a step
-LOOKS = (
+Looks = tuple[tuple[str, ...], ...]
+LOOKS: Looks = (
     tuple(COLOURS),
     (*SHAPES, "word", "digit"),
     SIZES,
@@ -55,18 +57,30 @@ LOOKS = (
 
 
 class CellReader(nn.Module):
-    """Mean of the patch tokens around each cell: [N, P, V] -> logits per attribute [N, 9, ...]."""
+    """Mean of the patch tokens around each of the ``side`` x ``side`` cells: [N, P, V] -> logits
+    per attribute [N, cells, ...]."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, looks: Looks = LOOKS, side: int = 3) -> None:
         super().__init__()
+        self.side = side
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU())
         # One more class each: nothing there.
-        self.heads = nn.ModuleList(nn.Linear(2 * width, len(look) + 1) for look in LOOKS)
+        self.heads = nn.ModuleList(nn.Linear(2 * width, len(look) + 1) for look in looks)
+
+    def loss(self, features: Tensor, wanted: Tensor) -> Tensor:
+        """Cross-entropy of each attribute, summed; ``wanted`` [N, cells, attributes]."""
+        losses = [
+            F.cross_entropy(logits.flatten(0, 1), wanted[..., k].flatten())
+            for k, logits in enumerate(self(features))
+        ]
+        return torch.stack(losses).sum()
 
     def forward(self, features: Tensor) -> list[Tensor]:
         side = math.isqrt(features.shape[1] - 1)
         patches = features[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-        cells = F.adaptive_avg_pool2d(patches, 3).flatten(2).transpose(1, 2)  # [N, 9, V]
+        cells = (
+            F.adaptive_avg_pool2d(patches, self.side).flatten(2).transpose(1, 2)
+        )  # [N, cells, V]
         hidden = self.mlp(cells)
         return [head(hidden) for head in self.heads]
 
@@ -120,13 +134,15 @@ def batch(rng: random.Random, number: int, test_digits: bool = False) -> tuple[T
 
 
 @torch.no_grad()
-def accuracy(tower: nn.Module, reader: nn.Module) -> dict[str, float]:
-    """Accuracy at occupied cells per attribute on fresh pictures, digits of unseen writing."""
-    pixels, wanted = batch(random.Random(7), 256, test_digits=True)
-    logits = reader(tower(pixels))
+def accuracy(
+    model: "Encoder", names: Sequence[str], looks: Looks, content: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """Accuracy at occupied cells per attribute on images and their targets."""
+    pixels, wanted = content
+    logits = model.cells(model.tower(pixels))
     found = {}
-    for k, name in enumerate(("color", "kind", "size", "word", "digit")):
-        there = wanted[..., k] < len(LOOKS[k])
+    for k, name in enumerate(names):
+        there = wanted[..., k] < len(looks[k])
         hits = logits[k].argmax(-1)[there] == wanted[..., k][there]
         found[name] = round(100 * hits.float().mean().item(), 1)
     return found
@@ -135,20 +151,16 @@ def accuracy(tower: nn.Module, reader: nn.Module) -> dict[str, float]:
 class Encoder(nn.Module):
     """The image encoder and its two heads under the training loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: VisionConfig = CONFIG, looks: Looks = LOOKS, side: int = 3) -> None:
         super().__init__()
-        self.tower = VisionModel(CONFIG)
-        self.cells = CellReader(CONFIG.hidden_size)
-        self.places = PlaceReader(CONFIG)
+        self.tower = VisionModel(config)
+        self.cells = CellReader(config.hidden_size, looks, side)
+        self.places = PlaceReader(config)
 
     def loss(self, lesson: Lesson) -> LossOutput:
         pixels, wanted = lesson.content
         features = self.tower(pixels)
-        losses = [
-            F.cross_entropy(logits.flatten(0, 1), wanted[..., k].flatten())
-            for k, logits in enumerate(self.cells(features))
-        ]
-        return lesson.mean_loss(torch.stack([*losses, self.places.loss(features)]).sum())
+        return lesson.mean_loss(self.cells.loss(features, wanted) + self.places.loss(features))
 
 
 def main() -> None:
@@ -168,8 +180,9 @@ def main() -> None:
 
     if not teach(model, make, args.out, args.steps, 5e-3, export):
         sys.exit("stopped: run it again to resume")
-    model.eval()
-    scores = {"pictures": args.steps * PICTURES, **accuracy(model.tower, model.cells)}
+    names = ("color", "kind", "size", "word", "digit")
+    fresh = batch(random.Random(7), 256, test_digits=True)
+    scores = {"pictures": args.steps * PICTURES, **accuracy(model.eval(), names, LOOKS, fresh)}
     (args.out / "vision_accuracy.json").write_text(json.dumps(scores, indent=1))
     print(scores)
 

@@ -30,7 +30,8 @@ from instructblip.experiment.tune import (
 )
 from instructblip.recipe.load import load_recipe
 from instructblip.training import train as loop
-from tests.testing import write_model, write_picture
+from tests.parity.tiny import tiny_config
+from tests.testing import write_json, write_model, write_picture
 
 EXAMPLES = ("worksheet_helper", "instrument_panel", "game_narrator")
 
@@ -578,3 +579,20 @@ def test_the_recipe_that_tune_writes_trains(
     check(str(tmp_path / "custom" / "tuned" / "recipe.yaml"))
     for run in ("first", "second"):
         assert train(recipe, tmp_path / run).step == 2
+
+
+@pytest.mark.parametrize(
+    ("larger", "rate"),
+    [
+        ({"vocab_size": 400_000}, 1e-3),  # a table of words, of which a step reads a few rows
+        ({"intermediate_size": 300_000}, 1e-5),
+    ],
+)
+def test_a_large_table_of_words_does_not_make_a_model_large(
+    larger: dict[str, int], rate: float, tmp_path: Path
+) -> None:
+    config = tiny_config("llama")
+    config["qformer_config"] |= {"hidden_size": 64, "num_attention_heads": 2, **larger}
+    write_json(tmp_path / "start/config.json", {**config, "model_type": "instructblip"})
+    recipe = write_recipe(tmp_path, str(tmp_path / "start"), tmp_path / "tuned", 300, ())
+    assert recipe.training.learning_rate == rate

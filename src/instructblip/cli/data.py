@@ -16,14 +16,22 @@ ExportForm = Literal["llava", "sharegpt", "messages", "parquet"]
 
 @app.command()
 def scenes(
-    root: Annotated[Path, Argument(help="Folder to write.", file_okay=False)] = Path("data/scenes"),
+    root: Annotated[
+        Path | None,
+        Argument(help="Folder to write: data/scenes, or data/dense.", file_okay=False),
+    ] = None,
     seed: Annotated[int, Option(help="Another seed is another world.")] = 0,
     scale: Scale = 1.0,
+    dense: Annotated[
+        bool, Option("--dense", help="Images of 20 to 25 things, asked about one by one.")
+    ] = False,
 ) -> None:
     """Write the embedded world in the official file formats."""
+    from instructblip.scenes.dense import write_dense
     from instructblip.scenes.official import write_scenes
 
-    folders = write_scenes(root, seed=seed, scale=scale)
+    root = root or Path("data/dense" if dense else "data/scenes")
+    folders = (write_dense if dense else write_scenes)(root, seed=seed, scale=scale)
     print(f"{len(folders)} data sets in {root}: {', '.join(folders)}")
 
 

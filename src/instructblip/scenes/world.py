@@ -157,9 +157,9 @@ def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
             )
             DRAW[thing.name](draw, x, y, radius, colour)
         elif thing.kind == "word":
-            font = _font(round(cell * 0.52))
             x = min(max(x, cell * 0.52), side - cell * 0.52)
-            draw.text((x, y), thing.name.upper(), fill=ink, font=font, anchor="mm")
+            letters = font(round(cell * 0.52))
+            draw.text((x, y), thing.name.upper(), fill=ink, font=letters, anchor="mm")
         else:
             _paste_digit(image, thing.name, x, y, cell * 0.9, ink, scene.test_digits, rng)
     image = image.resize((size, size), Image.Resampling.BOX)
@@ -209,7 +209,7 @@ DRAW = {
 
 
 @functools.cache
-def _font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=pixels)
 
 
