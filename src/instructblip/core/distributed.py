@@ -11,11 +11,16 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+TIMEOUT = timedelta(days=1)
+"""How long ranks wait for each other: the first one alone may check data, store features or write
+an export for hours. `training.watchdog_seconds` ends a step that hangs."""
 
 BUCKET_BYTES = 32 * 2**20
 """Gradients are summed in flat buckets of about this size: few calls, little extra memory."""
@@ -42,6 +47,10 @@ def local_rank() -> int:
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device of that name; ``auto`` is this rank's GPU if there is one, else the CPU.
 
+    On CUDA it turns cuDNN's attention off, the first choice of torch 2.11 on Hopper GPUs: it plans
+    anew for every shape, which text of changing lengths brings all the time, and its backward pass
+    may give NaN for a masked row (pytorch#196678).
+
     Raises ValueError for a device that torch does not find here.
     """
     if device == "auto":
@@ -53,6 +62,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
             f"device {device}: torch finds {count} devices of type {device.type} here; "
             "take another, or auto"
         )
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -63,12 +74,18 @@ def is_main() -> bool:
 
 @contextmanager
 def process_group(backend: str | None = None) -> Iterator[None]:
-    """Join the process group if torchrun started this process; leave it at the end."""
+    """Join the process group if torchrun started this process; leave it at the end.
+
+    Where there are GPUs, tensors on them go through NCCL, and those on the CPU through gloo:
+    barriers and objects, and everything with ``training.device=cpu``.
+    """
     started = "WORLD_SIZE" in os.environ and "RANK" in os.environ and not is_initialised()
     if started:
-        if torch.cuda.is_available():
+        gpus = torch.cuda.device_count() if backend is None else 0
+        if local_rank() < gpus:
             torch.cuda.set_device(local_rank())
-        dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+        backend = backend or ("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield
     finally:
@@ -77,8 +94,9 @@ def process_group(backend: str | None = None) -> Iterator[None]:
 
 
 def barrier() -> None:
+    """Wait for all ranks, on the CPU: no GPU computes, and none has to be there."""
     if is_initialised():
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))
 
 
 @contextmanager

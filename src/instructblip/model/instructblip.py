@@ -154,7 +154,9 @@ class InstructBlip(Pretrained):
     def encoder_fingerprint(self) -> str:
         """A hash of everything that ``encode_image`` depends on besides the images."""
         vision = self.vision_model
-        digest = hashlib.sha256(f"{self.config.vision!r} {self.compute_dtype}".encode())
+        # in half precision the weights decide, whatever the rest computes in
+        compute = self.compute_dtype if vision.dtype == torch.float32 else None
+        digest = hashlib.sha256(f"{self.config.vision!r} {compute}".encode())
         for name, value in vision.state_dict().items():
             if not name.startswith("post_layernorm."):
                 digest.update(f"{name} {value.dtype}".encode())

@@ -122,10 +122,14 @@ def checkpoint_layers(model: Any) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = functools.partial(_checkpointed, layer.forward)
+            layer.forward = functools.partial(_checkpointed, layer, layer.forward)
 
 
-def _checkpointed(forward: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
+def _checkpointed(
+    layer: nn.Module, forward: Callable[..., Any], *inputs: Any, **settings: Any
+) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **settings)
-    return checkpoint(forward, *inputs, use_reentrant=False, **settings)
+    # the state of a random generator is read from its device: not where nothing drops out
+    drops = any(module.training for module in layer.modules())
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=drops, **settings)

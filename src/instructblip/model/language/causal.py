@@ -117,7 +117,7 @@ class CausalLanguage:
             prefix_mask.sum(1, keepdim=True) + layout.depth,
             inputs_embeds=self.model.get_input_embeddings()(layout.ids),
             attention_mask=mask,
-            past_key_values=select_cache(prefix.cache, layout.sample),
+            past_key_values=select_cache(prefix.cache, layout),
         )
         return self.logits(output.last_hidden_state.flatten(0, 1)[layout.place])
 

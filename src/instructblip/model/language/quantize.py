@@ -5,6 +5,7 @@ keeps only the codes. No custom kernel is involved: it runs wherever PyTorch run
 memory but no time.
 """
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,13 @@ NF4 = (
 """The sixteen levels of NormalFloat4: quantiles of a normal distribution (QLoRA, appendix E)."""
 
 
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    """``NF4`` on a device, copied there once."""
+    with torch.inference_mode(False):
+        return torch.tensor(NF4, device=device)
+
+
 def quantize(weight: Float[Tensor, "out in"], kind: Kind) -> tuple[Tensor, Tensor]:
     """Codes as uint8 and scales in fp32: one scale per row for int8 and fp8, one per block of
     ``BLOCK`` weights for nf4, which stores two codes in a byte."""
@@ -31,7 +39,7 @@ def quantize(weight: Float[Tensor, "out in"], kind: Kind) -> tuple[Tensor, Tenso
     if kind == "nf4":
         blocks = F.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
         scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
-        levels = torch.tensor(NF4, device=weight.device)
+        levels = _levels(weight.device)
         middle = (levels[1:] + levels[:-1]) / 2
         codes = torch.bucketize(blocks / scale, middle).to(torch.uint8).flatten()
         return codes[0::2] * 16 + codes[1::2], scale[:, 0]
@@ -47,7 +55,7 @@ def dequantize(
 ) -> Float[Tensor, "out in"]:
     """The weights that `quantize` encoded, rounded to its levels."""
     if kind == "nf4":
-        levels = torch.tensor(NF4, device=codes.device)
+        levels = _levels(codes.device)
         pairs = torch.stack([codes >> 4, codes & 15], dim=1).flatten().int()
         blocks = levels[pairs].view(-1, BLOCK) * scale[:, None]
         return blocks.flatten()[: shape[0] * shape[1]].view(shape).to(dtype)

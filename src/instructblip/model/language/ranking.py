@@ -68,6 +68,7 @@ class Layout:
     real: Bool[Tensor, "r w"]  # no padding
     visible: Bool[Tensor, "r w w"] | None  # [r, i, j]: i sees j; None: plain causal rows
     place: Int[Tensor, " n"]
+    of_one_sample: bool  # several rows, all of one sample
 
 
 def sort_candidates(candidates: Candidates, include_end: bool, num_samples: int) -> list[Entry]:
@@ -201,6 +202,7 @@ class Forest:
         )
         return Layout(
             sample=torch.tensor(samples, device=device),
+            of_one_sample=len(samples) > 1 and len(set(samples)) == 1,
             ids=ids,
             depth=depth,
             real=real.to(device),
@@ -219,24 +221,25 @@ class Forest:
         return total / counts if normalization == "mean" else total
 
 
-def select_samples(values: Tensor, sample: Int[Tensor, " r"]) -> Tensor:
-    """``values[sample]``; a view where all rows belong to one sample."""
-    if len(sample) > 1 and bool((sample == sample[0]).all()):
+def select_samples(values: Tensor, layout: Layout) -> Tensor:
+    """``values`` of the sample of each row; a view where all rows belong to one sample."""
+    sample = layout.sample
+    if layout.of_one_sample:
         return values[sample[:1]].expand(len(sample), *values.shape[1:])
     return values[sample]
 
 
-def select_cache(cache: Any, sample: Int[Tensor, " r"]) -> Any:
-    """A cache whose row i is row ``sample[i]`` of ``cache``, which does not change."""
+def select_cache(cache: Any, layout: Layout) -> Any:
+    """A cache whose row i is that of the sample of row i; ``cache`` does not change."""
     if isinstance(cache, EncoderDecoderCache):
         attention, cross = cache.self_attention_cache, cache.cross_attention_cache
-        return EncoderDecoderCache(select_cache(attention, sample), select_cache(cross, sample))
+        return EncoderDecoderCache(select_cache(attention, layout), select_cache(cross, layout))
     selected = copy.copy(cache)
     selected.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in selected.layers:
         if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
-            layer.keys = select_samples(layer.keys, sample)
-            layer.values = select_samples(layer.values, sample)
+            layer.keys = select_samples(layer.keys, layout)
+            layer.values = select_samples(layer.values, layout)
         else:  # another kind of state
-            layer.batch_select_indices(sample)
+            layer.batch_select_indices(layout.sample)
     return selected

@@ -114,9 +114,9 @@ class Seq2SeqLanguage:
         assert prefix.states is not None
         hidden = self.model.get_decoder()(
             input_ids=layout.ids,
-            encoder_hidden_states=select_samples(prefix.states, layout.sample),
+            encoder_hidden_states=select_samples(prefix.states, layout),
             encoder_attention_mask=prefix.mask[layout.sample],
-            past_key_values=select_cache(prefix.cache, layout.sample),
+            past_key_values=select_cache(prefix.cache, layout),
             use_cache=True,
         ).last_hidden_state
         return self._logits(hidden.flatten(0, 1)[layout.place])

@@ -144,11 +144,11 @@ def attend_by_kernel(
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
-    packed = (x[0].transpose(0, 1) for x in (query, key, value))
+    packed = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     context = varlen_attn(
         *packed, offsets, offsets, longest, longest, scale=scale, window_size=CAUSAL
     )
-    return context[None]
+    return context.unsqueeze(0)
 
 
 def attend_by_products(

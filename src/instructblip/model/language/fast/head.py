@@ -1,5 +1,6 @@
 """Loss of the response tokens, with the logits of a few tokens at a time."""
 
+import functools
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ def token_losses(
     if len(targets) <= LOSS_CHUNK:
         return _plain_losses(head, hidden, targets)
     pairs = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-    chunks = [checkpoint(_plain_losses, head, *pair, use_reentrant=False) for pair in pairs]
+    again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    chunks = [again(_plain_losses, head, *pair) for pair in pairs]
     return torch.cat(chunks)
 
 

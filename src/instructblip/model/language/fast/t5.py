@@ -14,6 +14,7 @@ each sample needs::
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
@@ -22,6 +23,7 @@ from instructblip.model.language.fast.packing import Packing
 
 SELF_BIAS, CROSS_BIAS = 2, 5
 """Positions of the two biases among the inputs of a block."""
+ALIGNED = 16
 
 
 def allow_packing(model: Any) -> None:
@@ -58,13 +60,23 @@ def _insert_bias(
 
 
 def _bias(attention: nn.Module, packing: Packing) -> Tensor:
-    """[1 or B, heads, X, X]: the learned bias of each distance, -inf where a token is hidden."""
+    """[1 or B, heads, X, X]: the learned bias of each distance, -inf where a token is hidden.
+
+    In memory its rows are a multiple of ``ALIGNED`` long: the fused attention of a GPU refuses
+    transformers' bias, whose heads come last, and copies one whose rows have another length.
+    """
     width = packing.index.shape[1]
     bias = attention.compute_bias(width, width)  # pyright: ignore[reportCallIssue]
     if attention.is_causal:  # hides the padding as well: it stands behind all tokens
         later = torch.ones(width, width, dtype=torch.bool, device=bias.device).triu(1)
-        return bias.masked_fill(later, -torch.inf)
-    return bias + _padding_bias(packing, bias)
+        return _aligned(bias.masked_fill(later, -torch.inf))
+    return _aligned(bias + _padding_bias(packing, bias))
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """``bias`` with its last dimension in a row, and rows of aligned length behind one another."""
+    width = bias.shape[-1]
+    return F.pad(bias.contiguous(), (0, -width % ALIGNED))[..., :width]
 
 
 def _padding_bias(packing: Packing, like: Tensor) -> Tensor:
