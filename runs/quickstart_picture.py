@@ -1,9 +1,11 @@
 """Draw docs/quickstart.png: pictures, instructions and both models' answers after a quickstart.
 
     python runs/quickstart_picture.py out/quickstart docs/quickstart.png
+    python runs/quickstart_picture.py out/quickstart-real docs/quickstart-real.png --real
 
-One sample of each of eight benchmarks, taken in the order of the file: the first one that the two
-models answer differently, whoever is right.
+Eight samples, taken in the order of the files: of each benchmark the first that the two models
+answer differently, whoever is right; a benchmark that is named twice shows its second, too. Those
+of ``--real`` show Fluent emoji alone, whose licence is MIT.
 """
 
 import argparse
@@ -16,7 +18,12 @@ from matplotlib.axes import Axes
 from instructblip.data.images import load_image
 from instructblip.evaluation.result import Result
 
-SETS = ("vqav2", "okvqa", "ocrvqa", "nocaps", "gqa", "vsr", "iconqa", "scienceqa")
+SETS = tuple(
+    f"scenes_{name}"
+    for name in ("vqav2", "okvqa", "ocrvqa", "nocaps", "gqa", "vsr", "iconqa", "scienceqa")
+)
+REAL = ("known_names", "known_names", "places", "places", "true_or_false", "odd_one_out",
+        "same_kind", "left_or_right")  # fmt: skip
 RIGHT, WRONG, INK, FAINT = "#1a7f4b", "#c0392b", "#1f2328", "#6b7280"
 
 
@@ -24,11 +31,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("quickstart", type=Path)
     parser.add_argument("picture", type=Path)
+    parser.add_argument("--real", action="store_true")
     args = parser.parse_args()
     figure, places = plt.subplots(2, 4, figsize=(13, 8.6))
-    for name, place in zip(SETS, places.flat, strict=True):
-        folders = [args.quickstart / "results" / m / f"scenes_{name}" for m in MODELS]
-        draw(place, [Result.load(folder) for folder in folders])
+    sets = REAL if args.real else SETS
+    for i, (name, place) in enumerate(zip(sets, places.flat, strict=True)):
+        folders = [args.quickstart / "results" / model / name for model in MODELS]
+        draw(place, [Result.load(folder) for folder in folders], sets[:i].count(name))
     figure.subplots_adjust(left=0.01, right=0.99, top=0.89, bottom=0.09, wspace=0.15, hspace=0.62)
     figure.savefig(args.picture, dpi=110)
 
@@ -36,18 +45,20 @@ def main() -> None:
 MODELS = {"blip2": "BLIP-2", "instructblip": "InstructBLIP"}
 
 
-def draw(place: Axes, results: list[Result]) -> None:
+def draw(place: Axes, results: list[Result], number: int) -> None:
     """One picture with its instruction above and an answer of each model below."""
     pairs = list(zip(*(r.predictions for r in results), strict=True))
-    pair = next((p for p in pairs if p[0]["prediction"] != p[1]["prediction"]), pairs[0])
+    apart = [p for p in pairs if p[0]["prediction"] != p[1]["prediction"]]
+    pair = (apart or pairs)[number]
     image = load_image(pair[0]["images"][0], Path(results[0].image_root))
     place.imshow(image, interpolation="lanczos")
     place.set_xticks([])
     place.set_yticks([])
     for side in place.spines.values():
         side.set_edgecolor("#d0d7de")
-    unseen = "  (task type never tuned on)" if results[0].unseen_type else ""
-    role = results[0].role.replace("_", "-")
+    first = results[0]
+    unseen = "  (task type never tuned on)" if first.unseen_type else ""
+    role = (first.benchmark if first.role == "own" else first.role).replace("_", " ")
     prompt = textwrap.shorten(pair[0]["prompt"], 120)
     place.set_title(f"{role}{unseen}", fontsize=8, color=FAINT, loc="left", pad=46)
     place.text(

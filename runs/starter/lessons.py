@@ -52,8 +52,8 @@ class Lessons:
 
     make: Callable[[int], Lesson]
 
-    def iterate(self, step: int) -> Iterator[Lesson]:
-        return map(self.make, count(step))
+    def iterate(self, step: int) -> Iterator[list[Lesson]]:
+        return ([self.make(number)] for number in count(step))
 
 
 def teach(

@@ -21,7 +21,7 @@ from instructblip.core.batch import (
 )
 from instructblip.data.features import Features, FeatureStore
 from instructblip.data.images import ImageTransform
-from instructblip.data.loader import Loader
+from instructblip.data.loader import Loader, cut, deal, in_parts
 from instructblip.data.order import (
     CYCLE,
     Mixture,
@@ -74,7 +74,7 @@ def test_a_batch_depends_on_seed_and_step_alone(sets: dict[str, Examples], token
         loader.batch(random.randrange(100))
     assert same(third, loader.batch(3))
     assert same(third, make(sets, tokens).batch(3))
-    assert same(third, next(make(sets, tokens).iterate(3)))
+    assert same(third, next(make(sets, tokens).iterate(3))[0])
     assert not same(third, make(sets, tokens, seed=6).batch(3))
 
 
@@ -82,7 +82,8 @@ def test_workers_change_nothing(sets: dict[str, Examples], tokens: Tokens) -> No
     alone = list(make(sets, tokens).iterate(2, stop=5))
     helped = list(make(sets, tokens, workers=1).iterate(2, stop=5))
     assert len(alone) == len(helped) == 3
-    assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+    for one, other in zip(alone, helped, strict=True):
+        assert all(same(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_ctrl_c_leaves_the_workers_to_their_parent(
@@ -105,7 +106,7 @@ def test_ranks_and_micro_batches_share_the_same_samples(
         parts = []
         for rank in range(ranks):
             options = {"rank": rank, "world_size": ranks, "accumulate": accumulate}
-            parts += list(make(sets, tokens, **options).iterate(7, stop=8))
+            parts += next(make(sets, tokens, **options).iterate(7, stop=8))
         assert len(parts) == ranks * accumulate
         assert tuple(i for part in parts for i in part.ids) == whole.ids
         assert torch.equal(torch.cat([of_samples(p) for p in parts]), of_samples(whole))
@@ -130,7 +131,7 @@ def test_a_window_of_buckets_has_the_samples_of_its_steps(
     assert plain.step_of(17) == 2
     late = make(sets, tokens, bucket_steps=4)
     assert same(late.batch(6), loader.batch(6))  # resumed in the middle of a window
-    assert same(next(make(sets, tokens, bucket_steps=4).iterate(6)), loader.batch(6))
+    assert same(next(make(sets, tokens, bucket_steps=4).iterate(6))[0], loader.batch(6))
     assert loader.slots(6) != make(sets, tokens, bucket_steps=4, seed=6).slots(6)
     assert padding(loader, 4) < padding(plain, 4)
 
@@ -334,3 +335,35 @@ def test_a_view_has_the_chosen_examples(sets: dict[str, Examples]) -> None:
     view = DatasetView(sets["vqav2"], [9, 0, 4, 5, 2])
     assert [view[i].id for i in range(len(view))] == ["9", "0", "4", "5", "2"]
     assert view.images() == {sets["vqav2"][i].images for i in view.indices}
+
+
+def test_a_step_is_dealt_and_cut_by_tokens() -> None:
+    lengths = [9, 8, 5, 4, 2]
+    hands = deal(lengths, 2)
+    assert hands == [[0, 3, 4], [1, 2]]
+    assert cut(hands[0], lengths, 9) == [[0], [3, 4]]  # two rows of 4
+    assert cut(hands[0], lengths, 27) == [[0, 3, 4]]
+    assert cut(hands[0], lengths, 1) == [[0], [3], [4]]  # longer than a part may be
+    assert in_parts([[0], [3, 4]], 3) == [[0], [3], [4]]
+    assert in_parts([[0, 3, 4]], 2) == [[0], [3, 4]]
+    assert in_parts([[0]], 2) == [[0]]
+
+
+@pytest.mark.parametrize("buckets", [0, 2])
+def test_any_number_of_ranks_shares_the_samples_of_a_step_by_tokens(
+    sets: dict[str, Examples], tokens: Tokens, buckets: int
+) -> None:
+    whole = make(sets, tokens, bucket_steps=buckets).batch(7)
+    for ranks in (1, 2, 3, 8):
+        options = {"world_size": ranks, "bucket_steps": buckets, "tokens_per_image": 4}
+        options["tokens_per_micro_batch"] = 60
+        loaders = [make(sets, tokens, rank=rank, **options) for rank in range(ranks)]
+        steps = [loader.step(7) for loader in loaders]
+        ids = [i for step in steps for batch in step for i in batch.ids]
+        assert sorted(ids) == sorted(whole.ids)
+        if ranks in (1, 2, 8):  # equally many samples: all ranks call the model equally often
+            assert len({len(step) for step in steps}) == 1
+        for batch in (batch for step in steps for batch in step):
+            rows = batch.prompt_mask.sum(1) + batch.response_mask.sum(1) + 4
+            assert len(batch) == 1 or rows.max() * len(batch) <= 60
+    assert len(make(sets, tokens, tokens_per_micro_batch=10**6).step(7)) == 1

@@ -13,7 +13,7 @@ from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.fast.packing import Packing
 from instructblip.model.language.fast.t5 import ALIGNED, _bias
-from instructblip.model.language.quantize import dequantize, quantize
+from instructblip.model.language.quantize import QuantizedLinear
 from instructblip.model.language.ranking import Layout, select_cache
 from tests.parity.tiny import tiny_config
 
@@ -94,12 +94,11 @@ def test_ranking_asks_the_device_nothing() -> None:
 
 
 def test_nf4_copies_no_table_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(4, 64)
-    codes, scale = quantize(weight, "nf4")
-    expected = dequantize(codes, scale, "nf4", (4, 64), torch.float32)
+    layer = QuantizedLinear(torch.nn.Linear(64, 4).requires_grad_(False), "nf4")
+    inputs = torch.randn(2, 64)
+    expected = layer(inputs)
     monkeypatch.setattr(torch, "tensor", pytest.fail)
-    again = dequantize(codes, scale, "nf4", (4, 64), torch.float32)
-    assert torch.equal(again, expected)
+    assert torch.equal(layer(inputs), expected)
 
 
 def test_training_and_evaluation_share_stored_features() -> None:

@@ -207,7 +207,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
             # the same schedule, cut off: the loader ends where a kill would come
             class Ends:
                 def iterate(self, step):
-                    return (loader.batch(s) for s in range(step, stop))
+                    return (loader.step(s) for s in range(step, stop))
 
             with pytest.raises(StopIteration):
                 train(model, Ends(), None, config, folder)

@@ -61,7 +61,7 @@ def test_understanding_is_interleaved_while_the_qformer_trains(directory: Path, 
         ],
     )  # fmt: skip
     batches = build(recipe, Drawing()).batches.iterate(0)
-    kinds = [next(batches).target_values is None for _ in range(4)]
+    kinds = [batch.target_values is None for _ in range(4) for batch in next(batches)]
     assert kinds == [False, True, False, True]
     assert train(recipe, tmp_path / "run").step == 4
 
@@ -79,7 +79,7 @@ def test_a_set_joins_at_its_step(directory: Path, tmp_path: Path, understanding:
         ],
     )  # fmt: skip
     batches = build(recipe, Drawing()).batches.iterate(0)
-    steps = [{name for _ in range(2) for name in next(batches).datasets} for _ in range(5)]
+    steps = [{name for batch in next(batches) for name in batch.datasets} for _ in range(5)]
     assert ["late" in names for names in steps] == [False, False, False, True, True]
 
 

@@ -49,7 +49,7 @@ class Rows:
                 for kind in ("ids", "mask")
             }
             index = self.batch.image_index[rows]
-            yield replace(self.batch, image_index=index, datasets=(), ids=(), **text)
+            yield [replace(self.batch, image_index=index, datasets=(), ids=(), **text)]
             step += 1
 
 

@@ -21,7 +21,7 @@ class Batches:
 
     def iterate(self, step: int):
         while True:
-            yield self.batch
+            yield [self.batch]
 
 
 def test_table_by_part(tmp_path: Path, capsys):

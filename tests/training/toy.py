@@ -1,6 +1,7 @@
 """A model and its data, small enough to train hundreds of steps in a test."""
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -51,12 +52,13 @@ class ToyBatches:
         self.config, self.rank, self.ranks, self.seed = config, rank, ranks, seed
         self.size = config.micro_batch_size(ranks)
 
-    def iterate(self, step: int) -> Iterator[Batch]:
-        micro = step * self.config.accumulate
-        while True:
-            first = (micro * self.ranks + self.rank) * self.size
-            yield toy_batch(range(first, first + self.size), self.seed)
-            micro += 1
+    def iterate(self, step: int) -> Iterator[list[Batch]]:
+        return map(self.step, count(step))
+
+    def step(self, step: int) -> list[Batch]:
+        micros = (step * self.config.accumulate + i for i in range(self.config.accumulate))
+        firsts = [(micro * self.ranks + self.rank) * self.size for micro in micros]
+        return [toy_batch(range(first, first + self.size), self.seed) for first in firsts]
 
 
 def toy_batch(indices: range, seed: int = 3, length: int = 5) -> Batch:

@@ -1,4 +1,4 @@
-"""Training batches: ``Loader.batch(step, micro)`` is a function of (seed, step, micro) alone.
+"""Training batches: ``Loader.step(step)`` is a function of (seed, step, rank) alone.
 
 The number of a slot decides everything about its sample: the example (``order.py``), the template
 and the answer, the crop. So a run resumes at step s without any other state, worker processes only
@@ -8,6 +8,9 @@ Buckets: with ``bucket_steps`` = k > 0 the slots of k successive steps form a wi
 sorted by number of images and length of text, cut into k batches, and the batches are shuffled. A
 step then has samples of similar length, hence little padding, and the window as a whole has the
 same samples as without buckets.
+
+Micro batches: a rank takes its share of a step in ``accumulate`` parts of equal size, or in parts
+of at most ``tokens_per_micro_batch`` tokens. Neither changes the samples of a step, nor its loss.
 """
 
 import random
@@ -22,6 +25,42 @@ from instructblip.data.order import Mixture, Order, mix
 from instructblip.data.samples import Examples, ImageReader, collate, make_sample
 from instructblip.data.templates import Language, Rendered, check_template, render_instruction
 from instructblip.data.tokens import Tokens
+
+
+def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """The samples of a step by rank, the longest first: dealt back and forth, so that all ranks
+    have nearly as many tokens, and at most one sample more than another.
+
+    Lengths 9, 8, 5, 4, 2 for two ranks: samples 0, 3, 4 (15 tokens) and 1, 2 (13 tokens).
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for place, sample in enumerate(order):
+        turn, seat = divmod(place, ranks)
+        hands[seat if turn % 2 == 0 else ranks - 1 - seat].append(sample)
+    return hands
+
+
+def cut(samples: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """``samples``, the longest first, in parts of at most ``budget`` tokens where each row is as
+    long as the longest of its part; a sample that is longer than that is alone."""
+    parts: list[list[int]] = []
+    for sample in samples:
+        if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= budget:
+            parts[-1].append(sample)
+        else:
+            parts.append([sample])
+    return parts
+
+
+def in_parts(parts: list[list[int]], number: int) -> list[list[int]]:
+    """The same samples in ``number`` parts, or as many as there are samples: the part with the most
+    samples is halved until there are enough."""
+    parts = list(parts)
+    while len(parts) < number and (largest := max(parts, key=len, default=[])) and len(largest) > 1:
+        at, half = parts.index(largest), len(largest) // 2
+        parts[at : at + 1] = [largest[:half], largest[half:]]
+    return parts
 
 
 def micro_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:
@@ -45,6 +84,9 @@ class Loader:
             ``world_size * accumulate``.
         rank: this process among ``world_size``.
         accumulate: micro batches in one step of a rank.
+        tokens_per_micro_batch: the most tokens of a micro batch, in place of ``accumulate``: the
+            number of ranks may be any, and all of them cut a step into equally many parts.
+        tokens_per_image: those that the language model reads of an image, for the former.
         workers: processes that compute batches in advance in ``iterate``, which change no batch; 0
             computes them here.
         bucket_steps: steps whose samples are sorted by length together. 0 keeps the order drawn; 1
@@ -68,12 +110,16 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
+        tokens_per_micro_batch: int | None = None,
+        tokens_per_image: int = 0,
         workers: int = 0,
         bucket_steps: int = 0,
         templates: Mapping[str, Sequence[str]] | None = None,
         languages: Mapping[str, Language] | None = None,
     ) -> None:
-        self.micro_size = micro_batch_size(batch_size, world_size, accumulate)
+        if tokens_per_micro_batch is None:
+            self.micro_size = micro_batch_size(batch_size, world_size, accumulate)
+        self.budget, self.tokens_per_image = tokens_per_micro_batch, tokens_per_image
         sizes = {name: len(data) for name, data in datasets.items()}
         if sizes != mixture.sizes:
             raise ValueError(f"the mixture has {mixture.sizes}; expected the data sets {sizes}")
@@ -92,9 +138,38 @@ class Loader:
         self.order = Order(list(sizes.values()), [probabilities[name] for name in self.names], seed)
         self._window: tuple[int, list[list[int]]] = (-1, [])  # the last window and its batches
 
+    def step(self, step: int) -> list[Batch]:
+        """The micro batches of this rank at ``step``."""
+        return [collate([self.sample(slot) for slot in part]) for part in self.parts(step)]
+
     def batch(self, step: int, micro: int = 0) -> Batch:
         """Micro batch ``micro`` of this rank at ``step``."""
-        return collate([self.sample(slot) for slot in self.slots(step, micro)])
+        return collate([self.sample(slot) for slot in self.parts(step)[micro]])
+
+    def parts(self, step: int) -> list[Sequence[int]]:
+        """The slots of each micro batch of this rank at ``step``."""
+        if self.budget is None:
+            return [self.slots(step, micro) for micro in range(self.accumulate)]
+        slots = self._slots_of_all(step)
+        lengths = [self._tokens(slot) for slot in slots]
+        hands = [cut(hand, lengths, self.budget) for hand in deal(lengths, self.world_size)]
+        mine = in_parts(hands[self.rank], max(map(len, hands)))
+        return [[slots[i] for i in part] for part in mine]
+
+    def _slots_of_all(self, step: int) -> Sequence[int]:
+        """The slots of a step, of all ranks."""
+        if self.bucket_steps:
+            return self._batches(step // self.bucket_steps)[step % self.bucket_steps]
+        return range(step * self.batch_size, (step + 1) * self.batch_size)
+
+    def _tokens(self, slot: int) -> int:
+        """Tokens of the language model's row of a sample."""
+        example, rendered = self.rendered(slot)
+        images = self.images[self.names[self.order[slot].dataset]]
+        number = len(images.select(example.images))
+        texts = self.tokens.tokenize(rendered, number)
+        text = len(texts.prompt_ids) + len(texts.response_ids)
+        return number * self.tokens_per_image + text
 
     def sample(self, slot: int) -> Sample:
         """The sample of a slot, with its crop, template and answer."""
@@ -117,7 +192,7 @@ class Loader:
         return mix(self.seed, 3, slot)
 
     def slots(self, step: int, micro: int = 0) -> Sequence[int]:
-        """The slots of a micro batch of this rank.
+        """The slots of a micro batch of this rank, of ``accumulate`` a step.
 
         Without buckets the slots of a step are dealt in blocks, first by rank, then by micro batch.
         With buckets, where they are sorted by length, all ranks take neighbouring blocks for the
@@ -157,31 +232,25 @@ class Loader:
         num_images = len(images.select(example.images))
         return num_images, len(rendered.prompt) + len(rendered.response)
 
-    def iterate(self, step: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        """This rank's micro batches from the first of ``step`` on, ``accumulate`` for each step,
-        up to step ``stop`` (excluded; None never ends)."""
-        return iterate_batches(self.batch, self.accumulate, self.workers, step, stop)
+    def iterate(self, step: int = 0, stop: int | None = None) -> Iterator[list[Batch]]:
+        """This rank's micro batches, a list for each step from ``step`` up to ``stop`` (excluded;
+        None never ends)."""
+        return iterate_steps(self.step, self.workers, step, stop)
 
 
-def iterate_batches(
-    batch: Callable[[int, int], Batch],
-    accumulate: int,
-    workers: int,
-    step: int = 0,
-    stop: int | None = None,
-) -> Iterator[Batch]:
-    """``batch(step, micro)`` for each of ``accumulate`` micro batches of each step.
+def iterate_steps(
+    make: Callable[[int], list[Batch]], workers: int, step: int = 0, stop: int | None = None
+) -> Iterator[list[Batch]]:
+    """``make(step)`` for each step.
 
-    ``workers`` processes prepare batches ahead; 0 prepares each when it is asked for. The batches
-    and their order do not depend on ``workers``.
+    ``workers`` processes prepare steps ahead; 0 prepares each when it is asked for. The batches and
+    their order do not depend on ``workers``.
     """
-    first = step * accumulate
-    numbers = count(first) if stop is None else range(first, stop * accumulate)
-    micro_batches = _MicroBatches(batch, accumulate)
+    numbers = count(step) if stop is None else range(step, stop)
     if not workers:
-        return map(micro_batches.__getitem__, numbers)
+        return map(make, numbers)
     loader = DataLoader(
-        micro_batches,
+        _Steps(make),
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
@@ -195,11 +264,11 @@ def _ignore_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _MicroBatches(Dataset[Batch]):
-    """Batches as a map from a running number to a micro batch, as torch's workers need it."""
+class _Steps(Dataset[list[Batch]]):
+    """Steps as a map from their number to micro batches, as torch's workers need it."""
 
-    def __init__(self, batch: Callable[[int, int], Batch], accumulate: int) -> None:
-        self.batch, self.accumulate = batch, accumulate
+    def __init__(self, make: Callable[[int], list[Batch]]) -> None:
+        self.make = make
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.batch(*divmod(index, self.accumulate))
+    def __getitem__(self, step: int) -> list[Batch]:
+        return self.make(step)

@@ -434,8 +434,9 @@ def make_loader(
     images: Mapping[str, ImageReader],
     training: TrainingConfig,
 ) -> Loader:
-    """This rank's batches of ``recipe.data``."""
+    """This rank's batches of ``recipe.data``. Raises ValueError where a step does not divide."""
     data = recipe.data
+    training.micro_batch_size(distributed.world_size())
     return Loader(
         datasets,
         make_mixture(recipe, datasets),
@@ -446,6 +447,8 @@ def make_loader(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         accumulate=training.accumulate,
+        tokens_per_micro_batch=training.token_budget,
+        tokens_per_image=read_config(recipe.model.start).num_query_tokens,
         workers=training.workers,
         bucket_steps=data.bucket_steps,
         templates={name: entry.templates for name, entry in data.sets.items() if entry.templates},

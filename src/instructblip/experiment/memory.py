@@ -105,6 +105,9 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         data.max_response,
     )
     frames = max(min(_most_images(data, name), data.num_frames) for name in data.sets)
+    if training.token_budget is not None:  # rows of other lengths have as many tokens
+        row = frames * model.config.num_query_tokens + data.max_prompt + data.max_response
+        samples = min(samples, max(1, training.token_budget // row))
     forward = functools.partial(walk, model, samples, lengths, frames)
     activations = saved_bytes(forward, model)
     sparse = large_tables(model) if training.optimizer == "adamw" else ()
@@ -118,7 +121,7 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         activations=activations,
         passing=max(passing, logits_bytes(model, samples * data.max_response)),
         encoder=encoder_bytes(model, samples * frames, on_gpu),
-        accumulates=training.accumulate > 1,
+        accumulates=training.accumulate > 1 or training.token_budget is not None,
     )
 
 
@@ -209,7 +212,7 @@ def rerun_bytes(forward: Callable[[], Tensor], model: InstructBlip) -> int:
     sizes = []
     for _, layers in stacks_of(model.language_model):
         checkpointed = layers[0].forward
-        layers[0].forward = checkpointed.args[0]
+        _, layers[0].forward = checkpointed.args
         sizes.append(saved_bytes(forward, model))
         layers[0].forward = checkpointed
     return max(sizes)
@@ -284,10 +287,14 @@ def advise(memory: Memory, available: int, recipe: Recipe, world_size: int = 1) 
     fixed = memory.frozen + memory.trained + memory.optimizer + memory.gradients
     if fixed < available and training.micro_batch_size(world_size) > 1:
         parts = (memory.activations + memory.passing) / (available - fixed)
-        wanted = training.accumulate * parts
         divisors = [n for n in range(1, training.batch_size + 1) if not training.batch_size % n]
+        wanted = training.accumulate * parts
         accumulate = next((n for n in divisors if n >= wanted), training.batch_size)
-        changes.append(f"training.accumulate={accumulate}")
+        if training.token_budget is None:
+            changes.append(f"training.accumulate={accumulate}")
+        else:
+            tokens = int(training.token_budget / parts)
+            changes.append(f"training.tokens_per_micro_batch={tokens}")
     if training.precision == "fp32":
         changes.append("training.precision=bf16")
     if fixed >= available and recipe.model.quantize is None:

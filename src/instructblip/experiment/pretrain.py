@@ -50,6 +50,11 @@ class Pretraining(Variant):
                 "all stages train the Q-Former alone, and the recipe asks for training.trainable "
                 f"{list(training.trainable)} and model.lora {recipe.model.lora}: leave both out"
             )
+        if self.stage != 2 and training.token_budget is not None:
+            raise ValueError(
+                f"stage {self.stage} contrasts the images of a micro batch, and "
+                "training.tokens_per_micro_batch would change how many these are: leave it out"
+            )
         if self.stage != 2 and training.micro_batch_size(distributed.world_size()) == 1:
             raise ValueError(
                 f"stage {self.stage} contrasts images, and each micro batch holds one sample: "

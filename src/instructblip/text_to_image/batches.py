@@ -12,7 +12,7 @@ from torch import Tensor
 
 from instructblip.core.batch import Batch
 from instructblip.data.images import ImageTransform
-from instructblip.data.loader import iterate_batches, micro_batch_size
+from instructblip.data.loader import iterate_steps, micro_batch_size
 from instructblip.data.order import Mixture, Order
 from instructblip.data.samples import pad
 from instructblip.data.tokens import Tokens
@@ -65,9 +65,13 @@ class DrawLoader:
             self._orders[present] = Order(list(sizes.values()), list(probabilities), self.seed)
         return self._orders[present]
 
-    def iterate(self, step: int = 0) -> Iterator[Batch]:
-        """This rank's micro batches, from the first one of ``step`` on."""
-        return iterate_batches(self.batch, self.accumulate, self.workers, step)
+    def iterate(self, step: int = 0) -> Iterator[list[Batch]]:
+        """This rank's micro batches, a list for each step from ``step`` on."""
+        return iterate_steps(self.step, self.workers, step)
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro batches of ``step``."""
+        return [self.batch(step, micro) for micro in range(self.accumulate)]
 
     def batch(self, step: int, micro: int = 0) -> Batch:
         """This rank's micro batch ``micro`` of the global batch of ``step``."""
@@ -144,8 +148,9 @@ def target_pixels(image: Image.Image, size: int) -> Float[Tensor, "3 G G"]:
 class Interleaved:
     """Alternates micro batches to draw and to answer; the number of a micro batch decides its kind.
 
-    ``share`` of the micro batches, spread evenly, come from ``understanding``. Both loaders yield
-    one micro batch a step; ``accumulate`` micro batches of either kind make one optimizer step.
+    ``share`` of the micro batches, spread evenly, come from ``understanding``. A step of either
+    loader is a micro batch here, or what that loader cuts it into; ``accumulate`` of either kind
+    make one optimizer step.
     """
 
     drawing: Batches
@@ -153,15 +158,19 @@ class Interleaved:
     share: float
     accumulate: int = 1
 
-    def iterate(self, step: int) -> Iterator[Batch]:
-        """The micro batches from the first one of optimizer step ``step`` on."""
+    def iterate(self, step: int) -> Iterator[list[Batch]]:
+        """The micro batches of each optimizer step from ``step`` on."""
         first = step * self.accumulate
         drawn, understood = micro_batches_before(first, self.share)
         drawing, understanding = self.drawing.iterate(drawn), self.understanding.iterate(understood)
+        micro_batches: list[Batch] = []
         for number in count(first + 1):
             due = micro_batches_before(number, self.share)[1] > understood
             understood += due
-            yield next(understanding if due else drawing)
+            micro_batches += next(understanding if due else drawing)
+            if number % self.accumulate == 0:
+                yield micro_batches
+                micro_batches = []
 
 
 def micro_batches_before(number: int, share: float) -> tuple[int, int]:

@@ -47,7 +47,12 @@ class TrainingConfig(BaseModel):
     batch_size: PositiveInt = 128
     """Samples of one optimiser step, over all ranks and all accumulated micro batches."""
     accumulate: PositiveInt = 1
-    """Micro batches that each rank runs before one optimiser step."""
+    """Micro batches of equal size that each rank runs before one optimiser step; above 1 it takes
+    the place of ``tokens_per_micro_batch``."""
+    tokens_per_micro_batch: PositiveInt | None = None
+    """Most tokens of a micro batch, image tokens and padding included: each rank cuts its share of a
+    step into as few parts as fit, and any number of ranks divides a step. Samples and loss of a
+    step stay the same."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw is the paper's; muon orthogonalises the updates of matrices inside networks, with which
     small models learn from scratch in fewer steps."""
@@ -128,8 +133,16 @@ class TrainingConfig(BaseModel):
         """Steps of the warm-up of this run: ``warmup_steps``, or what fits a shorter run."""
         return self.warmup_steps if self.warmup_steps < self.steps else self.steps // 10
 
+    @property
+    def token_budget(self) -> int | None:
+        """Most tokens of a micro batch; None where steps are cut by ``accumulate``."""
+        return self.tokens_per_micro_batch if self.accumulate == 1 else None
+
     def micro_batch_size(self, world_size: int = 1) -> int:
-        """Samples of one micro batch of one rank; ValueError if they are no whole number."""
+        """Samples of one micro batch of one rank, the most where its tokens are limited. ValueError
+        if they are no whole number and have to be one."""
+        if self.token_budget is not None and self.parallel != "fsdp2":
+            return -(-self.batch_size // world_size)
         parts = self.accumulate * world_size
         if self.batch_size % parts:
             raise ValueError(

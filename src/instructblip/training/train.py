@@ -42,9 +42,9 @@ Stopped = Literal["finished", "early", "terminated"]
 
 @runtime_checkable
 class Batches(Protocol):
-    """The micro batches of this rank, in order, from the first one of ``step`` on."""
+    """The micro batches of this rank: a list for each step, from ``step`` on."""
 
-    def iterate(self, step: int) -> Iterator[Batch]: ...
+    def iterate(self, step: int) -> Iterator[list[Batch]]: ...
 
 
 class NonFiniteLossError(ValueError):
@@ -82,7 +82,7 @@ def train(
 
     Args:
         model: ``loss(batch)`` returns ``loss_sum`` and ``sample_losses`` [B], sums in nats.
-        batches: the micro batches of this rank, ``config.accumulate`` for every step.
+        batches: the micro batches of this rank.
         evaluate: called with the model in eval mode; ``score`` decides which weights are the best.
         folder: the run directory: checkpoints/, metrics.jsonl, curves.png, best/ and last/.
         resume: continue from the newest complete checkpoint in ``folder``, if there is one.
@@ -145,7 +145,7 @@ def train(
             tick = time.monotonic()
             watchdog.watch(step, "waiting for data")
             with part("input"):
-                micro_batches = [next(stream) for _ in range(config.accumulate)]
+                micro_batches = next(stream)
             waited = time.monotonic() - tick
 
             # Make one update: forward and backward over the micro batches, then the optimiser.

@@ -5,7 +5,6 @@ keeps only the codes. No custom kernel is involved: it runs wherever PyTorch run
 memory but no time.
 """
 
-import functools
 from typing import Any, Literal
 
 import torch
@@ -25,13 +24,6 @@ NF4 = (
 """The sixteen levels of NormalFloat4: quantiles of a normal distribution (QLoRA, appendix E)."""
 
 
-@functools.cache
-def _levels(device: torch.device) -> Tensor:
-    """``NF4`` on a device, copied there once."""
-    with torch.inference_mode(False):
-        return torch.tensor(NF4, device=device)
-
-
 def quantize(weight: Float[Tensor, "out in"], kind: Kind) -> tuple[Tensor, Tensor]:
     """Codes as uint8 and scales in fp32: one scale per row for int8 and fp8, one per block of
     ``BLOCK`` weights for nf4, which stores two codes in a byte."""
@@ -39,7 +31,7 @@ def quantize(weight: Float[Tensor, "out in"], kind: Kind) -> tuple[Tensor, Tenso
     if kind == "nf4":
         blocks = F.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
         scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
-        levels = _levels(weight.device)
+        levels = torch.tensor(NF4, device=weight.device)
         middle = (levels[1:] + levels[:-1]) / 2
         codes = torch.bucketize(blocks / scale, middle).to(torch.uint8).flatten()
         return codes[0::2] * 16 + codes[1::2], scale[:, 0]
@@ -51,11 +43,16 @@ def quantize(weight: Float[Tensor, "out in"], kind: Kind) -> tuple[Tensor, Tenso
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, kind: Kind, shape: tuple[int, int], dtype: torch.dtype
+    codes: Tensor,
+    scale: Tensor,
+    kind: Kind,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    levels: Float[Tensor, "16"],
 ) -> Float[Tensor, "out in"]:
-    """The weights that `quantize` encoded, rounded to its levels."""
+    """The weights that `quantize` encoded, rounded to its levels; ``levels`` is ``NF4``, which nf4
+    reads, on the device of the codes."""
     if kind == "nf4":
-        levels = _levels(codes.device)
         pairs = torch.stack([codes >> 4, codes & 15], dim=1).flatten().int()
         blocks = levels[pairs].view(-1, BLOCK) * scale[:, None]
         return blocks.flatten()[: shape[0] * shape[1]].view(shape).to(dtype)
@@ -81,6 +78,7 @@ class QuantizedLinear(nn.Module):
 
     codes: Tensor
     scale: Tensor
+    levels: Tensor
     bias: Tensor | None
 
     def __init__(self, linear: nn.Linear, kind: Kind) -> None:
@@ -91,6 +89,8 @@ class QuantizedLinear(nn.Module):
         # Not in the state dict: a checkpoint contains the original weights.
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
+        levels = torch.tensor(NF4, device=codes.device)  # a copy for each product would wait
+        self.register_buffer("levels", levels, persistent=False)
         self.bias = linear.bias
 
     @property
@@ -100,7 +100,7 @@ class QuantizedLinear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         shape = (self.out_features, self.in_features)
-        return dequantize(self.codes, self.scale, self.kind, shape, dtype)
+        return dequantize(self.codes, self.scale, self.kind, shape, dtype, self.levels)
 
     def forward(self, inputs: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         if torch.is_autocast_enabled(inputs.device.type):
