@@ -2,12 +2,14 @@
 that its kernels want, features that are the same for training and evaluation."""
 
 import os
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache, T5Config, T5EncoderModel
 
+from instructblip.cli import main as cli
 from instructblip.core import distributed
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
@@ -15,7 +17,9 @@ from instructblip.model.language.fast.packing import Packing
 from instructblip.model.language.fast.t5 import ALIGNED, _bias
 from instructblip.model.language.quantize import QuantizedLinear
 from instructblip.model.language.ranking import Layout, select_cache
-from tests.parity.tiny import tiny_config
+from tests.parity.tiny import tiny_batch, tiny_config
+
+CONFIG = {"model_type": "instructblip", **tiny_config("llama")}
 
 
 @pytest.fixture
@@ -104,8 +108,7 @@ def test_nf4_copies_no_table_to_the_device(monkeypatch: pytest.MonkeyPatch) -> N
 def test_training_and_evaluation_share_stored_features() -> None:
     """On a GPU training computes in bf16 with an encoder in bf16; evaluation has the same encoder
     and leaves the rest in fp32."""
-    config = {"model_type": "instructblip", **tiny_config("llama")}
-    model = InstructBlip(InstructBlipConfig.from_transformers(config))
+    model = InstructBlip(InstructBlipConfig.from_transformers(CONFIG))
     model.to_training_dtypes(torch.bfloat16, torch.bfloat16)
     training = model.encoder_fingerprint()
     model.compute_dtype = None
@@ -114,3 +117,28 @@ def test_training_and_evaluation_share_stored_features() -> None:
     plain = model.encoder_fingerprint()
     model.compute_dtype = torch.bfloat16
     assert model.encoder_fingerprint() != plain
+
+
+def test_a_batch_is_pinned_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[int] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(id(tensor))
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = tiny_batch(InstructBlip(InstructBlipConfig.from_transformers(CONFIG)).config)
+    again = batch.pin_memory()
+    tensors = [v for f in fields(batch) if isinstance(v := getattr(batch, f.name), torch.Tensor)]
+    assert pinned == [id(tensor) for tensor in tensors]
+    assert torch.equal(again.prompt_ids, batch.prompt_ids)
+    assert again.ids == batch.ids
+
+
+def test_memory_leaves_room_for_what_it_does_not_count(
+    two_gpus: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 100 * 2**30))
+    with pytest.raises(SystemExit):
+        cli.main(["memory", "quickstart", "training.device=cpu"])
+    assert "of 93.0 GiB" in capsys.readouterr().out

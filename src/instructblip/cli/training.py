@@ -36,6 +36,10 @@ Open {report}: tables, charts, and the answers of both models to each image.
 """
 
 
+RESERVED = 0.07
+"""Share of a GPU's memory that its context, the libraries and fragments take."""
+
+
 @app.command()
 def quickstart(
     overrides: Overrides = None,
@@ -252,7 +256,7 @@ def memory(
     if gigabytes is not None:
         available = int(gigabytes * 2**30)
     elif torch.cuda.is_available():
-        available = torch.cuda.mem_get_info()[1]
+        available = int(torch.cuda.mem_get_info()[1] * (1 - RESERVED))
     else:
         return
     print(advise(predicted, available, resolved, devices))

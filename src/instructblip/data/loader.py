@@ -18,6 +18,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from instructblip.core.batch import Batch, Example, Sample
@@ -254,6 +255,7 @@ def iterate_steps(
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_interrupts,
     )
     return iter(loader)

@@ -50,8 +50,8 @@ class TrainingConfig(BaseModel):
     """Micro batches of equal size that each rank runs before one optimiser step; above 1 it takes
     the place of ``tokens_per_micro_batch``."""
     tokens_per_micro_batch: PositiveInt | None = None
-    """Most tokens of a micro batch, image tokens and padding included: each rank cuts its share of a
-    step into as few parts as fit, and any number of ranks divides a step. Samples and loss of a
+    """Most tokens of a micro batch, image tokens and padding included: each rank cuts its share of
+    a step into as few parts as fit, and any number of ranks divides a step. Samples and loss of a
     step stay the same."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw is the paper's; muon orthogonalises the updates of matrices inside networks, with which
