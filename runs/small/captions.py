@@ -59,8 +59,8 @@ class Captions:
     questions: Questions
     queries: int
 
-    def iterate(self, step: int) -> Iterator[Batch]:
-        return map(self.make, count(step))
+    def iterate(self, step: int) -> Iterator[list[Batch]]:
+        return ([self.make(number)] for number in count(step))
 
     def make(self, step: int) -> Batch:
         rng, generator = random.Random(f"captions {step}"), torch.Generator().manual_seed(step)

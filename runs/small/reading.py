@@ -84,8 +84,8 @@ class Samples:
     tokens: Tokens
     queries: int
 
-    def iterate(self, step: int) -> Iterator[Batch]:
-        return map(self.make, count(step))
+    def iterate(self, step: int) -> Iterator[list[Batch]]:
+        return ([self.make(number)] for number in count(step))
 
     def make(self, step: int) -> Batch:
         rng = random.Random(f"described {step}")

@@ -156,8 +156,8 @@ class Spelled:
     of_pages: Tensor  # [M, Q]
     questions: Questions
 
-    def iterate(self, step: int) -> Iterator[Batch]:
-        return map(self.make, count(step))
+    def iterate(self, step: int) -> Iterator[list[Batch]]:
+        return ([self.make(number)] for number in count(step))
 
     def make(self, step: int) -> Batch:
         generator = torch.Generator().manual_seed(step)

@@ -160,6 +160,12 @@ def test_compare_takes_models_of_all_kinds(
     assert "blip2" in printed["datasets"]["scenes_vsr"]["differences"]
 
 
+@pytest.mark.parametrize("kind", ["blip-2", "instructblip", "blip-2-other-tower"])
+def test_models_of_this_package_are_no_baselines(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    assert not is_baseline(tmp_path)
+
+
 def test_other_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert is_baseline(tmp_path)

@@ -42,6 +42,19 @@ def test_no_layer_of_the_language_model_runs(stage: Align, monkeypatch: pytest.M
     assert not [n for n in moved if "word_embeddings" in n]
 
 
+def test_instructions_train_the_text_branch(stage: Align) -> None:
+    """Without them its parameters get no gradient."""
+    name = "qformer.encoder.layer.0.intermediate.dense.weight"  # of text alone
+    parameter = dict(stage.model.named_parameters())[name]
+    batch = tiny_batch(stage.model.config)
+    none = batch.qformer_ids[:, :0]
+    stage.loss(replace(batch, qformer_ids=none, qformer_mask=none)).loss_sum.backward()
+    assert parameter.grad is None
+    stage.loss(batch).loss_sum.backward()
+    assert parameter.grad is not None
+    assert parameter.grad.abs().sum() > 0
+
+
 def test_query_i_stands_for_token_i_and_the_rest_for_the_end(stage: Align) -> None:
     batch = texts(tiny_batch(stage.model.config), [[5, 6, 2, 0], [6, 5, 9, 2], [7, 2, 0, 0]])
     words, targets = stage.spelling(batch, 3, 2)
@@ -77,6 +90,8 @@ def test_same_images_and_same_texts_are_no_negatives(
 def test_queries_become_the_words_of_their_text_in_order(stage: Align) -> None:
     """A few steps, after which the nearest words of the queries are the text."""
     batch = texts(tiny_batch(stage.model.config), [[5, 2, 0], [6, 7, 2], [5, 2, 0]])
+    none = batch.qformer_ids[:, :0]
+    batch = replace(batch, qformer_ids=none, qformer_mask=none)
     trained = [p for p in stage.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=0.01)
     for _ in range(150):
@@ -86,9 +101,7 @@ def test_queries_become_the_words_of_their_text_in_order(stage: Align) -> None:
         optimizer.step()
     assert output.terms["spelling"] < 0.1
     assert output.terms["contrast"] < 0.1
-    queries = stage.model.encode_queries(
-        replace(batch, qformer_ids=batch.qformer_ids[:, :0], qformer_mask=batch.qformer_mask[:, :0])
-    )
+    queries = stage.model.encode_queries(batch)
     words = F.normalize(words_of(stage)[:8] - stage.mean, dim=-1)  # of the tokens in use
     near = (F.normalize(queries - stage.mean, dim=-1) @ words.t()).argmax(2)  # [B, Q]
     ends = [2] * (near.shape[1] - 2)

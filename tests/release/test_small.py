@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from instructblip.cli.main import main
 from instructblip.experiment.pretrain import save_blip2
+from instructblip.inference.baseline import is_baseline
 from instructblip.model.checkpoints import small, weights
 from instructblip.model.checkpoints.directory import model_directory, read_config
 from instructblip.model.checkpoints.transformers import TEXT_BRANCH
@@ -345,3 +346,24 @@ def test_an_adapter_that_the_run_was_trained_with(
     merge_lora(reader.language_model)
     for name, value in reader.language_model.state_dict().items():
         torch.testing.assert_close(ours[name], value)
+
+
+def test_an_instructblip_is_packed_as_a_blip2(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the text branch and the adapter that trained in one run."""
+    model = InstructBlip.from_pretrained(made / "base")
+    add_lora(model.language_model, LoraConfig(rank=2))
+    disturb(model, 3)
+    model.save_pretrained(tmp_path / "joint")
+    pack(tmp_path / "joint", None, tmp_path / "out")
+    monkeypatch.setattr(small, "FOLDER", tmp_path / "out")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory = model_directory("small")
+    processor = json.loads((directory / "processor_config.json").read_text())
+    assert processor["processor_class"] == "Blip2Processor"
+    assert not is_baseline(directory), "it is ours, by its directory as by its name"
+    ours = InstructBlip.from_pretrained("small", instruction_aware=True).state_dict()
+    branch = {n: v for n, v in model.state_dict().items() if TEXT_BRANCH.fullmatch(n)}
+    for name in branch:
+        torch.testing.assert_close(ours[name], branch[name], rtol=1e-3, atol=1e-4)
