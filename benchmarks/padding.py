@@ -42,8 +42,8 @@ def padding(loader: Loader, steps: int) -> dict[str, float]:
     names = ("instruction", "prompt", "response")
     real, slots = [0, 0, 0], [0, 0, 0]
     for step in range(steps):
-        for micro in range(loader.accumulate):
-            texts = [loader.rendered(slot)[1] for slot in loader.slots(step, micro)]
+        for part in loader.parts(step):
+            texts = [loader.rendered(slot)[1] for slot in part]
             lengths = [list(map(len, loader.tokens.tokenize(text))) for text in texts]
             for i, counts in enumerate(zip(*lengths, strict=True)):
                 real[i] += sum(counts)

@@ -128,6 +128,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         ("training.trainable=[qformer, vision_norm]", r"training\.trainable .*vision_norm"),
         ("model.lora={rank: 2}", r"model\.lora.*leave both out"),
         ("training.accumulate=6", r"micro batch holds one .*training\.batch_size"),
+        ("training.tokens_per_micro_batch=99", "contrasts the images of a micro batch"),
         ("data.check=required", "instructblip check"),
     ],
 )
