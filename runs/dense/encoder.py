@@ -1,6 +1,6 @@
 """Step 1: an image encoder learns what stands in which cell of the dense world.
 
-    python runs/dense/encoder.py OUT --steps 1500
+    python runs/dense/encoder.py OUT --steps 500
 
 As `starter/vision.py`, whose heads it has, on images of the dense world without a held-out
 colour-shape pair. OUT is a run directory: it resumes.
@@ -59,7 +59,7 @@ def batch(rng: random.Random, number: int) -> tuple[Tensor, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=500)
     args = parser.parse_args()
     torch.manual_seed(0)
     model = Encoder(CONFIG, LOOKS, GRID)
