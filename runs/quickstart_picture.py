@@ -58,7 +58,8 @@ def draw(place: Axes, results: list[Result], number: int, alike: bool) -> None:
         side.set_edgecolor("#d0d7de")
     first = results[0]
     unseen = "  (task type never tuned on)" if first.unseen_type else ""
-    role = (first.benchmark if first.role == "own" else first.role).replace("_", " ")
+    own = first.role == "own"
+    role = first.benchmark.replace("_", " ") if own else first.role.replace("_", "-")
     prompt = textwrap.shorten(pair[0]["prompt"], 120)
     place.set_title(f"{role}{unseen}", fontsize=8, color=FAINT, loc="left", pad=46)
     place.text(

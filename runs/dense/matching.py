@@ -32,12 +32,11 @@ from instructblip.scenes.dense import DIGITS, GRID, DenseScene, Item, sample_den
 from instructblip.scenes.language import a
 from instructblip.scenes.world import COLOURS, HELD_OUT_PAIRS, SHAPES, SIZES
 
-IMAGES, TOLD = 24, 3
-"""Of a step, and the things of an image that are told, each truly and falsely."""
+IMAGES, TRUE = 24, 3
+"""Of a step, and the phrases about each image, which are matched in a true and a false form."""
 RATE = 3e-3
 TEMPERATURE = 0.05
 PHRASES = [f"{c} {s}" for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS]
-PHRASES += [f"digit {d}" for d in DIGITS]
 FORMS = (
     lambda i: f"{a(i.look)} in {i.place}",
     lambda i: f"a {i.shape} in {i.place}",
@@ -97,10 +96,10 @@ class Pretraining(Stage1):
 
     def true_or_false(self, features: Tensor, scenes: list[DenseScene], rng: random.Random):
         """Matching of each image with true phrases and the same with one word changed."""
-        pairs = [true_and_false(scene, rng) for scene in scenes for _ in range(TOLD)]
+        pairs = [true_and_false(scene, rng) for scene in scenes for _ in range(TRUE)]
         texts = [p[0] for p in pairs] + [p[1] for p in pairs]
         encoded = self.tokens.qformer(texts, padding=True, return_tensors="pt")  # type: ignore
-        index = torch.arange(len(scenes)).repeat_interleave(TOLD).repeat(2)
+        index = torch.arange(len(scenes)).repeat_interleave(TRUE).repeat(2)
         queries = self.model.query_tokens.expand(len(texts), -1, -1)
         hidden, _ = self.model.qformer.hidden_states(
             queries, features, encoded["input_ids"], encoded["attention_mask"], index
@@ -110,8 +109,7 @@ class Pretraining(Stage1):
         return F.cross_entropy(self.match_head(hidden).mean(1), fits)
 
     def spelled(self, features: Tensor, scenes: list[DenseScene]) -> Tensor:
-        """The best query for each thing has to mean its colour and shape, and no other; another
-        query its digit."""
+        """The best query for each thing has to mean its colour and shape, and no other."""
         none = torch.zeros(len(scenes), 0, dtype=torch.long)
         queries = self.model.query_tokens.expand(len(scenes), -1, -1)
         seen = self.model.project_queries(self.model.qformer(queries, features, none, none))

@@ -6,7 +6,7 @@ START is what step 2 wrote. Its projection is solved first, so that the squared 
 from the words they spell is least. Query tokens, Q-Former, projection and the adapter then train on
 names of single images and captions of pages. The Q-Former reads what it reads in step 1: a question
 beside the point, or nothing. Part of each step are samples of step 2, without an image, so that the
-adapter goes on to answer questions.
+adapter continues to answer questions.
 FILE is that of step 1. OUT is a run directory: it resumes.
 """
 

@@ -121,7 +121,7 @@ def render_dense(scene: DenseScene, size: int = IMAGE_SIZE) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BOX)
 
 
-# What is said and asked
+# Captions and questions
 
 
 def captions(scene: DenseScene, rng: random.Random) -> list[str]:
@@ -183,14 +183,14 @@ def ask_statement(_scene: DenseScene, item: Item, rng: random.Random) -> Questio
         (("colour", tuple(COLOURS)), ("shape", SHAPES), ("digit", DIGITS), ("size", SIZES))
     )
     answer = rng.choice(("true", "false"))
-    said = getattr(item, key)
+    stated = getattr(item, key)
     if answer == "false":
-        said = rng.choice([each for each in options if each != said])
+        stated = rng.choice([each for each in options if each != stated])
     text = {
-        "colour": f"the shape in {item.place} is {said}.",
-        "shape": f"the shape in {item.place} is a {said}.",
-        "digit": f"the digit on the {item.look} is {said}.",
-        "size": f"the {item.look} is {said}.",
+        "colour": f"the shape in {item.place} is {stated}.",
+        "shape": f"the shape in {item.place} is a {stated}.",
+        "digit": f"the digit on the {item.look} is {stated}.",
+        "size": f"the {item.look} is {stated}.",
     }[key]
     return Question(key, text, answer, ("false" if answer == "true" else "true",))
 
