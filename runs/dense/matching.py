@@ -73,6 +73,8 @@ def true_and_false(scene: DenseScene, rng: random.Random) -> tuple[str, str]:
 class Pretraining(Stage1):
     """The package's matching head on dense images, and phrases in the language model's words."""
 
+    words: Tensor
+
     def __init__(self, model: InstructBlip, tokens: Tokens) -> None:
         super().__init__(model, embedding=192)
         self.tokens = tokens
