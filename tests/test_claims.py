@@ -83,7 +83,7 @@ def test_jobs_are_recipes_and_come_after_what_they_need(tmp_path: Path) -> None:
     asked = by_name["multitask_names_in_both/seed0"].evaluation.prompts
     assert set(asked) == {one.name for one in select_benchmarks(["scenes"])}
     assert asked["scenes_gqa"] == "gqa: {question}"
-    unread = {job.name for job in (plan.baseline(), *jobs) if job.unread}
+    unread = {job.name for job in (plan.baseline(), *jobs) if job.reads == "none"}
     assert unread == {"blip2/seed0"} | {
         f"{name}_unread/seed{seed}"
         for name in ("instructblip", "few_queries", "few_queries_long")

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from instructblip.evaluation.benchmarks import select_benchmarks
 from instructblip.recipe.load import load_recipe
@@ -66,15 +66,16 @@ DOWNSTREAM = {"scienceqa": "scenes_scienceqa", "okvqa": "scenes_okvqa"}
 class Job:
     """One model, tuned and evaluated, in ``WORK/<name>``; ``model`` is evaluated without tuning.
 
-    ``needs`` is the job whose model this job starts from or evaluates; ``unread`` withholds the
-    instruction from the Q-Former in the evaluation.
+    ``needs`` is the job whose model this job starts from or evaluates. ``reads`` is what the
+    Q-Former reads in the evaluation: each sample's own instruction, none, or that of another sample
+    of its batch.
     """
 
     name: str
     overrides: tuple[str, ...]
     model: str | None = None
     needs: str | None = None
-    unread: bool = False
+    reads: Literal["own", "none", "other"] = "own"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Plan:
     limit: int = 100
     start: str = "starter"
     overrides: tuple[str, ...] = ()
+    base: str = BASE
+    """The recipe that all conditions change."""
 
     @property
     def common(self) -> list[str]:
@@ -114,7 +117,7 @@ class Plan:
         return self.work / f"start_{FEW}_queries"
 
     def baseline(self) -> Job:
-        return self.job("blip2/seed0", model=self.start, unread=True)
+        return self.job("blip2/seed0", model=self.start, reads="none")
 
     def jobs(self) -> list[Job]:
         """All jobs, seed by seed, each after the job that it needs."""
@@ -138,7 +141,7 @@ class Plan:
         )  # fmt: skip
         jobs += [
             self.job(f"{name}_unread/seed{seed}", model=last[name], needs=f"{name}/seed{seed}",
-                     unread=True)
+                     reads="none")
             for name in ("instructblip", "few_queries", "few_queries_long")
         ]  # fmt: skip
         for name, benchmark in DOWNSTREAM.items():

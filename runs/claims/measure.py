@@ -19,21 +19,22 @@ from pathlib import Path
 import torch
 
 from instructblip.core.files import write_json
-from instructblip.experiment.evaluate import evaluate
+from instructblip.experiment.datasets import benchmarks_of, prepare_benchmarks
+from instructblip.experiment.evaluate import evaluate, load_answerer, score
 from instructblip.experiment.train import cache, train
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import differences, load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
 from instructblip.scenes.official import write_scenes
-from runs.claims.conditions import BASE, DOWNSTREAM, FEW, Job, Plan
+from runs.claims.conditions import DOWNSTREAM, FEW, Job, Plan
 
 DONE = "done.json"
 
 
 def recipe_of(plan: Plan, job: Job) -> Recipe:
     """The recipe of a job; ValueError if its folder holds the results of another recipe."""
-    recipe = load_recipe(BASE, job.overrides)
+    recipe = load_recipe(plan.base, job.overrides)
     folder = plan.work / job.name
     for path in (folder / RECIPE_FILE, folder / "results" / RECIPE_FILE):
         changes = differences(load_recipe(path), recipe) if path.is_file() else []
@@ -53,7 +54,7 @@ def prepare(plan: Plan, scale: float) -> None:
     """
     write_scenes(plan.work / "scenes", scale=scale)
     extra = [f"data.sets.{name}={{}}" for name in DOWNSTREAM]
-    cache(load_recipe(BASE, [*plan.common, *extra, "data.check=run"]))
+    cache(load_recipe(plan.base, [*plan.common, *extra, "data.check=run"]))
     keep_queries(plan.start, FEW, plan.few_queries)
     job = plan.baseline()
     began = time.monotonic()
@@ -73,9 +74,30 @@ def keep_queries(start: str, number: int, out: Path) -> None:
 
 def answer(plan: Plan, job: Job, model: str) -> None:
     """Evaluate ``model`` on the benchmarks of a job."""
-    results = plan.work / job.name / "results"
-    aware = False if job.unread else None  # None: the model's setting
-    evaluate(recipe_of(plan, job), model, results, instruction_aware=aware)
+    results, recipe = plan.work / job.name / "results", recipe_of(plan, job)
+    aware = False if job.reads == "none" else None  # None: the model's setting
+    if job.reads == "other":
+        evaluate_misread(recipe, model, results)
+    else:
+        evaluate(recipe, model, results, instruction_aware=aware)
+
+
+def evaluate_misread(recipe: Recipe, model: str, out: Path) -> None:
+    """As `evaluate`, with a Q-Former that reads the instruction of another sample of the batch; the
+    language model reads the right one."""
+    held = prepare_benchmarks(recipe, benchmarks_of(recipe, recipe.evaluation.benchmarks))
+    answerer = load_answerer(recipe, model, [each.dataset for each in held])
+    read = answerer.model.query_image  # type: ignore[union-attr]
+
+    def query_image(features, ids, mask, index=None):
+        half = len(ids) // 2  # samples of one batch are in order: a neighbour may ask the same
+        return read(features, ids.roll(half, 0), None if mask is None else mask.roll(half, 0), index)
+
+    answerer.model.query_image = query_image  # type: ignore[union-attr]
+    for each in held:
+        folder = out / each.benchmark.name
+        result = score(answerer, each, recipe.evaluation, limit=recipe.evaluation.limit, out=folder)
+        print(result.describe(), flush=True)
 
 
 def do(plan: Plan, job: Job) -> None:
@@ -92,8 +114,10 @@ def do(plan: Plan, job: Job) -> None:
     write_json(folder / DONE, {"seconds": round(time.monotonic() - began, 1)})
 
 
-def do_all(plan: Plan, processes: int, arguments: list[str]) -> None:
-    """Run all unfinished jobs, ``processes`` at a time, each in a process."""
+def do_all(
+    plan: Plan, processes: int, arguments: list[str], module: str = "runs.claims.measure"
+) -> None:
+    """Run all unfinished jobs, ``processes`` at a time, each in a process of ``module``."""
 
     def finished(name: str | None) -> bool:
         return name is None or (plan.work / name / DONE).is_file()
@@ -110,7 +134,7 @@ def do_all(plan: Plan, processes: int, arguments: list[str]) -> None:
                 waiting.remove(job)
                 log = plan.work / job.name / "log.txt"
                 log.parent.mkdir(parents=True, exist_ok=True)
-                command = [sys.executable, "-m", "runs.claims.measure", *arguments]
+                command = [sys.executable, "-m", module, *arguments]
                 with log.open("ab") as file:
                     running[job.name] = subprocess.Popen(
                         [*command, "--job", job.name], env=environment, stdout=file, stderr=file

@@ -1,14 +1,12 @@
-"""Step 3: assemble the trained parts as a BLIP-2 directory in transformers' format.
+"""Step 4: assemble the trained parts as a BLIP-2 directory in transformers' format.
 
-    python runs/dense/assemble.py OUT --vision RUN [--qformer RUN]
-
-Without --qformer it is the starter's Q-Former, which has never seen a dense image.
+    python runs/dense/assemble.py OUT --vision RUN --qformer RUN
 """
 
 import argparse
 from pathlib import Path
 
-from matching import start
+from hidden_words import start
 from safetensors.torch import load_file
 
 from instructblip.data.images import ImageTransform
@@ -20,13 +18,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--vision", type=Path, required=True)
-    parser.add_argument("--qformer", type=Path)
+    parser.add_argument("--qformer", type=Path, required=True, help="the run of step 3")
     args = parser.parse_args()
     aware, tokens = start(args.vision)
-    if args.qformer:
-        trained = load_file(args.qformer / "last/pretraining.safetensors")
-        weights = {name.removeprefix("model."): value for name, value in trained.items()}
-        aware.load_state_dict(weights, strict=False)
+    trained = load_file(args.qformer / "last/pretraining.safetensors")
+    weights = {name.removeprefix("model."): value for name, value in trained.items()}
+    aware.load_state_dict(weights, strict=False)
     config = aware.config.model_copy(update={"instruction_aware": False})
     plain = InstructBlip(config, generation_settings=aware.generation_settings)
     kept = plain.state_dict().keys()

@@ -252,8 +252,8 @@ class Pretraining(Stage1):
         wanted = [rng.choice(SHORT_CAPTIONS)(salient(scene, rng)) for scene in scenes]
         batch = text_batch(
             len(scenes),
-            prompt=_pad([self.tokens.prompt(p) for p in prompts]),
-            response=_pad([self.tokens.response(w) for w in wanted]),
+            prompt=pad([self.tokens.prompt(p) for p in prompts]),
+            response=pad([self.tokens.response(w) for w in wanted]),
         )
         projected = self.model.project_queries(seen)
         joined = self.model.language.join(projected, batch)
@@ -311,7 +311,7 @@ def text_batch(
     )
 
 
-def _pad(rows: list[list[int]]) -> Text:
+def pad(rows: list[list[int]]) -> Text:
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])

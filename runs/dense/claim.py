@@ -1,0 +1,121 @@
+"""Does it help that the Q-Former reads the instruction? On the dense world, by number of queries.
+
+    python -m runs.dense.claim WORK --start MODEL [--seeds 5] [--queries 2 4 8 16]
+
+For each number of queries the first of MODEL's queries are kept; the model is tuned once with a
+Q-Former that reads the instruction and once without, each with several seeds, by one recipe
+(`dense.yaml`). The tuned models that read are evaluated again with the instruction withheld from
+the Q-Former, and with that of another sample. Finished jobs are skipped, interrupted ones resume.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from instructblip.core.files import write_json
+from instructblip.experiment.train import cache
+from instructblip.recipe.load import load_recipe
+from instructblip.scenes.dense import write_dense
+from runs.claims.conditions import Job, Plan
+from runs.claims.measure import do, do_all, keep_queries, recipe_of
+
+MODULE = "runs.dense.claim"
+CONDITIONS = {"reads": [], "does_not_read": ["model.instruction_aware=false"]}
+WITHHELD = {"withheld": "none", "of_another": "other"}
+"""What a tuned Q-Former that reads is given in a further evaluation."""
+
+
+@dataclass(frozen=True)
+class DensePlan(Plan):
+    """Conditions for several numbers of queries; the folders are ``<condition>_<queries>``."""
+
+    seeds: int = 5
+    steps: int = 300
+    limit: int = 200
+    base: str = str(Path(__file__).parent / "dense.yaml")
+    queries: tuple[int, ...] = (2, 4, 8, 16)
+
+    def start_with(self, queries: int) -> Path:
+        return self.work / f"start_{queries}_queries"
+
+    @property
+    def common(self) -> list[str]:
+        return [
+            f"data.root={self.work / 'dense'}",
+            "data.check=skip",
+            "features.cache=on",
+            f"evaluation.limit={self.limit}",
+            "training.keep_last=1",
+        ]
+
+    def untuned(self) -> list[Job]:
+        """BLIP-2 with each number of queries."""
+        return [
+            self.job(
+                f"untuned_{queries}/seed0",
+                f"model.start={self.start_with(queries)}",
+                model=str(self.start_with(queries)),
+                reads="none",
+            )
+            for queries in self.queries
+        ]
+
+    def _of_seed(self, seed: int) -> list[Job]:
+        jobs = []
+        for queries in self.queries:
+            shared = [f"model.start={self.start_with(queries)}", f"training.steps={self.steps}"]
+            shared += [f"training.warmup_steps={max(1, self.steps // 10)}"]
+            shared += [f"training.seed={seed}", f"data.seed={seed}"]
+            for name, changes in CONDITIONS.items():
+                jobs.append(self.job(f"{name}_{queries}/seed{seed}", *shared, *changes))
+            reader = f"reads_{queries}/seed{seed}"
+            jobs += [
+                self.job(
+                    f"{name}_{queries}/seed{seed}", *shared,
+                    model=f"{self.work}/{reader}/last", needs=reader, reads=reads,
+                )
+                for name, reads in WITHHELD.items()
+            ]  # fmt: skip
+        return jobs
+
+    def jobs(self) -> list[Job]:
+        return [*self.untuned(), *super().jobs()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--start", required=True, help="the BLIP-2 of the dense world")
+    parser.add_argument("--seeds", type=int, default=DensePlan.seeds)
+    parser.add_argument("--steps", type=int, default=DensePlan.steps)
+    parser.add_argument("--limit", type=int, default=DensePlan.limit)
+    parser.add_argument("--queries", type=int, nargs="+", default=DensePlan.queries)
+    parser.add_argument("--scale", type=float, default=1.0, help="size of the data sets")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="jobs in parallel")
+    parser.add_argument("--job", help="run only this job, in this process")
+    given = vars(parser.parse_args())
+    scale, processes, only = given.pop("scale"), given.pop("processes"), given.pop("job")
+    plan = DensePlan(**{**given, "queries": tuple(given["queries"])})
+    if only:
+        return do(plan, next(job for job in plan.jobs() if job.name == only))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    began = time.monotonic()
+    for queries in plan.queries:
+        keep_queries(plan.start, queries, plan.start_with(queries))
+    for job in plan.jobs():
+        recipe_of(plan, job)  # all are checked before any starts
+    write_dense(plan.work / "dense", scale=scale)
+    first = f"model.start={plan.start_with(plan.queries[0])}"
+    cache(load_recipe(plan.base, [*plan.common, first, "data.check=run"]))
+    write_json(plan.work / "settings.json", {**given, "work": str(plan.work), "scale": scale})
+    print(f"data and starts: {time.monotonic() - began:.0f} s", flush=True)
+    do_all(plan, processes, sys.argv[1:], MODULE)
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes in all")
+
+
+if __name__ == "__main__":
+    main()
