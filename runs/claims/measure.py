@@ -87,17 +87,25 @@ def evaluate_misread(recipe: Recipe, model: str, out: Path) -> None:
     language model reads the right one."""
     held = prepare_benchmarks(recipe, benchmarks_of(recipe, recipe.evaluation.benchmarks))
     answerer = load_answerer(recipe, model, [each.dataset for each in held])
-    read = answerer.model.query_image  # type: ignore[union-attr]
-
-    def query_image(features, ids, mask, index=None):
-        half = len(ids) // 2  # samples of one batch are in order: a neighbour may ask the same
-        return read(features, ids.roll(half, 0), None if mask is None else mask.roll(half, 0), index)
-
-    answerer.model.query_image = query_image  # type: ignore[union-attr]
+    misread(answerer.model)  # type: ignore[union-attr]
     for each in held:
         folder = out / each.benchmark.name
         result = score(answerer, each, recipe.evaluation, limit=recipe.evaluation.limit, out=folder)
         print(result.describe(), flush=True)
+
+
+def misread(model: InstructBlip) -> None:
+    """Let each row of a batch read the instruction of the row half a batch away. Samples of a batch
+    are in order: a neighbour may ask the same."""
+    read = model.query_image
+
+    def query_image(features, ids, mask, index=None):
+        half = len(ids) // 2
+        return read(
+            features, ids.roll(half, 0), None if mask is None else mask.roll(half, 0), index
+        )
+
+    model.query_image = query_image  # type: ignore[method-assign]
 
 
 def do(plan: Plan, job: Job) -> None:

@@ -1,6 +1,6 @@
 """Step 4: assemble the trained parts as a BLIP-2 directory in transformers' format.
 
-    python runs/dense/assemble.py OUT --vision RUN --qformer RUN
+python runs/dense/assemble.py OUT --vision RUN --qformer RUN
 """
 
 import argparse

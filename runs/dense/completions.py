@@ -1,4 +1,4 @@
-"""Step 3: the second stage of BLIP-2's pre-training on the dense world, as prefix language modelling.
+"""Step 3: stage 2 of BLIP-2 on the dense world, as prefix language modelling.
 
     python runs/dense/completions.py OUT --vision RUN --start RUN --steps 800
 

@@ -12,8 +12,8 @@ thing one query is drawn to its phrase. No question is asked about an image.
 Images have from one thing to 25: with 20 and more in every image no query learns to look where a
 phrase says, within the same number of steps. Sentences that say nothing come before the phrases, at
 first none and in the end up to three: without them the Q-Former reads a place only at the positions
-of a short phrase, and not behind the words of an instruction. Each step trains the first 2, 4, 8 or 16 queries, so
-that the start can be cut to any of these. OUT is a run directory: it resumes.
+of a short phrase, and not behind the words of an instruction. Each step trains the first 2, 4, 8 or
+16 queries, so that the start can be cut to any of these. OUT is a run directory: it resumes.
 """
 
 import argparse
@@ -288,7 +288,7 @@ def main() -> None:
         rng = random.Random(f"dense {step}")
         drawn = rng.sample(range(BANK), IMAGES)
         scenes = [bank.scenes[i] for i in drawn]
-        openers = 4 * (step - 1) // args.steps
+        openers = 4 * step // args.steps
         hidden = hide(training.tokens, scenes, PHRASES_OF_EACH, rng, openers)
         content = (scenes, bank.features[drawn].float(), hidden, rng.choice(QUERIES))
         return Lesson.of("dense", step, content, torch.ones(IMAGES, 1, dtype=torch.long))

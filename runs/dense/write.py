@@ -1,6 +1,6 @@
 """Write docs/dense.md and its figures from the results of `claim.py` and `attention.py`.
 
-    python -m runs.dense.write WORK DOCS
+python -m runs.dense.write WORK DOCS
 """
 
 import json
@@ -46,6 +46,11 @@ def queries_of(conditions: Conditions) -> list[int]:
     ]
 
 
+def unread_limit(queries: int, names: list[str]) -> float:
+    """What a Q-Former that does not read reaches at most on some sets, 0 to 100."""
+    return 100 * fmean(limit(queries, GUESSED[name]) for name in names)
+
+
 def differences_table(conditions: Conditions, queries: list[int]) -> str:
     lines = ["| queries | | reads | does not read | difference | | limit without reading |"]
     lines.append("|---|---|---:|---:|---:|---|---:|")
@@ -54,8 +59,7 @@ def differences_table(conditions: Conditions, queries: list[int]) -> str:
         for role, title in ROLES.items():
             names = sets_of(role, a, b)
             gain = difference(a, b, names)
-            most = fmean(limit(number, guess) for guess in GUESSED.values())
-            shown = f"{100 * most:.0f}" if role == "held_in" else ""
+            shown = f"{unread_limit(number, names):.0f}" if role == "held_in" else ""
             lines.append(
                 f"| {number} | {title} | {plus_minus(level(a, names))} | "
                 f"{plus_minus(level(b, names))} | {signed(gain)} | **{gain.verdict}** | {shown} |"
@@ -109,7 +113,7 @@ def plot_curve(conditions: Conditions, queries: list[int], path: Path) -> None:
             means = [one.mean for one in levels]
             axis.errorbar(there, means, halves, fmt=style, color=colour, capsize=3, label=label)
         if role == "held_in":
-            most = [100 * fmean(limit(n, g) for g in GUESSED.values()) for n in queries]
+            most = [unread_limit(n, sets_of(role, conditions[f"reads_{n}"])) for n in queries]
             axis.plot(queries, most, color="#3a424b", linewidth=0.9, label="limit without reading")
         axis.set_xscale("log", base=2)
         axis.set_xticks(queries, [str(n) for n in queries])
