@@ -156,7 +156,7 @@ def test_a_model_in_chat_format(tmp_path: Path, image_files: list[Path]) -> None
     assert engine.fingerprint != plain.fingerprint
     assert engine.ends == (259, chat.eos_id)
     asked = instruction_of("and red?", [("what is it?", "a cat")], "be brief")
-    (sample,) = engine._samples([[image_files[0]]], [asked])
+    (sample,) = engine.samples(image_files[0], [asked])
     assert sample.prompt_ids == chat.tokenize(asked, 1).prompt_ids
     assert engine.lost_tokens(asked) == 0
     # Evaluation has the same prompt for a dialogue.

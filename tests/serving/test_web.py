@@ -11,13 +11,12 @@ import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from PIL import Image
 
 from instructblip.inference.engine import Engine
 from instructblip.model.inference import cross_attention
 from instructblip.serving.api import create_app
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.page import EN, EXAMPLES, ZH, ask, mount_page, overlays
+from instructblip.serving.page import EN, EXAMPLES, ZH, ask, mount_page
 from runs.screenshots import ask_example, browser_page
 from tests.conftest import greedy_engine, running
 from tests.model.test_instructblip import tiny_batch
@@ -218,12 +217,3 @@ def test_attention_equals_that_of_the_layer(engines: dict[str, Engine]) -> None:
     value = layer.attention.value(states)
     value = value if index is None else value[index]
     torch.testing.assert_close(weights.flatten(0, 1) @ value, output, rtol=1e-4, atol=1e-5)
-
-
-def test_overlays_are_bright_where_the_query_looks() -> None:
-    attention = torch.zeros(2, 4, 4)
-    attention[:, 1, 1] = 1
-    shown = overlays(Image.new("RGB", (30, 20), "grey"), attention, side=40)
-    assert [name for _, name in shown] == ["1-2", "1", "2"]
-    bright = shown[1][0].convert("L")
-    assert bright.getpixel((15, 15)) > bright.getpixel((35, 35))  # type: ignore[operator]

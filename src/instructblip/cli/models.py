@@ -62,6 +62,27 @@ def answer(
     print()
 
 
+@app.command()
+def look(
+    image: Annotated[Path, Argument(help="The image.", exists=True, dir_okay=False)],
+    instructions: Annotated[list[str], Argument(help="One instruction or several.")],
+    out: Annotated[Path, to_file("The picture to write: .png, .svg or .pdf.")] = Path("looks.png"),
+    model: Model = "starter",
+) -> None:
+    """Draw where the queries look under each instruction, with the answers."""
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--out {out}: expected a file that ends in .png, .svg or .pdf")
+    from instructblip.inference.engine import Engine
+    from instructblip.inference.looks import draw_looks
+
+    for text, given in zip(
+        instructions, draw_looks(Engine.from_pretrained(model), image, instructions, out),
+        strict=True,
+    ):  # fmt: skip
+        print(f"{text} -> {given}")
+    print(out)
+
+
 @app.command(cls=DecodingCommand)
 def chat(image: Images = None, model: Model = "starter", decoding: DecodingOptions = None) -> None:
     """Ask about images in the terminal, over several turns."""

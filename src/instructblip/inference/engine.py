@@ -174,7 +174,7 @@ class Engine:
         """
         settings = self.decoding.override(**decoding)
         single = isinstance(images, ImageInput) and isinstance(instructions, str)
-        samples = self._samples(*broadcast(images, instructions))
+        samples = self.samples(images, instructions)
         answers = [""] * len(samples)
         for group in group_samples(samples, self.batch_size):
             rows = self.respond([samples[i] for i in group], settings)
@@ -190,7 +190,7 @@ class Engine:
         With beams there is one piece. ``image`` may be a list of the frames of a video.
         """
         settings = self.decoding.override(**decoding)
-        (sample,) = self._samples(*broadcast([_frames(image)], [instruction]))
+        (sample,) = self.samples([_frames(image)], [instruction])
         yield from stream_text(
             TextStream(self.tokens, self.ends),
             lambda on_tokens: self.respond([sample], settings, on_tokens)[0],
@@ -225,7 +225,7 @@ class Engine:
         ``image`` may be a list of the frames of a video. ``normalization`` "mean" divides by the
         number of tokens; "sum" favors short candidates.
         """
-        samples = self._samples(*broadcast([_frames(image)], instruction))
+        samples = self.samples([_frames(image)], instruction)
         return self.rank_samples(samples, [candidates], normalization)[0]
 
     def rank_samples(
@@ -317,9 +317,12 @@ class Engine:
             for example, prompt in zip(examples, prompts, strict=True)
         ]
 
-    def _samples(
-        self, videos: list[list[ImageInput]], texts: Sequence[str | Rendered]
+    def samples(
+        self, images: ImagesInput, instructions: str | Sequence[str | Rendered]
     ) -> list[Sample]:
+        """What the model reads of images and instructions, paired as in `answer`, which says what
+        is raised."""
+        videos, texts = broadcast(images, instructions)
         pixels: dict[str, Tensor] = {}
         samples = []
         for frames, text in zip(videos, texts, strict=True):

@@ -12,14 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import RedirectResponse
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 
+from instructblip.inference.looks import overlays
 from instructblip.scenes.world import render, sample_scene
 from instructblip.serving.batching import Job, QueueFull, TooLate
 from instructblip.serving.incoming import BadImage, decode
@@ -264,26 +262,6 @@ def _submit(
     for job in jobs:
         batcher.submit(job)
     return jobs
-
-
-def overlays(
-    image: Image.Image, attention: Float[Tensor, "Q G G"], side: int = 160
-) -> list[tuple[Any, str]]:
-    """The image under a heat map of each query, the mean of all queries first."""
-    base = np.asarray(image.resize((side, side))).astype(np.float32)
-    count = len(attention)
-    maps = [(f"1-{count}", attention.mean(0)), *((str(i + 1), m) for i, m in enumerate(attention))]
-    return [(_heat(base, one.numpy()), name) for name, one in maps]
-
-
-def _heat(base: np.ndarray, weights: np.ndarray) -> Image.Image:
-    """The image, bright where the weight is high and dark elsewhere."""
-    weights = weights / max(float(weights.max()), 1e-9)
-    small = Image.fromarray((weights * 255).astype(np.uint8))
-    heat = np.asarray(small.resize(base.shape[:2], Image.Resampling.BICUBIC), np.float32) / 255
-    glow = np.stack([64 * heat, 36 * heat, 0 * heat], axis=-1)
-    mixed = base * (0.25 + 0.75 * heat[..., None]) + glow
-    return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
 
 
 def draw_tab(service: Service, words: Any) -> None:

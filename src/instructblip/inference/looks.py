@@ -1,0 +1,79 @@
+"""Where the queries look: heat maps, and one image under several instructions."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from instructblip.core.files import replacing
+from instructblip.data.images import load_image
+from instructblip.inference.engine import Engine
+from instructblip.inference.inputs import ImageInput
+
+SIDE = 320
+"""Pixels of a panel."""
+
+
+def overlays(
+    image: Image.Image, attention: Float[Tensor, "Q G G"], side: int = 160
+) -> list[tuple[Image.Image, str]]:
+    """The image under a heat map of each query, the mean of all queries first."""
+    count = len(attention)
+    maps = [(f"1-{count}", attention.mean(0)), *((str(i + 1), m) for i, m in enumerate(attention))]
+    return [(heat_map(image, one, side), name) for name, one in maps]
+
+
+def heat_map(image: Image.Image, weights: Float[Tensor, "G G"], side: int) -> Image.Image:
+    """The image as a square of ``side`` pixels, bright where the weight is high, dark elsewhere."""
+    base = np.asarray(image.resize((side, side)).convert("RGB")).astype(np.float32)
+    scaled = weights.numpy() / max(float(weights.max()), 1e-9)
+    small = Image.fromarray((scaled * 255).astype(np.uint8))
+    heat = np.asarray(small.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
+    glow = np.stack([64 * heat, 36 * heat, 0 * heat], axis=-1)
+    mixed = base * (0.25 + 0.75 * heat[..., None]) + glow
+    return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
+
+
+def draw_looks(
+    engine: Engine, image: ImageInput, instructions: Sequence[str], out: Path
+) -> list[str]:
+    """Draw one image under several instructions into ``out``, whole or not at all.
+
+    The first panel shows what the model reads of the image; each further one shows an instruction,
+    the answer, and where the queries look under it (the mean of all queries; `Engine.look`). The
+    kind of file follows the name. Returns the answers. Raises ValueError without an instruction,
+    and as `Engine.answer` for an image that cannot be read.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    if not instructions:
+        raise ValueError("give at least one instruction")
+    whole = image if isinstance(image, Image.Image) else load_image(image)
+    whole = whole.crop(engine.images.transform.seen(*whole.size))
+    answers = [engine.answer(image, text) for text in instructions]
+    looks = engine.look(engine.samples(image, instructions))[:, 0]  # [B, Q, G, G]
+    panels = [(whole.convert("RGB").resize((SIDE, SIDE)), "", "")]
+    panels += [
+        (heat_map(whole, look.mean(0), SIDE), text, answer)
+        for look, text, answer in zip(looks, instructions, answers, strict=True)
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels), 4.4), squeeze=False)
+    for axis, (panel, text, answer) in zip(axes[0], panels, strict=True):
+        axis.imshow(panel)
+        axis.set_axis_off()
+        style = {"fontsize": 9, "parse_math": False}  # a user's $ is no formula
+        axis.set_title(textwrap.fill(text, 42, max_lines=4), loc="left", **style)
+        axis.text(0, SIDE * 1.03, textwrap.fill(answer, 42, max_lines=4), va="top", weight="bold",
+                  **style)  # fmt: skip
+    figure.tight_layout()
+    with replacing(out) as file:
+        figure.savefig(file, format=out.suffix[1:] or "png", dpi=110)
+    plt.close(figure)
+    return answers
