@@ -19,7 +19,8 @@ mkdir -p "$work"
 [ -f "$work/completions/losses.json" ] || stage completions "$work/completions" \
     --vision "$work/vision" --start "$work/hidden_words" --steps "$(steps 800)"
 [ -f "$work/model/config.json" ] ||
-    stage assemble "$work/model" --vision "$work/vision" --qformer "$work/completions"
+    stage assemble "$work/model" --vision "$work/vision" \
+        --words "$work/hidden_words" --qformer "$work/completions"
 export PYTHONPATH=src:.
 "$python" -u -m runs.dense.claim "$work/claim" --start "$work/model" "$@"
 "$python" -u -m runs.dense.attention "$work/claim"

@@ -4,7 +4,7 @@
 
 For each number of queries the first of MODEL's queries are kept; the model is tuned once with a
 Q-Former that reads the instruction and once without, each with several seeds, by one recipe
-(`dense.yaml`). The tuned models that read are evaluated again with the instruction withheld from
+(`dense`). The tuned models that read are evaluated again with the instruction withheld from
 the Q-Former, and with that of another sample. Finished jobs are skipped, interrupted ones resume.
 """
 
@@ -36,7 +36,7 @@ class DensePlan(Plan):
     seeds: int = 5
     steps: int = 300
     limit: int = 200
-    base: str = str(Path(__file__).parent / "dense.yaml")
+    base: str = "dense"
     queries: tuple[int, ...] = (2, 4, 8, 16)
 
     def start_with(self, queries: int) -> Path:

@@ -63,12 +63,11 @@ class Completions:
 def complete(
     tokens: Tokens, scenes: list[DenseScene], number: int, rng: random.Random, read: float
 ) -> Completions:
-    """``number`` phrases about things of each scene; the Q-Former reads a share ``read`` of them,
-    behind sentences that say nothing."""
+    """``number`` phrases about things of each scene, a share ``read`` of them for the Q-Former."""
     pairs = [
         rng.choice(endings(rng.choice(scene.items))) for scene in scenes for _ in range(number)
     ]
-    begun = [opened(beginning, 3, rng) for beginning, _ in pairs]
+    begun = [opened(beginning, rng) for beginning, _ in pairs]
     begun = tokens.qformer(begun, padding=True, return_tensors="pt")  # type: ignore[misc]
     reads = torch.tensor([rng.random() < read for _ in pairs])[:, None]
     return Completions(

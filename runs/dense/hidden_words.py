@@ -10,9 +10,9 @@ of a true phrase with all phrases that differ in one word, in one pass. Without 
 thing one query is drawn to its phrase. No question is asked about an image.
 
 Images have from one thing to 25: with 20 and more in every image no query learns to look where a
-phrase says, within the same number of steps. Sentences that say nothing come before the phrases, at
-first none and in the end up to three: without them the Q-Former reads a place only at the positions
-of a short phrase, and not behind the words of an instruction. Each step trains the first 2, 4, 8 or
+phrase says, within the same number of steps. A sentence that says nothing comes before half of the
+phrases: without one the Q-Former reads a place only at the positions of a short phrase, and not
+behind the words of an instruction. Each step trains the first 2, 4, 8 or
 16 queries, so that the start can be cut to any of these. OUT is a run directory: it resumes.
 """
 
@@ -140,15 +140,13 @@ OPENERS = (
 )  # fmt: skip
 
 
-def opened(text: str, most: int, rng: random.Random) -> str:
-    """The text behind up to ``most`` sentences that say nothing about the image."""
-    return " ".join([*rng.sample(OPENERS, rng.randint(0, most)), text])
+def opened(text: str, rng: random.Random) -> str:
+    """The text, in half of the cases behind a sentence that says nothing about the image."""
+    return text if rng.random() < 0.5 else f"{rng.choice(OPENERS)} {text}"
 
 
-def hide(
-    tokens: Tokens, scenes: list[DenseScene], number: int, rng: random.Random, openers: int = 3
-) -> Hidden:
-    """``number`` phrases about things of each scene, each behind up to ``openers`` sentences."""
+def hide(tokens: Tokens, scenes: list[DenseScene], number: int, rng: random.Random) -> Hidden:
+    """``number`` phrases about things of each scene."""
     kinds, texts, answers, possible = [], [], [], []
     for scene in scenes:
         for _ in range(number):
@@ -156,7 +154,7 @@ def hide(
             form, key = rng.choice(FORMS[kind])
             value = getattr(item, key)
             kinds.append(kind)
-            texts.append(opened(form(item), openers, rng))
+            texts.append(opened(form(item), rng))
             answers.append(WORDS.index(str(value + 1) if isinstance(value, int) else value))
             possible.append([word in KINDS[key] for word in WORDS])
     read = tokens.qformer(texts, padding=True, return_tensors="pt")  # type: ignore[misc]
@@ -288,8 +286,7 @@ def main() -> None:
         rng = random.Random(f"dense {step}")
         drawn = rng.sample(range(BANK), IMAGES)
         scenes = [bank.scenes[i] for i in drawn]
-        openers = 4 * step // args.steps
-        hidden = hide(training.tokens, scenes, PHRASES_OF_EACH, rng, openers)
+        hidden = hide(training.tokens, scenes, PHRASES_OF_EACH, rng)
         content = (scenes, bank.features[drawn].float(), hidden, rng.choice(QUERIES))
         return Lesson.of("dense", step, content, torch.ones(IMAGES, 1, dtype=torch.long))
 

@@ -49,7 +49,7 @@ def test_answers_follow_from_the_scene():
         "row of": "2",
         "column of": "4",
     }
-    assert asked["color at"].text == "what color is the shape in row 2, column 4?"
+    assert asked["color at"].text == "what color is the shape in the second row, column 4?"
     assert asked["row of"].text == "in which row is the red heart?"
     assert all(question.answer not in question.others for question in asked.values())
 

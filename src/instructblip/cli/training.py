@@ -28,14 +28,17 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 NEXT = """
-Open {report}: tables, charts, and the answers of both models to each image.
+Open {report}: tables, charts, and the answers of both models to each image.{looks}
 {out}/results.json holds the same scores. What to type next:
   instructblip train {longer} data.root={world} --out out/longer     a longer run
   instructblip evaluate {longer} {run} data.root={world}             all samples of every set
   instructblip train RECIPE.yaml                                        with your data
 """
+LOOKS = """
+{out}/looks.png shows where the queries of a Q-Former look under three instructions."""
 
-
+DENSE_SCALE, DENSE_STEPS = 0.3, ["training.steps=150", "training.warmup_steps=15"]
+"""Of the run behind looks.png: a minute on two CPU cores."""
 RESERVED = 0.07
 """Share of a GPU's memory that its context, the libraries and fragments take."""
 
@@ -91,12 +94,41 @@ def quickstart(
                 for result in models[each]:
                     result.save_with_predictions(results / each / result.benchmark)
                 folders.append(results / each)
+    else:
+        with _clock(seconds, "looks"):
+            _tune_and_look(out, overrides or [], resume, scale)
     with _clock(seconds, "report"):
         evaluation.report(folders, out / "report.html", [run])
     _write_results(out / "results.json", seconds, models)
     evaluation.compare(folders)
     longer = name if real else "scenes"
-    print(NEXT.format(out=out, run=run, report=out / "report.html", longer=longer, world=world))
+    looks = "" if real else LOOKS.format(out=out)
+    shown = {"report": out / "report.html", "longer": longer, "world": world, "looks": looks}
+    print(NEXT.format(out=out, run=run, **shown))
+
+
+def _tune_and_look(out: Path, overrides: list[str], resume: bool, scale: float) -> None:
+    """Tune the start of the dense world and draw, in OUT/looks.png, where its queries look in an
+    image that it has not seen. Overrides of ``training`` hold here, too."""
+    import random
+
+    from instructblip.experiment.train import train as run_training
+    from instructblip.inference.engine import Engine
+    from instructblip.inference.looks import draw_looks
+    from instructblip.scenes.dense import ask_one_each, render_dense, sample_dense
+
+    world, run = out / "dense", out / "dense_run"
+    if not resume:
+        _remove_earlier(run, out / "none")
+    data.scenes(world, scale=DENSE_SCALE * scale, dense=True)
+    given = [each for each in overrides if each.startswith("training.")]
+    steps = [] if any(each.startswith("training.steps=") for each in given) else DENSE_STEPS
+    recipe = read_recipe("dense", [f"data.root={world}", *steps, *given])
+    if run_training(recipe, run, resume).stopped == "terminated":
+        return
+    scene = sample_dense(random.Random("quickstart"))
+    asked = [f"Question: {each.text} Short answer:" for each in ask_one_each(scene)]
+    draw_looks(Engine.from_pretrained(str(run)), render_dense(scene), asked, out / "looks.png")
 
 
 def _baselines(start: str, after: "list[Result]", packages: Path) -> "dict[str, list[Result]]":

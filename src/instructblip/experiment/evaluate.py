@@ -104,11 +104,11 @@ def load_engine(recipe: Recipe, model: str, instruction_aware: bool | None = Non
 
 
 def recipe_of(model: str) -> str:
-    """The recipe that lies beside a model; without one, Scenes' for the starter, that of the real
-    images for small, and the paper's for any other."""
+    """The recipe that lies beside a model; without one, those of the embedded worlds for the
+    starter and dense, that of the real images for small, and the paper's for any other."""
     beside = [folder / RECIPE_FILE for folder in (Path(model), Path(model) / "best")]
     recipe = next((path for path in beside if path.is_file()), None)
     if recipe is not None:
         return str(recipe)
-    shipped = {"starter": "scenes", "small": "quickstart_real"}
+    shipped = {"starter": "scenes", "dense": "dense", "small": "quickstart_real"}
     return shipped.get(model, "instructblip_vicuna7b")

@@ -30,7 +30,7 @@ from instructblip.experiment.datasets import Held, benchmarks_of, scored_rows
 from instructblip.experiment.evaluate import load_engine, score
 from instructblip.experiment.sayable import LEAST_KNOWN, sayable
 from instructblip.inference.engine import Engine
-from instructblip.model.checkpoints.directory import NAMES, read_config
+from instructblip.model.checkpoints.directory import NAMES, SHIPPED, read_config
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
@@ -226,7 +226,7 @@ def report_sayable(
     measured = sayable(engine, examples, prompts)
     if distributed.is_main():
         print(measured.describe(), flush=True)
-    if start == "starter" and measured.known < LEAST_KNOWN and not anyway:
+    if start in SHIPPED and measured.known < LEAST_KNOWN and not anyway:
         where = (
             "one whose language model writes Chinese, such as `instructblip combine` makes with a "
             "Qwen2"

@@ -8,8 +8,8 @@ of the published ones.
 
 ==============  ================================================================================
 held in         coco_caption (three of the things), vqav2 (by place: "what color is the shape in
-                row 2, column 4?"), okvqa (by look: "which digit is on the red heart?"), aokvqa
-                (both, with choices)
+                the second row, column 4?"), okvqa (by look: "which digit is on the red heart?"),
+                aokvqa (both, with choices)
 held out        vizwiz (by look, of colour-shape pairs that training never shows), gqa (a thing
                 beside another)
 held-out types  vsr (true or false), iconqa (how many things of a colour or shape are in a row)
@@ -30,7 +30,7 @@ from instructblip.scenes.official import WrittenSet, write_sets
 from instructblip.scenes.questions import Question
 from instructblip.scenes.world import COLOURS, DRAW, HELD_OUT_PAIRS, SHAPES, SIZES, font
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 GRID = 5
 """Cells of a side."""
 FEWEST, MOST = 20, GRID * GRID
@@ -38,6 +38,7 @@ IMAGE_SIZE = 120
 DIGITS = tuple("0123456789")
 NUMBERS = tuple(str(number + 1) for number in range(GRID))
 """Of rows and columns."""
+ORDINALS = ("first", "second", "third", "fourth", "fifth")
 _SCALE = 3  # drawn three times larger, then averaged: anti-aliasing
 
 
@@ -59,8 +60,9 @@ class Item:
 
     @property
     def place(self) -> str:
-        """ "row 2, column 4" """
-        return f"row {self.row + 1}, column {self.column + 1}"
+        """ "the second row, column 4": no two words of a place are the same, so that what they mean
+        does not depend on where they stand"""
+        return f"the {ORDINALS[self.row]} row, column {self.column + 1}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,21 @@ BY_LOOK: dict[str, Asker] = {
     "row of": _asks("row of", "in which row is the {look}?", "row", NUMBERS),
     "column of": _asks("column of", "in which column is the {look}?", "column", NUMBERS),
 }
+
+
+def ask_one_each(scene: DenseScene) -> list[Question]:
+    """Three questions about three things far from each other: two by place, one by look."""
+    rng = random.Random(scene.seed)
+    first, last = scene.items[0], scene.items[-1]
+    middle = scene.items[len(scene.items) // 2]
+    asked = (
+        (BY_PLACE["digit at"], first),
+        (BY_LOOK["row of"], middle),
+        (BY_PLACE["shape at"], last),
+    )
+    return [question for ask, item in asked if (question := ask(scene, item, rng))]
+
+
 BESIDE = {"right of": (0, 1), "left of": (0, -1), "below": (1, 0), "above": (-1, 0)}
 
 
@@ -204,7 +221,7 @@ def ask_number(scene: DenseScene, item: Item, rng: random.Random) -> Question:
     number = sum(getattr(other, key) == value for other in scene.items if other.row == item.row)
     plural = "crosses" if value == "cross" else f"{value}s"
     what = f"{value} shapes" if key == "colour" else plural
-    text = f"how many {what} are in row {item.row + 1}?"
+    text = f"how many {what} are in the {ORDINALS[item.row]} row?"
     others = tuple(str(n) for n in range(GRID + 1) if n != number)
     return Question("number", text, str(number), others)
 

@@ -11,8 +11,9 @@ from instructblip.model.checkpoints.weights import SMALL, read_json, small_start
 from instructblip.model.config import InstructBlipConfig
 
 HUB = "hf://"
-STARTER = "starter"
-NAMES = (STARTER, SMALL)
+SHIPPED = {"starter": "runs/starter.sh", "dense": "runs/dense.sh"}
+"""Models in the package, and the scripts that make them."""
+NAMES = (*SHIPPED, SMALL)
 """Models that need no path."""
 
 
@@ -27,27 +28,27 @@ def local_path(path: str | Path) -> Path:
 def model_directory(path: str | Path) -> Path:
     """The directory with config.json that ``path`` stands for.
 
-    "starter" is the model in the package; "small" is assembled from installed packages when it is
-    first used, by whichever name (a run from it needs it too); a run directory stands for its
-    ``best``, else ``last``; ``hf://OWNER/NAME[@REVISION]`` is fetched from the Hub; no other name
-    uses the network.
+    "starter" and "dense" are models in the package; "small" is assembled from installed packages
+    when it is first used, by whichever name (a run from it needs it too); a run directory stands
+    for its ``best``, else ``last``; ``hf://OWNER/NAME[@REVISION]`` is fetched from the Hub; no
+    other name uses the network.
     """
     path = local_path(path)
     if str(path) == SMALL:
         return small_directory()
-    if str(path) == STARTER:
-        starter = Path(str(importlib.resources.files("instructblip"))) / "starter"
-        if not (starter / "config.json").is_file():
+    if str(path) in SHIPPED:
+        shipped = Path(str(importlib.resources.files("instructblip"))) / str(path)
+        if not (shipped / "config.json").is_file():
             raise FileNotFoundError(
-                f"the starter model is not in this installation ({starter}); rebuild it with "
-                "runs/starter.sh, or give the path of a BLIP-2 directory"
+                f"the model {path} is not in this installation ({shipped}); rebuild it with "
+                f"{SHIPPED[str(path)]}, or give the path of a BLIP-2 directory"
             )
-        return starter
+        return shipped
     directory = current(path)
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{path} is not a directory; give a model directory, a run directory, 'starter', "
-            f"'small', or {HUB}OWNER/NAME for a model of the Hub"
+            f"'dense', 'small', or {HUB}OWNER/NAME for a model of the Hub"
         )
     for candidate in (directory, current(directory / "best"), current(directory / "last")):
         if (candidate / "config.json").is_file():
