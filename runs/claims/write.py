@@ -73,7 +73,8 @@ PARTS = (
         "that a question can ask for reaches the language model. In this case the instruction "
         "should matter when only two query tokens are kept before tuning. Second, the tuned "
         "Q-Former may hardly use its instruction. In this case withholding it after tuning costs "
-        "nothing. The last rows tune three times as long.",
+        "nothing. The last rows tune three times as long. In the dense world, whose images hold "
+        "more than the queries can carry, the instruction does matter: `dense.md`.",
         tuple(
             Claim(f"{what}, {role.replace('_', '-')}", better, worse, role)
             for what, better, worse in (

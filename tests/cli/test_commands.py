@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from instructblip.cli import data, evaluation, training
@@ -72,6 +73,8 @@ def recipe_of(out: Path, overrides: list[str], *more: str) -> Recipe:
 def test_quickstart_writes_its_figures(out: Path):
     results = json.loads((out / "results.json").read_text())
     assert set(results["models"]) == {"blip2", "instructblip", "instructblip_blind"}
+    with Image.open(out / "looks.png") as looks:
+        assert looks.width > 3 * looks.height / 2  # the image and three instructions
     for model in results["models"].values():
         assert set(model) == {"held_in", "held_out", "datasets"}
         assert set(model["datasets"]) == {"scenes_vqav2", "scenes_aokvqa", "scenes_vsr"}

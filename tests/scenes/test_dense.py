@@ -18,6 +18,7 @@ from instructblip.scenes.dense import (
     Item,
     ask_beside,
     ask_number,
+    ask_one_each,
     ask_statement,
     limit,
     render_dense,
@@ -52,6 +53,17 @@ def test_answers_follow_from_the_scene():
     assert asked["color at"].text == "what color is the shape in the second row, column 4?"
     assert asked["row of"].text == "in which row is the red heart?"
     assert all(question.answer not in question.others for question in asked.values())
+
+
+def test_one_question_about_each_of_three_things():
+    scene = sample_dense(random.Random(0))
+    asked = ask_one_each(scene)
+    assert [each.kind for each in asked] == ["row of", "digit on", "size of"]
+    named = [next(i for i in scene.items if i.look in each.text) for each in asked]
+    assert len(set(named)) == 3
+    assert named[0] == scene.items[0]
+    assert asked[0].answer == str(named[0].row + 1)
+    assert asked[1].answer == named[1].digit
 
 
 def test_what_is_beside_a_thing():

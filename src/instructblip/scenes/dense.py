@@ -161,14 +161,14 @@ BY_LOOK: dict[str, Asker] = {
 
 
 def ask_one_each(scene: DenseScene) -> list[Question]:
-    """Three questions about three things far from each other: two by place, one by look."""
+    """Three questions by look, about three things far from each other."""
     rng = random.Random(scene.seed)
     first, last = scene.items[0], scene.items[-1]
     middle = scene.items[len(scene.items) // 2]
     asked = (
-        (BY_PLACE["digit at"], first),
-        (BY_LOOK["row of"], middle),
-        (BY_PLACE["shape at"], last),
+        (BY_LOOK["row of"], first),
+        (BY_LOOK["digit on"], middle),
+        (BY_LOOK["size of"], last),
     )
     return [question for ask, item in asked if (question := ask(scene, item, rng))]
 
