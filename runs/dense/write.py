@@ -191,7 +191,10 @@ The interval of a difference accounts for seeds and samples; ± is half the inte
 
 {differences}
 
-The limit is that of the three held-in sets.
+The limit is that of the three held-in sets. A Q-Former that does not read stays far below it with many
+queries: they may carry the things, but the frozen language model, which learned Scenes, does not pick
+one of them by a place or a look. So the difference is what reading is worth to a language model that
+cannot select, and part of it would go with one that can. The table of all sets is at the end.
 
 ## What the tuned model loses when the Q-Former gets no instruction, or a wrong one
 
