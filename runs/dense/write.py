@@ -191,10 +191,11 @@ The interval of a difference accounts for seeds and samples; ± is half the inte
 
 {differences}
 
-The limit is that of the three held-in sets. A Q-Former that does not read stays far below it with many
-queries: they may carry the things, but the frozen language model, which learned Scenes, does not pick
-one of them by a place or a look. So the difference is what reading is worth to a language model that
-cannot select, and part of it would go with one that can. The table of all sets is at the end.
+The limit is that of the three held-in sets. A Q-Former that does not read stays far below it with
+many queries: they may carry the things, but the frozen language model, which learned Scenes, does
+not pick one of them by a place or a look. So the difference is what reading is worth to a language
+model that cannot select, and part of it would go with one that can. The table of all sets is at the
+end.
 
 ## What the tuned model loses when the Q-Former gets no instruction, or a wrong one
 
@@ -204,8 +205,8 @@ The language model reads the right instruction in all cases.
 
 ## Where the queries look
 
-With {attention_queries} queries: share of the attention of the last layer that reads the image, in
-percent, on the cell that is asked for. It is the mean over queries, heads, seeds and new images,
+With {attention_queries} queries: share of the attention of the last layer that reads the image,
+in percent, on the cell that is asked for. It is the mean over queries, heads, seeds and new images,
 with the 95 % interval over images. By chance it is 4.
 
 ![Attention on the asked-for cell](dense_attention.svg)

@@ -64,7 +64,7 @@ def answer(
 
 @app.command()
 def look(
-    image: Annotated[Path, Argument(help="The image.", exists=True, dir_okay=False)],
+    image: Annotated[Path, Argument(help="The image.")],
     instructions: Annotated[list[str], Argument(help="One instruction or several.")],
     out: Annotated[Path, to_file("The picture to write: .png, .svg or .pdf.")] = Path("looks.png"),
     model: Model = "starter",
@@ -73,12 +73,14 @@ def look(
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--out {out}: expected a file that ends in .png, .svg or .pdf")
     from instructblip.inference.engine import Engine
+    from instructblip.inference.inputs import open_images
     from instructblip.inference.looks import draw_looks
 
-    for text, given in zip(
-        instructions, draw_looks(Engine.from_pretrained(model), image, instructions, out),
-        strict=True,
-    ):  # fmt: skip
+    images = open_images([image])  # a wrong path is reported before the model is read
+    if len(images) > 1:
+        raise ValueError(f"{image} is a video; give an image")
+    answers = draw_looks(Engine.from_pretrained(model), images[0], instructions, out)
+    for text, given in zip(instructions, answers, strict=True):
         print(f"{text} -> {given}")
     print(out)
 

@@ -69,7 +69,7 @@ def quickstart(
     run, results = out / "run", out / "results"
     seconds: dict[str, float] = {}
     if not resume:
-        _remove_earlier(run, results)
+        _remove_earlier(run, out / "dense_run", *results.glob("*"))
     with _clock(seconds, world.name):
         if real:
             data.write(world, packages, scale=scale)
@@ -118,8 +118,6 @@ def _tune_and_look(out: Path, overrides: list[str], resume: bool, scale: float) 
     from instructblip.scenes.dense import ask_one_each, render_dense, sample_dense
 
     world, run = out / "dense", out / "dense_run"
-    if not resume:
-        _remove_earlier(run, out / "none")
     data.scenes(world, scale=DENSE_SCALE * scale, dense=True)
     given = [each for each in overrides if each.startswith("training.")]
     steps = [] if any(each.startswith("training.steps=") for each in given) else DENSE_STEPS
@@ -168,11 +166,11 @@ def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.monotonic() - began
 
 
-def _remove_earlier(run: Path, results: Path) -> None:
+def _remove_earlier(*folders: Path) -> None:
     """Remove what an earlier quickstart wrote; anything else there belongs to the user."""
     from instructblip.recipe.schema import RECIPE_FILE
 
-    for folder in (run, *results.glob("*")):
+    for folder in folders:
         if folder.exists() and not (folder / RECIPE_FILE).is_file():
             raise ValueError(
                 f"{folder} was not written by a quickstart: choose another folder with --out"
