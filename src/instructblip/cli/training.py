@@ -37,8 +37,8 @@ Open {report}: tables, charts, and the answers of both models to each image.{loo
 LOOKS = """
 {out}/looks.png shows where the queries of a Q-Former look under three instructions."""
 
-DENSE_SCALE, DENSE_STEPS = 0.15, ["training.steps=100", "training.warmup_steps=10"]
-"""Of the run behind looks.png: some 50 seconds on two CPU cores."""
+DENSE_SCALE, DENSE_STEPS = 0.15, ["training.steps=80", "training.warmup_steps=8"]
+"""Of the run behind looks.png: some 45 seconds on two CPU cores."""
 RESERVED = 0.07
 """Share of a GPU's memory that its context, the libraries and fragments take."""
 
