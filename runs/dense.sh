@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Whether it helps that the Q-Former reads the instruction, on the dense world: trains the BLIP-2 of
-# that world (about 15 minutes on two CPU cores), tunes it with and without the instruction in the
+# that world (about 20 minutes on two CPU cores), tunes it with and without the instruction in the
 # Q-Former, and writes docs/dense.md. Every stage resumes; one that is done is skipped.
 #   runs/dense.sh [WORK_FOLDER] [--seeds 5] [--queries 2 4 8 16] ...   (default: runs/out/dense)
 # SCALE multiplies the steps of the pre-training, DOCS names another folder for the page.

@@ -9,8 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from hidden_words import start
-from safetensors.torch import load_file
+from hidden_words import load_trained, start
 
 from instructblip.data.images import ImageTransform
 from instructblip.model.checkpoints.transformers import save_text_branch
@@ -56,9 +55,7 @@ def main() -> None:
     parser.add_argument("--qformer", type=Path, required=True, help="the run of step 3")
     args = parser.parse_args()
     aware, tokens = start(args.vision)
-    trained = load_file(args.qformer / "last/pretraining.safetensors")
-    weights = {name.removeprefix("model."): value for name, value in trained.items()}
-    aware.load_state_dict(weights, strict=False)
+    load_trained(aware, args.qformer)
     config = aware.config.model_copy(update={"instruction_aware": False})
     plain = InstructBlip(config, generation_settings=aware.generation_settings)
     kept = plain.state_dict().keys()

@@ -12,13 +12,13 @@ import argparse
 import random
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from hidden_words import BANK, QUERIES, Bank, Pretraining, opened, start
+from hidden_words import BANK, QUERIES, Bank, load_trained, opened, save_trained, start
 from lessons import Lesson, teach
 from qformer import Text, pad, text_batch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from instructblip.core.batch import LossOutput
@@ -109,8 +109,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800)
     args = parser.parse_args()
     model, tokens = start(args.vision)
-    hidden = Pretraining(model, tokens)
-    hidden.load_state_dict(load_file(args.start / "last/pretraining.safetensors"), strict=False)
+    load_trained(model, args.start)
     training = Completing(model)
     bank = Bank.of(model, "training", BANK)
 
@@ -121,12 +120,7 @@ def main() -> None:
         content = (bank.features[drawn].float(), texts, rng.choice(QUERIES))
         return Lesson.of("dense", step, content, torch.ones(IMAGES, 1, dtype=torch.long))
 
-    def export(folder: Path) -> None:
-        kept = ("model.query_tokens", "model.qformer.", "model.language_projection.")
-        weights = {n: v for n, v in training.state_dict().items() if n.startswith(kept)}
-        save_file(weights, folder / "pretraining.safetensors")
-
-    if not teach(training, make, args.out, args.steps, RATE, export):
+    if not teach(training, make, args.out, args.steps, RATE, partial(save_trained, training)):
         sys.exit("stopped: run it again to resume")
     fresh = Bank.of(model, "fresh", 256, full=True)
     scores = {}

@@ -5,15 +5,15 @@
 A small Q-Former with a tokenizer of its own stands between the image encoder of step 1 and the
 language model of the starter. Two losses train beside each other. With a text: queries and a phrase
 of which one word is hidden read each other, and the best query has to mean that word rather than
-any other of its kind, in the words of the language model, which stays frozen. That is the contrast
+any other, in the words of the language model, which stays frozen. That is the contrast
 of a true phrase with all phrases that differ in one word, in one pass. Without a text: for every
 thing one query is drawn to its phrase. No question is asked about an image.
 
 Images have from one thing to 25: with 20 and more in every image no query learns to look where a
 phrase says, within the same number of steps. A sentence that says nothing comes before half of the
 phrases: without one the Q-Former reads a place only at the positions of a short phrase, and not
-behind the words of an instruction. Each step trains the first 2, 4, 8 or
-16 queries, so that the start can be cut to any of these. OUT is a run directory: it resumes.
+behind the words of an instruction. Each step trains the first 2, 4, 8 or 16 queries, so that the
+start can be cut to any of these. OUT is a run directory: it resumes.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from build_tokenizers import qformer_tokenizer
 from encoder import CONFIG, pixels_of
 from lessons import Lesson, teach
+from qformer import KEPT, contrast_things
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -213,10 +215,7 @@ class Pretraining(nn.Module):
         similarity = self.best(self.model.qformer(tokens, features, none, none), self.phrases)
         rows = torch.tensor([i for i, s in enumerate(scenes) for _ in s.items])
         index = torch.tensor([PHRASES.index(item.look) for s in scenes for item in s.items])
-        here = torch.zeros_like(similarity, dtype=torch.bool)
-        here[rows, index] = True
-        others = here[rows].scatter(1, index[:, None], False)
-        return F.cross_entropy(similarity[rows].masked_fill(others, -1e4), index)
+        return contrast_things(similarity, rows, index)
 
     @torch.inference_mode()
     def accuracy(self, bank: Bank, queries: int) -> dict[str, float]:
@@ -273,6 +272,19 @@ def start(vision: Path) -> tuple[InstructBlip, Tokens]:
     return model, tokens
 
 
+def save_trained(training: nn.Module, folder: Path) -> None:
+    """Write what pre-training changes in the model."""
+    weights = {n: v for n, v in training.state_dict().items() if n.startswith(KEPT)}
+    save_file(weights, folder / "pretraining.safetensors")
+
+
+def load_trained(model: InstructBlip, run: Path) -> None:
+    """Read what a step's run has changed in the model."""
+    trained = load_file(run / "last/pretraining.safetensors")
+    weights = {name.removeprefix("model."): value for name, value in trained.items()}
+    model.load_state_dict(weights, strict=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
@@ -290,12 +302,7 @@ def main() -> None:
         content = (scenes, bank.features[drawn].float(), hidden, rng.choice(QUERIES))
         return Lesson.of("dense", step, content, torch.ones(IMAGES, 1, dtype=torch.long))
 
-    def export(folder: Path) -> None:
-        kept = ("model.query_tokens", "model.qformer.", "model.language_projection.")
-        weights = {n: v for n, v in training.state_dict().items() if n.startswith(kept)}
-        save_file(weights, folder / "pretraining.safetensors")
-
-    if not teach(training, make, args.out, args.steps, RATE, export):
+    if not teach(training, make, args.out, args.steps, RATE, partial(save_trained, training)):
         sys.exit("stopped: run it again to resume")
     fresh = Bank.of(training.model, "fresh", 256, full=True)
     scores = {queries: training.accuracy(fresh, queries) for queries in QUERIES}

@@ -180,7 +180,9 @@ read, and whose Q queries carry one thing each, answers at most Q/N of the quest
 rest; that limit was written down before any training (`decisions/0019-dense-world.md`).
 
 All models start from the same BLIP-2, pre-trained by `runs/dense.sh`, with its first 2, 4, 8 or 16
-queries, and are tuned by one recipe (`dense`) that nobody chose by these figures.
+queries, and are tuned by one recipe (`dense`), which was not changed by any figure. Their
+pre-training was: two pilots with four queries and one seed, scored on these sets, held-out ones
+included, led to its second stage and to the wording of places (`log.md`).
 Held in are questions by place, by look, and with choices; held out are pairs of colour and shape
 that no training shows (vizwiz), things beside another (gqa), statements (vsr) and numbers (iconqa).
 The interval of a difference accounts for seeds and samples; ± is half the interval over the seeds.

@@ -267,10 +267,7 @@ class Pretraining(Stage1):
         similarity = (F.normalize(projected, dim=-1) @ self._phrases.T).amax(1) / TEMPERATURE
         rows = torch.tensor([i for i, s in enumerate(scenes) for _ in s.things])
         index = torch.tensor([PHRASES.index(_phrase(t)) for s in scenes for t in s.things])
-        here = torch.zeros_like(similarity, dtype=torch.bool)
-        here[rows, index] = True
-        others = here[rows].scatter(1, index[:, None], False)
-        return F.cross_entropy(similarity[rows].masked_fill(others, -1e4), index)
+        return contrast_things(similarity, rows, index)
 
     @torch.no_grad()
     def summed(self, phrases: list[str]) -> Tensor:
@@ -284,6 +281,15 @@ class Pretraining(Stage1):
     def heads(self) -> dict[str, Tensor]:
         """What is trained beside the model and discarded at the end."""
         return {n: p for n, p in self.state_dict().items() if not n.startswith("model.")}
+
+
+def contrast_things(similarity: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """Cross-entropy of each thing's phrase, ``index`` [things], in its image, ``rows`` [things],
+    from the similarity [images, phrases]; other phrases of the same image are no negatives."""
+    here = torch.zeros_like(similarity, dtype=torch.bool)
+    here[rows, index] = True
+    others = here[rows].scatter(1, index[:, None], False)
+    return F.cross_entropy(similarity[rows].masked_fill(others, -1e4), index)
 
 
 Text = tuple[Tensor, Tensor]

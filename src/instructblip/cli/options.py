@@ -19,7 +19,10 @@ Overrides = Annotated[
 Scale = Annotated[float, Option(help="Size of the data sets; 1 for all.")]
 Resume = Annotated[bool, Option("--resume", help="Continue where an earlier run stopped.")]
 Model = Annotated[
-    str, Option("--model", help="A run or model directory, hf://OWNER/NAME, `starter` or `small`.")
+    str,
+    Option(
+        "--model", help="A run or model directory, hf://OWNER/NAME, `starter`, `dense`, `small`."
+    ),
 ]
 Images = Annotated[
     list[Path] | None, Option("--image", help="An image or a video; several are read together.")

@@ -24,6 +24,7 @@ from instructblip.cli.options import (
 
 if TYPE_CHECKING:
     from instructblip.evaluation.result import Result
+    from instructblip.recipe.schema import Recipe
 
 app = typer.Typer()
 
@@ -37,7 +38,7 @@ Open {report}: tables, charts, and the answers of both models to each image.{loo
 LOOKS = """
 {out}/looks.png shows where the queries of a Q-Former look under three instructions."""
 
-DENSE_SCALE, DENSE_STEPS = 0.15, ["training.steps=80", "training.warmup_steps=8"]
+DENSE_SCALE, DENSE_STEPS = 0.15, 80
 """Of the run behind looks.png: some 45 seconds on two CPU cores."""
 RESERVED = 0.07
 """Share of a GPU's memory that its context, the libraries and fragments take."""
@@ -94,11 +95,12 @@ def quickstart(
                 for result in models[each]:
                     result.save_with_predictions(results / each / result.benchmark)
                 folders.append(results / each)
-    else:
-        with _clock(seconds, "looks"):
-            _tune_and_look(out, overrides or [], resume, scale)
     with _clock(seconds, "report"):
         evaluation.report(folders, out / "report.html", [run])
+    if not real:
+        with _clock(seconds, "looks"):
+            if not _tune_and_look(out, recipe, resume, scale):
+                return
     _write_results(out / "results.json", seconds, models)
     evaluation.compare(folders)
     longer = name if real else "scenes"
@@ -107,9 +109,10 @@ def quickstart(
     print(NEXT.format(out=out, run=run, **shown))
 
 
-def _tune_and_look(out: Path, overrides: list[str], resume: bool, scale: float) -> None:
+def _tune_and_look(out: Path, other: "Recipe", resume: bool, scale: float) -> bool:
     """Tune the start of the dense world and draw, in OUT/looks.png, where its queries look in an
-    image that it has not seen. Overrides of ``training`` hold here, too."""
+    image that it has not seen. It has the device of the other recipe, and no more steps. Returns
+    False if a signal interrupted it."""
     import random
 
     from instructblip.experiment.train import train as run_training
@@ -119,14 +122,15 @@ def _tune_and_look(out: Path, overrides: list[str], resume: bool, scale: float) 
 
     world, run = out / "dense", out / "dense_run"
     data.scenes(world, scale=DENSE_SCALE * scale, dense=True)
-    given = [each for each in overrides if each.startswith("training.")]
-    steps = [] if any(each.startswith("training.steps=") for each in given) else DENSE_STEPS
-    recipe = read_recipe("dense", [f"data.root={world}", *steps, *given])
-    if run_training(recipe, run, resume).stopped == "terminated":
-        return
+    steps = min(DENSE_STEPS, other.training.steps)
+    settings = [f"data.root={world}", f"training.device={other.training.device}"]
+    settings += [f"training.steps={steps}", f"training.warmup_steps={steps // 10}"]
+    if run_training(read_recipe("dense", settings), run, resume).stopped == "terminated":
+        return False
     scene = sample_dense(random.Random("quickstart"))
     asked = [f"Question: {each.text} Short answer:" for each in ask_one_each(scene)]
     draw_looks(Engine.from_pretrained(str(run)), render_dense(scene), asked, out / "looks.png")
+    return True
 
 
 def _baselines(start: str, after: "list[Result]", packages: Path) -> "dict[str, list[Result]]":

@@ -48,23 +48,24 @@ def draw_looks(
     kind of file follows the name. Returns the answers. Raises ValueError without an instruction,
     and as `Engine.answer` for an image that cannot be read.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's
 
     if not instructions:
         raise ValueError("give at least one instruction")
-    whole = image if isinstance(image, Image.Image) else load_image(image)
-    whole = whole.crop(engine.images.transform.seen(*whole.size))
-    answers = [engine.answer(image, text) for text in instructions]
+    transform = engine.images.transform
+    if not isinstance(image, Image.Image):
+        image = load_image(image, window=transform.window)
+    whole = image.crop(transform.seen(*image.size))
+    answers = engine.answer(image, list(instructions))
+    assert isinstance(answers, list)
     looks = engine.look(engine.samples(image, instructions))[:, 0]  # [B, Q, G, G]
     panels = [(whole.convert("RGB").resize((SIDE, SIDE)), "", "")]
     panels += [
         (heat_map(whole, look.mean(0), SIDE), text, answer)
         for look, text, answer in zip(looks, instructions, answers, strict=True)
     ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels), 4.4), squeeze=False)
+    figure = Figure(figsize=(3.3 * len(panels), 4.4))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (panel, text, answer) in zip(axes[0], panels, strict=True):
         axis.imshow(panel)
         axis.set_axis_off()
@@ -75,5 +76,4 @@ def draw_looks(
     figure.tight_layout()
     with replacing(out) as file:
         figure.savefig(file, format=out.suffix[1:] or "png", dpi=110)
-    plt.close(figure)
     return answers

@@ -96,7 +96,7 @@ class Pretrained(nn.Module):
         Args:
             path: a BLIP-2 or InstructBLIP directory that transformers or ``save_pretrained``
                 wrote, a run directory (its ``best``, else its ``last``), "starter",
-                "small", or "hf://OWNER/NAME".
+                "dense", "small", or "hf://OWNER/NAME".
             instruction_aware: None keeps what the directory holds. True turns a BLIP-2 into an
                 InstructBLIP by adding a text branch; False drops the text branch.
             text_branch: where a BLIP-2's text branch comes from: a file of this project, or the
