@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--words", type=Path, required=True, help="the run of step 2")
     parser.add_argument("--qformer", type=Path, required=True, help="the run of step 3")
     args = parser.parse_args()
-    aware, tokens = start(args.vision)
+    aware, tokens = start(args.vision, args.words)
     load_trained(aware, args.qformer)
     config = aware.config.model_copy(update={"instruction_aware": False})
     plain = InstructBlip(config, generation_settings=aware.generation_settings)

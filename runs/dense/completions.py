@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, required=True, help="the run of step 2")
     parser.add_argument("--steps", type=int, default=800)
     args = parser.parse_args()
-    model, tokens = start(args.vision)
+    model, tokens = start(args.vision, args.start)
     load_trained(model, args.start)
     training = Completing(model)
     bank = Bank.of(model, "training", BANK)

@@ -32,9 +32,10 @@ from lessons import Lesson, teach
 from qformer import KEPT, contrast_things
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from instructblip.core.batch import LossOutput
-from instructblip.core.files import write_json
+from instructblip.core.files import replacing_directory, write_json
 from instructblip.data.templates import TEMPLATES
 from instructblip.data.tokens import Tokens
 from instructblip.model.checkpoints.directory import model_directory
@@ -245,12 +246,20 @@ def lines() -> list[str]:
     return found + [text for texts in TEMPLATES.values() for text in texts for _ in range(3)]
 
 
-def start(vision: Path) -> tuple[InstructBlip, Tokens]:
-    """A new small Q-Former between the image encoder of step 1 and the starter's language model."""
+def start(vision: Path, words: Path) -> tuple[InstructBlip, Tokens]:
+    """A new small Q-Former between the image encoder of step 1 and the starter's language model.
+
+    Its tokenizer is in ``words``, the run of step 2, and is built there once: building breaks ties
+    at random, so that the next process would number some words otherwise.
+    """
     torch.manual_seed(0)
+    folder = words / "qformer_tokenizer"
+    if not folder.is_dir():
+        with replacing_directory(folder) as new:
+            qformer_tokenizer(lines()).save_pretrained(str(new))
     starter = InstructBlip.from_pretrained("starter", instruction_aware=True)
     tokens = Tokens.from_pretrained(model_directory("starter"))
-    tokens = replace(tokens, qformer=qformer_tokenizer(lines()))
+    tokens = replace(tokens, qformer=AutoTokenizer.from_pretrained(str(folder)))
     config = starter.config
     qformer = config.qformer.model_copy(
         update={
@@ -291,7 +300,7 @@ def main() -> None:
     parser.add_argument("--vision", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2500)
     args = parser.parse_args()
-    training = Pretraining(*start(args.vision))
+    training = Pretraining(*start(args.vision, args.out))
     bank = Bank.of(training.model, "training", BANK)
 
     def make(step: int) -> Lesson:
