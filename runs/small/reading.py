@@ -25,7 +25,7 @@ from instructblip.data.samples import pad
 from instructblip.data.tokens import Tokens
 from instructblip.model.config import LoraConfig
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language.lora import add_lora
+from instructblip.model.lora import add_lora
 from instructblip.scenes.pictures.catalog import read_catalog
 from instructblip.scenes.pictures.world import World
 

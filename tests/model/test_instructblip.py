@@ -10,7 +10,7 @@ from transformers import InstructBlipConfig as TheirConfig
 
 from instructblip.model.config import InstructBlipConfig, LoraConfig, VisionConfig
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language.lora import add_lora
+from instructblip.model.lora import add_lora
 from instructblip.model.trainable import ALIASES, PARTS, part_of
 from tests.parity.tiny import tiny_batch, tiny_config, tiny_transformers
 
@@ -94,7 +94,8 @@ def test_exact_trainable_set(model):
 
 
 def test_every_parameter_belongs_to_one_part(model):
-    add_lora(model.language_model, LoraConfig(rank=2))
+    for root in model.adapted.values():
+        add_lora(root, LoraConfig(rank=2))
     names = [name for name, _ in model.named_parameters()]
     assert {part_of(name) for name in names} == set(PARTS)
 
@@ -103,8 +104,8 @@ def test_every_parameter_belongs_to_one_part(model):
 def test_chosen_parts_change_and_the_rest_is_bit_identical(part):
     choice = (part,) if isinstance(part, str) else part
     model = tiny_model()
-    if part == "lora":
-        add_lora(model.language_model, LoraConfig(rank=2))
+    if part in model.adapted:
+        add_lora(model.adapted[part], LoraConfig(rank=2))
     model.set_trainable(choice)
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

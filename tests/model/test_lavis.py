@@ -28,7 +28,7 @@ from instructblip.model.checkpoints.weights import write_weights
 from instructblip.model.config import InstructBlipConfig, LoraConfig, QFormerConfig, VisionConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import build_language_model
-from instructblip.model.language.lora import add_lora
+from instructblip.model.lora import add_lora
 from tests.parity.tiny import LANGUAGES, tiny_batch, tiny_transformers
 from tests.testing import llama_like, t5_like, wordpiece
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from instructblip.experiment.memory import saved_bytes
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language.lora import lora_layers
 from instructblip.model.language.quantize import NF4, Kind, QuantizedLinear, quantize_linears
+from instructblip.model.lora import lora_layers
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
 from tests.model.test_lora import adapted

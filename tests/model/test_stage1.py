@@ -126,7 +126,8 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ("setting", "message"),
     [
         ("training.trainable=[qformer, vision_norm]", r"training\.trainable .*vision_norm"),
-        ("model.lora={rank: 2}", r"model\.lora.*leave both out"),
+        ("model.lora={rank: 2}", r"model\.lora.*leave them out"),
+        ("model.qformer_lora={rank: 2}", r"model\.qformer_lora.*leave them out"),
         ("training.accumulate=6", r"micro batch holds one .*training\.batch_size"),
         ("training.tokens_per_micro_batch=99", "contrasts the images of a micro batch"),
         ("data.check=required", "instructblip check"),

@@ -25,7 +25,7 @@ from instructblip.model.checkpoints.transformers import TEXT_BRANCH
 from instructblip.model.config import LoraConfig
 from instructblip.model.encoders import WHEELS
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language.lora import add_lora, lora_layers, merge_lora
+from instructblip.model.lora import add_lora, lora_layers, merge_lora
 from instructblip.release.assemble import combine_parts
 from instructblip.release.small import GIVEN, pack
 from tests.core.test_gguf import TEMPLATE, tiny, write_gguf

@@ -327,16 +327,17 @@ def export(
     ] = False,
     keep_lora: Annotated[
         bool,
-        Option("--keep-lora", help="Write a LoRA adapter separately, in PEFT's files."),
+        Option("--keep-lora", help="Write LoRA adapters separately, in PEFT's files."),
     ] = False,
 ) -> None:
-    """Write a model for others, with its card. A LoRA adapter is merged unless it is kept."""
+    """Write a model for others, with its card. LoRA adapters are merged unless they are kept."""
     from instructblip.evaluation.result import load_results
-    from instructblip.model.language.lora import FOLDER
+    from instructblip.model.lora import FOLDERS
     from instructblip.release.export import export_model
 
     scores = [result for each in load_results(results or []).values() for result in each]
     export_model(model, out, form, scores, image_encoder, keep_lora)
     inspect_(str(out))
     if keep_lora:
-        print(f"adapter in PEFT's files: {out / FOLDER}")
+        written = [out / name for name in FOLDERS.values() if (out / name).is_dir()]
+        print(f"adapter in PEFT's files: {', '.join(map(str, written))}")

@@ -51,8 +51,8 @@ from instructblip.model.checkpoints.directory import model_directory, read_confi
 from instructblip.model.config import InstructBlipConfig, LoraConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import checkpoint_layers, stacks_of
-from instructblip.model.language.lora import add_lora, lora_layers
 from instructblip.model.language.quantize import quantize_linears
+from instructblip.model.lora import Lora, adapted_layers, add_lora, lora_layers
 from instructblip.recipe.load import differences, load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
 from instructblip.training.config import TrainingConfig
@@ -294,7 +294,7 @@ def shape_language(
 
     Raises ValueError for settings that do not go together.
     """
-    language, adapter = model.language_model, recipe.model.lora
+    language = model.language_model
     parts = tuple(recipe.training.trainable if trainable is None else trainable)
     changed = recipe.model.quantize is not None or "language_model" in recipe.training.trainable
     if recipe.training.parallel == "fsdp2" and changed:
@@ -303,16 +303,18 @@ def shape_language(
             "model.quantize=null and take language_model out of training.trainable, or train "
             "with parallel=replicate"
         )
-    if adapter is not None:
-        if "lora" not in parts:
-            raise ValueError(
-                f"model.lora trains as a part of its own, and training.trainable is "
-                f"{list(parts)}: add lora to it"
-            )
-        if present := lora_layers(language):
-            _warn_of_other_adapter(adapter, next(iter(present.values())).config)
-        else:
-            add_lora(language, adapter)
+    for part, root in model.adapted.items():
+        adapter = getattr(recipe.model, part)
+        if adapter is not None:
+            if part not in parts:
+                raise ValueError(
+                    f"model.{part} trains as a part of its own, and training.trainable is "
+                    f"{list(parts)}: add {part} to it"
+                )
+            if present := lora_layers(root):
+                _warn_of_other_adapter(part, root, adapter, present)
+            else:
+                add_lora(root, adapter)
     model.set_trainable(parts)
     if recipe.model.quantize is not None:
         quantize_linears(language, recipe.model.quantize)
@@ -320,15 +322,20 @@ def shape_language(
         checkpoint_layers(language)
 
 
-def _warn_of_other_adapter(asked: LoraConfig, present: LoraConfig) -> None:
-    """Warn where the start's adapter, which is kept, differs from ``model.lora``."""
-    names = [name for name in type(asked).model_fields if name != "targets" or asked.targets]
-    other = [n for n in names if getattr(asked, n) != getattr(present, n)]
+def _warn_of_other_adapter(
+    part: str, root: nn.Module, asked: LoraConfig, present: dict[str, Lora]
+) -> None:
+    """Warn where the start's adapter, which is kept, differs from what the recipe asks for."""
+    config = next(iter(present.values())).config
+    names = [name for name in type(asked).model_fields if name != "targets"]
+    other = {n: getattr(config, n) for n in names if getattr(asked, n) != getattr(config, n)}
+    if asked.targets and adapted_layers(root, asked).keys() != present.keys():
+        other["targets"] = sorted({name.rpartition(".")[2] for name in present})
     if other:
-        settings = ", ".join(f"{n} {getattr(present, n)!r}" for n in other)
+        settings = ", ".join(f"{name} {value!r}" for name, value in other.items())
         warnings.warn(
-            f"model.start has an adapter, which training continues: {settings}, not as model.lora "
-            "asks",
+            f"model.start has an adapter, which training continues: {settings}, not as "
+            f"model.{part} asks",
             stacklevel=2,
         )
 

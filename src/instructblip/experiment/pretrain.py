@@ -45,10 +45,12 @@ class Pretraining(Variant):
 
     def refuse(self, recipe: Recipe) -> None:
         training = recipe.training
-        if training.trainable != ("qformer",) or recipe.model.lora is not None:
+        adapters = (recipe.model.lora, recipe.model.qformer_lora)
+        if training.trainable != ("qformer",) or any(adapters):
             raise ValueError(
                 "all stages train the Q-Former alone, and the recipe asks for training.trainable "
-                f"{list(training.trainable)} and model.lora {recipe.model.lora}: leave both out"
+                f"{list(training.trainable)}, model.lora {adapters[0]} and model.qformer_lora "
+                f"{adapters[1]}: leave them out"
             )
         if self.stage != 2 and training.token_budget is not None:
             raise ValueError(

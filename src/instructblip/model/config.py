@@ -4,9 +4,10 @@ Field names and defaults are those of transformers (a ``config.json`` leaves out
 default), so the translation is a selection of keys and nothing more.
 """
 
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu"]
 
@@ -177,15 +178,32 @@ class QFormerConfig(_Config):
 
 
 class LoraConfig(_Config):
-    """Low-rank matrices beside those of the language model (``model/language/lora.py``)."""
+    """Low-rank matrices beside those of frozen layers (``model/lora.py``)."""
 
     rank: int = Field(default=16, gt=0, description="Rows of A, columns of B.")
     alpha: float = Field(default=32, gt=0, description="The product is scaled by alpha / rank.")
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")
+    rank_pattern: dict[str, PositiveInt] = Field(
+        default={}, description="Ends of layer names, as regular expressions, to their rank."
+    )
+    alpha_pattern: dict[str, PositiveFloat] = Field(
+        default={}, description="Ends of layer names, as regular expressions, to their alpha."
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the input.")
     targets: tuple[str, ...] | None = Field(
         default=None,
-        description="Last names of adapted layers; null for those that make queries and values.",
+        description="Ends of the names of adapted layers, as regular expressions; null for those "
+        "that make queries and values.",
     )
+
+    @model_validator(mode="after")
+    def _patterns_compile(self) -> "LoraConfig":
+        for pattern in (*self.rank_pattern, *self.alpha_pattern, *(self.targets or ())):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return self
 
 
 class InstructBlipConfig(_Config):

@@ -100,12 +100,14 @@ def cross_attend(
     what they read there into the width of the head. With H heads, Q queries of width D, that is
     H Q Y W + Q D W multiplications for the scores instead of Y W D + Q Y D: 1008 -> 973 ms. It pays
     where queries are fewer than a head is wide (32 and 64 in the paper) and no rows share an image.
-    In half precision fused kernels keep scores in fp32, and a product would round them.
+    In half precision fused kernels keep scores in fp32, and a product would round them. An adapter
+    of keys or values is no part of their weights.
     """
     heads, count = attention.num_heads, hidden.shape[1]
     width = hidden.shape[2] // heads
     half = torch.is_autocast_enabled(hidden.device.type) or hidden.dtype.itemsize < 4
-    if index is not None or half or count >= width:
+    adapted = any("lora" in x._modules for x in (attention.key, attention.value))
+    if index is not None or half or count >= width or adapted:
         return attention(hidden, states, None, index)
     dropout = attention.dropout if attention.training else 0.0
     key, value = (x.weight.unflatten(0, (heads, -1)) for x in (attention.key, attention.value))

@@ -24,7 +24,7 @@ from instructblip.model.config import InstructBlipConfig
 from instructblip.model.encoders import build_vision
 from instructblip.model.fast import PackedQFormer, encode_frozen, fold_norm
 from instructblip.model.language.adapters import Language, build_language_model, language_of
-from instructblip.model.language.lora import lora_layers
+from instructblip.model.lora import lora_layers
 from instructblip.model.trainable import ALIASES, PARTS, eval_frozen, is_trainable, part_of
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -89,7 +89,8 @@ class InstructBlip(Pretrained):
         without a mask no instruction has padding.
         """
         norm, weights = self.vision_model.post_layernorm, {}
-        if torch.is_grad_enabled() and norm.weight.requires_grad:
+        trains = torch.is_grad_enabled() and norm.weight.requires_grad
+        if trains and not lora_layers(self.qformer):  # an adapter reads the features as well
             features, weights = fold_norm(norm, self.qformer, features)
         else:
             features = self.vision_model.norm(features)
@@ -163,13 +164,20 @@ class InstructBlip(Pretrained):
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    @property
+    def adapted(self) -> dict[str, nn.Module]:
+        """Where LoRA adapters may be, by the part that trains them: the language model; the
+        Q-Former and its projection, by the names that they have in the whole model."""
+        querying = {"qformer": self.qformer, "language_projection": self.language_projection}
+        return {"lora": self.language_model, "qformer_lora": nn.ModuleDict(querying)}
+
     # --- what trains, and in which precision -----------------------------------------------------
 
     def set_trainable(self, choice: tuple[str, ...]) -> "InstructBlip":
         """Train the named ``PARTS`` and ``ALIASES`` and freeze everything else.
 
         The text feed-forward of the last layer never trains, because nothing reads it. Raises
-        ValueError for an unknown name, and for "lora" without an adapter.
+        ValueError for an unknown name, and for "lora" or "qformer_lora" without an adapter.
         """
         known = [*PARTS, *ALIASES]
         unknown = [name for name in choice if name not in known]
@@ -178,8 +186,9 @@ class InstructBlip(Pretrained):
                 f"trainable parts must be some of {', '.join(known)}; got {list(choice)}"
             )
         parts = {part for name in choice for part in ALIASES.get(name, (name,))}
-        if "lora" in parts and not lora_layers(self.language_model):
-            raise ValueError("the language model has no adapter to train: give model.lora={}")
+        for name, root in self.adapted.items():
+            if name in parts and not lora_layers(root):
+                raise ValueError(f"there is no adapter {name} to train: give model.{name}={{}}")
         last = len(self.qformer.encoder.layer) - 1
         unread = re.compile(rf"qformer\.encoder\.layer\.{last}\.(intermediate|output)\..*")
         for name, parameter in self.named_parameters():
@@ -195,7 +204,7 @@ class InstructBlip(Pretrained):
         super().train(mode)
         if mode:
             eval_frozen(self)
-            for adapter in lora_layers(self.language_model).values():
+            for adapter in lora_layers(self).values():
                 adapter.train(adapter.A.requires_grad)
         return self
 

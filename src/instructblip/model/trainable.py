@@ -15,10 +15,12 @@ PARTS = {
     "projection": r"language_projection\..*",
     "vision_norm": r"vision_model\.post_layernorm\..*",
     "vision_tower": r"vision_model\.(embeddings|encoder)\..*",
+    "language_model": r"language_model\..*",
     "lora": r"language_model\..*\.lora\.[AB]",
-    "language_model": r"language_model\.(?!.*\.lora\.).*",
+    "qformer_lora": r"(qformer|language_projection)(\..*)?\.lora\.[AB]",
 }
-"""Every parameter belongs to exactly one part: part -> pattern of its whole name."""
+"""Part -> pattern of the whole names of its parameters. An adapter belongs to the last part that
+matches, every other parameter to the only one."""
 
 ALIASES = {
     # What the official code trains: 188M of 8B parameters for Vicuna-7B (section 3.4).
@@ -37,8 +39,8 @@ ALIASES = {
 def part_of(name: str) -> str:
     """The part that the parameter ``name`` belongs to."""
     parts = [part for part, pattern in PARTS.items() if re.fullmatch(pattern, name)]
-    assert len(parts) == 1, f"{name} belongs to {parts}"
-    return parts[0]
+    assert len(parts) == 1 or parts[1:] in (["lora"], ["qformer_lora"]), f"{name}: {parts}"
+    return parts[-1]
 
 
 def eval_frozen(model: nn.Module) -> None:

@@ -78,6 +78,9 @@ class ModelConfig(_Section):
     """Side of an image in pixels; null for the start's."""
     lora: LoraConfig | None = None
     """An adapter beside the frozen language model, trained as the part ``lora``; null for none."""
+    qformer_lora: LoraConfig | None = None
+    """An adapter beside the frozen Q-Former and projection, trained as the part ``qformer_lora``;
+    null for none. Targets by default: ``query`` and ``value`` of each attention."""
     quantize: Literal["int8", "fp8", "nf4"] | None = None
     """Frozen weights of the language model in 8 or 4 bits; null for the run's own type."""
 

@@ -18,11 +18,11 @@ from instructblip.data.tokens import load_tokenizer
 from instructblip.evaluation.compare import summarise
 from instructblip.evaluation.result import Result, describe_how
 from instructblip.inference.fingerprint import fingerprint
+from instructblip.model import lora
 from instructblip.model.checkpoints.directory import check_output, model_directory
 from instructblip.model.checkpoints.lavis import export_lavis, refuse_loss
 from instructblip.model.checkpoints.small import PARTS_FILE
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import lora
 from instructblip.model.trainable import part_of
 from instructblip.recipe.schema import RECIPE_FILE
 
@@ -77,7 +77,7 @@ def export_model(
         results: scores for the card of a transformers directory; `small` has its own,
             and they follow it.
         image_encoder: whether a LAVIS file includes the image encoder.
-        keep_lora: keep a LoRA adapter apart, in PEFT's files, instead of merging it.
+        keep_lora: keep LoRA adapters apart, in PEFT's files, instead of merging them.
 
     Raises ValueError, before anything is written, if ``out`` is in use, if a LAVIS file would lose
     trained parts, and for results of another model.
@@ -93,14 +93,16 @@ def export_model(
             raise ValueError("a LAVIS file has no place for an adapter: leave out --keep-lora")
         trained = recipe.get("training", {}).get("trainable", ())
         refuse_loss(list(trained), image_encoder)
-        export_lavis(InstructBlip.from_pretrained(model), out, image_encoder)
+        loaded = InstructBlip.from_pretrained(model)
+        lora.merge_lora(loaded.adapted["qformer_lora"])
+        export_lavis(loaded, out, image_encoder)
         return
     loaded = InstructBlip.from_pretrained(model)
-    if keep_lora and not lora.lora_layers(loaded.language_model):
+    if keep_lora and not lora.lora_layers(loaded):
         raise ValueError(f"{model} has no LoRA adapter to keep apart: leave out --keep-lora")
     _check_results(results, source, loaded)
     if not keep_lora:
-        lora.merge_lora(loaded.language_model)
+        lora.merge_lora(loaded)
     parts = Counter[str]()
     for name, parameter in loaded.named_parameters():
         parts[part_of(name)] += parameter.numel()

