@@ -89,7 +89,8 @@ def run(model: Any, options: Any) -> dict[str, list[float]]:
             progress = Progress()
             distributed.barrier()
             began = now()
-            update(model, parameters, optimizer, [batch], 1e-5, progress, config, files)
+            outcome = update(model, parameters, optimizer, [batch], 1e-5, step, files, config)
+            outcome.add_to(progress, files)
             taken["seconds"].append(now() - began)
             windows = distributed.gather_objects(progress.window["data"])
             progress.window = {"data": [sum(values) for values in zip(*windows, strict=True)]}

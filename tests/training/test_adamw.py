@@ -10,6 +10,7 @@ from instructblip.training import adamw
 from instructblip.training.adamw import AdamW, large_tables
 from instructblip.training.config import TrainingConfig
 from instructblip.training.optim import make_optimizer
+from tests.gpu import Gpu, Pretender, install
 
 ROWS, WIDTH = 40, 3
 READ = [[1, 4, 4, 30], [4, 7], [1, 1, 39], [0, 12], [4, 2]]
@@ -59,6 +60,37 @@ def test_dense_gradients_move_as_before():
     assert torch.equal(moved(AdamW, 0.3, False), moved(torch.optim.AdamW, 0.3, False))
 
 
+def test_a_gpu_updates_all_rows_and_moves_those_that_were_read():
+    """A GPU is not asked which rows there are; the table becomes that of sparse gradients."""
+    embedding = table()
+    move(
+        embedding, AdamW([embedding.weight], [embedding.weight], weight_decay=0.3, fused=True), READ
+    )
+    sparse = moved(AdamW, 0.3, True)
+    torch.testing.assert_close(embedding.weight.detach(), sparse, rtol=1e-6, atol=1e-7)
+    never = sorted(set(range(ROWS)) - set(EVER))
+    assert torch.equal(embedding.weight[never], table().weight[never])
+
+
+def test_skipped_steps_change_nothing():
+    """From a bad step on, and neither weights nor moments."""
+    embedding, other = table(), nn.Parameter(torch.ones(2))
+    optimizer = AdamW([embedding.weight, other], [embedding.weight], weight_decay=0.3, fused=True)
+    move(embedding, optimizer, READ[:1])
+    optimizer.skip(torch.tensor(0.0))
+    move(embedding, optimizer, READ[1:2])
+    before = copy.deepcopy((embedding.weight, optimizer.state[embedding.weight]))
+    for count in (2.0, 0.0):  # ranks with a value that is not finite
+        optimizer.skip(torch.tensor(count))
+        embedding.weight.grad = torch.full_like(embedding.weight, torch.nan)
+        other.grad = torch.ones_like(other)
+        optimizer.step()
+    assert torch.equal(embedding.weight, before[0])
+    assert torch.equal(other, torch.ones(2))
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[embedding.weight][name], before[1][name])
+
+
 @pytest.mark.parametrize("first", [AdamW, torch.optim.AdamW])
 def test_resumes_from_a_saved_state(first: type[torch.optim.AdamW]):
     """One of this AdamW, or one that torch's AdamW saved before gradients were sparse."""
@@ -94,7 +126,7 @@ def test_which_tables_are_large():
 
 
 @pytest.mark.parametrize(("optimizer", "sparse"), [("adamw", True), ("muon", False)])
-def test_their_gradients_are_sparse(optimizer: str, sparse: bool):
+def test_their_gradients_are_sparse_on_a_cpu(optimizer: str, sparse: bool):
     model = nn.ModuleList([nn.Embedding(2**17, 8), nn.Linear(8, 8)])
     made = make_optimizer(model, TrainingConfig.model_validate({"optimizer": optimizer}))
     model[1](model[0](torch.tensor([5, 7]))).sum().backward()
@@ -105,3 +137,16 @@ def test_their_gradients_are_sparse(optimizer: str, sparse: bool):
     made.step()
     changed = (before != model[0].weight).any(1).nonzero()[:, 0].tolist()
     assert changed == [5, 7] if sparse else len(changed) > 2
+
+
+def test_no_gradient_is_sparse_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    install(monkeypatch)
+    with Gpu():
+        model = nn.Embedding(2**17, 8).to("cuda")
+        made = make_optimizer(model, TrainingConfig())
+        model(Pretender(torch.tensor([5, 7]))).sum().backward()
+        made.step()
+    assert not model.sparse
+    assert not Gpu.waits
+    changed = (made.state[model.weight]["exp_avg"].cpu() != 0).any(1).nonzero()[:, 0].tolist()
+    assert changed == [5, 7]

@@ -36,7 +36,7 @@ def worker(rank: int, ranks: int, port: int, folder: str, stop: int | None, resu
     with joined(rank, ranks, port):
         assert (distributed.rank(), distributed.world_size()) == (rank, ranks)
         assert distributed.gather_objects(rank) == list(range(ranks))
-        assert distributed.any_rank(rank == 1, torch.device("cpu"))
+        assert distributed.any_rank(rank == 1)
         model = run(Path(folder), stop, resume)
         torch.save(model.state_dict(), Path(folder) / f"rank{rank}.pt")
 
@@ -141,7 +141,7 @@ def test_without_a_process_group():
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     assert distributed.broadcast_object({"a": 1}) == {"a": 1}
     assert distributed.gather_objects(5) == [5]
-    assert distributed.any_rank(True, torch.device("cpu"))
+    assert distributed.any_rank(True)
     assert distributed.all_reduce_sum(torch.ones(2)).tolist() == [1.0, 1.0]
     distributed.barrier()
     with distributed.process_group():

@@ -20,7 +20,7 @@ G    side of a square image to be drawn, in pixels
 ===  ======================================================================
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -129,6 +129,7 @@ class Batch:
     image_features: Tensor | None = None  # float [N, P, V]
     target_values: Tensor | None = None  # float [B, 3, G, G]
     image_places: Tensor | None = None  # int64 [B, F]
+    kept: "Batch | None" = None  # what `to` leaves on the CPU: see `host`
     datasets: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
 
@@ -136,8 +137,18 @@ class Batch:
         return self.image_index.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        """The same batch with every tensor on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The same batch with every tensor on ``device``; ``host`` stays where it is."""
+        moved = self._map(lambda tensor: send(tensor, device, non_blocking))
+        if torch.device(device).type == "cpu":
+            return replace(moved, kept=None)
+        no_images = dict.fromkeys(("pixel_values", "image_features", "target_values"))
+        return replace(moved, kept=replace(self.host, **no_images))
+
+    @property
+    def host(self) -> "Batch":
+        """The texts, masks and indices on the CPU, if the batch came from there. Reading a length
+        from them waits for no device."""
+        return self if self.kept is None else self.kept
 
     def pin_memory(self) -> "Batch":
         """The same batch in memory from which a GPU copies while it computes; torch's loader calls
@@ -145,8 +156,13 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(self, **{name: change(tensor) for name, tensor in self.tensors.items()})
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, by name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: change(v) for n, v in values.items() if isinstance(v, Tensor)})
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     @property
     def sample_names(self) -> list[str]:
@@ -157,7 +173,34 @@ class Batch:
     @property
     def num_response_tokens(self) -> int:
         """Tokens that carry loss: the denominator of the mean."""
-        return int(self.response_mask.sum())
+        return int(self.host.response_mask.sum())
+
+
+def sent_ahead(steps: Iterable[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """The micro batches of each step on ``device``. A GPU copies those of the next step while it
+    computes, if the caller does not wait for it in between."""
+    if device.type != "cuda":
+        yield from ([batch.to(device) for batch in batches] for batches in steps)
+        return
+    side = torch.cuda.Stream(device)
+    for batches in steps:
+        with torch.cuda.stream(side):
+            moved = [batch.to(device) for batch in batches]
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(side)
+        for batch in moved:
+            for tensor in batch.tensors.values():
+                tensor.record_stream(current)  # its memory is not free before
+        yield moved
+
+
+def send(tensor: Tensor, device: torch.device | str, non_blocking: bool = True) -> Tensor:
+    """``tensor`` on ``device``. The CPU does not wait for a copy to a GPU: that of a tensor that it
+    made goes through pinned memory."""
+    to_gpu = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+    if to_gpu and non_blocking and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=non_blocking)
 
 
 class LossOutput(NamedTuple):

@@ -116,11 +116,9 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` is set on any rank; the same on all ranks."""
-    if world_size() == 1:
-        return flag
-    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)).item())
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is set on any rank; the same on all ranks. No device takes part."""
+    return bool(all_reduce_sum(torch.tensor(float(flag))).item())
 
 
 def broadcast_object(value: Any) -> Any:
@@ -153,9 +151,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
         return
     trained = [p for p in parameters if p.requires_grad]
     flags = [(p.grad is not None, p.grad is not None and p.grad.is_sparse) for p in trained]
-    ranks = all_reduce_sum(
-        torch.tensor(flags, dtype=torch.float, device=trained[0].device)
-    ).tolist()
+    ranks = all_reduce_sum(torch.tensor(flags, dtype=torch.float)).tolist()  # on the CPU
     present = [(p, sparse) for p, (some, sparse) in zip(trained, ranks, strict=True) if some]
     for table in (p for p, sparse in present if sparse):
         _sum_rows(table)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from instructblip.core.batch import send
 from instructblip.model.config import EncoderConfig
 from instructblip.model.qformer import MultiHeadAttention, QFormer, QFormerLayer, attention_mask
 from instructblip.model.vision import ImageEncoder, VisionLayer, VisionMLP, VisionModel
@@ -144,15 +145,18 @@ class Rows:
     def of(
         cls, embeds: Float[Tensor, "M X D"], num_queries: int, text_mask: Int[Tensor, "M I"] | None
     ) -> "Rows":
-        """The layout of padded rows; without a mask none of their text is padding."""
+        """The layout of padded rows; without a mask none of their text is padding. It is computed
+        where the mask is, and then sent to the device of ``embeds``."""
         count = embeds.shape[0] * embeds.shape[1]
-        places = torch.arange(count, device=embeds.device).unflatten(0, embeds.shape[:2])
+        device = embeds.device if text_mask is None else text_mask.device
+        places = torch.arange(count, device=device).unflatten(0, embeds.shape[:2])
         text = places[:, num_queries:]
         text = text.flatten() if text_mask is None else text[text_mask.bool()]
         slots = torch.cat([places[:, :num_queries].flatten(), text])
         index = torch.zeros_like(places).flatten()
-        index[slots] = torch.arange(len(slots), device=embeds.device)
-        return cls(index.view_as(places), slots, num_queries)
+        index[slots] = torch.arange(len(slots), device=device)
+        index, slots = send(index.view_as(places), embeds.device), send(slots, embeds.device)
+        return cls(index, slots, num_queries)
 
     def unpack(self, tokens: Float[Tensor, "n D"]) -> Float[Tensor, "M X D"]:
         return tokens.index_select(0, self.index.flatten()).unflatten(0, tuple(self.index.shape))
@@ -181,7 +185,9 @@ class PackedQFormer(QFormer):
     ) -> tuple[Float[Tensor, "M Q D"] | None, Float[Tensor, "M _ D"]]:
         hidden = self.embeddings(query_embeds, qformer_ids)  # [M, Q+I, D]
         count = 0 if query_embeds is None else query_embeds.shape[1]
-        mask = None if qformer_mask is None else attention_mask(qformer_mask, count, causal_text)
+        mask = None
+        if qformer_mask is not None:
+            mask = send(attention_mask(qformer_mask, count, causal_text), hidden.device)
         rows = Rows.of(hidden, count, qformer_mask)
         tokens = rows.pack(hidden)  # [n, D]
         last = len(self.encoder.layer) - 1

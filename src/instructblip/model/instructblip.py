@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from instructblip.core.batch import Batch, LossOutput
+from instructblip.core.batch import Batch, LossOutput, send
 from instructblip.core.regions import part
 from instructblip.model.checkpoints.transformers import Pretrained
 from instructblip.model.config import InstructBlipConfig
@@ -86,7 +86,8 @@ class InstructBlip(Pretrained):
         """Ask M instructions about images whose ``features`` come from ``encode_image``.
 
         ``image_index`` names the image of each instruction (None: instruction i asks image i);
-        without a mask no instruction has padding.
+        without a mask no instruction has padding. All three may be on the CPU, where a mask is read
+        without waiting for the device of ``features``.
         """
         norm, weights = self.vision_model.post_layernorm, {}
         trains = torch.is_grad_enabled() and norm.weight.requires_grad
@@ -96,7 +97,9 @@ class InstructBlip(Pretrained):
             features = self.vision_model.norm(features)
         rows = len(features) if image_index is None else len(image_index)
         queries = self.query_tokens.expand(rows, -1, -1)  # [M, Q, D]
-        inputs = (queries, features.to(queries.dtype), qformer_ids, qformer_mask, image_index)
+        ids = send(qformer_ids, features.device)
+        index = None if image_index is None else send(image_index, features.device)
+        inputs = (queries, features.to(queries.dtype), ids, qformer_mask, index)
         with self.precision(self.qformer):
             return functional_call(self.qformer, weights, inputs)
 
@@ -111,23 +114,23 @@ class InstructBlip(Pretrained):
         The Q-Former reads each frame of a video by itself, under the same instruction; the queries
         of the frames are concatenated in their order. They are zeros where a sample has no image.
         """
-        features = self.features_of(batch)  # [N, P, V]
-        samples, frames = batch.image_index.shape
-        index = batch.image_index.flatten()  # [B*F]
+        features, host = self.features_of(batch), batch.host  # [N, P, V]
+        samples, frames = host.image_index.shape
+        index = host.image_index.flatten()  # [B*F]
         present = (index >= 0).nonzero()[:, 0]  # [M]
         rows, index = present // frames, index[present]
         in_order = torch.equal(index, torch.arange(len(features), device=index.device))
         with part("q-former"):
             queries = self.query_image(
                 features,
-                batch.qformer_ids[rows],
-                batch.qformer_mask[rows],
+                host.qformer_ids[rows],
+                host.qformer_mask[rows],
                 None if in_order else index,
             )  # [M, Q, D]
             queries = self.project_queries(queries)  # [M, Q, L]
         if len(present) < samples * frames:
             absent = queries.new_zeros(samples * frames, *queries.shape[1:])
-            queries = absent.index_copy(0, present, queries)  # [B*F, Q, L]
+            queries = absent.index_copy(0, send(present, absent.device), queries)  # [B*F, Q, L]
         return queries.flatten(0, 1).unflatten(0, (samples, -1))  # [B, F*Q, L]
 
     def loss(self, batch: Batch) -> LossOutput:

@@ -44,8 +44,8 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """Build AdamW, fused where the device offers it, or Muon, for the trainable parameters.
 
-    For a fused AdamW the large embedding tables of ``model`` get sparse gradients. Raises
-    ValueError if nothing is trainable.
+    AdamW leaves the rows of large embedding tables alone that no batch has read; on a CPU these
+    tables get sparse gradients. Raises ValueError if nothing is trainable.
     """
     parameters = trainable_parameters(model)
     if not parameters:
@@ -66,14 +66,15 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     fused = all(
         p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters.values()
     )
-    if fused:
-        for table in large_tables(model):
-            table.sparse = True
+    tables = list(large_tables(model)) if fused else []
+    for table in tables:
+        table.sparse = table.weight.device.type == "cpu"
     return AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=config.betas,
         fused=fused,
+        tables=[table.weight for table in tables],
     )
 
 

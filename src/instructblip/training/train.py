@@ -3,8 +3,9 @@
 It trains any module that has ``loss(batch)`` and reads from top to bottom. `train` is the loop; the
 functions below it are its parts, in the order in which they are called.
 
-A run resumes bit for bit: the batches are a function of (seed, step, rank), dropout is seeded anew
-in each step, and a checkpoint holds everything else.
+A run resumes bit for bit on a CPU: the batches are a function of (seed, step, rank), dropout is
+seeded anew in each step, and a checkpoint holds everything else. On a GPU some sums have no fixed
+order, in a resumed run as in the same run twice.
 """
 
 import math
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from instructblip.core import distributed
-from instructblip.core.batch import Batch
+from instructblip.core.batch import Batch, sent_ahead
 from instructblip.core.regions import part
+from instructblip.training.adamw import AdamW
 from instructblip.training.checkpoint import checkpoint_path
 from instructblip.training.config import TrainingConfig
 from instructblip.training.log import RunLog
@@ -90,7 +92,7 @@ def train(
         notes: text files stored in the run directory, each checkpoint and each export, by name.
 
     Raises:
-        NonFiniteLossError: naming step and samples, before any weight changes.
+        NonFiniteLossError: naming step and samples; neither it nor a later step changed a weight.
         ValueError: if ``folder`` already holds a run and ``resume`` is off.
         OSError: if a checkpoint cannot be written; older ones are intact.
         KeyboardInterrupt: after Ctrl-C, once the step is saved. (SIGTERM returns "terminated".)
@@ -103,14 +105,20 @@ def train(
     files = RunFiles(folder, config.keep_last, export, notes or {})
     progress = files.restore(parameters, optimizer, resume)
     files.write_notes()
-    stream = batches.iterate(progress.step)
+    stream = sent_ahead(batches.iterate(progress.step), device)
     is_main = distributed.is_main()
     validated_step = -1 if progress.best_step is None else progress.validated_step
     log = RunLog(folder, config, progress.step, validated_step, active=is_main)
     watchdog = Watchdog(config.watchdog_seconds)
     profiled = profiling(folder, active=config.profile and is_main)
+    unread: list[Outcome] = []  # of steps whose losses may still be on the device
+
+    def read(but: int = 0) -> None:
+        while len(unread) > but:
+            unread.pop(0).add_to(progress, files)
 
     def save() -> None:
+        read()
         log.flush()  # a checkpoint relies on the lines before it
         files.save(parameters, optimizer, progress)
 
@@ -125,13 +133,14 @@ def train(
             due = step > progress.validated_step and is_due(step, config.validate_every, config)
             due |= config.validate_first and step == 0 and progress.best_step is None
             if evaluate is not None and due:
+                read()
                 if step > files.saved_step:
                     save()
                 validated = validate(model, evaluate, progress, termination, log, files)
 
             # Save: every so often, at the end, and when the process is asked to stop. All ranks
             # stop together, since a rank that is alone would wait for the others for ever.
-            terminated = distributed.any_rank(termination.requested, device)
+            terminated = distributed.any_rank(termination.requested)
             due = terminated or is_due(step, config.save_every, config)
             if validated or (due and step > files.saved_step):
                 save()
@@ -152,16 +161,20 @@ def train(
             watchdog.watch(step, "in the step", micro_batches)
             rate = learning_rate(step, config)
             torch.manual_seed(seed_of(config.seed, step, distributed.rank()))  # of the dropout
-            norm = update(
-                model, parameters, optimizer, micro_batches, rate, progress, config, files
-            )
+            outcome = update(model, parameters, optimizer, micro_batches, rate, step, files, config)
+            unread.append(outcome)
             progress.step += 1
+
+            # Read the losses: on a GPU those of the step before, while it computes this one.
+            read(but=0 if outcome.arrived is None else 1)
 
             # Log the losses since the last line, summed over the ranks.
             log.tick(progress.step, time.monotonic() - tick, waited)
             if progress.step % config.log_every == 0 or progress.step == config.steps:
+                read()
                 merge_windows(progress)
-                log.train(progress.step, {**losses(progress), "lr": rate, "grad_norm": norm})
+                metrics = {**losses(progress), "lr": rate, "grad_norm": outcome.norm}
+                log.train(progress.step, metrics)
                 progress.window, progress.terms = {}, {}
             if table := end_step():
                 log.print(table)
@@ -234,51 +247,95 @@ def seed_of(seed: int, step: int, rank: int) -> int:
     return value ^ (value >> 31)
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step computed; on a GPU a copy that may still be on its way.
+
+    ``values`` are the losses of all samples of this rank and those of their terms, the gradient
+    norm, and the number of ranks that have a value that is not finite.
+    """
+
+    step: int
+    batches: list[Batch]
+    terms: list[list[str]]
+    values: Tensor
+    arrived: Any  # an event of the GPU, or None
+
+    def check(self, files: RunFiles) -> list[float]:
+        """The values, once they are there; raises NonFiniteLossError if any rank has a bad one."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        *values, num_bad = self.values.tolist()
+        if num_bad:
+            raise NonFiniteLossError(_describe_non_finite(self.step, self.batches, values, files))
+        return values
+
+    def add_to(self, progress: Progress, files: RunFiles) -> None:
+        """Add the losses to those since the last line of the log."""
+        values = iter(self.check(files))
+        _add_to_window(progress.window, self.batches, values)
+        for batch, names in zip(self.batches, self.terms, strict=True):
+            for name in names:
+                total = progress.terms.setdefault(name, [0.0, 0])
+                total[0] += next(values) * batch.num_response_tokens
+                total[1] += batch.num_response_tokens
+
+    @property
+    def norm(self) -> float:
+        return self.values[-2].item()
+
+
 def update(
     model: Any,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     micro_batches: list[Batch],
     rate: float,
-    progress: Progress,
-    config: TrainingConfig,
+    step: int,
     files: RunFiles,
-) -> float:
-    """Make one optimiser step over the micro batches of all ranks; returns the gradient norm.
+    config: TrainingConfig,
+) -> Outcome:
+    """Make one optimiser step over the micro batches of all ranks.
 
     The loss is the mean over the response tokens of the whole global step, so that neither
-    accumulation nor the number of ranks changes it: 1 x 8 samples give the gradient of 8 x 1. Adds
-    the losses to ``progress.window``. Raises NonFiniteLossError before the weights change.
+    accumulation nor the number of ranks changes it: 1 x 8 samples give the gradient of 8 x 1.
+
+    A step with a value that is not finite changes no weight. On a GPU AdamW itself leaves out this
+    step and all later ones, and the outcome is checked while the GPU computes the next step;
+    elsewhere NonFiniteLossError is raised here, before the optimiser runs.
     """
     # The tokens of all micro batches of all ranks are counted first; each loss is a sum over
     # tokens, divided by this count. Gradients then simply add up, here and over the ranks.
-    device = next(iter(parameters.values())).device
     num_tokens = float(sum(batch.num_response_tokens for batch in micro_batches))
-    tokens = distributed.all_reduce_sum(torch.tensor(num_tokens, device=device))
+    tokens = distributed.all_reduce_sum(torch.tensor(num_tokens))
     sample_losses: list[Tensor] = []
     terms: list[Mapping[str, Tensor]] = []
     for batch in micro_batches:
-        output = model.loss(batch.to(device))
+        output = model.loss(batch)
         (output.loss_sum / tokens).backward()
         coalesce_gradients(parameters.values())
         sample_losses.append(output.sample_losses.detach().float())  # [B]
         terms.append(output.terms)
     distributed.sum_gradients(parameters.values())
 
-    # One copy from the device brings all losses and the gradient norm: each copy waits for the
-    # device to finish.
     with part("optimiser"):
         norm = nn.utils.get_total_norm(gradient_values(parameters.values()))
     singles = [*(value for each in terms for value in each.values()), norm]
     singles = [value.detach().float().reshape(1) for value in singles]
-    *values, norm_value = torch.cat([*sample_losses, *singles]).tolist()
-    num_samples = sum(map(len, micro_batches))
-    values, of_terms = values[:num_samples], iter(values[num_samples:])
-    bad = not (math.isfinite(norm_value) and all(map(math.isfinite, values)))
-    if distributed.any_rank(bad, device):
-        raise NonFiniteLossError(
-            _describe_non_finite(progress.step, micro_batches, values, norm_value, files)
-        )
+    values = torch.cat([*sample_losses, *singles])
+    num_bad = distributed.all_reduce_sum((~values.isfinite()).any().float())
+    values = torch.cat([values, num_bad.reshape(1)])
+    arrived, late = None, values.device.type == "cuda" and isinstance(optimizer, AdamW)
+    if late:
+        values, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
+        arrived.record()
+    hosts, names = [batch.host for batch in micro_batches], [list(each) for each in terms]
+    outcome = Outcome(step, hosts, names, values, arrived)
+    if late:
+        optimizer.skip(num_bad)
+    else:
+        outcome.check(files)
+
     with part("optimiser"):
         if config.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters.values(), config.clip_norm, norm)
@@ -286,13 +343,7 @@ def update(
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    _add_to_window(progress.window, micro_batches, values)
-    for batch, each in zip(micro_batches, terms, strict=True):
-        for name in each:
-            total = progress.terms.setdefault(name, [0.0, 0])
-            total[0] += next(of_terms) * batch.num_response_tokens
-            total[1] += batch.num_response_tokens
-    return norm_value
+    return outcome
 
 
 def losses(progress: Progress) -> dict[str, Any]:
@@ -324,21 +375,21 @@ def finish(stopped: Stopped, progress: Progress, files: RunFiles, log: RunLog) -
 
 
 def _add_to_window(
-    window: dict[str, list[float | int]], batches: list[Batch], values: list[float]
+    window: dict[str, list[float | int]], batches: list[Batch], values: Iterator[float]
 ) -> None:
     names = [name for batch in batches for name in (batch.datasets or ("data",) * len(batch))]
     tokens = [n for batch in batches for n in batch.response_mask.sum(1).tolist()]
-    for name, value, count in zip(names, values, tokens, strict=True):
+    for name, count in zip(names, tokens, strict=True):
         total = window.setdefault(name, [0.0, 0])
-        total[0] += value
+        total[0] += next(values)
         total[1] += count
 
 
 def _describe_non_finite(
-    step: int, batches: list[Batch], values: list[float], norm: float, files: RunFiles
+    step: int, batches: list[Batch], values: list[float], files: RunFiles
 ) -> str:
-    names = [name for batch in batches for name in batch.sample_names]
-    bad = [f"{n} ({v})" for n, v in zip(names, values, strict=True) if not math.isfinite(v)]
+    names, norm = [name for batch in batches for name in batch.sample_names], values[-1]
+    bad = [f"{n} ({v})" for n, v in zip(names, values, strict=False) if not math.isfinite(v)]
     what = f"the loss of {len(bad)} samples is not finite: {', '.join(bad[:8])}"
     if not bad:
         what = f"the gradient norm is {norm}, each loss here is finite; samples: "

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from instructblip.core.batch import Batch
+from instructblip.core.batch import Batch, send
 from instructblip.core.regions import part
 from instructblip.model.language.beams import BeamTree
 from instructblip.model.language.fast.attention import ATTENTION, PACKED_TYPES, packs
@@ -52,26 +52,31 @@ class CausalLanguage:
             input     q  q  5  6  7  8       e predicts nothing and is not read
             target             7  8  e       places 3, 4, 5
         """
-        ids = torch.cat([batch.prompt_ids, batch.response_ids], dim=1)  # [B, T+R]
-        mask = torch.cat([batch.prompt_mask, batch.response_mask], dim=1).bool()
+        host, device = batch.host, queries.device
+        ids = torch.cat([host.prompt_ids, host.response_ids], dim=1)  # [B, T+R]
+        mask = torch.cat([host.prompt_mask, host.response_mask], dim=1).bool()
         is_response = torch.zeros_like(mask)
-        is_response[:, batch.prompt_ids.shape[1] :] = batch.response_mask.bool()
+        is_response[:, host.prompt_ids.shape[1] :] = host.response_mask.bool()
         ids, is_response, mask = compact(mask, ids, is_response)
         rows, columns = is_response.nonzero(as_tuple=True)  # [m]
         targets = ids[rows, columns]
         # mask[:, 1:] has one real position less per row: the last token of each row is left out.
         read = query_mask(queries, batch)
         embeds, attention_mask = insert_queries(
-            self.model, queries, read, ids[:, :-1], mask[:, 1:], batch.image_places
+            self.model, queries, read, ids[:, :-1], mask[:, 1:], host.image_places
         )
         # Token j of a row stands behind its queries and is predicted one position earlier.
         places = rows * embeds.shape[1] + columns + read.sum(1)[rows] - 1
-        if not packs(self.model):
-            return Joined(embeds, attention_mask, rows, places, targets)
-        packing = Packing.of(attention_mask.bool())
-        places = packing.index.flatten()[places]
-        if trims_last_layer(self.model):
-            packing = replace(packing, read=places)
+        packing = None
+        if packs(self.model):
+            packing = Packing.of(attention_mask.bool())
+            places = packing.index.flatten()[places]
+            if trims_last_layer(self.model):
+                packing = replace(packing, read=places)
+            packing = packing.to(device)
+        rows, places, targets = (send(x, device) for x in (rows, places, targets))
+        if packing is None:
+            return Joined(embeds, send(attention_mask, device), rows, places, targets)
         return Joined(packing.pack(embeds), None, rows, places, targets, packing=packing)
 
     def loss(self, joined: Joined) -> Float[Tensor, " m"]:
@@ -94,6 +99,7 @@ class CausalLanguage:
     ) -> list[list[int]]:
         """Token ids of each response, without its end token. Prompts are padded on the left."""
         embeds, mask = pad_left(*embed_prefix(self.model, queries, batch))
+        mask = send(mask, embeds.device)
         beams = decoding.get("num_beams", 1)
         shares = beams > 1 and self.reads_trees
         model = BeamTree(self, beams).model() if shares else self.model
@@ -102,6 +108,7 @@ class CausalLanguage:
     def prefill(self, queries: Float[Tensor, "B K L"], batch: Batch) -> Prefix:
         """Run [queries; prompt] once, padded on the left, so that all rows end together."""
         embeds, mask = pad_left(*embed_prefix(self.model, queries, batch))
+        mask = send(mask, embeds.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         output = self.run(positions, inputs_embeds=embeds, attention_mask=mask)
         return Prefix(self.logits(output.last_hidden_state[:, -1]), output.past_key_values, mask)

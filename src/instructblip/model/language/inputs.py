@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from instructblip.core.batch import Batch
+from instructblip.core.batch import Batch, send
 from instructblip.model.language.fast.packing import Packing
 
 
@@ -38,7 +38,7 @@ class Joined:
 
 def query_mask(queries: Float[Tensor, "B K L"], batch: Batch) -> Bool[Tensor, "B K"]:
     """Which queries have read an image: false where a sample has fewer images than another."""
-    present = batch.image_index >= 0  # [B, F]
+    present = batch.host.image_index >= 0  # [B, F]
     return present.repeat_interleave(queries.shape[1] // present.shape[1], dim=1)
 
 
@@ -51,14 +51,14 @@ def insert_queries(
     image_places: Int[Tensor, "B F"] | None = None,
 ) -> tuple[Float[Tensor, "B Y L"], Int[Tensor, "B Y"]]:
     """[queries; tokens] as embeddings in the precision of the model, padded on the right, and
-    their mask.
+    their mask, which stays on the device of ``mask``.
 
     With ``image_places`` the queries of an image come directly before the token of that number.
     With one query per image, two images at the places 1 and 3 of the tokens 5 6 7::
 
         image_places    [[1, 3]]        row    5  q  6  7  q
     """
-    tokens = model.get_input_embeddings()(ids)  # [B, X, L]
+    tokens = model.get_input_embeddings()(send(ids, queries.device))  # [B, X, L]
     embeds = torch.cat([queries.to(tokens.dtype), tokens], dim=1)
     joined = torch.cat([query_mask, mask], dim=1).long()
     if image_places is None:
@@ -75,10 +75,11 @@ def insert_queries(
 def embed_prefix(
     model: Any, queries: Float[Tensor, "B K L"], batch: Batch
 ) -> tuple[Float[Tensor, "B X L"], Int[Tensor, "B X"]]:
-    """Queries and prompt as embeddings, padded on the right, and their mask."""
-    ids, mask = compact(batch.prompt_mask.bool(), batch.prompt_ids)
-    read = query_mask(queries, batch)
-    return insert_queries(model, queries, read, ids, mask, batch.image_places)
+    """Queries and prompt as embeddings, padded on the right, and their mask on the CPU (with
+    ``batch.host``)."""
+    host, read = batch.host, query_mask(queries, batch)
+    ids, mask = compact(host.prompt_mask.bool(), host.prompt_ids)
+    return insert_queries(model, queries, read, ids, mask, host.image_places)
 
 
 def compact(
@@ -116,5 +117,5 @@ def _reorder(
     embeds: Float[Tensor, "B X L"], mask: Int[Tensor, "B X"], order: Int[Tensor, "B Y"]
 ) -> tuple[Float[Tensor, "B Y L"], Int[Tensor, "B Y"]]:
     """Positions ``order`` of each row."""
-    embeds = embeds.gather(1, order[:, :, None].expand(-1, -1, embeds.shape[2]))
-    return embeds, mask.gather(1, order)
+    places = send(order, embeds.device)[:, :, None].expand(-1, -1, embeds.shape[2])
+    return embeds.gather(1, places), mask.gather(1, order)

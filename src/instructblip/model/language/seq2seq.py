@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from instructblip.core.batch import Batch
+from instructblip.core.batch import Batch, send
 from instructblip.core.regions import part
 from instructblip.model.language.fast.attention import packs
 from instructblip.model.language.fast.head import token_losses
@@ -39,24 +39,28 @@ class Seq2SeqLanguage:
             encoder   q  q  5  6
             decoder   start  7  8       target   7  8  e
         """
+        host, device = batch.host, queries.device
         embeds, attention_mask = embed_prefix(self.model, queries, batch)  # [B, K+T, L]
-        ids, mask = compact(batch.response_mask.bool(), batch.response_ids)  # [B, R]
+        ids, mask = compact(host.response_mask.bool(), host.response_ids)  # [B, R]
         decoder_ids = torch.cat([torch.full_like(ids[:, :1], self._start), ids[:, :-1]], dim=1)
         rows, columns = mask.nonzero(as_tuple=True)  # [m]
-        targets = ids[rows, columns]
+        places = send(rows * ids.shape[1] + columns, device)
+        rows, targets = send(rows, device), send(ids[rows, columns], device)
         if not packs(self.model):
-            places = rows * ids.shape[1] + columns
+            attention_mask, decoder_ids = (send(x, device) for x in (attention_mask, decoder_ids))
             return Joined(embeds, attention_mask, rows, places, targets, decoder_ids)
-        packing, decoder_packing = Packing.of(attention_mask.bool()), Packing.of(mask)
+        decoder_packing = Packing.of(mask)
+        decoder_ids = send(decoder_packing.pack(decoder_ids), device)  # [1, m]
+        packing = Packing.of(attention_mask.bool()).to(device)
         return Joined(
             inputs_embeds=packing.pack(embeds),  # [1, n, L]
             attention_mask=None,
             rows=rows,
             places=torch.arange(len(rows), device=rows.device),  # every token has a label
             targets=targets,
-            decoder_ids=decoder_packing.pack(decoder_ids),  # [1, m]
+            decoder_ids=decoder_ids,
             packing=packing,
-            decoder_packing=decoder_packing,
+            decoder_packing=decoder_packing.to(device),
         )
 
     def loss(self, joined: Joined) -> Float[Tensor, " m"]:
@@ -91,6 +95,7 @@ class Seq2SeqLanguage:
         training: padding on the left would shift T5's relative positions."""
         embeds, mask = embed_prefix(self.model, queries, batch)
         states = BaseModelOutput(last_hidden_state=self._encode(embeds, mask))
+        mask = send(mask, embeds.device)
         return generate(
             self.model, on_tokens, decoding, encoder_outputs=states, attention_mask=mask
         )
@@ -100,6 +105,7 @@ class Seq2SeqLanguage:
         of [queries; prompt] as well."""
         embeds, mask = embed_prefix(self.model, queries, batch)
         states = self._encode(embeds, mask)
+        mask = send(mask, embeds.device)
         output = self.model.get_decoder()(
             input_ids=torch.full_like(mask[:, :1], self._start),
             encoder_hidden_states=states,
@@ -127,8 +133,9 @@ class Seq2SeqLanguage:
         """States of the encoder, padded on the right as ``embeds`` are; any states at padding."""
         encoder = self.model.get_encoder()
         if not packs(self.model):
+            mask = send(mask, embeds.device)
             return encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
-        packing = Packing.of(mask.bool())
+        packing = Packing.of(mask.bool()).to(embeds.device)
         states = encoder(inputs_embeds=packing.pack(embeds), **packing.arguments())
         return states.last_hidden_state[0][packing.index]
 

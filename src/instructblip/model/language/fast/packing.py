@@ -7,13 +7,15 @@ model (benchmarks/train_step_t5_cpu_2026-11-23.md); on Scenes 61 % of the text s
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from instructblip.core.batch import send
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,15 @@ class Packing:
     def offsets(self) -> Int[Tensor, " B1"]:
         """Where each row begins among the n tokens, and where the last one ends: B + 1 int32."""
         ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
-        return ends.to(self.index.device)
+        return send(ends, self.index.device)
+
+    def to(self, device: torch.device) -> "Packing":
+        """The same packing with its tensors on ``device``."""
+        read = None if self.read is None else send(self.read, device)
+        index, slots, positions = (
+            send(x, device) for x in (self.index, self.slots, self.positions)
+        )
+        return replace(self, index=index, slots=slots, positions=positions, read=read)
 
     def pack(self, values: Tensor) -> Tensor:
         """[B, X, ...] -> [1, n, ...]."""
