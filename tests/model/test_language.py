@@ -255,7 +255,7 @@ def test_generation_options(language):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("language", ["llama", "opt", "gpt2", "qwen2"])
+@pytest.mark.parametrize("language", ["llama", "opt", "gpt2", "qwen2", "qwen3", "gemma", "phi3"])
 def test_beams_in_one_row_equal_those_of_transformers(
     language: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ):

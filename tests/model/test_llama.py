@@ -17,6 +17,9 @@ from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
 from tests.parity.tiny import tiny_batch
 
+FUSED = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3", "smollm3", "phi3"]
+"""Decoders whose layers are like Llama's."""
+
 
 def gradient(result: Tensor, states: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(1)
@@ -59,7 +62,7 @@ def test_gate(dtype: torch.dtype, apart: float):
     assert kept == gate.nbytes + up.nbytes  # no activation beside them
 
 
-@pytest.mark.parametrize("language", ["llama", "qwen2"])
+@pytest.mark.parametrize("language", ["llama", "qwen2", "qwen3", "mistral", "smollm3", "phi3"])
 def test_layers_fuse_the_gate(language: str, monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
     apply = _SiluTimes.apply
@@ -97,7 +100,7 @@ def test_linears_that_train_or_autocast_run_one_by_one():
     gradient(first + second[..., :8], states)
 
 
-@pytest.mark.parametrize("language", ["llama", "qwen2"])
+@pytest.mark.parametrize("language", FUSED)
 def test_a_trainable_language_model_has_the_gradients_of_padded_rows(language: str):
     model = tiny_model(language).set_trainable(("qformer", "language_model"))
     for name, parameter in model.named_parameters():
@@ -112,8 +115,9 @@ def test_a_trainable_language_model_has_the_gradients_of_padded_rows(language: s
         torch.testing.assert_close(packed[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_last_layer_computes_only_labelled_tokens():
-    model = tiny_model("llama")
+@pytest.mark.parametrize("language", FUSED)
+def test_the_last_layer_computes_only_labelled_tokens(language: str):
+    model = tiny_model(language)
     batch = tiny_batch(model.config)
     counts = []
     for layer in model.language_model.model.layers:
@@ -124,7 +128,7 @@ def test_the_last_layer_computes_only_labelled_tokens():
     assert counts[-1] == int(batch.response_mask.sum()) < counts[0]
 
 
-@pytest.mark.parametrize("language", ["llama", "qwen2"])
+@pytest.mark.parametrize("language", ["llama", "qwen2", "qwen3", "phi3"])
 def test_hidden_states_stay_in_fp32_under_autocast(language: str):
     """The states between layers are not rounded to the dtype of the matrix products."""
     model = tiny_model(language).to_training_dtypes(compute_dtype=torch.bfloat16)

@@ -17,18 +17,38 @@ from instructblip.core.batch import Batch
 
 IMAGE_TOKEN = 59
 VOCAB = 60
-LANGUAGES: dict[str, dict[str, Any]] = {
-    "llama": {
-        "model_type": "llama",
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+DECODER = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = {"sliding_window": 5}  # shorter than the rows of `tiny_batch`
+KINDS = ["sliding_attention", "full_attention"]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3", **DECODER, "head_dim": 8},
+    "mistral": {"model_type": "mistral", **DECODER, **WINDOW},
+    "gemma": {"model_type": "gemma", **DECODER, "head_dim": 8},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **DECODER,
+        **WINDOW,
+        "head_dim": 8,
+        "layer_types": KINDS,
+        "query_pre_attn_scalar": 8,
     },
+    "smollm3": {"model_type": "smollm3", **DECODER, "no_rope_layers": [1, 0]},
+    "phi": {"model_type": "phi", **DECODER, "hidden_size": 32, "partial_rotary_factor": 0.5},
+    "phi3": {"model_type": "phi3", **DECODER, "hidden_size": 32, "partial_rotary_factor": 0.5},
+}
+"""Decoders that differ from Llama in norms, rotation, windows, projections or the residual."""
+
+LANGUAGES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **DECODER},
     "opt": {
         "model_type": "opt",
         "hidden_size": 24,
@@ -66,6 +86,7 @@ LANGUAGES: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
         "eos_token_id": 1,
     },
+    **FAMILIES,
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {

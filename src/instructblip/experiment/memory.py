@@ -26,8 +26,8 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import stacks_of
 from instructblip.model.language.fast.attention import packs
 from instructblip.model.language.fast.head import LOSS_CHUNK, is_frozen_linear
-from instructblip.model.language.fast.llama import trims_last_layer
 from instructblip.model.language.fast.packing import Packing
+from instructblip.model.language.fast.probe import abilities_of
 from instructblip.model.language.inputs import Joined
 from instructblip.model.language.quantize import QuantizedLinear
 from instructblip.recipe.schema import DataConfig, Recipe
@@ -163,7 +163,7 @@ def walk(
             decoder_packing = _full(samples, response, seq2seq)
             decoder_ids = decoder_packing.pack(decoder_ids)
     places = ones(samples * response)
-    if packing is not None and trims_last_layer(model.language_model):
+    if packing is not None and abilities_of(model.language_model).fused:
         packing = replace(packing, read=places)
     joined = Joined(
         inputs_embeds=embeds,

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from instructblip.core.gguf import find_gguf, gguf_config
 from instructblip.model.checkpoints.weights import read_json
 from instructblip.model.language.causal import CausalLanguage
-from instructblip.model.language.fast import attention, llama, t5
+from instructblip.model.language.fast import probe, t5
 from instructblip.model.language.seq2seq import SEQ2SEQ_TYPES, Seq2SeqLanguage
 
 LANGUAGE_TYPES = (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *SEQ2SEQ_TYPES)
@@ -87,9 +87,7 @@ def build_language_model(config: dict[str, Any]) -> Any:
         )
     else:
         model = AutoModelForCausalLM.from_config(made)
-        attention.allow_packing(model)
-        if attention.packs(model):
-            llama.fuse_layers(model)
+        probe.read_fast(model)
     t5.fuse_gelu(model)
     return model
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from instructblip.core.batch import Batch, send
 from instructblip.core.regions import part
 from instructblip.model.language.beams import BeamTree
-from instructblip.model.language.fast.attention import ATTENTION, PACKED_TYPES, packs
+from instructblip.model.language.fast.attention import ATTENTION, packs
 from instructblip.model.language.fast.head import token_losses
-from instructblip.model.language.fast.llama import trims_last_layer
 from instructblip.model.language.fast.packing import Packing
+from instructblip.model.language.fast.probe import abilities_of
 from instructblip.model.language.generate import OnTokens, generate
 from instructblip.model.language.inputs import (
     Joined,
@@ -71,7 +71,7 @@ class CausalLanguage:
         if packs(self.model):
             packing = Packing.of(attention_mask.bool())
             places = packing.index.flatten()[places]
-            if trims_last_layer(self.model):
+            if abilities_of(self.model).fused:
                 packing = replace(packing, read=places)
             packing = packing.to(device)
         rows, places, targets = (send(x, device) for x in (rows, places, targets))
@@ -152,6 +152,6 @@ class CausalLanguage:
     @property
     def reads_trees(self) -> bool:
         """Whether the model accepts any positions and any mask, and so a prefix tree as one row."""
-        config = self.model.config
-        implementations = (ATTENTION, "sdpa", "eager")
-        return config.model_type in PACKED_TYPES and config._attn_implementation in implementations
+        implementation = self.model.config._attn_implementation
+        known = implementation in (ATTENTION, "sdpa", "eager")
+        return known and abilities_of(self.model).trees

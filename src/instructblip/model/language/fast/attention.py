@@ -34,10 +34,6 @@ except ImportError:  # before torch 2.10
 ATTENTION = "instructblip_packed"
 """Name of `attend` in transformers' interface; without ``packing`` it is transformers' "sdpa"."""
 
-PACKED_TYPES = ("llama", "opt", "gpt2", "qwen2")
-"""Decoders that accept any positions and any mask. ALiBi, convolutions and the like tie a token to
-its neighbours in the row: these decoders read padded rows."""
-
 ONE_BY_ONE = ("cpu",)
 """Devices that attend to one sample after the other, without padding and without a copy."""
 
@@ -53,13 +49,6 @@ KERNEL_WIDTHS = range(8, 257, 8)
 
 CAUSAL = (-1, 0)
 """Window of `varlen_attn`: any number of tokens to the left, none to the right."""
-
-
-def allow_packing(model: Any) -> None:
-    """Give a decoder the attention below if its rows may be packed."""
-    config = model.config
-    if config.model_type in PACKED_TYPES and not getattr(config, "use_sliding_window", False):
-        model.set_attn_implementation(ATTENTION)
 
 
 def packs(model: Any) -> bool:
@@ -87,14 +76,19 @@ def attend(
 
     ``memory`` is the packing of the encoder's tokens, the keys of a decoder's cross-attention.
     ``position_bias`` [1 or B, heads or 1, X or 1, X or 1] is added to the scores of each sample and
-    then contains the mask as well (`fast.t5`).
+    then contains the mask as well (`fast.t5`). With ``sliding_window`` w a token sees itself and
+    the w - 1 tokens before it.
     """
     if packing is None:
         bias = {} if position_bias is None else {"position_bias": position_bias}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **bias, **settings)
     keys = packing if memory is None or module.is_causal else memory
+    longest, window = max(packing.lengths), settings.get("sliding_window")
+    if window is not None and longest > window:
+        near = torch.ones(longest, longest, dtype=torch.bool, device=query.device)
+        position_bias = near.tril().triu(1 - window)  # a mask: rows are causal, without bias
     plain = position_bias is None and module.is_causal and not settings.get("dropout")
-    short = query.dtype in PRODUCT_DTYPES and max(packing.lengths) in PRODUCT_LENGTHS
+    short = query.dtype in PRODUCT_DTYPES and longest in PRODUCT_LENGTHS
     if plain and short and one_by_one(query):
         query, key, value = (packing.unpack(states) for states in (query, key, value))
         context = attend_by_products(query, key, value, settings.get("scaling"))
@@ -112,7 +106,7 @@ def attend(
         contexts = [sdpa_attention_forward(module, *row, **settings)[0] for row in rows]
         return torch.cat(contexts, 1), None
     if plain and kernel_works_on(query):
-        longest, scale = max(packing.lengths), settings.get("scaling")
+        scale = settings.get("scaling")
         return attend_by_kernel(query, key, value, packing.offsets, longest, scale), None
     # Padding stands behind all tokens of its row, where causal attention never looks: no mask.
     query, key, value = packing.unpack(query), keys.unpack(key), keys.unpack(value)

@@ -1,4 +1,4 @@
-"""Layers of Llama and Qwen2 over packed rows: fewer passes over memory than transformers' layers.
+"""Layers like Llama's over packed rows: fewer passes over memory than transformers' layers.
 
 The definition of a layer, for hidden states x [1, n, L]::
 
@@ -6,6 +6,11 @@ The definition of a layer, for hidden states x [1, n, L]::
     x = x + o_proj(attention(rotate(q_proj(y)), rotate(k_proj(y)), v_proj(y)))
     y = rms_norm(x)
     x = x + down_proj(silu(gate_proj(y)) * up_proj(y))
+
+Families differ from it in what a layer has: norms of queries and keys (Qwen3, Gemma 3), layers or
+parts of a head without rotation (SmolLM3, Phi-3), joint projections (Phi-3), norms behind attention
+and feed-forward (Gemma 3), other norms and activations (Gemma). `fast.probe` compares the result
+with transformers' before it is used.
 
 Between the matrix products transformers' layer reads and writes the hidden states dozens of times.
 Here frozen norms and rotations have their own backward passes, the activation of a gate is not
@@ -30,22 +35,29 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from instructblip.model.language.fast.head import is_frozen_linear
 
-TYPES = ("llama", "qwen2")
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
-def fuse_layers(model: Any) -> None:
-    """Let the layers of a Llama or Qwen2 run as below; other models do not change."""
-    if not trims_last_layer(model):
-        return
+def fuse_layers(model: Any) -> bool:
+    """Let layers like Llama's run as below. Returns whether the model has such layers, and no
+    others; a model that has others does not change."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers or not all(map(_is_known, layers)):
+        return False
     for layer in layers:
         layer.forward = functools.partial(_layer, layer, layer.forward, layer is layers[-1])
+    return True
 
 
-def trims_last_layer(model: Any) -> bool:
-    """Whether a packed call returns the last hidden states of ``packing.read`` alone."""
-    return model.config.model_type in TYPES
+def _is_known(layer: Any) -> bool:
+    """Whether a layer has the parts that are read below, and drops nothing out between them."""
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    has_parts = (
+        hasattr(layer, "input_layernorm") and hasattr(layer, "post_attention_layernorm"),
+        hasattr(attention, "q_proj") or hasattr(attention, "qkv_proj"),
+        hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"),
+    )
+    return all(has_parts) and not any(isinstance(m, nn.Dropout) and m.p for m in layer.modules())
 
 
 def _layer(
@@ -59,35 +71,71 @@ def _layer(
 ) -> Float[Tensor, "B Y L"]:
     if packing is None:
         return plain(hidden, position_embeddings=position_embeddings, **settings)
-    attention = layer.self_attn
-    cos, sin = (x[:, :, None] for x in position_embeddings)  # [1, n, 1, d]
-    sin = sin[..., : attention.head_dim // 2]  # both halves are equal
-    normed = _norm(layer.input_layernorm, hidden)
-    query, key, value = (
-        states.unflatten(2, (-1, attention.head_dim))  # [1, n, heads, d]
-        for states in _project(normed, attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    query, key = _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)
-    context, _ = AttentionInterface()[attention.config._attn_implementation](
+    attention, mlp = layer.self_attn, layer.mlp
+    query, key, value = _heads(attention, _norm(layer.input_layernorm, hidden))
+    if hasattr(attention, "q_norm"):
+        query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
+    if getattr(attention, "use_rope", True):
+        cos, sin = (x[:, :, None] for x in position_embeddings)  # [1, n, 1, d]
+        sin = sin[..., : sin.shape[-1] // 2]  # both halves are equal
+        query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+    config = attention.config
+    context, _ = AttentionInterface()[config._attn_implementation](
         attention,
         *(states.transpose(1, 2) for states in (query, key, value)),  # [1, heads, n, d]
         None,
         packing=packing,
         scaling=attention.scaling,
         dropout=attention.attention_dropout if attention.training else 0.0,
+        sliding_window=getattr(
+            attention, "sliding_window", getattr(config, "sliding_window", None)
+        ),
     )
     if last and packing.read is not None:
         hidden, context = (x.index_select(1, packing.read) for x in (hidden, context))
-    hidden = hidden + attention.o_proj(context.flatten(2))
-    normed, mlp = _norm(layer.post_attention_layernorm, hidden), layer.mlp
-    gate, up = _project(normed, mlp.gate_proj, mlp.up_proj)
-    silu = isinstance(mlp.act_fn, SILU)
-    product = _SiluTimes.apply(gate, up) if silu else mlp.act_fn(gate) * up
-    return hidden + mlp.down_proj(product)
+    change, middle = attention.o_proj(context.flatten(2)), layer.post_attention_layernorm
+    if hasattr(layer, "pre_feedforward_layernorm"):  # norms behind both parts as well
+        change, middle = _norm(middle, change), layer.pre_feedforward_layernorm
+    hidden = hidden + change
+    normed = _norm(middle, hidden)
+    if hasattr(mlp, "gate_up_proj"):
+        gate, up = _project(normed, mlp.gate_up_proj)[0].chunk(2, -1)
+    else:
+        gate, up = _project(normed, mlp.gate_proj, mlp.up_proj)
+    activation = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+    silu = isinstance(activation, SILU)
+    change = mlp.down_proj(_SiluTimes.apply(gate, up) if silu else activation(gate) * up)
+    if hasattr(layer, "post_feedforward_layernorm"):
+        change = _norm(layer.post_feedforward_layernorm, change)
+    return hidden + change
+
+
+def _heads(
+    attention: Any, states: Float[Tensor, "1 n L"]
+) -> tuple[Float[Tensor, "1 n H d"], Float[Tensor, "1 n G d"], Float[Tensor, "1 n G d"]]:
+    """Queries, keys and values."""
+    shape = (-1, attention.head_dim)
+    if hasattr(attention, "qkv_proj"):
+        joint = _project(states, attention.qkv_proj)[0].unflatten(2, shape)
+        keys = attention.num_key_value_heads
+        query, key, value = joint.split([joint.shape[2] - 2 * keys, keys, keys], 2)
+        return query, key, value
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key, value = (x.unflatten(2, shape) for x in _project(states, *layers))
+    return query, key, value
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads [1, n, heads, d] with their first numbers, as many as ``cos`` has, rotated."""
+    width = cos.shape[-1]
+    if width == states.shape[-1]:
+        return _Rotation.apply(states, cos, sin)
+    return torch.cat([_Rotation.apply(states[..., :width], cos, sin), states[..., width:]], -1)
 
 
 def _norm(module: Any, hidden: Tensor) -> Tensor:
-    if module.weight.requires_grad:
+    """``module(hidden)``; the frozen norm of Llama keeps less."""
+    if module.weight.requires_grad or not hasattr(module, "variance_epsilon"):
         return module(hidden)
     return _FrozenRMSNorm.apply(hidden, module.weight, module.variance_epsilon)
 
