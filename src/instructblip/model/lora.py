@@ -154,7 +154,7 @@ def save_lora(model: Any, directory: Path) -> None:
     """
     layers = lora_layers(model)
     config = next(iter(layers.values())).config
-    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
+    encodes: Any = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
     values = {
         "peft_type": "LORA",
         "task_type": {True: "SEQ_2_SEQ_LM", False: "CAUSAL_LM"}.get(encodes),
