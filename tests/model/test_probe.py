@@ -108,8 +108,7 @@ def test_a_window_that_packed_attention_ignores_shows(monkeypatch: pytest.Monkey
 
 
 def test_a_layer_of_another_kind_is_compared_too():
-    """Gemma 3 has six kinds of layers in a row of which the last one alone sees all tokens; LFM 2
-    mixes neighbours in some layers."""
+    """LFM 2 mixes neighbours in some of its layers, here in the sixth of seven."""
     kinds = ["full_attention"] * 5 + ["conv"] + ["full_attention"]
     with pytest.warns(UserWarning, match="'lfm2' reads padded rows"):
         build_language_model(
