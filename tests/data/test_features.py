@@ -263,6 +263,27 @@ def test_costs_show_whether_storing_saves_time(tmp_path: Path, paths: list[str])
     assert not list((tmp_path / "store").iterdir())
 
 
+def test_reading_is_measured_past_the_page_cache(
+    tmp_path: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The shard was just written, and memory would answer."""
+    events: list[str] = []
+    read = FeatureStore.read
+
+    def advise(file: int, begin: int, end: int, advice: int) -> None:
+        assert (begin, end, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        assert os.fstat(file).st_size > 3 * 2 * 4 * 4
+        events.append("forget")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(
+        FeatureStore, "read", lambda store, key: (events.append("read"), read(store, key))[1]
+    )
+    features = Features(FeatureStore(tmp_path / "store", "fp32"), hash_images(paths, {}))
+    measure(features, TRANSFORM, Encoder(), 3)
+    assert events[:2] == ["forget", "read"]
+
+
 def test_a_kill_while_costs_are_measured_leaves_nothing(
     paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

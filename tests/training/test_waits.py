@@ -159,6 +159,27 @@ def test_a_question_is_noticed(
     assert [name for name, _ in batches.waits[-1].elements()].count(what) == 2  # micro batches
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", "tf32"), ("fp32", "ieee")])
+def test_products_in_fp32_are_exact_where_the_recipe_says_so(
+    precision: str, expected: str, gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+
+    def enough(*_: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr("instructblip.training.train.make_optimizer", enough)
+    model = InstructBlip(config_of("llama"))
+    config = TrainingConfig(device="cuda:0", precision=precision)  # type: ignore[arg-type]
+    try:
+        with pytest.raises(InterruptedError):
+            train(model, Steps(model.config, as_it_is), None, config, tmp_path)
+        assert matmul.fp32_precision == expected
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_a_bad_step_is_noticed_one_step_later_and_changes_nothing(
     gpu: None, tmp_path: Path
 ) -> None:

@@ -99,6 +99,9 @@ def train(
     """
     began = time.monotonic()
     device = distributed.resolve_device(config.device)
+    if device.type == "cuda":  # in bf16 what is left in fp32 may round its factors to 10 bits
+        tf32 = "tf32" if config.precision == "bf16" else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = tf32
     model.to(device).train()
     parameters = trainable_parameters(model)
     optimizer = make_optimizer(model, config)
