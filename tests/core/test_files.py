@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from instructblip.core import files
 from instructblip.core.files import (
     current,
     cut_last_line,
+    locked,
     put_directory,
     recover,
     remove_directory,
@@ -388,3 +391,29 @@ def test_json_that_others_cannot_read_is_refused(tmp_path):
     write_json(tmp_path / "b" / "a.json", {"score": "ä"})
     assert json.loads((tmp_path / "b" / "a.json").read_text(encoding="utf-8")) == {"score": "ä"}
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_lock_is_refused_while_it_is_held_and_free_after_a_kill(tmp_path):
+    """What the killed process had forked is alive and does not keep the lock."""
+    lock, (reader, writer) = tmp_path / "run" / ".lock", os.pipe()
+    if (process := os.fork()) == 0:
+        with locked(lock):
+            child = os.fork()
+            if child:
+                os.write(writer, str(child).encode())
+            time.sleep(600)
+        os._exit(1)
+    child = int(os.read(reader, 20))
+    try:
+        refused = pytest.raises(ValueError, match=r"another process is at work in .*run: wait")
+        with refused, locked(lock, wait=False):
+            pass
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.kill(child, 0)
+        with locked(lock, wait=False):
+            shutil.rmtree(lock.parent)
+    finally:
+        os.kill(child, signal.SIGKILL)
+    with locked(lock, wait=False):
+        assert lock.is_file()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from instructblip.core.batch import Example
+from instructblip.core.files import locked
 from instructblip.data.features import hash_images
 from instructblip.data.prepared import images as facts_module
 from instructblip.data.prepared import prepare as prepare_module
@@ -21,8 +22,8 @@ from instructblip.data.prepared.check import check_dataset, unchecked
 from instructblip.data.prepared.dataset import PreparedDataset
 from instructblip.data.prepared.images import read_facts, summary
 from instructblip.data.prepared.prepare import (
+    LOCK_FILE,
     Job,
-    claim,
     prepare,
     prepare_all,
 )
@@ -269,7 +270,7 @@ def test_two_processes_prepare_one_set(tmp_path: Path) -> None:
     folder = out / "vqav2" / ".train.part"
     made: list[PreparedDataset] = []
     second = Thread(target=lambda: made.append(prepare("vqav2", root, "train", out)))
-    with claim(folder):
+    with locked(folder / LOCK_FILE):
         second.start()
         second.join(0.3)
         assert second.is_alive()

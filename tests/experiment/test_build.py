@@ -23,12 +23,14 @@ from instructblip.experiment.build import Run, Variant, build
 from instructblip.experiment.draw import Drawing
 from instructblip.experiment.evaluate import load_engine
 from instructblip.experiment.pretrain import Pretraining
+from instructblip.experiment.train import train
 from instructblip.experiment.tune import SET, FolderTuning
 from instructblip.inference.engine import Engine
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.incoming import decode
+from instructblip.training.run_directory import claim
 from tests.data.test_chat_format import FORMATS, chat_tokens
 from tests.testing import write_model, write_picture, write_vqa
 
@@ -124,6 +126,14 @@ def first_steps(run: Run, steps: int = 2) -> Iterator[Batch]:
 def test_a_step_has_the_samples_that_the_recipe_asks_for(name: str, start: Path, root: Path):
     sizes = [len(batch) for batch in first_steps(run_of(name, start, root))]
     assert sizes == [4, 4, 4, 4]
+
+
+def test_two_runs_in_one_folder_are_refused(start: Path, root: Path, tmp_path: Path):
+    """Both would end without an error, and the result of one would be lost."""
+    recipe = recipe_of(CASES["train"], start, root)
+    with claim(tmp_path), pytest.raises(ValueError, match="another process is at work"):
+        train(recipe, tmp_path)
+    assert train(recipe, tmp_path).stopped == "finished"
 
 
 @pytest.mark.parametrize("name", READS_DATA)

@@ -173,13 +173,15 @@ def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
 def _remove_earlier(*folders: Path) -> None:
     """Remove what an earlier quickstart wrote; anything else there belongs to the user."""
     from instructblip.recipe.schema import RECIPE_FILE
+    from instructblip.training.run_directory import LOCK_FILE, claim
 
-    for folder in folders:
-        if folder.exists() and not (folder / RECIPE_FILE).is_file():
+    for folder in filter(Path.exists, folders):
+        if {RECIPE_FILE, LOCK_FILE}.isdisjoint(path.name for path in folder.iterdir()):
             raise ValueError(
                 f"{folder} was not written by a quickstart: choose another folder with --out"
             )
-        shutil.rmtree(folder, ignore_errors=True)
+        with claim(folder):  # nor is another one training there
+            shutil.rmtree(folder)
 
 
 @app.command()

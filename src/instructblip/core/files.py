@@ -55,6 +55,7 @@ _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 """Errors of a rename to a place where a directory stands."""
 _numbers = itertools.count()
 _live: set[str] = set()  # temporary names that this process is writing
+_locks: set[IO[Any]] = set()  # what this process has locked
 
 
 @contextmanager
@@ -137,13 +138,54 @@ def scratch_directory(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Run the block in one process at a time; the others wait. ``path`` is an empty file, which
-    stays. The system releases the lock of a process that dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Run the block in one process at a time; the others wait, or are refused without ``wait``.
+
+    ``path`` is an empty file, which stays; its folder is created, and may be renamed or removed
+    inside the block. The system releases the lock of a process that dies, and processes that it
+    forked do not keep it. ValueError where the lock is refused, or files cannot be locked.
+    """
+    lock = _lock(path, wait)
+    _locks.add(lock)
+    try:
         yield
+    finally:
+        _locks.discard(lock)
+        lock.close()
+
+
+def _lock(path: Path, wait: bool) -> IO[Any]:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # The process that had the lock may have removed the file. Then this lock is of a file
+            # that is gone, and a new one has to be locked.
+            if os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+                return lock
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is at work in {path.parent}: wait until it ends, or choose "
+                "another folder"
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"{path.parent}: files cannot be locked there ({error.strerror}); choose a folder "
+                "of another file system"
+            ) from None
+        lock.close()
+
+
+def _close_locks() -> None:
+    """In a forked process, which would keep the locks of its parent beyond its death."""
+    while _locks:
+        _locks.pop().close()
+
+
+os.register_at_fork(after_in_child=_close_locks)
 
 
 def remove_directory(path: Path) -> None:

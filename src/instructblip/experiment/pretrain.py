@@ -20,6 +20,7 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.model.stage1 import Stage1
 from instructblip.model.trainable import ALIASES
 from instructblip.recipe.schema import Recipe
+from instructblip.training.run_directory import claim
 from instructblip.training.train import TrainResult
 
 Stage = Literal[1, "align", 2]
@@ -106,7 +107,8 @@ def save_blip2(model: InstructBlip, path: Path) -> None:
 def pretrain(recipe: Recipe, stage: Stage, out: Path, resume: bool = False) -> TrainResult:
     """Run a stage on the captions of the recipe's data sets into the run directory ``out``.
 
-    Raises ValueError for a recipe that would train anything else and for unchecked data.
+    Raises ValueError for a recipe that would train anything else, for unchecked data, and
+    if another process trains in ``out``.
     """
-    with distributed.process_group():
+    with distributed.process_group(), claim(out):
         return build(recipe, Pretraining(stage), out, resume).train(out, resume)

@@ -5,12 +5,16 @@ from pathlib import Path
 from instructblip.core import distributed
 from instructblip.experiment.build import Variant, build
 from instructblip.recipe.schema import Recipe
+from instructblip.training.run_directory import claim
 from instructblip.training.train import TrainResult
 
 
 def train(recipe: Recipe, out: Path, resume: bool = False) -> TrainResult:
-    """Train the recipe's model; checkpoints, metrics, curves and the model go to ``out``."""
-    with distributed.process_group():
+    """Train the recipe's model; checkpoints, metrics, curves and the model go to ``out``.
+
+    Raises ValueError if another process trains there.
+    """
+    with distributed.process_group(), claim(out):
         return build(recipe, variant_of(recipe), out, resume).train(out, resume)
 
 

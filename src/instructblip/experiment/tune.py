@@ -35,7 +35,7 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
 from instructblip.training.log import METRICS, read_metrics
-from instructblip.training.run_directory import refuse_existing
+from instructblip.training.run_directory import claim, refuse_existing
 
 SET = "own"
 """The entry of ``data.sets`` that stands for the folder."""
@@ -125,7 +125,8 @@ def tune(
     Returns None if a signal interrupted the run, which ``resume`` continues.
 
     Raises ValueError or FileNotFoundError for what is wrong with the folder, naming every row, for
-    answers that the starter cannot say, and for a run that began with other data.
+    answers that the starter cannot say, for a run that began with other data, and if another
+    process tunes in ``out``.
     """
     if not resume:
         refuse_existing(out / "run")
@@ -135,7 +136,7 @@ def tune(
     images = max(len(example.images) for example in examples)
     variant = FolderTuning(sides.training, sides.validation, language)
     refuse_other_data(out / "run", sides.training)
-    with distributed.process_group():
+    with distributed.process_group(), claim(out / "run"):
         if distributed.is_main():
             print(describe(sides, language, group), flush=True)
             if group is None and (hint := group_hint(CustomSet(SET, "imagefolder"), root, "train")):

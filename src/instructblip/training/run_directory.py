@@ -1,5 +1,6 @@
 """The run directory: checkpoints/ to resume from, best/ and last/ to load, and the progress."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from instructblip.core import distributed
-from instructblip.core.files import recover, write_text
+from instructblip.core.files import locked, recover, write_text
 from instructblip.training.checkpoint import (
     Checkpoint,
     load_latest,
@@ -19,6 +20,7 @@ from instructblip.training.checkpoint import (
     write_directory,
 )
 
+LOCK_FILE = ".lock"
 Export = Callable[[Path], Any]
 """Fills an empty directory with the model as users load it."""
 
@@ -117,6 +119,16 @@ class RunFiles:
                 for note, text in self.notes.items():
                     (path / note).write_text(text, encoding="utf-8")
         distributed.barrier()
+
+
+def claim(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes out of a run directory, since of two runs in one only one is kept.
+
+    Raises ValueError if another process is in it. A process that dies leaves it free.
+    """
+    if not distributed.is_main():
+        return contextlib.nullcontext()
+    return locked(folder / LOCK_FILE, wait=False)
 
 
 def refuse_existing(folder: Path) -> None:

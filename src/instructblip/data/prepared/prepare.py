@@ -14,7 +14,6 @@ bytes of ``data.arrow`` are valid and from which files they were read. An interr
 resumes from it, or begins again if one of these files has changed.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
@@ -31,7 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from instructblip.core.batch import Example
-from instructblip.core.files import flush, put_directory, recover, write_json, write_text
+from instructblip.core.files import flush, locked, put_directory, recover, write_json, write_text
 from instructblip.core.progress import progress_bar
 from instructblip.data.prepared.dataset import (
     DATA_FILE,
@@ -93,7 +91,7 @@ class Job:
         if _is_current(self):
             return PreparedDataset(self.target)
         part = self.target.with_name(f".{self.split}.part")
-        with claim(part):
+        with locked(part / LOCK_FILE):
             recover(self.target.parent)
             try:
                 # Another process may have prepared it while this one waited.
@@ -395,34 +393,6 @@ class _Rows:
 
     def close(self) -> None:
         self._data.close()
-
-
-@contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Creates ``folder`` and locks other processes out of it; waits while another has the lock.
-
-    The folder may be renamed or removed inside the block. ValueError where files cannot be locked.
-    """
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / LOCK_FILE
-        with path.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError as error:
-                raise ValueError(
-                    f"{folder}: files cannot be locked there ({error.strerror}); set data.prepared "
-                    "to a folder of another file system"
-                ) from None
-            # The process that had the lock may have finished and removed the folder. Then this lock
-            # is of a file that is gone, and a new folder has to be locked.
-            try:
-                still_there = os.path.samestat(path.stat(), os.fstat(lock.fileno()))
-            except FileNotFoundError:
-                still_there = False
-            if still_there:
-                yield
-                return
 
 
 # Stamps of annotation files: their size, date and hash. A folder of small files has one stamp with
