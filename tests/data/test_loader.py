@@ -21,7 +21,7 @@ from instructblip.core.batch import (
 )
 from instructblip.data.features import Features, FeatureStore
 from instructblip.data.images import ImageTransform
-from instructblip.data.loader import Loader, cut, deal, in_parts
+from instructblip.data.loader import Loader, cut, deal
 from instructblip.data.order import (
     CYCLE,
     Mixture,
@@ -341,12 +341,9 @@ def test_a_step_is_dealt_and_cut_by_tokens() -> None:
     lengths = [9, 8, 5, 4, 2]
     hands = deal(lengths, 2)
     assert hands == [[0, 3, 4], [1, 2]]
-    assert cut(hands[0], lengths, 9) == [[0], [3, 4]]  # two rows of 4
-    assert cut(hands[0], lengths, 27) == [[0, 3, 4]]
-    assert cut(hands[0], lengths, 1) == [[0], [3], [4]]  # longer than a part may be
-    assert in_parts([[0], [3, 4]], 3) == [[0], [3], [4]]
-    assert in_parts([[0, 3, 4]], 2) == [[0], [3, 4]]
-    assert in_parts([[0]], 2) == [[0]]
+    assert cut([9, 4, 2], 9) == [[0], [1, 2]]  # two rows of 4
+    assert cut([2, 9, 4], 27) == [[1, 2, 0]]
+    assert cut([9, 4, 2], 1) == [[0], [1], [2]]  # longer than a part may be
 
 
 @pytest.mark.parametrize("buckets", [0, 2])
@@ -361,8 +358,6 @@ def test_any_number_of_ranks_shares_the_samples_of_a_step_by_tokens(
         steps = [loader.step(7) for loader in loaders]
         ids = [i for step in steps for batch in step for i in batch.ids]
         assert sorted(ids) == sorted(whole.ids)
-        if ranks in (1, 2, 8):  # equally many samples: all ranks call the model equally often
-            assert len({len(step) for step in steps}) == 1
         for batch in (batch for step in steps for batch in step):
             rows = batch.prompt_mask.sum(1) + batch.response_mask.sum(1) + 4
             assert len(batch) == 1 or rows.max() * len(batch) <= 60

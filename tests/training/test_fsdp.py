@@ -1,4 +1,4 @@
-"""A language model spread over two ranks learns as one that is whole."""
+"""A language model spread over ranks learns as one that is whole."""
 
 import os
 import socket
@@ -28,11 +28,14 @@ SETTINGS = {
     "log_every": 1,
     "warmup_steps": 1,
     "learning_rate": 1e-3,
+    "parallel": "fsdp2",
+    "tokens_per_micro_batch": 99,
 }
 
 
 class Rows:
-    """Two samples for each rank, from batches of four that are functions of the step."""
+    """The ranks' samples of batches of four, which are functions of the step, in micro batches of
+    two; of three ranks, which have two samples and one, in micro batches of one."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -41,15 +44,19 @@ class Rows:
         while True:
             ranks = distributed.world_size()
             order = [(step * 3 + i) % len(self.batch) for i in range(4)]
-            rows = torch.tensor(order[distributed.rank() :: ranks])
+            mine = torch.tensor(order[distributed.rank() :: ranks])
             names = [f.removesuffix("_ids") for f in ("qformer_ids", "prompt_ids", "response_ids")]
-            text = {
-                f"{name}_{kind}": getattr(self.batch, f"{name}_{kind}")[rows]
-                for name in names
-                for kind in ("ids", "mask")
-            }
-            index = self.batch.image_index[rows]
-            yield [replace(self.batch, image_index=index, datasets=(), ids=(), **text)]
+            micro_batches = []
+            for rows in mine.split(1 if ranks == 3 else 2):
+                text = {
+                    f"{name}_{kind}": getattr(self.batch, f"{name}_{kind}")[rows]
+                    for name in names
+                    for kind in ("ids", "mask")
+                }
+                index = self.batch.image_index[rows]
+                part = replace(self.batch, image_index=index, datasets=(), ids=(), **text)
+                micro_batches.append(part)
+            yield micro_batches
             step += 1
 
 
@@ -86,16 +93,17 @@ def run(start: Path, folder: Path, steps: int, resume: bool = False) -> None:
     train(model, batches, None, config, folder, resume=resume, export=model.save_pretrained)
 
 
-def worker(rank: int, port: int, start: str, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+def worker(rank: int, ranks: int, port: int, start: str, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     with distributed.process_group("gloo"):
         run(Path(start), Path(folder), steps=4)
 
 
-@pytest.mark.parametrize("language", ["llama", "t5"])
-def test_two_ranks_share_a_language_model(tmp_path: Path, language: str):
+@pytest.mark.parametrize(("language", "ranks"), [("llama", 2), ("t5", 2), ("t5", 3)])
+def test_ranks_share_a_language_model(tmp_path: Path, language: str, ranks: int):
+    """Three divide a step of four samples into two micro batches, one and one."""
     torch.manual_seed(0)
     start, whole, many = (tmp_path / name for name in ("start", "whole", "many"))
     tiny_transformers(language).save_pretrained(start)
@@ -104,7 +112,7 @@ def test_two_ranks_share_a_language_model(tmp_path: Path, language: str):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     multiprocessing.start_processes(
-        worker, args=(port, str(start), str(many)), nprocs=2, start_method="fork"
+        worker, args=(ranks, port, str(start), str(many)), nprocs=ranks, start_method="fork"
     )
     one, two = (
         [without_timings(line) for line in read_metrics(folder / "metrics.jsonl")]
@@ -118,5 +126,5 @@ def test_two_ranks_share_a_language_model(tmp_path: Path, language: str):
     assert left.keys() == right.keys() == names
     for name, value in left.items():
         torch.testing.assert_close(right[name], value, rtol=1e-3, atol=1e-4)
-    run(start, many, steps=5, resume=True)  # one rank resumes what two began
+    run(start, many, steps=5, resume=True)  # one rank resumes what others began
     assert read_metrics(many / "metrics.jsonl")[-1]["step"] == 5

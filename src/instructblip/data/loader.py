@@ -17,6 +17,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -28,13 +29,13 @@ from instructblip.data.templates import Language, Rendered, check_template, rend
 from instructblip.data.tokens import Tokens
 
 
-def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+def deal(lengths: Sequence[Any], ranks: int) -> list[list[int]]:
     """The samples of a step by rank, the longest first: dealt back and forth, so that all ranks
-    have nearly as many tokens, and at most one sample more than another.
+    have nearly the same lengths, and at most one sample more than another.
 
-    Lengths 9, 8, 5, 4, 2 for two ranks: samples 0, 3, 4 (15 tokens) and 1, 2 (13 tokens).
+    Lengths 9, 8, 5, 4, 2 for two ranks: samples 0, 3, 4 (15 together) and 1, 2 (13).
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     hands: list[list[int]] = [[] for _ in range(ranks)]
     for place, sample in enumerate(order):
         turn, seat = divmod(place, ranks)
@@ -42,25 +43,15 @@ def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     return hands
 
 
-def cut(samples: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """``samples``, the longest first, in parts of at most ``budget`` tokens where each row is as
-    long as the longest of its part; a sample that is longer than that is alone."""
+def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Samples in parts of at most ``budget`` tokens where each row is as long as the longest of its
+    part; a sample that is longer than that is alone. The longest samples come first."""
     parts: list[list[int]] = []
-    for sample in samples:
+    for sample in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= budget:
             parts[-1].append(sample)
         else:
             parts.append([sample])
-    return parts
-
-
-def in_parts(parts: list[list[int]], number: int) -> list[list[int]]:
-    """The same samples in ``number`` parts, or as many as there are samples: the part with the most
-    samples is halved until there are enough."""
-    parts = list(parts)
-    while len(parts) < number and (largest := max(parts, key=len, default=[])) and len(largest) > 1:
-        at, half = parts.index(largest), len(largest) // 2
-        parts[at : at + 1] = [largest[:half], largest[half:]]
     return parts
 
 
@@ -86,7 +77,7 @@ class Loader:
         rank: this process among ``world_size``.
         accumulate: micro batches in one step of a rank.
         tokens_per_micro_batch: the most tokens of a micro batch, in place of ``accumulate``: the
-            number of ranks may be any, and all of them cut a step into equally many parts.
+            number of ranks may be any, and each cuts its share of a step.
         tokens_per_image: those that the language model reads of an image, for the former.
         workers: processes that compute batches in advance in ``iterate``, which change no batch; 0
             computes them here.
@@ -152,10 +143,11 @@ class Loader:
         if self.budget is None:
             return [self.slots(step, micro) for micro in range(self.accumulate)]
         slots = self._slots_of_all(step)
-        lengths = [self._tokens(slot) for slot in slots]
-        hands = [cut(hand, lengths, self.budget) for hand in deal(lengths, self.world_size)]
-        mine = in_parts(hands[self.rank], max(map(len, hands)))
-        return [[slots[i] for i in part] for part in mine]
+        # by characters: each rank tokenizes its samples alone
+        hand = deal([self._length(slot) for slot in slots], self.world_size)[self.rank]
+        mine = [slots[i] for i in hand]
+        parts = cut([self._tokens(slot) for slot in mine], self.budget)
+        return [[mine[i] for i in part] for part in parts]
 
     def _slots_of_all(self, step: int) -> Sequence[int]:
         """The slots of a step, of all ranks."""

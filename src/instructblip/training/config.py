@@ -141,7 +141,12 @@ class TrainingConfig(BaseModel):
     def micro_batch_size(self, world_size: int = 1) -> int:
         """Samples of one micro batch of one rank, the most where its tokens are limited. ValueError
         if they are no whole number and have to be one."""
-        if self.token_budget is not None and self.parallel != "fsdp2":
+        if self.token_budget is not None:
+            if self.parallel == "fsdp2" and self.batch_size < world_size:
+                raise ValueError(
+                    f"batch_size {self.batch_size} has no sample for some of {world_size} ranks, "
+                    "and parallel=fsdp2 needs one for each: raise it"
+                )
             return -(-self.batch_size // world_size)
         parts = self.accumulate * world_size
         if self.batch_size % parts:

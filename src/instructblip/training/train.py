@@ -311,6 +311,10 @@ def update(
     # tokens, divided by this count. Gradients then simply add up, here and over the ranks.
     num_tokens = float(sum(batch.num_response_tokens for batch in micro_batches))
     tokens = distributed.all_reduce_sum(torch.tensor(num_tokens))
+    # Ranks gather a sharded layer together: one with fewer micro batches repeats its last, which
+    # adds zero.
+    sharded, passes = config.parallel == "fsdp2", len(micro_batches)
+    passes = max(distributed.gather_objects(passes)) if sharded else passes
     sample_losses: list[Tensor] = []
     terms: list[Mapping[str, Tensor]] = []
     for batch in micro_batches:
@@ -319,6 +323,8 @@ def update(
         coalesce_gradients(parameters.values())
         sample_losses.append(output.sample_losses.detach().float())  # [B]
         terms.append(output.terms)
+    for _ in range(len(micro_batches), passes):
+        (model.loss(micro_batches[-1]).loss_sum * 0).backward()
     distributed.sum_gradients(parameters.values())
 
     with part("optimiser"):
