@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from benchmarks.peak import tensor_peak
-from instructblip.experiment.build import shape_language
 from instructblip.experiment.datasets import prepare_training
 from instructblip.experiment.memory import (
     Memory,
     advise,
     encoder_bytes,
+    fit_micro_batches,
     predict_memory,
     saved_bytes,
 )
+from instructblip.experiment.model import shape_language
 from instructblip.model.config import VisionConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import load_recipe
@@ -171,6 +172,36 @@ def test_advice(start: Path):
     advice = advise(needs, 12 * gib, recipe)
     assert "accumulate" not in advice
     assert "model.quantize=nf4" in advice
+
+
+def test_auto_micro_batches_fill_the_memory(start: Path):
+    auto = recipe_of(start, "training.tokens_per_micro_batch=auto", "training.batch_size=12")
+    row = InstructBlip.from_pretrained(start).config.num_query_tokens + 12 + 8
+
+    def of_rows(rows: int) -> Recipe:
+        return auto.model_copy(
+            update={
+                "training": auto.training.model_copy(update={"tokens_per_micro_batch": rows * row})
+            }
+        )
+
+    assert fit_micro_batches(auto) == of_rows(12)  # on a CPU
+    assert fit_micro_batches(auto, world_size=5) == of_rows(3)
+    assert fit_micro_batches(of_rows(2), available=1) == of_rows(2)
+    peaks = {rows: predict_memory(of_rows(rows)).peak for rows in (1, 5, 6, 12)}
+    assert fit_micro_batches(auto, available=peaks[12]) == of_rows(12)
+    assert fit_micro_batches(auto, available=peaks[6] - 1) == of_rows(5)
+    with pytest.raises(ValueError, match=r"does not fit: .* set training\.checkpoint_activations"):
+        fit_micro_batches(auto, available=peaks[1] - 1)
+
+
+def test_short_rows_are_predicted_too(start: Path):
+    """A budget holds a few of the longest rows, or all samples in short ones with their images."""
+    few = predict_memory(recipe_of(start, "training.batch_size=2"))
+    tokens = "training.tokens_per_micro_batch=80"  # of two of the longest rows
+    many = predict_memory(recipe_of(start, "training.batch_size=12", tokens))
+    assert many.encoder > few.encoder
+    assert many.activations > few.activations
 
 
 def test_fewer_bits_and_adapters(start: Path):

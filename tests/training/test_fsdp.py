@@ -12,7 +12,7 @@ from torch import multiprocessing, nn
 
 from instructblip.core import distributed
 from instructblip.core.batch import Batch
-from instructblip.experiment.build import shape_language, shard_language
+from instructblip.experiment.model import shape_language, shard_language
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe

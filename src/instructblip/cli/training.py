@@ -40,8 +40,6 @@ LOOKS = """
 
 DENSE_SCALE, DENSE_STEPS = 0.15, 80
 """Of the run behind looks.png: some 45 seconds on two CPU cores."""
-RESERVED = 0.07
-"""Share of a GPU's memory that its context, the libraries and fragments take."""
 
 
 @app.command()
@@ -282,17 +280,23 @@ def memory(
     """Predict the memory that a recipe needs on each device, without loading anything."""
     import torch
 
-    from instructblip.experiment.memory import advise, predict_memory
+    from instructblip.experiment.memory import (
+        advise,
+        fit_micro_batches,
+        predict_memory,
+        usable_bytes,
+    )
 
     resolved = read_recipe(recipe, overrides)
-    predicted = predict_memory(resolved, devices)
+    available = None if gigabytes is None else int(gigabytes * 2**30)
+    if available is None and torch.cuda.is_available():
+        available = usable_bytes()
+    fitted = fit_micro_batches(resolved, devices, available)
+    predicted = predict_memory(fitted, devices)
     shares = ("frozen", "trained", "optimizer", "gradients", "activations", "passing", "encoder")
     for name in (*shares, "peak"):
         print(f"{name:12} {getattr(predicted, name) / 2**30:9.3f} GiB")
-    if gigabytes is not None:
-        available = int(gigabytes * 2**30)
-    elif torch.cuda.is_available():
-        available = int(torch.cuda.mem_get_info()[1] * (1 - RESERVED))
-    else:
-        return
-    print(advise(predicted, available, resolved, devices))
+    if fitted != resolved:
+        print(f"training.tokens_per_micro_batch={fitted.training.tokens_per_micro_batch}")
+    if available is not None:
+        print(advise(predicted, available, fitted, devices))

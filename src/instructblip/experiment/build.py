@@ -9,13 +9,11 @@ frames, stored features, checked data and exact resume.
 
 import functools
 import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from instructblip.core import distributed
@@ -46,13 +44,12 @@ from instructblip.experiment.features import (
     training_features,
     with_features,
 )
+from instructblip.experiment.memory import fit_micro_batches
+from instructblip.experiment.model import load_model, model_config
 from instructblip.inference.engine import Engine
 from instructblip.model.checkpoints.directory import model_directory, read_config
-from instructblip.model.config import InstructBlipConfig, LoraConfig
+from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language.adapters import checkpoint_layers, stacks_of
-from instructblip.model.language.quantize import quantize_linears
-from instructblip.model.lora import Lora, adapted_layers, add_lora, lora_layers
 from instructblip.recipe.load import differences, load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
 from instructblip.training.config import TrainingConfig
@@ -202,6 +199,7 @@ def build(
         for note in filter(None, notes):
             print(note, flush=True)
     written = recipe.to_yaml()
+    recipe = fit_micro_batches(recipe, distributed.world_size())
     if not variant.instructs:
         recipe = with_chat_template(recipe, "off")
     elif resume and out is not None and recipe.model.chat_template == "auto":
@@ -244,106 +242,6 @@ def build(
         files=files | features_note(readers.values()),
         export=variant.export(instructblip, model),
     )
-
-
-# --- the model -----------------------------------------------------------------------------------
-
-
-def model_config(recipe: Recipe) -> InstructBlipConfig:
-    """The configuration that the recipe's model will have, read without its weights."""
-    settings = recipe.model
-    config = read_config(settings.start)
-    size = settings.image_size or config.vision.image_size
-    vision = type(config.vision)(**{**config.vision.model_dump(), "image_size": size})
-    return config.model_copy(
-        update={"vision": vision, "instruction_aware": settings.instruction_aware}
-    )
-
-
-def load_model(recipe: Recipe, trainable: Sequence[str] | None = None) -> InstructBlip:
-    """The start of the run on the CPU, with its trainable set (the recipe's by default) and data
-    types."""
-    torch.manual_seed(recipe.training.seed)  # a fresh text branch is random, and equal on resume
-    model = InstructBlip.from_pretrained(
-        recipe.model.start,
-        instruction_aware=recipe.model.instruction_aware,
-        text_branch=recipe.model.text_branch,
-        image_size=recipe.model.image_size,
-    )
-    shape_language(model, recipe, trainable)
-    frozen, compute = training_dtypes(recipe.training)
-    model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=compute)
-    if recipe.training.parallel == "fsdp2":
-        shard_language(model, distributed.resolve_device(recipe.training.device))
-    return model
-
-
-def training_dtypes(training: TrainingConfig) -> tuple[torch.dtype | None, torch.dtype | None]:
-    """(type of frozen weights, type of the arithmetic); None keeps fp32.
-
-    On a CPU memory is plenty, and fp32 keeps frozen weights bit-identical when they are saved.
-    """
-    half = torch.bfloat16 if training.precision == "bf16" else None
-    return half if distributed.resolve_device(training.device).type == "cuda" else None, half
-
-
-def shape_language(
-    model: InstructBlip, recipe: Recipe, trainable: Sequence[str] | None = None
-) -> None:
-    """Apply the recipe to a loaded model: adapter, trainable set, quantization, checkpointing.
-
-    Raises ValueError for settings that do not go together.
-    """
-    language = model.language_model
-    parts = tuple(recipe.training.trainable if trainable is None else trainable)
-    changed = recipe.model.quantize is not None or "language_model" in recipe.training.trainable
-    if recipe.training.parallel == "fsdp2" and changed:
-        raise ValueError(
-            "training.parallel=fsdp2 shards frozen weights of full precision: set "
-            "model.quantize=null and take language_model out of training.trainable, or train "
-            "with parallel=replicate"
-        )
-    for part, root in model.adapted.items():
-        adapter = getattr(recipe.model, part)
-        if adapter is not None:
-            if part not in parts:
-                raise ValueError(
-                    f"model.{part} trains as a part of its own, and training.trainable is "
-                    f"{list(parts)}: add {part} to it"
-                )
-            if present := lora_layers(root):
-                _warn_of_other_adapter(part, root, adapter, present)
-            else:
-                add_lora(root, adapter)
-    model.set_trainable(parts)
-    if recipe.model.quantize is not None:
-        quantize_linears(language, recipe.model.quantize)
-    if recipe.training.checkpoint_activations:
-        checkpoint_layers(language)
-
-
-def _warn_of_other_adapter(
-    part: str, root: nn.Module, asked: LoraConfig, present: dict[str, Lora]
-) -> None:
-    """Warn where the start's adapter, which is kept, differs from what the recipe asks for."""
-    config = next(iter(present.values())).config
-    names = [name for name in type(asked).model_fields if name != "targets"]
-    other = {n: getattr(config, n) for n in names if getattr(asked, n) != getattr(config, n)}
-    if asked.targets and adapted_layers(root, asked).keys() != present.keys():
-        other["targets"] = sorted({name.rpartition(".")[2] for name in present})
-    if other:
-        settings = ", ".join(f"{name} {value!r}" for name, value in other.items())
-        warnings.warn(
-            f"model.start has an adapter, which training continues: {settings}, not as "
-            f"model.{part} asks",
-            stacklevel=2,
-        )
-
-
-def shard_language(model: InstructBlip, device: torch.device) -> None:
-    """Shard the frozen layers of the language model over the ranks."""
-    for stack, layers in stacks_of(model.language_model):
-        distributed.shard(stack, layers, device)
 
 
 # --- batches -------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from instructblip.core import distributed
 from instructblip.data.loader import Loader
 from instructblip.data.prepared.prepare import Job
 from instructblip.data.sources import SOURCES, source_of
-from instructblip.experiment.build import Data, Variant, load_model, read_assets, training_dtypes
+from instructblip.experiment.build import Data, Variant, read_assets
 from instructblip.experiment.datasets import Held
+from instructblip.experiment.model import load_model, training_dtypes
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.schema import DrawingConfig, DrawingSet, Recipe
 from instructblip.text_to_image.batches import DrawLoader, Interleaved, micro_batches_before
@@ -34,6 +35,13 @@ class Drawing(Variant):
     """Trains to draw; with ``drawing.understanding`` above 0, ``data`` is interleaved."""
 
     reads_benchmarks = False
+
+    def refuse(self, recipe: Recipe) -> None:
+        if recipe.training.tokens_per_micro_batch == "auto":
+            raise ValueError(
+                "training.tokens_per_micro_batch=auto predicts the memory of answering, and this "
+                "recipe draws: give a number, or leave it out"
+            )
 
     def validates(self, recipe: Recipe) -> bool:
         return _draws_scenes(recipe)

@@ -17,9 +17,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from instructblip.core import distributed
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
 from instructblip.data.sources import VIDEO_SETS
-from instructblip.experiment.build import model_config, shape_language
+from instructblip.experiment.model import model_config, shape_language
 from instructblip.model.checkpoints.weights import NoRandomWeights
 from instructblip.model.config import EncoderConfig
 from instructblip.model.instructblip import InstructBlip
@@ -32,6 +33,9 @@ from instructblip.model.language.inputs import Joined
 from instructblip.model.language.quantize import QuantizedLinear
 from instructblip.recipe.schema import DataConfig, Recipe
 from instructblip.training.adamw import large_tables
+
+RESERVED = 0.07
+"""Share of a GPU's memory that its context, the libraries and fragments take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +108,20 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         data.max_prompt,
         data.max_response,
     )
-    frames = max(min(_most_images(data, name), data.num_frames) for name in data.sets)
-    if training.token_budget is not None:  # rows of other lengths have as many tokens
-        row = frames * model.config.num_query_tokens + data.max_prompt + data.max_response
-        samples = min(samples, max(1, training.token_budget // row))
+    frames = most_frames(data)
     forward = functools.partial(walk, model, samples, lengths, frames)
+    if training.token_budget is not None:  # of the longest rows, or all samples in shorter ones
+        queries, share = frames * model.config.num_query_tokens, samples
+        row = queries + data.max_prompt + data.max_response
+        samples = min(share, max(1, training.token_budget // row))
+        text = max(2, min(row, training.token_budget // share) - queries)
+        response = min(data.max_response, text // 2)
+        short = (min(lengths[0], text), text - response, response)
+        forwards = [
+            functools.partial(walk, model, samples, lengths, frames),
+            functools.partial(walk, model, share, short, frames),
+        ]
+        forward = max(forwards, key=lambda each: saved_bytes(each, model))
     activations = saved_bytes(forward, model)
     sparse = large_tables(model) if training.optimizer == "adamw" else ()
     if training.checkpoint_activations:
@@ -120,9 +133,54 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
         gradients=trained - sum(table.weight.nbytes for table in sparse),
         activations=activations,
         passing=max(passing, logits_bytes(model, samples * data.max_response)),
-        encoder=encoder_bytes(model, samples * frames, on_gpu),
+        encoder=encoder_bytes(model, training.micro_batch_size(world_size) * frames, on_gpu),
         accumulates=training.accumulate > 1 or training.token_budget is not None,
     )
+
+
+def fit_micro_batches(recipe: Recipe, world_size: int = 1, available: int | None = None) -> Recipe:
+    """The recipe with ``training.tokens_per_micro_batch: auto`` decided: the most tokens, in whole
+    rows of the longest lengths, with which a step fits into ``available`` bytes of each device.
+
+    Without ``available`` it is what tensors can take of the GPU that the recipe uses, and where it
+    uses none, a step is one micro batch. Raises ValueError if a single row does not fit.
+    """
+    training, data = recipe.training, recipe.data
+    if training.tokens_per_micro_batch != "auto" or training.accumulate > 1:
+        return recipe
+
+    def of_rows(rows: int) -> Recipe:
+        cut = training.model_copy(update={"tokens_per_micro_batch": rows * row})
+        return recipe.model_copy(update={"training": cut})
+
+    queries = most_frames(data) * model_config(recipe).num_query_tokens
+    row = queries + data.max_prompt + data.max_response
+    rows = -(-training.batch_size // world_size)
+    if available is None:
+        device = distributed.resolve_device(training.device)
+        if device.type != "cuda":
+            return of_rows(rows)
+        available = usable_bytes(device)
+    while True:
+        fitted = of_rows(rows)
+        memory = predict_memory(fitted, world_size)
+        if memory.peak <= available:
+            return fitted
+        if rows == 1:
+            raise ValueError(advise(memory, available, fitted, world_size))
+        fixed = memory.frozen + memory.trained + memory.optimizer + memory.gradients
+        fraction = (available - fixed) / (memory.peak - fixed)
+        rows = max(1, min(rows - 1, int(rows * fraction)))
+
+
+def usable_bytes(device: torch.device | None = None) -> int:
+    """Bytes of a GPU that tensors can take."""
+    return int(torch.cuda.mem_get_info(device)[1] * (1 - RESERVED))
+
+
+def most_frames(data: DataConfig) -> int:
+    """The most images or frames of a sample that the model reads."""
+    return max(min(_most_images(data, name), data.num_frames) for name in data.sets)
 
 
 def _most_images(data: DataConfig, name: str) -> int:

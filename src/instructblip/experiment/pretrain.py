@@ -11,7 +11,8 @@ from torch import nn
 from instructblip.core import distributed
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import TokenizedTexts, Tokens
-from instructblip.experiment.build import Variant, build, load_model
+from instructblip.experiment.build import Variant, build
+from instructblip.experiment.model import load_model
 from instructblip.model.align import Align
 from instructblip.model.checkpoints.transformers import TEXT_BRANCH_FILE, read_text_branch
 from instructblip.model.checkpoints.weights import read_json, write_weights
@@ -53,7 +54,8 @@ class Pretraining(Variant):
                 f"{list(training.trainable)}, model.lora {adapters[0]} and model.qformer_lora "
                 f"{adapters[1]}: leave them out"
             )
-        if self.stage != 2 and training.token_budget is not None:
+        by_tokens = training.tokens_per_micro_batch is not None and training.accumulate == 1
+        if self.stage != 2 and by_tokens:
             raise ValueError(
                 f"stage {self.stage} contrasts the images of a micro batch, and "
                 "training.tokens_per_micro_batch would change how many these are: leave it out"

@@ -49,10 +49,11 @@ class TrainingConfig(BaseModel):
     accumulate: PositiveInt = 1
     """Micro batches of equal size that each rank runs before one optimiser step; above 1 it takes
     the place of ``tokens_per_micro_batch``."""
-    tokens_per_micro_batch: PositiveInt | None = None
+    tokens_per_micro_batch: PositiveInt | Literal["auto"] | None = None
     """Most tokens of a micro batch, image tokens and padding included: each rank cuts its share of
     a step into as few parts as fit, and any number of ranks divides a step. Samples and loss of a
-    step stay the same."""
+    step stay the same. auto takes what `instructblip memory` predicts to fit the GPU; on a CPU a
+    step is then one micro batch."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw is the paper's; muon orthogonalises the updates of matrices inside networks, with which
     small models learn from scratch in fewer steps."""
@@ -135,8 +136,10 @@ class TrainingConfig(BaseModel):
 
     @property
     def token_budget(self) -> int | None:
-        """Most tokens of a micro batch; None where steps are cut by ``accumulate``."""
-        return self.tokens_per_micro_batch if self.accumulate == 1 else None
+        """Most tokens of a micro batch; None where steps are cut by ``accumulate``, and for auto,
+        until it is decided."""
+        tokens = self.tokens_per_micro_batch
+        return None if tokens == "auto" or self.accumulate > 1 else tokens
 
     def micro_batch_size(self, world_size: int = 1) -> int:
         """Samples of one micro batch of one rank, the most where its tokens are limited. ValueError
