@@ -172,6 +172,37 @@ def test_batches_halve_when_memory_is_short_and_double_while_it_is_faster(
         in_batches([], 0, never)
 
 
+def test_ranks_of_a_sharded_model_take_the_sizes_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their clocks differ, and a rank that calls the model less often would hang the others."""
+    clock, sent, sizes = [0.0], [], {0: [], 1: []}
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def broadcast(value: bool) -> bool:
+        sent.append(value)
+        return value
+
+    for rank in sizes:
+
+        def answer(part: Sequence[int], rank: int = rank) -> None:
+            clock[0] += len(part) ** (2 * rank)  # the first is faster the larger, the second slower
+            sizes[rank].append(len(part))
+
+        monkeypatch.setattr(
+            distributed, "broadcast_object", (lambda _: sent.pop(0)) if rank else broadcast
+        )
+        in_batches(range(300), "auto", answer, together=True)
+    assert sizes[0] == sizes[1] == [16, 32, 64, 128, 60]
+
+    def full(part: Sequence[int]) -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        in_batches(range(300), 8, full, together=True)
+    assert "set evaluation.batch_size below 8" in raised.value.__notes__[0]
+
+
 def test_predictions_of_other_settings_are_not_continued(tmp_path: Path) -> None:
     dataset = colour_questions()
     evaluate(FakeEngine(), benchmark(), dataset, out=tmp_path)

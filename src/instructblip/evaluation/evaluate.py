@@ -136,7 +136,7 @@ def evaluate(
                 log.add({"index": i, **p} for i, p in zip(indices, predictions, strict=True))
                 bar.advance(len(indices), len(share))
 
-            in_batches(share, batch_size, answer)
+            in_batches(share, batch_size, answer, together)
         log.gather()
         predictions = [log.done[example.id] for example in examples]
     result = make_result(settings, predictions, tokenizer, str(dataset.image_root))
@@ -225,13 +225,20 @@ def derange(keys: Sequence[Any], seed: int) -> list[int]:
 
 
 def in_batches(
-    indices: Sequence[int], size: BatchSize, answer: Callable[[Sequence[int]], None]
+    indices: Sequence[int],
+    size: BatchSize,
+    answer: Callable[[Sequence[int]], None],
+    together: bool = False,
 ) -> None:
     """Call ``answer`` with every index once, in order, ``size`` at a time.
 
     "auto" starts with 16 and doubles while that answers more samples per second. With any setting,
     a batch that does not fit into memory runs again in halves, and the size stays there. The size
     changes speed and memory, not the answers.
+
+    With ``together`` all ranks call it with the same indices and take the sizes of the first one,
+    since a rank with other batches would wait for the others for ever. For the same reason a batch
+    that does not fit is an error.
     """
     if size != "auto" and size < 1:
         raise ValueError(f"batch_size must be at least 1, or auto; got {size}")
@@ -242,8 +249,13 @@ def in_batches(
         began = time.perf_counter()
         try:
             answer(part)
-        except torch.OutOfMemoryError:
-            if len(part) == 1:
+        except torch.OutOfMemoryError as error:
+            if together:
+                error.add_note(
+                    f"{len(part)} samples do not fit beside a sharded model: set "
+                    f"evaluation.batch_size below {len(part)}"
+                )
+            if together or len(part) == 1:
                 raise
             growing, number = False, len(part) // 2
             if torch.cuda.is_available():
@@ -253,6 +265,8 @@ def in_batches(
         if growing and len(part) == number:
             before, rate = rate, len(part) / max(time.perf_counter() - began, 1e-9)
             growing = rate >= GAIN * before and number < LARGEST_SIZE
+            if together:
+                growing = distributed.broadcast_object(growing)
             if growing:
                 number = min(LARGEST_SIZE, 2 * number)
 
