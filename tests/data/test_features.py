@@ -217,6 +217,7 @@ def test_ranks_share_the_work(
         digests = {path: str(i) for i, path in enumerate(paths)}
         features = Features(FeatureStore(tmp_path / "store", "fp32"), digests)
         monkeypatch.setattr(FeatureStore, "__contains__", lambda self, key: False)
+        monkeypatch.setattr(FeatureStore, "wait_for", lambda self, keys: self.refresh())
         encoder = Encoder()
         fill(features, TRANSFORM, encoder, batch_size=2, workers=0)
         monkeypatch.undo()
@@ -224,6 +225,26 @@ def test_ranks_share_the_work(
     assert sum(seen) == 5
     assert max(seen) - min(seen) <= 1
     assert len(FeatureStore(tmp_path / "store", "fp32")) == 5
+
+
+def test_a_folder_that_lists_late_is_waited_for(
+    tmp_path: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """A network disk shows what another machine wrote only after a while."""
+    stored(tmp_path, paths[:3])  # by the other rank
+    digests = hash_images(paths[:3], {})
+    late = FeatureStore(tmp_path / "elsewhere", "fp32")
+    features = Features(late, digests)
+    listings = iter([[], [], [*(tmp_path / "store").iterdir()]])
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "world_size", lambda: 9)  # nothing is left for this rank
+    monkeypatch.setattr(features_module, "LISTED_SECONDS", 0.1)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: next(listings, []))
+    fill(features, TRANSFORM, Encoder(), batch_size=2, workers=0)
+    assert features(paths[0], 0).shape == (2, 4)
+    absent = Features(FeatureStore(tmp_path / "elsewhere", "fp32"), digests)
+    with pytest.raises(OSError, match=r"features of 3 images.*set features\.root to a folder that"):
+        fill(absent, TRANSFORM, Encoder(), batch_size=2, workers=0)
 
 
 def test_the_name_of_a_store_depends_on_all_that_changes_features():

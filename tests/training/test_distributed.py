@@ -1,17 +1,23 @@
 """Two ranks of four samples, and four of two, are one rank of eight."""
 
 import os
+import re
+import signal
 import socket
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import multiprocessing
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from instructblip.core import distributed
+from instructblip.core.batch import Batch
 from instructblip.training.checkpoint import load_latest
 from instructblip.training.log import read_metrics, without_timings
 from instructblip.training.train import train
@@ -135,6 +141,57 @@ def reader(rank: int, port: int) -> None:
 def test_rows_of_sparse_gradients_are_summed():
     ranks = len(ROWS_READ)
     multiprocessing.start_processes(reader, args=(free_port(),), nprocs=ranks, start_method="fork")
+
+
+class Faulty:
+    """Batches during which a rank is killed or hangs, at a given step."""
+
+    def __init__(self, batches: ToyBatches, step: int, fault: Callable[[], object]) -> None:
+        self.batches, self.step, self.fault = batches, step, fault
+
+    def iterate(self, start: int) -> Iterator[list[Batch]]:
+        for number, step in enumerate(self.batches.iterate(start), start):
+            if number == self.step:
+                self.fault()
+            yield step
+
+
+def faulty(rank: int, ranks: int, port: int, folder: str, victim: int, step: int, kill: bool):
+    def fault() -> None:
+        if rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL) if kill else time.sleep(60)
+
+    with joined(rank, ranks, port):
+        config = toy_config(**CHANGES, watchdog_seconds=None if kill else 1.0)
+        model = Toy(dropout=0.0)
+        batches = Faulty(ToyBatches(config, rank, ranks), step, fault)
+        export = model.save_pretrained
+        train(model, batches, toy_score, config, Path(folder), resume=True, export=export)
+
+
+def start_faulty(ranks: int, *what: Any) -> None:
+    arguments = (ranks, free_port(), *what)
+    multiprocessing.start_processes(faulty, args=arguments, nprocs=ranks, start_method="fork")
+
+
+def test_a_run_survives_kills_of_its_ranks_and_other_numbers_of_them(tmp_path: Path):
+    whole, folder = run(tmp_path / "whole"), tmp_path / "killed"
+    for ranks, victim, step in ((4, 2, 3), (2, 1, 3), (2, 0, 6), (4, 0, 8)):
+        with pytest.raises(ProcessExitedException):
+            start_faulty(ranks, str(folder), victim, step, True)
+    weights = run(folder, resume=True).state_dict()
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
+    assert_equal_records(tmp_path / "whole", folder)
+
+
+def test_the_watchdog_names_the_rank_that_is_slow(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    with pytest.raises(ProcessExitedException):
+        start_faulty(2, str(tmp_path), 1, 4, False)
+    slow = re.findall(r"rank (\d) of 2: step 4, waiting for data", capfd.readouterr().err)
+    assert slow == ["1"]
 
 
 def test_without_a_process_group():

@@ -54,6 +54,8 @@ TYPES: dict[FeatureType, torch.dtype] = {
     "int8": torch.int8,
 }
 SHARD_BYTES = 1 << 28
+LISTED_SECONDS = 120.0
+"""Seconds after which a network disk has listed what other machines wrote."""
 
 Encode = Callable[[Tensor], Tensor]
 """Pixels [N, 3, S, S] -> features [N, P, V] before the last LayerNorm, on any device."""
@@ -96,6 +98,20 @@ class FeatureStore:
                 continue
             self._places |= {key: (len(self._shards), row) for row, key in enumerate(keys)}
             self._shards.append(path)
+
+    def wait_for(self, keys: Iterable[str]) -> None:
+        """Finds the shards of these keys, which other processes have written: a network disk may
+        list them late. OSError if they do not appear."""
+        began = time.monotonic()
+        self.refresh()
+        while absent := sum(key not in self for key in keys):
+            if time.monotonic() - began > LISTED_SECONDS:
+                raise OSError(
+                    f"{self.folder}: the features of {absent} images, which other ranks stored, "
+                    "are not there; set features.root to a folder that all machines share"
+                )
+            time.sleep(LISTED_SECONDS / 120)
+            self.refresh()
 
     def read(self, key: str) -> Float[Tensor, "P V"]:
         """The features of one key, in fp32 or bf16; those stored in int8 as bf16."""
@@ -232,7 +248,8 @@ def fill(
 ) -> int:
     """Encodes and stores what is missing, shared among the ranks; returns how many images it is.
 
-    Raises OSError when the disk is full and ValueError or FileNotFoundError for a broken image.
+    Raises OSError when the disk is full or not the one of other ranks, and ValueError or
+    FileNotFoundError for a broken image.
     """
     missing = features.missing()
     share = missing[distributed.rank() :: distributed.world_size()]
@@ -253,7 +270,7 @@ def fill(
                 stored, encoded = done, []
     recover(features.store.folder)
     distributed.barrier()
-    features.store.refresh()
+    features.store.wait_for([key for key, _ in missing])
     return len(missing)
 
 
