@@ -94,24 +94,11 @@ def build(
     Image encoder and language model are ``dtype``, all the rest is fp32, as our training has it: a
     step wants `autocast` around theirs.
     """
-    shape = SIZES[size]
-    config = InstructBlipConfig(
-        # transformers would draw its weights at 1e-10: no image could change a loss
-        vision_config={**layer_sizes(*shape["vision"]), "initializer_range": 0.02},
-        qformer_config={
-            **layer_sizes(*shape["qformer"]),
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-        },
-        text_config=shape["language"],
-        num_query_tokens=QUERIES,
-        image_token_index=IMAGE_TOKEN,
-    )
     torch.manual_seed(0)
     with torch.device(device):
-        theirs = InstructBlipForConditionalGeneration(config)
+        theirs = InstructBlipForConditionalGeneration(config_of(size))
     if is_seq2seq(size):  # drawn as T5 draws it, its softmax would underflow: slow, and no model's
-        theirs.get_output_embeddings().weight.data *= shape["language"]["d_model"] ** -0.5
+        theirs.get_output_embeddings().weight.data *= theirs.config.text_config.d_model**-0.5
     theirs.to(dtype)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
@@ -125,6 +112,23 @@ def build(
         parameter.data = parameter.data.to(dtypes[name])
     assert {n for n, p in theirs.named_parameters() if p.requires_grad} == names
     return ours, theirs
+
+
+def config_of(size: str) -> InstructBlipConfig:
+    """A model of that size as transformers describes it; nothing is dropped out."""
+    shape = SIZES[size]
+    return InstructBlipConfig(
+        # transformers would draw its weights at 1e-10: no image could change a loss
+        vision_config={**layer_sizes(*shape["vision"]), "initializer_range": 0.02},
+        qformer_config={
+            **layer_sizes(*shape["qformer"]),
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        text_config=shape["language"],
+        num_query_tokens=QUERIES,
+        image_token_index=IMAGE_TOKEN,
+    )
 
 
 def autocast(options: argparse.Namespace) -> contextlib.AbstractContextManager:
@@ -155,7 +159,6 @@ def make_batch(
     def rows(low: int, high: int, top: int) -> list[torch.Tensor]:
         share = torch.rand(samples, generator=generator) ** 1.5  # more are short than long
         lengths = (low + (high - low) * share).round().long()
-        lengths[0] = high
         return [torch.randint(4, top, (int(n),), generator=generator) for n in lengths]
 
     prompts, responses = rows(4, 34, 32_000), rows(answer or 4, answer or 30, 32_000)
