@@ -138,7 +138,7 @@ def test_a_batch_is_pinned_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_leaves_room_for_what_it_does_not_count(
     two_gpus: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 100 * 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 100 * 2**30))
     with pytest.raises(SystemExit):
         cli.main(["memory", "quickstart", "training.device=cpu"])
     assert "of 93.0 GiB" in capsys.readouterr().out
