@@ -13,7 +13,7 @@ from transformers import InstructBlipForConditionalGeneration
 
 from instructblip.cli import main as cli
 from instructblip.core.batch import Batch
-from instructblip.experiment.build import shape_language
+from instructblip.experiment.model import shape_language
 from instructblip.model.checkpoints.lavis import export_lavis
 from instructblip.model.config import LoraConfig
 from instructblip.model.instructblip import InstructBlip
