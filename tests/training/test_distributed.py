@@ -149,11 +149,11 @@ class Faulty:
     def __init__(self, batches: ToyBatches, step: int, fault: Callable[[], object]) -> None:
         self.batches, self.step, self.fault = batches, step, fault
 
-    def iterate(self, start: int) -> Iterator[list[Batch]]:
-        for number, step in enumerate(self.batches.iterate(start), start):
+    def iterate(self, step: int) -> Iterator[list[Batch]]:
+        for number, batches in enumerate(self.batches.iterate(step), step):
             if number == self.step:
                 self.fault()
-            yield step
+            yield batches
 
 
 def faulty(rank: int, ranks: int, port: int, folder: str, victim: int, step: int, kill: bool):
