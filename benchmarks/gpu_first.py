@@ -237,7 +237,7 @@ def step_of(seed: int, samples: int, images: dict[str, Tensor], tokens: int) -> 
     ]
     batches = []
     for part in cut(lengths, tokens):
-        values = {name: value[: len(part)] for name, value in images.items()}
+        values: dict[str, Any] = {n: value[: len(part)] for n, value in images.items()}
         for name, ids in texts.items():
             values[f"{name}_ids"], values[f"{name}_mask"] = padded([ids[i] for i in part])
         batches.append(Batch(image_index=torch.arange(len(part))[:, None], **values))
