@@ -80,17 +80,20 @@ class Pretender(Tensor):
 class Gpu(TorchDispatchMode):
     """Within it there is a ``cuda:0``; `install` prepares torch for it.
 
-    ``waits`` counts (what, file:line of the package) since `restart`.
+    ``waits`` counts (what, file:line of the package) since `restart`, and ``beside`` the bytes
+    copied to it on another stream than the one that computes.
     """
 
     waits: ClassVar[Counter[tuple[str, str]]] = Counter()
+    beside: ClassVar[int] = 0
+    streams: ClassVar[int] = 0  # entered
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {})
 
     @classmethod
     def restart(cls) -> None:
-        cls.waits = Counter()
+        cls.waits, cls.beside = Counter(), 0
 
     @classmethod
     def wait(cls, what: str) -> None:
@@ -119,8 +122,10 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             Gpu.wait("index from the CPU")
     elif name == "copy_" and isinstance(args[0], Pretender) != isinstance(args[1], Pretender):
         Gpu.wait("copy between devices")
-    elif name == "_to_copy" and others and not (pinned(others[0]) and kwargs.get("non_blocking")):
-        Gpu.wait("copy of pageable memory")
+    elif name == "_to_copy" and others:
+        Gpu.beside += others[0].nbytes if Gpu.streams else 0
+        if not (pinned(others[0]) and kwargs.get("non_blocking")):
+            Gpu.wait("copy of pageable memory")
     elif pretenders and name != "copy_" and any(x.dim() for x in others):
         raise RuntimeError(f"{name}: tensors on cuda:0 and on the CPU")
     known = {id(x.inner): x for x in pretenders}
@@ -156,9 +161,11 @@ class Stream:
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, other: Any) -> None: ...
     def __enter__(self) -> "Stream":
+        Gpu.streams += 1
         return self
 
-    def __exit__(self, *_: Any) -> None: ...
+    def __exit__(self, *_: Any) -> None:
+        Gpu.streams -= 1
 
 
 class Event:

@@ -210,6 +210,36 @@ def test_features_replace_pixels(sets: dict[str, Examples], tokens: Tokens, tmp_
     assert batch.image_features.shape[1:] == (4, 2)
 
 
+@pytest.mark.parametrize("kind", ["pixels", "augmented", "int8", "bf16"])
+def test_a_gpu_is_sent_8_bits_and_computes_the_same(
+    kind: str,
+    sets: dict[str, Examples],
+    tokens: Tokens,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stored(Features):
+        def key(self, path: str, view: int, first: str | None = None) -> str:
+            return Path(path).name
+
+    options: dict[str, Any] = {"augment": kind == "augmented"}
+    if kind in ("int8", "bf16"):
+        names = sorted({Path(n).name for data in sets.values() for e in data for n in e.images})  # type: ignore[attr-defined]
+        store = FeatureStore(tmp_path, kind)  # type: ignore[arg-type]
+        store.write(
+            names, torch.randn(len(names), 4, 6, generator=torch.Generator().manual_seed(0))
+        )
+        store.refresh()
+        options["features"] = Stored(store, digests={})
+    loader = make(sets, tokens, **options)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (sent,) = next(loader.iterate(1))
+    images = sent.image_features if sent.pixel_values is None else sent.pixel_values
+    assert images is not None
+    assert images.element_size() == (2 if kind == "bf16" else 1)
+    assert same(sent.to("cpu"), loader.batch(1))
+
+
 def test_templates_of_one_set(sets: dict[str, Examples], tokens: Tokens) -> None:
     loader = make(sets, tokens, templates={"vqav2": ["{question} Hm:"]})
     batch = loader.batch(0)

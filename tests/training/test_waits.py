@@ -29,14 +29,18 @@ class Steps:
     """Two micro batches a step; ``waits`` are those from one step to the next."""
 
     def __init__(self, config: Any, change: Callable[[Batch, int], Batch]) -> None:
-        self.config, self.change, self.waits = config, change, []
+        self.config, self.change = config, change
+        self.waits, self.beside, self.sent = [], [], []
 
     def iterate(self, step: int) -> Iterator[list[Batch]]:
         while True:
             batches = [tiny_batch(self.config, 2 * step + micro) for micro in range(2)]
             self.waits.append(Gpu.waits)
+            self.beside.append(Gpu.beside)
             Gpu.restart()
-            yield [self.change(replace(batch, **NAMES), step) for batch in batches]
+            batches = [self.change(replace(batch, **NAMES), step) for batch in batches]
+            self.sent.append(sum(t.nbytes for batch in batches for t in batch.tensors.values()))
+            yield batches
             step += 1
 
 
@@ -128,6 +132,7 @@ def test_a_step_waits_for_the_losses_of_the_one_before(
         lines.append(run(tmp_path / device, model, batches, device))
         if device == "cuda:0":  # the first step has none before it
             assert [what for what, _ in batches.waits[-1].elements()] == ["event"], batches.waits
+            assert batches.beside[1:] == batches.sent[:-1], "batches travel on their own stream"
     for name in ("loss", "grad_norm"):
         assert math.isclose(lines[0][name], lines[1][name], rel_tol=1e-4), name
 

@@ -89,11 +89,14 @@ class Sample:
 
     ``image_places`` [F] are the numbers of prompt ids in front of each image, ascending; empty
     means that all images are in front of the prompt.
+
+    ``scales`` [F] goes with images in 8 bits, see ``Batch.scale``.
     """
 
     image_keys: tuple[str, ...]
     pixels: tuple[Tensor, ...] | None = None
     features: tuple[Tensor, ...] | None = None
+    scales: tuple[Tensor, ...] | None = None
     qformer_ids: list[int] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
     response_ids: list[int] = field(default_factory=list)
@@ -111,6 +114,9 @@ class Batch:
     fewer than F images has -1 behind them, where the language model reads nothing.
     ``image_places`` [B, F] says how many ids of the prompt come before each of them; None where
     all images of the batch are in front.
+    With ``scale`` images are in 8 bits until `to`, so that fewer bytes travel to a GPU: pixels are
+    uint8 levels, with their values [3, 256] by channel, or features int8, with a factor [N, P] for
+    each token.
     ``datasets`` and ``ids`` name the samples for logs and errors; the model never reads them.
 
     A batch to draw has ``target_values`` [B, 3, G, G] in [-1, 1], the images that are asked for.
@@ -129,6 +135,7 @@ class Batch:
     image_features: Tensor | None = None  # float [N, P, V]
     target_values: Tensor | None = None  # float [B, 3, G, G]
     image_places: Tensor | None = None  # int64 [B, F]
+    scale: Tensor | None = None  # float [3, 256] or [N, P]
     kept: "Batch | None" = None  # what `to` leaves on the CPU: see `host`
     datasets: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
@@ -137,12 +144,24 @@ class Batch:
         return self.image_index.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        """The same batch with every tensor on ``device``; ``host`` stays where it is."""
-        moved = self._map(lambda tensor: send(tensor, device, non_blocking))
+        """The same batch with every tensor on ``device``, where images in 8 bits become floats;
+        ``host`` stays where it is."""
+        moved = self._map(lambda tensor: send(tensor, device, non_blocking))._in_floats()
         if torch.device(device).type == "cpu":
             return replace(moved, kept=None)
-        no_images = dict.fromkeys(("pixel_values", "image_features", "target_values"))
+        no_images = dict.fromkeys(("pixel_values", "image_features", "target_values", "scale"))
         return replace(moved, kept=replace(self.host, **no_images))
+
+    def _in_floats(self) -> "Batch":
+        scale, pixels, features = self.scale, self.pixel_values, self.image_features
+        if scale is None:
+            return self
+        if features is not None:
+            features = (features * scale[:, :, None]).to(torch.bfloat16)
+        if pixels is not None:
+            first = torch.arange(0, scale.numel(), scale.shape[1], device=scale.device)
+            pixels = scale.take(pixels.long() + first[:, None, None])
+        return replace(self, pixel_values=pixels, image_features=features, scale=None)
 
     @property
     def host(self) -> "Batch":

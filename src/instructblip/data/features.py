@@ -115,15 +115,20 @@ class FeatureStore:
 
     def read(self, key: str) -> Float[Tensor, "P V"]:
         """The features of one key, in fp32 or bf16; those stored in int8 as bf16."""
+        features, scale = self.stored(key)
+        return features if scale is None else (features * scale[:, None]).to(torch.bfloat16)
+
+    def stored(
+        self, key: str
+    ) -> tuple[Float[Tensor, "P V"] | Int8[Tensor, "P V"], Float[Tensor, " P"] | None]:
+        """The features of one key as they are stored; with int8 the factor of each token."""
         shard, row = self._places[key]
         if shard not in self._maps:
             with safe_open(self._shards[shard], "pt") as file:  # maps, does not read
                 scale = file.get_tensor("scale") if "scale" in file.keys() else None  # noqa: SIM118
                 self._maps[shard] = file.get_tensor("features"), scale
         features, scale = self._maps[shard]
-        if scale is None:
-            return features[row]
-        return (features[row] * scale[row, :, None]).to(torch.bfloat16)
+        return features[row], None if scale is None else scale[row]
 
     def write(self, keys: Sequence[str], features: Float[Tensor, "n P V"]) -> None:
         """Writes one shard of n images, whole or not at all; OSError if it cannot be written."""
@@ -159,13 +164,17 @@ class Features:
 
     def __call__(self, path: str, view: int, first: str | None = None) -> Float[Tensor, "P V"]:
         """Features of crop ``view`` of the image at ``path``; ValueError if they are not stored."""
+        return self.store.read(self.key(path, view, first))
+
+    def key(self, path: str, view: int, first: str | None = None) -> str:
+        """The key of these features; ValueError if they are not stored."""
         key = self._key(path, view, first or path)
         if key not in self.store:
             raise ValueError(
                 f"image {path} has no stored features in {self.store.folder}; run "
                 "`instructblip cache RECIPE`"
             )
-        return self.store.read(key)
+        return key
 
     def view(self, seed: int) -> int:
         """The number of the stored crop that a sample with this seed sees."""

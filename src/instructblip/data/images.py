@@ -363,6 +363,11 @@ class ImageTransform:
         left, top = (width - side) // 2, (height - side) // 2
         return left, top, left + side, top + side
 
+    @property
+    def levels(self) -> Float[Tensor, "3 256"]:
+        """What `normalise` makes of each of the 256 pixel values, by channel."""
+        return torch.from_numpy(_normal_values(self.mean, self.std))
+
     def normalise(self, pixels: UInt8[np.ndarray, "S S 3"]) -> Float[Tensor, "3 S S"]:
         """Subtract ``mean`` and divide by ``std``, by a table of the 256 values of each channel."""
         values = _normal_values(self.mean, self.std)

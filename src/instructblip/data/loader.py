@@ -16,6 +16,8 @@ of at most ``tokens_per_micro_batch`` tokens. Neither changes the samples of a s
 import random
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -227,8 +229,15 @@ class Loader:
 
     def iterate(self, step: int = 0, stop: int | None = None) -> Iterator[list[Batch]]:
         """This rank's micro batches, a list for each step from ``step`` up to ``stop`` (excluded;
-        None never ends)."""
-        return iterate_steps(self.step, self.workers, step, stop)
+        None never ends). For a GPU the images are in 8 bits, as ``Batch.to`` reads them."""
+        loader = self
+        if torch.cuda.is_available():
+            loader = copy(self)
+            readers = {
+                id(reader): replace(reader, in_8_bits=True) for reader in self.images.values()
+            }
+            loader.images = {name: readers[id(reader)] for name, reader in self.images.items()}
+        return iterate_steps(loader.step, self.workers, step, stop)
 
 
 def iterate_steps(

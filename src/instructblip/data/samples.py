@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from instructblip.core.batch import Batch, Example, Sample
@@ -52,12 +52,15 @@ class ImageReader:
 
     A cache of ``cache_images_mb`` MiB, empty in a new worker process, keeps images that were read
     recently: resized ones when the transform is fixed, whole ones when it augments.
+
+    ``in_8_bits`` leaves pixels, and features stored in int8, as they are for `Batch.to`.
     """
 
     transform: ImageTransform
     num_frames: int = 4
     cache_images_mb: int = 256
     features: Features | None = None
+    in_8_bits: bool = False
     _cache: "OrderedDict[str, np.ndarray]" = field(
         default_factory=OrderedDict, init=False, repr=False
     )
@@ -72,13 +75,18 @@ class ImageReader:
         """The paths of the images that the model sees of ``Example.images``."""
         return tuple(str(image_root / name) for name in self.select(names))
 
-    def load(self, path: str, rng: random.Random | None, flip: bool) -> Float[Tensor, "3 S S"]:
+    def load(
+        self, path: str, rng: random.Random | None, flip: bool
+    ) -> Float[Tensor, "3 S S"] | UInt8[Tensor, "3 S S"]:
         """The image at ``path``, transformed; ``rng`` and ``flip`` matter when that augments."""
         transform = self.transform
         if transform.is_random:
             whole = self._cached(path, lambda: np.asarray(transform.read(path)))
-            return transform(whole, rng, flip)
-        pixels = self._cached(path, lambda: transform.resize(transform.read(path)))
+            pixels = transform.resize(whole, rng, flip)
+        else:
+            pixels = self._cached(path, lambda: transform.resize(transform.read(path)))
+        if self.in_8_bits:
+            return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
         return transform.normalise(pixels)
 
     def _cached(self, path: str, read: Callable[[], np.ndarray]) -> np.ndarray:
@@ -113,18 +121,23 @@ def make_sample(
     text with more image marks than the example has images.
     """
     paths = images.paths(example.images, image_root)  # F of them
-    pixels = features = None
+    pixels = features = scales = None
     try:
         texts = tokens.tokenize(rendered, len(example.images))
         if images.features is not None:
             view = images.features.view(seed)
-            features = tuple(images.features(path, view, paths[0]) for path in paths)  # F x [P, V]
+            if images.in_8_bits and images.features.store.kind == "int8":
+                stored = [images.features.key(path, view, paths[0]) for path in paths]
+                features, scales = zip(*map(images.features.store.stored, stored), strict=True)
+            else:
+                features = tuple(images.features(path, view, paths[0]) for path in paths)
             keys = tuple(f"{path}@{paths[0]}#{view}" for path in paths)
         else:
             flip = may_flip(example, rendered)
             pixels = tuple(  # F x [3, S, S]; every frame draws the same crop from the seed
                 images.load(path, random.Random(seed), flip) for path in paths
             )
+            scales = (images.transform.levels,) * len(paths) if images.in_8_bits else None
             # Two crops of one image are different images for the encoder.
             random_pixels = images.transform.is_random
             keys = tuple(f"{path}#{seed}" for path in paths) if random_pixels else paths
@@ -134,6 +147,7 @@ def make_sample(
         image_keys=keys,
         pixels=pixels,
         features=features,
+        scales=scales,
         qformer_ids=texts.qformer_ids,
         prompt_ids=texts.prompt_ids,
         response_ids=texts.response_ids,
@@ -159,6 +173,7 @@ def collate(samples: list[Sample]) -> Batch:
     num_frames = max(len(sample.image_keys) for sample in samples)  # F
     places: dict[str, int] = {}  # image key -> its place among the N distinct images
     images: list[Tensor] = []
+    scales: list[Tensor] = []
     image_index = []
     for sample in samples:
         frames = sample.features if sample.features is not None else sample.pixels
@@ -173,12 +188,16 @@ def collate(samples: list[Sample]) -> Batch:
             raise ValueError(
                 f"{name}: no image, others in the batch have {num_frames}; expected at least one"
             )
-        for key, image in zip(sample.image_keys, frames, strict=True):
+        for i, (key, image) in enumerate(zip(sample.image_keys, frames, strict=True)):
             if key not in places:
                 places[key] = len(images)
                 images.append(image)
+                scales += () if sample.scales is None else (sample.scales[i],)
         image_index.append([places[key] for key in sample.image_keys] + [-1] * (num_frames - count))
     stacked = torch.stack(images)  # [N, 3, S, S] or [N, P, V]
+    scale = None
+    if scales:
+        scale = torch.stack(scales) if stored[0] else scales[0]  # [N, P], or the model's [3, 256]
     image_places = None
     if any(sample.image_places for sample in samples):
         empty = (0,) * num_frames
@@ -198,6 +217,7 @@ def collate(samples: list[Sample]) -> Batch:
         pixel_values=None if stored[0] else stacked,
         image_features=stacked if stored[0] else None,
         image_places=image_places,
+        scale=scale,
         datasets=tuple(sample.dataset for sample in samples),
         ids=tuple(sample.id for sample in samples),
     )
