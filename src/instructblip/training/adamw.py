@@ -48,7 +48,7 @@ class AdamW(torch.optim.AdamW):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, params: Any, tables: Iterable[nn.Parameter] = (), **settings: Any) -> None:
+    def __init__(self, params: Any, tables: Iterable[Tensor] = (), **settings: Any) -> None:
         super().__init__(params, **settings)
         self.tables = set(tables)
 

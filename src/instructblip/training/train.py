@@ -334,15 +334,14 @@ def update(
     values = torch.cat([*sample_losses, *singles])
     num_bad = distributed.all_reduce_sum((~values.isfinite()).any().float())
     values = torch.cat([values, num_bad.reshape(1)])
-    arrived, late = None, values.device.type == "cuda" and isinstance(optimizer, AdamW)
-    if late:
+    arrived = None
+    if values.device.type == "cuda" and isinstance(optimizer, AdamW):
+        optimizer.skip(num_bad)
         values, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
         arrived.record()
     hosts, names = [batch.host for batch in micro_batches], [list(each) for each in terms]
     outcome = Outcome(step, hosts, names, values, arrived)
-    if late:
-        optimizer.skip(num_bad)
-    else:
+    if arrived is None:
         outcome.check(files)
 
     with part("optimiser"):
