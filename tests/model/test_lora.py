@@ -30,7 +30,7 @@ from instructblip.model.trainable import part_of
 from instructblip.recipe.load import load_recipe
 from instructblip.release.export import export_model
 from tests.model.test_activations import gradients
-from tests.model.test_language import tiny_model
+from tests.model.test_language import single, tiny_model
 from tests.parity.tiny import tiny_batch, tiny_transformers, transformers_inputs
 
 
@@ -230,6 +230,17 @@ def test_the_qformer_stays_as_it_was_beside_its_adapter(tmp_path: Path):
         shape_language(model, recipe, ("query_tokens",))
     with pytest.raises(ValueError, match=r"no adapter qformer_lora.*model.qformer_lora=\{\}"):
         tiny_model("llama").set_trainable(("qformer_lora",))
+
+
+@pytest.mark.parametrize("target", ["key", "value"])
+def test_an_adapter_reads_images_of_one_sample_as_it_reads_those_of_several(target: str):
+    """Cross-attention has a faster form for images that no samples share."""
+    model = tiny_model("llama")
+    config = LoraConfig(rank=2, targets=(rf"crossattention\.attention\.{target}",))
+    with_adapter(model.adapted["qformer_lora"], config)
+    batch = tiny_batch(model.config)
+    alone = model.loss(single(batch, 0)).sample_losses[0]
+    torch.testing.assert_close(model.loss(batch).sample_losses[0], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_a_lavis_file_has_the_qformer_with_its_adapter_merged(tmp_path: Path):
