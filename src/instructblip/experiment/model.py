@@ -8,6 +8,7 @@ from torch import nn
 
 from instructblip.core import distributed
 from instructblip.model.checkpoints.directory import read_config
+from instructblip.model.compiled import why_not_compiled
 from instructblip.model.config import InstructBlipConfig, LoraConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import checkpoint_layers, stacks_of
@@ -38,12 +39,31 @@ def load_model(recipe: Recipe, trainable: Sequence[str] | None = None) -> Instru
         text_branch=recipe.model.text_branch,
         image_size=recipe.model.image_size,
     )
+    if compiles(recipe.training):
+        model.compile_layers()
     shape_language(model, recipe, trainable)
     frozen, compute = training_dtypes(recipe.training)
     model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=compute)
     if recipe.training.parallel == "fsdp2":
         shard_language(model, distributed.resolve_device(recipe.training.device))
     return model
+
+
+def compiles(training: TrainingConfig) -> bool:
+    """Whether layers are compiled. Where ``auto`` would and torch.compile does not work, it prints
+    why; ``on`` raises ValueError then."""
+    device = distributed.resolve_device(training.device)
+    if training.compile == "off" or (training.compile == "auto" and device.type != "cuda"):
+        return False
+    reason = why_not_compiled(device)
+    if reason is not None and training.compile == "on":
+        raise ValueError(
+            f"training.compile=on: torch.compile does not work on {device} ({reason}): install "
+            "a C++ compiler such as g++, for a GPU Triton as well, or set training.compile=auto"
+        )
+    if reason is not None and distributed.is_main():
+        print(f"layers are not compiled, torch.compile does not work on {device}: {reason}")
+    return reason is None
 
 
 def training_dtypes(training: TrainingConfig) -> tuple[torch.dtype | None, torch.dtype | None]:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from instructblip.core.batch import send
+from instructblip.model.compiled import compiled
 from instructblip.model.config import EncoderConfig
 from instructblip.model.qformer import MultiHeadAttention, QFormer, QFormerLayer, attention_mask
 from instructblip.model.vision import ImageEncoder, VisionLayer, VisionMLP, VisionModel
@@ -48,11 +49,16 @@ def encode_frozen(
 
 def _encode(vision: VisionModel, pixel_values: Float[Tensor, "n 3 S S"]) -> Float[Tensor, "n P V"]:
     hidden = vision.embed(pixel_values)
+    run = compiled(_encode_layer) if vision.compiled else _encode_layer
     for layer in vision.encoder.layers:
         assert isinstance(layer, VisionLayer)
-        hidden.add_(layer.self_attn(layer.layer_norm1(hidden)))
-        hidden.add_(_feed_forward(layer.mlp, layer.layer_norm2(hidden)))
+        hidden = run(layer, hidden)
     return hidden
+
+
+def _encode_layer(layer: VisionLayer, hidden: Float[Tensor, "n P V"]) -> Float[Tensor, "n P V"]:
+    hidden.add_(layer.self_attn(layer.layer_norm1(hidden)))
+    return hidden.add_(_feed_forward(layer.mlp, layer.layer_norm2(hidden)))
 
 
 def _feed_forward(mlp: VisionMLP, hidden: Float[Tensor, "n P V"]) -> Float[Tensor, "n P V"]:
@@ -110,13 +116,12 @@ def cross_attend(
     adapted = any("lora" in x._modules for x in (attention.key, attention.value))
     if index is not None or half or count >= width or adapted:
         return attention(hidden, states, None, index)
-    dropout = attention.dropout if attention.training else 0.0
     key, value = (x.weight.unflatten(0, (heads, -1)) for x in (attention.key, attention.value))
     query = attention.query(hidden).unflatten(2, (heads, -1)) * width**-0.5
     query = query.permute(2, 0, 1, 3).flatten(1, 2)  # [heads, M*Q, D/heads]
     query = (query @ key).unflatten(1, (-1, count)).transpose(0, 1)  # [M, heads, Q, W]
     scores = query.flatten(1, 2) @ states.transpose(1, 2)  # [M, heads*Q, Y]
-    weights = F.dropout(scores.softmax(-1), dropout, dropout > 0)
+    weights = F.dropout(scores.softmax(-1), attention.dropout, attention.training)
     context = (weights @ states).unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
     context = (context @ value.mT).unflatten(1, (-1, count))  # [heads, M, Q, D/heads]
     # The bias of the values counts as often as the weights sum up to: once, but for dropout. The
@@ -173,6 +178,9 @@ class PackedQFormer(QFormer):
     (benchmarks/padding.py). States of padding are those of any token.
     """
 
+    compiled = False
+    """Whether layers run compiled where gradients are computed."""
+
     def hidden_states(
         self,
         query_embeds: Float[Tensor, "M Q D"] | None,
@@ -191,10 +199,11 @@ class PackedQFormer(QFormer):
         rows = Rows.of(hidden, count, qformer_mask)
         tokens = rows.pack(hidden)  # [n, D]
         last = len(self.encoder.layer) - 1
+        run = compiled(_run_layer) if self.compiled and torch.is_grad_enabled() else _run_layer
         for depth, layer in enumerate(self.encoder.layer):
             assert isinstance(layer, QFormerLayer)
             keep = keep_text or depth < last
-            tokens = _run_layer(layer, tokens, rows, mask, image_features, image_index, keep)
+            tokens = run(layer, tokens, rows, mask, image_features, image_index, keep)
         states = rows.unpack(tokens) if keep_text else tokens.unflatten(0, (len(hidden), -1))
         queries = None if query_embeds is None else states[:, :count]
         return queries, states[:, count:]

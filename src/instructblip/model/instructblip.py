@@ -20,12 +20,19 @@ from torch.func import functional_call
 from instructblip.core.batch import Batch, LossOutput, send
 from instructblip.core.regions import part
 from instructblip.model.checkpoints.transformers import Pretrained
+from instructblip.model.compiled import compile_forward
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.encoders import build_vision
 from instructblip.model.fast import PackedQFormer, encode_frozen, fold_norm
-from instructblip.model.language.adapters import Language, build_language_model, language_of
+from instructblip.model.language.adapters import (
+    Language,
+    build_language_model,
+    language_of,
+    stacks_of,
+)
 from instructblip.model.lora import lora_layers
 from instructblip.model.trainable import ALIASES, PARTS, eval_frozen, is_trainable, part_of
+from instructblip.model.vision import VisionLayer
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """Stored generation settings that take effect at once; the others are for whoever decodes."""
@@ -229,6 +236,15 @@ class InstructBlip(Pretrained):
                         if not parameter.requires_grad:  # an adapter may
                             parameter.data = parameter.data.to(frozen_dtype)
         self.compute_dtype = compute_dtype
+        return self
+
+    def compile_layers(self) -> "InstructBlip":
+        """Compile the layers of image encoder, Q-Former and language model in their first step
+        (`model.compiled`). Parameters keep their names."""
+        self.vision_model.compiled = self.qformer.compiled = True
+        layers = [layer for _, layers in stacks_of(self.language_model) for layer in layers]
+        for layer in (*layers, *(m for m in self.modules() if isinstance(m, VisionLayer))):
+            compile_forward(layer)
         return self
 
     def language_precision(self) -> contextlib.AbstractContextManager:

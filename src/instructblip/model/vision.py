@@ -125,6 +125,8 @@ class ImageEncoder(nn.Module):
     config: VisionConfig | EncoderConfig
     encoder: nn.Module
     post_layernorm: nn.LayerNorm
+    compiled = False
+    """Whether the layers of a frozen `VisionModel` run compiled (``fast.encode_frozen``)."""
 
     @property
     def tower(self) -> list[nn.Module]:

@@ -61,6 +61,7 @@ def one_by_one(states: Tensor) -> bool:
     return states.device.type in ONE_BY_ONE
 
 
+@torch.compiler.disable
 def attend(
     module: torch.nn.Module,
     query: Float[Tensor, "B H X d"],
