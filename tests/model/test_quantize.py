@@ -1,6 +1,7 @@
 """Frozen weights in 8 or 4 bits: their error, their gradients, and checkpoints without codes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,14 @@ from torch import nn
 
 from instructblip.experiment.memory import saved_bytes
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.language.quantize import NF4, Kind, QuantizedLinear, quantize_linears
+from instructblip.model.language.quantize import (
+    NF4,
+    QuantizedLinear,
+    quantize_linears,
+    quantized_bytes,
+)
 from instructblip.model.lora import lora_layers
+from instructblip.model.placement import Kind
 from tests.model.test_activations import gradients
 from tests.model.test_language import tiny_model
 from tests.model.test_lora import adapted
@@ -34,6 +41,28 @@ def test_codes_approximate_the_weights(kind: Kind):
     assert torch.equal(again.dequantized(torch.float32), weight)
     numbers = layer.codes.numel() + 4 * layer.scale.numel()
     assert numbers < linear.weight.numel() * (0.6 if kind == "nf4" else 1.1)
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_layers_hold_codes_and_scales_alone(kind: Kind):
+    """And what nf4 looks up. The size is known before the weights are quantized."""
+    linear = nn.Linear(100, 50, bias=False).requires_grad_(False)
+    layer = QuantizedLinear(linear, kind)
+    held = sum(buffer.nbytes for buffer in layer.buffers())
+    table = 256 * 2 * 4 if kind == "nf4" else 0
+    assert held == quantized_bytes(linear, kind) + table
+
+
+def test_layers_are_quantized_on_their_device():
+    """One at a time: the codes are on the device that a layer's name gives, and no weight is."""
+    language: Any = tiny_model("llama").requires_grad_(False).language_model
+    other = next(language.model.layers[1].parameters()).device
+    meta = torch.device("meta")
+    quantize_linears(language, "nf4", lambda name: meta if "layers.0." in name else other)
+    for name, module in language.named_modules():
+        if isinstance(module, QuantizedLinear):
+            assert module.codes.is_meta == module.scale.is_meta == ("layers.0." in name)
+    assert not language.get_output_embeddings().weight.is_meta
 
 
 def test_levels_are_the_quantiles_of_a_normal_distribution():

@@ -29,6 +29,7 @@ from instructblip.evaluation.benchmarks import BENCHMARKS, GROUPS, Benchmark
 from instructblip.evaluation.scoring import ALIASES, NEEDS_CANDIDATES, scorer_of
 from instructblip.model.config import LoraConfig
 from instructblip.model.decoding import check_overrides
+from instructblip.model.placement import Kind
 from instructblip.text_to_image.config import ConditionerConfig, DiffusersConfig, NativeConfig
 from instructblip.training.config import TrainingConfig
 
@@ -81,7 +82,7 @@ class ModelConfig(_Section):
     qformer_lora: LoraConfig | None = None
     """An adapter beside the frozen Q-Former and projection, trained as the part ``qformer_lora``;
     null for none. Targets by default: ``query`` and ``value`` of each attention."""
-    quantize: Literal["int8", "fp8", "nf4"] | None = None
+    quantize: Kind | None = None
     """Frozen weights of the language model in 8 or 4 bits; null for the run's own type."""
 
 

@@ -5,14 +5,15 @@ keeps only the codes. No custom kernel is involved: it runs wherever PyTorch run
 memory but no time.
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Kind = Literal["int8", "fp8", "nf4"]
+from instructblip.model.placement import Kind
 
 BLOCK = 64
 """Consecutive nf4 weights that share a scale."""
@@ -48,16 +49,31 @@ def dequantize(
     kind: Kind,
     shape: tuple[int, int],
     dtype: torch.dtype,
-    levels: Float[Tensor, "16"],
+    pairs: Float[Tensor, "256 2"] | None = None,
 ) -> Float[Tensor, "out in"]:
-    """The weights that `quantize` encoded, rounded to its levels; ``levels`` is ``NF4``, which nf4
-    reads, on the device of the codes."""
+    """The weights that `quantize` encoded, rounded to its levels. nf4 reads ``pairs``, the two
+    levels of each code (`pair_table`), on the device of the codes."""
     if kind == "nf4":
-        pairs = torch.stack([codes >> 4, codes & 15], dim=1).flatten().int()
-        blocks = levels[pairs].view(-1, BLOCK) * scale[:, None]
+        assert pairs is not None
+        blocks = F.embedding(codes.int(), pairs).view(-1, BLOCK) * scale[:, None]
         return blocks.flatten()[: shape[0] * shape[1]].view(shape).to(dtype)
-    stored = torch.int8 if kind == "int8" else torch.float8_e4m3fn
-    return (codes.view(stored).to(scale.dtype) * scale).to(dtype)
+    if kind == "int8":
+        return (codes.view(torch.int8) * scale).to(dtype)
+    return (codes.view(torch.float8_e4m3fn).to(scale.dtype) * scale).to(dtype)
+
+
+def pair_table(device: torch.device) -> Float[Tensor, "256 2"]:
+    """The levels of the two nf4 weights in each byte."""
+    levels = torch.tensor(NF4, device=device)
+    return torch.cartesian_prod(levels, levels)
+
+
+def quantized_bytes(linear: nn.Linear, kind: Kind) -> int:
+    """Bytes of codes and scales of a layer's weight."""
+    blocks = -(-linear.weight.numel() // BLOCK)
+    if kind == "nf4":
+        return blocks * (BLOCK // 2 + 4)
+    return linear.weight.numel() + 4 * linear.out_features
 
 
 class _Product(torch.autograd.Function):
@@ -78,19 +94,22 @@ class QuantizedLinear(nn.Module):
 
     codes: Tensor
     scale: Tensor
-    levels: Tensor
+    pairs: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, linear: nn.Linear, kind: Kind) -> None:
+    def __init__(
+        self, linear: nn.Linear, kind: Kind, device: torch.device | None = None
+    ) -> None:
         super().__init__()
         self.kind: Kind = kind
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        codes, scale = quantize(linear.weight, kind)
+        codes, scale = quantize(linear.weight.detach().to(device or linear.weight.device), kind)
         # Not in the state dict: a checkpoint contains the original weights.
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
-        levels = torch.tensor(NF4, device=codes.device)  # a copy for each product would wait
-        self.register_buffer("levels", levels, persistent=False)
+        # A copy for each product would wait for the device.
+        pairs = pair_table(codes.device) if kind == "nf4" else None
+        self.register_buffer("pairs", pairs, persistent=False)
         self.bias = linear.bias
 
     @property
@@ -100,7 +119,7 @@ class QuantizedLinear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         shape = (self.out_features, self.in_features)
-        return dequantize(self.codes, self.scale, self.kind, shape, dtype, self.levels)
+        return dequantize(self.codes, self.scale, self.kind, shape, dtype, self.pairs)
 
     def forward(self, inputs: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         if torch.is_autocast_enabled(inputs.device.type):
@@ -109,14 +128,19 @@ class QuantizedLinear(nn.Module):
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
-def quantize_linears(model: Any, kind: Kind) -> None:
+def quantize_linears(
+    model: Any, kind: Kind, device_of: Callable[[str], torch.device] | None = None
+) -> None:
     """Quantize every linear layer of a language model except its head; LoRA adapters stay.
+
+    ``device_of`` gives the device on which a layer, by its name, is quantized and its codes stay:
+    only one weight in full precision is there at a time. None: where the weight is.
 
     Raises ValueError if one of the layers is trainable, or if there is none.
     """
     head = model.get_output_embeddings()
     linears = [
-        (name, parent, child, layer)
+        (f"{name}.{child}" if name else child, parent, child, layer)
         for name, parent in model.named_modules()
         for child, layer in parent.named_children()
         if isinstance(layer, nn.Linear) and layer is not head
@@ -126,13 +150,14 @@ def quantize_linears(model: Any, kind: Kind) -> None:
             f"model.quantize={kind}: a {model.config.model_type} has no linear layers to "
             "quantize; remove the key"
         )
-    for name, parent, child, layer in linears:
+    while linears:  # a weight is freed as soon as its codes are there
+        name, parent, child, layer = linears.pop(0)
         if layer.weight.requires_grad:
             raise ValueError(
-                f"model.quantize={kind} needs a frozen language model, and {name}.{child} "
+                f"model.quantize={kind} needs a frozen language model, and {name} "
                 "trains: remove language_model from training.trainable, or add model.lora"
             )
-        quantized = QuantizedLinear(layer, kind)
+        quantized = QuantizedLinear(layer, kind, device_of(name) if device_of else None)
         if "lora" in layer._modules:  # the adapter, and the hook that applies it
             quantized.lora, quantized._forward_hooks = layer.lora, layer._forward_hooks
         setattr(parent, child, quantized)
