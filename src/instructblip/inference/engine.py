@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.core.batch import Batch, Example, Sample
-from instructblip.core.distributed import resolve_device
 from instructblip.data.images import ImageTransform, Window, to_rgb
 from instructblip.data.samples import ImageReader, collate, make_sample
 from instructblip.data.templates import Rendered, warn_of_other_templates
@@ -40,6 +39,8 @@ from instructblip.model.inference import cross_attention, generate_responses, ra
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.generate import OnTokens
 from instructblip.model.language.ranking import Normalization
+from instructblip.model.placement import Kind, check_placement
+from instructblip.model.spread import place
 
 if TYPE_CHECKING:
     from instructblip.text_to_image.sample import Painter
@@ -97,12 +98,15 @@ class Engine:
         decoding: Mapping[str, Any] | None = None,
         num_frames: int = 4,
         window: Window = "auto",
+        devices: str = "auto",
+        quantize: Kind | None = None,
         **limits: int,
     ) -> "Engine":
         """Load a model or run directory, "starter" or "small", with its tokenizers and settings.
 
         Args:
-            device: "auto" takes a GPU if there is one.
+            device: where the model runs; "auto" is the first of ``devices``, or a GPU if there is
+                one.
             dtype: type of image encoder and language model; None is fp32 on a CPU and bf16 on a
                 GPU. The Q-Former is always fp32.
             instruction_aware: whether the Q-Former reads the instruction; None as the model was
@@ -111,19 +115,23 @@ class Engine:
             num_frames: frames of a video that evaluation reads.
             window: of images with more than 8 bits; "auto" takes the one that the model was trained
                 with, if its directory names one.
+            devices: where the layers of the language model are; "auto", several with commas, or
+                "disk" (``Placement``).
+            quantize: weights of the language model in 8 or 4 bits: "int8", "fp8" or "nf4".
             limits: ``max_instruction``, ``max_prompt`` and ``max_response`` of ``Tokens``.
         """
         directory = model_directory(path)
         warn_of_other_templates(directory)
-        model = InstructBlip.from_pretrained(directory, instruction_aware=instruction_aware)
+        placement = check_placement(devices, quantize)
+        model = InstructBlip.from_pretrained(
+            directory, instruction_aware=instruction_aware, as_stored=True
+        )
         try:
             stored = PAPER.override(**stored_overrides(model.generation_settings))
         except ValueError as error:
             raise ValueError(f"{directory / 'generation_config.json'}: {error}") from None
-        place = resolve_device(device)
-        dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
-        model.requires_grad_(False)
-        model.to_training_dtypes(frozen_dtype=dtype).to(place).eval()
+        settings = stored.override(**(decoding or {}))
+        place(model, placement, device, dtype, settings)
         transform = ImageTransform.from_pretrained(directory)
         if window != "auto":
             transform = replace(transform, window=window)
@@ -131,8 +139,8 @@ class Engine:
             model,
             Tokens.from_pretrained(directory, **limits),
             ImageReader(transform, num_frames),
-            stored.override(**(decoding or {})),
-            fingerprint(directory, model.config.instruction_aware, window),
+            settings,
+            fingerprint(directory, model.config.instruction_aware, window, quantize),
             batch_size,
         )
 
@@ -280,8 +288,11 @@ class Engine:
             raise ValueError("a model that was not loaded from a directory has no decoder")
         shared = self.model if self.model.config.instruction_aware else None
         drawing = from_pretrained(self.model.assets, shared).requires_grad_(False)
+        for part in drawing.children():
+            if part is not shared:  # whose language model may be on several devices
+                part.to(self.device)
         tokens = Tokens.from_pretrained(self.model.assets)
-        return Painter(drawing.to(self.device), tokens, self.images.transform)
+        return Painter(drawing, tokens, self.images.transform)
 
     def answer_examples(
         self,

@@ -6,6 +6,7 @@ from pathlib import Path
 from instructblip.data.chat_format import CHAT_FILE
 from instructblip.data.images import PREPROCESSORS, Window
 from instructblip.model.checkpoints.weights import CHANGED_FILE, START_FILE, WEIGHT_FILES, read_json
+from instructblip.model.placement import Kind
 
 _HASH_WHOLE = 1 << 28
 """Weights up to this many bytes are hashed whole; of larger ones the size and ``_SAMPLES``
@@ -13,10 +14,18 @@ evenly spaced pieces of ``_PIECE`` bytes, the first and the last included."""
 _SAMPLES, _PIECE = 256, 1 << 16
 
 
-def fingerprint(directory: Path, instruction_aware: bool, window: Window = "auto") -> str:
+def fingerprint(
+    directory: Path,
+    instruction_aware: bool,
+    window: Window = "auto",
+    quantize: Kind | None = None,
+) -> str:
     """Hash of a model directory: its config, weights, tokenizers, image transform and decoding
-    settings, whether its Q-Former reads the instruction, and a ``window`` above the stored one."""
+    settings, whether its Q-Former reads the instruction, a ``window`` above the stored one, and
+    whether the language model is quantized."""
     digest = hashlib.sha256(b"aware" if instruction_aware else b"plain")
+    if quantize is not None:
+        digest.update(quantize.encode())
     if window != "auto":
         digest.update(repr(window).encode())
     files = [directory / "config.json", *(directory / name for name in WEIGHT_FILES)]

@@ -218,6 +218,11 @@ class InstructBlip(Pretrained):
                 adapter.train(adapter.A.requires_grad)
         return self
 
+    @property
+    def big_parts(self) -> list[nn.Module]:
+        """Image encoder and language model, which may be in half precision; the rest is fp32."""
+        return [*self.vision_model.tower, self.language_model]
+
     def to_training_dtypes(
         self, frozen_dtype: torch.dtype | None = None, compute_dtype: torch.dtype | None = None
     ) -> "InstructBlip":
@@ -230,7 +235,7 @@ class InstructBlip(Pretrained):
         if any(p.dtype != torch.float32 for p in self.parameters()):  # fake tensors cannot convert
             self.float()
         if frozen_dtype is not None:
-            for part in (*self.vision_model.tower, self.language_model):
+            for part in self.big_parts:
                 if not is_trainable(part):
                     for parameter in part.parameters():
                         if not parameter.requires_grad:  # an adapter may

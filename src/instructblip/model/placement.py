@@ -90,7 +90,8 @@ def spread_layers(fixed: int, layers: Sequence[int], rooms: Sequence[int]) -> li
     places: list[int] = []
     for share in range(1, 21):
         left = [room * share // 20 for room in rooms]
-        left[0] -= fixed
+        if left:
+            left[0] -= fixed
         places, device = [], 0
         for size in layers:
             while device < len(rooms) and left[device] < size:

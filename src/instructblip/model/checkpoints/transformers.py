@@ -23,6 +23,7 @@ from instructblip.model import lora
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.weights import (
     NoRandomWeights,
+    NoStorage,
     read_json,
     read_weights,
     write_changed,
@@ -91,6 +92,7 @@ class Pretrained(nn.Module):
         instruction_aware: bool | None = None,
         text_branch: str | Path | None = None,
         image_size: int | None = None,
+        as_stored: bool = False,
     ) -> Model:
         """Load a model in fp32, in eval mode, with the default trainable set.
 
@@ -105,6 +107,8 @@ class Pretrained(nn.Module):
                 ``text_branch.safetensors`` in the directory itself; "random" draws a new one.
             image_size: side in pixels; another one than the stored interpolates the position
                 embedding of the image encoder.
+            as_stored: leave the weights in their types and in their files, which are mapped, for
+                `model.spread.place` to take them from there.
 
         Raises:
             FileNotFoundError: there is no such directory, or it holds no model.
@@ -121,7 +125,10 @@ class Pretrained(nn.Module):
         elif not config.instruction_aware:
             weights |= _find_text_branch(directory, text_branch)
         config = _fit_config(config, weights, aware, image_size)
-        with contextlib.nullcontext() if text_branch == "random" else NoRandomWeights():
+        with contextlib.ExitStack() as modes:
+            if text_branch != "random":
+                modes.enter_context(NoRandomWeights())
+                modes.enter_context(NoStorage())
             model: Any = cls(
                 config,
                 assets=directory,
@@ -133,7 +140,7 @@ class Pretrained(nn.Module):
         if image_size is not None and positions in weights:
             num_tokens = config.vision.num_tokens
             weights[positions] = interpolate_positions(weights[positions], num_tokens)
-        load_weights(model, weights, directory)
+        load_weights(model, weights, directory, as_stored)
         for part, root in model.adapted.items():
             if (directory / lora.FOLDERS[part]).is_dir():
                 lora.load_lora(root, directory / lora.FOLDERS[part])
@@ -190,20 +197,23 @@ def by_our_names(values: dict[str, Value]) -> dict[str, Value]:
     return {name: value for name, value in named if not HARMLESS.fullmatch(name)}
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str) -> None:
-    """Copy ``weights`` into ``model``; every tensor of either side must have its counterpart.
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor], where: Path | str, as_stored: bool = False
+) -> None:
+    """Copy ``weights`` into ``model``, or with ``as_stored`` make them its parameters; every tensor
+    of either side must have its counterpart.
 
     Of tied tensors one name is enough. Raises one ValueError that lists all that does not fit.
     """
-    expected = model.state_dict()
+    expected = model.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
     for name, value in expected.items():
-        names.setdefault(value.data_ptr(), []).append(name)
-    given = {value.data_ptr() for name, value in expected.items() if name in weights}
+        names.setdefault(id(value), []).append(name)
+    given = {id(value) for name, value in expected.items() if name in weights}
     problems = [
         f"missing: {name} {_shape(value)}"
         for name, value in expected.items()
-        if name not in weights and value.data_ptr() not in given
+        if name not in weights and id(value) not in given
     ]
     problems += [
         f"unexpected: {name} {_shape(value)}"
@@ -224,7 +234,20 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str
             "Check that config.json and weights belong together and that the download is complete."
         )
     _untie(model, weights, names)
-    model.load_state_dict(weights, strict=False)
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in weights:
+            _fill(value, weights[name], as_stored)
+
+
+@torch.no_grad()
+def _fill(target: Tensor, value: Tensor, as_stored: bool) -> None:
+    """Give ``target`` a value, wherever it is used."""
+    if isinstance(target, nn.Parameter) and (target.is_meta or as_stored):
+        if not as_stored:
+            value = value.to(target.dtype, copy=True, memory_format=torch.contiguous_format)
+        torch.utils.swap_tensors(target, nn.Parameter(value, target.requires_grad))
+    else:
+        target.copy_(value)
 
 
 def _untie(model: Any, weights: dict[str, Tensor], names: dict[int, list[str]]) -> None:

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ class NoRandomWeights(TorchFunctionMode):
         return tensor
 
 
+class NoStorage(TorchFunctionMode):
+    """Builds modules whose large weights, those that layers allocate with ``torch.empty``, are on
+    the meta device: they take no memory until they are loaded."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError, or ValueError naming the file and the line."""
     try:
@@ -67,7 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a model directory or of one weight file, by name, on the CPU. Those of a GGUF
-    file are in fp32.
+    file are in fp32; all others are mapped from their file, and take memory once they are read.
 
     Raises FileNotFoundError when there are none, and ValueError for a file that is damaged, needs
     code to be unpickled, or is an index that points outside the directory.
@@ -195,7 +205,8 @@ def _load(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(file)  # what torch wrote before 1.6 cannot be
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch's unpickler raises anything for bytes that are no pickle

@@ -97,9 +97,7 @@ class QuantizedLinear(nn.Module):
     pairs: Tensor | None
     bias: Tensor | None
 
-    def __init__(
-        self, linear: nn.Linear, kind: Kind, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, linear: nn.Linear, kind: Kind, device: torch.device | None = None) -> None:
         super().__init__()
         self.kind: Kind = kind
         self.in_features, self.out_features = linear.in_features, linear.out_features

@@ -223,7 +223,7 @@ class Forest:
 
 def select_samples(values: Tensor, layout: Layout) -> Tensor:
     """``values`` of the sample of each row; a view where all rows belong to one sample."""
-    sample = layout.sample
+    sample = layout.sample.to(values.device)  # a layer may be on another device
     if layout.of_one_sample:
         return values[sample[:1]].expand(len(sample), *values.shape[1:])
     return values[sample]
