@@ -57,8 +57,9 @@ def test_commands_are_those_of_the_program(
             overrides = given.get("overrides") or [word for word in words if "=" in word]
             if command.__name__ == "tune":  # its recipe has the folder as the set `own`
                 overrides = ["data.sets.own.format=imagefolder", *overrides]
-            if given.get("recipe") or overrides:
-                load_recipe(given.get("recipe") or "scenes", overrides)
+            recipe = None if given.get("answer") else given.get("recipe")  # else it is a model
+            if recipe or overrides:
+                load_recipe(recipe or "scenes", overrides)
             called.append(command.__name__)
 
         return record

@@ -93,6 +93,26 @@ def test_the_decoding_options_are_those_of_the_model(
     assert "A whole number from 1 to 100; 5 in the paper." in text
 
 
+@pytest.mark.parametrize("command", ["answer", "chat", "look", "serve", "evaluate"])
+def test_the_options_of_the_placement_are_those_of_the_model(
+    command: str, capsys: pytest.CaptureFixture[str]
+):
+    from instructblip.model.placement import Placement
+
+    _, out, _ = call(capsys, command, "--help")
+    text = " ".join(out.split())
+    for name, field in Placement.model_fields.items():
+        assert f"--{name} " in text
+        assert field.description in text  # type: ignore[operator]
+
+
+def test_a_placement_is_checked_before_anything_is_read(capsys: pytest.CaptureFixture[str]):
+    for command in ("answer --image none.png --instruction x", "serve", "evaluate starter"):
+        code, _, err = call(capsys, *command.split(), "--quantize", "int4")
+        assert code == 2
+        assert "quantize must be int8, fp8 or nf4; got 'int4'" in " ".join(err.split())
+
+
 def test_debug_shows_where():
     with pytest.raises(FileNotFoundError):
         cli.main(["--debug", "train", "quikstart"])

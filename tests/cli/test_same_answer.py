@@ -56,6 +56,19 @@ def test_all_three_give_one_answer(
     assert reply.json()["choices"][0]["message"]["content"] == expected
 
 
+def test_a_quantized_model_gives_one_answer(
+    folder: Path, png: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"num_beams": 1, "max_new_tokens": 9, "min_new_tokens": 9}
+    expected = instructblip.load(folder, quantize="nf4").answer(png[0], QUESTION, **settings)
+    assert expected != instructblip.load(folder).answer(png[0], QUESTION, **settings)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    command = ["answer", "--model", str(folder), "--image", str(png[0]), "--instruction", QUESTION]
+    with pytest.raises(SystemExit):
+        cli.main([*command, *options, "--quantize", "nf4"])
+    assert capsys.readouterr().out == expected + "\n"
+
+
 def test_all_three_refuse_the_same(folder: Path, png: list[Path]) -> None:
     engine = instructblip.load(folder, device="cpu")
     command = ["answer", "--image", str(png[0]), "--instruction", QUESTION, "--debug"]

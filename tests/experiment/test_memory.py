@@ -4,23 +4,32 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.peak import tensor_peak
+from instructblip.cli import main as cli
 from instructblip.experiment.datasets import prepare_training
 from instructblip.experiment.memory import (
+    AnswerMemory,
     Memory,
     advise,
     encoder_bytes,
     fit_micro_batches,
+    predict_answer,
     predict_memory,
     saved_bytes,
 )
 from instructblip.experiment.model import shape_language
 from instructblip.model.config import VisionConfig
+from instructblip.model.decoding import GREEDY
+from instructblip.model.inference import generate_responses
 from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language.quantize import QuantizedLinear
+from instructblip.model.placement import Placement
+from instructblip.model.spread import place
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
 from instructblip.training.optim import make_optimizer
@@ -221,3 +230,35 @@ def test_fewer_bits_and_adapters(start: Path):
     assert adapted.frozen == plain.frozen
     with pytest.raises(ValueError, match="add lora to it"):
         predict_memory(recipe_of(start, "model.lora={rank: 2}"))
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "nf4"])
+def test_prediction_is_what_an_answer_needs(start: Path, kind: Any):
+    recipe = recipe_of(start, *([f"evaluation.quantize={kind}"] if kind else []))
+    predicted = predict_answer(recipe, str(start), samples=6)
+    model = InstructBlip.from_pretrained(start, as_stored=True)
+    place(model, Placement(devices="cpu", quantize=kind))
+    codes = [b for m in model.modules() if isinstance(m, QuantizedLinear) for b in m.buffers()]
+    held = sum(t.nbytes for t in (*model.parameters(), *codes))
+    tables = sum(m.pairs.nbytes for m in model.modules() if getattr(m, "pairs", None) is not None)
+    assert predicted.fixed + sum(predicted.layers) == held - tables
+    batch = full_batch(model, 6, (10, 12, 1))
+    first = GREEDY.override(max_new_tokens=1)
+    peak = tensor_peak(lambda: generate_responses(model, batch, decoding=first))
+    assert predicted.passing == pytest.approx(peak, rel=0.25)
+
+
+def test_advice_for_answers(start: Path, capsys: pytest.CaptureFixture[str]):
+    needed = AnswerMemory(fixed=2 << 30, layers=[1 << 30] * 4, cache=1 << 29, passing=1 << 30)
+    assert needed.peak == 9 << 30
+    assert needed.advise(10 << 30, 1, None) == "fits: 9.0 of 10.0 GiB"
+    assert needed.advise(6 << 30, 2, None) == "fits: 4.5, 4.5 of 6.0 GiB"
+    message = "does not fit: 9.0 GiB of 1 x 6.0; set evaluation.quantize=nf4 or more devices, "
+    assert needed.advise(6 << 30, 1, None) == (
+        message + "or 2 of 4 layers are read from disk at each use"
+    )
+    with pytest.raises(SystemExit):
+        cli.main(["memory", str(start), "--answer", "--gigabytes", "1", "training.device=cpu"])
+    out = capsys.readouterr().out
+    assert "layers " in out
+    assert "fits: 0.0 of 1.0 GiB" in out

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import StaticCache
 
 from instructblip.core import distributed
 from instructblip.model import spread
@@ -23,6 +24,7 @@ from instructblip.model.config import InstructBlipConfig
 from instructblip.model.decoding import GREEDY, Decoding
 from instructblip.model.inference import generate_responses, rank_candidates
 from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language import generate
 from instructblip.model.language.quantize import QuantizedLinear
 from instructblip.model.placement import Placement, check_placement, spread_layers
 from instructblip.model.spread import Footprint, language_layers, place
@@ -155,6 +157,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     resolve = distributed.resolve_device
     monkeypatch.setattr(
         distributed, "resolve_device", lambda name: OTHER if name == "cuda:1" else resolve(name)
@@ -180,7 +183,7 @@ def test_layers_on_two_devices_give_the_same_answers(
         placement = Placement(devices="cpu,cuda:1", quantize=quantize)
         model = place(stored(starts / language), placement)
         layers = language_layers(model.language_model).values()
-        on = [{tensor_device(t) for t in layer.parameters()} for layer in layers]
+        on = [{t.device for t in layer.parameters()} for layer in layers]
         assert on == sorted(on, key=lambda devices: OTHER in devices), "each device is passed once"
         assert [CPU] in map(list, on)
         assert [OTHER] in map(list, on)
@@ -189,8 +192,26 @@ def test_layers_on_two_devices_give_the_same_answers(
     assert scores == pytest.approx(expected[1], abs=1e-5)
 
 
-def tensor_device(tensor: Tensor) -> torch.device:
-    return tensor.device
+@pytest.mark.parametrize("language", ["llama", "opt"])
+def test_a_static_cache_gives_the_same_answers(
+    language: str, starts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = InstructBlip.from_pretrained(starts / language)
+    expected = answers(model)
+    made: list[Any] = []
+    create = StaticCache.__init__
+
+    def count(self: Any, *settings: Any, **more: Any) -> None:
+        made.append(self)
+        create(self, *settings, **more)
+
+    monkeypatch.setattr(StaticCache, "__init__", count)
+    assert answers(model) == expected
+    assert not made
+    monkeypatch.setattr(generate, "STATIC_DEVICES", ("cpu",))
+    ids, scores = answers(model)
+    assert len(made) == 1, "greedy answers; beams share their prompt in a cache that grows"
+    assert (ids, scores) == expected
 
 
 @pytest.mark.parametrize(

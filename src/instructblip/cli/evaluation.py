@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from instructblip.cli.options import Benchmarks, Limit, read_recipe, to_dir, to_file
+from instructblip.cli.options import (
+    Benchmarks,
+    Limit,
+    Settings,
+    SettingsCommand,
+    read_recipe,
+    to_dir,
+    to_file,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,7 +26,7 @@ app = typer.Typer()
 TableForm = Literal["table", "markdown", "latex", "json"]
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def evaluate(
     arguments: Annotated[
         list[str],
@@ -32,6 +40,7 @@ def evaluate(
     limit: Limit = None,
     batch_size: Annotated[str | None, Option(help="Samples at a time, or `auto`.")] = None,
     blind: Annotated[bool, Option("--blind", help="Swap the images: the blind control.")] = False,
+    placement: Settings = None,
 ) -> None:
     """Answer benchmarks with a model, sample by sample on disk; an interrupted run resumes there.
 
@@ -45,7 +54,7 @@ def evaluate(
     if len(names) not in (1, 2):
         raise ValueError(f"expected [RECIPE] MODEL [A.B=C]...; got {' '.join(names) or 'no model'}")
     model = names[-1]
-    overrides += _evaluation_overrides(benchmarks, limit, batch_size)
+    overrides += _evaluation_overrides(benchmarks, limit, batch_size, **(placement or {}))
     recipe = read_recipe(names[0] if len(names) == 2 else recipe_of(model), overrides)
     folder = out or Path("out/results") / (Path(model).resolve().name + ("_blind" if blind else ""))
     run(recipe, model, folder, blind_seed=0 if blind else None)
@@ -129,10 +138,10 @@ def report(
 
 
 def _evaluation_overrides(
-    benchmarks: str | None, limit: int | None, batch_size: str | None = None
+    benchmarks: str | None, limit: int | None, batch_size: str | None = None, **placement: str
 ) -> list[str]:
     names = benchmarks and f"[{benchmarks}]"
-    given = {"benchmarks": names, "limit": limit, "batch_size": batch_size}
+    given = {"benchmarks": names, "limit": limit, "batch_size": batch_size, **placement}
     return [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
 
 

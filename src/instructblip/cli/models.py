@@ -9,10 +9,10 @@ import typer
 from typer import Argument, Option
 
 from instructblip.cli.options import (
-    DecodingCommand,
-    DecodingOptions,
     Images,
     Model,
+    Settings,
+    SettingsCommand,
     read_recipe,
     to_file,
 )
@@ -22,7 +22,7 @@ app = typer.Typer()
 ModelForm = Literal["transformers", "lavis"]
 
 
-@app.command(cls=DecodingCommand)
+@app.command(cls=SettingsCommand)
 def answer(
     image: Images = None,
     instruction: Annotated[str | None, Option(help="What to ask.")] = None,
@@ -32,7 +32,8 @@ def answer(
     ),
     txt: Annotated[bool, Option("--txt", help="--batch: also a .txt beside each image.")] = False,
     model: Model = "starter",
-    decoding: DecodingOptions = None,
+    decoding: Settings = None,
+    placement: Settings = None,
 ) -> None:
     """Answer an instruction about an image, or about every image of a folder or a JSONL."""
     if (batch is None) == (image is None):
@@ -52,22 +53,25 @@ def answer(
         requests = read_requests(batch, instruction)
         texts = text_files(requests) if txt else None
         out.parent.mkdir(parents=True, exist_ok=True)  # an error comes before the model is read
-        errors = write_answers(Engine.from_pretrained(model), requests, out, texts, **settings)
+        engine = Engine.from_pretrained(model, **(placement or {}))
+        errors = write_answers(engine, requests, out, texts, **settings)
         failed = f"; {errors} with an error" if errors else ""
         print(f"{len(requests) - errors} answers in {out}{failed}")
         raise typer.Exit(1 if errors else 0)
     images = open_images(image or [])  # a wrong path is reported before the model is read
-    for piece in Engine.from_pretrained(model).stream(images, instruction or "", **settings):
+    engine = Engine.from_pretrained(model, **(placement or {}))
+    for piece in engine.stream(images, instruction or "", **settings):
         print(piece, end="", flush=True)
     print()
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def look(
     image: Annotated[Path, Argument(help="The image.")],
     instructions: Annotated[list[str], Argument(help="One instruction or several.")],
     out: Annotated[Path, to_file("The picture to write: .png, .svg or .pdf.")] = Path("looks.png"),
     model: Model = "starter",
+    placement: Settings = None,
 ) -> None:
     """Draw where the queries look under each instruction, with the answers."""
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -79,26 +83,32 @@ def look(
     images = open_images([image])  # a wrong path is reported before the model is read
     if len(images) > 1:
         raise ValueError(f"{image} is a video; give an image")
-    answers = draw_looks(Engine.from_pretrained(model), images[0], instructions, out)
+    engine = Engine.from_pretrained(model, **(placement or {}))
+    answers = draw_looks(engine, images[0], instructions, out)
     for text, given in zip(instructions, answers, strict=True):
         print(f"{text} -> {given}")
     print(out)
 
 
-@app.command(cls=DecodingCommand)
-def chat(image: Images = None, model: Model = "starter", decoding: DecodingOptions = None) -> None:
+@app.command(cls=SettingsCommand)
+def chat(
+    image: Images = None,
+    model: Model = "starter",
+    decoding: Settings = None,
+    placement: Settings = None,
+) -> None:
     """Ask about images in the terminal, over several turns."""
     from instructblip.inference.chat import Conversation, run_chat
     from instructblip.inference.engine import Engine
     from instructblip.inference.inputs import open_images
 
     conversation = Conversation(open_images(image or []))
-    engine = Engine.from_pretrained(model)
+    engine = Engine.from_pretrained(model, **(placement or {}))
     show = functools.partial(print, end="", flush=True)
     run_chat(engine, conversation, lambda: input("> "), show, **(decoding or {}))
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def serve(
     model: Model = "starter",
     before: Annotated[str | None, Option(help="A BLIP-2 to serve as well, as `blip2`.")] = None,
@@ -112,6 +122,7 @@ def serve(
     max_tokens: Annotated[int, Option(help="Tokens of an answer.")] = 256,
     max_beams: Annotated[int, Option(help="Beams that a request may ask for.")] = 8,
     timeout: Annotated[float, Option(help="Seconds of a request.")] = 60.0,
+    placement: Settings = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions, ranking, metrics and a page."""
     from pydantic import ValidationError
@@ -145,9 +156,10 @@ def serve(
         raise ValueError(f"{error.name} is missing: pip install 'instructblip[serve]'") from error
 
     _check_address(host, port)  # before the model is read
-    engines = {"instructblip": Engine.from_pretrained(model)}
+    places = placement or {}
+    engines = {"instructblip": Engine.from_pretrained(model, **places)}
     if before is not None:
-        engines["blip2"] = Engine.from_pretrained(before, instruction_aware=False)
+        engines["blip2"] = Engine.from_pretrained(before, instruction_aware=False, **places)
     app = create_app(engines, config)
     if page:
         from instructblip.serving.page import PATH, mount_page

@@ -29,8 +29,8 @@ Images = Annotated[
 ]
 Benchmarks = Annotated[str | None, Option(help="Benchmarks or groups, with commas; all if absent.")]
 Limit = Annotated[int | None, Option(help="Samples of each set; all if absent.")]
-DecodingOptions = Annotated[dict[str, Any] | None, Option(parser=str)]
-"""The parameter ``decoding`` of a command that is a `DecodingCommand`."""
+Settings = Annotated[dict[str, Any] | None, Option(parser=str)]
+"""The parameter ``decoding`` or ``placement`` of a command that is a `SettingsCommand`."""
 
 
 def to_dir(help: str) -> Any:
@@ -43,28 +43,37 @@ def to_file(help: str) -> Any:
     return Option(help=help, dir_okay=False)
 
 
-class DecodingCommand(TyperCommand):
-    """A command whose parameter ``decoding`` is filled from one option for each field of
-    ``Decoding``, which is imported only when the command runs or shows its help."""
+class SettingsCommand(TyperCommand):
+    """A command whose parameters ``decoding`` and ``placement``, if it has them, are filled from
+    one option for each field of ``Decoding`` and ``Placement``. These are imported only when the
+    command runs or shows its help."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        *others, help_option = [p for p in super().get_params(ctx) if p.name != "decoding"]
-        return [*others, *_decoding_options(), help_option]
+        *others, help_option = super().get_params(ctx)
+        settings = [p.name for p in others if p.name in _SETTINGS]
+        others = [p for p in others if p.name not in settings]
+        return [*others, *(o for name in settings for o in _options(name)), help_option]
 
     def invoke(self, ctx: Any) -> Any:
         from instructblip.model.decoding import Decoding, check_overrides
+        from instructblip.model.placement import Placement, check_placement
 
-        given = {name: ctx.params.pop(name, None) for name in Decoding.model_fields}
-        ctx.params["decoding"] = check_overrides(given)
+        for name, kind in (("decoding", Decoding), ("placement", Placement)):
+            if name in (p.name for p in super().get_params(ctx)):
+                given = {field: ctx.params.pop(field, None) for field in kind.model_fields}
+                given = {field: value for field, value in given.items() if value is not None}
+                ctx.params[name] = check_overrides(given) if kind is Decoding else given
+                if kind is Placement:
+                    check_placement(**given)
         return super().invoke(ctx)
 
 
-def _decoding_options() -> list[Any]:
-    """The options that typer makes of a function with the fields of ``Decoding`` as parameters."""
+def _options(name: str) -> list[Any]:
+    """The options that typer makes of a function with the fields of a model as parameters."""
 
     def declare() -> None: ...
 
-    declare.__signature__ = inspect.Signature(list(_decoding_parameters()))  # type: ignore
+    declare.__signature__ = inspect.Signature(list(_SETTINGS[name]()))  # type: ignore
     app = typer.Typer(add_completion=False)
     app.command()(declare)
     return typer.main.get_command(app).params
@@ -78,11 +87,22 @@ def _decoding_parameters() -> Iterator[inspect.Parameter]:
             continue
         text = f"{field.description} {allowed_values(name).capitalize()}"
         text += f"; {field.default} in the paper." if name in PAPER.generate_options() else "."
-        kind: Any = field.annotation
-        option = Annotated[kind | None, Option(help=text)]
-        yield inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option
-        )
+        yield _parameter(name, field.annotation, text)
+
+
+def _placement_parameters() -> Iterator[inspect.Parameter]:
+    from instructblip.model.placement import Placement
+
+    for name, field in Placement.model_fields.items():
+        yield _parameter(name, str, field.description or "")
+
+
+def _parameter(name: str, kind: Any, text: str) -> inspect.Parameter:
+    option = Annotated[kind | None, Option(help=text)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
+
+
+_SETTINGS = {"decoding": _decoding_parameters, "placement": _placement_parameters}
 
 
 def read_recipe(recipe: str, overrides: list[str] | None) -> "Recipe":

@@ -274,29 +274,54 @@ def schema() -> None:
 def memory(
     recipe: RecipeName,
     overrides: Overrides = None,
-    devices: Annotated[int, Option(min=1, help="How many devices share a batch.")] = 1,
+    devices: Annotated[
+        int, Option(min=1, help="How many devices share a batch, or with --answer the layers.")
+    ] = 1,
     gigabytes: Annotated[float | None, Option(help="GiB of each; else of the GPU here.")] = None,
+    answer: Annotated[
+        bool, Option("--answer", help="Of a model that answers: give it instead of a recipe.")
+    ] = False,
+    samples: Annotated[int, Option(min=1, help="--answer: samples at a time.")] = 1,
 ) -> None:
     """Predict the memory that a recipe needs on each device, without loading anything."""
     import torch
 
+    from instructblip.experiment.evaluate import recipe_of
     from instructblip.experiment.memory import (
         advise,
         fit_micro_batches,
+        predict_answer,
         predict_memory,
         usable_bytes,
     )
 
-    resolved = read_recipe(recipe, overrides)
+    resolved = read_recipe(recipe_of(recipe) if answer else recipe, overrides)
     available = None if gigabytes is None else int(gigabytes * 2**30)
     if available is None and torch.cuda.is_available():
         available = usable_bytes()
+    if answer:
+        needed = predict_answer(resolved, recipe, samples)
+        sizes = {
+            "fixed": needed.fixed,
+            "layers": sum(needed.layers),
+            "cache": needed.cache * len(needed.layers),
+            "passing": needed.passing,
+            "peak": needed.peak,
+        }
+        _print_sizes(sizes)
+        if available is not None:
+            print(needed.advise(available, devices, resolved.evaluation.quantize))
+        return
     fitted = fit_micro_batches(resolved, devices, available)
     predicted = predict_memory(fitted, devices)
     shares = ("frozen", "trained", "optimizer", "gradients", "activations", "passing", "encoder")
-    for name in (*shares, "peak"):
-        print(f"{name:12} {getattr(predicted, name) / 2**30:9.3f} GiB")
+    _print_sizes({name: getattr(predicted, name) for name in (*shares, "peak")})
     if fitted != resolved:
         print(f"training.tokens_per_micro_batch={fitted.training.tokens_per_micro_batch}")
     if available is not None:
         print(advise(predicted, available, fitted, devices))
+
+
+def _print_sizes(sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        print(f"{name:12} {size / 2**30:9.3f} GiB")

@@ -81,6 +81,11 @@ def load_answerer(
 ) -> Answerer:
     """A saved model that answers ``datasets``, from stored features where they save time."""
     if is_baseline(Path(model)):
+        if recipe.evaluation.quantize is not None:
+            raise ValueError(
+                f"{model} is a model of transformers, which runs as it is: leave out "
+                f"evaluation.quantize={recipe.evaluation.quantize}"
+            )
         device = distributed.resolve_device(recipe.training.device)
         return TransformersModel(Path(model), device, recipe.data.num_frames, recipe.data.window)
     engine = load_engine(recipe, model, instruction_aware)
@@ -90,10 +95,12 @@ def load_answerer(
 
 def load_engine(recipe: Recipe, model: str, instruction_aware: bool | None = None) -> Engine:
     """A saved model on the device and with the lengths and frames of the recipe."""
-    data = recipe.data
+    data, devices, device = recipe.data, recipe.evaluation.devices, recipe.training.device
     return Engine.from_pretrained(
         model,
-        device=distributed.resolve_device(recipe.training.device),
+        device=distributed.resolve_device(device) if devices == "auto" else device,
+        devices=devices,
+        quantize=recipe.evaluation.quantize,
         instruction_aware=instruction_aware,
         num_frames=data.num_frames,
         window=data.window,

@@ -21,6 +21,7 @@ from instructblip.core import distributed
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
 from instructblip.data.sources import VIDEO_SETS
 from instructblip.experiment.model import model_config, shape_language
+from instructblip.model.checkpoints.directory import read_config
 from instructblip.model.checkpoints.weights import NoRandomWeights
 from instructblip.model.config import EncoderConfig
 from instructblip.model.instructblip import InstructBlip
@@ -30,12 +31,11 @@ from instructblip.model.language.fast.head import LOSS_CHUNK, is_frozen_linear
 from instructblip.model.language.fast.packing import Packing
 from instructblip.model.language.fast.probe import abilities_of
 from instructblip.model.language.inputs import Joined
-from instructblip.model.language.quantize import QuantizedLinear
+from instructblip.model.language.quantize import QuantizedLinear, quantize_linears
+from instructblip.model.placement import RESERVED, Kind, spread_layers
+from instructblip.model.spread import Footprint
 from instructblip.recipe.schema import DataConfig, Recipe
 from instructblip.training.adamw import large_tables
-
-RESERVED = 0.07
-"""Share of a GPU's memory that its context, the libraries and fragments take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +86,7 @@ def _predict(recipe: Recipe, world_size: int) -> Memory:
     shape_language(model, recipe)
     model.train()
     half = training.precision == "bf16"
-    on_gpu = training.device.startswith("cuda") or (  # also one that is not here
-        training.device == "auto" and torch.cuda.is_available()
-    )
+    on_gpu = _on_gpu(recipe)
     compute = torch.bfloat16 if half else None
     model.to_training_dtypes(frozen_dtype=compute if on_gpu else None, compute_dtype=compute)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -181,6 +179,78 @@ def usable_bytes(device: torch.device | None = None) -> int:
 def most_frames(data: DataConfig) -> int:
     """The most images or frames of a sample that the model reads."""
     return max(min(_most_images(data, name), data.num_frames) for name in data.sets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerMemory:
+    """Bytes of a model that answers several samples at a time, on all devices together."""
+
+    fixed: int
+    """Weights of everything but the layers of the language model."""
+    layers: list[int]
+    """Weights of each of these layers."""
+    cache: int
+    """Keys and values of one layer, for answers of full length, without copies while they grow."""
+    passing: int
+    """What exists for a moment while images, instruction and prompt are read."""
+
+    @property
+    def peak(self) -> int:
+        return self.fixed + sum(self.layers) + self.cache * len(self.layers) + self.passing
+
+    def advise(self, available: int, devices: int, kind: Kind | None) -> str:
+        """Whether it fits ``devices`` with ``available`` bytes each, as `spread.place` fills them,
+        or what to change."""
+        sizes = [size + self.cache for size in self.layers]
+        places: list[int] = []
+        for count in range(1, devices + 1):
+            places = spread_layers(self.fixed + self.passing, sizes, [available] * count)
+            if count not in places:
+                each = [sum(s for s, at in zip(sizes, places, strict=True) if at == i)
+                        for i in range(count)]  # fmt: skip
+                each[0] += self.fixed + self.passing
+                shown = ", ".join(f"{size / 2**30:.1f}" for size in each)
+                return f"fits: {shown} of {available / 2**30:.1f} GiB"
+        remedy = "" if kind == "nf4" else "evaluation.quantize=nf4 or "
+        return (
+            f"does not fit: {self.peak / 2**30:.1f} GiB of {devices} x {available / 2**30:.1f}; "
+            f"set {remedy}more devices, or {places.count(devices)} of {len(sizes)} layers are "
+            "read from disk at each use"
+        )
+
+
+def predict_answer(recipe: Recipe, model: str, samples: int = 1) -> AnswerMemory:
+    """Memory of ``model`` while it answers ``samples`` at a time, on ``training.device`` and with
+    the lengths and ``evaluation.quantize`` of the recipe.
+
+    Raises FileNotFoundError without a config.json.
+    """
+    kind, data = recipe.evaluation.quantize, recipe.data
+    on_gpu = _on_gpu(recipe)
+    with FakeTensorMode():
+        with NoRandomWeights():
+            built = InstructBlip(read_config(model)).requires_grad_(False).eval()
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        footprint = Footprint.of(built, dtype, kind)
+        if kind is not None:
+            quantize_linears(built.language_model, kind)
+        built.to_training_dtypes(frozen_dtype=dtype)
+        instruction = min(data.max_instruction, built.config.qformer.max_position_embeddings)
+        living = _Living(*built.parameters(), *built.buffers(), copies=not on_gpu)
+        with living, torch.no_grad():
+            walk(built, samples, (instruction, data.max_prompt, 1))
+    return AnswerMemory(
+        fixed=footprint.fixed,
+        layers=footprint.layers,
+        cache=samples * footprint.cache,
+        passing=living.peak,
+    )
+
+
+def _on_gpu(recipe: Recipe) -> bool:
+    """Whether the device is a GPU, also one that is not here."""
+    device = recipe.training.device
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
 def _most_images(data: DataConfig, name: str) -> int:

@@ -41,7 +41,7 @@ def load_model(recipe: Recipe, trainable: Sequence[str] | None = None) -> Instru
     )
     if compiles(recipe.training):
         model.compile_layers()
-    shape_language(model, recipe, trainable)
+    shape_language(model, recipe, trainable, distributed.resolve_device(recipe.training.device))
     frozen, compute = training_dtypes(recipe.training)
     model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=compute)
     if recipe.training.parallel == "fsdp2":
@@ -76,9 +76,13 @@ def training_dtypes(training: TrainingConfig) -> tuple[torch.dtype | None, torch
 
 
 def shape_language(
-    model: InstructBlip, recipe: Recipe, trainable: Sequence[str] | None = None
+    model: InstructBlip,
+    recipe: Recipe,
+    trainable: Sequence[str] | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Apply the recipe to a loaded model: adapter, trainable set, quantization, checkpointing.
+    Codes are computed on ``device`` and stay there.
 
     Raises ValueError for settings that do not go together.
     """
@@ -105,7 +109,8 @@ def shape_language(
                 add_lora(root, adapter)
     model.set_trainable(parts)
     if recipe.model.quantize is not None:
-        quantize_linears(language, recipe.model.quantize)
+        on_device = None if device is None else lambda name: device
+        quantize_linears(language, recipe.model.quantize, on_device)
     if recipe.training.checkpoint_activations:
         checkpoint_layers(language)
 

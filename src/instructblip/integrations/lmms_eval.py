@@ -15,6 +15,7 @@ from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[report
 from instructblip.core.batch import IMAGE_MARK
 from instructblip.inference.engine import Engine
 from instructblip.inference.inputs import ImageInput
+from instructblip.model.placement import Kind
 
 MODEL_ID = "instructblip_engine"
 """Differs from "instructblip", lmms-eval's adapter of transformers' class."""
@@ -32,6 +33,8 @@ class EngineLmms(lmms):
         pretrained: a model or run directory, or "starter".
         batch_size: samples at a time; "auto" is ``max_batch_size``.
         device: "auto", "cpu" or "cuda".
+        devices: where the layers of the language model are (``Placement``), with ``+`` for commas.
+        quantize: "int8", "fp8" or "nf4".
     """
 
     def __init__(
@@ -40,10 +43,18 @@ class EngineLmms(lmms):
         batch_size: int | str = 32,
         device: str = "auto",
         max_batch_size: int | None = None,
+        devices: str = "auto",
+        quantize: Kind | None = None,
     ) -> None:
         super().__init__()
         size = max_batch_size or 32 if batch_size == "auto" else int(batch_size)
-        self.engine = Engine.from_pretrained(pretrained, device=device, batch_size=size)
+        self.engine = Engine.from_pretrained(
+            pretrained,
+            device=device,
+            batch_size=size,
+            devices=devices.replace("+", ","),  # a comma ends an argument of lmms-eval
+            quantize=quantize,
+        )
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """One answer per request; requests with the same settings share batches."""

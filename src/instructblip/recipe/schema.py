@@ -29,7 +29,7 @@ from instructblip.evaluation.benchmarks import BENCHMARKS, GROUPS, Benchmark
 from instructblip.evaluation.scoring import ALIASES, NEEDS_CANDIDATES, scorer_of
 from instructblip.model.config import LoraConfig
 from instructblip.model.decoding import check_overrides
-from instructblip.model.placement import Kind
+from instructblip.model.placement import Devices, Kind, Quantize, check_placement
 from instructblip.text_to_image.config import ConditionerConfig, DiffusersConfig, NativeConfig
 from instructblip.training.config import TrainingConfig
 
@@ -335,6 +335,11 @@ class EvaluationConfig(_Section):
     """Samples of each benchmark, drawn once for all models; null for all."""
     batch_size: PositiveInt | Literal["auto"] = 32
     """Samples answered at a time, or auto; changes speed and memory, not the answers."""
+    devices: Devices = "auto"
+    """Where `evaluate` has the layers of the language model: auto, on ``training.device`` if they
+    fit there; several devices with commas; ``disk`` at the end for layers that do not fit."""
+    quantize: Quantize = None
+    """The language model of `evaluate` in 8 or 4 bits: int8, fp8 or nf4; null for its own type."""
     tokenizer: Literal["python", "ptb_java"] = "python"
     """What cuts captions into words for their scores; ptb_java is the COCO server's."""
     decoding: Annotated[dict[str, int | float | bool], AfterValidator(_decoding)] = Field(
@@ -343,6 +348,11 @@ class EvaluationConfig(_Section):
     """Settings of generation on top of each benchmark's own."""
     prompts: dict[str, str] = Field(default_factory=dict)
     """Benchmark -> prompt, in place of the benchmark's; scores then do not compare."""
+
+    @model_validator(mode="after")
+    def _can_be_placed(self) -> Self:
+        check_placement(self.devices, self.quantize)
+        return self
 
     @property
     def own_benchmarks(self) -> dict[str, Benchmark]:

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria
 
+from instructblip.model.language.fast.attention import packs
+
 # The prompt is passed as embeddings, as in the official code: the penalty applies to the response.
 warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
+
+STATIC_DEVICES = ("cuda",)
+"""Where the cache of a decoder has its full size from the start. A cache that grows is copied for
+each token, three passes over its memory instead of one; on a CPU short answers matter more."""
 
 OnTokens = Callable[[list[int]], Sequence[bool] | None]
 """Receives the newest token of every row at each step, padding after the row's end. Returns which
@@ -48,6 +54,8 @@ def generate(
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if config.pad_token_id is None:
         config.pad_token_id = ends[0] if ends else 0
+    if _is_static(model) and config.num_beams == 1:  # compiling it would take longer than an answer
+        config.update(cache_implementation="static", disable_compile=True)
     watched = None if on_tokens is None or config.num_beams > 1 else _Watched(on_tokens)
     with torch.no_grad():
         output = model.generate(
@@ -61,3 +69,14 @@ def generate(
     if model.config.is_encoder_decoder:
         rows = [row[1:] for row in rows]  # without the start token
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+
+
+def _is_static(model: Any) -> bool:
+    """Whether the cache may have its full size: a decoder as a whole on a device for that."""
+    whole = {parameter.device for parameter in model.parameters()} == {model.device}
+    return (
+        model.device.type in STATIC_DEVICES
+        and packs(model)
+        and whole
+        and not (model.config.is_encoder_decoder)
+    )

@@ -69,12 +69,6 @@ class Packing:
     def device(self) -> torch.device:
         return self.index.device
 
-    def to(self, device: torch.device) -> "Packing":
-        """The same packing with its tensors on ``device``."""
-        read = None if self.read is None else self.read.to(device)
-        parts = (part.to(device) for part in (self.index, self.slots, self.positions))
-        return Packing(*parts, self.lengths, read)
-
     def pack(self, values: Tensor) -> Tensor:
         """[B, X, ...] -> [1, n, ...]."""
         return values.flatten(0, 1).index_select(0, self.slots)[None]
