@@ -18,19 +18,22 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from fastapi import HTTPException
 from fastapi.testclient import TestClient
 from PIL import Image
+from pydantic import ValidationError
 
 from instructblip.cli import main as cli
 from instructblip.data.templates import Dialogue
 from instructblip.inference.chat import instruction_of
 from instructblip.inference.engine import Engine
-from instructblip.serving import incoming
+from instructblip.serving import bodies, incoming
 from instructblip.serving.api import create_app
 from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
+from instructblip.serving.bodies import parse
 from instructblip.serving.completions import read_messages, stream_events
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.schema import ChatRequest
+from instructblip.serving.schema import ChatRequest, RankRequest
 from tests.conftest import body, data_url, greedy_engine, running
 
 CHAT = "/v1/chat/completions"
@@ -834,3 +837,53 @@ def test_stream_is_sse(client: TestClient, png: list[Path]) -> None:
     assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert events[-1]["choices"][0]["finish_reason"] in ("stop", "length")
     assert len({event["id"] for event in events}) == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"images": [0] * 200}, "images.0: Input should be a valid string"),
+        ({"images": ["a"] * 65}, "images: List should have at most 64"),
+        ({"candidates": [""] * 200}, "images: Field required"),
+        ({f"key{n}": 0 for n in range(200)}, "key0: this server does not know the field"),
+    ],
+)
+def test_a_request_of_many_errors_is_refused_at_the_first(
+    client: TestClient, request_: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError) as refused:
+        RankRequest(**request_)
+    assert len(refused.value.errors()) <= 4, "one for each field"
+    assert message in error_of(client.post("/v1/rank", json=request_), 422)
+
+
+def test_only_images_make_a_body_large(png: list[Path]) -> None:
+    config = ServeConfig(max_json_bytes=1000, max_pictures=2)
+    url = "data:image/png;base64," + "A" * 2000
+    for good in ({"images": [url]}, {"images": [url, url]}, {"a": "b" * 900}):
+        assert parse(json.dumps(good).encode(), config) == good
+        slashed = json.dumps(good).replace("/", "\\/").encode()
+        assert parse(slashed, config) == good
+    quoted = {"images": ['"data:'], "numbers": [0] * 1000}
+    for bad in ({"images": [url] * 3}, {"a": [0] * 1000}, {"a": "b" * 1000}, quoted):
+        with pytest.raises(HTTPException, match="larger than 1000 bytes without the data URLs"):
+            parse(json.dumps(bad).encode(), config)
+    with pytest.raises(HTTPException):
+        parse(json.dumps({"images": [url]}).encode("utf-16"), config)
+
+
+def test_json_is_parsed_off_the_event_loop(
+    client: TestClient, png: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def noting(content: bytes, config: ServeConfig) -> Any:
+        try:
+            threads.append(asyncio.get_running_loop())
+        except RuntimeError:
+            threads.append(None)
+        return parse(content, config)
+
+    monkeypatch.setattr(bodies, "parse", noting)
+    ask(client, body(png[0]))
+    assert threads == [None]

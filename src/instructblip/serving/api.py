@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from instructblip.core.version import __version__
 from instructblip.inference.engine import Engine
 from instructblip.serving.batching import Answer, Job
+from instructblip.serving.bodies import BodyRoute
 from instructblip.serving.completions import chat_job, response_of, stream_events
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.guard import NO_KEY, Guard, error_body, knows_key
@@ -78,6 +79,7 @@ def create_app(engines: Mapping[str, Engine], config: ServeConfig | None = None)
         redoc_url=None,
     )
     app.state.service = service
+    app.router.route_class = BodyRoute
     app.add_middleware(Guard, config=config, metrics=service.metrics)
     _add_errors(app)
     guarded = _guarded(config)
@@ -213,13 +215,11 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = ".".join(str(place)[:40] for place in first["loc"] if place != "body")[:200]
-        reason = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            reason = "this server does not know the field; leave it out"
-        message = f"{where or 'body'}: {reason}"[:500]
-        # a key of the request may hold half a surrogate pair, which no response can carry
-        where, message = (text.encode(errors="replace").decode() for text in (where, message))
+        places = [place for place in first["loc"] if place != "body"]
+        if first["type"] == "unknown_field":
+            places.append(first["ctx"]["field"])
+        where = ".".join(str(place)[:40] for place in places)[:200]
+        message = f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}"[:500]
         return JSONResponse(error_body(422, message, where or None), 422)
 
     @app.exception_handler(Exception)

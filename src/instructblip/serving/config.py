@@ -16,6 +16,8 @@ class ServeConfig(BaseModel):
     """Requests that wait; those beyond are answered with 429."""
     max_body_bytes: PositiveInt = 24 << 20
     """Bytes of a whole request."""
+    max_json_bytes: PositiveInt = 512 << 10
+    """Bytes of a request without the data URLs of its images."""
     max_picture_bytes: PositiveInt = 16 << 20
     """Bytes of one image file."""
     max_pixels: PositiveInt = 1 << 24

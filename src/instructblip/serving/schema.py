@@ -2,12 +2,24 @@
 
 Unknown fields are refused: ignoring a setting silently would answer another question. Fields of
 OpenAI that this server does not have are taken at the value that changes nothing.
+
+A request has few errors however many values of it are wrong: a list ends at its first one, and an
+unknown field is the only one of its object.
 """
 
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from instructblip.core.batch import IMAGE_MARK
 from instructblip.model.decoding import (
@@ -27,6 +39,18 @@ ModelName = Annotated[
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            unknown = next((key for key in data if key not in cls.model_fields), None)
+            if unknown is not None:
+                # it may hold half a surrogate pair, which no error can carry
+                key = unknown[:40].encode(errors="replace").decode()
+                message = "this server does not know the field; leave it out"
+                raise PydanticCustomError("unknown_field", message, {"field": key})
+        return data
 
 
 def _only(*neutral: Any) -> AfterValidator:
@@ -66,7 +90,8 @@ def _form(content: Any) -> str | None:
 
 
 Content = Annotated[
-    Annotated[Text, Tag("text")] | Annotated[list[Part], Field(max_length=64), Tag("parts")],
+    Annotated[Text, Tag("text")]
+    | Annotated[list[Part], Field(max_length=64, fail_fast=True), Tag("parts")],
     Discriminator(
         _form,
         custom_error_type="content",
@@ -107,7 +132,8 @@ class StreamOptions(_Body):
 Name = Annotated[str | None, Field(max_length=200, description="Changes no answer.")]
 StopText = Annotated[str, Field(min_length=1, max_length=200)]
 Stop = Annotated[
-    Annotated[StopText, Tag("text")] | Annotated[list[StopText], Field(max_length=4), Tag("parts")],
+    Annotated[StopText, Tag("text")]
+    | Annotated[list[StopText], Field(max_length=4, fail_fast=True), Tag("parts")],
     Discriminator(
         _form,
         custom_error_type="stop",
@@ -120,7 +146,7 @@ class ChatRequest(_Body):
     """OpenAI's request; the last four fields are additions of this project."""
 
     model: ModelName = None
-    messages: list[Message] = Field(min_length=1, max_length=64)
+    messages: list[Message] = Field(min_length=1, max_length=64, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE, description="0: search.")
@@ -156,13 +182,21 @@ class ChatRequest(_Body):
     length_penalty: LengthPenalty | None = None
 
 
+Candidate = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
 class RankRequest(_Body):
     """Rank candidates as the answer, by log-likelihood."""
 
     model: ModelName = None
-    images: list[str] = Field(min_length=1, description="URLs as in a chat; several are a video.")
+    images: list[str] = Field(
+        fail_fast=True,
+        min_length=1,
+        max_length=64,
+        description="URLs as in a chat; several are a video.",
+    )
     instruction: Text
-    candidates: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(min_length=1)
+    candidates: list[Candidate] = Field(min_length=1, max_length=10_000, fail_fast=True)
     normalization: Literal["sum", "mean"] = "sum"
 
 
