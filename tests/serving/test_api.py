@@ -24,7 +24,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from instructblip.cli import main as cli
-from instructblip.data.templates import Dialogue
+from instructblip.data import tokens
+from instructblip.data.templates import Dialogue, Rendered
 from instructblip.inference.chat import instruction_of
 from instructblip.inference.engine import Engine
 from instructblip.serving import bodies, incoming
@@ -887,3 +888,48 @@ def test_json_is_parsed_off_the_event_loop(
     monkeypatch.setattr(bodies, "parse", noting)
     ask(client, body(png[0]))
     assert threads == [None]
+
+
+def test_texts_are_limited_in_sum(client: TestClient, png: list[Path]) -> None:
+    request = body(png[0])
+    request["messages"][0]["content"] += [{"type": "text", "text": "a" * 11_000}] * 3
+    message = error_of(client.post(CHAT, json=request), 413)
+    assert message.startswith("messages: 33012 characters in all; at most 32000"), message
+
+
+def test_a_long_text_is_cut_before_it_is_tokenized(
+    engine: Engine, png: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    encode = tokens._encode
+
+    def counting(tokenizer: Any, text: str) -> list[int]:
+        seen.append(len(text))
+        return encode(tokenizer, text)
+
+    (job,) = jobs_of(engine, png[:1])
+    text = "what is red? <image> a cat " * 1000 + "what?"
+    with pytest.raises(ValueError, match="the text has 1000 <image> and there are 1 images"):
+        engine.sample(("a",), job.pixels, text)
+    text = "<image> first " + "what is red? a cat " * 1000 + "what?"
+    whole = engine.tokens.tokenize(Rendered.of(text), 1)
+    monkeypatch.setattr(tokens, "_encode", counting)
+    sample = engine.sample(("a",), job.pixels, text)
+    assert (sample.prompt_ids, sample.qformer_ids) == (whole.prompt_ids, whole.qformer_ids)
+    assert sample.image_places == whole.image_places
+    assert engine.lost_tokens(text) > 100
+    assert max(seen) <= 64 * engine.tokens.max_prompt < len(text)
+
+
+def test_the_end_of_a_dialogue_is_kept() -> None:
+    history = tuple((f"<image>question {number}", "answer" * 5) for number in range(20))
+    text = instruction_of("the last?", history, "a system text")
+    assert text.last(10_000) is text
+    last = text.last(300)
+    assert last.prompt == text.prompt[-300:]
+    assert last.dialogue is not None
+    assert last.dialogue.question == "the last?", last.dialogue
+    assert len(last.dialogue.history) < 5
+    assert last.dialogue.num_marks == 20, "the marks move to the next question"
+    assert last.dialogue.history[-1] == history[-1]
+    assert text.last(5).turns.question == "last?"

@@ -20,6 +20,7 @@ Options are lettered: ``(a) red (b) blue``. The response is the bare answer, nev
 """
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -55,7 +56,10 @@ PARTS_ZH: dict[str, str] = _TEXTS["zh"]["parts"]
 PLACES = ("question", "options", *PARTS)
 _PLACE = re.compile(r"\{([^{}]*)\}")
 _CHINESE = re.compile("[\u3400-\u9fff]")
-_FRONT = re.compile(rf"^(\s*{IMAGE_MARK})+"), re.compile(rf"\n(\s*{IMAGE_MARK})+\s*$")
+_FRONT = (
+    re.compile(rf"^(\s*{IMAGE_MARK})+"),
+    re.compile(rf"(?<!\s)[^\S\n]*\n(\s*{IMAGE_MARK})+\s*$"),  # see data/tokens.py, _MARK
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,11 @@ class Dialogue:
         """Image marks in all texts."""
         texts = (self.system, self.question, *(text for turn in self.history for text in turn))
         return sum(text.count(IMAGE_MARK) for text in texts)
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of the system text and of all turns."""
+        return sum(map(len, (self.system, self.question, *itertools.chain(*self.history))))
 
     def with_beginning(self, text: str) -> "Dialogue":
         """``text`` put in front of the first question."""
@@ -105,6 +114,23 @@ class Rendered:
     def of(cls, text: "str | Rendered") -> "Rendered":
         """A text that is instruction and prompt, without response."""
         return text if isinstance(text, Rendered) else cls(text, text)
+
+    def last(self, limit: int) -> "Rendered":
+        """About the last ``limit`` characters of the prompt: whole turns are removed from the
+        first, then the beginning of what is left."""
+        if max(len(self.instruction), len(self.prompt)) <= limit:
+            return self
+        turns = self.dialogue
+        if turns is not None:
+            while turns.history and turns.num_characters > limit:
+                turns = turns.without_first_turn()
+            turns = replace(turns, question=turns.question[-limit:], system=turns.system[-limit:])
+        return replace(
+            self,
+            instruction=self.instruction[-limit:],
+            prompt=self.prompt[-limit:],
+            dialogue=turns,
+        )
 
     @property
     def turns(self) -> Dialogue:

@@ -38,8 +38,9 @@ from instructblip.core.gguf import find_gguf, gguf_tokenizer
 from instructblip.data.chat_format import ChatFormat, read_chat_template
 from instructblip.data.templates import Dialogue, Rendered
 
-_MARK = re.compile(rf"\s*{IMAGE_MARK}")
-"""An image mark, and the white space that separates it from the word before."""
+_MARK = re.compile(rf"(?<!\s)\s*{IMAGE_MARK}")
+"""An image mark, and the white space that separates it from the word before. White space is
+searched from its beginning only: from each of its characters takes quadratic time."""
 
 ENCODER_DECODER = ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "led", "t5gemma")
 

@@ -45,6 +45,9 @@ from instructblip.model.spread import place
 if TYPE_CHECKING:
     from instructblip.text_to_image.sample import Painter
 
+MAX_CHARACTERS_PER_TOKEN = 64
+"""On average over a prompt; words have about 4. A longer text is cut before it is tokenized."""
+
 
 class Engine:
     """A model with its tokenizers, its image reader and its decoding settings.
@@ -352,7 +355,11 @@ class Engine:
         return samples
 
     def lost_tokens(self, text: str | Rendered) -> int:
-        """Number of tokens at the beginning of a prompt that are cut off since it is too long."""
+        """Number of tokens at the beginning of a prompt that are cut off since it is too long.
+
+        Of a text that is cut before it is tokenized only what is left is counted.
+        """
+        text = self._cut(text)
         size = len(Rendered.of(text).prompt.encode(errors="surrogatepass"))
         if self.tokens.chat_template is None and size + 2 <= self.tokens.max_prompt:
             return 0  # a token stands for at least one byte; two are special
@@ -365,8 +372,14 @@ class Engine:
         text: str | Rendered,
     ) -> Sample:
         """What the model reads: the frames with their keys, and the instruction."""
-        texts = self.tokens.tokenize(Rendered.of(text), len(keys))
+        check_marks(Rendered.of(text).prompt, len(keys))
+        texts = self.tokens.tokenize(self._cut(text), len(keys))
         return Sample(image_keys=keys, pixels=pixels, **texts._asdict())
+
+    def _cut(self, text: str | Rendered) -> Rendered:
+        """The end of a text that can hold the tokens that are read: the rest costs time only."""
+        longest = max(self.tokens.max_prompt, self.tokens.max_instruction)
+        return Rendered.of(text).last(MAX_CHARACTERS_PER_TOKEN * longest)
 
     def _pixels(self, image: ImageInput, key: str) -> Float[Tensor, "3 S S"]:
         if isinstance(image, Image.Image):

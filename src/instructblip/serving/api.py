@@ -141,6 +141,7 @@ def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None
         deadline = service.deadline
         name, batcher = service.choose(body.model)
         service.check_candidates(body.candidates)
+        service.check_length(len(body.instruction), "instruction")
         service.check_marks(body.instruction, len(body.images), "instruction")
         job = Job(
             pixels=await service.pixels(body.images, batcher.engine, "images"),

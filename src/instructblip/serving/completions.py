@@ -34,6 +34,7 @@ SYSTEM = ("system", "developer")
 async def chat_job(service: Service, body: ChatRequest, engine: Engine) -> Job:
     """The job of a request, its images decoded. Raises HTTPException or BadImage."""
     deadline = service.deadline
+    service.check_length(sum(message.num_characters for message in body.messages), "messages")
     instruction, urls = read_messages(body.messages)
     if not urls:
         raise HTTPException(400, "messages: no image; give one as a part of type image_url")

@@ -28,6 +28,8 @@ class ServeConfig(BaseModel):
     """Tokens of an answer."""
     max_beams: NumBeams = 8
     """Beams of a search: n beams cost n answers."""
+    max_text_characters: PositiveInt = 32_000
+    """Characters of all messages together, or of an instruction."""
     max_candidates: PositiveInt = 256
     """Candidates to rank."""
     max_candidate_characters: PositiveInt = 32_000

@@ -220,6 +220,7 @@ def ask(
     options = tuple(dict.fromkeys(part for part in parts if part))
     with _visitor_errors("the answer took too long / 回答超时", BadImage):
         service.check_candidates(options)
+        service.check_length(len(instruction), "instruction")
         service.check_marks(instruction, 1, "instruction")
         data = Path(file).read_bytes()
         image = decode(data, service.config, "the picture")

@@ -118,6 +118,13 @@ class Message(_Body):
         return "\n".join(getattr(part, "text", IMAGE_MARK) for part in self.content)
 
     @property
+    def num_characters(self) -> int:
+        """Characters of all its texts."""
+        if isinstance(self.content, str):
+            return len(self.content)
+        return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
+
+    @property
     def urls(self) -> list[str]:
         if isinstance(self.content, str):
             return []
@@ -233,7 +240,8 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_lost: int = Field(
-        description="Tokens at the start of a too long prompt that the model did not read."
+        description="Tokens at the start of a too long prompt that the model did not read; at "
+        "least so many where the prompt has more than 64 characters for each that it can read."
     )
 
 

@@ -102,6 +102,14 @@ class Service:
                 413, f"candidates of {length} characters in all; at most {longest}: send fewer"
             )
 
+    def check_length(self, length: int, where: str) -> None:
+        """Raise HTTPException if the texts of a request have too many characters in all."""
+        longest = self.config.max_text_characters
+        if length > longest:
+            raise HTTPException(
+                413, f"{where}: {length} characters in all; at most {longest}: send fewer"
+            )
+
     def check_marks(self, text: str, num_images: int, where: str) -> None:
         """Raise HTTPException for a text with more image marks than there are images."""
         try:
