@@ -933,3 +933,75 @@ def test_the_end_of_a_dialogue_is_kept() -> None:
     assert last.dialogue.num_marks == 20, "the marks move to the next question"
     assert last.dialogue.history[-1] == history[-1]
     assert text.last(5).turns.question == "last?"
+
+
+class Failing(Slow):
+    """An engine whose batches of several fail after 4 tokens."""
+
+    def respond(self, samples: Any, decoding: Any, on_tokens: Any) -> Any:
+        steps = 0
+
+        def failing(tokens: list[int]) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps > 4 and len(samples) > 1:
+                raise RuntimeError("out of memory")
+            return on_tokens(tokens)
+
+        return self.engine.respond(samples, decoding, failing)
+
+
+def together(engine: Any, jobs: list[Job]) -> Batcher:
+    """A batcher that runs ``jobs`` as one batch."""
+    batcher = Batcher(engine)
+    with batcher._changed:
+        batcher._jobs += jobs
+        batcher._changed.notify()
+    return batcher
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_no_stream_repeats_text_when_its_batch_fails(
+    engine: Engine, png: list[Path], sampled: bool
+) -> None:
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": 2.0} if sampled else {}
+    decoding = engine.decoding.override(max_new_tokens=12, min_new_tokens=12, **sampling)
+    streams: list[list[str]] = [[] for _ in png]
+    jobs = jobs_of(engine, png, decoding=decoding)
+    for job, pieces in zip(jobs, streams, strict=True):
+        job.listen(pieces.append)
+    batcher = together(Failing(engine), jobs)
+    for job, pieces in zip(jobs, streams, strict=True):
+        error = job.future.exception(10)
+        assert sum(map(len, pieces)) > 0
+        if error is None:
+            assert "".join(pieces) == job.future.result().text
+        else:  # another answer was sampled, and is not joined to the text that was sent
+            assert sampled
+            assert "differs from the text that was sent" in str(error)
+    assert sampled == any(job.future.exception() for job in jobs)
+    batcher.close()
+
+
+def test_only_the_job_that_fails_is_cancelled(engine: Engine, png: list[Path]) -> None:
+    class Counting(Slow):
+        def respond(self, samples: Any, decoding: Any, on_tokens: Any) -> Any:
+            self.sizes.append(len(samples))
+            return self.engine.respond(samples, decoding, on_tokens)
+
+    def broken(_piece: str) -> None:
+        raise RuntimeError("nobody listens")
+
+    jobs = jobs_of(engine, [*png, *png])
+    jobs[0].listen(broken)
+    jobs[1].instruction = "<image>" * 5
+    counting: Any = Counting(engine)
+    batcher = together(counting, jobs)
+    with pytest.raises(RuntimeError, match="nobody listens"):
+        jobs[0].future.result(10)
+    with pytest.raises(ValueError, match="the text has 5 <image>"):
+        jobs[1].future.result(10)
+    expected = engine.answer([*png, *png], "what?")
+    assert [job.future.result(10).text for job in jobs[2:]] == expected[2:]
+    assert counting.sizes == [len(jobs) - 1], "one batch, which did not run again"
+    batcher.close()

@@ -75,7 +75,9 @@ class Job:
     _on_text: Callable[[str], None] | None = field(default=None, init=False)
     _sent: str = field(default="", init=False)
     stopped: bool = field(default=False, init=False)
-    """Whether the answer has one of the texts ``stop``."""
+    """Whether the answer has one of the texts ``stop``, or the job has failed."""
+    failure: Exception | None = field(default=None, init=False)
+    """Why this job failed, while others of its batch continue."""
     _generated: str = field(default="", init=False)
     _left: bool = field(default=False, init=False)
 
@@ -97,16 +99,27 @@ class Job:
         """Pass the pieces of the answer to ``on_text``, called from the model's thread."""
         self._on_text = on_text
 
+    def restart(self) -> None:
+        """Generate the answer again: the listener gets what follows the text that it has."""
+        self._generated, self.stopped = "", self.failure is not None
+
     def send(self, piece: str, last: bool = False) -> None:
-        """Pass a piece of the answer to the listener, but nothing that a stop text may begin."""
+        """Pass a piece of the answer to the listener, but nothing that a stop text may begin.
+
+        Raises RuntimeError if the answer is generated again and differs from the text that the
+        listener has.
+        """
         self._generated += piece
         text = self.cut(self._generated)
         self.stopped = text != self._generated
         if not self.stopped and not last:
             text = text[: len(text) - max((_overlap(text, stop) for stop in self.stop), default=0)]
+        if self._on_text is None or self._sent.startswith(text):
+            return
+        if not text.startswith(self._sent):
+            raise RuntimeError("the answer differs from the text that was sent")
         piece, self._sent = text[len(self._sent) :], text
-        if piece and self._on_text is not None:
-            self._on_text(piece)
+        self._on_text(piece)
 
     def cut(self, text: str) -> str:
         """``text`` up to the stop text that is complete first."""
@@ -214,14 +227,33 @@ class Batcher:
         return [job for job in jobs if job.future.set_running_or_notify_cancel()]
 
     def _run(self, jobs: Sequence[Job]) -> None:
+        """Resolve the futures of jobs that run together; one that fails stops no other."""
+        ready: list[Job] = []
+        samples: list[Sample] = []
+        for number, job in enumerate(jobs):
+            try:
+                if job.drawing is None:
+                    samples.append(self._sample(number, job))
+                ready.append(job)
+            except Exception as error:
+                job.future.set_exception(error)
+        if ready:
+            self._run_samples(ready, samples)
+
+    def _sample(self, number: int, job: Job) -> Sample:
+        keys = tuple(f"{number}.{frame}" for frame in range(len(job.pixels)))
+        return self.engine.sample(keys, job.pixels, job.instruction)
+
+    def _run_samples(self, jobs: Sequence[Job], samples: Sequence[Sample]) -> None:
         try:
-            results = self._results(jobs)
+            results = self._results(jobs, samples)
         except InterruptedError:
             results = [TooLate()] * len(jobs)
         except Exception as error:
-            if len(jobs) > 1:  # one request must not spoil the others
-                for job in jobs:
-                    self._run([job])
+            if len(jobs) > 1:
+                for job, sample in zip(jobs, samples, strict=True):
+                    job.restart()
+                    self._run_samples([job], [sample])
                 return
             results = [error]
         for job, result in zip(jobs, results, strict=True):
@@ -230,8 +262,11 @@ class Batcher:
             else:
                 job.future.set_result(result)
 
-    def _results(self, jobs: Sequence[Job]) -> Sequence[Any]:
-        """One result per job. Raises InterruptedError once nobody waits for any of them."""
+    def _results(self, jobs: Sequence[Job], samples: Sequence[Sample]) -> Sequence[Any]:
+        """One result per job, an exception for one that failed.
+
+        Raises InterruptedError once nobody waits for any of them.
+        """
         engine, first = self.engine, jobs[0]
 
         def check_waiting() -> None:
@@ -241,14 +276,6 @@ class Batcher:
         if first.drawing is not None:  # alone in its batch, see ``Job.key``
             text = Rendered.of(first.instruction).prompt
             return [engine.draw(text, **first.drawing, on_step=check_waiting)]
-        samples = [
-            engine.sample(
-                tuple(f"{number}.{frame}" for frame in range(len(job.pixels))),
-                job.pixels,
-                job.instruction,
-            )
-            for number, job in enumerate(jobs)
-        ]
         if first.look:
             return list(engine.look(samples))
         if first.candidates is not None:
@@ -260,7 +287,7 @@ class Batcher:
             check_waiting()
             for job, text, token in zip(jobs, texts, tokens, strict=True):
                 if not job.stopped:
-                    job.send(text.add(token))
+                    _send(job, lambda text=text, token=token: text.add(token))
             return [job.stopped for job in jobs]
 
         decoding = first.decoding or engine.decoding
@@ -269,11 +296,20 @@ class Batcher:
                 torch.manual_seed(first.seed)
             responses = engine.respond(samples, decoding, on_tokens)
         for job, text, ids in zip(jobs, texts, responses, strict=True):
-            job.send(text.rest(ids), last=True)
+            if job.failure is None:
+                _send(job, lambda text=text, ids=ids: text.rest(ids), last=True)
         return [
-            _answer(engine, job, sample, ids, decoding)
+            job.failure or _answer(engine, job, sample, ids, decoding)
             for job, sample, ids in zip(jobs, samples, responses, strict=True)
         ]
+
+
+def _send(job: Job, read: Callable[[], str], last: bool = False) -> None:
+    """Send the text that ``read`` returns. An error is the job's failure, not that of its batch."""
+    try:
+        job.send(read(), last)
+    except Exception as error:
+        job.failure, job.stopped = error, True
 
 
 def _answer(engine: Engine, job: Job, sample: Sample, ids: list[int], decoding: Decoding) -> Answer:
