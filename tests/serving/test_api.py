@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 from fastapi import HTTPException
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -28,7 +27,7 @@ from instructblip.data import tokens
 from instructblip.data.templates import Dialogue, Rendered
 from instructblip.inference.chat import instruction_of
 from instructblip.inference.engine import Engine
-from instructblip.serving import bodies, incoming
+from instructblip.serving import bodies, connections, incoming
 from instructblip.serving.api import create_app
 from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
 from instructblip.serving.bodies import parse
@@ -764,7 +763,8 @@ def test_the_command_passes_its_options_to_the_server(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     ran: list[tuple[Any, dict[str, Any]]] = []
-    monkeypatch.setattr(uvicorn, "run", lambda app, **options: ran.append((app, options)))
+    run = lambda app, host, port: ran.append((app, {"host": host, "port": port}))  # noqa: E731
+    monkeypatch.setattr(connections, "run_server", run)
     keys = tmp_path / "keys.txt"
     keys.write_text("\ufefffirst\n\nsecond\n", encoding="utf-8")
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -776,11 +776,8 @@ def test_the_command_passes_its_options_to_the_server(
         cli.main(["serve", *models, "--api-keys", str(keys), *options.split(), "--debug"])
     assert not stop.value.code
     ((app, settings),) = ran
-    assert (settings["host"], settings["port"], settings["timeout_graceful_shutdown"]) == (
-        "127.0.0.1",
-        port,
-        10,
-    )
+    assert settings == {"host": "127.0.0.1", "port": port}
+    assert connections.Server(app).config.timeout_graceful_shutdown == 8
     service = app.state.service
     assert list(service.batchers) == ["instructblip", "blip2"]
     assert not service.batchers["blip2"].engine.model.config.instruction_aware

@@ -149,9 +149,8 @@ def serve(
         option = str(first["loc"][0]).removesuffix("_s").replace("_", "-")
         raise ValueError(f"--{option}: {first['msg']}; got {first['input']}") from None
     try:
-        import uvicorn
-
         from instructblip.serving.api import create_app
+        from instructblip.serving.connections import run_server
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing: pip install 'instructblip[serve]'") from error
 
@@ -167,14 +166,7 @@ def serve(
         app = mount_page(app)
         name = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         print(f"page: http://{name}:{port}{PATH}" if port else f"the page is at {PATH}", flush=True)
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        timeout_graceful_shutdown=int(config.timeout_s) + 1,
-        timeout_keep_alive=75,  # longer than a busy client waits before its next request
-        server_header=False,
-    )
+    run_server(app, host, port)
 
 
 def _check_address(host: str, port: int) -> None:

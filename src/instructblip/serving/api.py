@@ -52,6 +52,7 @@ STATUS = {
     413: "too large",
     422: "not a valid request",
     429: "too busy",
+    503: "too many requests at once",
     504: "took too long",
 }
 
@@ -105,9 +106,13 @@ def _guarded(config: ServeConfig) -> dict[str, Any]:
 def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
     """Health and metrics; models and chat completions, as OpenAI has them; ranking."""
 
-    @app.get("/healthz", tags=["operation"])
+    unhealthy: Any = {503: {"model": ErrorBody, "description": "a model cannot answer"}}
+
+    @app.get("/healthz", tags=["operation"], responses=unhealthy)
     async def healthz() -> Health:
-        """Whether the server answers."""
+        """Whether the server answers: 503 once a model cannot."""
+        if service.dead:
+            raise HTTPException(503, f"cannot answer: {', '.join(service.dead)}")
         return Health(models=list(service.batchers), waiting=service.waiting)
 
     @app.get("/metrics", tags=["operation"], response_class=Response, **guarded)

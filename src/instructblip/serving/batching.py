@@ -168,6 +168,7 @@ class Batcher:
         self._jobs: list[Job] = []
         self._changed = threading.Condition()
         self._closed = False
+        self._running: list[Job] = []
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
@@ -175,6 +176,11 @@ class Batcher:
     def waiting(self) -> int:
         """Jobs in the queue."""
         return len(self._jobs)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
     def submit(self, job: Job) -> "Future[Any]":
         """Queue a job. Raises QueueFull, also once the batcher is closed."""
@@ -194,10 +200,17 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
-        while jobs := self._next():
-            start = time.monotonic()
-            self._run(jobs)
-            self.on_batch(len(jobs), time.monotonic() - start)
+        try:
+            while jobs := self._next():
+                start, self._running = time.monotonic(), jobs
+                self._run(jobs)
+                self.on_batch(len(jobs), time.monotonic() - start)
+        finally:  # after an error nobody answers those that wait
+            with self._changed:
+                self._closed = True
+                for job in (*self._running, *self._jobs):
+                    if not job.future.done():
+                        job.future.set_exception(RuntimeError("the model's thread has ended"))
 
     def _next(self) -> list[Job]:
         """The next batch; empty when the batcher is closed and no job waits."""

@@ -1,8 +1,16 @@
 """The settings of a server: every limit on a request."""
 
+import resource
+
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from instructblip.model.decoding import NumBeams
+
+
+def _most_connections() -> int:
+    """512, or what leaves 128 descriptors of the process for files."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 512 if limit == resource.RLIM_INFINITY else max(16, min(512, limit - 128))
 
 
 class ServeConfig(BaseModel):
@@ -14,6 +22,8 @@ class ServeConfig(BaseModel):
     """Requests that the model answers together."""
     max_queue: PositiveInt = 128
     """Requests that wait; those beyond are answered with 429."""
+    max_connections: int = Field(default_factory=_most_connections, ge=16)
+    """Open connections; a new one closes the one that has waited longest for a request."""
     max_body_bytes: PositiveInt = 24 << 20
     """Bytes of a whole request."""
     max_json_bytes: PositiveInt = 512 << 10

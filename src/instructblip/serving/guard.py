@@ -13,7 +13,10 @@ from instructblip.serving.config import ServeConfig
 from instructblip.serving.service import Metrics, too_busy
 
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-KINDS |= {429: "rate_limit_error", 500: "server_error", 504: "timeout_error"}
+KINDS |= {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "timeout_error"}
+
+SPARE = 8
+"""Connections that are never in use at once, so that /healthz always gets one."""
 
 NO_KEY = "give an API key as `Authorization: Bearer KEY`"
 
@@ -40,7 +43,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics) -> None:
         self.app, self.config, self.metrics = app, config, metrics
-        self.admitted = self.held_bytes = 0
+        self.admitted = self.held_bytes = self.open = 0
         self.capacity = config.max_queue + 2 * config.max_batch
         self.too_large = f"the request is larger than {config.max_body_bytes} bytes"
 
@@ -49,6 +52,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         start, status = time.monotonic(), 500
+        self.open += 1
         costly = scope["path"].startswith("/v1/") and scope["method"] == "POST"
         size, complete, admitted = 0, False, False  # of the body
 
@@ -84,9 +88,15 @@ class Guard:
             await send(message)
 
         try:
-            app = self._refusal(dict(scope["headers"]), costly) or self.app
+            crowded = self.open > self.config.max_connections - SPARE
+            if crowded and scope["path"] != "/healthz":
+                message = error_body(503, "too many requests at once; try again")
+                app = JSONResponse(message, 503, {"Connection": "close", "Retry-After": "1"})
+            else:
+                app = self._refusal(dict(scope["headers"]), costly) or self.app
             await app(scope, receive_within_limits, send_noting)
         finally:
+            self.open -= 1
             self.held_bytes -= size
             self.admitted -= admitted
             route = getattr(scope.get("route"), "path", "other")

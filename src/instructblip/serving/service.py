@@ -69,6 +69,11 @@ class Service:
         return sum(batcher.waiting for batcher in self.batchers.values())
 
     @property
+    def dead(self) -> list[str]:
+        """The models that cannot answer any more, since their thread has ended."""
+        return [name for name, batcher in self.batchers.items() if not batcher.alive]
+
+    @property
     def deadline(self) -> float:
         """When a request that arrives now must be answered."""
         return time.monotonic() + self.config.timeout_s

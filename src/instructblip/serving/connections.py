@@ -1,0 +1,130 @@
+"""The connections of a server: their number, the time that they may wait, and what is logged.
+
+uvicorn bounds none of these: half a header waits for ever, and a client with many connections takes
+all descriptors. It runs here with a protocol that closes what waits too long.
+"""
+
+import asyncio
+import logging
+import math
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from instructblip.serving.service import Service
+
+HEADER_S = 10.0
+"""Seconds from the first byte of a request, or from the connection, to the end of its header."""
+SHUTDOWN_S = 8
+"""Seconds for which requests in progress, and the streams of pages, may continue after SIGTERM."""
+LOG_LINES = 10
+"""Lines that each log may have in a second."""
+
+
+class Connection(H11Protocol):
+    """A connection that is closed if its header is late, and, where there are too many, if it has
+    waited longest for a request."""
+
+    header_s = HEADER_S
+    most = 512
+    _since = 0.0
+    _late: asyncio.TimerHandle | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether no request is in progress."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._since = self.loop.time()
+        self._late = self.loop.call_later(self.header_s, self._close_late)
+        if len(self.connections) > self.most:
+            waiting = [one for one in self.connections if isinstance(one, Connection) and one.waits]
+            oldest = min(waiting, key=lambda one: one._since)  # perhaps this one
+            self.connections.discard(oldest)
+            oldest.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self.waits:
+            self._forget_late()
+        elif self._late is None:  # the next header has begun
+            self._late = self.loop.call_later(self.header_s, self._close_late)
+
+    def on_response_complete(self) -> None:
+        self._since = self.loop.time()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_late()
+        super().connection_lost(exc)
+
+    def _forget_late(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _close_late(self) -> None:
+        if self.waits:
+            self.transport.abort()
+
+
+class Sparing(logging.Filter):
+    """Passes ``LOG_LINES`` short lines in each second, and reports how many it left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._second, self._lines, self._left_out = 0, 0, 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if int(record.created) != self._second:
+            left_out = self._left_out
+            self._second, self._lines, self._left_out = int(record.created), 0, 0
+            if left_out:
+                logging.getLogger(record.name).warning("%d lines were left out", left_out)
+        self._lines += 1
+        if isinstance(record.args, tuple):
+            record.args = tuple(x[:200] if isinstance(x, str) else x for x in record.args)
+        self._left_out += self._lines > LOG_LINES
+        return self._lines <= LOG_LINES
+
+
+class Server(uvicorn.Server):
+    """Runs an application of ``create_app`` and ends when one of its models cannot answer any
+    more."""
+
+    def __init__(self, app: FastAPI, **options: Any) -> None:
+        self.service: Service = app.state.service
+        self.failed = False
+        limits = self.service.config
+        config = uvicorn.Config(
+            app,
+            http=type("Connection", (Connection,), {"most": limits.max_connections}),
+            ws="none",
+            timeout_graceful_shutdown=min(SHUTDOWN_S, math.ceil(limits.timeout_s)),
+            timeout_keep_alive=75,  # longer than a busy client waits before its next request
+            backlog=128,  # accepted at once, before any of them is read
+            server_header=False,
+            **options,
+        )
+        super().__init__(config)
+        for name in ("uvicorn.error", "uvicorn.access", "asyncio"):
+            logger = logging.getLogger(name)
+            if not any(isinstance(one, Sparing) for one in logger.filters):
+                logger.addFilter(Sparing())
+
+    async def on_tick(self, counter: int) -> bool:
+        """As in uvicorn, ten times a second: whether to end."""
+        self.failed = self.failed or bool(self.service.dead)
+        return await super().on_tick(counter) or self.failed
+
+
+def run_server(app: FastAPI, host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT. Raises SystemExit with code 1 if a model cannot answer."""
+    server = Server(app, host=host, port=port)
+    server.run()
+    if server.failed:
+        raise SystemExit("the thread of a model has ended; start the server again")
