@@ -35,6 +35,7 @@ from instructblip.serving.completions import read_messages, stream_events
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.schema import ChatRequest, RankRequest
 from tests.conftest import body, data_url, greedy_engine, running
+from tests.data.test_cost import many_scans
 
 CHAT = "/v1/chat/completions"
 TEXT = "what is red?"
@@ -359,6 +360,7 @@ def bad_images(png: Path) -> list[tuple[str, int, str]]:
         (url_of(png_of(200, 200)), 413, "more than 20000 pixels"),
         (url_of(png_of(0, 4)), 400, ""),
         (url_of(b"\x00" * 110_000), 413, "more than 100000 bytes"),
+        (url_of(many_scans(91)), 400, "101 scans; expected at most 100; save the image again"),
     ]
 
 

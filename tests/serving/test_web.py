@@ -11,12 +11,13 @@ import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from gradio.data_classes import FileData
 
 from instructblip.inference.engine import Engine
 from instructblip.model.inference import cross_attention
 from instructblip.serving.api import create_app
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.page import EN, EXAMPLES, ZH, ask, mount_page
+from instructblip.serving.page import EN, EXAMPLES, ZH, _image_input, ask, mount_page
 from runs.screenshots import ask_example, browser_page
 from tests.conftest import greedy_engine, running
 from tests.model.test_instructblip import tiny_batch
@@ -217,3 +218,13 @@ def test_attention_equals_that_of_the_layer(engines: dict[str, Engine]) -> None:
     value = layer.attention.value(states)
     value = value if index is None else value[index]
     torch.testing.assert_close(weights.flatten(0, 1) @ value, output, rtol=1e-4, atol=1e-5)
+
+
+def test_gradio_does_not_open_uploads(tmp_path: Path) -> None:
+    """It would read a costly image without limits, before the page's own are applied."""
+    file = tmp_path / "picture.png"
+    file.write_bytes(b"no image")
+    upload = _image_input("", 100, "picture")
+    assert upload.get_block_name() == "image"
+    assert upload.preprocess(FileData(path=str(file), orig_name="picture.png")) == str(file)
+    assert upload.preprocess(None) is None

@@ -1,4 +1,4 @@
-"""Images: decode anything Pillow reads, DICOM and HEIC to RGB, resize, augment, normalise.
+"""Images: decode ``FORMATS``, DICOM and HEIC to RGB, resize, augment, normalise.
 
 The evaluation transform gives the pixels of transformers' BLIP image processor on its Pillow
 backend: resize to a square with bicubic resampling, scale to [0, 1], subtract mean, divide by std.
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from instructblip.core.batch import Example
+from instructblip.data.reading.cost import check_cost, check_exif
 from instructblip.data.reading.dicom import is_dicom, read_dicom
 from instructblip.data.reading.members import read_image, size_and_date
 from instructblip.data.reading.records import image_name
@@ -45,6 +46,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 1 << 26
 """Pixels of one image (67 million, 8192 x 8192); an image whose header says more is not decoded."""
 MAX_FILE_BYTES = 1 << 28
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""What Pillow may decode; it would run Ghostscript on an EPS file."""
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 """Filters of image encoders' own files, by the names that torch has for them."""
@@ -188,13 +191,16 @@ def _simplejpeg() -> Callable[..., Any] | None:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The image with its header read and its size checked, not decoded."""
+    """The image with its header read, its size and its cost checked, not decoded."""
+    check_cost(data)
+    formats = FORMATS
     with warnings.catch_warnings():
         # Pillow warns of fewer pixels than it refuses; MAX_PIXELS is below both.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         if data[4:8] == b"ftyp" and data[8:12] in _HEIF:
             _register_heif()
-        with Image.open(io.BytesIO(data)) as image:
+            formats = ("HEIF",)
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS}")
             yield image
@@ -202,6 +208,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 def _decoded(image: Image.Image, window: Window) -> Image.Image:
     image.load()
+    check_exif(image.info.get("exif") or image.info.get("Raw profile type exif"))
     ImageOps.exif_transpose(image, in_place=True)
     return to_rgb(image, window)
 
@@ -210,7 +217,7 @@ def _reason(data: bytes, error: Exception) -> str:
     if not data:
         return "empty file"
     if isinstance(error, UnidentifiedImageError):  # its message shows an address in memory
-        return "not an image in any format that Pillow reads"
+        return f"not an image in any of {', '.join(FORMATS)}"
     return str(error) or type(error).__name__
 
 

@@ -14,6 +14,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from PIL import Image
 
 from instructblip.data.images import Window, decode_image
+from instructblip.data.reading.cost import check_cost
 from instructblip.serving.config import ServeConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -61,6 +62,10 @@ def decode(data: bytes, config: ServeConfig, where: str, window: Window = "auto"
     if len(data) > config.max_picture_bytes:
         raise BadImage(f"{where}: more than {config.max_picture_bytes} bytes", 413)
     too_large = BadImage(f"{where}: more than {config.max_pixels} pixels", 413)
+    try:
+        check_cost(data)
+    except ValueError as error:
+        raise BadImage(f"{where}: {error}; save the image again") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

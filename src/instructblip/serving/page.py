@@ -135,10 +135,18 @@ def _visitor_errors(late: str, refusals: type[Exception]) -> Iterator[None]:
         raise gr.Error(str(error)) from None
 
 
+class _Upload(gr.Image):
+    """An image whose file ``ask`` and ``paint`` open; gradio's would open it without limits."""
+
+    is_template = True  # shown as gradio's
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload and payload.path
+
+
 def _image_input(label: Any, height: int, elem_id: str, **options: Any) -> gr.Image:
-    return gr.Image(
+    return _Upload(
         type="filepath",
-        image_mode=None,  # as it was uploaded: gradio does not delete the copies that it converts
         label=label,
         sources=["upload", "clipboard"],
         height=height,
