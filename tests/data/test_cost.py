@@ -163,7 +163,7 @@ def test_formats_that_are_not_named_are_not_decoded(monkeypatch: pytest.MonkeyPa
     pages = saved(noise(16, 16), "EPS")
     with Image.open(io.BytesIO(pages)) as image:
         assert image.format == "EPS"
-    with pytest.raises(ValueError, match="not an image in any of JPEG, PNG, .*PPM"):
+    with pytest.raises(ValueError, match=r"not an image in any of JPEG, PNG, .*PPM"):
         decode_image(pages, "page")
     for kind in ("TGA", "PCX", "ICO", "ICNS", "SGI", "DDS"):
         assert examine_image(saved(noise(16, 16), kind))[0].startswith("not an image in any of"), (

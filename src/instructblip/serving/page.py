@@ -135,17 +135,8 @@ def _visitor_errors(late: str, refusals: type[Exception]) -> Iterator[None]:
         raise gr.Error(str(error)) from None
 
 
-class _Upload(gr.Image):
-    """An image whose file ``ask`` and ``paint`` open; gradio's would open it without limits."""
-
-    is_template = True  # shown as gradio's
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload and payload.path
-
-
 def _image_input(label: Any, height: int, elem_id: str, **options: Any) -> gr.Image:
-    return _Upload(
+    image = gr.Image(
         type="filepath",
         label=label,
         sources=["upload", "clipboard"],
@@ -153,6 +144,10 @@ def _image_input(label: Any, height: int, elem_id: str, **options: Any) -> gr.Im
         elem_id=elem_id,
         **options,
     )
+    # The file is opened by ``ask`` and ``paint``; gradio's would open it without limits. A subclass
+    # is no way: gradio writes a stub file beside its source.
+    image.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
+    return image
 
 
 def _instruction_input(choices: list[str], label: Any, elem_id: str) -> gr.Dropdown:
