@@ -1,0 +1,360 @@
+"""Bounded attacks on a server of this machine: what each costs, and what others notice of it.
+
+    python benchmarks/attack_server.py [--model starter] [--only json-errors ...]
+
+Starts `instructblip serve` with 256 descriptors, sends each attack to it, and prints a line for
+each. ``health`` is the longest that /healthz took meanwhile. The last two run in this
+process, since the model has to be made to fail. Nothing leaves 127.0.0.1, each attack ends
+after seconds; exit code 1 if one of them was not stopped.
+"""
+
+import argparse
+import base64
+import contextlib
+import http.client
+import io
+import json
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from instructblip.inference.engine import Engine
+from instructblip.serving.api import create_app
+from instructblip.serving.batching import Batcher, Job
+
+DESCRIPTORS = 256
+JSON = "application/json"
+Row = tuple[str, bool]
+"""What happened, and whether the attack was stopped."""
+
+
+class Server:
+    """`instructblip serve` as a separate process with few descriptors; its log is a file."""
+
+    def __init__(self, model: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = Path(tempfile.mkdtemp()) / "log"
+        command = [sys.executable, "-m", "instructblip", "serve", "--model", model]
+        limit = (DESCRIPTORS, DESCRIPTORS)
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(self.port)],
+                stdout=log,
+                stderr=log,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit),
+            )
+        for _ in range(900):
+            with contextlib.suppress(OSError):
+                self.ask("GET", "/healthz")
+                return
+            time.sleep(0.2)
+        raise TimeoutError(f"the server does not start; see {self.log}")
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, timeout: float = 60
+    ) -> tuple[int, str]:
+        """Status and text of an answer. Raises OSError."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request(method, path, body, {"Content-Type": JSON})
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+        except http.client.HTTPException as error:
+            raise OSError(str(error)) from error
+        finally:
+            connection.close()
+
+    def open(self, first: bytes) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=5)
+        connection.sendall(first)
+        return connection
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def peak_mb(self) -> float:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+@contextlib.contextmanager
+def watching(ask: Callable[[], Any]) -> Iterator[list[float]]:
+    """The seconds of each of the calls of ``ask`` that are made meanwhile, at least one; infinite
+    for one that failed."""
+    seconds: list[float] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set() or not seconds:
+            began = time.monotonic()
+            try:
+                ask()
+                seconds.append(time.monotonic() - began)
+            except OSError:
+                seconds.append(float("inf"))
+            stop.wait(0.05)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seconds
+    finally:
+        stop.set()
+        thread.join()
+
+
+def post(server: Server, path: str, body: bytes) -> Row:
+    """One request, and what others notice of it."""
+    before, began = server.peak_mb, time.monotonic()
+    with watching(lambda: server.ask("GET", "/healthz")) as health:
+        status, _ = server.ask("POST", path, body, timeout=120)
+        took = time.monotonic() - began
+    grown, waited = server.peak_mb - before, max(health)
+    text = f"{len(body) / 1e6:.1f} MB: {status} after {took:.2f} s, health {waited:.2f} s"
+    return f"{text}, {grown:.0f} MB of memory", status < 500 and waited < 0.5
+
+
+def image_url() -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def chat(text: str, parts: int = 1) -> bytes:
+    image = {"type": "image_url", "image_url": {"url": image_url()}}
+    content = [{"type": "text", "text": text}] * parts
+    messages = [{"role": "user", "content": [image, *content[:63]]}]
+    messages += [{"role": "user", "content": content[:64]} for _ in range((parts - 1) // 64)]
+    return json.dumps({"messages": messages, "max_tokens": 4}).encode()
+
+
+def numbers(field: str, count: int) -> bytes:
+    """A list of ``count`` values of the wrong type."""
+    return f'{{"{field}": [{"0," * count}0]}}'.encode()
+
+
+def keys(count: int) -> bytes:
+    """``count`` fields that do not exist."""
+    return json.dumps(dict.fromkeys(map(str, range(count)), 0)).encode()
+
+
+CHAT, RANK = "/v1/chat/completions", "/v1/rank"
+BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "json-errors": (RANK, lambda: numbers("images", 400_000)),
+    "json-small": (RANK, lambda: numbers("candidates", 250_000)),
+    "json-large": (RANK, lambda: numbers("images", 2_000_000)),
+    "json-keys": (CHAT, lambda: keys(80_000)),
+    "json-keys-small": (CHAT, lambda: keys(40_000)),
+    "spaces": (CHAT, lambda: chat("\n" * 15_900 + "x", 2)),
+}
+"""Single requests: the path and the body. White space in front of a mark of an image was searched
+in quadratic time."""
+
+
+def prompts(server: Server) -> Row:
+    """5 MB of text beside honest questions."""
+    honest = chat("what is red?")
+    with watching(lambda: server.ask("POST", CHAT, honest)) as others:
+        time.sleep(0.5)
+        body = chat("some words of a long text " * 600, 320)
+        status, _ = server.ask("POST", CHAT, body, timeout=120)
+    text = f"{len(body) / 1e6:.1f} MB: {status}, an honest question waited {max(others):.2f} s"
+    return text, status == 413 and max(others) < 3
+
+
+def prompt_allowed(server: Server) -> Row:
+    """The longest text that is answered."""
+    honest = chat("what is red?")
+    with watching(lambda: server.ask("POST", CHAT, honest)) as others:
+        time.sleep(0.5)
+        status, _ = server.ask("POST", CHAT, chat("a b " * 3900, 2), timeout=120)
+    return f"{status}, an honest question waited {max(others):.2f} s", max(others) < 3
+
+
+def half_headers(server: Server) -> Row:
+    """Connections that never finish their headers."""
+    began = time.monotonic()
+    connections = [server.open(b"GET /healthz HTTP/1.1\r\nHost: a\r\n") for _ in range(40)]
+    left = len(connections)
+    for connection in connections:
+        connection.settimeout(max(0.01, began + 15 - time.monotonic()))
+        with contextlib.suppress(TimeoutError):
+            while connection.recv(1 << 16):  # ends when the server closes
+                pass
+            left -= 1
+        connection.close()
+    return f"{left} of 40 open after {time.monotonic() - began:.0f} s", left == 0
+
+
+def flood(server: Server) -> Row:
+    """More connections than there are descriptors, for five seconds."""
+    size, opened, failed, asked = server.log.stat().st_size, [], 0, 0
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        while len(opened) < 2 * DESCRIPTORS:
+            try:
+                opened.append(server.open(b"GET /"))
+            except OSError:
+                break
+        asked += 1
+        try:
+            server.ask("GET", "/healthz", timeout=1)
+        except OSError:
+            failed += 1
+        time.sleep(0.05)
+    written = (server.log.stat().st_size - size) / 5 * 60 / 1e6
+    for connection in opened:
+        connection.close()
+    text = f"health failed {failed} of {asked} times, log {written:.2f} MB a minute"
+    return text, not failed and written < 1
+
+
+def log_lines(server: Server) -> Row:
+    """Requests that are no HTTP, and long paths, for five seconds."""
+    size, sent, until = server.log.stat().st_size, 0, time.monotonic() + 5
+    while time.monotonic() < until:
+        for first in (b"?\r\n\r\n", b"GET /" + b"a" * 10_000 + b" HTTP/1.0\r\n\r\n"):
+            with contextlib.suppress(OSError), server.open(first) as connection:
+                connection.recv(1 << 16)
+            sent += 1
+    written = (server.log.stat().st_size - size) / 5 * 60 / 1e6
+    return f"{sent / 5:.0f} requests a second, log {written:.2f} MB a minute", written < 1
+
+
+def sigterm(server: Server) -> Row:
+    """How long the server takes to end beside a tab of a browser that stays open."""
+    head = b"GET /page/gradio_api/heartbeat/abc HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    with server.open(head) as tab:
+        tab.recv(1 << 16)
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(timeout=120)
+    took = time.monotonic() - began
+    return f"ended after {took:.1f} s", took < 10
+
+
+class Failing:
+    """An engine whose batches of several fail after ``fails_after`` tokens."""
+
+    def __init__(self, engine: Engine, fails_after: int) -> None:
+        self.__dict__.update(engine=engine, fails_after=fails_after)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def respond(self, samples: Any, decoding: Any, on_tokens: Any) -> Any:
+        steps = 0
+
+        def counting(tokens: list[int]) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps > self.fails_after and len(samples) > 1:
+                raise RuntimeError("out of memory")
+            return on_tokens(tokens)
+
+        return self.engine.respond(samples, decoding, counting)
+
+
+def streams(engine: Engine, fails_after: int = 4, count: int = 4) -> list[tuple[str, str]]:
+    """The text that each stream of a batch that fails got, and the answer that it should be."""
+    failing: Any = Failing(engine, fails_after)
+    batcher = Batcher(failing)
+    rng = torch.Generator().manual_seed(0)
+    side = engine.model.config.vision.image_size
+    pixels = torch.randn(3, side, side, generator=rng)
+    decoding = engine.decoding.override(max_new_tokens=24, min_new_tokens=12, num_beams=1)
+    jobs = [
+        Job(pixels=(pixels,), instruction=f"describe {number} things", decoding=decoding)
+        for number in range(count)
+    ]
+    got: list[list[str]] = [[] for _ in jobs]
+    for job, pieces in zip(jobs, got, strict=True):
+        job.listen(pieces.append)
+    with batcher._changed:  # all in one batch
+        batcher._jobs += jobs
+        batcher._changed.notify()
+    answers = [job.future.result(120).text for job in jobs]
+    batcher.close()
+    return [("".join(pieces), answer) for pieces, answer in zip(got, answers, strict=True)]
+
+
+def failed_batch(engine: Engine) -> Row:
+    wrong = sum(got != answer for got, answer in streams(engine))
+    return f"{wrong} of 4 streams repeat text", wrong == 0
+
+
+def dead_thread(engine: Engine) -> Row:
+    """What is reported once the model's thread has ended."""
+    app = create_app({"model": engine})
+
+    def die(*_: Any) -> None:
+        raise RuntimeError("the thread ends here")
+
+    batcher = app.state.service.batchers["model"]
+    batcher.on_batch = die
+    with TestClient(app) as client:
+        client.post(CHAT, content=chat("what is red?"), headers={"Content-Type": JSON})
+        batcher._thread.join()
+        status = client.get("/healthz").status_code
+    return f"/healthz answers {status}", status == 503
+
+
+SERVER: dict[str, Callable[[Server], Row]] = {
+    name: lambda server, path=path, body=body: post(server, path, body())
+    for name, (path, body) in BODIES.items()
+}
+SERVER |= {
+    "prompts": prompts,
+    "prompt-allowed": prompt_allowed,
+    "half-headers": half_headers,
+    "flood": flood,
+    "log": log_lines,
+    "sigterm": sigterm,
+}
+
+INSIDE = {"failed-batch": failed_batch, "dead-thread": dead_thread}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="starter")
+    parser.add_argument("--only", nargs="*", default=[*SERVER, *INSIDE])
+    args = parser.parse_args()
+    rows: dict[str, Row] = {}
+    server: Server | None = None
+    try:
+        for name in args.only:
+            if name in INSIDE:
+                rows[name] = INSIDE[name](Engine.from_pretrained(args.model, device="cpu"))
+            else:
+                server = server or Server(args.model)
+                rows[name] = SERVER[name](server)
+                if not rows[name][1] or server.process.poll() is not None:
+                    server.kill()  # the next attack meets a server that works
+                    server = None
+            print(f"| {name} | {rows[name][0]} | {'' if rows[name][1] else 'NOT '}stopped |")
+            sys.stdout.flush()
+    finally:
+        if server is not None:
+            server.kill()
+    sys.exit(not all(stopped for _, stopped in rows.values()))
+
+
+if __name__ == "__main__":
+    main()
