@@ -42,7 +42,7 @@ from instructblip.data.prepared.dataset import (
 )
 from instructblip.data.prepared.images import FACTS_FILE, read_facts, summary, update_facts
 from instructblip.data.reading.members import file_of
-from instructblip.data.reading.opened import FilesRead, note_files
+from instructblip.data.reading.opened import FilesRead, check_file, note_files
 from instructblip.data.reading.records import image_name, walk_files
 from instructblip.data.sources import Source, source_of
 
@@ -452,6 +452,7 @@ def _sha256_of(path: Path, without: Path) -> str:
     for file in _files_of(path, without) if path.is_dir() else [path]:
         if file != path:
             digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        check_file(file)
         with file.open("rb") as opened:
             while block := opened.read(1 << 20):
                 digest.update(block)

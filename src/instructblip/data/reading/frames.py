@@ -6,6 +6,7 @@ They are extracted once, when the data is prepared, and kept as RGB images.
 from pathlib import Path
 
 from instructblip.core.files import replacing_directory
+from instructblip.data.reading.opened import check_file
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov")
 QUALITY = 95
@@ -18,6 +19,7 @@ def extract_frames(video: Path, folder: Path, max_frames: int) -> Path:
     """
     if folder.is_dir():
         return folder
+    check_file(video)
     try:
         import av
         from av.error import FFmpegError

@@ -8,6 +8,8 @@ import os
 import re
 from pathlib import Path
 
+from instructblip.data.reading.opened import is_special
+
 _MEMBER = re.compile(r"(.+\.tar)/(\d+)\+(\d+)", re.DOTALL | re.IGNORECASE)
 
 
@@ -23,9 +25,12 @@ def file_of(name: str) -> str:
 
 
 def size_and_date(path: Path) -> tuple[int, int]:
-    """Bytes of an image, and when its file was changed in nanoseconds; OSError if it is absent."""
+    """Bytes of an image, and when its file was changed in nanoseconds; OSError if it is absent or
+    is no file."""
     member = _MEMBER.fullmatch(str(path))
     status = (Path(member[1]) if member else path).stat()
+    if is_special(status):
+        raise OSError("is a pipe, a device or a socket; expected a file")
     return int(member[3]) if member else status.st_size, status.st_mtime_ns
 
 

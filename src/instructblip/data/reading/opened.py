@@ -1,5 +1,7 @@
 """Which files a reader opens: noted for the manifest, measured for the progress bar."""
 
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -43,8 +45,31 @@ def note_file(path: Path, present: bool = True) -> None:
         (noted.present if present else noted.absent)[path] = None
 
 
+MAX_FILE_BYTES = 1 << 38
+"""Bytes of an annotation file; more is a file of holes."""
+
+
+def is_special(status: os.stat_result) -> bool:
+    """Whether it is a pipe, where a reader waits for ever, a device or a socket."""
+    return not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode))
+
+
+def check_file(path: Path) -> None:
+    """ValueError for what is no file, also behind a link, and for one too large to be read."""
+    status = path.stat()
+    if is_special(status):
+        raise ValueError(f"{path} is a pipe, a device or a socket; expected a file. Remove it")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(
+            f"{path} has {status.st_size} bytes; expected at most {MAX_FILE_BYTES}. Is it a file "
+            "of holes? Remove or split it"
+        )
+
+
 def open_text(path: Path, encoding: str = "utf-8-sig", newline: str | None = None) -> TextIO:
-    """Opens an annotation file; ``FilesRead.position`` counts what is read of it."""
+    """Opens an annotation file; ``FilesRead.position`` counts what is read of it.
+    ValueError as `check_file`."""
+    check_file(path)
     file = path.open(encoding=encoding, newline=newline)
     _note_stream(file.buffer.raw, path)  # type: ignore[attr-defined]
     return file
@@ -52,6 +77,7 @@ def open_text(path: Path, encoding: str = "utf-8-sig", newline: str | None = Non
 
 def open_bytes(path: Path) -> BinaryIO:
     """Opens a file that is not text, as `open_text`."""
+    check_file(path)
     file = path.open("rb")
     _note_stream(file.raw, path)
     return file

@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from instructblip.core.batch import Example
-from instructblip.data.reading.opened import open_text
+from instructblip.data.reading.opened import check_file, open_text
 from instructblip.data.reading.streaming import refuse_constant, stream_values
 
 MAX_TEXT = 100_000
@@ -215,6 +215,7 @@ def read_json(path: Path) -> Iterator[tuple[str, Record | ValueError]]:
 def _has_lines(path: Path) -> bool:
     """Whether the first line is an object, and another line or a value that is no object follows:
     then it is a record, and not an object of records."""
+    check_file(path)
     with path.open("rb") as file:
         first = file.readline(MAX_LINE)
         if not first.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
@@ -295,7 +296,7 @@ def read_table(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Record |
     """(index, record) of the rows of a table with a header, or the error of a row in its place."""
     number = before = 0
     with open_text(path, newline="") as file:
-        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        rows = csv.DictReader(_bounded_lines(file), delimiter=delimiter, strict=True)
         try:
             # Some spreadsheets write a first line that names the separator.
             before = int(file.readline(8).rstrip("\r\n") == f"sep={delimiter}")
@@ -323,6 +324,13 @@ def read_table(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Record |
             ) from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path.name}:line {number + 1} {not_utf8(path, error)}") from None
+
+
+def _bounded_lines(file: TextIO) -> Iterator[str]:
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise csv.Error(f"more than {MAX_LINE} characters")
+        yield line
 
 
 def _check_header(header: Sequence[str], where: str) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from instructblip.data.reading.members import member_name
-from instructblip.data.reading.opened import open_bytes
+from instructblip.data.reading.opened import check_file, open_bytes
 from instructblip.data.reading.records import IMAGE_SUFFIXES, Record, check_object
 from instructblip.data.reading.splits import split_named
 from instructblip.data.reading.streaming import refuse_constant
@@ -25,6 +25,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
     """(index, record) of the rows of a Parquet file."""
     number = 0
     try:
+        check_file(path)
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=ROWS):
                 for row in batch.to_pylist():
@@ -118,6 +119,7 @@ def read_shard(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any], str
 
 def _is_complete(path: Path) -> bool:
     """A tar ends with two empty blocks; without them tarfile stops early and raises nothing."""
+    check_file(path)
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 1024))
         end = file.read()
