@@ -701,7 +701,8 @@ def test_without_a_key_no_body_is_read(model_folder: Path) -> None:
 
 
 PRIVATE = """127.0.0.1 10.1.2.3 169.254.169.254 192.168.0.1 0.0.0.0 224.0.0.1 100.64.0.1
-::1 fd00::1 fe80::1%1 ::ffff:127.0.0.1"""
+::1 fd00::1 fe80::1%1 ::ffff:127.0.0.1 ::127.0.0.1 ::a00:1 64:ff9b::7f00:1 64:ff9b:1::7f00:1
+2002:7f00:1:: 2002:a00:1:: fec0::1 2001:0:7f00:1::1 2001:db8::1 ff02::1"""
 
 
 @pytest.mark.parametrize("address", PRIVATE.split())
@@ -716,6 +717,14 @@ def test_no_private_address_is_fetched(monkeypatch: pytest.MonkeyPatch, address:
     config = ServeConfig(image_hosts=("pictures.example",))
     with pytest.raises(incoming.BadImage, match="could not be fetched"):
         incoming.fetch("https://pictures.example/a.png", config, "here")
+
+
+@pytest.mark.parametrize(
+    "address", ["93.184.215.14", "2606:2800:21f::1", "64:ff9b::5db8:d70e", "::ffff:93.184.215.14"]
+)
+def test_public_addresses_are_fetched(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_a, **_k: [(0, 0, 0, "", (address, 443))])
+    assert incoming.public_address("pictures.example", 443) == address
 
 
 def test_images_of_a_listed_host_are_fetched(

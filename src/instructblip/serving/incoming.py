@@ -17,6 +17,9 @@ from instructblip.data.images import Window, decode_image
 from instructblip.data.reading.cost import check_cost
 from instructblip.serving.config import ServeConfig
 
+_GLOBAL = ipaddress.ip_network("2000::/3")
+"""All IPv6 addresses that are given out."""
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
@@ -131,8 +134,19 @@ def public_address(host: str, port: int) -> str:
     infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = sorted({str(info[4][0]) for info in infos})
     for address in addresses:
-        ip = ipaddress.ip_address(address.split("%")[0])
-        inner = getattr(ip, "ipv4_mapped", None) or ip
-        if not inner.is_global or inner.is_multicast:
+        if not _is_public(ipaddress.ip_address(address.split("%")[0])):
             raise OSError("not a public address")
     return addresses[0]
+
+
+def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is one of the public network's, by the IPv4 address in it if it has one.
+    Tunnels (6to4, Teredo) are not, since what they end at is unknown."""
+    if isinstance(ip, ipaddress.IPv6Address):
+        if inner := ip.ipv4_mapped:
+            ip = inner
+        elif ip in _NAT64:
+            ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        elif ip not in _GLOBAL or ip.sixtofour or ip.teredo:
+            return False
+    return ip.is_global and not ip.is_multicast
