@@ -14,7 +14,9 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -30,6 +32,7 @@ from instructblip.scenes.official import write_scenes
 from runs.claims.conditions import DOWNSTREAM, FEW, Job, Plan
 
 DONE = "done.json"
+P = TypeVar("P", bound=Plan)
 
 
 def recipe_of(plan: Plan, job: Job) -> Recipe:
@@ -52,6 +55,7 @@ def prepare(plan: Plan, scale: float) -> None:
 
     BLIP-2 is evaluated in every session, which refuses its predictions if the starter has changed.
     """
+    recipe_of(plan, plan.baseline())  # before anything is written
     write_scenes(plan.work / "scenes", scale=scale)
     extra = [f"data.sets.{name}={{}}" for name in DOWNSTREAM]
     cache(load_recipe(plan.base, [*plan.common, *extra, "data.check=run"]))
@@ -162,34 +166,50 @@ def do_all(
             child.wait()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def run_plan(
+    about: str | None,
+    module: str,
+    kind: type[P],
+    prepare: Callable[[P, float], None],
+    add: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> P | None:
+    """The command line of ``module``: prepare, then do all jobs of a plan of some kind, or the one
+    of ``--job``. ``about`` is its docstring, ``add`` adds arguments for further fields of the plan.
+    Returns the plan when all of it is done, and None after a single job."""
+    parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
     parser.add_argument("work", type=Path)
-    parser.add_argument("--start", default=Plan.start, help="the BLIP-2 to start from")
-    parser.add_argument("--seeds", type=int, default=Plan.seeds)
-    parser.add_argument("--steps", type=int, default=Plan.steps)
-    parser.add_argument("--finetune-steps", type=int, default=Plan.finetune_steps)
-    parser.add_argument("--limit", type=int, default=Plan.limit, help="samples of each benchmark")
+    parser.add_argument("--start", default=kind.start, help="the BLIP-2 to start from")
+    parser.add_argument("--seeds", type=int, default=kind.seeds)
+    parser.add_argument("--steps", type=int, default=kind.steps)
+    parser.add_argument("--limit", type=int, default=kind.limit, help="samples of each benchmark")
     parser.add_argument("--scale", type=float, default=1.0, help="size of the data sets")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="jobs in parallel")
     parser.add_argument("--job", help="run only this job, in this process")
-    parser.add_argument("overrides", nargs="*", help="further overrides of every recipe")
+    add(parser)
     given = vars(parser.parse_intermixed_args())
     scale, processes, only = given.pop("scale"), given.pop("processes"), given.pop("job")
-    plan = Plan(**{**given, "overrides": tuple(given["overrides"])})
+    plan = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     if only:
-        return do(plan, next(job for job in plan.jobs() if job.name == only))
+        do(plan, next(job for job in plan.jobs() if job.name == only))
+        return None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
-    for job in (plan.baseline(), *plan.jobs()):
+    for job in plan.jobs():
         recipe_of(plan, job)  # all are checked before any starts
     prepare(plan, scale)
-    settings = {**given, "work": str(plan.work), "scale": scale, "processes": processes}
+    settings = {**given, "scale": scale, "processes": processes}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     write_json(plan.work / "settings.json", settings)
-    print(f"data and BLIP-2: {time.monotonic() - began:.0f} s", flush=True)
-    do_all(plan, processes, sys.argv[1:])
+    print(f"data and starts: {time.monotonic() - began:.0f} s", flush=True)
+    do_all(plan, processes, sys.argv[1:], module)
     print(f"{(time.monotonic() - began) / 60:.1f} minutes in all")
+    return plan
+
+
+def _more(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--finetune-steps", type=int, default=Plan.finetune_steps)
+    parser.add_argument("overrides", nargs="*", help="further overrides of every recipe")
 
 
 if __name__ == "__main__":
-    main()
+    run_plan(__doc__, "runs.claims.measure", Plan, prepare, _more)

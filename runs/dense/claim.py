@@ -1,6 +1,6 @@
 """Does it help that the Q-Former reads the instruction? On the dense world, by number of queries.
 
-    python -m runs.dense.claim WORK --start MODEL [--seeds 5] [--queries 2 4 8 16]
+    python -m runs.dense.claim WORK [--start MODEL] [--seeds 5] [--queries 2 4 8 16]
 
 For each number of queries the first of MODEL's queries are kept; the model is tuned once with a
 Q-Former that reads the instruction and once without, each with several seeds, by one recipe
@@ -9,21 +9,15 @@ the Q-Former, and with that of another sample. Finished jobs are skipped, interr
 """
 
 import argparse
-import os
-import signal
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from instructblip.core.files import write_json
 from instructblip.experiment.train import cache
 from instructblip.recipe.load import load_recipe
 from instructblip.scenes.dense import write_dense
 from runs.claims.conditions import Job, Plan
-from runs.claims.measure import do, do_all, keep_queries, recipe_of
+from runs.claims.measure import keep_queries, run_plan
 
-MODULE = "runs.dense.claim"
 CONDITIONS = {"reads": [], "does_not_read": ["model.instruction_aware=false"]}
 WITHHELD = {"withheld": "none", "of_another": "other"}
 """What a tuned Q-Former that reads is given in a further evaluation."""
@@ -33,7 +27,7 @@ WITHHELD = {"withheld": "none", "of_another": "other"}
 class DensePlan(Plan):
     """Conditions for several numbers of queries; the folders are ``<condition>_<queries>``."""
 
-    seeds: int = 5
+    start: str = "dense"
     steps: int = 300
     limit: int = 200
     base: str = "dense"
@@ -86,36 +80,18 @@ class DensePlan(Plan):
         return [*self.untuned(), *super().jobs()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--start", required=True, help="the BLIP-2 of the dense world")
-    parser.add_argument("--seeds", type=int, default=DensePlan.seeds)
-    parser.add_argument("--steps", type=int, default=DensePlan.steps)
-    parser.add_argument("--limit", type=int, default=DensePlan.limit)
-    parser.add_argument("--queries", type=int, nargs="+", default=DensePlan.queries)
-    parser.add_argument("--scale", type=float, default=1.0, help="size of the data sets")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="jobs in parallel")
-    parser.add_argument("--job", help="run only this job, in this process")
-    given = vars(parser.parse_args())
-    scale, processes, only = given.pop("scale"), given.pop("processes"), given.pop("job")
-    plan = DensePlan(**{**given, "queries": tuple(given["queries"])})
-    if only:
-        return do(plan, next(job for job in plan.jobs() if job.name == only))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    began = time.monotonic()
+def prepare(plan: DensePlan, scale: float) -> None:
+    """Write the starts with few queries and the data, and store the image features."""
     for queries in plan.queries:
         keep_queries(plan.start, queries, plan.start_with(queries))
-    for job in plan.jobs():
-        recipe_of(plan, job)  # all are checked before any starts
     write_dense(plan.work / "dense", scale=scale)
     first = f"model.start={plan.start_with(plan.queries[0])}"
     cache(load_recipe(plan.base, [*plan.common, first, "data.check=run"]))
-    write_json(plan.work / "settings.json", {**given, "work": str(plan.work), "scale": scale})
-    print(f"data and starts: {time.monotonic() - began:.0f} s", flush=True)
-    do_all(plan, processes, sys.argv[1:], MODULE)
-    print(f"{(time.monotonic() - began) / 60:.1f} minutes in all")
+
+
+def _more(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--queries", type=int, nargs="+", default=DensePlan.queries)
 
 
 if __name__ == "__main__":
-    main()
+    run_plan(__doc__, "runs.dense.claim", DensePlan, prepare, _more)
