@@ -9,7 +9,7 @@ from PIL import Image
 
 from instructblip.cli import main as cli
 from instructblip.inference.engine import Engine
-from instructblip.inference.looks import draw_looks, overlays
+from instructblip.inference.looks import draw_looks, lines, overlays
 from tests.testing import write_model, write_picture
 
 
@@ -41,6 +41,14 @@ def test_one_panel_for_the_image_and_one_for_each_instruction(folder: Path, tmp_
     with pytest.raises(ValueError, match="at least one instruction"):
         draw_looks(engine, image, [], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_lines_fit_a_panel() -> None:
+    assert lines("") == ""
+    assert lines("what color is the only heart of this image, please?").count("\n") == 1
+    chinese = lines("第二行第四列是什么颜色的形状？请用中文回答这个比较长的问题，谢谢你。")
+    assert max(map(len, chinese.splitlines())) <= 21
+    assert lines("the word 红心 " * 99).endswith("[...]")
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

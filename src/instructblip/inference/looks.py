@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import numpy as np
 from jaxtyping import Float
@@ -16,6 +17,11 @@ from instructblip.inference.inputs import ImageInput
 
 SIDE = 320
 """Pixels of a panel."""
+FONTS = (
+    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB",
+)  # fmt: skip
+"""matplotlib's own font, and fonts with Chinese characters, which it has not."""
 
 
 def overlays(
@@ -49,6 +55,7 @@ def draw_looks(
     and as `Engine.answer` for an image that cannot be read.
     """
     from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's
+    from matplotlib.font_manager import get_font_names
 
     if not instructions:
         raise ValueError("give at least one instruction")
@@ -66,14 +73,20 @@ def draw_looks(
     ]
     figure = Figure(figsize=(3.3 * len(panels), 4.4))
     axes = figure.subplots(1, len(panels), squeeze=False)
+    style = {"fontsize": 9, "parse_math": False}  # a user's $ is no formula
+    style["family"] = [font for font in FONTS if font in get_font_names()]
     for axis, (panel, text, answer) in zip(axes[0], panels, strict=True):
         axis.imshow(panel)
         axis.set_axis_off()
-        style = {"fontsize": 9, "parse_math": False}  # a user's $ is no formula
-        axis.set_title(textwrap.fill(text, 42, max_lines=4), loc="left", **style)
-        axis.text(0, SIDE * 1.03, textwrap.fill(answer, 42, max_lines=4), va="top", weight="bold",
-                  **style)  # fmt: skip
+        axis.set_title(lines(text), loc="left", **style)
+        axis.text(0, SIDE * 1.03, lines(answer), va="top", weight="bold", **style)
     figure.tight_layout()
     with replacing(out) as file:
         figure.savefig(file, format=out.suffix[1:] or "png", dpi=110)
     return answers
+
+
+def lines(text: str) -> str:
+    """At most four lines of the width of a panel; a Chinese character is as wide as two letters."""
+    columns = sum(1 + (east_asian_width(character) in "WF") for character in text)
+    return textwrap.fill(text, 42 * len(text) // columns if text else 42, max_lines=4)
