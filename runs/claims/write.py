@@ -45,7 +45,7 @@ PARTS = (
         "Table 1: tuning helps on held-out sets",
         "In the paper, InstructBLIP beats BLIP-2 by 17.1 % on average over the 13 held-out sets "
         "with FlanT5-XL, relative to BLIP-2's scores. Held-in, figure 4 shows 93.8 compared with "
-        "67.8.",
+        "67.8. What limits motion (msvdqa) and words in scenes (textvqa): `limits.md`.",
         (
             Claim("tuning, held-out", "instructblip", "blip2", "held_out"),
             Claim("tuning, held-in", "instructblip", "blip2", "held_in"),
@@ -55,7 +55,7 @@ PARTS = (
         "Table 2: the instruction in the Q-Former, and balancing",
         "In the paper (FlanT5-XL), a Q-Former that does not read the instruction loses 4.3 points "
         "held-in and 2.5 to 7.6 held-out; sampling all sets equally often loses 1.5 held-in and "
-        "0.1 to 4.4 held-out.",
+        "0.1 to 4.4 held-out. Sets whose sizes differ as in the paper: `balancing.md`.",
         tuple(
             Claim(f"{what}, {role.replace('_', '-')}", "instructblip", worse, role)
             for what, worse in (
