@@ -70,4 +70,21 @@ def test_without_a_compiler_auto_runs_plain_layers_and_on_is_refused(
     assert out.count("\n") == 1
     assert reason in out
     monkeypatch.setattr(experiment, "why_not_compiled", lambda device: None)
-    assert experiment.compiles(recipe_of("x").training)
+    with torch._dynamo.config.patch(suppress_errors=False):  # which `auto` changes
+        assert experiment.compiles(recipe_of("x").training)
+
+
+def test_a_layer_that_does_not_compile_runs_plain_under_auto(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(graph: object, inputs: object) -> None:
+        raise NotImplementedError("no code for this graph")
+
+    run = torch.compile(lambda x: 2 * x, backend=broken)
+    monkeypatch.setattr(experiment.distributed, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(experiment, "why_not_compiled", lambda device: None)
+    with torch._dynamo.config.patch(suppress_errors=False):
+        with pytest.raises(Exception, match="no code for this graph"):
+            run(torch.ones(2))
+        assert experiment.compiles(recipe_of("x").training)
+        assert run(torch.ones(2)).tolist() == [2, 2]

@@ -63,6 +63,8 @@ def compiles(training: TrainingConfig) -> bool:
         )
     if reason is not None and distributed.is_main():
         print(f"layers are not compiled, torch.compile does not work on {device}: {reason}")
+    if training.compile == "auto":
+        torch._dynamo.config.suppress_errors = True  # a layer that does not compile runs plain
     return reason is None
 
 
