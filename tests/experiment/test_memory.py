@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.peak import tensor_peak
 from instructblip.cli import main as cli
+from instructblip.experiment import model as model_module
 from instructblip.experiment.datasets import prepare_training
 from instructblip.experiment.memory import (
     AnswerMemory,
@@ -22,7 +23,7 @@ from instructblip.experiment.memory import (
     predict_memory,
     saved_bytes,
 )
-from instructblip.experiment.model import shape_language
+from instructblip.experiment.model import load_model, shape_language
 from instructblip.model.config import VisionConfig
 from instructblip.model.decoding import GREEDY
 from instructblip.model.inference import generate_responses
@@ -211,6 +212,16 @@ def test_short_rows_are_predicted_too(start: Path):
     many = predict_memory(recipe_of(start, "training.batch_size=12", tokens))
     assert many.encoder > few.encoder
     assert many.activations > few.activations
+
+
+def test_a_gpu_gets_each_weight_in_its_type(start: Path, monkeypatch: pytest.MonkeyPatch):
+    half = torch.bfloat16
+    monkeypatch.setattr(model_module, "training_dtypes", lambda training: (half, half))
+    model, stored = load_model(recipe_of(start)), InstructBlip.from_pretrained(start)
+    for (name, got), expected in zip(model.named_parameters(), stored.parameters(), strict=True):
+        frozen = name.startswith(("language_model", "vision_model.e"))
+        assert got.dtype == (half if frozen else torch.float32), name
+        assert torch.equal(got, expected.to(got.dtype)), name
 
 
 def test_fewer_bits_and_adapters(start: Path):

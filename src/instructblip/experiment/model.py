@@ -30,22 +30,29 @@ def model_config(recipe: Recipe) -> InstructBlipConfig:
 
 
 def load_model(recipe: Recipe, trainable: Sequence[str] | None = None) -> InstructBlip:
-    """The start of the run on the CPU, with its trainable set (the recipe's by default) and data
-    types."""
+    """The start of the run, with its trainable set (the recipe's by default) and data types.
+
+    For a GPU each weight goes from its file straight to its type and device; with fsdp2, where the
+    model may be larger than a device, it stays on the CPU until it is sharded.
+    """
     torch.manual_seed(recipe.training.seed)  # a fresh text branch is random, and equal on resume
+    training = recipe.training
+    device = distributed.resolve_device(training.device)
+    frozen, compute = training_dtypes(training)
     model = InstructBlip.from_pretrained(
         recipe.model.start,
         instruction_aware=recipe.model.instruction_aware,
         text_branch=recipe.model.text_branch,
         image_size=recipe.model.image_size,
+        as_stored=frozen is not None,
     )
-    if compiles(recipe.training):
+    if compiles(training):
         model.compile_layers()
-    shape_language(model, recipe, trainable, distributed.resolve_device(recipe.training.device))
-    frozen, compute = training_dtypes(recipe.training)
-    model.to_training_dtypes(frozen_dtype=frozen, compute_dtype=compute)
-    if recipe.training.parallel == "fsdp2":
-        shard_language(model, distributed.resolve_device(recipe.training.device))
+    shape_language(model, recipe, trainable, device)
+    sharded = training.parallel == "fsdp2"
+    model.to_training_dtypes(frozen, compute, device if frozen and not sharded else None)
+    if sharded:
+        shard_language(model, device)
     return model
 
 

@@ -224,22 +224,30 @@ class InstructBlip(Pretrained):
         return [*self.vision_model.tower, self.language_model]
 
     def to_training_dtypes(
-        self, frozen_dtype: torch.dtype | None = None, compute_dtype: torch.dtype | None = None
+        self,
+        frozen_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> "InstructBlip":
         """Keep what trains in fp32 (master weights) and the big frozen parts in ``frozen_dtype``.
 
         The big parts are image encoder and language model. Q-Former, projection and vision norm are
         always fp32: bf16 weights swallow most updates of size 1e-5. ``compute_dtype`` is the
         autocast dtype of the parts in fp32 (None: fp32).
+
+        One parameter after the other goes to its type, and to ``device`` (None: where it is), so
+        that no more than one exists twice.
         """
-        if any(p.dtype != torch.float32 for p in self.parameters()):  # fake tensors cannot convert
-            self.float()
-        if frozen_dtype is not None:
-            for part in self.big_parts:
-                if not is_trainable(part):
-                    for parameter in part.parameters():
-                        if not parameter.requires_grad:  # an adapter may
-                            parameter.data = parameter.data.to(frozen_dtype)
+        frozen = {
+            id(parameter)
+            for part in self.big_parts
+            if frozen_dtype is not None and not is_trainable(part)
+            for parameter in part.parameters()
+            if not parameter.requires_grad  # an adapter may
+        }
+        for parameter in self.parameters():
+            dtype = frozen_dtype if id(parameter) in frozen else torch.float32
+            parameter.data = parameter.data.to(device or parameter.device, dtype)
         self.compute_dtype = compute_dtype
         return self
 
