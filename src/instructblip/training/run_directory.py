@@ -1,7 +1,7 @@
 """The run directory: checkpoints/ to resume from, best/ and last/ to load, and the progress."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -121,14 +121,25 @@ class RunFiles:
         distributed.barrier()
 
 
-def claim(folder: Path) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
     """Keep other processes out of a run directory, since of two runs in one only one is kept.
 
-    Raises ValueError if another process is in it. A process that dies leaves it free.
+    A block that wrote nothing leaves nothing, not even the folder. Raises ValueError if another
+    process is in it. A process that dies leaves it free.
     """
     if not distributed.is_main():
-        return contextlib.nullcontext()
-    return locked(folder / LOCK_FILE, wait=False)
+        yield
+        return
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    with locked(folder / LOCK_FILE, wait=False):
+        try:
+            yield
+        finally:
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the first that is not empty ends it
+                for path in new:
+                    path.rmdir()
 
 
 def refuse_existing(folder: Path) -> None:
