@@ -62,8 +62,12 @@ class Footprint:
                     continue
                 seen.add(id(parameter))
                 size = parameter.numel() * (dtype.itemsize if id(parameter) in big else 4)
-                linear = isinstance(module, nn.Linear) and parameter is module.weight
-                if kind is not None and linear and id(module) in spoken:
+                if (
+                    kind is not None
+                    and isinstance(module, nn.Linear)
+                    and parameter is module.weight
+                    and id(module) in spoken
+                ):
                     size = quantized_bytes(module, kind)
                 sizes[layer_of.get(id(module))] += size
         fixed = sizes.pop(None)
