@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from instructblip.core import distributed, files
@@ -334,3 +335,25 @@ def test_an_unchanged_image_is_not_read_again(paths: list[str]):
     assert hash_images(paths, known) == first
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert hash_images(paths, known)[paths[0]] != first[paths[0]]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+def test_a_flipped_bit_is_detected(kind: FeatureType, tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, kind)
+    store.write(["a#0", "b#0"], torch.randn(2, 3, 4))
+    store.refresh()
+    before = store.read("a#0").clone()
+    (path,) = tmp_path.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # in the last image, or in its factors
+    path.write_bytes(data)
+    store = FeatureStore(tmp_path, kind)
+    assert torch.equal(store.read("a#0"), before)
+    with pytest.raises(ValueError, match=r"image 1 are not what was written.*Delete the file"):
+        store.read("b#0")
+
+
+def test_stores_without_checksums_are_read(tmp_path: Path) -> None:
+    features = torch.randn(1, 3, 4)
+    save_file({"features": features}, tmp_path / "a.safetensors", {"keys": '["a#0"]'})
+    assert torch.equal(FeatureStore(tmp_path, "fp32").read("a#0"), features[0])

@@ -6,7 +6,7 @@ A store is a folder of shards::
         <hash of the shard's keys>.safetensors
             features  [n, P, V]     fp32, bf16 or int8
             scale     [n, P]        with int8: fp32, one for each token
-            metadata  {"keys": JSON list of n keys}
+            metadata  {"keys": JSON list of n keys, "crc32": JSON list of n checksums}
 
 A key names an image and a view, that is, a crop; without augmentation there is only view 0::
 
@@ -18,7 +18,8 @@ crop. Since names are hashes of content, an image that moved or changed, another
 size never give stale features, and files with equal bytes share features.
 
 A shard appears whole or not at all: a kill loses the shard being written, and the next run computes
-only what is missing. Each rank writes shards of its own. Shards are memory-mapped for reading.
+only what is missing. Reading verifies the checksum of an image's bytes; shards of earlier versions
+have none. Each rank writes shards of its own. Shards are memory-mapped for reading.
 
 Features are taken before the encoder's last LayerNorm, which is trainable (see ``Batch``).
 """
@@ -29,13 +30,14 @@ import os
 import random
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -69,6 +71,7 @@ class FeatureStore:
         self.kind: FeatureType = kind
         self._shards: list[Path] = []
         self._places: dict[str, tuple[int, int]] = {}  # key -> (shard, row)
+        self._checksums: dict[int, list[int]] = {}  # of each row of a shard
         self._maps: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.refresh()
 
@@ -87,7 +90,9 @@ class FeatureStore:
         for path in sorted({*self.folder.glob("*.safetensors")} - {*self._shards}):
             try:
                 with safe_open(path, "pt") as file:
-                    keys = json.loads(file.metadata()["keys"])
+                    metadata = file.metadata()
+                    keys = json.loads(metadata["keys"])
+                    checksums = json.loads(metadata.get("crc32", "null"))
             except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
                 warnings.warn(
                     f"{path} is damaged ({error}); its images will be encoded again",
@@ -96,6 +101,8 @@ class FeatureStore:
                 )
                 set_aside(path, ".damaged")
                 continue
+            if checksums is not None:
+                self._checksums[len(self._shards)] = checksums
             self._places |= {key: (len(self._shards), row) for row, key in enumerate(keys)}
             self._shards.append(path)
 
@@ -121,14 +128,23 @@ class FeatureStore:
     def stored(
         self, key: str
     ) -> tuple[Float[Tensor, "P V"] | Int8[Tensor, "P V"], Float[Tensor, " P"] | None]:
-        """The features of one key as they are stored; with int8 the factor of each token."""
+        """The features of one key as they are stored; with int8 the factor of each token.
+        ValueError where a bit has changed since they were written."""
         shard, row = self._places[key]
         if shard not in self._maps:
             with safe_open(self._shards[shard], "pt") as file:  # maps, does not read
                 scale = file.get_tensor("scale") if "scale" in file.keys() else None  # noqa: SIM118
                 self._maps[shard] = file.get_tensor("features"), scale
         features, scale = self._maps[shard]
-        return features[row], None if scale is None else scale[row]
+        values, factors = features[row], None if scale is None else scale[row]
+        checksums = self._checksums.get(shard)
+        if checksums is not None and checksums[row] != _checksum(values, factors):
+            raise ValueError(
+                f"{self._shards[shard]}: the features of image {row} are not what was written; "
+                "expected the checksum in the file. Delete the file, and its images are encoded "
+                "again; check the disk"
+            )
+        return values, factors
 
     def write(self, keys: Sequence[str], features: Float[Tensor, "n P V"]) -> None:
         """Writes one shard of n images, whole or not at all; OSError if it cannot be written."""
@@ -137,10 +153,16 @@ class FeatureStore:
             tensors = {"features": values, "scale": scale}
         else:
             tensors = {"features": features.to(TYPES[self.kind])}
+        scales = tensors.get("scale")
+        checksums = [
+            _checksum(values, None if scales is None else scales[row])
+            for row, values in enumerate(tensors["features"])
+        ]
+        metadata = {"keys": json.dumps(list(keys)), "crc32": json.dumps(checksums)}
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:24]
         try:
             with replacing(self.folder / f"{name}.safetensors") as temporary:
-                save_file(tensors, temporary, metadata={"keys": json.dumps(list(keys))})
+                save_file(tensors, temporary, metadata=metadata)
         except (SafetensorError, OSError) as error:
             raise OSError(
                 f"features could not be written to {self.folder}: {error}. Free some space, take "
@@ -320,6 +342,12 @@ def quantize(
     values = features.float()
     scale = values.abs().amax(2).clamp(min=1e-12) / 127  # [n, P]: the largest entry becomes 127
     return (values / scale[:, :, None]).round().to(torch.int8), scale
+
+
+def _checksum(features: Shaped[Tensor, "P V"], scale: Float[Tensor, " P"] | None) -> int:
+    """CRC-32 of the bytes of one image."""
+    value = zlib.crc32(features.contiguous().view(torch.uint8).numpy())
+    return value if scale is None else zlib.crc32(scale.contiguous().numpy(), value)
 
 
 class _Pixels(Dataset[Tensor]):
