@@ -11,7 +11,7 @@ import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from gradio.data_classes import FileData
+from gradio.data_classes import ImageData
 
 from instructblip.inference.engine import Engine
 from instructblip.model.inference import cross_attention
@@ -226,5 +226,5 @@ def test_gradio_does_not_open_uploads(tmp_path: Path) -> None:
     file.write_bytes(b"no image")
     upload = _image_input("", 100, "picture")
     assert upload.get_block_name() == "image"
-    assert upload.preprocess(FileData(path=str(file), orig_name="picture.png")) == str(file)
+    assert upload.preprocess(ImageData(path=str(file), orig_name="picture.png")) == str(file)
     assert upload.preprocess(None) is None

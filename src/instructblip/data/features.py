@@ -346,8 +346,8 @@ def quantize(
 
 def _checksum(features: Shaped[Tensor, "P V"], scale: Float[Tensor, " P"] | None) -> int:
     """CRC-32 of the bytes of one image."""
-    value = zlib.crc32(features.contiguous().view(torch.uint8).numpy())
-    return value if scale is None else zlib.crc32(scale.contiguous().numpy(), value)
+    value = zlib.crc32(features.contiguous().view(torch.uint8).numpy().data)
+    return value if scale is None else zlib.crc32(scale.contiguous().numpy().data, value)
 
 
 class _Pixels(Dataset[Tensor]):
