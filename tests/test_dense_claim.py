@@ -11,9 +11,9 @@ import torch
 
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import differences
-from instructblip.scenes.dense import DenseScene, Item, sample_dense
+from instructblip.scenes.dense import DenseScene, Item, sample_dense, write_dense
 from runs.claims import measure
-from runs.dense import attention, claim, write
+from runs.dense import attention, balancing, claim, write
 from tests.test_claims import write_results
 
 HEART = Item("red", "heart", "large", "7", 1, 3)
@@ -133,3 +133,16 @@ def test_the_page_follows_the_figures(tmp_path: Path, monkeypatch: pytest.Monkey
     for name in ("dense.svg", "dense_attention.svg"):
         assert f"]({name})" in text
         assert (docs / name).read_text().rstrip().endswith("</svg>")
+
+
+def test_only_the_sizes_of_training_sets_are_unequal(tmp_path: Path) -> None:
+    balancing.write_unequal(tmp_path / "unequal", 0.01)
+    write_dense(tmp_path / "as_always", scale=0.01)
+
+    def questions(world: str, split: str) -> list[dict]:
+        (path,) = (tmp_path / world / "vqav2").rglob(f"*OpenEnded*{split}2014*.json")
+        return json.loads(path.read_text())["questions"]
+
+    assert questions("unequal", "val") == questions("as_always", "val")
+    assert len(questions("unequal", "train")) > 2 * len(questions("as_always", "train"))
+    assert max(balancing.SIZES.values()) > 1500 * min(balancing.SIZES.values())
