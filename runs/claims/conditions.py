@@ -131,7 +131,7 @@ class Plan:
         tuned |= {f"{name}_long": (changes, LONG * self.steps) for name, changes in few.items()}
         last = {name: f"{self.work}/{name}/seed{seed}/last" for name in tuned}
         jobs = [
-            self.job(f"{name}/seed{seed}", *seeds, *_schedule(steps), *overrides)
+            self.job(f"{name}/seed{seed}", *seeds, *schedule(steps), *overrides)
             for name, (overrides, steps) in tuned.items()
         ]
         named = f"multitask_names/seed{seed}"
@@ -146,7 +146,7 @@ class Plan:
         ]  # fmt: skip
         for name, benchmark in DOWNSTREAM.items():
             only = [f"data.sets={{{name}: {{}}}}", f"evaluation.benchmarks=[{benchmark}]"]
-            settings = [*seeds, *_schedule(self.finetune_steps), *only]
+            settings = [*seeds, *schedule(self.finetune_steps), *only]
             jobs += [
                 self.job(f"blip2_finetuned_{name}/seed{seed}", *settings,
                          "model.instruction_aware=false"),
@@ -156,5 +156,6 @@ class Plan:
         return jobs
 
 
-def _schedule(steps: int) -> Sequence[str]:
+def schedule(steps: int) -> Sequence[str]:
+    """Overrides for a number of steps, a tenth of which warm up."""
     return f"training.steps={steps}", f"training.warmup_steps={max(1, steps // 10)}"

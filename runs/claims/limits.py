@@ -79,9 +79,9 @@ def words(number: int) -> list[Asked]:
 def answers(engine: Engine, asked: Sequence[Asked], frames: Sequence[Sequence[Image.Image]]):
     """Whether each answer is right, and whether it is that of the other thing."""
     texts = engine.answer(frames, [PROMPT.format(one.question) for one in asked], max_new_tokens=10)
-    said = [text.strip().lower() for text in texts]
-    right = [text == one.answer for text, one in zip(said, asked, strict=True)]
-    other = [text == one.other for text, one in zip(said, asked, strict=True)]
+    given = [text.strip().lower() for text in texts]
+    right = [text == one.answer for text, one in zip(given, asked, strict=True)]
+    other = [text == one.other for text, one in zip(given, asked, strict=True)]
     return right, other
 
 
@@ -218,10 +218,10 @@ def main() -> None:
         either = mean_of([[a or b for a, b in zip(*both, strict=True)] for both in found], written)
         rows.append(f"| {title} | {right} | {either} |")
         print(rows[-1], flush=True)
-    told = described(starter, moving)
+    known = described(starter, moving)
 
     def share(kind: str) -> float:
-        return 100 * fmean(t for t, one in zip(told, moving, strict=True) if one.kind == kind)
+        return 100 * fmean(t for t, one in zip(known, moving, strict=True) if one.kind == kind)
 
     def placed(instruction: str | None) -> str:
         return plus_minus(
@@ -232,7 +232,7 @@ def main() -> None:
         number=args.number, seeds=len(tuned), noise=196 * (0.25 / args.number) ** 0.5,
         motion="\n".join(lines), words="\n".join(rows), caption=CAPTION,
         described_moves=share("moves"), described_stays=share("stays"),
-        described=100 * fmean(told), described_words=100 * fmean(described(starter, written)),
+        described=100 * fmean(known), described_words=100 * fmean(described(starter, written)),
         start_question=places_right(starter, written, None),
         start_caption=places_right(starter, written, CAPTION),
         tuned_question=placed(None), tuned_caption=placed(CAPTION),

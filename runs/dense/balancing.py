@@ -18,10 +18,11 @@ from instructblip.recipe.load import load_recipe
 from instructblip.scenes.dense import DENSE_SETS, FORMAT_VERSION
 from instructblip.scenes.formats import SetFolder
 from instructblip.scenes.official import WrittenSet, write_sets
-from runs.claims.conditions import Job, Plan
+from runs.claims.conditions import Job, schedule
 from runs.claims.judge import difference, level, read, sets_of
 from runs.claims.measure import run_plan
 from runs.claims.write import plus_minus, signed
+from runs.dense.claim import OnDense
 
 MODULE = "runs.dense.balancing"
 SIZES = {"coco_caption": 6000, "vqav2": 20_000, "okvqa": 60, "aokvqa": 12}
@@ -37,30 +38,18 @@ ROLES = {"held_in": "held-in", "held_out": "held-out"}
 
 
 @dataclass(frozen=True)
-class BalancingPlan(Plan):
+class BalancingPlan(OnDense):
     """One recipe with three exponents."""
 
-    start: str = "dense"
-    steps: int = 300
-    limit: int = 200
-    base: str = "dense"
     docs: Path = Path("docs")
 
     @property
     def common(self) -> list[str]:
-        return [
-            f"data.root={self.work / 'data'}",
-            "data.check=skip",
-            "features.cache=on",
-            f"model.start={self.start}",
-            f"evaluation.limit={self.limit}",
-            "training.keep_last=1",
-            *(f"data.sets.{name}.weight=1" for name in SIZES),
-        ]
+        weights = [f"data.sets.{name}.weight=1" for name in SIZES]
+        return [*super().common, f"model.start={self.start}", *weights]
 
     def _of_seed(self, seed: int) -> list[Job]:
-        shared = [f"training.seed={seed}", f"data.seed={seed}", f"training.steps={self.steps}"]
-        shared += [f"training.warmup_steps={max(1, self.steps // 10)}"]
+        shared = [f"training.seed={seed}", f"data.seed={seed}", *schedule(self.steps)]
         return [
             self.job(f"{name}/seed{seed}", *shared, f"data.temperature={temperature}")
             for name, temperature in TEMPERATURES.items()
@@ -143,7 +132,7 @@ def write_page(plan: BalancingPlan) -> None:
 
 def prepare(plan: BalancingPlan, scale: float) -> None:
     """Write the data and store the image features."""
-    write_unequal(plan.work / "data", scale)
+    write_unequal(plan.work / "dense", scale)
     cache(load_recipe(plan.base, [*plan.common, "data.check=run"]))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from instructblip.experiment.train import cache
 from instructblip.recipe.load import load_recipe
 from instructblip.scenes.dense import write_dense
-from runs.claims.conditions import Job, Plan
+from runs.claims.conditions import Job, Plan, schedule
 from runs.claims.measure import keep_queries, run_plan
 
 CONDITIONS = {"reads": [], "does_not_read": ["model.instruction_aware=false"]}
@@ -24,17 +24,13 @@ WITHHELD = {"withheld": "none", "of_another": "other"}
 
 
 @dataclass(frozen=True)
-class DensePlan(Plan):
-    """Conditions for several numbers of queries; the folders are ``<condition>_<queries>``."""
+class OnDense(Plan):
+    """Conditions of the recipe ``dense``, with data in ``work/dense``."""
 
     start: str = "dense"
     steps: int = 300
     limit: int = 200
     base: str = "dense"
-    queries: tuple[int, ...] = (2, 4, 8, 16)
-
-    def start_with(self, queries: int) -> Path:
-        return self.work / f"start_{queries}_queries"
 
     @property
     def common(self) -> list[str]:
@@ -45,6 +41,16 @@ class DensePlan(Plan):
             f"evaluation.limit={self.limit}",
             "training.keep_last=1",
         ]
+
+
+@dataclass(frozen=True)
+class DensePlan(OnDense):
+    """Conditions for several numbers of queries; the folders are ``<condition>_<queries>``."""
+
+    queries: tuple[int, ...] = (2, 4, 8, 16)
+
+    def start_with(self, queries: int) -> Path:
+        return self.work / f"start_{queries}_queries"
 
     def untuned(self) -> list[Job]:
         """BLIP-2 with each number of queries."""
@@ -61,8 +67,7 @@ class DensePlan(Plan):
     def _of_seed(self, seed: int) -> list[Job]:
         jobs = []
         for queries in self.queries:
-            shared = [f"model.start={self.start_with(queries)}", f"training.steps={self.steps}"]
-            shared += [f"training.warmup_steps={max(1, self.steps // 10)}"]
+            shared = [f"model.start={self.start_with(queries)}", *schedule(self.steps)]
             shared += [f"training.seed={seed}", f"data.seed={seed}"]
             for name, changes in CONDITIONS.items():
                 jobs.append(self.job(f"{name}_{queries}/seed{seed}", *shared, *changes))

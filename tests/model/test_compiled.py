@@ -44,7 +44,7 @@ def recipe_of(start: Path | str, *overrides: str) -> Recipe:
 
 
 @pytest.mark.parametrize(("setting", "compiles"), [("auto", False), ("on", True), ("off", False)])
-def test_a_cpu_compiles_where_it_is_told_to(
+def test_a_cpu_compiles_where_the_setting_is_on(
     setting: str, compiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_transformers("llama").save_pretrained(tmp_path)

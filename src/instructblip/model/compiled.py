@@ -16,18 +16,23 @@ from torch import nn
 from torch.fx.experimental import _config as shapes
 
 
-@functools.cache
-def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled twin of a function; nothing is compiled before its first call."""
+def _compile(run: Callable[..., Any]) -> Callable[..., Any]:
     # Otherwise lengths that are equal by chance in the first batch have to be equal in all.
     shapes.use_duck_shape = False
     return torch.compile(run, dynamic=True)
 
 
+@functools.cache
+def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled twin of a function of a module, which all layers share; nothing is compiled
+    before its first call."""
+    return _compile(run)
+
+
 def compile_forward(layer: nn.Module) -> None:
     """Compile ``layer.forward`` where gradients are computed."""
     plain = layer.forward
-    twin = compiled(plain)
+    twin = _compile(plain)  # not kept: it would keep the layer
 
     def forward(*inputs: Any, **settings: Any) -> Any:
         return (twin if torch.is_grad_enabled() else plain)(*inputs, **settings)
