@@ -104,6 +104,20 @@ def test_batch_equals_single(model, extra_padding):
         assert respond(model, alone, max_new_tokens=6) == [answers[sample]]
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_padding_is_no_part_of_a_repetition_penalty(num_beams):
+    model = tiny_model("llama")
+    with torch.no_grad():  # the same few tokens again and again
+        model.language_model.get_input_embeddings().weight.mul_(8)
+    batch = tiny_batch(model.config)
+    options = {"num_beams": num_beams, "max_new_tokens": 8, "min_new_tokens": 8}
+    answers = respond(model, batch, repetition_penalty=5.0, **options)
+    assert answers != respond(model, batch, **options)
+    for sample in range(len(batch)):
+        alone = single(batch, sample)
+        assert respond(model, alone, repetition_penalty=5.0, **options) == [answers[sample]]
+
+
 def test_rows_end_where_the_caller_says(model):
     batch = tiny_batch(model.config)
     six = GREEDY.override(max_new_tokens=6, min_new_tokens=6)

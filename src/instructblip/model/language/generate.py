@@ -2,18 +2,15 @@
 
 import copy
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteria
 
 from instructblip.model.language.fast.attention import packs
-
-# The prompt is passed as embeddings, as in the official code: the penalty applies to the response.
-warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
 
 STATIC_DEVICES = ("cuda",)
 """Where the cache of a decoder has its full size from the start. A cache that grows is copied for
@@ -57,10 +54,14 @@ def generate(
     if _is_static(model) and config.num_beams == 1:  # compiling it would take longer than an answer
         config.update(cache_implementation="static", disable_compile=True)
     watched = None if on_tokens is None or config.num_beams > 1 else _Watched(on_tokens)
+    # The prompt is passed as embeddings, as in the official code: the penalty applies to the
+    # response. transformers would not apply it to as many tokens as the prompt has padding.
+    penalty, config.repetition_penalty = config.repetition_penalty or 1.0, None
     with torch.no_grad():
         output = model.generate(
             **inputs,
             generation_config=config,
+            logits_processor=[] if penalty == 1.0 else [RepetitionPenaltyLogitsProcessor(penalty)],
             stopping_criteria=None if watched is None else [watched],
         )
     rows = output.tolist()
