@@ -9,6 +9,7 @@ from fastapi.testclient import TestClient
 
 import instructblip
 from instructblip.cli import main as cli
+from instructblip.core.terminal import escape
 from instructblip.serving.api import create_app
 from tests.conftest import body
 from tests.testing import QUESTION, write_model
@@ -48,7 +49,7 @@ def test_all_three_give_one_answer(
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, *options])
     assert not stop.value.code
-    assert capsys.readouterr().out == expected + "\n"
+    assert capsys.readouterr().out == escape(expected) + "\n"
 
     given = {OVER_HTTP.get(name, name): value for name, value in settings.items()}
     with TestClient(create_app({"tuned": engine})) as client:
@@ -66,7 +67,7 @@ def test_a_quantized_model_gives_one_answer(
     command = ["answer", "--model", str(folder), "--image", str(png[0]), "--instruction", QUESTION]
     with pytest.raises(SystemExit):
         cli.main([*command, *options, "--quantize", "nf4"])
-    assert capsys.readouterr().out == expected + "\n"
+    assert capsys.readouterr().out == escape(expected) + "\n"
 
 
 def test_all_three_refuse_the_same(folder: Path, png: list[Path]) -> None:

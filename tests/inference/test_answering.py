@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from instructblip.cli import main as cli
+from instructblip.core.terminal import escape
 from instructblip.inference.batch import (
     answer_requests,
     read_requests,
+    write_answers,
 )
 from instructblip.inference.chat import (
     Conversation,
@@ -97,7 +99,7 @@ def test_command_answers_one_image(
     code, out, _ = call(capsys, "answer", "--image", str(image_files[0]), *options)
     assert code == 0
     expected = Engine.from_pretrained(folder, device="cpu").answer(image_files[0], QUESTION)
-    assert out == expected + "\n"
+    assert out == escape(expected) + "\n"
     _, longer, _ = call(
         capsys, "answer", "--image", str(image_files[0]), *options, "--max-new-tokens", "9"
     )
@@ -339,3 +341,47 @@ def test_a_video_is_four_of_its_frames(engine: Engine, tmp_path: Path) -> None:
 def test_history_is_written_as_in_the_data() -> None:
     assert instruction_of("What?", []).prompt == "What?"
     assert "Answer: red" in instruction_of("What?", [("Which colour?", "red")]).prompt
+
+
+class Echo(Engine):
+    """Answers with the instruction."""
+
+    def __init__(self) -> None:
+        self.batch_size = 4
+
+    def answer(self, images: Any, instructions: Any, **decoding: Any) -> list[str]:
+        return instructions
+
+
+FORMULAS = [
+    '=HYPERLINK("https://evil.example","a")',
+    "@SUM(1)",
+    "+1+cmd|' /C calc'!A0",
+    "-2+3",
+    " =1+1",
+    "\t=1",
+    "\ufeff=1",
+    "＝1+1",
+]
+HARMLESS = ["-5", "+1,000.5", "12 %", "a cup = red", "'quoted'", "a\n=1"]
+
+
+def test_a_csv_has_no_formula(image_files: list[Path], tmp_path: Path) -> None:
+    file = tmp_path / "requests.jsonl"
+    image = str(Path(shutil.copy(image_files[0], tmp_path)).name)
+    lines = [
+        {"image": image, "instruction": text, "=A1": text, "n": -5} for text in FORMULAS + HARMLESS
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "answers.csv"
+    assert write_answers(Echo(), read_requests(file), out) == 0
+    with out.open(encoding="utf-8-sig", newline="") as table:
+        header, *rows = csv.reader(table)
+    assert header == ["image", "instruction", "'=A1", "n", "answer", "error"]
+    for (_, *texts, number, answer, _), text in zip(rows, FORMULAS + HARMLESS, strict=True):
+        shown = f"'{text}" if text in FORMULAS else text
+        assert [*texts, number, answer] == [shown, shown, "-5", shown]
+
+    write_answers(Echo(), read_requests(file), tmp_path / "answers.jsonl")
+    read = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["answer"] for line in read] == FORMULAS + HARMLESS

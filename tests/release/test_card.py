@@ -1,5 +1,6 @@
 """The model card: data with their terms, scores and settings, and no folder of this machine."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -27,7 +28,7 @@ def test_a_complete_card() -> None:
     assert "| qformer | 1,234,567 |" in text
     assert "| mine | 1 | those of its owner |" in text
     assert "| vqav2 | 1 | " in text
-    assert "| toy | 100.0 [100.0, 100.0] | 12 of 12 | exact_match; generate (" in text
+    assert r"| toy | 100.0 [100.0, 100.0] | 12 of 12 | exact\_match; generate (" in text
     assert "| mean, held-in | 100.0 [100.0, 100.0] | 1 set |" in text
     assert "learning_rate:" in text
     assert "/secret/place" not in text
@@ -82,7 +83,7 @@ def test_card_of_an_own_benchmark_has_every_metric_and_its_constant() -> None:
     text = model_card("mine", "InstructBlipForConditionalGeneration", {}, None, [result])
     constant = result.constants["balanced_accuracy"]
     assert f"always '{constant.answer}': {constant.score:.1f} |" in text
-    assert "| toy rouge_l | 100.0" in text
+    assert "| toy rouge\\_l | 100.0" in text
     assert "NOT BETTER" not in result.describe()
     guess = replace(
         result,
@@ -94,3 +95,35 @@ def test_card_of_an_own_benchmark_has_every_metric_and_its_constant() -> None:
 
 def reds() -> list[Example]:
     return [e for e in colour_questions().examples if e.answers[0] == "red"]
+
+
+HOSTILE = "a|b](https://evil.example)<img src=x>`c`\n---\n# not a heading"
+
+
+def test_a_card_with_names_and_settings_full_of_markup() -> None:
+    made = evaluate(
+        FakeEngine(), benchmark(name=HOSTILE, prompt=f"{{question}} {HOSTILE}"), colour_questions()
+    )
+    recipe = {
+        "data": {"sets": {HOSTILE: {"templates": ["one\n```\n\n# not a heading\n~~~"]}}},
+        "model": {"start": HOSTILE},
+    }
+    text = model_card(HOSTILE, "InstructBlipForConditionalGeneration", {}, recipe, [made])
+    assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "transformers"
+    outside, _, fenced = text.partition("\n````yaml\n")
+    headings = [line for line in outside.splitlines() if line.startswith(("#", "---"))]
+    assert headings == ["---", "---", headings[2]] + [
+        f"## {name}" for name in ("Prompts", "Data", "Figures", "Recipe")
+    ]
+    assert fenced.rstrip().endswith("\n````")
+    assert "````" not in fenced.rstrip()[:-4]
+    prose = outside.partition("# ")[2]
+    assert "](" not in prose
+    assert not re.search(r"(?<!\\)<img|(?<!\\)\|b", prose)
+
+
+def test_a_chat_format_does_not_end_its_block() -> None:
+    template, _ = FORMATS["smollm2"]
+    chat = ChatFormat.of(chat_tokenizer(), "{{ '```\n# not a heading\n' }}" + template)
+    text = model_card("mine", "InstructBlipForConditionalGeneration", {}, chat=chat)
+    assert "\n````\n```\n# not a heading\n" in text

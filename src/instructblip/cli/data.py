@@ -137,8 +137,7 @@ def show(
     html: Annotated[Path | None, to_file("Write a page instead of printing.")] = None,
 ) -> None:
     """Show training samples as the model reads them: image, texts, and what the loss covers."""
-    from rich.console import Console
-
+    from instructblip.core.progress import Terminal
     from instructblip.data.show import to_terminal, training_samples, write_page
     from instructblip.experiment.build import training_samples as sample_loader
 
@@ -147,10 +146,10 @@ def show(
     if html:
         print(write_page(html, samples, {"model": resolved.model.start}))
         return
-    console = Console()
+    console = Terminal()
     for sample in samples:
         text = to_terminal(sample, console.is_terminal)
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 @app.command()

@@ -174,12 +174,13 @@ def _evaluated(path: Path, recipe: str | None, overrides: list[str], folder: Pat
 
 
 def _print_tables(shown: "Sequence[Table]", notes: Sequence[str]) -> None:
-    from rich.console import Console
+    from instructblip.core.progress import Terminal
+    from instructblip.core.terminal import escape
 
-    console = Console()
+    console = Terminal()
     if not console.is_terminal:
-        console = Console(width=max(160, console.width))
+        console = Terminal(width=max(160, console.width))
     for table in shown:
         console.print(table)
     for note in notes:
-        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
+        console.print(escape(note), style="dim", soft_wrap=True)

@@ -14,6 +14,7 @@ import typer
 
 from instructblip.cli import data, evaluation, models, training
 from instructblip.core.problems import problems
+from instructblip.core.terminal import escape_output
 
 app = typer.Typer(
     name="instructblip",
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command `instructblip`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    escape_output()
     if not debug:
         warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
         # the paper's penalty is on the answer's own tokens alone, which transformers warns of

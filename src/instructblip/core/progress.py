@@ -1,12 +1,30 @@
-"""The one progress bar: on a terminal, and nothing where there is none."""
+"""The one progress bar, on a terminal and nothing where there is none, and rich's console."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+
+from instructblip.core.terminal import Escaping, escape, escape_output
+
+
+class Terminal(Console):
+    """rich's console: its own sequences reach the terminal, those of a text are escaped."""
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        stream: Any = sys.stderr if stderr else sys.stdout
+        stream = stream.stream if isinstance(stream, Escaping) else stream
+        super().__init__(file=stream, width=width, markup=False, highlight=False, emoji=False)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else escape(text), style, control)
 
 
 class ProgressBar:
@@ -29,7 +47,7 @@ class ProgressBar:
     def print(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         if self._bar:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._bar.console.print(escape(text))
         else:
             print(text, flush=True)
 
@@ -50,14 +68,15 @@ def progress_bar(
         yield ProgressBar(None)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
         *(TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=not fields) as bar:
+    with Progress(*columns, console=Terminal(stderr=True), transient=not fields) as bar:
+        escape_output()  # rich has put streams of its own in the place of ours
         values: dict[str, Any] = dict.fromkeys(fields, "-")
-        bar.add_task(title, total=None, **values)
+        bar.add_task(escape(title), total=None, **values)
         yield ProgressBar(bar)

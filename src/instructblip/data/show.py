@@ -16,6 +16,7 @@ from PIL import Image
 from instructblip.core.batch import Batch, Example
 from instructblip.core.files import write_text
 from instructblip.core.pages import data_url, page_template
+from instructblip.core.terminal import escape
 from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.order import CYCLE
@@ -126,13 +127,13 @@ def to_terminal(shown: Shown, colour: bool) -> "Text":
 
     text = Text()
     head = f"{shown.name}  step {shown.step}  {shown.example.where}  id {shown.example.id}"
-    text.append(f"{head}\n", "bold")
-    text.append(f"image      {', '.join(shown.image_names)}\n")
+    text.append(f"{escape(head)}\n", "bold")
+    text.append(f"image      {escape(', '.join(shown.image_names))}\n")
     if colour:
         for line in _half_blocks(shown.images[0]):
             text.append_text(line)
     for name, value in shown.texts.items():
-        text.append(f"{name:11}{value}\n")
+        text.append(f"{name:11}{escape(value)}\n")
     if shown.qformer:
         text.append("Q-Former   " + " ".join(token.text for token in shown.qformer) + "\n", "dim")
     text.append("tokens     ")

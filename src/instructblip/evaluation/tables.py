@@ -14,6 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from instructblip.core.terminal import escape
 from instructblip.evaluation.bootstrap import Difference
 from instructblip.evaluation.compare import ROLES, Cell, Comparison, Row
 from instructblip.evaluation.result import describe_how
@@ -164,18 +165,20 @@ def to_markdown(comparison: Comparison) -> str:
             mark = "**" if line.kind == "model" else ""
             lines.append(_markdown_line([line.name], mark) + _markdown_line(line.texts)[1:])
         parts.append("\n".join(lines))
-    note = _escape_markdown(NOTE.format(baseline=comparison.baseline))
-    listed = "\n".join(f"- {_escape_markdown(line)}" for line in measured_with(comparison))
+    note = escape_markdown(NOTE.format(baseline=comparison.baseline))
+    listed = "\n".join(f"- {escape_markdown(line)}" for line in measured_with(comparison))
     return "\n\n".join([*parts, note, listed]) + "\n"
 
 
 def _markdown_line(texts: Sequence[str], mark: str = "") -> str:
     """The cells of a line, each between two ``mark``."""
-    return "| " + " | ".join(f"{mark}{_escape_markdown(text)}{mark}" for text in texts) + " |"
+    return "| " + " | ".join(f"{mark}{escape_markdown(text)}{mark}" for text in texts) + " |"
 
 
-def _escape_markdown(text: str) -> str:
-    return re.sub(r"[\\|*_<`]", r"\\\g<0>", text).replace("\n", " ")
+def escape_markdown(text: str) -> str:
+    """The text in one line in which Markdown sees no table, HTML, code, emphasis or link."""
+    text = re.sub(r"[\\|*_<`~]", r"\\\g<0>", " ".join(text.splitlines()))
+    return text.replace("](", "]\\(")
 
 
 _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
@@ -189,7 +192,10 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 
 
 def _latex_line(cells: Sequence[str]) -> str:
-    return " & ".join(cell.translate(str.maketrans(_LATEX)) for cell in cells) + r" \\"
+    return (
+        " & ".join(" ".join(c.splitlines()).translate(str.maketrans(_LATEX)) for c in cells)
+        + r" \\"
+    )
 
 
 def to_latex(comparison: Comparison) -> str:
@@ -202,7 +208,9 @@ def to_latex(comparison: Comparison) -> str:
             lines += [r"\midrule", *(_latex_line([line.name, *line.texts]) for line in group)]
         parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}"]))
     notes = [NOTE.format(baseline=comparison.baseline), *measured_with(comparison)]
-    return "\n\n".join([*parts, "\n".join(f"% {note}" for note in notes), ""])
+    return "\n\n".join(
+        [*parts, "\n".join(f"% {' '.join(note.splitlines())}" for note in notes), ""]
+    )
 
 
 def to_rich(comparison: Comparison, intervals: bool = False) -> "list[Table]":
@@ -215,14 +223,16 @@ def to_rich(comparison: Comparison, intervals: bool = False) -> "list[Table]":
         shown = Table(title=table.role, title_justify="left")
         shown.add_column(Text("model"), no_wrap=True)
         for title in table.titles:
-            shown.add_column(Text(title), justify="right")
+            shown.add_column(Text(escape(title)), justify="right")
         for kind, group in groupby(table.lines, key=attrgetter("kind")):
             style = {"model": "bold", "published": "dim", "constant": "dim"}.get(kind, "")
             for line in group:
-                shown.add_row(*(Text(text, style=style) for text in [line.name, *line.texts]))
+                shown.add_row(
+                    *(Text(escape(text), style=style) for text in [line.name, *line.texts])
+                )
             shown.add_section()
         shown_tables.append(shown)
     note = NOTE if intervals else _NARROW_NOTE
-    shown_tables[-1].caption = note.format(baseline=comparison.baseline)
+    shown_tables[-1].caption = Text(escape(note.format(baseline=comparison.baseline)), "dim")
     shown_tables[-1].caption_justify = "left"
     return shown_tables

@@ -8,6 +8,7 @@ the ``answer`` or ``error`` of an earlier run.
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from instructblip.inference.engine import Engine
 from instructblip.inference.inputs import ImageInput, open_images
 
 RESULT_KEYS = ("answer", "error")
+# also in full width, which programs in East Asia take for the same
+_FORMULA = re.compile("[\\s\ufeff]*[=+\\-@\uff1d\uff0b\uff0d\uff20]|[\t\r]")
+_NUMBER = re.compile(r"[+-]?\d+(?:[.,]\d+)*%?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,17 +165,26 @@ def _json_writer(file: TextIO) -> Callable[[dict[str, Any]], object]:
 
 
 def _csv_writer(file: TextIO, requests: Sequence[Request]) -> Callable[[dict[str, Any]], object]:
-    """A column for each key of the requests; lists and objects are written as JSON."""
+    """A column for each key of the requests; lists and objects are written as JSON.
+
+    An apostrophe precedes a text that a spreadsheet program would run as a formula.
+    """
     keys = dict.fromkeys(key for request in requests for key in request.record)
     columns = [*dict.fromkeys([*keys, "instruction", *RESULT_KEYS])]
     file.write("\ufeff")  # by which spreadsheet programs know UTF-8
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(file, lineterminator="\n")
 
     def cell(value: Any) -> Any:
-        return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+        if isinstance(value, list | dict):
+            return json.dumps(value, ensure_ascii=False)
+        runs = isinstance(value, str) and _FORMULA.match(value) and not _NUMBER.fullmatch(value)
+        return f"'{value}" if runs else value
 
-    return lambda record: writer.writerow({key: cell(value) for key, value in record.items()})
+    def write(record: dict[str, Any]) -> None:
+        writer.writerow(cell(record.get(column)) for column in columns)
+
+    write(dict(zip(columns, columns, strict=True)))
+    return write
 
 
 def _open_or_error(request: Request) -> list[ImageInput] | str:

@@ -3,6 +3,7 @@
 The card says what a model is, what it was tuned on and how, and its scores.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from instructblip.data.sources import SOURCES
 from instructblip.data.tokens import load_tokenizer
 from instructblip.evaluation.compare import summarise
 from instructblip.evaluation.result import Result, describe_how
+from instructblip.evaluation.tables import escape_markdown
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model import lora
 from instructblip.model.checkpoints.directory import check_output, model_directory
@@ -154,7 +156,7 @@ def model_card(
     if repeated:
         raise ValueError(f"two results of {', '.join(repeated)}: give one folder for each")
     return CARD.format(
-        name=name,
+        name=escape_markdown(name),
         kind="A BLIP-2" if reader.startswith("Blip2") else "An InstructBLIP",
         version=__version__,
         reader=reader,
@@ -162,7 +164,7 @@ def model_card(
         parameters="\n".join(f"| {part} | {count:,} |" for part, count in parts.items()),
         data=_data(recipe["data"]["sets"]) if recipe else "Not known.",
         figures=_scores(results) if results else "Not evaluated.",
-        recipe=f"```yaml\n{_yaml(recipe)}\n```" if recipe else "Not known.",
+        recipe=_fenced(_yaml(recipe), "yaml") if recipe else "Not known.",
     )
 
 
@@ -172,8 +174,21 @@ def _prompts(chat: ChatFormat | None) -> str:
     end = chat.tokenizer.convert_ids_to_tokens(chat.end_id)
     return (
         "Prompts and responses have the chat format of `chat_template.jinja`, and "
-        f"`{end}` ends a response:\n\n```\n{chat.example().strip()}\n```"
+        f"{_code(end)} ends a response:\n\n{_fenced(chat.example().strip())}"
     )
+
+
+def _code(text: str) -> str:
+    """The text as code in a line, which it cannot end."""
+    inner = " ".join(text.replace("`", "'").split())
+    return f"`{inner}`"
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """The text as a block of code, which it cannot end."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _data(sets: Mapping[str, dict[str, Any]]) -> str:
@@ -181,7 +196,7 @@ def _data(sets: Mapping[str, dict[str, Any]]) -> str:
     for name, entry in sets.items():
         known = SOURCES.get(entry.get("source") or name)
         terms = known.licence if known else "those of its owner"
-        lines.append(f"| {name} | {entry.get('weight', 1.0):g} | {terms} |")
+        lines.append(f"| {escape_markdown(name)} | {entry.get('weight', 1.0):g} | {terms} |")
     return "\n".join(lines)
 
 
@@ -208,8 +223,8 @@ def _scores(results: Sequence[Result]) -> str:
         how = describe_how(result.how)
         if (constant := result.constant) is not None:
             how += f"; always {constant.answer[:60]!r}: {constant.score:.1f}"
-        how = how.replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {result.benchmark} | {score} | {asked} | {how} |")
+        benchmark, how = map(escape_markdown, (result.benchmark, how))
+        lines.append(f"| {benchmark} | {score} | {asked} | {how} |")
     for role, mean in summarise([r for r in results if r.value is not None]).items():
         sets = f"{mean.n} set{'s' if mean.n > 1 else ''}"
         name = f"mean, {role.replace('_', '-')}"

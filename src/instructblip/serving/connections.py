@@ -108,6 +108,7 @@ class Server(uvicorn.Server):
             timeout_keep_alive=75,  # longer than a busy client waits before its next request
             backlog=128,  # accepted at once, before any of them is read
             server_header=False,
+            use_colors=False,  # each line holds texts of clients, which are escaped
             **options,
         )
         super().__init__(config)
