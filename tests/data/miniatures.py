@@ -604,6 +604,34 @@ CASES: list[tuple[str, str, dict[str, Any], int, dict[str, Any], int]] = [
         {"images": ("abc_1_2/frame_1.jpg",), "answers": ("cook",)},
         1,
     ),
+    (
+        "coco_objects",
+        "val",
+        {
+            "annotations/captions_val2014.json": COCO,
+            "annotations/instances_val2014.json": {
+                "annotations": [{"image_id": 9, "category_id": 51}],
+                "categories": [{"id": 51, "name": "bowl"}],
+            },
+        },
+        0,
+        {"id": "9", "extra": {"objects": ["bowl"]}},
+        1,
+    ),
+    (
+        "pope",
+        "random",
+        {
+            "annotations/coco_pope_random.json": "".join(
+                f'{{"question_id": {i}, "image": "COCO_val2014_000000016631.jpg", '
+                f'"text": "Is there a {name} in the image?", "label": "{label}"}}\n'
+                for i, (name, label) in enumerate((("person", "yes"), ("dining table", "no")))
+            )
+        },
+        1,
+        {"question": "Is there a dining table in the image?", "answers": ("no",)},
+        2,
+    ),
 ]
 
 

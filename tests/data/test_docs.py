@@ -1,5 +1,6 @@
 """docs/data.md agrees with the code. `python -m tests.data.test_docs` prints its table."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ def table() -> list[str]:
 def keys(file: str, value: Any) -> list[str]:
     """Names of the fields that hold text, numbers or lists of them."""
     if isinstance(value, str):
-        return value.split("\n")[0].split(",") if file.endswith(".csv") else []
+        first = value.split("\n")[0]
+        if file.endswith(".json") and first.startswith("{"):  # a record a line
+            return keys("", json.loads(first))
+        return first.split(",") if file.endswith(".csv") else []
     if isinstance(value, list):
         return [key for item in value for key in keys(file, item)]
     if not isinstance(value, dict):

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter
 
 Mode = Literal["generate", "rank"]
-Role = Literal["held_in", "held_out", "finetuned", "own"]
+Role = Literal["held_in", "held_out", "finetuned", "objects", "own"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,10 @@ BENCHMARKS: dict[str, Benchmark] = _benchmarks(_FILE["benchmarks"])
 OWNERS: dict[str, str] = _FILE["owners"]
 """Source of a benchmark -> the page where its owner offers the data. Nothing is downloaded."""
 
-GROUPS = ("held_in", "held_out", "finetuned", "scenes", "scenes_held_in", "scenes_held_out", "own")
+GROUPS = (
+    *("held_in", "held_out", "finetuned", "objects"),
+    *("scenes", "scenes_held_in", "scenes_held_out", "scenes_objects", "own"),
+)
 
 
 def select_benchmarks(
@@ -76,9 +79,10 @@ def select_benchmarks(
 ) -> list[Benchmark]:
     """Return the benchmarks called ``names``, each once; the name of a group means its members.
 
-    Groups: "held_in", "held_out" and "finetuned" (the paper's), "scenes", "scenes_held_in",
-    "scenes_held_out", and "own" for those of the recipe, which are ``own`` by name. Raises
-    ValueError with the nearest names for an unknown one.
+    Groups: "held_in", "held_out" and "finetuned" (the paper's), "objects" (which answers invent),
+    "scenes", "scenes_held_in", "scenes_held_out", "scenes_objects", and "own" for those of the
+    recipe, which are ``own`` by name. "scenes" is without "scenes_objects", whose images and
+    questions are its own. Raises ValueError with the nearest names for an unknown one.
     """
     known, chosen = {**BENCHMARKS, **own}, dict[str, Benchmark]()
     for name in names:
@@ -94,4 +98,6 @@ def select_benchmarks(
 def groups_of(name: str, role: str) -> tuple[str, ...]:
     """Return the groups that the benchmark ``name`` belongs to."""
     scenes = name.startswith("scenes_") and role != "own"
-    return ("scenes", f"scenes_{role}") if scenes else (role,)
+    if not scenes:
+        return (role,)
+    return (f"scenes_{role}",) if role == "objects" else ("scenes", f"scenes_{role}")

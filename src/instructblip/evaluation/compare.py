@@ -15,7 +15,8 @@ from instructblip.evaluation.constant import Constant
 from instructblip.evaluation.result import Result
 
 ROLES = {
-    "held_in": "held-in", "held_out": "held-out", "finetuned": "fine-tuned", "own": "your data"
+    "held_in": "held-in", "held_out": "held-out", "finetuned": "fine-tuned",
+    "objects": "invented objects", "own": "your data",
 }  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def compare(models: Mapping[str, Sequence[Result]], baseline: str | None = None)
             if all(model in each and each[model].value is not None for model in models)
             and not next(iter(each.values())).is_further
         ]
-        if shared:
+        if shared and role != "objects":  # yes and no, and captions, have no common mean
             means.append(_mean_row(shared, role, title, baseline))
     return Comparison(tuple(models), baseline, tuple(rows), tuple(means))
 

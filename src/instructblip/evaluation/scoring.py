@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from instructblip.core.user_code import find_function, is_function
-from instructblip.evaluation import captions, classes, metrics, normalize
+from instructblip.evaluation import captions, classes, metrics, normalize, objects
 from instructblip.evaluation.bootstrap import Statistic, auroc_of, class_mean_of, mean_of
 from instructblip.evaluation.captions import CaptionTokenizer
 
@@ -81,6 +81,9 @@ def scorer_of(metric: str) -> Scorer:
     """Return the scorer called ``metric``. Raises ValueError with the nearest name."""
     if is_function(metric):
         return Scorer(partial(_user_score, metric))
+    kind, _, words = metric.partition(" ")
+    if kind in OBJECT_SCORERS and words:
+        return OBJECT_SCORERS[kind](words)
     if metric not in SCORERS:
         near = get_close_matches(metric.lower(), [*ALIASES, *SCORERS], n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -213,6 +216,54 @@ def _classes(main: str) -> Callable[[Sequence[Prediction], CaptionTokenizer], Sc
     return score
 
 
+def _chair(words: str) -> Scorer:
+    """100 - CHAIR_i, so that more is better; beside it CHAIR_i, CHAIR_s (captions with an invented
+    object) and the share of the objects that are named. Undefined where nothing is named."""
+
+    def score(predictions: Sequence[Prediction], tokenizer: CaptionTokenizer) -> Score:
+        rows = [objects.named(prediction, words) for prediction in predictions]
+        table = np.array(list(objects.counts(rows)), dtype=np.float64)
+        mentions, invented, wrong, found, shown = table.T
+
+        def truth(weights: np.ndarray) -> np.ndarray:
+            total = weights @ mentions
+            none = np.full(len(total), np.nan)
+            return 1 - np.divide(weights @ invented, total, out=none, where=total > 0)
+
+        value = 100 * float(truth(np.ones((1, len(rows))))[0])
+        others = {
+            "chair_i": 100 - value,
+            "chair_s": 100 * float(wrong.mean()),
+            "recall": 100 * float(found.sum() / max(1, shown.sum())),
+        }
+        return Score(None if np.isnan(value) else value, truth, others)
+
+    return Scorer(
+        lambda prediction: objects.named(prediction, words).truth,
+        score,
+        require=lambda: objects.vocabulary(words),
+    )
+
+
+def _object_f1(words: str) -> Scorer:
+    return Scorer(
+        lambda prediction: objects.named(prediction, words).f1,
+        require=lambda: objects.vocabulary(words),
+    )
+
+
+def _pope_right(prediction: Prediction) -> float:
+    said = objects.says_yes(prediction["prediction"])
+    return float(said == objects.says_yes(prediction["answers"][0]))
+
+
+def _pope(predictions: Sequence[Prediction], tokenizer: CaptionTokenizer) -> Score:
+    said = [objects.says_yes(p["prediction"]) for p in predictions]
+    right = [objects.says_yes(p["answers"][0]) for p in predictions]
+    accuracy = [float(s == r) for s, r in zip(said, right, strict=True)]
+    return _mean(accuracy, **objects.yes_no_scores(said, right))
+
+
 def _on_answers(metric: Callable[..., float], *variant: str) -> Callable[[Prediction], float]:
     return lambda p: metric(p["prediction"], p["answers"], *variant)
 
@@ -223,6 +274,9 @@ def _on_first_answer(variant: metrics.GqaVariant) -> Callable[[Prediction], floa
 
 _exact = _on_answers(metrics.exact_match)
 _aokvqa = _on_answers(metrics.aokvqa_accuracy)
+
+OBJECT_SCORERS: dict[str, Callable[[str], Scorer]] = {"chair": _chair, "object_f1": _object_f1}
+"""Metrics of the objects of a vocabulary, whose name stands behind theirs: "chair scenes"."""
 
 SCORERS: dict[str, Scorer] = {
     "exact_match": Scorer(_exact),
@@ -251,5 +305,11 @@ SCORERS: dict[str, Scorer] = {
     "rouge_l": Scorer(_rouge, _captions("rouge_l"), uses_tokenizer=True),
     "bleu_4": Scorer(_rouge, _captions("bleu_4"), uses_tokenizer=True),
     "meteor": Scorer(_rouge, _captions("meteor"), uses_tokenizer=True),
+    "pope": Scorer(_pope_right, _pope),
+    **{
+        f"{kind} {words}": scorer(words)
+        for kind, scorer in OBJECT_SCORERS.items()
+        for words in ("scenes", "coco")
+    },
 }
 """The name of a metric includes its variant; the run chooses the tokenizer of captions."""

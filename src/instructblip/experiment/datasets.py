@@ -291,7 +291,7 @@ def _remedy(recipe: Recipe, benchmark: Benchmark) -> str:
     """Where the files of a benchmark come from, and where they belong."""
     if benchmark.role == "own":
         return f"The data are those of data.sets.{benchmark.source}"
-    if "scenes" in groups_of(benchmark.name, benchmark.role):
+    if any(group.startswith("scenes") for group in groups_of(benchmark.name, benchmark.role)):
         if taken := other_data(recipe.data.root, SCENE_SETS):
             return (
                 f"`instructblip scenes` draws it, but not beside other data such as {taken[0]}: "

@@ -36,10 +36,10 @@ class SetFolder:
         path = self.root / "annotations" / name
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def annotate(self, name: str, content: Any) -> None:
+    def annotate(self, name: str, content: Any, lines: bool = False) -> None:
         path = self.root / "annotations" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith(".jsonl"):
+        if lines or name.endswith(".jsonl"):
             path.write_text("".join(json.dumps(record) + "\n" for record in content))
         else:
             path.write_text(json.dumps(content))
@@ -165,6 +165,16 @@ def vizwiz(out: SetFolder, images: OneQuestion) -> None:
             }
         )
     out.annotate(f"{out.split}.json", records)
+
+
+def pope(out: SetFolder, kind: str, asked: Iterable[tuple[str, Asked]]) -> None:
+    """The questions of one kind (random, popular, adversarial) about images that are saved, a
+    record a line though the file is named .json; the answer is yes or no."""
+    records = [
+        {"question_id": i, "image": image, "text": each.question, "label": each.answer}
+        for i, (image, each) in enumerate(asked, start=1)
+    ]
+    out.annotate(f"coco_pope_{kind}.json", records, lines=True)
 
 
 # Multiple choice

@@ -117,5 +117,6 @@ SCENE_SETS: dict[str, WrittenSet] = {
     "visual_dialog": WrittenSet(writers.visual_dialog, {"val": 200}),
     "hatefulmemes": WrittenSet(writers.hatefulmemes, {"val": 200}),
     "vizwiz": WrittenSet(writers.vizwiz, {"val": 200}),
+    "pope": WrittenSet(writers.pope, {"val": 100}),
     "msvdqa": WrittenSet(writers.msvdqa, {"train": 60, "test": 200}),
 }

@@ -1,13 +1,14 @@
 """What Scenes puts into each set: its images, and what is asked about them."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from instructblip.scenes import formats
 from instructblip.scenes.formats import Asked
-from instructblip.scenes.language import captions, detail, phrase
+from instructblip.scenes.language import a, captions, detail, look, phrase
 from instructblip.scenes.questions import (
     ALL_PLACES,
     KNOWLEDGE_KINDS,
@@ -134,6 +135,42 @@ def vizwiz(out: SetFolder, number: int) -> None:
             yield render(replace(scene, blur=blur)), asked
 
     formats.vizwiz(out, blurred())
+
+
+POPE_SCENES = 2000
+"""Scenes in which `pope` counts what is common, and what is there together."""
+
+
+def pope(out: SetFolder, number: int) -> None:
+    """Each of the ``number`` images is asked about its shapes, and about as many that it does not
+    show: drawn at random, the most common ones, or those most often beside what it shows."""
+    looks = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    common: Counter[str] = Counter()
+    beside: dict[str, Counter[str]] = {each: Counter() for each in looks}
+    for _ in range(POPE_SCENES):
+        shown = [look(thing) for thing in out.scene(pairs="any").shapes]
+        common.update(shown)
+        for each in shown:
+            beside[each].update(shown)
+    asked: dict[str, list[tuple[str, Asked]]] = {"random": [], "popular": [], "adversarial": []}
+    for i in range(number):
+        scene = out.scene(pairs="any")
+        name = out.draw(scene, f"COCO_val2014_{i:012d}.jpg")
+        shown = [look(thing) for thing in scene.shapes]
+        absent = [each for each in looks if each not in shown]
+        near = sum((beside[each] for each in shown), Counter())
+        chosen = {
+            "random": out.rng.sample(absent, len(shown)),
+            "popular": sorted(absent, key=lambda each: -common[each])[: len(shown)],
+            "adversarial": sorted(absent, key=lambda each: -near[each])[: len(shown)],
+        }
+        for kind, wrong in chosen.items():
+            for yes, no in zip(shown, wrong, strict=True):
+                for text, answer in ((yes, "yes"), (no, "no")):
+                    question = f"Is there {a(text)} in the image?"
+                    asked[kind].append((name, Asked(question=question, answer=answer)))
+    for kind, rows in asked.items():
+        formats.pope(out, kind, rows)
 
 
 # Multiple choice

@@ -81,8 +81,8 @@ class Job:
 
     def run(self, progress: bool = True) -> PreparedDataset:
         """Prepares the split, unless it was prepared from the same files."""
-        if self.split not in ("train", "val", "test"):
-            raise ValueError(f"split '{self.split}'; expected train, val or test")
+        if self.split not in self.source.splits:
+            raise ValueError(f"split '{self.split}'; expected {', '.join(self.source.splits)}")
         if not self.root.is_dir():
             raise FileNotFoundError(
                 f"{self.root.resolve()} does not exist; '{self.name}' needs "

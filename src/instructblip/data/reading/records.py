@@ -38,7 +38,7 @@ class Source:
     In place of an example of custom data, or of a tar shard, that cannot be read it yields the
     error, which begins with the place: ``file:record: ``. Of another published set it raises the
     first, for the file is not whole.
-    ``split`` is train, val or test. ``files`` describes which files belong into ``root``.
+    ``split`` is one of ``splits``. ``files`` describes which files belong into ``root``.
     """
 
     read: Callable[[Path, str], Iterator[Example | ValueError]]
@@ -49,6 +49,7 @@ class Source:
     """Folder below the root that image paths are relative to."""
     settings: str = ""
     """What else decides how files are read; data prepared with another value is prepared again."""
+    splits: tuple[str, ...] = ("train", "val", "test")
 
 
 def list_folder(folder: Path) -> list[Path]:

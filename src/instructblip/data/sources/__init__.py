@@ -4,7 +4,13 @@ from dataclasses import replace
 from functools import partial
 
 from instructblip.data.reading.records import Source
-from instructblip.data.sources.captions import coco_caption, flickr30k, nocaps, web_capfilt
+from instructblip.data.sources.captions import (
+    coco_caption,
+    coco_objects,
+    flickr30k,
+    nocaps,
+    web_capfilt,
+)
 from instructblip.data.sources.choices import hatefulmemes, iconqa, scienceqa, vsr
 from instructblip.data.sources.dialogue import llava, visual_dialog
 from instructblip.data.sources.ocr import ocrvqa, textcaps, textvqa
@@ -16,6 +22,7 @@ from instructblip.data.sources.vqa import (
     asked_for,
     gqa,
     okvqa,
+    pope,
     vizwiz,
     vqav2,
 )
@@ -36,6 +43,12 @@ TABLE: dict[str, tuple[Reader, str, str, str]] = {
         "caption",
         COCO,
         "coco_karpathy_{split}.json, captions_{split}2014.json, or image_info_test2014.json",
+    ),
+    "coco_objects": (
+        coco_objects,
+        "caption",
+        COCO,
+        "the files of coco_caption, instances_val2014.json, for train instances_train2014.json too",
     ),
     "web_capfilt": (
         web_capfilt,
@@ -95,6 +108,7 @@ TABLE: dict[str, tuple[Reader, str, str, str]] = {
     ),
     "textvqa": (textvqa, "vqa", OPEN_IMAGES, "TextVQA_0.5.1_{split}.json" + OCR_FILE),
     "vizwiz": (vizwiz, "vqa", "CC BY 4.0", "{split}.json"),
+    "pope": (pope, "vqa", OF_COCO, "coco_pope_{split}.json"),
     "visual_dialog": (
         visual_dialog,
         "dialogue",
@@ -119,6 +133,7 @@ SOURCES = {
 # Data prepared before its examples were marked has to be prepared again.
 SOURCES["web_capfilt"] = replace(SOURCES["web_capfilt"], images=".")  # where shards are
 SOURCES["aokvqa_direct"] = replace(SOURCES["aokvqa_direct"], settings="difficult_direct_answer")
+SOURCES["pope"] = replace(SOURCES["pope"], splits=("random", "popular", "adversarial"))
 
 VIDEO_SETS = {"msvdqa", "msrvttqa", "ivqa"}
 """Those whose examples show frames."""

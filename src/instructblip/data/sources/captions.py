@@ -15,6 +15,7 @@ Karpathy's split as LAVIS ships it (coco_karpathy_train.json; val and test have 
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from instructblip.core.batch import Example
@@ -36,6 +37,28 @@ def coco_caption(split: Split) -> Iterator[Example]:
         yield from _grouped(split, path)
     else:
         yield from _coco_style(split, path, f"{name}2014")
+
+
+def coco_objects(split: Split) -> Iterator[Example]:
+    """``coco_caption``, whose examples have the names of the annotated objects in ``extra``, from
+    ``instances_train2014.json`` and ``instances_val2014.json``: images of both are in Karpathy's
+    training split.
+
+    ``{"annotations": [{"image_id": 9, "category_id": 51, "bbox": [...]}],
+    "categories": [{"id": 51, "name": "bowl"}]}``
+    """
+    objects: dict[str, set[str]] = {}
+    years = ("train", "val") if split.name == "train" else ("val",)
+    for path in [split.find(f"instances_{year}2014.json") for year in years]:
+        categories = read_records(path, "categories")
+        names = {record.integer("id"): record.text("name") for _, record in categories}
+        for _, record in read_records(path, "annotations"):
+            name = record.integer("category_id")
+            if name not in names:
+                record.fail("category_id", "the id of one of 'categories'")
+            objects.setdefault(record.identifier("image_id"), set()).add(names[name])
+    for example in coco_caption(split):
+        yield replace(example, extra={"objects": sorted(objects.get(example.id, ()))})
 
 
 def nocaps(split: Split) -> Iterator[Example]:

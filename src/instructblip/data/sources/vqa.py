@@ -1,4 +1,4 @@
-"""Questions with short answers: VQAv2, OK-VQA, A-OKVQA, GQA, VizWiz, and question generation.
+"""Questions with short answers: VQAv2, OK-VQA, A-OKVQA, GQA, VizWiz, POPE; question generation.
 
 VQAv2 and OK-VQA keep questions and annotations in two files::
 
@@ -36,7 +36,7 @@ from sys import intern
 from typing import Any
 
 from instructblip.core.batch import Example
-from instructblip.data.reading.records import Record, read_records
+from instructblip.data.reading.records import Record, read_lines, read_records
 from instructblip.data.reading.streaming import is_list
 from instructblip.data.sources.split import COCO_FOLDERS, Split
 
@@ -204,6 +204,25 @@ def vizwiz(split: Split) -> Iterator[Example]:
             question=record.text("question"),
             answers=tuple(answer.text("answer") for answer in answers),
             extra=extra,
+        )
+
+
+def pope(split: Split) -> Iterator[Example]:
+    """``coco_pope_{split}.json``, a record a line; the splits are random, popular and adversarial.
+
+    ``{"question_id": 1, "image": "COCO_val2014_000000016631.jpg",
+    "text": "Is there a person in the image?", "label": "yes"}``
+    """
+    for _, record in read_lines(split.find(f"coco_pope_{split.name}.json")):
+        label = record.text("label")
+        if label not in ("yes", "no"):
+            record.fail("label", "'yes' or 'no'")
+        yield split.example(
+            record.where,
+            record.identifier("question_id"),
+            split.image(record.text("image"), record.where, "val2014"),
+            question=record.text("text"),
+            answers=(label,),
         )
 
 
