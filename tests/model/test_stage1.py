@@ -13,10 +13,16 @@ from safetensors.torch import load_file
 
 from instructblip.experiment.pretrain import pretrain
 from instructblip.inference.engine import Engine
-from instructblip.model.checkpoints.transformers import by_our_names
+from instructblip.model.checkpoints.transformers import TEXT_BRANCH, by_our_names
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
-from instructblip.model.stage1 import LABEL_SMOOTHING, Stage1, contrast
+from instructblip.model.stage1 import (
+    LABEL_SMOOTHING,
+    RetrievalStage,
+    Stage1,
+    contrast,
+    is_same_image,
+)
 from instructblip.recipe.load import load_recipe
 from instructblip.scenes.official import write_scenes
 from instructblip.training.log import read_metrics
@@ -35,11 +41,13 @@ def stage() -> Stage1:
 
 def test_captions_of_one_image_are_no_negatives() -> None:
     scores = torch.tensor([[1.0, 9.0, -5.0], [9.0, 1.0, -5.0], [-5.0, -5.0, 5.0]])
-    shared = contrast(scores, torch.tensor([0, 0, 1]))
-    apart = contrast(scores, torch.tensor([0, 1, 2]))
+    shared = contrast(scores, is_same_image(torch.tensor([0, 0, 1])))
+    apart = contrast(scores, is_same_image(torch.tensor([0, 1, 2])))
     assert shared < apart
     # where all show one image, every text is as good: the entropy of the uniform target
-    assert contrast(torch.zeros(3, 3), torch.tensor([0, 0, 0])) == pytest.approx(1.0986, abs=1e-3)
+    assert contrast(torch.zeros(3, 3), torch.ones(3, 3, dtype=torch.bool)) == pytest.approx(
+        1.0986, abs=1e-3
+    )
     assert LABEL_SMOOTHING == 0.1
 
 
@@ -92,11 +100,27 @@ def test_negatives_are_of_another_image_and_hard(
 
     monkeypatch.setattr(torch, "multinomial", watch)
     similarity = torch.tensor([[9.0, 1.0, 9.0], [2.0, 9.0, 5.0], [9.0, 3.0, 9.0]])
-    stage.match(features, batch, similarity)
+    stage.match(features, batch, similarity, stage.same(batch))
     texts, _images = drawn
     assert texts[0].tolist() == [0, 1, 0]
     assert texts[1, 1] == 0
     assert texts[1, 2] > texts[1, 0]
+
+
+def test_retrieval_trains_the_text_branch_and_takes_equal_captions_for_both_images(
+    stage: Stage1,
+) -> None:
+    retrieval = RetrievalStage(stage.model, embedding=8)
+    batch = tiny_batch(stage.model.config)  # images 0, 1, 0
+    ids, mask = batch.qformer_ids.clone(), batch.qformer_mask.clone()
+    ids[1], mask[1] = ids[2], mask[2]
+    same = retrieval.same(replace(batch, qformer_ids=ids, qformer_mask=mask))
+    assert same.tolist() == [[True, False, True], [False, True, True], [True, True, True]]
+    output = retrieval.loss(batch)
+    output.loss_sum.backward()
+    moved = {name for name, p in stage.model.named_parameters() if p.grad is not None}
+    assert "qformer.embeddings.word_embeddings.weight" in moved
+    assert all(TEXT_BRANCH.fullmatch(name) for name in moved)
 
 
 def test_one_image_has_no_negatives_and_trains_what_needs_none(stage: Stage1) -> None:

@@ -230,8 +230,8 @@ def pretrain(
     recipe: RecipeName,
     overrides: Overrides = None,
     stage: Annotated[
-        Literal["1", "align", "2"],
-        Option(help="1: see; align: see as words; 2: tell."),
+        Literal["1", "align", "2", "retrieval"],
+        Option(help="1: see; align: see as words; 2: tell; retrieval: search."),
     ] = "1",
     out: Annotated[Path | None, to_dir("Run directory; out/<recipe>_stage<N> if absent.")] = None,
     resume: Resume = False,
@@ -239,12 +239,13 @@ def pretrain(
     """Run a stage of pre-training for a new pair of image encoder and language model.
 
     Stages 1 and 2 are BLIP-2's. Align stands between them and needs no pass of the language model.
+    Retrieval adds to any model what `instructblip search` needs and leaves its answers as they are.
     """
     from instructblip.experiment.pretrain import Stage
     from instructblip.experiment.pretrain import pretrain as run
 
     folder = out or Path("out") / f"{Path(recipe).stem}_stage{stage}"
-    stages: dict[str, Stage] = {"1": 1, "align": "align", "2": 2}
+    stages: dict[str, Stage] = {"1": 1, "align": "align", "2": 2, "retrieval": "retrieval"}
     run(read_recipe(recipe, overrides), stages[stage], folder, resume)
 
 

@@ -22,6 +22,7 @@ prompt. A prompt that is cut at its beginning keeps all its images.
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -247,6 +248,18 @@ class Tokens:
             return self._chat.end_id
         assert isinstance(self.language.eos_token_id, int)
         return self.language.eos_token_id
+
+
+def text_reader(path: Path, longest: int) -> Callable[[str], list[int]]:
+    """What turns a text into at most ``longest`` ids for the Q-Former of a model directory.
+
+    transformers' Blip2ForImageTextRetrieval has no other tokenizer than this one, in the directory
+    itself.
+    """
+    beside = path / "qformer_tokenizer"
+    tokenizer = load_tokenizer(beside if beside.is_dir() else path)
+    wrap = _Wrap.of(tokenizer)
+    return lambda text: wrap.last(_encode(tokenizer, text), longest)
 
 
 def check_marks(text: str, num_images: int) -> None:

@@ -23,6 +23,7 @@ from instructblip.data.images import ImageTransform, Window, to_rgb
 from instructblip.data.samples import ImageReader, collate, make_sample
 from instructblip.data.templates import Rendered, warn_of_other_templates
 from instructblip.data.tokens import Tokens, check_marks
+from instructblip.inference.embedder import Embedder
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.inference.inputs import (
     FramesInput,
@@ -40,6 +41,7 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.generate import OnTokens
 from instructblip.model.language.ranking import Normalization
 from instructblip.model.placement import Kind, check_placement
+from instructblip.model.retrieval import Retriever
 from instructblip.model.spread import place
 
 if TYPE_CHECKING:
@@ -273,6 +275,29 @@ class Engine:
         FileNotFoundError if the model's directory holds no decoder.
         """
         return self.painter.draw(instruction, image, num_images, seed, **settings)
+
+    def embed(
+        self,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        texts: str | Sequence[str] | None = None,
+        instruction: str | None = None,
+    ) -> Tensor:
+        """Unit vectors of images [N, Q, E] or of texts [N, E]; see ``Embedder.embed``."""
+        return self.embedder.embed(images, texts, instruction)
+
+    def match(
+        self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]
+    ) -> Float[Tensor, " N"]:
+        """The probability that each text fits its image; see ``Embedder.match``."""
+        return self.embedder.match(images, texts)
+
+    @functools.cached_property
+    def embedder(self) -> Embedder:
+        """The heads of retrieval around this model's image encoder, loaded at first use. Raises
+        ValueError for a model without heads."""
+        retriever = Retriever.of(self.model)
+        assert self.model.assets is not None
+        return Embedder(retriever, self.model.assets, self.images.transform)
 
     @property
     def can_draw(self) -> bool:

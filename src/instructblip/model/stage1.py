@@ -2,8 +2,8 @@
 
 Image-text contrast (queries and text read apart), image-text matching (both read each other, with
 hard negatives) and image-grounded captions (text reads the queries and earlier text); BLIP-2,
-section 3.1 and figure 2. ``QFormer.hidden_states`` has the three attention masks. The heads are
-dropped after the stage.
+section 3.1 and figure 2. ``QFormer.hidden_states`` has the three attention masks. The heads stay
+beside the model (`retrieval.py`). ``RetrievalStage`` trains them for a model that stays as it is.
 """
 
 import math
@@ -16,13 +16,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from instructblip.core.batch import IGNORE_INDEX, Batch, LossOutput
+from instructblip.model.checkpoints.transformers import TEXT_BRANCH
 from instructblip.model.instructblip import InstructBlip
+from instructblip.model.retrieval import Heads, similarity
 
 LABEL_SMOOTHING = 0.1
 """Of the contrastive loss, as in the official code."""
 
 
-class Stage1(nn.Module):
+class Stage1(Heads):
     """Trains the Q-Former of an instruction-aware model on captions, given as ``qformer_ids``.
 
     ``loss`` is the sum of the three losses. Negatives come from the batch of this process only.
@@ -30,32 +32,36 @@ class Stage1(nn.Module):
     """
 
     def __init__(self, model: InstructBlip, embedding: int = 256) -> None:
-        super().__init__()
         if not model.config.instruction_aware:
             raise ValueError("stage 1 trains the text branch too: load with instruction_aware=True")
         config = model.config.qformer
+        super().__init__(config.hidden_size, embedding)
         self.model = model.set_trainable(("qformer",))
         model.language_projection.requires_grad_(False)
         model.qformer.requires_grad_(True)  # the last text feed-forward has a reader here
-        self.image_head = nn.Linear(config.hidden_size, embedding)
-        self.text_head = nn.Linear(config.hidden_size, embedding)
-        self.match_head = nn.Linear(config.hidden_size, 2)
         self.word_head = nn.Linear(config.hidden_size, config.vocab_size)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
 
     def loss(self, batch: Batch) -> LossOutput:
         """All three losses of the captions and the first frame of each sample."""
-        model, images = self.model, batch.image_index[:, 0]
+        model = self.model
         features = model.vision_model.norm(model.features_of(batch))  # [N, P, V]
-        similarity = self.similarity(features, batch)
-        return sum_of_means(
-            batch,
-            {
-                "contrast": contrast(similarity, images),
-                "match": self.match(features, batch, similarity.detach()),
-                "caption": self.caption(features, batch),
-            },
-        )
+        return sum_of_means(batch, self.terms(features, batch))
+
+    def terms(self, features: Float[Tensor, "N P V"], batch: Batch) -> dict[str, Tensor]:
+        """The losses by name, means over the samples."""
+        return self.aligning(features, batch) | {"caption": self.caption(features, batch)}
+
+    def aligning(self, features: Float[Tensor, "N P V"], batch: Batch) -> dict[str, Tensor]:
+        """Contrast and matching."""
+        scores, same = self.similarity(features, batch), self.same(batch)
+        return {
+            "contrast": contrast(scores, same),
+            "match": self.match(features, batch, scores.detach(), same),
+        }
+
+    def same(self, batch: Batch) -> Bool[Tensor, "B B"]:
+        """Which samples are no negatives of each other: those that show the same image."""
+        return is_same_image(batch.image_index[:, 0])
 
     def similarity(self, features: Float[Tensor, "N P V"], batch: Batch) -> Float[Tensor, "B B"]:
         """Row i: the image of sample i with the text of every sample, by the image's best query."""
@@ -63,19 +69,20 @@ class Stage1(nn.Module):
         queries = model.query_tokens.expand(len(batch), -1, -1)
         queries = model.qformer(queries, features, no_text, no_text, batch.image_index[:, 0])
         _, text = model.qformer.hidden_states(None, None, batch.qformer_ids, batch.qformer_mask)
-        images = F.normalize(self.image_head(queries), dim=-1)  # [B, Q, E]
-        texts = F.normalize(self.text_head(text[:, 0]), dim=-1)  # [B, E]
-        scores = torch.einsum("iqe,je->ijq", images, texts).amax(2)
+        scores = similarity(self.embed_queries(queries), self.embed_text(text))
         return scores / self.log_temperature.exp()
 
     def match(
-        self, features: Float[Tensor, "N P V"], batch: Batch, similarity: Float[Tensor, "B B"]
+        self,
+        features: Float[Tensor, "N P V"],
+        batch: Batch,
+        scores: Float[Tensor, "B B"],
+        same: Bool[Tensor, "B B"],
     ) -> Float[Tensor, ""]:
         """Whether a text fits an image: each pair of the batch, its text with a similar other image
-        and its image with a similar other text, drawn by similarity. 0 where all samples show one
-        image."""
-        images = batch.image_index[:, 0]
-        others = ~is_same_image(images)
+        and its image with a similar other text, drawn by their scores. 0 where all samples show
+        one image."""
+        images, others = batch.image_index[:, 0], ~same
         if not others.any():
             warnings.warn(
                 "all samples of a micro batch show one image: it trains no matching, which needs "
@@ -83,8 +90,8 @@ class Stage1(nn.Module):
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return similarity.new_zeros(())
-        weights = similarity.masked_fill(~others, -math.inf)
+            return scores.new_zeros(())
+        weights = scores.masked_fill(~others, -math.inf)
         hard_text = torch.multinomial(weights.softmax(1), 1)[:, 0]
         hard_image = torch.multinomial(weights.t().softmax(1), 1)[:, 0]
         samples = torch.arange(len(batch), device=images.device)
@@ -99,7 +106,7 @@ class Stage1(nn.Module):
         )
         assert queries is not None
         fits = (torch.arange(len(index), device=index.device) < len(batch)).long()
-        return F.cross_entropy(self.match_head(queries).mean(1), fits)
+        return F.cross_entropy(self.fit(queries), fits)
 
     def caption(self, features: Float[Tensor, "N P V"], batch: Batch) -> Float[Tensor, ""]:
         """The next token of the caption; its first token stands in for [DEC]."""
@@ -113,6 +120,26 @@ class Stage1(nn.Module):
         return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX)
 
 
+class RetrievalStage(Stage1):
+    """Trains the heads and a text branch for retrieval; nothing else, so that the model beside
+    which they are stored answers as before."""
+
+    def __init__(self, model: InstructBlip, embedding: int = 256) -> None:
+        super().__init__(model, embedding)
+        del self.word_head
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(TEXT_BRANCH.fullmatch(name) is not None)
+
+    def terms(self, features: Float[Tensor, "N P V"], batch: Batch) -> dict[str, Tensor]:
+        """Contrast and matching."""
+        return self.aligning(features, batch)
+
+    def same(self, batch: Batch) -> Bool[Tensor, "B B"]:
+        """Those that show the same image or have the same caption, which then fits both."""
+        ids = batch.qformer_ids.masked_fill(batch.qformer_mask == 0, -1)
+        return super().same(batch) | (ids[:, None] == ids[None]).all(2)
+
+
 def sum_of_means(batch: Batch, terms: Mapping[str, Tensor]) -> LossOutput:
     """The sum of losses that are means over samples, times the response tokens of the batch,
     because the training loop divides by them."""
@@ -123,16 +150,16 @@ def sum_of_means(batch: Batch, terms: Mapping[str, Tensor]) -> LossOutput:
 
 
 def is_same_image(images: Int[Tensor, " B"]) -> Bool[Tensor, "B B"]:
-    """Which samples show the same image: they are no negatives of each other."""
+    """Which samples show the same image."""
     return images[:, None] == images[None]
 
 
-def contrast(similarity: Float[Tensor, "B B"], images: Int[Tensor, " B"]) -> Float[Tensor, ""]:
-    """Cross-entropy from image to text and back; captions of one image share the target."""
-    same = is_same_image(images).to(similarity.dtype)
-    target = same / same.sum(1, keepdim=True)
+def contrast(scores: Float[Tensor, "B B"], same: Bool[Tensor, "B B"]) -> Float[Tensor, ""]:
+    """Cross-entropy from image to text and back; samples that are the ``same`` share the target."""
+    target = same.to(scores.dtype)
+    target = target / target.sum(1, keepdim=True)
     both = [
-        F.cross_entropy(scores, target, label_smoothing=LABEL_SMOOTHING)
-        for scores in (similarity, similarity.t())
+        F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING)
+        for logits in (scores, scores.t())
     ]
     return (both[0] + both[1]) / 2

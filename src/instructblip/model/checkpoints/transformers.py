@@ -50,6 +50,11 @@ TEXT_BRANCH = re.compile(
 )
 """Parameters that read the instruction: a BLIP-2 does not have them."""
 
+RETRIEVAL_FILE = "retrieval.safetensors"
+"""The heads of retrieval, and those of its other weights that differ from the model's."""
+READ_BY_RETRIEVAL = re.compile(r"query_tokens|qformer\..*|vision_model\.post_layernorm\..*")
+"""Parameters of a model that training moves and retrieval reads."""
+
 ASSETS = (
     "generation_config.json",
     "preprocessor_config.json",
@@ -178,6 +183,8 @@ class Pretrained(nn.Module):
             start = None if whole else self.assets
             if start is None or not write_changed(weights, start, directory):
                 write_weights(weights, directory / "model.safetensors")
+            if self.assets is not None and (self.assets / RETRIEVAL_FILE).is_file():
+                write_retrieval(*read_retrieval(self.assets), directory)
 
     def _stored_elsewhere(self) -> dict[str, Tensor]:
         """Frozen weights that this process does not hold in full, because they are quantized or
@@ -323,6 +330,45 @@ def save_text_branch(qformer: QFormer, file: str | Path) -> None:
         raise ValueError("the Q-Former has no text branch to save: it is not instruction-aware")
     with replacing(Path(file)) as temporary:
         write_weights(branch, temporary)
+
+
+def retrieval_weights(directory: Path) -> dict[str, Tensor]:
+    """What retrieval reads of a model directory, with its text branch if it has one."""
+    weights = by_our_names(read_weights(directory))
+    beside = directory / TEXT_BRANCH_FILE
+    if beside.is_file() or "embeddings.word_embeddings.weight" in weights:
+        weights = read_text_branch(beside if beside.is_file() else directory) | weights
+    return {n: v for n, v in weights.items() if READ_BY_RETRIEVAL.fullmatch(n)}
+
+
+def read_retrieval(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(heads by transformers' names, weights that retrieval reads) of a model directory.
+
+    Raises ValueError for a model without heads.
+    """
+    if not (file := directory / RETRIEVAL_FILE).is_file():
+        raise ValueError(
+            f"{directory} has no retrieval heads ({RETRIEVAL_FILE}): `instructblip pretrain "
+            f"retrieval_scenes --stage retrieval model.start={directory}` trains them, with your "
+            "captions in data.sets, and leaves the model's answers as they are"
+        )
+    stored = read_weights(file)
+    moved = {n: v for n, v in stored.items() if READ_BY_RETRIEVAL.fullmatch(n)}
+    heads = {n: v for n, v in stored.items() if n not in moved}
+    return heads, retrieval_weights(directory) | moved
+
+
+def write_retrieval(heads: dict[str, Tensor], weights: dict[str, Tensor], directory: Path) -> None:
+    """Write the heads into a model directory, with those ``weights`` that differ from the ones
+    there: training a model further leaves its retrieval as it was."""
+    there = retrieval_weights(directory)
+    moved = {
+        name: value
+        for name, value in weights.items()
+        if name not in there or not torch.equal(value.detach().cpu(), there[name])
+    }
+    with replacing(directory / RETRIEVAL_FILE) as temporary:
+        write_weights(heads | moved, temporary)
 
 
 def _fit_config(
