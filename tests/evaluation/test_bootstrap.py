@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from instructblip.evaluation.bootstrap import (
     auroc_of,
     class_mean_of,
     difference,
+    exact_interval,
     interval,
+    leave_out,
     mean_of,
     resample,
 )
@@ -112,3 +115,63 @@ def test_every_score_is_that_of_the_drawn_groups() -> None:
         of_rows = [expected(drawn(row)) for row in draws]
         wanted = [np.nan if value is None else 100 * value for value in of_rows]
         assert values == pytest.approx(wanted, nan_ok=True)
+
+
+def test_few_groups_get_the_bca_interval_of_scipy() -> None:
+    samples = np.random.default_rng(2).exponential(size=40) / 5  # a skewed score
+    values = resample(mean_of(samples), 40, seed=1, resamples=20_000)
+    left_out = leave_out(mean_of(samples), 40)
+    result = interval(values, 100 * samples.mean(), left_out)
+    oracle = stats.bootstrap(
+        (100 * samples,), np.mean, n_resamples=20_000, method="BCa", random_state=1
+    ).confidence_interval
+    plain = interval(values)
+    assert result == pytest.approx((oracle.low, oracle.high), abs=0.15)
+    assert result.low > plain.low + 0.3  # what the percentiles miss is more than the tolerance
+    assert result.high > plain.high + 0.3
+
+
+def test_an_interval_of_few_samples_covers_the_truth_more_often() -> None:
+    """A share of 95 % in 20 samples, 400 times: 95 % of the intervals have to contain it."""
+    rng = np.random.default_rng(0)
+    covered = {"plain": 0, "ours": 0}
+    for _ in range(400):
+        samples = (rng.random(20) < 0.95).astype(float)
+        values = resample(mean_of(samples), 20, resamples=400)
+        value = 100 * samples.mean()
+        if value == 100:
+            ours = exact_interval(value, 20)
+        else:
+            ours = interval(values, value, leave_out(mean_of(samples), 20))
+        plain = interval(values)
+        covered["plain"] += plain.low <= 95 <= plain.high
+        covered["ours"] += ours.low <= 95 <= ours.high
+    assert covered["plain"] < 0.7 * 400
+    assert covered["ours"] > 0.92 * 400
+
+
+def test_exact_interval_is_that_of_the_binomial_distribution() -> None:
+    for value, count in ((0.0, 12), (100.0, 12)):
+        hits = int(count * value / 100)
+        oracle = stats.binomtest(hits, count).proportion_ci(0.95, method="exact")
+        expected = (100 * oracle.low, 100 * oracle.high)
+        assert exact_interval(value, count) == pytest.approx(expected)
+
+
+def test_many_groups_keep_the_percentiles() -> None:
+    assert leave_out(mean_of(np.arange(300.0)), 300) is None
+    assert leave_out(mean_of(np.arange(2.0)), 2) is None
+
+
+def test_detectable_difference_is_detected_in_four_of_five_evaluations() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.3, 400)
+    first = difference(0.0, resample(mean_of(noise), 400), resample(mean_of(0 * noise), 400))
+    detected = 0
+    for _ in range(400):
+        a = rng.normal(first.detectable / 100, 0.3, 400)
+        values = resample(mean_of(a), 400, resamples=200)
+        detected += difference(0.0, values, np.zeros(200)).low > 0
+    assert detected / 400 == pytest.approx(0.8, abs=0.06)
+    assert first.samples(first.detectable, 400) == 400
+    assert first.samples(first.detectable / 2, 400) == 1600

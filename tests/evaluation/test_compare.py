@@ -68,6 +68,7 @@ def test_json_is_plain_and_complete(comparison: Comparison) -> None:
         "mode": "generate",
         "decoding": {"num_beams": 1, "max_new_tokens": 5},
         "prompt": "Question: {question} Short answer:",
+        "images": 15,
     }
     assert plain["means"]["held_out"]["how"] is None
     assert plain["datasets"]["b_out"]["differences"]["seeing"]["p"] < 0.01
@@ -79,7 +80,7 @@ def test_markdown_has_the_papers_shape(comparison: Comparison) -> None:
     assert rows[0][0] == "| held-out"
     assert rows[0][1] == "50% & more\\_colours †"
     assert [row[0] for row in rows[3:]] == ["| **blind**", "| **seeing**", "| Δ seeing"]
-    assert rows[4][1] == "100.0 [100.0, 100.0]"
+    assert rows[4][1] == "100.0 [78.2, 100.0]"
     assert rows[5][1].startswith("+")
     assert rows[5][1].endswith("\\*\\*")
     assert len({len(row) for row in rows if len(row) > 1}) == 1
@@ -111,7 +112,7 @@ def test_terminal_shows_all_models(comparison: Comparison) -> None:
         text = console.export_text()
         assert "Δ seeing" in text
         assert "held-out" in text
-        assert ("[100.0, 100.0]" in text) == intervals
+        assert ("[78.2, 100.0]" in text) == intervals
         assert "paired bootstrap" in text
 
 

@@ -1,6 +1,7 @@
 """The majority baseline, and the metrics of classes that it is compared under."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from instructblip.evaluation.classes import (
     labels,
     macro_f1,
 )
+from instructblip.evaluation.compare import compare
 from instructblip.evaluation.constant import best_constant, most_common
-from instructblip.evaluation.result import make_result
+from instructblip.evaluation.result import Result, make_result
 from instructblip.evaluation.scoring import scorer_of
 
 UNEVEN = [["no"]] * 6 + [["Yes"]] * 3 + [["maybe"]]
@@ -146,6 +148,49 @@ def test_a_result_resamples_the_groups_of_its_samples() -> None:
     assert wide == pytest.approx(2 * narrow, rel=0.15)
     assert grouped.describe().endswith("prompt '?'; intervals over 10 groups")
     assert "groups" not in single.describe()
+
+
+def questions_about_images(answered: Callable[[int], str], **more: Any) -> Result:
+    """Forty questions, four about each of ten images; ``answered`` by number of the question."""
+    asked = {"name": "toy", "title": "toy", "role": "own", "unseen_type": False, "mode": "rank"}
+    settings = {"benchmark": {**asked, "metric": "accuracy", "decoding": {}, "prompt": "?"}}
+    rows = [
+        {
+            "id": str(i),
+            "images": [f"{i // 4}.png"],
+            "prediction": answered(i),
+            "answers": ["yes"],
+            "extra": {},
+            "prompt": "?",
+            **{name: value(i) for name, value in more.items()},
+        }
+        for i in range(40)
+    ]
+    blind = {"blind_seed": 0} if more else {}
+    return make_result({**settings, **blind}, rows)
+
+
+def test_questions_about_one_image_are_drawn_together() -> None:
+    """Five images whose four questions are all answered rightly: ten samples, not forty."""
+    half = questions_about_images(lambda i: "yes" if i < 20 else "no")
+    assert half.interval is not None
+    low, high = half.interval
+    assert high - low == pytest.approx(2 * 196 * 0.5 / 10**0.5, rel=0.1)
+    assert half.describe().endswith("prompt '?'; intervals over 10 images")
+    every = questions_about_images(lambda i: "yes").interval
+    assert every is not None
+    assert every.low == pytest.approx(100 * 0.025 ** (1 / 10))
+
+
+def test_a_blind_control_is_drawn_by_the_images_it_is_about() -> None:
+    seeing = questions_about_images(lambda i: "yes" if i < 20 else "no")
+    swapped = {"images": lambda i: [f"{(i + 7) % 10}.png"]}
+    about = {"asked_about": lambda i: [f"{i // 4}.png"]}
+    blind = questions_about_images(lambda i: "no", **swapped, **about)
+    change = compare({"blind": [blind], "seeing": [seeing]}).rows[0].differences["seeing"]
+    assert change.high - change.low == pytest.approx(2 * 196 * 0.5 / 10**0.5, rel=0.1)
+    with pytest.raises(ValueError, match="evaluate it again into a new folder"):
+        compare({"old": [questions_about_images(lambda i: "no", **swapped)], "new": [seeing]})
 
 
 def test_class_of_several_answers_is_the_predicted_one() -> None:

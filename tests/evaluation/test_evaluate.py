@@ -40,6 +40,7 @@ def test_a_seeing_model_is_right_and_a_blind_one_is_not(tmp_path: Path) -> None:
     for prediction, example in zip(blind.predictions, dataset.examples, strict=True):
         assert prediction["id"] == example.id
         assert prediction["images"] != list(example.images)
+        assert prediction["asked_about"] == list(example.images)
 
 
 def test_batches_are_sorted_by_length_and_predictions_are_not() -> None:
@@ -377,5 +378,6 @@ def test_summary_counts_each_set_once() -> None:
     assert bad.value == pytest.approx(100 / 3)
     assert means["held_in"].value == pytest.approx((100 + 100 / 3) / 2)
     assert means["held_in"].low < means["held_in"].value < means["held_in"].high
-    assert means["held_out"].value == means["held_out"].low == 100
+    assert means["held_out"].value == means["held_out"].high == 100
+    assert means["held_out"].low == pytest.approx(100 * 0.025 ** (1 / 6))  # of 6 images, none wrong
     assert (means["held_in"].n, means["held_out"].n) == (2, 1)

@@ -6,11 +6,11 @@ for both. Only sets that all models have enter the means.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from instructblip.evaluation.bootstrap import Difference, Floats, difference, interval
+from instructblip.evaluation.bootstrap import Difference, Floats, Interval, difference, interval
 from instructblip.evaluation.constant import Constant
 from instructblip.evaluation.result import Result
 
@@ -110,6 +110,11 @@ def _check_pair(first: Result, second: Result) -> None:
             f"{second.tokenizer}; use one"
         )
     blind = first.blind or second.blind
+    if blind and first.groups != second.groups and not (first.groups and second.groups):
+        raise ValueError(
+            f"{first.benchmark}: the blind control was evaluated by an earlier version, which did "
+            "not store which image each question is about; evaluate it again into a new folder"
+        )
     if _samples(first, not blind) != _samples(second, not blind):
         raise ValueError(
             f"{first.benchmark}: the models did not answer the same samples ({first.n} and "
@@ -127,7 +132,8 @@ def _samples(result: Result, seeing: bool) -> list[list[Any]]:
 def _row(results: Mapping[str, Result], baseline: str) -> Row:
     first = next(iter(results.values()))
     cells, differences = _compared(
-        {model: (r.value, r.resampled, r.n) for model, r in results.items()}, baseline
+        {model: _Scored(r.value, r.interval, r.resampled, r.n) for model, r in results.items()},
+        baseline,
     )
     return Row(
         name=first.benchmark,
@@ -150,7 +156,9 @@ def _mean_row(sets: Sequence[Mapping[str, Result]], role: str, title: str, basel
     for model in sets[0]:
         results = [each[model] for each in sets]
         mean = sum(result.value or 0.0 for result in results) / n
-        scores[model] = (mean, np.mean([result.resampled for result in results], axis=0), n)
+        values = np.mean([result.resampled for result in results], axis=0)
+        bounds = results[0].interval if n == 1 else interval(values)
+        scores[model] = _Scored(mean, bounds, values, n)
     cells, differences = _compared(scores, baseline)
     return Row(
         name=f"mean_{role}",
@@ -164,19 +172,30 @@ def _mean_row(sets: Sequence[Mapping[str, Result]], role: str, title: str, basel
     )
 
 
+class _Scored(NamedTuple):
+    """A score with its interval and its resamples; ``n`` samples, or sets of a mean."""
+
+    value: float | None
+    bounds: Interval | None
+    resampled: Floats
+    n: int
+
+
 def _compared(
-    scores: Mapping[str, tuple[float | None, Floats, int]], baseline: str
+    scores: Mapping[str, _Scored], baseline: str
 ) -> tuple[dict[str, Cell], dict[str, Difference]]:
-    """Cells and differences by model, from its score, the resampled values and their number."""
+    """Cells and differences by model."""
     cells, differences = {}, {}
-    base, base_resampled, _ = scores.get(baseline, (None, np.empty(0), 0))
-    for model, (value, resampled, n) in scores.items():
-        if value is None:
-            cells[model] = Cell(None, None, None, n)
+    base = scores.get(baseline)
+    for model, score in scores.items():
+        if score.value is None or score.bounds is None:
+            cells[model] = Cell(None, None, None, score.n)
             continue
-        cells[model] = Cell(value, *interval(resampled), n)
-        if model != baseline and base is not None:
-            differences[model] = difference(value - base, resampled, base_resampled)
+        cells[model] = Cell(score.value, *score.bounds, score.n)
+        if model != baseline and base is not None and base.value is not None:
+            differences[model] = difference(
+                score.value - base.value, score.resampled, base.resampled
+            )
     return cells, differences
 
 

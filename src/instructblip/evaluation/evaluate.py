@@ -104,6 +104,7 @@ def evaluate(
         _warn_of_unseen_classes(chosen, dataset)
     _check(examples, benchmark, vocabulary)
     candidates = [_candidates(example, benchmark, vocabulary) for example in examples]
+    asked_about = [example.images for example in examples]
     if blind_seed is not None:
         examples = swap_images(examples, blind_seed)
     rendered = [render_prompt(example, benchmark.prompt) for example in examples]
@@ -133,6 +134,9 @@ def evaluate(
                     [rendered[i] for i in indices],
                     [candidates[i] for i in indices],
                 )
+                if blind_seed is not None:
+                    for i, prediction in zip(indices, predictions, strict=True):
+                        prediction["asked_about"] = list(asked_about[i])
                 log.add({"index": i, **p} for i, p in zip(indices, predictions, strict=True))
                 bar.advance(len(indices), len(share))
 

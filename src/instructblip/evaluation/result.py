@@ -11,7 +11,14 @@ from typing import Any
 
 from instructblip.core.files import write_json, write_text
 from instructblip.evaluation.benchmarks import groups_of
-from instructblip.evaluation.bootstrap import Floats, Interval, interval, resample
+from instructblip.evaluation.bootstrap import (
+    Floats,
+    Interval,
+    exact_interval,
+    interval,
+    leave_out,
+    resample,
+)
 from instructblip.evaluation.captions import CaptionTokenizer
 from instructblip.evaluation.constant import Constant, best_constant
 from instructblip.evaluation.predictions import PREDICTIONS, read_predictions
@@ -53,21 +60,39 @@ class Result:
         return resample(self.score.statistic, self.groups or self.n, seed)
 
     @cached_property
+    def left_out(self) -> Floats | None:
+        """The score without each group, of few groups (`bootstrap.leave_out`)."""
+        return leave_out(self.score.statistic, self.groups or self.n)
+
+    @cached_property
     def groups(self) -> list[str]:
-        """The group of each sample, such as a patient; empty where the data set names none."""
-        found = [prediction["extra"].get("group") for prediction in self.predictions]
-        return [] if None in found else found
+        """The group of each sample: of the data set, such as a patient, or else its images, if
+        several samples show the same; empty where each sample stands alone."""
+        named = [prediction["extra"].get("group") for prediction in self.predictions]
+        if None not in named:
+            return named
+        # the blind control was shown other images than those that it was asked about
+        seen = [p.get("asked_about", p.get("images", ())) for p in self.predictions]
+        unknown = self.blind and not all("asked_about" in p for p in self.predictions)
+        images = ["\n".join(each) for each in seen]
+        return images if not unknown and 1 < len({*images}) < len(images) else []
 
     @property
     def interval(self) -> Interval | None:
-        """The 95 % bootstrap interval; None where the score is not defined."""
-        return None if self.value is None else interval(self.resampled)
+        """The 95 % bootstrap interval, or the exact one of samples that are all right or all wrong;
+        None where the score is not defined."""
+        if self.value is None:
+            return None
+        if self.value in (0, 100) and scorer_of(self.metric).corpus is None:
+            return exact_interval(self.value, len({*self.groups}) or self.n)
+        return interval(self.resampled, self.value, self.left_out)
 
     @property
     def how(self) -> dict[str, Any]:
         """What the score depends on beside the model and the samples."""
         asked = {name: self.settings["benchmark"][name] for name in ("mode", "decoding", "prompt")}
-        groups = {"groups": len({*self.groups})} if self.groups else {}
+        name = "groups" if "group" in self.predictions[0]["extra"] else "images"
+        groups = {name: len({*self.groups})} if self.groups else {}
         return {"metric": self.metric, "tokenizer": self.tokenizer, **asked, **groups}
 
     @property
@@ -190,7 +215,8 @@ def describe_how(how: Mapping[str, Any]) -> str:
     tokens = f"; tokenizer {how['tokenizer']}" if how["tokenizer"] else ""
     decoding = ", ".join(f"{k} {v}" for k, v in how["decoding"].items())
     default = "greedy" if how["mode"] == "generate" else "argmax of candidates"
-    groups = f"; intervals over {how['groups']} groups" if "groups" in how else ""
+    kinds = [f"; intervals over {how[kind]} {kind}" for kind in ("groups", "images") if kind in how]
+    groups = "".join(kinds)
     return (
         f"{how['metric']}{tokens}; {how['mode']} ({decoding or default}); "
         f"prompt {how['prompt'] or 'of each task'!r}{groups}"

@@ -118,14 +118,33 @@ def _delta(change: Difference | None, intervals: bool) -> str:
 
 
 def measured_with(comparison: Comparison) -> list[str]:
-    """Return one line per set: what its scores depend on."""
+    """Return one line per set: what its scores depend on, and which differences it can detect."""
     lines = []
     for row in comparison.rows:
         assert row.how is not None
         n = next(iter(row.cells.values())).n
         always = f"; {CONSTANT} {row.constant.answer[:60]!r}" if row.constant else ""
-        lines.append(f"{row.title}: {row.name}, n {n}; {describe_how(row.how)}{always}")
+        power = _power(row, n)
+        lines.append(f"{row.title}: {row.name}, n {n}; {describe_how(row.how)}{always}{power}")
     return lines
+
+
+SMALL_DIFFERENCE = 2.0
+"""Points, for which the tables state the samples that detect them."""
+
+
+def _power(row: Row, n: int) -> str:
+    """Which true difference to the baseline four of five such evaluations would detect."""
+    if not row.differences:
+        return ""
+    widest = max(row.differences.values(), key=lambda each: each.error)
+    if not widest.detectable > 0:
+        return ""
+    needed = widest.samples(SMALL_DIFFERENCE, n)
+    return (
+        f"; detects a difference of {widest.detectable:.1f} points in 4 of 5 cases, "
+        f"{SMALL_DIFFERENCE:.0f} points with n {needed:,}"
+    )
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -139,7 +158,12 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 for model, c in row.cells.items()
             },
             "differences": {
-                model: {"value": d.value, "interval_95": [d.low, d.high], "p": d.p}
+                model: {
+                    "value": d.value,
+                    "interval_95": [d.low, d.high],
+                    "p": d.p,
+                    "detectable": d.detectable,
+                }
                 for model, d in row.differences.items()
             },
             **({"constant": row.constant._asdict()} if row.constant else {}),
