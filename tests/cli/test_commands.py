@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 
 from instructblip.cli import data, evaluation, training
 from instructblip.cli import main as cli
+from instructblip.evaluation import tables
+from instructblip.evaluation.benchmarks import BENCHMARKS
+from instructblip.evaluation.compare import compare
 from instructblip.evaluation.result import load_results
 from instructblip.experiment import build, datasets
 from instructblip.experiment import features as caching
@@ -221,6 +224,33 @@ def test_evaluate_takes_a_model_alone_and_resumes(
     assert len(json.loads(lines[0])["images"]) == 4
     with pytest.raises(ValueError, match=r"expected .RECIPE. MODEL"):
         cli.main(["evaluate", "a", "b", "c", "--debug"])
+
+
+def test_evaluate_under_other_wordings(
+    out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """The score under each wording is that of the benchmark with this prompt."""
+    options = ["--benchmarks", "scenes_vqav2", "--limit", "4", "--out", str(tmp_path / "a")]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evaluate", str(out / "run"), "--prompts", "3", *options, "--debug"])
+    assert stop.value.code == 0
+    (result,) = load_results([tmp_path / "a"])["a"]
+    assert len(result.wordings) == 3
+    assert BENCHMARKS["scenes_vqav2"].prompt not in result.wordings
+    assert all("{question}" in p and "{options}" not in p for p in result.wordings)
+    prompt, score = next(iter(result.wordings.items()))
+    settings = ["evaluation.prompts={scenes_vqav2: '" + prompt + "'}", "evaluation.limit=4"]
+    recipe = load_recipe(str(out / "run" / "best" / "recipe.yaml"), settings)
+    recipe = recipe.model_copy(
+        update={
+            "evaluation": recipe.evaluation.model_copy(update={"benchmarks": ("scenes_vqav2",)})
+        }
+    )
+    (alone,) = evaluate(recipe, str(out / "run"), tmp_path / "b")
+    assert alone.value == score
+    assert "under 3 other wordings: mean" in capsys.readouterr().out
+    table = tables.to_markdown(compare({"a": [result]}))
+    assert "a, other wordings" in table
 
 
 def test_folders_of_one_name_are_kept_apart(out: Path, tmp_path: Path):

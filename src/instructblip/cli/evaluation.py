@@ -39,6 +39,7 @@ def evaluate(
     out: Annotated[Path | None, to_dir("Result folder; out/results/<model> by default.")] = None,
     limit: Limit = None,
     batch_size: Annotated[str | None, Option(help="Samples at a time, or `auto`.")] = None,
+    prompts: Annotated[int, Option(min=0, help="Other wordings to answer each set under.")] = 0,
     blind: Annotated[bool, Option("--blind", help="Swap the images: the blind control.")] = False,
     placement: Settings = None,
 ) -> None:
@@ -55,6 +56,7 @@ def evaluate(
         raise ValueError(f"expected [RECIPE] MODEL [A.B=C]...; got {' '.join(names) or 'no model'}")
     model = names[-1]
     overrides += _evaluation_overrides(benchmarks, limit, batch_size, **(placement or {}))
+    overrides += [f"evaluation.wordings={prompts}"] if prompts else []
     recipe = read_recipe(names[0] if len(names) == 2 else recipe_of(model), overrides)
     folder = out or Path("out/results") / (Path(model).resolve().name + ("_blind" if blind else ""))
     run(recipe, model, folder, blind_seed=0 if blind else None)

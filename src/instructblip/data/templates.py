@@ -172,6 +172,21 @@ def templates_of(task: str, language: Language = "en") -> tuple[str, ...]:
     return (TEMPLATES if language == "en" else TEMPLATES_ZH)[task]
 
 
+def wordings_of(task: str, template: str | None, number: int) -> tuple[str, ...]:
+    """At most ``number`` other templates of a task, which name the same of question and options as
+    ``template`` (None: the first of the task): the same task in other words."""
+    known = templates_of(task)
+    frozen = known[0] if template is None else template
+    asked = {"question", "options"}.intersection(_PLACE.findall(frozen))
+    same = {t for t in known if asked == {"question", "options"}.intersection(_PLACE.findall(t))}
+    return tuple(t for t in known if t in same and _bare(t) != _bare(frozen))[:number]
+
+
+def _bare(template: str) -> str:
+    """A template without the case and the signs that end its lines."""
+    return template.lower().rstrip(" .:")
+
+
 def language_of(texts: Iterable[str]) -> Language:
     """Chinese if more than half of the letters are Chinese characters, else English."""
     letters = [letter for text in texts for letter in text if letter.isalpha()]

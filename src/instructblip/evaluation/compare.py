@@ -5,14 +5,14 @@ for both. Only sets that all models have enter the means.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from instructblip.evaluation.bootstrap import Difference, Floats, Interval, difference, interval
 from instructblip.evaluation.constant import Constant
-from instructblip.evaluation.result import Result
+from instructblip.evaluation.result import Result, Spread, spread_of
 
 ROLES = {
     "held_in": "held-in", "held_out": "held-out", "finetuned": "fine-tuned",
@@ -37,7 +37,8 @@ class Row:
 
     ``differences`` are those to the baseline, for every other model; ``how`` is ``Result.how``,
     None for a mean. ``constant`` is the best constant answer, of a benchmark of the role "own",
-    which has a row for each of its metrics.
+    which has a row for each of its metrics. ``wordings`` is the spread of each model's scores under
+    other prompts, where they were evaluated.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Row:
     cells: dict[str, Cell]
     differences: dict[str, Difference]
     constant: Constant | None = None
+    wordings: dict[str, Spread] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,7 @@ def _row(results: Mapping[str, Result], baseline: str) -> Row:
         cells=cells,
         differences=differences,
         constant=first.constant,
+        wordings={m: s for m, r in results.items() if (s := spread_of(r.wordings))},
     )
 
 

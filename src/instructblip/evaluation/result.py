@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from instructblip.core.files import write_json, write_text
 from instructblip.evaluation.benchmarks import groups_of
@@ -32,6 +33,7 @@ class Result:
     """One benchmark, one model. ``value`` is 0 to 100 (CIDEr may exceed it), None if undefined.
 
     ``constants`` has the best constant answer by metric, of a benchmark of the role "own".
+    ``wordings`` has the scores of the same samples under other prompts of the same task, by prompt.
 
     ``settings`` are those of the predictions: benchmark, model, limit, blind seed. ``predictions``
     are in the order of the data set. The bootstrap resamples ``score``, by group where samples
@@ -50,6 +52,7 @@ class Result:
     settings: dict[str, Any]
     image_root: str = ""
     constants: dict[str, Constant] = field(default_factory=dict)
+    wordings: dict[str, float | None] = field(default_factory=dict)
     score: Score = field(repr=False)
     predictions: list[dict[str, Any]] = field(repr=False)
 
@@ -125,6 +128,7 @@ class Result:
                     metric=metric,
                     value=score.value,
                     others=score.others,
+                    wordings={},
                     score=score,
                 )
             )
@@ -139,6 +143,7 @@ class Result:
         blind = "; blind control" if self.blind else ""
         line = f"{self.benchmark} {score}  n {self.n}; {describe_how(self.how)}{blind}"
         lines = [_against_constant(each) for each in self.by_metric() if each.constant]
+        lines += [spread.describe(self.value)] if (spread := spread_of(self.wordings)) else []
         return "\n  ".join([line, *lines])
 
     def to_json(self) -> dict[str, Any]:
@@ -150,6 +155,7 @@ class Result:
             "interval_95": None if bounds is None else list(bounds),
             "others": self.others,
             **({"constants": {m: c._asdict() for m, c in constants.items()}} if constants else {}),
+            **({"wordings": self.wordings} if self.wordings else {}),
             "settings": self.settings,
             "image_root": self.image_root,
         }
@@ -182,7 +188,8 @@ class Result:
                 tokenizer = stored["tokenizer"] or "python"
                 known = {m: Constant(**c) for m, c in stored.get("constants", {}).items()}
                 root = stored["image_root"]
-                return make_result(stored["settings"], by_id, tokenizer, root, known)
+                result = make_result(stored["settings"], by_id, tokenizer, root, known)
+                return replace(result, wordings=stored.get("wordings", {}))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{folder} is damaged ({type(error).__name__}: {error}); evaluate again"
@@ -191,6 +198,29 @@ class Result:
             f"{folder}: {RESULT} is about {stored['n']} samples, {PREDICTIONS} holds "
             f"{len(by_id)}; evaluate again"
         )
+
+
+class Spread(NamedTuple):
+    """Scores under several wordings of a prompt: their number, mean and ends."""
+
+    number: int
+    mean: float
+    low: float
+    high: float
+
+    def describe(self, frozen: float | None) -> str:
+        """The spread in words, with the score of the benchmark's prompt."""
+        beside = "" if frozen is None else f"; under the prompt of the benchmark {frozen:.2f}"
+        return (
+            f"under {self.number} other wordings: mean {self.mean:.2f}, from {self.low:.2f} to "
+            f"{self.high:.2f}{beside}"
+        )
+
+
+def spread_of(wordings: Mapping[str, float | None]) -> Spread | None:
+    """The spread of the scores that are defined; None without any."""
+    scores = [score for score in wordings.values() if score is not None]
+    return Spread(len(scores), fmean(scores), min(scores), max(scores)) if scores else None
 
 
 def load_results(folders: Sequence[Path]) -> dict[str, list[Result]]:

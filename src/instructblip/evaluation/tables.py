@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from instructblip.core.terminal import escape
 from instructblip.evaluation.bootstrap import Difference
 from instructblip.evaluation.compare import ROLES, Cell, Comparison, Row
-from instructblip.evaluation.result import describe_how
+from instructblip.evaluation.result import Spread, describe_how
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,8 @@ UNSEEN = "†"
 NOTE = (
     "Brackets: 95 % bootstrap interval. Δ: difference to {baseline} on the same samples, paired "
     f"bootstrap, * p < 0.05, ** p < 0.01. {UNSEEN}: task type never seen in tuning. "
-    "(paper): published figures; no mean, since not all have every set."
+    "(paper): published figures; no mean, since not all have every set. Other wordings: mean, "
+    "lowest and highest score under other prompts of the task."
 )
 CONSTANT = "best constant answer"
 """The line of what one answer to all samples would score."""
@@ -54,7 +55,7 @@ class Line:
     """One line of a table: the scores of a model, or its differences, by column."""
 
     name: str
-    kind: str  # "published", "constant", "model" or "difference"
+    kind: str  # "published", "constant", "model", "wordings" or "difference"
     texts: list[str]
 
 
@@ -91,6 +92,9 @@ def _lines(comparison: Comparison, rows: Sequence[Row], intervals: bool) -> list
     for model in comparison.models:
         texts = [_figure(row.cells.get(model), intervals) for row in rows]
         lines.append(Line(model, "model", texts))
+        if any(model in row.wordings for row in rows):
+            texts = [_spread(row.wordings.get(model)) for row in rows]
+            lines.append(Line(f"{model}, other wordings", "wordings", texts))
     for model in comparison.models:
         if model != comparison.baseline:
             texts = [_delta(row.differences.get(model), intervals) for row in rows]
@@ -107,6 +111,10 @@ def _figure(cell: Cell | None, intervals: bool) -> str:
         return "–"
     bounds = f" [{cell.low:.1f}, {cell.high:.1f}]" if intervals else ""
     return f"{cell.value:.1f}{bounds}"
+
+
+def _spread(spread: Spread | None) -> str:
+    return f"{spread.mean:.1f} ({spread.low:.1f} to {spread.high:.1f})" if spread else "–"
 
 
 def _delta(change: Difference | None, intervals: bool) -> str:
@@ -152,6 +160,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
     def plain(row: Row) -> dict[str, Any]:
         names = ("title", "role", "metric", "unseen_type", "how")
+        spreads = {model: spread._asdict() for model, spread in row.wordings.items()}
         return {name: getattr(row, name) for name in names} | {
             "models": {
                 model: {"value": c.value, "interval_95": [c.low, c.high], "n": c.n}
@@ -167,6 +176,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 for model, d in row.differences.items()
             },
             **({"constant": row.constant._asdict()} if row.constant else {}),
+            **({"wordings": spreads} if spreads else {}),
             "published": {m: f[row.name] for m, f in PUBLISHED.items() if row.name in f},
         }
 
@@ -249,7 +259,7 @@ def to_rich(comparison: Comparison, intervals: bool = False) -> "list[Table]":
         for title in table.titles:
             shown.add_column(Text(escape(title)), justify="right")
         for kind, group in groupby(table.lines, key=attrgetter("kind")):
-            style = {"model": "bold", "published": "dim", "constant": "dim"}.get(kind, "")
+            style = {"model": "bold", "difference": ""}.get(kind, "dim")
             for line in group:
                 shown.add_row(
                     *(Text(escape(text), style=style) for text in [line.name, *line.texts])

@@ -1,13 +1,15 @@
 """Evaluation of a saved model by a recipe."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from instructblip.core import distributed
 from instructblip.core.files import write_text
 from instructblip.data.samples import Examples
-from instructblip.evaluation.evaluate import Answerer
+from instructblip.data.templates import wordings_of
+from instructblip.evaluation.evaluate import Answerer, pick
 from instructblip.evaluation.evaluate import evaluate as answer_benchmark
 from instructblip.evaluation.result import Result
 from instructblip.experiment.datasets import Held, benchmarks_of, prepare_benchmarks
@@ -54,10 +56,44 @@ def evaluate(
                 blind_seed=blind_seed,
                 out=out / each.benchmark.name,
             )
+            if settings.wordings:
+                result = _under_other_wordings(answerer, each, settings, result, blind_seed, out)
             if distributed.is_main():
                 print(result.describe(), flush=True)
             results.append(result)
     return results
+
+
+def _under_other_wordings(
+    answerer: Answerer,
+    held: Held,
+    settings: EvaluationConfig,
+    result: Result,
+    blind_seed: int | None,
+    out: Path,
+) -> Result:
+    """``result`` with the scores under other prompts, each in a folder of its own below it. The
+    result is as it was for a benchmark of several tasks, or of a task with one template."""
+    benchmark, folder = held.benchmark, out / held.benchmark.name
+    tasks = {held.dataset[i].task for i in pick(len(held.dataset), settings.limit)}
+    prompts = wordings_of(*tasks, benchmark.prompt, settings.wordings) if len(tasks) == 1 else ()
+    if len(prompts) < settings.wordings and distributed.is_main():
+        print(f"{benchmark.name}: its task has {len(prompts)} other wordings", flush=True)
+    wordings = {}
+    for number, prompt in enumerate(prompts, 1):
+        wordings[prompt] = score(
+            answerer,
+            replace(held, benchmark=replace(benchmark, prompt=prompt)),
+            settings,
+            limit=settings.limit,
+            blind_seed=blind_seed,
+            out=folder / "wordings" / str(number),
+            baseline=False,
+        ).value
+    result = replace(result, wordings=wordings)
+    if wordings and distributed.is_main():
+        result.save(folder)
+    return result
 
 
 def score(answerer: Answerer, held: Held, settings: EvaluationConfig, **options: Any) -> Result:

@@ -349,6 +349,10 @@ class EvaluationConfig(_Section):
     prompts: dict[str, str] = Field(default_factory=dict)
     """Benchmark -> prompt, in place of the benchmark's; scores then do not compare."""
 
+    wordings: NonNegativeInt = 0
+    """Other prompts of each benchmark's task under which `evaluate` answers its samples as well, to
+    show how far the score depends on the wording; at most those of ``data/templates.yaml``."""
+
     @model_validator(mode="after")
     def _can_be_placed(self) -> Self:
         check_placement(self.devices, self.quantize)
