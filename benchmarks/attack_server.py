@@ -13,6 +13,7 @@ import base64
 import contextlib
 import http.client
 import io
+import itertools
 import json
 import resource
 import signal
@@ -250,7 +251,7 @@ def sigterm(server: Server) -> Row:
 
 
 class Failing:
-    """An engine whose batches of several fail after ``fails_after`` tokens."""
+    """An engine whose answers fail after ``fails_after`` tokens where several run."""
 
     def __init__(self, engine: Engine, fails_after: int) -> None:
         self.__dict__.update(engine=engine, fails_after=fails_after)
@@ -258,17 +259,17 @@ class Failing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def respond(self, samples: Any, decoding: Any, on_tokens: Any) -> Any:
-        steps = 0
+    def running(self) -> Any:
+        running: Any = self.engine.running()
+        step, steps = running.step, itertools.count(1)
 
-        def counting(tokens: list[int]) -> Any:
-            nonlocal steps
-            steps += 1
-            if steps > self.fails_after and len(samples) > 1:
+        def failing() -> None:
+            if next(steps) >= self.fails_after and len(running) > 1:
                 raise RuntimeError("out of memory")
-            return on_tokens(tokens)
+            step()
 
-        return self.engine.respond(samples, decoding, counting)
+        running.step = failing
+        return running
 
 
 def streams(engine: Engine, fails_after: int = 4, count: int = 4) -> list[tuple[str, str]]:
@@ -308,7 +309,7 @@ def dead_thread(engine: Engine) -> Row:
 
     batcher = app.state.service.batchers["model"]
     batcher.on_batch = die
-    with TestClient(app) as client:
+    with TestClient(app, raise_server_exceptions=False) as client:
         client.post(CHAT, content=chat("what is red?"), headers={"Content-Type": JSON})
         batcher._thread.join()
         status = client.get("/healthz").status_code

@@ -48,16 +48,18 @@ def questions(model: str, max_tokens: int) -> list[tuple[dict[str, Any], str]]:
 
 
 class Server:
-    """`instructblip serve` as a separate process."""
+    """`instructblip serve` as a separate process, of the package in ``source`` if given."""
 
-    def __init__(self, model: str, max_batch: int) -> None:
+    def __init__(self, model: str, *options: str, source: Path | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        options = f"--model {model} --port {self.port} --max-batch {max_batch} --no-page"
-        command = [sys.executable, "-m", "instructblip", "serve", *options.split()]
+        options = ("--model", model, "--port", str(self.port), "--no-page", *options)
         self.process = subprocess.Popen(
-            command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "instructblip", "serve", *options],
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | ({"PYTHONPATH": str(source)} if source else {}),
         )
         self.address = f"http://127.0.0.1:{self.port}"
 
@@ -77,6 +79,11 @@ class Server:
     def cpu_seconds(self) -> float:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def resident_mb(self) -> float:
+        """MiB of memory that the process has."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 async def load(address: str, asked: list, clients: int, seconds: float) -> dict[str, Any]:
@@ -104,7 +111,7 @@ async def load(address: str, asked: list, clients: int, seconds: float) -> dict[
                 await asyncio.sleep(0.1)
 
     limits = httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
         began = time.monotonic()
         await asyncio.gather(*(ask_on(client) for _ in range(clients)))
         took = time.monotonic() - began
@@ -119,6 +126,13 @@ async def load(address: str, asked: list, clients: int, seconds: float) -> dict[
     }
 
 
+def measure(server: Server, asked: list, clients: int, seconds: float) -> dict[str, Any]:
+    """`load`, and the processor time of an answer."""
+    before = server.cpu_seconds()
+    row = asyncio.run(load(server.address, asked, clients, seconds))
+    return row | {"CPU ms": 1000 * (server.cpu_seconds() - before) / row["answers"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="starter")
@@ -129,11 +143,8 @@ def main() -> None:
     asked = questions(args.model, args.max_tokens)
     rows = {}
     for max_batch in (32, 1):
-        with Server(args.model, max_batch) as server:
-            before = server.cpu_seconds()
-            row = asyncio.run(load(server.address, asked, args.clients, args.seconds))
-            row["CPU ms"] = 1000 * (server.cpu_seconds() - before) / row["answers"]
-            rows[max_batch] = row
+        with Server(args.model, "--max-batch", str(max_batch)) as server:
+            rows[max_batch] = measure(server, asked, args.clients, args.seconds)
     print("| batches of up to | " + " | ".join(rows[1]) + " |")
     print("|---|" + "---|" * len(rows[1]))
     for max_batch, row in rows.items():

@@ -183,10 +183,12 @@ def test_cache_and_shared_images(sets: dict[str, Examples], tokens: Tokens) -> N
     assert batch.pixel_values is not None
     assert len(batch.pixel_values) < len(batch)  # ten questions on five images
     assert same(batch, plain.batch(0))
-    assert plain.images["vqav2"]._cached_bytes == 8 * 8 * 3 * len(plain.images["vqav2"]._cache)
+    assert plain.images["vqav2"]._recent.nbytes == 8 * 8 * 3 * len(
+        plain.images["vqav2"]._recent.values
+    )
     small = make(sets, tokens, augment=False, cache_images_mb=0)
     assert same(batch, small.batch(0))
-    assert not small.images["vqav2"]._cache
+    assert not small.images["vqav2"]._recent.values
 
 
 def test_cache_is_bounded(tmp_path: Path) -> None:
@@ -194,8 +196,8 @@ def test_cache_is_bounded(tmp_path: Path) -> None:
     for i in (0, 1, 0, 2):
         path = tmp_path / f"{i}.png"
         images.load(str(path if path.exists() else write_picture(path)), None, True)
-    assert [Path(key).stem for key in images._cache] == ["0", "2"]
-    assert images._cached_bytes == 2 * 400 * 400 * 3
+    assert [Path(key).stem for key in images._recent.values] == ["0", "2"]
+    assert images._recent.nbytes == 2 * 400 * 400 * 3
 
 
 def test_features_replace_pixels(sets: dict[str, Examples], tokens: Tokens, tmp_path: Path) -> None:

@@ -475,10 +475,10 @@ def test_api_keys(model_folder: Path, png: list[Path]) -> None:
 
 
 class Slow:
-    """An engine that generates tokens until ``free`` is set."""
+    """An engine that needs whole batches, and generates tokens until ``free`` is set."""
 
     def __init__(self, engine: Engine) -> None:
-        self.__dict__.update(engine=engine, free=threading.Event(), sizes=[])
+        self.__dict__.update(engine=engine, free=threading.Event(), sizes=[], can_join=False)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)

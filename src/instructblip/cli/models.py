@@ -122,6 +122,7 @@ def serve(
     max_tokens: Annotated[int, Option(help="Tokens of an answer.")] = 256,
     max_beams: Annotated[int, Option(help="Beams that a request may ask for.")] = 8,
     timeout: Annotated[float, Option(help="Seconds of a request.")] = 60.0,
+    shared_mb: Annotated[int, Option(help="MiB kept for requests about the same images.")] = 128,
     placement: Settings = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions, ranking, metrics and a page."""
@@ -141,6 +142,7 @@ def serve(
             max_tokens=max_tokens,
             max_beams=max_beams,
             timeout_s=timeout,
+            shared_mb=shared_mb,
             api_keys=keys,
             image_hosts=hosts,
         )

@@ -5,7 +5,6 @@ images of a batch and pads its texts. Training, evaluation and serving all use t
 """
 
 import random
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from instructblip.core.batch import Batch, Example, Sample
+from instructblip.core.recent import Recent
 from instructblip.data.features import Features
 from instructblip.data.images import ImageTransform, may_flip
 from instructblip.data.reading.frames import evenly_spaced
@@ -61,10 +61,10 @@ class ImageReader:
     cache_images_mb: int = 256
     features: Features | None = None
     in_8_bits: bool = False
-    _cache: "OrderedDict[str, np.ndarray]" = field(
-        default_factory=OrderedDict, init=False, repr=False
-    )
-    _cached_bytes: int = field(default=0, init=False, repr=False)
+    _recent: Recent[np.ndarray] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._recent = Recent(self.cache_images_mb << 20)
 
     def select(self, each: tuple[T, ...]) -> tuple[T, ...]:
         """Of what belongs to ``each`` image those that the model sees, in order: all, or
@@ -90,21 +90,14 @@ class ImageReader:
         return transform.normalise(pixels)
 
     def _cached(self, path: str, read: Callable[[], np.ndarray]) -> np.ndarray:
-        if path in self._cache:
-            self._cache.move_to_end(path)
-            return self._cache[path]
-        pixels = read()
-        limit = self.cache_images_mb << 20
-        if pixels.nbytes <= limit:
-            self._cache[path] = pixels
-            self._cached_bytes += pixels.nbytes
-            while self._cached_bytes > limit:
-                _, oldest = self._cache.popitem(last=False)
-                self._cached_bytes -= oldest.nbytes
+        pixels = self._recent.get(path)
+        if pixels is None:
+            pixels = read()
+            self._recent.put(path, pixels)
         return pixels
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict(), "_cached_bytes": 0}
+        return {**self.__dict__, "_recent": Recent(self._recent.limit)}
 
 
 def make_sample(

@@ -36,10 +36,17 @@ from instructblip.inference.inputs import (
 from instructblip.inference.streaming import TextStream, stream_text
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.decoding import GREEDY, PAPER, Decoding, stored_overrides
-from instructblip.model.inference import cross_attention, generate_responses, rank_candidates
+from instructblip.model.inference import (
+    cross_attention,
+    encode_images,
+    generate_responses,
+    rank_candidates,
+    read_prompts,
+)
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.generate import OnTokens
 from instructblip.model.language.ranking import Normalization
+from instructblip.model.language.running import Prompt, Running
 from instructblip.model.placement import Kind, check_placement
 from instructblip.model.retrieval import Retriever
 from instructblip.model.spread import place
@@ -225,6 +232,29 @@ class Engine:
         number of frames. See ``generate_responses``."""
         ends = () if self.tokens.chat_template is None else self.ends
         return generate_responses(self.model, self._collate(samples), on_tokens, decoding, ends)
+
+    @property
+    def can_join(self) -> bool:
+        """Whether answers without beams can start beside others that run (`running`): not with a
+        language model that needs whole batches, such as T5."""
+        return self.model.language.reads_trees
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the language model runs in half precision."""
+        return self.model.language_model.dtype.itemsize < 4
+
+    def running(self) -> Running:
+        """Where answers grow token by token, each from its prompt (`read`) on."""
+        return Running(self.model.language, self.model.language_precision)
+
+    def read(self, samples: Sequence[Sample]) -> list[Prompt]:
+        """The prompts of samples after the language model has read them, as one batch."""
+        return read_prompts(self.model, self._collate(samples))
+
+    def encode(self, pixels: Sequence[Float[Tensor, "3 S S"]]) -> list[Float[Tensor, "P V"]]:
+        """The features of images, as one batch; a sample may have them instead of its pixels."""
+        return encode_images(self.model, torch.stack(list(pixels)).to(self.device))
 
     def rank(
         self,

@@ -20,6 +20,7 @@ from instructblip.model.language.ranking import (
     in_chunks,
     sort_candidates,
 )
+from instructblip.model.language.running import Prompt
 from instructblip.model.qformer import QFormerLayer
 
 
@@ -54,6 +55,24 @@ def generate_responses(
         queries = model.encode_queries(batch)
         with model.language_precision():
             return model.language.generate(queries, batch, on_tokens, **options)
+
+
+@torch.no_grad()
+def encode_images(
+    model: InstructBlip, pixel_values: Float[Tensor, "N 3 S S"]
+) -> list[Float[Tensor, "P V"]]:
+    """The features of each image, which do not share memory."""
+    with _eval_mode(model):
+        return [features.clone() for features in model.encode_image(pixel_values)]
+
+
+@torch.no_grad()
+def read_prompts(model: InstructBlip, batch: Batch) -> list[Prompt]:
+    """What the language model keeps of each sample's [queries; prompt], for `language.running`."""
+    with _eval_mode(model):
+        queries = model.encode_queries(batch)
+        with model.language_precision():
+            return Prompt.of(model.language.prefill(queries, batch))
 
 
 @torch.no_grad()

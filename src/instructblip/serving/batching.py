@@ -1,11 +1,15 @@
-"""Continuous micro-batches: requests that wait while the model is busy run together next.
+"""One thread owns the model and answers jobs from all others.
 
-One thread owns the model. Whenever it is free it takes the oldest job and every other job that can
-run in the same batch (same kind, same decoding, same number of frames), oldest first. The queue is
-bounded: a job that does not fit is refused at once instead of being answered too late.
+Answers of a decoder without beams share its steps: a job joins those that run as soon as a row is
+free, and leaves at its own last token (`model.language.running`). All other work runs in whole
+batches between the steps: the oldest job and every other one that can run with it (same kind, same
+decoding, same number of frames). Batches and steps take turns of equal time. The queue is bounded:
+a job that does not fit is refused at once instead of being answered too late.
 """
 
+import hashlib
 import math
+import secrets
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -19,9 +23,14 @@ from torch import Tensor
 from instructblip.core.batch import Sample
 from instructblip.data.templates import Rendered
 from instructblip.inference.engine import Engine
+from instructblip.inference.sharing import Shared
 from instructblip.inference.streaming import TextStream
 from instructblip.model.decoding import Decoding
 from instructblip.model.language.ranking import Normalization
+from instructblip.model.language.running import Response
+
+JOINS = "joins"
+"""Key of the jobs that join those that run."""
 
 
 class QueueFull(Exception):
@@ -82,12 +91,22 @@ class Job:
     _left: bool = field(default=False, init=False)
 
     @property
+    def answers(self) -> bool:
+        """Whether the result is an ``Answer``."""
+        return self.drawing is None and self.candidates is None and not self.look
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the answer is sampled by a seed."""
+        return self.seed is not None and self.decoding is not None and self.decoding.do_sample
+
+    @property
     def key(self) -> Hashable:
         """Jobs with equal keys can run in one batch; what is drawn or sampled by a seed is alone,
         since a batch shares its noise."""
         if self.drawing is not None:
             return "draw", id(self)
-        if self.seed is not None and self.decoding is not None and self.decoding.do_sample:
+        if self.is_repeatable:
             return "sample", id(self)
         if self.look:
             return "look", len(self.pixels)
@@ -98,6 +117,11 @@ class Job:
     def listen(self, on_text: Callable[[str], None]) -> None:
         """Pass the pieces of the answer to ``on_text``, called from the model's thread."""
         self._on_text = on_text
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the answer is read as it grows."""
+        return self._on_text is not None or bool(self.stop)
 
     def restart(self) -> None:
         """Generate the answer again: the listener gets what follows the text that it has."""
@@ -147,13 +171,24 @@ class Job:
             self.leave()
 
 
+@dataclass(eq=False)
+class _Row:
+    """A job whose answer grows beside others; ``text`` if someone reads it as it grows."""
+
+    job: Job
+    sample: Sample
+    response: Response
+    text: TextStream | None
+
+
 class Batcher:
     """Answers jobs from any thread with one engine, of which it must be the only user.
 
     Args:
         max_batch: maximum number of jobs that run together; 1 is one request at a time.
         max_queue: maximum number of jobs that wait.
-        on_batch: called with the size and the seconds of each batch.
+        on_batch: called with the size and the seconds of each batch and of each step.
+        shared_bytes: maximum of what is kept for requests about the same images.
     """
 
     def __init__(
@@ -162,13 +197,21 @@ class Batcher:
         max_batch: int = 32,
         max_queue: int = 128,
         on_batch: Callable[[int, float], None] = lambda size, seconds: None,
+        shared_bytes: int = 128 << 20,
     ) -> None:
         self.engine = engine
         self.max_batch, self.max_queue, self.on_batch = max_batch, max_queue, on_batch
+        self._shared = Shared(engine.encode, engine.read, shared_bytes)
         self._jobs: list[Job] = []
         self._changed = threading.Condition()
         self._closed = False
-        self._running: list[Job] = []
+        self._taken: list[Job] = []
+        self._rows: list[_Row] = []
+        self._running = engine.running()
+        self._can_join, self._is_half = engine.can_join, engine.is_half
+        self._started = False  # since the last step
+        self._held = 0  # steps for which jobs have waited for more rows to be free
+        self._batches_from = 0.0  # when whole batches may run beside the rows
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
@@ -201,26 +244,33 @@ class Batcher:
 
     def _work(self) -> None:
         try:
-            while jobs := self._next():
-                start, self._running = time.monotonic(), jobs
-                self._run(jobs)
-                self.on_batch(len(jobs), time.monotonic() - start)
+            while (jobs := self._next()) or self._rows:
+                start, size = time.monotonic(), len(jobs) or len(self._rows)
+                self._taken = jobs
+                if jobs:
+                    self._run(jobs)
+                else:
+                    self._step()
+                self.on_batch(size, time.monotonic() - start)
         finally:  # after an error nobody answers those that wait
             with self._changed:
                 self._closed = True
-                for job in (*self._running, *self._jobs):
+                for job in (*self._taken, *(row.job for row in self._rows), *self._jobs):
                     if not job.future.done():
                         job.future.set_exception(RuntimeError("the model's thread has ended"))
 
     def _next(self) -> list[Job]:
-        """The next batch; empty when the batcher is closed and no job waits."""
+        """The jobs to run or to start next; empty when there are none: then rows grow by a token,
+        or the batcher is closed."""
         with self._changed:
             while True:
                 self._drop_gone()
-                while self._jobs:
-                    if jobs := self._take():
-                        return jobs
-                if self._closed:
+                waiting = len(self._jobs)
+                if jobs := self._take():
+                    return jobs
+                if len(self._jobs) < waiting:  # those that were taken are cancelled
+                    continue
+                if self._rows or self._closed:
                     return []
                 self._changed.wait()
 
@@ -232,30 +282,141 @@ class Batcher:
                 job.future.set_exception(TooLate())
 
     def _take(self) -> list[Job]:
-        """Remove the oldest job and those that can run with it from the queue."""
-        key = self._jobs[0].key
-        jobs = [job for job in self._jobs if job.key == key][: self.max_batch]
+        """Remove the oldest job that can run now, and those that can run with it, from the queue;
+        none while rows have to grow first."""
+        keys = [self._key(job) for job in self._jobs]
+        free = self.max_batch - len(self._rows)
+        if not self._pays(keys.count(JOINS), free):
+            free = 0
+        batches = not self._rows or time.monotonic() >= self._batches_from
+        ready = [key for key in keys if (free if key == JOINS else batches)]
+        if not ready:
+            return []
+        most = free if ready[0] == JOINS else self.max_batch
+        pairs = zip(self._jobs, keys, strict=True)
+        jobs = [job for job, key in pairs if key == ready[0]][:most]
         self._jobs = [job for job in self._jobs if job not in jobs]
         # a future that runs can no longer be cancelled
         return [job for job in jobs if job.future.set_running_or_notify_cancel()]
 
+    def _key(self, job: Job) -> Hashable:
+        """`JOINS`, or the key of the whole batch in which a job can run."""
+        single = (job.decoding or self.engine.decoding).num_beams == 1
+        # in half precision other rows may round a token, and a seed promises the same answer
+        varies = job.is_repeatable and self._is_half
+        return JOINS if self._can_join and job.answers and single and not varies else job.key
+
+    def _pays(self, waiting: int, free: int) -> bool:
+        """Whether to start ``waiting`` jobs in ``free`` rows now.
+
+        Several prompts cost less together than one by one: a few jobs wait until a quarter of the
+        rows is free, for as many steps at most. Those that run take a step between two starts.
+        """
+        quarter = max(1, self.max_batch // 4)
+        if self._rows and self._started:
+            return False
+        if not self._rows or free >= min(waiting, quarter) or self._held >= quarter:
+            self._held = 0
+            return True
+        self._held += free > 0
+        return False
+
     def _run(self, jobs: Sequence[Job]) -> None:
-        """Resolve the futures of jobs that run together; one that fails stops no other."""
+        """Run jobs as a batch, or start them; one that fails stops no other."""
         ready: list[Job] = []
         samples: list[Sample] = []
-        for number, job in enumerate(jobs):
+        for job in jobs:
             try:
                 if job.drawing is None:
-                    samples.append(self._sample(number, job))
+                    samples.append(self._sample(job))
                 ready.append(job)
             except Exception as error:
                 job.future.set_exception(error)
-        if ready:
+        if ready and self._key(ready[0]) == JOINS:
+            self._start(ready, samples)
+        elif ready:
+            start = time.monotonic()
             self._run_samples(ready, samples)
+            self._batches_from = 2 * time.monotonic() - start
 
-    def _sample(self, number: int, job: Job) -> Sample:
-        keys = tuple(f"{number}.{frame}" for frame in range(len(job.pixels)))
+    def _sample(self, job: Job) -> Sample:
+        """What the model reads; equal images have equal keys."""
+        keys = tuple(
+            hashlib.blake2b(pixels.contiguous().numpy().data).hexdigest() for pixels in job.pixels
+        )
         return self.engine.sample(keys, job.pixels, job.instruction)
+
+    def _start(self, jobs: Sequence[Job], samples: Sequence[Sample]) -> None:
+        """Read the prompts of jobs, and let their answers grow beside those that run."""
+        try:
+            prompts = self._shared.prompts(samples)
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].future.set_exception(error)
+                return
+            for job, sample in zip(jobs, samples, strict=True):
+                self._start([job], [sample])
+            return
+        rows = []
+        for job, sample in zip(jobs, samples, strict=True):
+            decoding = job.decoding or self.engine.decoding
+            if decoding.do_sample and job.seed is None:  # the same answer if it is sampled again
+                job.seed = secrets.randbits(63)
+            response = Response(decoding, self.engine.ends, job.seed or 0)
+            is_read = job.is_read
+            text = TextStream(self.engine.tokens, self.engine.ends) if is_read else None
+            rows.append(_Row(job, sample, response, text))
+        self._rows += rows
+        self._started = True
+        self._grow(rows, lambda: self._running.start(prompts, [row.response for row in rows]))
+
+    def _step(self) -> None:
+        """Let all answers that run grow by a token, without those that nobody waits for."""
+        for row in self._rows:
+            if row.job.gone:
+                row.response.ended = True
+                row.job.future.set_exception(TooLate())
+        self._rows = [row for row in self._rows if not row.response.ended]
+        self._started = False
+        self._grow(self._rows, self._running.step)
+
+    def _grow(self, rows: Sequence[_Row], grow: Callable[[], None]) -> None:
+        """Call ``grow``, which adds a token to each of ``rows``, and resolve the futures of those
+        that end. If it fails, all that run are answered one by one."""
+        try:
+            grow()
+        except Exception:
+            rows, self._rows, self._running = self._rows, [], self.engine.running()
+            self._taken = [row.job for row in rows]
+            for row in rows:
+                row.job.restart()
+                self._run_samples([row.job], [row.sample])
+            return
+        for row in rows:
+            self._read(row)
+        self._rows = [row for row in self._rows if not row.response.ended]
+        if not self._rows:  # an idle server keeps no keys and values
+            self._running = self.engine.running()
+
+    def _read(self, row: _Row) -> None:
+        """Send what is new of an answer, and resolve its future if it ends."""
+        job, response, text = row.job, row.response, row.text
+        if text is not None:
+            for token in response.ids[len(text.ids) :]:
+                _send(job, lambda token=token: text.add(token))
+        response.ended = response.ended or job.stopped
+        if not response.ended:
+            return
+        if text is not None and job.failure is None:
+            _send(job, lambda: text.rest(response.ids), last=True)
+        try:
+            if job.failure is not None:
+                raise job.failure
+            answer = _answer(self.engine, job, row.sample, response.ids, response.decoding)
+        except Exception as error:
+            job.future.set_exception(error)
+        else:
+            job.future.set_result(answer)
 
     def _run_samples(self, jobs: Sequence[Job], samples: Sequence[Sample]) -> None:
         try:
@@ -289,6 +450,7 @@ class Batcher:
         if first.drawing is not None:  # alone in its batch, see ``Job.key``
             text = Rendered.of(first.instruction).prompt
             return [engine.draw(text, **first.drawing, on_step=check_waiting)]
+        samples = self._shared.with_features(samples)
         if first.look:
             return list(engine.look(samples))
         if first.candidates is not None:

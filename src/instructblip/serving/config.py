@@ -2,7 +2,7 @@
 
 import resource
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from instructblip.model.decoding import NumBeams
 
@@ -22,6 +22,9 @@ class ServeConfig(BaseModel):
     """Requests that the model answers together."""
     max_queue: PositiveInt = 128
     """Requests that wait; those beyond are answered with 429."""
+    shared_mb: NonNegativeInt = 128
+    """MiB of image features and read prompts that each model keeps for requests about the same
+    images."""
     max_connections: int = Field(default_factory=_most_connections, ge=16)
     """Open connections; a new one closes the one that has waited longest for a request."""
     max_body_bytes: PositiveInt = 24 << 20

@@ -31,9 +31,9 @@ class Metrics:
         self._requests = Counter("requests", "Requests", ["route", "status"], **shared)
         self._seconds = Histogram("request_seconds", "Time of a request", ["route"], **shared)
         self._batch_size = Histogram(
-            "batch_size", "Requests answered together", buckets=BATCH_SIZES, **shared
+            "batch_size", "Requests of a batch or a step", buckets=BATCH_SIZES, **shared
         )
-        self._batch_seconds = Histogram("batch_seconds", "Time of a batch", **shared)
+        self._batch_seconds = Histogram("batch_seconds", "Time of a batch or a step", **shared)
         Gauge("waiting", "Requests waiting", **shared).set_function(waiting)
         self.tokens = Counter("generated_tokens", "Tokens answered", **shared)
 
@@ -57,7 +57,13 @@ class Service:
         self.config = config
         self.metrics = Metrics(lambda: self.waiting)
         self.batchers = {
-            name: Batcher(engine, config.max_batch, config.max_queue, self.metrics.batch)
+            name: Batcher(
+                engine,
+                config.max_batch,
+                config.max_queue,
+                self.metrics.batch,
+                config.shared_mb << 20,
+            )
             for name, engine in engines.items()
         }
         self.painters = {n: b for n, b in self.batchers.items() if b.engine.can_draw}
