@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.side_by_side import PAPER_STEPS, QUERIES, SIZES, config_of, matrix_peak, padded
 from instructblip.core import distributed
 from instructblip.core.batch import Batch
+from instructblip.core.files import read_json
 from instructblip.data.loader import cut
-from instructblip.model.checkpoints.weights import read_json
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.fast.attention import _kernel_agrees

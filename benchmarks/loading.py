@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.side_by_side import LLAMA, SIZES, TINY, config_of, layer_sizes
+from instructblip.core.files import read_json
 from instructblip.experiment import model as start
-from instructblip.model.checkpoints.weights import NoRandomWeights, read_json
+from instructblip.model.checkpoints.weights import NoRandomWeights
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import load_recipe

@@ -166,3 +166,35 @@ def test_an_id_twice_is_listed(tmp_path: Path) -> None:
     source = custom_source(CustomSet("mine", "table", "rows.jsonl"))
     data = prepare("mine", tmp_path, "train", tmp_path / "out", source=source)
     assert check_dataset(data).kinds == {"duplicate id": 2}
+
+
+def test_a_file_url_is_a_path_like_any_other(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for place in (root / "a b.png", elsewhere / "0.png"):
+        write_picture(place)
+    write_json_lines(root / "rows.jsonl", ROW | {"file_name": f"file://{root}/a%20b.png"})
+    (example,) = read_custom(root, "table")
+    assert example.images == ("a b.png",)
+    for url in (f"file://{elsewhere}/0.png", "file:///etc/passwd", "file://host/0.png"):
+        write_json_lines(root / "rows.jsonl", ROW | {"file_name": url})
+        with pytest.raises(ValueError, match=r"leaves the image root|file of another machine"):
+            read_custom(root, "table")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ('{"file_name": "0.png", "answer": "a", "answer": "b"}', "the key 'answer' is there twice"),
+        ('{"file_name": "0.png", "answer": NaN}', "NaN is not a value"),
+        ('{"file_name": "0.png", "answer": ' + "[" * 10_000, "nested|deep"),
+        ('{"file_name": "0.png", "answer": ' + '{"a":' * 10_000, "nested|deep"),
+    ],
+)
+def test_json_that_is_deep_or_contradicts_itself(
+    tmp_path: Path, name: str, record: str, message: str
+) -> None:
+    write_picture(tmp_path / "0.png")
+    (tmp_path / name).write_text(f"[{record}]" if name.endswith("json") else record + "\n")
+    with pytest.raises(ValueError, match=rf"{name}:.*({message})"):
+        read_custom(tmp_path, "table")

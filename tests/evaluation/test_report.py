@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from instructblip.cli import main as cli
 from instructblip.core.batch import Example
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.evaluation.report import (
+    is_shown,
     line_chart,
     make_cards,
     radar_chart,
@@ -268,3 +270,35 @@ def test_the_baseline_can_be_chosen(tmp_path: Path) -> None:
     assert "Δ two" not in text
     assert "difference to two" in text
     assert "one is <select" in text  # the report is about the other
+
+
+def test_only_images_below_given_roots_are_shown(tmp_path: Path) -> None:
+    """Results name the folder of their images, and others may have written them."""
+    private, shared = tmp_path / "private", tmp_path / "shared"
+    models = {}
+    for root in (private, shared):
+        (result,) = [evaluate(FakeEngine(), benchmark(), dataset(root))]
+        models[root.name] = [result]
+    for name, results in models.items():
+        shown = make_cards({name: results}, 4, [shared])
+        assert all((image is not None) == (name == "shared") for c in shown for image in c.images)
+        assert all(image for card in make_cards({name: results}, 4) for image in card.images)
+    (shared / "link").symlink_to(private)
+    moved = replace(models["private"][0], image_root=str(shared / "link"))
+    assert not is_shown(moved, [shared])
+
+
+def test_the_command_names_what_it_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    images = tmp_path / "images"
+    evaluate(FakeEngine(), benchmark(), dataset(images), out=Path("results") / "toy")
+    for options, shown in ([], False), (["--images", str(images)], True):
+        with pytest.raises(SystemExit):
+            cli.main(["report", "results", "--out", "report.html", *options])
+        page = Path("report.html").read_text()
+        assert ("data:image/png" in page) == shown
+        left_out = f"images in {images} are left out: --images {images} shows them"
+        assert (left_out in capsys.readouterr().out) != shown

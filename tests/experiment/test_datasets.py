@@ -21,7 +21,7 @@ from instructblip.experiment.datasets import (
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
 from instructblip.scenes.official import write_scenes
-from tests.testing import write_picture, write_vqa
+from tests.testing import write_json_lines, write_picture, write_vqa
 
 SETTINGS = [
     "model.start=nowhere",
@@ -238,3 +238,30 @@ def test_held_out_sets_are_validated_on_the_split_of_their_benchmark(root: Path)
     ]
     with pytest.raises(ValueError, match="gqa test is a set that this recipe is evaluated on"):
         checked_training(recipe, prepare_training(recipe))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("images", "../../elsewhere"), ("images", "/etc"), ("path", "../../elsewhere/rows.jsonl")],
+)
+def test_an_entry_does_not_leave_the_data_root(tmp_path: Path, key: str, value: str) -> None:
+    root = tmp_path / "data"
+    for place in (root / "mine", tmp_path / "elsewhere", root / "other"):
+        write_picture(place / "0.png")
+        write_json_lines(place / "rows.jsonl", {"image": "0.png", "answer": "a"})
+    settings = [f"data.root={root}", "data.sets.mine.format=table", "data.sets.mine.root=mine"]
+    recipe = load_recipe("quickstart", [*settings, f"data.sets.mine.{key}={value}"])
+    with pytest.raises(ValueError, match=rf"data\.sets\.mine\.{key}: .* leaves the data root"):
+        job_of(recipe, "mine")
+    for below in ("../other", str(root / "other"), "."):
+        recipe = load_recipe("quickstart", [*settings, f"data.sets.mine.images={below}"])
+        assert job_of(recipe, "mine").root == root / "mine"
+
+
+def test_a_file_url_as_root_is_a_folder(tmp_path: Path) -> None:
+    write_picture(tmp_path / "a b" / "0.png")
+    settings = [f"data.root={tmp_path}/data", "data.sets.mine.format=imagefolder"]
+    url = f"file://{tmp_path}/a%20b"
+    recipe = load_recipe("quickstart", [*settings, f"data.sets.mine.root={url}"])
+    assert job_of(recipe, "mine").root == tmp_path / "a b"
+    assert not (tmp_path / "data").exists()

@@ -207,3 +207,26 @@ def test_a_base_that_cannot_be_read_is_named(tmp_path: Path):
         path.write_text(f"base: {base}\n")
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load_recipe(path)
+
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 20)
+)
+BOMBS = {
+    "deep": "data: " + "[" * 10_000,
+    "deep mapping": "data: " + "{a: " * 10_000,
+    "aliases": LAUGHS,
+    "alias of itself": "data: &a [*a]",
+    "long line": "data: {root: " + "x" * 5_000_000 + "}",
+}
+
+
+@pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
+def test_a_bomb_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.yaml .*(too deeply|too much|more than)") as raised:
+        load_recipe(path)
+    assert len(str(raised.value)) < 400
+    with pytest.raises(ValueError, match=r"too deeply|too much"):
+        load_recipe("quickstart", ["data.root=" + "[" * 500])

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import http.server
 import json
 import socket
@@ -751,6 +752,7 @@ def test_images_of_a_listed_host_are_fetched(
     # the checked connection is replaced: there is neither a network nor a certificate here
     connect = lambda *_args: socket.create_connection((local[0], local[1]))  # noqa: E731
     monkeypatch.setattr(incoming, "connect", connect)
+    monkeypatch.setattr(incoming, "encrypt", lambda plain, _host: plain)
     config = ServeConfig(image_hosts=("pictures.example",), max_picture_bytes=len(content))
     image = incoming.read_image("https://pictures.example/a.png?b=1", config, "here")
     assert image.size == (12, 10)
@@ -764,6 +766,71 @@ def test_images_of_a_listed_host_are_fetched(
         with pytest.raises(incoming.BadImage, match="not fetched from there"):
             incoming.fetch(url, config, "here")
     server.shutdown()
+
+
+SLOW = {
+    "header": b"HTTP/1.1 200 OK\r\nX-Slow: ",
+    "body": b"HTTP/1.1 200 OK\r\nContent-Length: 999999\r\n\r\n",
+    "body without length": b"HTTP/1.1 200 OK\r\n\r\n",
+    "chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nFFFF\r\n",
+    "nothing": b"",
+    "TLS": b"\x16\x03\x03\x40\x00\x02",
+}
+
+
+@pytest.mark.parametrize("what", SLOW)
+def test_a_host_that_sends_byte_by_byte_is_left_at_the_deadline(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Also in the middle of the handshake of TLS."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    ended = threading.Event()
+
+    def drip() -> None:
+        peer, _ = listening.accept()
+        with peer, contextlib.suppress(OSError):
+            peer.sendall(SLOW[what])
+            while not ended.wait(0.05):
+                peer.sendall(b"a")
+
+    threading.Thread(target=drip, daemon=True).start()
+    address = listening.getsockname()
+    monkeypatch.setattr(incoming, "public_address", lambda *_args: address[0])
+    if what != "TLS":
+        monkeypatch.setattr(incoming, "encrypt", lambda plain, _host: plain)
+    config = ServeConfig(image_hosts=("pictures.example",), timeout_s=1.0)
+    caught: list[Exception] = []
+
+    def fetch() -> None:
+        try:
+            incoming.fetch(f"https://pictures.example:{address[1]}/a.png", config, "here")
+        except incoming.BadImage as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(20)
+    ended.set()
+    listening.close()
+    assert not thread.is_alive(), "the fetch goes on"
+    assert "too slow" in str(caught[0])
+
+
+def test_a_name_that_is_not_resolved_is_left_at_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended = threading.Event()
+
+    def resolve(*_args: Any, **_kwargs: Any) -> Any:
+        ended.wait(20)
+        raise OSError
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    config = ServeConfig(image_hosts=("pictures.example",), timeout_s=0.2)
+    with pytest.raises(incoming.BadImage, match="too slow"):
+        incoming.fetch("https://pictures.example/a.png", config, "here")
+    assert not ended.is_set()
+    ended.set()
 
 
 def test_the_command_passes_its_options_to_the_server(

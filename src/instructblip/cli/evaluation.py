@@ -118,24 +118,33 @@ def report(
     run: Annotated[list[Path] | None, Option(help="Run directory: its curves.")] = None,
     baseline: Annotated[str | None, Option(help="Folder to compare with; else the first.")] = None,
     drawn: Annotated[Path | None, Option(help="Images of benchmarks/draw.py --out.")] = None,
+    images: Annotated[
+        list[Path] | None, Option(help="Folder that images may come from; the working directory.")
+    ] = None,
 ) -> None:
     """Write tables, charts, a gallery of answers and curves into one offline HTML file."""
     from instructblip.core.version import __version__
-    from instructblip.evaluation.report import write_report
+    from instructblip.evaluation.report import is_shown, write_report
     from instructblip.evaluation.result import load_results
 
     runs = run or []
     for folder in runs:
         if not (folder / "metrics.jsonl").is_file():
             raise FileNotFoundError(f"{folder} holds no metrics.jsonl: give the folder of a run")
+    roots = images or [Path()]  # results name the folder of their images, and others may write them
+    results = load_results(folders)
     page = write_report(
         out,
-        load_results(folders),
+        results,
+        image_roots=roots,
         baseline=baseline,
         curves={folder.name: folder / "metrics.jsonl" for folder in runs},
         facts={"version": __version__},
         drawn=drawn,
     )
+    places = {r.image_root for each in results.values() for r in each if not is_shown(r, roots)}
+    for place in sorted(places):
+        print(f"images in {place} are left out: --images {place} shows them")
     print(page)
 
 

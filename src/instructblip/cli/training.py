@@ -94,7 +94,7 @@ def quickstart(
                     result.save_with_predictions(results / each / result.benchmark)
                 folders.append(results / each)
     with _clock(seconds, "report"):
-        evaluation.report(folders, out / "report.html", [run])
+        evaluation.report(folders, out / "report.html", [run], images=[world])
     if not real:
         with _clock(seconds, "looks"):
             if not _tune_and_look(out, recipe, resume, scale):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.core.batch import IMAGE_MARK
+from instructblip.core.files import read_json
 from instructblip.data.templates import Dialogue
 
 CHAT_FILE = "chat_format.json"
@@ -203,4 +204,9 @@ def read_chat_template(directory: Path) -> str | None:
     path = directory / CHAT_FILE
     if not path.is_file():
         return None
-    return json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+    template = read_json(path).get("chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(
+            f"{path}: chat_template is {str(template)[:80]!r}; expected a text or null"
+        )
+    return template

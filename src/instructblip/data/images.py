@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from instructblip.core.batch import Example
+from instructblip.core.files import read_json
 from instructblip.data.reading.cost import check_cost, check_exif
 from instructblip.data.reading.dicom import is_dicom, read_dicom
 from instructblip.data.reading.members import read_image, size_and_date
@@ -46,6 +47,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 1 << 26
 """Pixels of one image (67 million, 8192 x 8192); an image whose header says more is not decoded."""
 MAX_FILE_BYTES = 1 << 28
+MAX_SIDE = 1 << 13
+"""Pixels of a side of what an image encoder reads."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 """What Pillow may decode; it would run Ghostscript on an EPS file."""
 
@@ -385,8 +388,12 @@ class ImageTransform:
     def from_pretrained(cls, path: str | Path) -> "ImageTransform":
         """Reads the first of ``PREPROCESSORS`` in ``path`` that describes images."""
         for file in (Path(path) / name for name in PREPROCESSORS):
-            config: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
+            config: dict[str, Any] = read_json(file) if file.is_file() else {}
             config = config.get("image_processor", config.get("video_processor", config))
+            if not isinstance(config, dict):
+                raise ValueError(
+                    f"{file}: image_processor is {str(config)[:80]!r}; expected an object"
+                )
             if config.keys() & {"size", "image_mean", "image_processor_type"}:
                 break
         else:
@@ -404,8 +411,11 @@ class ImageTransform:
             size = size.get("height", size.get("shortest_edge"))
         if crop_pct is not None and not (isinstance(crop_pct, int | float) and 0 < crop_pct <= 1):
             raise ValueError(f"{file}: 'crop_pct' is {crop_pct!r}; expected a part of 1")
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{file}: 'size' is {config.get('size')!r}; expected height and width")
+        if not isinstance(size, int) or not 1 <= size <= MAX_SIDE:
+            raise ValueError(
+                f"{file}: 'size' is {str(config.get('size'))[:80]}; expected height and width of 1 "
+                f"to {MAX_SIDE}"
+            )
         return cls(
             image_size=size,
             mean=_three(config.get("image_mean", CLIP_MEAN), "image_mean", file),
@@ -496,8 +506,9 @@ def crop_box(
 
 
 def _three(value: Any, name: str, file: Path) -> tuple[float, float, float]:
-    if not isinstance(value, list | tuple) or len(value) != 3:
-        raise ValueError(f"{file}: '{name}' is {value!r}; expected three numbers")
+    numbers = isinstance(value, list | tuple) and all(type(one) in (int, float) for one in value)
+    if not numbers or len(value) != 3 or not all(map(math.isfinite, value)):
+        raise ValueError(f"{file}: '{name}' is {str(value)[:80]}; expected three numbers")
     return (float(value[0]), float(value[1]), float(value[2]))
 
 

@@ -33,6 +33,7 @@ from typing import Any, Literal
 import yaml
 
 from instructblip.core.batch import IMAGE_MARK, Example
+from instructblip.core.files import read_json
 from instructblip.core.user_code import find_function, is_function
 
 Language = Literal["en", "zh"]
@@ -238,7 +239,7 @@ def warn_of_other_templates(directory: Path) -> None:
     """Warns when the model of a directory was tuned with other templates than these."""
     path = directory / TEMPLATES_FILE
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8")).get("sha256")
+        known = read_json(path).get("sha256")
         if known != template_hash():
             warnings.warn(
                 f"{directory}: this model was tuned with other instruction templates than this "

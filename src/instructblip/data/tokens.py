@@ -20,7 +20,6 @@ none and are in front of the prompt, before its start token; so is an image whos
 prompt. A prompt that is cut at its beginning keeps all its images.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from transformers import (
 )
 
 from instructblip.core.batch import IMAGE_MARK
+from instructblip.core.files import read_json
 from instructblip.core.gguf import find_gguf, gguf_tokenizer
 from instructblip.data.chat_format import ChatFormat, read_chat_template
 from instructblip.data.templates import Dialogue, Rendered
@@ -140,6 +140,23 @@ class Tokens:
             chat_template=read_chat_template(path),
             **limits,
         )
+
+    def check_rows(self, language: int, qformer: int) -> None:
+        """ValueError unless the model's word tables, of so many rows, have all ids of its texts."""
+        tables = (self._language, language, "language"), (self._qformer, qformer, "Q-Former")
+        for wrap, rows, what in tables:
+            if wrap is None:
+                continue
+            tokenizer: Any = wrap.tokenizer
+            # a text has no special token but those around it
+            special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+            used = {*wrap.prefix, *wrap.suffix, tokenizer.eos_token_id or 0}
+            used |= {*tokenizer.get_vocab().values()} - special
+            if max(used) >= rows:
+                raise ValueError(
+                    f"the {what} tokenizer has the id {max(used)}, and its word table {rows} rows: "
+                    "the tokenizer is another model's; download both again"
+                )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the layout that ``from_pretrained`` and transformers' processor read."""
@@ -306,13 +323,16 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     config = path / "config.json"
     try:
         if config.is_file():
-            kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+            kind = read_json(config).get("model_type")
             if kind is not None and kind not in CONFIG_MAPPING:
                 options["config"] = PreTrainedConfig()  # it warns of a type that only we know
-        return AutoTokenizer.from_pretrained(str(path), **options)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
+        tokenizer("a")  # some settings are read only now
+        return tokenizer
+    except Exception as error:  # the library's errors on a damaged file are of any kind
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ValueError(
-            f"{path}: the tokenizer cannot be read ({str(error).splitlines()[0]}); download "
+            f"{path}: the tokenizer cannot be read ({reason}); download "
             "tokenizer.json and tokenizer_config.json again"
         ) from error
 
@@ -327,9 +347,11 @@ def num_rows(tokenizer: Any) -> int:
 def _is_decoder_only(path: Path) -> bool:
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; expected the config.json of a model directory")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     known = config.get("use_decoder_only_language_model")
     if isinstance(known, bool):
         return known
     text = config.get("text_config") or config.get("language") or config
+    if not isinstance(text, dict):
+        raise ValueError(f"{path}: text_config is {str(text)[:80]!r}; expected an object")
     return not text.get("is_encoder_decoder", text.get("model_type") in ENCODER_DECODER)

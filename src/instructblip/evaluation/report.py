@@ -36,6 +36,7 @@ def write_report(
     facts: Mapping[str, str] | None = None,
     samples_per_set: int = 24,
     drawn: Path | None = None,
+    image_roots: Sequence[Path] | None = None,
 ) -> Path:
     """Write the report of ``models`` to ``path``, whole or not at all.
 
@@ -47,6 +48,8 @@ def write_report(
         curves: name of a run -> its metrics.jsonl.
         facts: label -> value at the foot of the page (seconds, recipe, version, ...).
         samples_per_set: cards in the gallery per benchmark; 0 omits the gallery.
+        image_roots: folders that images may come from, for results that others wrote; None for
+            any.
         drawn: a folder of drawings (`core.drawings`) for a section of their own.
     """
     path = Path(path)
@@ -87,7 +90,7 @@ def write_report(
             and (table := class_table(result.title, result.predictions))
         ],
         charts=[c for name, file in (curves or {}).items() for c in training_charts(file, name)],
-        cards=make_cards(models, samples_per_set) if samples_per_set else [],
+        cards=make_cards(models, samples_per_set, image_roots) if samples_per_set else [],
         asked=asked.values(),
         drawn=read_drawings(drawn) if drawn else [],
         drawn_folder=drawn,
@@ -176,8 +179,13 @@ class Card:
         return self.answers[-1].right
 
 
-def make_cards(models: Mapping[str, Sequence[Result]], per_set: int) -> list[Card]:
-    """Return up to ``per_set`` samples of each benchmark, half of them wrong if there are as many.
+def make_cards(
+    models: Mapping[str, Sequence[Result]],
+    per_set: int,
+    image_roots: Sequence[Path] | None = None,
+) -> list[Card]:
+    """Return up to ``per_set`` samples of each benchmark, half of them wrong if there are as many,
+    with images from below ``image_roots``, or from anywhere for None.
 
     Blind controls are left out, since they saw other images.
     """
@@ -194,7 +202,8 @@ def make_cards(models: Mapping[str, Sequence[Result]], per_set: int) -> list[Car
     for name, result in next(reversed(seeing.values())).items():
         by_model = {model: results[name] for model, results in seeing.items() if name in results}
         for index in _choose(result, per_set):
-            cards.append(_card(result, index, by_model, baseline))
+            card = _card(result, index, by_model, baseline, is_shown(result, image_roots))
+            cards.append(card)
     return cards
 
 
@@ -215,7 +224,15 @@ def _is_right(prediction: Mapping[str, Any], metric: str) -> bool:
     return prediction["score"] >= (1.0 if metric in RECIPROCAL_RANKS else RIGHT_FROM)
 
 
-def _card(result: Result, index: int, by_model: Mapping[str, Result], baseline: str) -> Card:
+def is_shown(result: Result, image_roots: Sequence[Path] | None) -> bool:
+    """Whether the images of a result are below one of these folders, or none is given."""
+    place = Path(result.image_root).resolve()
+    return image_roots is None or any(place.is_relative_to(r.resolve()) for r in image_roots)
+
+
+def _card(
+    result: Result, index: int, by_model: Mapping[str, Result], baseline: str, shown: bool
+) -> Card:
     sample = result.predictions[index]
     answers = tuple(
         _answer(model, one.predictions[index], result.metric) for model, one in by_model.items()
@@ -231,7 +248,9 @@ def _card(result: Result, index: int, by_model: Mapping[str, Result], baseline: 
         benchmark=result.benchmark,
         title=result.title,
         id=str(sample["id"]),
-        images=tuple(_thumbnail_or_none(name, Path(result.image_root)) for name in names),
+        images=tuple(
+            _thumbnail_or_none(name, Path(result.image_root)) if shown else None for name in names
+        ),
         prompt=sample["prompt"],
         references=tuple(Counter(sample["answers"]).most_common()),
         answers=answers,

@@ -50,6 +50,7 @@ from instructblip.inference.engine import Engine
 from instructblip.model.checkpoints.directory import model_directory, read_config
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language.adapters import num_words
 from instructblip.recipe.load import differences, load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
 from instructblip.training.config import TrainingConfig
@@ -261,6 +262,7 @@ def read_assets(recipe: Recipe, config: InstructBlipConfig) -> tuple[Tokens, Ima
         qformer=tokens.qformer if config.instruction_aware else None,
         chat_template=chat_template_of(recipe.model.chat_template, directory, tokens),
     )
+    tokens.check_rows(num_words(config.language), config.qformer.vocab_size)
     transform = ImageTransform.from_pretrained(directory)
     transform = replace(transform, image_size=config.vision.image_size)
     if data.window != "auto":

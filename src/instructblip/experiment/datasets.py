@@ -1,5 +1,6 @@
 """The data sets of a recipe: prepared, mixed, checked; and the benchmarks it names."""
 
+import os.path
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from instructblip.data.prepared.check import (
 from instructblip.data.prepared.dataset import DatasetView, PreparedDataset
 from instructblip.data.prepared.images import gather_facts
 from instructblip.data.prepared.prepare import Job, all_of, prepare, prepare_all
+from instructblip.data.reading.records import local_path
 from instructblip.data.samples import Examples
 from instructblip.data.sources import SOURCES, source_of
 from instructblip.data.templates import Language, check_template, language_of, templates_of
@@ -92,14 +94,16 @@ def job_of(recipe: Recipe, name: str, split: str | None = None) -> Job:
     if is_remote(where):
         root = fetch_tree(where, data.prepared_root / "fetched" / name)
     else:
-        root = data.root / where
+        root = data.root / local_path(where, f"data.sets.{name}.root")
     if not custom and source not in SOURCES:
         raise ValueError(
             f"data.sets.{name}: {source!r} is no published data set. For your data set `format:` "
             f"(one of {', '.join(FORMATS)}) and `root:`, their folder; else set `source:` to one "
             f"of {', '.join(sorted(SOURCES))}"
         )
-    reader = custom_source(_custom_set(name, entry, root)) if custom else source_of(source)
+    reader = (
+        custom_source(_custom_set(name, entry, root, data.root)) if custom else source_of(source)
+    )
     if not root.is_dir():
         raise FileNotFoundError(
             f"data.sets.{name}: {root.absolute()} does not exist; expected "
@@ -110,12 +114,20 @@ def job_of(recipe: Recipe, name: str, split: str | None = None) -> Job:
     return Job(folder, root, split or entry.split, data.prepared_root, reader, data.max_bad_rate)
 
 
-def _custom_set(name: str, entry: DataSet, root: Path) -> CustomSet:
+def _custom_set(name: str, entry: DataSet, root: Path, data_root: Path) -> CustomSet:
     assert entry.format is not None
     if name in SOURCES:
         raise ValueError(
             f"data.sets.{name}: {name} is a published data set; choose another name for your data"
         )
+    for key in ("images", "path"):
+        given = getattr(entry, key) or "."
+        place = os.path.abspath(root / given)  # noqa: PTH100 (links are followed later)
+        if not any(Path(place).is_relative_to(top.absolute()) for top in (data_root, root)):
+            raise ValueError(
+                f"data.sets.{name}.{key}: {given!r} leaves the data root {data_root}; expected a "
+                "path below it"
+            )
     images = entry.images
     if images is None:  # an imagefolder's paths start beside its metadata, wherever that is
         below = entry.format != "imagefolder" and (root / "images").is_dir()
@@ -351,7 +363,7 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
             continue
         entry = recipe.data.sets[name]
         if entry.format and entry.group is None:
-            custom = _custom_set(name, entry, job.root)
+            custom = _custom_set(name, entry, job.root, recipe.data.root)
             if hint := group_hint(custom, job.root, job.split):
                 warnings.warn(hint, stacklevel=2)
         yield check_dataset(

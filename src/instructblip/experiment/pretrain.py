@@ -9,13 +9,14 @@ from typing import Any, Literal
 from torch import nn
 
 from instructblip.core import distributed
+from instructblip.core.files import read_json
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import TokenizedTexts, Tokens
 from instructblip.experiment.build import Variant, build
 from instructblip.experiment.model import load_model
 from instructblip.model.align import Align
 from instructblip.model.checkpoints.transformers import TEXT_BRANCH_FILE, read_text_branch
-from instructblip.model.checkpoints.weights import read_json, write_weights
+from instructblip.model.checkpoints.weights import write_weights
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.retrieval import Heads, write_heads

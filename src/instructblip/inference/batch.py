@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from instructblip.core.files import replacing, write_text
 from instructblip.core.progress import progress_bar
 from instructblip.data.reading.frames import VIDEO_SUFFIXES
-from instructblip.data.reading.records import IMAGE_SUFFIXES, image_name
+from instructblip.data.reading.records import IMAGE_SUFFIXES, image_name, local_path
 from instructblip.inference.engine import Engine
 from instructblip.inference.inputs import ImageInput, open_images
 
@@ -90,7 +90,9 @@ def _read_line(line: str, root: Path, instruction: str | None, where: str) -> Re
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: no 'instruction'; give one there or with --instruction")
     kept = {key: value for key, value in record.items() if key not in RESULT_KEYS}
-    return Request(tuple(root / image_name(name, where) for name in names), text, kept)
+    return Request(
+        tuple(root / image_name(local_path(name, where), where) for name in names), text, kept
+    )
 
 
 def answer_requests(

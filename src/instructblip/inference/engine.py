@@ -44,6 +44,7 @@ from instructblip.model.inference import (
     read_prompts,
 )
 from instructblip.model.instructblip import InstructBlip
+from instructblip.model.language.adapters import num_words
 from instructblip.model.language.generate import OnTokens
 from instructblip.model.language.ranking import Normalization
 from instructblip.model.language.running import Prompt, Running
@@ -143,13 +144,15 @@ class Engine:
         except ValueError as error:
             raise ValueError(f"{directory / 'generation_config.json'}: {error}") from None
         settings = stored.override(**(decoding or {}))
+        tokens = Tokens.from_pretrained(directory, **limits)
+        tokens.check_rows(num_words(model.config.language), model.config.qformer.vocab_size)
         place(model, placement, device, dtype, settings)
         transform = ImageTransform.from_pretrained(directory)
         if window != "auto":
             transform = replace(transform, window=window)
         return cls(
             model,
-            Tokens.from_pretrained(directory, **limits),
+            tokens,
             ImageReader(transform, num_frames),
             settings,
             fingerprint(directory, model.config.instruction_aware, window, quantize),

@@ -3,9 +3,10 @@
 import hashlib
 from pathlib import Path
 
+from instructblip.core.files import read_json
 from instructblip.data.chat_format import CHAT_FILE
 from instructblip.data.images import PREPROCESSORS, Window
-from instructblip.model.checkpoints.weights import CHANGED_FILE, START_FILE, WEIGHT_FILES, read_json
+from instructblip.model.checkpoints.weights import CHANGED_FILE, START_FILE, WEIGHT_FILES
 from instructblip.model.placement import Kind
 
 _HASH_WHOLE = 1 << 28

@@ -9,6 +9,7 @@ from PIL import Image
 from instructblip.core.batch import Sample
 from instructblip.data.images import load_image
 from instructblip.data.reading.frames import VIDEO_SUFFIXES, extract_frames
+from instructblip.data.reading.records import local_path
 from instructblip.data.templates import Rendered
 
 ImageInput = Image.Image | str | Path
@@ -72,7 +73,7 @@ def open_images(paths: Sequence[Path]) -> list[ImageInput]:
     Raises ValueError or FileNotFoundError, naming the file, for what cannot be decoded.
     """
     images: list[ImageInput] = []
-    for path in paths:
+    for path in (Path(local_path(str(path), "--image")) for path in paths):
         if path.is_dir():
             raise ValueError(f"{path} is a folder; give an image or a video, or --batch FOLDER")
         if not path.is_file():

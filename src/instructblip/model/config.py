@@ -18,6 +18,10 @@ READERS = {
 }
 """model_type -> how the names of transformers' classes begin."""
 
+MOST_LAYERS, MOST_SIZE = 1024, 1 << 24
+"""Layers, and widths or rows, that a ``config.json`` may ask for."""
+_SIZE = re.compile("size|layers|heads|_dim|^d_|^num_")
+
 TOKEN_KEYS = ("image_token_index", "image_token_id", "video_token_index", "video_token_id")
 
 OTHER_TOWER = "-other-tower"
@@ -212,7 +216,9 @@ class InstructBlipConfig(_Config):
     vision: VisionConfig | EncoderConfig = Field(description="The image encoder.")
     qformer: QFormerConfig = Field(description="The Q-Former.")
     language: dict[str, Any] = Field(description="transformers' text config as a dict.")
-    num_query_tokens: int = Field(default=32, gt=0, description="Query tokens Q per image.")
+    num_query_tokens: int = Field(
+        default=32, gt=0, le=4096, description="Query tokens Q per image."
+    )
     instruction_aware: bool = Field(
         default=True, description="Whether the Q-Former reads the instruction."
     )
@@ -246,20 +252,22 @@ class InstructBlipConfig(_Config):
                 f"model_type must be one of {', '.join(READERS)}; got {kind!r}. Give a directory "
                 "that transformers' InstructBlip or Blip2 wrote, or one that this project wrote."
             )
-        given = config.get("vision_config") or {}
+        given, reader, text = (
+            _section(config, f"{part}_config") for part in ("vision", "qformer", "text")
+        )
         other = "encoder" in given
         vision = _select(EncoderConfig if other else VisionConfig, given)
         vision = {name: value for name, value in vision.items() if value is not None}
         for name in {"image_size", "patch_size"} & vision.keys():
             vision[name] = _side(vision[name], name)
         vision_config = EncoderConfig(**vision) if other else VisionConfig(**vision)
-        qformer = _select(QFormerConfig, config.get("qformer_config") or {})
+        qformer = _select(QFormerConfig, reader)
         # transformers derives this width as well and ignores what the file says.
         qformer["encoder_hidden_size"] = vision_config.hidden_size
         return cls(
             vision=vision_config,
             qformer=QFormerConfig(**qformer),
-            language={"model_type": "opt", **(config.get("text_config") or {})},
+            language={"model_type": "opt", **text},
             num_query_tokens=config.get("num_query_tokens", 32),
             instruction_aware=str(kind).startswith("instructblip"),
             image_token_id=next((config[key] for key in TOKEN_KEYS if key in config), None),
@@ -300,6 +308,21 @@ class InstructBlipConfig(_Config):
                 self.image_token_id
             ),
         }
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part of a ``config.json``. ValueError if it is no object, or has a size that no model has,
+    which would be built until the memory is full."""
+    values = config.get(name) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"config.json: {name} is {str(values)[:80]!r}; expected an object")
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _section(values, key)
+        most = MOST_LAYERS if "layers" in key else MOST_SIZE
+        if _SIZE.search(key) and isinstance(value, int) and value > most:
+            raise ValueError(f"config.json: {name}.{key} is {value}; expected at most {most}")
+    return values
 
 
 def _select(config: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import AutoConfig, AutoModel
 
-from instructblip.model.checkpoints.weights import read_json, read_weights
+from instructblip.core.files import read_json
+from instructblip.model.checkpoints.weights import read_weights
 from instructblip.model.config import EncoderConfig, VisionConfig
 from instructblip.model.efficientnet import EfficientNetLite, fold_batch_norms
 from instructblip.model.vision import ImageEncoder, VisionModel

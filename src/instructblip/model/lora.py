@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from instructblip.model.checkpoints.weights import read_json, read_weights, write_weights
+from instructblip.core.files import read_json
+from instructblip.model.checkpoints.weights import read_weights, write_weights
 from instructblip.model.config import LoraConfig
 
 FOLDERS = {"lora": "language_adapter", "qformer_lora": "qformer_adapter"}

@@ -20,6 +20,8 @@ from instructblip.recipe.schema import RECIPE_FILE, Recipe
 
 RECIPES = Path(__file__).parent
 """The recipes that ship with the package."""
+MOST_DEPTH, MOST_VALUES, MOST_BYTES = 32, 100_000, 1 << 22
+"""Nesting, values and bytes of a recipe."""
 MOST_BASES = 8
 """Longest chain of recipes of which each is the base of the one before."""
 
@@ -71,10 +73,12 @@ def read_values(path: Path, depth: int = 0) -> dict[str, Any]:
 
     A setting such as ``training.steps`` or ``data.sets`` replaces that of the base as a whole.
     """
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} has more than {MOST_BYTES} bytes; is this a recipe?")
     values = _read_yaml(path.read_text(encoding="utf-8"), f"{path} is not YAML")
     if not isinstance(values, dict):
         sections = ", ".join(Recipe.model_fields)
-        raise ValueError(f"{path}: expected the sections {sections}; got {values!r}")
+        raise ValueError(f"{path}: expected the sections {sections}; got {str(values)[:200]!r}")
     if "base" not in values:
         return values
     base = values.pop("base")
@@ -115,7 +119,31 @@ def differences(left: Recipe, right: Recipe) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without keys that are there twice, of which PyYAML would take the last."""
+    """YAML without keys that are there twice, of which PyYAML would take the last, and with bounds
+    on its depth and on what its aliases stand for, written out."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        event: Any = self.peek_event()
+        mark = event.start_mark
+        if self._depth > MOST_DEPTH:
+            raise yaml.MarkedYAMLError(problem="it is nested too deeply", problem_mark=mark)
+        node: Any = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            self._sizes.setdefault(node, MOST_VALUES + 1)  # of a node around it: endless
+        else:
+            inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+            nodes = (part for one in inner for part in (one if isinstance(one, tuple) else (one,)))
+            self._sizes[node] = 1 + sum(self._sizes[part] for part in nodes)
+        if self._sizes[node] > MOST_VALUES:
+            raise yaml.MarkedYAMLError(problem="its aliases stand for too much", problem_mark=mark)
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

@@ -26,6 +26,7 @@ from instructblip.model.checkpoints.lavis import export_lavis, refuse_loss
 from instructblip.model.checkpoints.small import PARTS_FILE
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.trainable import part_of
+from instructblip.recipe.load import read_values
 from instructblip.recipe.schema import RECIPE_FILE
 
 ModelForm = Literal["transformers", "lavis"]
@@ -89,7 +90,7 @@ def export_model(
     recipe_file = source / RECIPE_FILE
     recipe: dict[str, Any] = {}
     if recipe_file.is_file():
-        recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) or {}
+        recipe = read_values(recipe_file)
     if form == "lavis":
         if keep_lora:
             raise ValueError("a LAVIS file has no place for an adapter: leave out --keep-lora")
@@ -162,7 +163,7 @@ def model_card(
         reader=reader,
         prompts=_prompts(chat),
         parameters="\n".join(f"| {part} | {count:,} |" for part, count in parts.items()),
-        data=_data(recipe["data"]["sets"]) if recipe else "Not known.",
+        data=_data(recipe) if recipe else "Not known.",
         figures=_scores(results) if results else "Not evaluated.",
         recipe=_fenced(_yaml(recipe), "yaml") if recipe else "Not known.",
     )
@@ -191,12 +192,18 @@ def _fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _data(sets: Mapping[str, dict[str, Any]]) -> str:
+def _data(recipe: Mapping[str, Any]) -> str:
+    sets = recipe["data"].get("sets") if isinstance(recipe.get("data"), dict) else None
+    if not isinstance(sets, dict) or not all(isinstance(one, dict) for one in sets.values()):
+        raise ValueError(f"the model's {RECIPE_FILE} has no data.sets; repair or remove it")
     lines = ["| set | weight | terms |", "|---|---|---|"]
     for name, entry in sets.items():
         known = SOURCES.get(entry.get("source") or name)
         terms = known.licence if known else "those of its owner"
-        lines.append(f"| {escape_markdown(name)} | {entry.get('weight', 1.0):g} | {terms} |")
+        weight = entry.get("weight", 1)
+        weight = f"{weight:g}" if isinstance(weight, int | float) else str(weight)
+        cells = (name, weight, terms)
+        lines.append(f"| {' | '.join(map(escape_markdown, cells))} |")
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from instructblip.core.files import replacing_directory, write_json
+from instructblip.core.files import read_json, replacing_directory, write_json
 from instructblip.model import lora
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.shared_words import shared_words
@@ -27,7 +27,7 @@ from instructblip.model.checkpoints.small import (
     language_weights,
 )
 from instructblip.model.checkpoints.transformers import BLIP2_NORM, NORM, TEXT_BRANCH
-from instructblip.model.checkpoints.weights import read_json, read_weights, sha256, write_weights
+from instructblip.model.checkpoints.weights import read_weights, sha256, write_weights
 from instructblip.model.config import EncoderConfig
 from instructblip.model.encoders import package_folder, read_encoder
 from instructblip.model.instructblip import InstructBlip

@@ -5,10 +5,14 @@ import binascii
 import http.client
 import io
 import ipaddress
+import queue
 import socket
 import ssl
+import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from PIL import Image
@@ -103,29 +107,72 @@ def fetch(url: str, config: ServeConfig, where: str) -> bytes:
     deadline = time.monotonic() + config.timeout_s / 2
     data = bytearray()
     try:
-        connection = http.client.HTTPSConnection(host, port)
-        connection.sock = connect(host, port, config.timeout_s / 4)
-        connection.request("GET", path, headers={"User-Agent": "instructblip"})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise BadImage(f"{where}: the image's host answered {response.status}")
-        while piece := response.read(1 << 16):
-            data += piece
-            if len(data) > config.max_picture_bytes:
-                raise BadImage(f"{where}: more than {config.max_picture_bytes} bytes", 413)
-            if time.monotonic() > deadline:
-                raise BadImage(f"{where}: the image's host is too slow")
+        plain = connect(host, port, deadline)
+        with plain, _ended_at(deadline, plain):
+            connection = http.client.HTTPSConnection(host, port)
+            connection.sock = encrypt(plain, host)
+            connection.request("GET", path, headers={"User-Agent": "instructblip"})
+            response = connection.getresponse()
+            if response.status != 200:
+                raise BadImage(f"{where}: the image's host answered {response.status}")
+            while piece := response.read1(1 << 16):
+                data += piece
+                if len(data) > config.max_picture_bytes:
+                    raise BadImage(f"{where}: more than {config.max_picture_bytes} bytes", 413)
+            connection.close()
     except BadImage:
         raise
     except (OSError, http.client.HTTPException, ValueError):
-        raise BadImage(f"{where}: the image could not be fetched") from None
+        if time.monotonic() < deadline:
+            raise BadImage(f"{where}: the image could not be fetched") from None
+    if time.monotonic() >= deadline:
+        raise BadImage(f"{where}: the image's host is too slow")
     return bytes(data)
 
 
-def connect(host: str, port: int, timeout: float) -> ssl.SSLSocket:
-    """A TLS connection to a public address of ``host``. Raises OSError."""
-    address = public_address(host, port)
-    plain = socket.create_connection((address, port), timeout=timeout)
+@contextmanager
+def _ended_at(deadline: float, connection: socket.socket) -> Iterator[None]:
+    """Ends the connection at the deadline: its own timeout begins anew with every byte."""
+    other = connection.dup()  # of the same connection, and not taken over by TLS
+    timer = threading.Timer(deadline - time.monotonic(), _shut, (other,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        other.close()
+
+
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):  # it has ended by itself
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def connect(host: str, port: int, deadline: float) -> socket.socket:
+    """A connection to a public address of ``host``. Raises OSError, also at the deadline."""
+    found: queue.SimpleQueue[str | OSError] = queue.SimpleQueue()
+
+    def resolve() -> None:
+        try:
+            found.put(public_address(host, port))
+        except OSError as error:
+            found.put(error)
+
+    threading.Thread(target=resolve, daemon=True).start()  # the system's resolver has no timeout
+    try:
+        address = found.get(timeout=max(0.0, deadline - time.monotonic()))
+    except queue.Empty:
+        raise TimeoutError(f"{host} was not resolved in time") from None
+    if isinstance(address, OSError):
+        raise address
+    left = max(0.001, deadline - time.monotonic())
+    return socket.create_connection((address, port), timeout=left)
+
+
+def encrypt(plain: socket.socket, host: str) -> ssl.SSLSocket:
+    """TLS over a connection to ``host``, whose certificate is verified. Raises OSError."""
     return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from instructblip.model.checkpoints.weights import read_json
+from instructblip.core.files import read_json
 from instructblip.text_to_image.config import DiffusersConfig
 from instructblip.text_to_image.decoder import Condition, Guided, Images, Latents, Mask
 

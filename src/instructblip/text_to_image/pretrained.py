@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from instructblip.core.files import replacing_directory
+from instructblip.core.files import read_json, replacing_directory
 from instructblip.core.problems import problems
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.transformers import load_weights
-from instructblip.model.checkpoints.weights import read_json, read_weights, write_weights
+from instructblip.model.checkpoints.weights import read_weights, write_weights
 from instructblip.model.instructblip import InstructBlip
 from instructblip.text_to_image.config import TextToImageConfig
 from instructblip.text_to_image.model import TextToImage

@@ -14,7 +14,7 @@ from instructblip.data.reading.records import image_name
 
 
 def is_remote(root: str) -> bool:
-    return "://" in root
+    return "://" in root and not root.startswith("file:")
 
 
 def fetch_tree(url: str, folder: Path) -> Path:

@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 from instructblip.core.batch import Example
 from instructblip.core.files import replacing
 from instructblip.data.reading.frames import VIDEO_SUFFIXES, evenly_spaced, extract_frames
-from instructblip.data.reading.records import IMAGE_SUFFIXES, Record, image_name, list_folder
+from instructblip.data.reading.records import (
+    IMAGE_SUFFIXES,
+    Record,
+    image_name,
+    list_folder,
+    local_path,
+)
 from instructblip.data.reading.splits import SPLITS, split_named
 from instructblip.data.templates import TEMPLATES
 
@@ -494,6 +500,7 @@ def _image(image_root: Path, value: Any, where: str, folder: str) -> str:
         except ValueError:  # binascii.Error is one; a letter beyond ASCII raises another
             raise ValueError(f"{where}: the image is not base64; repair the line") from None
         return keep_image(image_root, data)
+    value = local_path(value, where)
     if "://" in value:
         raise ValueError(
             f"{where}: image {value[:80]!r} is on the network, and images are not downloaded; "

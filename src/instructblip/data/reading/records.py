@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
+from urllib.parse import unquote, urlsplit
 
 from instructblip.core.batch import Example
+from instructblip.core.files import unique_keys
 from instructblip.data.reading.opened import check_file, open_text
 from instructblip.data.reading.streaming import refuse_constant, stream_values
 
@@ -260,7 +262,7 @@ def try_lines(path: Path) -> Iterator[tuple[str, Record | ValueError]]:
 
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(line, parse_constant=refuse_constant)
+        value = json.loads(line, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
     except RecursionError:
         raise ValueError(f"{where}: is nested too deeply; repair the line") from None
     except ValueError as error:
@@ -347,6 +349,17 @@ def _check_header(header: Sequence[str], where: str) -> None:
                 f"{where}: the columns are separated by {name}: {header[0][:80]!r}; save a .csv "
                 "with commas, and a .tsv with tabs"
             )
+
+
+def local_path(name: str, where: str) -> str:
+    """``name``, and for ``file:///a%20b`` the path ``/a b``. ValueError for a file of another
+    machine."""
+    if not name.startswith("file:/"):
+        return name
+    parts = urlsplit(name)
+    if parts.netloc not in ("", "localhost"):
+        raise ValueError(f"{where}: {name[:200]!r} is a file of another machine; give its path")
+    return unquote(parts.path)
 
 
 def image_name(name: str, where: str) -> str:

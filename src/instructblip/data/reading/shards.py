@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from instructblip.core.files import unique_keys
 from instructblip.data.reading.members import member_name
 from instructblip.data.reading.opened import check_file, open_bytes
 from instructblip.data.reading.records import IMAGE_SUFFIXES, Record, check_object
@@ -146,7 +147,7 @@ def _text_or_object(suffix: str, data: bytes, where: str) -> str | dict[str, Any
         text = data.decode("utf-8-sig")
         if suffix == ".txt":
             return text
-        value = json.loads(text, parse_constant=refuse_constant)
+        value = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not readable: {error}") from None
     return check_object(value, where)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from instructblip.core.files import unique_keys
 from instructblip.data.reading.opened import open_text
 
 CHUNK = 1 << 20
@@ -66,7 +67,9 @@ class _Scanner:
         self.path, self.file = path, file
         self.buffer, self.position, self.ended = "", 0, False
         self.line = 1
-        self.decoder = json.JSONDecoder(parse_constant=refuse_constant)
+        self.decoder = json.JSONDecoder(
+            parse_constant=refuse_constant, object_pairs_hook=unique_keys
+        )
         self.record = "start of file"
 
     def walk(self, fields: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from instructblip.core.files import read_json
 from instructblip.model.checkpoints.shared_words import shared_words
 from instructblip.model.checkpoints.transformers import TEXT_BRANCH, load_weights
-from instructblip.model.checkpoints.weights import read_json, read_weights
+from instructblip.model.checkpoints.weights import read_weights
 from instructblip.model.config import (
     EncoderConfig,
     InstructBlipConfig,

@@ -5,9 +5,9 @@ import importlib.resources
 import re
 from pathlib import Path
 
-from instructblip.core.files import current
+from instructblip.core.files import current, read_json
 from instructblip.model.checkpoints.small import small_directory
-from instructblip.model.checkpoints.weights import SMALL, read_json, small_start
+from instructblip.model.checkpoints.weights import SMALL, small_start
 from instructblip.model.config import InstructBlipConfig
 
 HUB = "hf://"

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from instructblip.core.files import read_json
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.lavis import from_lavis, is_lavis
 from instructblip.model.checkpoints.transformers import (
@@ -18,7 +19,6 @@ from instructblip.model.checkpoints.transformers import (
 from instructblip.model.checkpoints.weights import (
     CHANGED_FILE,
     START_FILE,
-    read_json,
     read_nested,
     read_weights,
     start_of,

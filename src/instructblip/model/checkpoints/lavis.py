@@ -22,13 +22,9 @@ from tokenizers import processors
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from instructblip.core.files import read_json
 from instructblip.model.checkpoints.transformers import HARMLESS, load_weights
-from instructblip.model.checkpoints.weights import (
-    read_json,
-    read_nested,
-    read_weights,
-    write_pickle,
-)
+from instructblip.model.checkpoints.weights import read_nested, read_weights, write_pickle
 from instructblip.model.config import EncoderConfig, InstructBlipConfig, QFormerConfig, VisionConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import read_language_config

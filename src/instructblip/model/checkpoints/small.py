@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from instructblip.core.files import locked, replacing_directory
+from instructblip.core.files import locked, read_json, replacing_directory
 from instructblip.core.gguf import gguf_config, gguf_tokenizer, gguf_weights
 from instructblip.model import lora
 from instructblip.model.checkpoints.shared_words import shared_tokenizer, shared_words
 from instructblip.model.checkpoints.weights import (
     NoRandomWeights,
-    read_json,
     read_weights,
     sha256,
     small_place,

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from instructblip.core import distributed
-from instructblip.core.files import replacing, replacing_directory
+from instructblip.core.files import read_json, replacing, replacing_directory
 from instructblip.model import lora
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.weights import (
     NoRandomWeights,
     NoStorage,
-    read_json,
     read_weights,
     write_changed,
     write_weights,

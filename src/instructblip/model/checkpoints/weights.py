@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from instructblip.core.files import current, replacing
+from instructblip.core.files import current, read_json, replacing
 from instructblip.core.gguf import find_gguf, gguf_weights
 
 WEIGHT_FILES = (
@@ -64,17 +64,6 @@ class NoStorage(TorchFunctionMode):
         if func is torch.empty and kwargs.get("device") is None:
             kwargs = kwargs | {"device": "meta"}
         return func(*args, **kwargs)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError, or ValueError naming the file and the line."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}")
-    return value
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ knows transformers' models.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from instructblip.core.files import read_json
 from instructblip.core.gguf import find_gguf, gguf_config
-from instructblip.model.checkpoints.weights import read_json
 from instructblip.model.language.causal import CausalLanguage
 from instructblip.model.language.fast import probe, t5
 from instructblip.model.language.seq2seq import SEQ2SEQ_TYPES, Seq2SeqLanguage
@@ -53,13 +54,26 @@ def read_language_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+@contextmanager
+def _of_config(kind: str) -> Iterator[None]:
+    """ValueError for any error that transformers raises on the values of a config."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"the language config of type {kind!r} makes no model: {reason}"
+        ) from error
+
+
 def text_config(config: dict[str, Any]) -> Any:
     """transformers' config of a language model from its values, with transformers' defaults."""
     values = dict(config)
     kind = values.pop("model_type", None)
     if not kind:
         raise ValueError(f"the language config has no model_type; its keys are {sorted(config)}")
-    made = AutoConfig.for_model(kind, **values)
+    with _of_config(kind):
+        made = AutoConfig.for_model(kind, **values)
     if "dense_act_fn" in values:  # T5's config derives it from another field and ignores this one
         made.dense_act_fn = values["dense_act_fn"]
     return made
@@ -72,6 +86,11 @@ def context_length(config: dict[str, Any]) -> int | None:
     return None if made.is_encoder_decoder else getattr(made, "max_position_embeddings", None)
 
 
+def num_words(config: dict[str, Any]) -> int:
+    """Rows of the word table of a language model, by its config as a dict."""
+    return text_config(config).vocab_size
+
+
 def build_language_model(config: dict[str, Any]) -> Any:
     """A transformers language model with random weights, from its config as a dict.
 
@@ -79,14 +98,16 @@ def build_language_model(config: dict[str, Any]) -> Any:
     """
     made, kind = text_config(config), config["model_type"]
     if kind in SEQ2SEQ_TYPES:
-        model = AutoModelForSeq2SeqLM.from_config(made)
+        with _of_config(kind):
+            model = AutoModelForSeq2SeqLM.from_config(made)
         t5.allow_packing(model)
     elif getattr(made, "is_encoder_decoder", False):
         raise ValueError(
             f"encoder-decoder language models must be one of {SEQ2SEQ_TYPES}; got {kind!r}"
         )
     else:
-        model = AutoModelForCausalLM.from_config(made)
+        with _of_config(kind):
+            model = AutoModelForCausalLM.from_config(made)
         probe.read_fast(model)
     t5.fuse_gelu(model)
     return model
