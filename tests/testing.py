@@ -28,6 +28,8 @@ from instructblip.data.prepared.dataset import PreparedDataset
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.reading.records import MAX_TEXT
 from instructblip.data.tokens import Tokens
+from instructblip.model.instructblip import InstructBlip
+from instructblip.model.retrieval import Heads, write_heads
 from tests.parity.tiny import tiny_config
 
 WORDS = ("question", "short", "answer", "what", "is", "the", "red", "blue", "cat", ":", "?", ".")
@@ -262,4 +264,16 @@ def write_model(folder: Path, kind: str, rows: int = 260) -> Path:
     ImageTransform(image_size=16).save_pretrained(folder)
     settings = {"num_beams": 2, "max_new_tokens": 4, "max_length": 99, "eos_token_id": 259}
     (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def add_heads(folder: Path) -> Path:
+    """Random heads of retrieval beside a model of ``write_model``."""
+    torch.manual_seed(1)
+    model = InstructBlip.from_pretrained(folder)
+    heads = Heads(model.config.qformer.hidden_size, 8)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.normal_()
+    write_heads(heads, model, folder)
     return folder

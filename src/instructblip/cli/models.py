@@ -14,6 +14,7 @@ from instructblip.cli.options import (
     Settings,
     SettingsCommand,
     read_recipe,
+    to_dir,
     to_file,
 )
 
@@ -88,6 +89,49 @@ def look(
     for text, given in zip(instructions, answers, strict=True):
         print(f"{text} -> {given}")
     print(out)
+
+
+@app.command()
+def search(
+    folder: Annotated[Path, Argument(help="The images, in folders below it too.")],
+    query: Annotated[str | None, Argument(help="What they show.")] = None,
+    like: Annotated[Path | None, Option(help="An image to compare with, instead of words.")] = None,
+    limit: Annotated[int, Option(help="Images to show.", min=1, max=1000)] = 10,
+    rerank: Annotated[
+        int, Option(help="Similar images that are read together with the words.", min=0, max=4096)
+    ] = 32,
+    out: Annotated[Path | None, to_file("Also write the images: .html, .png or .jpg.")] = None,
+    cache: Annotated[
+        Path | None, to_dir("Where embeddings are stored; else the user's cache.")
+    ] = None,
+    model: Model = "starter",
+    device: Annotated[str, Option(help="Where the model runs: auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Search a folder of images by words or by an image, best first.
+
+    The first search embeds the images, later ones those that are new or changed.
+    """
+    if (query is None) == (like is None):
+        raise ValueError('give either words to look for, such as "red heart", or --like IMAGE')
+    if query is not None and not query.strip():
+        raise ValueError("the words to look for are empty")
+    if out is not None and out.suffix.lower() not in (".html", ".png", ".jpg", ".jpeg"):
+        raise ValueError(f"--out {out}: expected a file that ends in .html, .png or .jpg")
+    from instructblip.inference.embedder import Embedder
+    from instructblip.inference.inputs import open_images
+    from instructblip.inference.search import open_gallery, write_page
+
+    image = open_images([like])[0] if like is not None else None
+    gallery = open_gallery(Embedder.from_pretrained(model, device), folder, cache)
+    if image is not None:
+        found = gallery.like(image, limit)
+    else:
+        found = gallery.find(query or "", limit, rerank)
+    for number, each in enumerate(found, 1):
+        print(f"{number:4}  {each.scores}  {each.path}")
+    if out is not None:
+        write_page(out, query or f"like {like}", found)
+        print(out)
 
 
 @app.command(cls=SettingsCommand)

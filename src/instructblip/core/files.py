@@ -74,6 +74,11 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
         temporary.replace(path)
 
 
+def cache_folder() -> Path:
+    """Where the package keeps what it can compute again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "instructblip"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write one UTF-8 file, whole or not at all."""
     with replacing(path) as temporary:

@@ -25,6 +25,7 @@ Features are taken before the encoder's last LayerNorm, which is trainable (see 
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -131,11 +132,7 @@ class FeatureStore:
         """The features of one key as they are stored; with int8 the factor of each token.
         ValueError where a bit has changed since they were written."""
         shard, row = self._places[key]
-        if shard not in self._maps:
-            with safe_open(self._shards[shard], "pt") as file:  # maps, does not read
-                scale = file.get_tensor("scale") if "scale" in file.keys() else None  # noqa: SIM118
-                self._maps[shard] = file.get_tensor("features"), scale
-        features, scale = self._maps[shard]
+        features, scale = self._mapped(shard)
         values, factors = features[row], None if scale is None else scale[row]
         checksums = self._checksums.get(shard)
         if checksums is not None and checksums[row] != _checksum(values, factors):
@@ -145,6 +142,22 @@ class FeatureStore:
                 "again; check the disk"
             )
         return values, factors
+
+    def _mapped(self, shard: int) -> tuple[Tensor, Tensor | None]:
+        if shard not in self._maps:
+            with safe_open(self._shards[shard], "pt") as file:  # maps, does not read
+                scale = file.get_tensor("scale") if "scale" in file.keys() else None  # noqa: SIM118
+                self._maps[shard] = file.get_tensor("features"), scale
+        return self._maps[shard]
+
+    def shards(self) -> list[Shaped[Tensor, "n P V"]]:
+        """The features of all shards as they are stored, mapped from their files."""
+        return [self._mapped(shard)[0] for shard in range(len(self._shards))]
+
+    def rows(self, keys: Iterable[str]) -> list[int]:
+        """The row of each key in the concatenation of all shards."""
+        starts = [0, *itertools.accumulate(map(len, self.shards()))]
+        return [starts[shard] + row for shard, row in map(self._places.__getitem__, keys)]
 
     def write(self, keys: Sequence[str], features: Float[Tensor, "n P V"]) -> None:
         """Writes one shard of n images, whole or not at all; OSError if it cannot be written."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from instructblip.core.files import read_json
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.transformers import (
     READ_BY_RETRIEVAL,
@@ -27,7 +28,6 @@ from instructblip.model.checkpoints.transformers import (
 from instructblip.model.checkpoints.weights import (
     NoRandomWeights,
     NoStorage,
-    read_json,
     read_weights,
 )
 from instructblip.model.config import InstructBlipConfig

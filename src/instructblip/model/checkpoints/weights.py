@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from instructblip.core.files import current, read_json, replacing
+from instructblip.core.files import cache_folder, current, read_json, replacing
 from instructblip.core.gguf import find_gguf, gguf_weights
 
 WEIGHT_FILES = (
@@ -88,8 +88,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def small_place(version: str) -> Path:
     """Where a version of `small` is kept once it was assembled."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "instructblip" / f"{SMALL}-{version}"
+    return cache_folder() / f"{SMALL}-{version}"
 
 
 def small_start(directory: Path) -> str | None:
