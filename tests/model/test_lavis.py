@@ -14,7 +14,8 @@ from torch import Tensor
 from instructblip.cli import main as cli
 from instructblip.cli.models import ModelForm, combine, export, import_
 from instructblip.data.tokens import Tokens
-from instructblip.model.checkpoints.directory import check_output, model_directory
+from instructblip.experiment.build import with_commit
+from instructblip.model.checkpoints.directory import check_output, model_directory, with_revision
 from instructblip.model.checkpoints.inspection import inspect_checkpoint
 from instructblip.model.checkpoints.lavis import (
     export_lavis,
@@ -29,6 +30,7 @@ from instructblip.model.config import InstructBlipConfig, LoraConfig, QFormerCon
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import build_language_model
 from instructblip.model.lora import add_lora
+from instructblip.recipe.load import load_recipe
 from tests.parity.tiny import LANGUAGES, tiny_batch, tiny_transformers
 from tests.testing import llama_like, t5_like, wordpiece
 
@@ -391,6 +393,19 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert model_directory("hf://owner/name@v1") == tmp_path
     assert model_directory("hf://owner/name") == tmp_path
     assert asked == [("owner/name", "v1"), ("owner/name", None)]
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for name in ("hf://owner/name", "hf://owner/name@main"):
+        assert with_revision(name) == name  # a folder that is no commit's
+        with monkeypatch.context() as patch:
+            patch.setattr(huggingface_hub, "snapshot_download", lambda *_a, **_k: f"/x/{commit}")
+            assert with_revision(name) == f"hf://owner/name@{commit}"
+            assert (
+                with_commit(load_recipe("quickstart", [f"model.start={name}"]))
+                .to_yaml()
+                .count(f"hf://owner/name@{commit}")
+            )
+    assert with_revision("starter") == "starter"
+    del asked[2:]
     with pytest.raises(ValueError, match="expected hf://OWNER/NAME"):
         model_directory("hf://../name")
     with pytest.raises(FileNotFoundError, match="hf://OWNER/NAME for a model of the Hub"):

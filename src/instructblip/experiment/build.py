@@ -47,7 +47,7 @@ from instructblip.experiment.features import (
 from instructblip.experiment.memory import fit_micro_batches
 from instructblip.experiment.model import load_model, model_config
 from instructblip.inference.engine import Engine
-from instructblip.model.checkpoints.directory import model_directory, read_config
+from instructblip.model.checkpoints.directory import model_directory, read_config, with_revision
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import num_words
@@ -178,6 +178,7 @@ def build(
             f"training.early_stopping_patience {patience} counts validations, and this run has "
             "none: name benchmarks in evaluation.validation, or leave it out"
         )
+    recipe = with_commit(recipe)
     if out is not None and distributed.is_main():
         compare_with_saved(recipe, out, resume)
     with distributed.main_first():
@@ -293,6 +294,18 @@ def chat_template_of(setting: str, directory: Path, tokens: Tokens) -> str | Non
     if path.name == CHAT_FILE:
         return read_chat_template(path.parent)
     return path.read_text(encoding="utf-8")
+
+
+def with_commit(recipe: Recipe) -> Recipe:
+    """The recipe with the commit of a start from the Hub, which is printed and stored with the
+    run."""
+    start = with_revision(recipe.model.start)
+    if start == recipe.model.start:
+        return recipe
+    if distributed.is_main():
+        print(f"{recipe.model.start} is {start}", flush=True)
+    model = recipe.model.model_copy(update={"start": start})
+    return recipe.model_copy(update={"model": model})
 
 
 def with_chat_template(recipe: Recipe, setting: str) -> Recipe:

@@ -65,6 +65,15 @@ def read_config(path: str | Path) -> InstructBlipConfig:
     return InstructBlipConfig.from_transformers(read_json(model_directory(path) / "config.json"))
 
 
+def with_revision(name: str) -> str:
+    """``hf://OWNER/NAME@COMMIT`` for a model of the Hub, whatever branch or tag ``name`` has; any
+    other name as it is."""
+    if not name.startswith(HUB):
+        return name
+    commit = _from_hub(name.removeprefix(HUB)).name  # the cache has a folder for each commit
+    return f"{name.partition('@')[0]}@{commit}" if re.fullmatch("[0-9a-f]{40}", commit) else name
+
+
 def check_output(out: Path, file: bool = False) -> None:
     """Raise ValueError unless a model can be written to ``out`` without replacing anything.
 
