@@ -112,6 +112,68 @@ def compare(
 
 
 @app.command()
+def reproduce(
+    arguments: Annotated[
+        list[str] | None,
+        Argument(metavar="[NAME]... [A.B=C]...", help="Disputed scores; all if absent."),
+    ] = None,
+    model: Annotated[str | None, Option(help="A model to evaluate; without, the list.")] = None,
+    limit: Limit = None,
+    out: Annotated[Path, to_dir("Result folder.")] = Path("out/reproduce"),
+) -> None:
+    """List ten published scores that others did not reproduce, or evaluate a model under the
+    settings of each: that of the paper, and those of the threads."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from instructblip.evaluation.disputed import DISPUTED
+    from instructblip.experiment.evaluate import recipe_of
+    from instructblip.experiment.evaluate import reproduce as run
+
+    given = arguments or []
+    names = [name for name in given if name in DISPUTED] or list(DISPUTED)
+    overrides = [text for text in given if text not in DISPUTED]
+    if unknown := [text for text in overrides if not _is_override(text)]:
+        raise ValueError(f"{unknown[0]!r} is none of the scores: {', '.join(DISPUTED)}")
+    if model is None and (overrides or limit is not None):
+        raise ValueError("settings and --limit are those of an evaluation: give --model as well")
+    results = {}
+    if model is not None:
+        overrides += _evaluation_overrides(None, limit)
+        results = run(read_recipe(recipe_of(model), overrides), model, names, out)
+    table = Table(title="Disputed scores", title_justify="left")
+    columns = ("score", "setting", "paper", "thread", *(["this model"] if results else []))
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("score", "setting") else "right")
+    for name in names:
+        entry = DISPUTED[name]
+        for setting in entry.settings:
+            first = setting == "paper"
+            cells = [
+                f"{name} ({entry.model})" if first else "",
+                setting,
+                _one_decimal(entry.published) if first else "",
+                _one_decimal(entry.reported(setting)),
+            ]
+            if results:
+                result = results[name][setting]
+                bounds = result.interval
+                brackets = f" [{bounds.low:.1f}, {bounds.high:.1f}]" if bounds else ""
+                cells.append(_one_decimal(result.value) + brackets)
+            table.add_row(*map(Text, cells))
+        table.add_section()
+    console = Console()
+    console.print(table)
+    for name in names:
+        print(f"{name}: {DISPUTED[name].why} {DISPUTED[name].thread}")
+
+
+def _one_decimal(score: float | None) -> str:
+    return "–" if score is None else f"{score:.1f}"
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], Argument(help="Result folders of `evaluate`.")],
     out: Annotated[Path, to_file("The HTML file.")] = Path("out/report.html"),

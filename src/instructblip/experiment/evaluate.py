@@ -1,6 +1,6 @@
 """Evaluation of a saved model by a recipe."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from instructblip.core import distributed
 from instructblip.core.files import write_text
 from instructblip.data.samples import Examples
 from instructblip.data.templates import wordings_of
+from instructblip.evaluation.disputed import DISPUTED
 from instructblip.evaluation.evaluate import Answerer, pick
 from instructblip.evaluation.evaluate import evaluate as answer_benchmark
 from instructblip.evaluation.result import Result
@@ -94,6 +95,37 @@ def _under_other_wordings(
     if wordings and distributed.is_main():
         result.save(folder)
     return result
+
+
+def reproduce(
+    recipe: Recipe, model: str, names: Sequence[str], out: Path
+) -> dict[str, dict[str, Result]]:
+    """The disputed scores called ``names``, each under all of its settings: name -> setting ->
+    result. ``out`` gets a folder for each.
+
+    Raises FileNotFoundError naming all data that are missing, before a model is loaded.
+    """
+    model_directory(model)
+    asked = {name: DISPUTED[name].variants() for name in names}
+    results: dict[str, dict[str, Result]] = {}
+    with distributed.process_group():
+        with distributed.main_first():
+            frozen = [benchmark for each in asked.values() for benchmark in each.values()]
+            prepared = iter(prepare_benchmarks(recipe, frozen))
+        held = {name: {s: next(prepared) for s in settings} for name, settings in asked.items()}
+        datasets = [h.dataset for each in held.values() for h in each.values()]
+        answerer = load_answerer(recipe, model, datasets)
+        for name, settings in held.items():
+            results[name] = {}
+            for number, (setting, each) in enumerate(settings.items()):
+                results[name][setting] = score(
+                    answerer,
+                    each,
+                    recipe.evaluation,
+                    limit=recipe.evaluation.limit,
+                    out=out / name / str(number),
+                )
+    return results
 
 
 def score(answerer: Answerer, held: Held, settings: EvaluationConfig, **options: Any) -> Result:
