@@ -93,7 +93,7 @@ def test_the_decoding_options_are_those_of_the_model(
     assert "A whole number from 1 to 100; 5 in the paper." in text
 
 
-@pytest.mark.parametrize("command", ["answer", "chat", "look", "serve", "evaluate"])
+@pytest.mark.parametrize("command", ["answer", "chat", "look", "explain", "serve", "evaluate"])
 def test_the_options_of_the_placement_are_those_of_the_model(
     command: str, capsys: pytest.CaptureFixture[str]
 ):

@@ -53,6 +53,7 @@ def test_answers_follow_from_the_scene():
     assert asked["color at"].text == "what color is the shape in the second row, column 4?"
     assert asked["row of"].text == "in which row is the red heart?"
     assert all(question.answer not in question.others for question in asked.values())
+    assert {question.cells for question in asked.values()} == {((1, 3),)}
 
 
 def test_one_question_about_each_of_three_things():
@@ -69,6 +70,7 @@ def test_one_question_about_each_of_three_things():
 def test_what_is_beside_a_thing():
     questions = [ask_beside(SCENE, STAR, random.Random(seed)) for seed in range(60)]
     assert {q.answer for q in questions if q} == {"heart", "red", "7"}
+    assert {q.cells for q in questions if q} == {((1, 3),)}  # of the heart
     assert {q.text for q in questions if q} == {
         "what shape is right of the blue star?",
         "what color is the shape right of the blue star?",

@@ -64,6 +64,31 @@ def test_answers_follow_from_the_scene(kind):
     assert all(q.answer not in q.others for q in questions if q)
 
 
+def test_questions_know_the_cells_of_what_they_ask_about():
+    for seed in range(60):
+        scene = sample_scene(random.Random(seed), shapes=(2, 3), words=2)
+        for kind, ask in QUESTIONS.items():
+            question = ask(scene, random.Random(seed))
+            if question is None:
+                continue
+            things = [t for t in scene.things if (t.row, t.column) in question.cells]
+            values = {v for t in things for v in (t.name, t.colour, t.size, t.place)}
+            if kind in ("color", "shape", "shape at", "place", "size", "beside", "word at"):
+                assert len(things) == 1
+                assert question.answer in values
+            elif kind in ("exists", "label"):
+                assert len(things) == (question.answer == "yes")
+            elif kind in ("statement", "most"):
+                assert len(things) >= 2
+                said = question.text if kind == "statement" else question.answer
+                said = said.strip(".").split()
+                assert all({t.name, t.colour} & set(said) for t in things)
+            elif kind == "count":
+                assert not things
+            else:
+                assert {things[0].name, things[0].colour} & set(question.text.split("?")[0].split())
+
+
 def test_count_exists_and_statement_are_true():
     for seed in range(200):
         scene = sample_scene(random.Random(seed), shapes=(2, 3))

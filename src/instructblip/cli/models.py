@@ -1,9 +1,10 @@
 """The commands that use a model: answering, serving, drawing, and converting checkpoints."""
 
 import functools
+import math
 import socket
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -21,6 +22,8 @@ from instructblip.cli.options import (
 app = typer.Typer()
 
 ModelForm = Literal["transformers", "lavis"]
+Method = Literal["occlusion", "features", "gradient", "rollout", "attention"]
+"""That of `model/explain.py`, which is not imported before it is needed."""
 
 
 @app.command(cls=SettingsCommand)
@@ -75,17 +78,12 @@ def look(
     placement: Settings = None,
 ) -> None:
     """Draw where the queries look under each instruction, with the answers."""
-    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--out {out}: expected a file that ends in .png, .svg or .pdf")
+    opened = _to_draw_on(image, out)
     from instructblip.inference.engine import Engine
-    from instructblip.inference.inputs import open_images
     from instructblip.inference.looks import draw_looks
 
-    images = open_images([image])  # a wrong path is reported before the model is read
-    if len(images) > 1:
-        raise ValueError(f"{image} is a video; give an image")
     engine = Engine.from_pretrained(model, **(placement or {}))
-    answers = draw_looks(engine, images[0], instructions, out)
+    answers = draw_looks(engine, opened, instructions, out)
     for text, given in zip(instructions, answers, strict=True):
         print(f"{text} -> {given}")
     print(out)
@@ -132,6 +130,46 @@ def search(
     if out is not None:
         write_page(out, query or f"like {like}", found)
         print(out)
+
+
+def _to_draw_on(path: Path, out: Path) -> Any:
+    """The image at ``path``. Raises what is wrong with it, or with ``out``, before a model is
+    read."""
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--out {out}: expected a file that ends in .png, .svg or .pdf")
+    from instructblip.inference.inputs import open_images
+
+    images = open_images([path])
+    if len(images) > 1:
+        raise ValueError(f"{path} is a video; give an image")
+    return images[0]
+
+
+@app.command(cls=SettingsCommand)
+def explain(
+    image: Annotated[Path, Argument(help="The image.")],
+    instruction: Annotated[str, Argument(help="The instruction.")],
+    answer: Annotated[str | None, Option(help="The answer to explain; else the model's.")] = None,
+    method: Annotated[Method, Option(help="How; docs/explain.md compares them.")] = "occlusion",
+    out: Annotated[Path, to_file("The picture to write: .png, .svg or .pdf.")] = Path(
+        "explain.png"
+    ),
+    model: Model = "starter",
+    placement: Settings = None,
+) -> None:
+    """Draw which part of an image each word of an answer comes from."""
+    if answer is not None and not answer.strip():
+        raise ValueError("--answer is empty; give the answer to explain, or leave it out")
+    opened = _to_draw_on(image, out)
+    from instructblip.inference.engine import Engine
+    from instructblip.inference.looks import draw_explanation
+
+    engine = Engine.from_pretrained(model, **(placement or {}))
+    explained = draw_explanation(engine, opened, instruction, out, answer, method)
+    print(f"{instruction} -> {explained.answer}")
+    for word, score in zip(explained.words, explained.scores, strict=True):
+        print(f"{100 * math.exp(score):3.0f} % {word}")
+    print(out)
 
 
 @app.command(cls=SettingsCommand)

@@ -24,6 +24,7 @@ from instructblip.data.samples import ImageReader, collate, make_sample
 from instructblip.data.templates import Rendered, warn_of_other_templates
 from instructblip.data.tokens import Tokens, check_marks
 from instructblip.inference.embedder import Embedder
+from instructblip.inference.explain import Explanation, explain
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.inference.inputs import (
     FramesInput,
@@ -36,6 +37,7 @@ from instructblip.inference.inputs import (
 from instructblip.inference.streaming import TextStream, stream_text
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.decoding import GREEDY, PAPER, Decoding, stored_overrides
+from instructblip.model.explain import Method
 from instructblip.model.inference import (
     cross_attention,
     encode_images,
@@ -293,6 +295,48 @@ class Engine:
         vision = self.model.config.vision
         weights = cross_attention(self.model, self._collate(samples)).cpu()
         return weights[..., vision.num_prefix_tokens :].unflatten(-1, (vision.grid, vision.grid))
+
+    @overload
+    def explain(
+        self,
+        image: ImageInput,
+        instruction: str,
+        answer: str | None = None,
+        method: Method = "occlusion",
+    ) -> Explanation: ...
+
+    @overload
+    def explain(
+        self,
+        image: FramesInput,
+        instruction: str,
+        answer: str | None = None,
+        method: Method = "occlusion",
+    ) -> Explanation | list[Explanation]: ...
+
+    def explain(
+        self,
+        image: FramesInput,
+        instruction: str,
+        answer: str | None = None,
+        method: Method = "occlusion",
+    ) -> Explanation | list[Explanation]:
+        """Where in the image each word of ``answer`` comes from; None is the model's own answer.
+
+        Several images (a list) have an explanation each. Weights and mode of the model stay as they
+        are. Raises ValueError for an empty answer, and what `answer` raises.
+        """
+        single = isinstance(image, ImageInput)
+        if answer is None:
+            answer = str(self.answer(image if single else [list(image)], [instruction])[0])
+        text = Rendered(instruction, instruction, answer)
+        explained = self.explain_sample(self.samples([_frames(image)], [text])[0], method)
+        return explained[0] if single else explained
+
+    def explain_sample(self, sample: Sample, method: Method = "occlusion") -> list[Explanation]:
+        """An explanation of the response of a sample for each of its images, see `explain`."""
+        batch = self._collate([sample])
+        return explain(self.model, self.tokens, batch, method, self.batch_size)
 
     def draw(
         self,

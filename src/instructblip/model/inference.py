@@ -25,7 +25,8 @@ from instructblip.model.qformer import QFormerLayer
 
 
 @contextlib.contextmanager
-def _eval_mode(model: InstructBlip) -> Iterator[None]:
+def eval_mode(model: InstructBlip) -> Iterator[None]:
+    """Eval mode inside, and the mode of before after it."""
     training = model.training
     model.eval()
     try:
@@ -51,7 +52,7 @@ def generate_responses(
     model's generation config.
     """
     options = decoding.generate_options() | ({"eos_token_id": list(ends)} if ends else {})
-    with _eval_mode(model):
+    with eval_mode(model):
         queries = model.encode_queries(batch)
         with model.language_precision():
             return model.language.generate(queries, batch, on_tokens, **options)
@@ -62,14 +63,14 @@ def encode_images(
     model: InstructBlip, pixel_values: Float[Tensor, "N 3 S S"]
 ) -> list[Float[Tensor, "P V"]]:
     """The features of each image, which do not share memory."""
-    with _eval_mode(model):
+    with eval_mode(model):
         return [features.clone() for features in model.encode_image(pixel_values)]
 
 
 @torch.no_grad()
 def read_prompts(model: InstructBlip, batch: Batch) -> list[Prompt]:
     """What the language model keeps of each sample's [queries; prompt], for `language.running`."""
-    with _eval_mode(model):
+    with eval_mode(model):
         queries = model.encode_queries(batch)
         with model.language_precision():
             return Prompt.of(model.language.prefill(queries, batch))
@@ -97,7 +98,7 @@ def rank_candidates(
     Raises ValueError for a candidate without a token to score.
     """
     entries = sort_candidates(candidates, include_end, len(batch))
-    with _eval_mode(model):
+    with eval_mode(model):
         queries = model.encode_queries(batch)
         device = queries.device
         scores = torch.zeros(len(entries), device=device)

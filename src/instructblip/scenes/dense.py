@@ -141,7 +141,8 @@ def _asks(kind: str, form: str, key: str, options: Sequence[str]) -> Asker:
         value = getattr(item, key)
         value = str(value + 1) if isinstance(value, int) else value
         text = form.format(place=item.place, look=item.look)
-        return Question(kind, text, value, tuple(each for each in options if each != value))
+        others = tuple(each for each in options if each != value)
+        return Question(kind, text, value, others, cells=((item.row, item.column),))
 
     return ask
 
@@ -190,8 +191,9 @@ def ask_beside(scene: DenseScene, item: Item, rng: random.Random) -> Question | 
         )
     )
     value = getattr(other, key)
-    return Question("beside", form.format(side, item.look), value,
-                    tuple(each for each in options if each != value))  # fmt: skip
+    others = tuple(each for each in options if each != value)
+    cells = ((other.row, other.column),)
+    return Question("beside", form.format(side, item.look), value, others, cells=cells)
 
 
 def ask_statement(_scene: DenseScene, item: Item, rng: random.Random) -> Question:
@@ -209,7 +211,8 @@ def ask_statement(_scene: DenseScene, item: Item, rng: random.Random) -> Questio
         "digit": f"the digit on the {item.look} is {stated}.",
         "size": f"the {item.look} is {stated}.",
     }[key]
-    return Question(key, text, answer, ("false" if answer == "true" else "true",))
+    other = "false" if answer == "true" else "true"
+    return Question(key, text, answer, (other,), cells=((item.row, item.column),))
 
 
 def ask_number(scene: DenseScene, item: Item, rng: random.Random) -> Question:

@@ -8,7 +8,7 @@ property of one thing are listed in ``questions.yaml``.
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -44,7 +44,11 @@ OPTIONS: dict[str, Iterable[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question, its answer and, where the kind has them, wrong answers of the same sort."""
+    """A question, its answer and, where the kind has them, wrong answers of the same sort.
+
+    ``cells`` (row, column) are those of the things that the answer is read from; none where it
+    follows from what is not there, or from a number.
+    """
 
     kind: str
     text: str
@@ -52,6 +56,7 @@ class Question:
     others: tuple[str, ...] = ()
     context: str = ""
     why: str = ""
+    cells: tuple[tuple[int, int], ...] = ()
 
     def choices(self, rng: random.Random, number: int = 4) -> tuple[tuple[str, ...], int]:
         """``number`` choices in random order and the index of the right one."""
@@ -62,6 +67,10 @@ class Question:
 
 
 Asker = Callable[[Scene, random.Random], Question | None]
+
+
+def _cells(*things: Thing) -> tuple[tuple[int, int], ...]:
+    return tuple((t.row, t.column) for t in things)
 
 
 def _unique(things: tuple[Thing, ...], key: str) -> list[Thing]:
@@ -92,7 +101,8 @@ def _about_shape(kind: str, by: str, asks: str, forms: Sequence[str], why: str =
         form = rng.choice(forms) if len(forms) > 1 else forms[0]  # a choice of one draws bits too
         value = str(answer(thing))
         others = _but(OPTIONS[asks], value)
-        return Question(kind, form.format(**words), value, others, why=why.format(**words))
+        return Question(kind, form.format(**words), value, others, why=why.format(**words),
+                        cells=_cells(thing))  # fmt: skip
 
     return ask
 
@@ -105,7 +115,8 @@ def _about_text(kind: str, asks: str, forms: Sequence[str]) -> Asker:
         if len(things) != 1:
             return None
         name = things[0].name
-        return Question(kind, rng.choice(forms), name, _but(OPTIONS[asks], name))
+        others = _but(OPTIONS[asks], name)
+        return Question(kind, rng.choice(forms), name, others, cells=_cells(things[0]))
 
     return ask
 
@@ -144,7 +155,8 @@ def ask_exists(scene: Scene, rng: random.Random) -> Question | None:
         colour, name = rng.choice(near)
     answer = "yes" if (colour, name) in pairs else "no"
     text = rng.choice((f"is there {a(f'{colour} {name}')}?", f"is any {name} {colour}?"))
-    return Question("exists", text, answer, _but(("yes", "no"), answer))
+    there = (t for t in scene.shapes if (t.colour, t.name) == (colour, name))
+    return Question("exists", text, answer, _but(("yes", "no"), answer), cells=_cells(*there))
 
 
 def sides(first: Thing, second: Thing) -> list[str]:
@@ -173,9 +185,11 @@ def ask_beside(scene: Scene, rng: random.Random) -> Question | None:
     anchor, side, thing = rng.choice(cases)
     if rng.random() < 0.5:
         text = f"what shape is {side} the {anchor.name}?"
-        return Question("beside", text, thing.name, _but(SHAPES, thing.name))
-    text = f"what color is the shape {side} the {anchor.name}?"
-    return Question("beside", text, thing.colour, _but(COLOURS, thing.colour))
+        answer, others = thing.name, _but(SHAPES, thing.name)
+    else:
+        text = f"what color is the shape {side} the {anchor.name}?"
+        answer, others = thing.colour, _but(COLOURS, thing.colour)
+    return Question("beside", text, answer, others, cells=_cells(thing))
 
 
 def ask_statement(scene: Scene, rng: random.Random) -> Question | None:
@@ -188,7 +202,8 @@ def ask_statement(scene: Scene, rng: random.Random) -> Question | None:
     answer = rng.choice(("true", "false"))
     side = side if answer == "true" else OPPOSITE[side]
     text = f"the {first.name} is {side} the {second.name}."
-    return Question("statement", text, answer, _but(("true", "false"), answer))
+    others = _but(("true", "false"), answer)
+    return Question("statement", text, answer, others, cells=_cells(first, second))
 
 
 def ask_label(scene: Scene, rng: random.Random) -> Question | None:
@@ -200,7 +215,7 @@ def ask_label(scene: Scene, rng: random.Random) -> Question | None:
     if label.startswith("is any"):
         name, colour = label.removeprefix("is any ").split()
         label = a(f"{colour} {name}")
-    return Question("label", label, question.answer, question.others)
+    return replace(question, kind="label", text=label)
 
 
 def ask_most(scene: Scene, rng: random.Random) -> Question | None:
@@ -210,7 +225,9 @@ def ask_most(scene: Scene, rng: random.Random) -> Question | None:
         double = sorted({v for v in values if values.count(v) > 1})
         if len(double) == 1:
             others = _but(SHAPES if key == "name" else tuple(COLOURS), double[0])
-            return Question("most", f"which {what} is there more than once?", double[0], others)
+            text = f"which {what} is there more than once?"
+            same = (t for t in scene.shapes if getattr(t, key) == double[0])
+            return Question("most", text, double[0], others, cells=_cells(*same))
     return None
 
 
@@ -224,7 +241,7 @@ def ask_science(scene: Scene, rng: random.Random) -> Question | None:
     facts = [f"{thing.colour} things are {names[0]}", f"{other} things are {names[1]}"]
     rng.shuffle(facts)
     return Question("science", f"what is the {thing.name} made of?", names[0], (names[1],),
-                    context=f"{join(facts)}.")  # fmt: skip
+                    context=f"{join(facts)}.", cells=_cells(thing))  # fmt: skip
 
 
 def ask_word_at(scene: Scene, rng: random.Random) -> Question | None:
@@ -239,7 +256,7 @@ def ask_word_at(scene: Scene, rng: random.Random) -> Question | None:
         text = f"which word is {at(word.place)}?"
     else:
         text = f"which word is further to the {extreme}?"
-    return Question("word at", text, word.name, (other.name,))
+    return Question("word at", text, word.name, (other.name,), cells=_cells(word))
 
 
 def _listed() -> dict[str, Asker]:
