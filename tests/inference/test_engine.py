@@ -15,6 +15,7 @@ import instructblip
 from instructblip.core.batch import Example
 from instructblip.data.chat_format import CHAT_FILE, chat_note
 from instructblip.data.templates import render_prompt
+from instructblip.data.tokens import Tokens
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.inference.chat import instruction_of
 from instructblip.inference.engine import Engine
@@ -182,6 +183,18 @@ def test_a_model_in_chat_format(tmp_path: Path, image_files: list[Path]) -> None
     object.__setattr__(engine.tokens, "_chat", ending)
     (cut,) = engine.respond([sample], GREEDY.override(max_new_tokens=6))
     assert cut == whole[: whole.index(whole[2])]
+
+
+def test_a_model_without_an_end_token_ends_at_the_tokenizers(
+    engine: Engine, image_files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sample,) = engine.samples(image_files[0], [QUESTION])
+    six = GREEDY.override(max_new_tokens=6)
+    (whole,) = engine.respond([sample], six)
+    assert len(whole) == 6
+    monkeypatch.setattr(engine.model.language_model.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(Tokens, "eos_id", property(lambda _: whole[2]))
+    assert engine.respond([sample], six) == [whole[: whole.index(whole[2])]]
 
 
 def test_an_aware_model_needs_its_qformer_tokenizer(engine: Engine) -> None:

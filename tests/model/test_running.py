@@ -18,7 +18,8 @@ SETTINGS = [
     {"max_new_tokens": 8, "temperature": 1.3},
     {"max_new_tokens": 6, "temperature": 2.0, "top_p": 0.6, "min_new_tokens": 6},
 ]
-ENDS = [2, 7]
+ENDS = [2, 7, 1000]
+"""The last one is no token of the model."""
 
 
 @pytest.mark.parametrize(

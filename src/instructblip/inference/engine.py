@@ -235,8 +235,8 @@ class Engine:
     ) -> list[list[int]]:
         """Token ids of the answer to each sample, as one batch. All samples must have the same
         number of frames. See ``generate_responses``."""
-        ends = () if self.tokens.chat_template is None else self.ends
-        return generate_responses(self.model, self._collate(samples), on_tokens, decoding, ends)
+        batch = self._collate(samples)
+        return generate_responses(self.model, batch, on_tokens, decoding, self.ends)
 
     @property
     def can_join(self) -> bool:

@@ -96,7 +96,10 @@ class Response:
         if decoding.repetition_penalty != 1.0:
             scores = RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty)(ids, scores)
         if len(self.ids) < decoding.min_new_tokens:
-            scores = scores.index_fill(1, torch.tensor(self.ends, device=scores.device), -torch.inf)
+            known = [end for end in self.ends if end < scores.shape[1]]  # a tokenizer may have more
+            scores = scores.index_fill(
+                1, torch.tensor(known, device=scores.device).long(), -torch.inf
+            )
         if not decoding.do_sample:
             return scores.argmax(1)
         for warp in _warpers(decoding):
