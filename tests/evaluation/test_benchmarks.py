@@ -91,6 +91,8 @@ def table() -> str:
             how = "ranking the choices" if how == "ranking " else how
             if b.verbalizers:
                 how += "; also worded " + ", ".join(w for v in b.verbalizers.values() for w in v)
+        if b.mode == "retrieve":
+            how = f"comparing all; matching the {b.rerank} most similar"
         name = f"{b.name} †" if b.unseen_type else b.name
         prompt = b.prompt.replace("\n", "\\n")
         lines.append(f"| {name} | {b.source} {b.split} | `{prompt}` | {how} | {b.metric} |")

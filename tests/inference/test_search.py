@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from instructblip.cli.main import main
-from instructblip.inference.embedder import Embedder
+from instructblip.inference.embedder import AFTER, Embedder
 from instructblip.inference.search import BLOCK, open_gallery, similarities
 from tests.testing import add_heads, write_model, write_picture
 
@@ -48,6 +48,25 @@ def test_the_order_is_that_of_similarity_and_then_of_matching(
     assert found[0].match == pytest.approx(float(embedder.match(found[0].path, text)[0]), abs=1e-5)
     one = gallery.find(text, limit=6, rerank=1)
     assert [each.match is None for each in one] == [False, *[True] * 5]
+
+
+def test_a_comparison_matches_the_most_similar_both_ways(model: Path, folder: Path) -> None:
+    embedder = Embedder.from_pretrained(model, device="cpu")
+    images, texts = sorted(folder.glob("*.png")), ["a red circle", "what is on the left?", "blue"]
+    cosine = (embedder.embed(images=images) @ embedder.embed(texts=texts).T).amax(1)
+    to_text, to_image = embedder.compare(images, texts, rerank=2)
+    for i, image in enumerate(images):
+        logits = embedder.match_features(
+            embedder.features([image]), texts, torch.zeros(3, dtype=torch.long)
+        )
+        read = set(cosine[i].topk(2).indices.tolist())
+        for t in range(3):
+            whole = cosine[i, t] + logits[t, 1]
+            expected = whole if t in read else cosine[i, t] - AFTER
+            assert to_text[i, t] == pytest.approx(float(expected), abs=1e-4)
+            near = i in cosine[:, t].topk(2).indices
+            expected = whole if near else cosine[i, t] - AFTER
+            assert to_image[i, t] == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_an_image_is_most_like_itself(model: Path, folder: Path, tmp_path: Path) -> None:

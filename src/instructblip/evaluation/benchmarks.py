@@ -10,8 +10,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter
 
-Mode = Literal["generate", "rank"]
-Role = Literal["held_in", "held_out", "finetuned", "objects", "own"]
+Mode = Literal["generate", "rank", "retrieve"]
+Role = Literal["held_in", "held_out", "finetuned", "objects", "retrieval", "own"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +24,9 @@ class Benchmark:
     "rank" chooses the likeliest of ``candidates`` (None: the choices of the example, or with
     ``vocabulary`` the distinct answers of the training split). ``verbalizers`` are further wordings
     of a candidate, which scores as its likeliest wording (section 3.3 of the paper). ``decoding``
-    has settings of ``Decoding`` above ``GREEDY``. ``unseen_type``: the instruction tuning has no
-    set of this task.
+    has settings of ``Decoding`` above ``GREEDY``. ``mode`` "retrieve" compares all images with all
+    answers, and matches the ``rerank`` most similar of each. ``unseen_type``: the instruction
+    tuning has no set of this task.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -44,19 +45,20 @@ class Benchmark:
     decoding: Mapping[str, int | float] = field(default_factory=dict)
     unseen_type: bool = False
     others: tuple[str, ...] = ()
+    rerank: int = 0
 
     def settings(self) -> dict[str, Any]:
-        """All fields as values that JSON can hold; no ``others`` where there are none, as in
-        results of earlier versions."""
-        values = asdict(self)
-        return values if self.others else {k: v for k, v in values.items() if k != "others"}
+        """All fields as values that JSON can hold; no ``others`` and ``rerank`` where there
+        are none, as in results of earlier versions."""
+        absent = [name for name in ("others", "rerank") if not getattr(self, name)]
+        return {name: value for name, value in asdict(self).items() if name not in absent}
 
 
 def _benchmarks(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Benchmark]:
     adapter = TypeAdapter(Benchmark)
     benchmarks = {}
     for name, row in rows.items():
-        mode = "generate" if "decoding" in row else "rank"
+        mode = "generate" if "decoding" in row else "retrieve" if "rerank" in row else "rank"
         derived = {"name": name, "source": name.removeprefix("scenes_"), "mode": mode}
         benchmarks[name] = adapter.validate_python({**derived, **row})
     return benchmarks
@@ -69,8 +71,8 @@ OWNERS: dict[str, str] = _FILE["owners"]
 """Source of a benchmark -> the page where its owner offers the data. Nothing is downloaded."""
 
 GROUPS = (
-    *("held_in", "held_out", "finetuned", "objects"),
-    *("scenes", "scenes_held_in", "scenes_held_out", "scenes_objects", "own"),
+    *("held_in", "held_out", "finetuned", "objects", "retrieval"),
+    *("scenes", "scenes_held_in", "scenes_held_out", "scenes_objects", "scenes_retrieval", "own"),
 )
 
 
@@ -80,9 +82,10 @@ def select_benchmarks(
     """Return the benchmarks called ``names``, each once; the name of a group means its members.
 
     Groups: "held_in", "held_out" and "finetuned" (the paper's), "objects" (which answers invent),
-    "scenes", "scenes_held_in", "scenes_held_out", "scenes_objects", and "own" for those of the
-    recipe, which are ``own`` by name. "scenes" is without "scenes_objects", whose images and
-    questions are its own. Raises ValueError with the nearest names for an unknown one.
+    "retrieval" (which needs heads), "scenes", "scenes_held_in", "scenes_held_out",
+    "scenes_objects", "scenes_retrieval", and "own" for those of the recipe, which are ``own`` by
+    name. "scenes" is without "scenes_objects", whose images and questions are its own, and without
+    "scenes_retrieval". Raises ValueError with the nearest names for an unknown one.
     """
     known, chosen = {**BENCHMARKS, **own}, dict[str, Benchmark]()
     for name in names:
@@ -100,4 +103,5 @@ def groups_of(name: str, role: str) -> tuple[str, ...]:
     scenes = name.startswith("scenes_") and role != "own"
     if not scenes:
         return (role,)
-    return (f"scenes_{role}",) if role == "objects" else ("scenes", f"scenes_{role}")
+    apart = role in ("objects", "retrieval")
+    return (f"scenes_{role}",) if apart else ("scenes", f"scenes_{role}")

@@ -16,7 +16,7 @@ from instructblip.evaluation.result import Result, Spread, spread_of
 
 ROLES = {
     "held_in": "held-in", "held_out": "held-out", "finetuned": "fine-tuned",
-    "objects": "invented objects", "own": "your data",
+    "objects": "invented objects", "retrieval": "retrieval", "own": "your data",
 }  # fmt: skip
 
 

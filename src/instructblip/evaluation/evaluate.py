@@ -21,6 +21,7 @@ from instructblip.data.samples import Examples
 from instructblip.data.templates import Rendered, render_prompt, template_hash
 from instructblip.evaluation.benchmarks import Benchmark
 from instructblip.evaluation.captions import CaptionTokenizer
+from instructblip.evaluation.metrics import rank_among
 from instructblip.evaluation.predictions import PredictionLog
 from instructblip.evaluation.result import Result, constants_of, make_result
 from instructblip.evaluation.scoring import probabilities, scorer_of
@@ -61,6 +62,17 @@ class Answerer(Protocol):
         candidates: Sequence[Sequence[str]],
     ) -> list[list[float]]:
         """Return the log-likelihood of each candidate of each example."""
+        ...
+
+
+@runtime_checkable
+class Comparer(Protocol):
+    """What retrieval needs of a model besides."""
+
+    def compare_examples(
+        self, examples: Sequence[Example], image_root: Path, texts: Sequence[str], rerank: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores [N, T] by which images choose texts, and texts choose images."""
         ...
 
 
@@ -122,7 +134,12 @@ def evaluate(
     folder = None if out is None else Path(out)
     shown = progress and distributed.is_main()
     with PredictionLog(folder, settings) as log:
-        share = _share(examples, prompts, log, together)
+        if benchmark.mode == "retrieve" and distributed.is_main():
+            missing = [i for i, example in enumerate(examples) if example.id not in log.done]
+            found = _retrieve(engine, benchmark, dataset.image_root, examples) if missing else []
+            log.add({"index": i, **found[i]} for i in missing)
+        retrieves = benchmark.mode == "retrieve"
+        share = [] if retrieves else _share(examples, prompts, log, together)
         with progress_bar(benchmark.name, shown=shown) as bar:
 
             def answer(indices: Sequence[int]) -> None:
@@ -330,8 +347,8 @@ def check_rows(benchmark: Benchmark, rows: Iterable[Example], name: str) -> None
 def _candidates(
     example: Example, benchmark: Benchmark, vocabulary: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """What the answer of the example is chosen from; nothing for a generated one."""
-    if benchmark.mode == "generate":
+    """What the answer of the example is chosen from; nothing unless it is ranked."""
+    if benchmark.mode != "rank":
         return ()
     if benchmark.candidates is not None:
         return benchmark.candidates
@@ -390,6 +407,35 @@ def _answer(
         prediction["scores"] = {m: scorer_of(m).sample(prediction) for m in computed}
     sample = scorer_of(benchmark.metric).sample
     return [{**prediction, "score": sample(prediction)} for prediction in predictions]
+
+
+def _retrieve(
+    engine: Answerer, benchmark: Benchmark, image_root: Path, examples: Sequence[Example]
+) -> list[dict[str, Any]]:
+    """One scored prediction per image: the best text, and the ranks of what belongs together."""
+    if not isinstance(engine, Comparer):
+        raise ValueError(f"{benchmark.name} needs a model of this package with retrieval heads")
+    texts = list(dict.fromkeys(answer for example in examples for answer in example.answers))
+    scores = engine.compare_examples(examples, image_root, texts, benchmark.rerank)
+    to_text, to_image = (score.double().numpy() for score in scores)
+    columns = {text: column for column, text in enumerate(texts)}
+    images_of: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        for text in dict.fromkeys(example.answers):
+            images_of.setdefault(text, []).append(i)
+    sample = scorer_of(benchmark.metric).sample
+    predictions = []
+    for i, example in enumerate(examples):
+        mine = [columns[text] for text in example.answers]
+        prediction = {
+            **_describe(example, ""),
+            "prediction": texts[int(to_text[i].argmax())],
+            "text_rank": rank_among(to_text[i], mine),
+            "image_ranks": [rank_among(to_image[:, c], [i]) for c in mine],
+            "equal_ranks": [rank_among(to_image[:, c], images_of[texts[c]]) for c in mine],
+        }
+        predictions.append({**prediction, "score": sample(prediction)})
+    return predictions
 
 
 def _choose(candidates: Sequence[Sequence[str]], scores: Sequence[float]) -> dict[str, Any]:

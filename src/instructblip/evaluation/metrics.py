@@ -156,6 +156,15 @@ def rank_of(scores: Sequence[float], index: int) -> int:
     return int(np.flatnonzero(np.argsort(-values, kind="stable") == index)[0]) + 1
 
 
+def rank_among(scores: np.ndarray, right: Sequence[int]) -> int:
+    """Return the rank, from 1, of the best of the ``right`` ones; others of equal score come before
+    it, so that a model that scores all alike retrieves nothing."""
+    values = _without_nan(scores)
+    better = values >= values[list(right)].max()
+    better[list(right)] = False
+    return int(better.sum()) + 1
+
+
 def auroc(labels: Sequence[int | bool], scores: Sequence[float]) -> float | None:
     """Area under the ROC curve, 0 to 1, by scikit-learn; None when only one class is present.
 
@@ -223,7 +232,7 @@ def _ndcg(scores: Sequence[float], relevance: Sequence[int | float]) -> float:
     return float((gains[order] / discounts).sum() / (best / discounts).sum())
 
 
-def _without_nan(scores: Sequence[int | float]) -> np.ndarray:
+def _without_nan(scores: Sequence[int | float] | np.ndarray) -> np.ndarray:
     values = np.asarray(scores, dtype=np.float64)
     if np.isnan(values).any():
         raise ValueError("a score is NaN: the output of the model is broken and ranks nothing")

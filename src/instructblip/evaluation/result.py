@@ -247,6 +247,8 @@ def describe_how(how: Mapping[str, Any]) -> str:
     default = "greedy" if how["mode"] == "generate" else "argmax of candidates"
     kinds = [f"; intervals over {how[kind]} {kind}" for kind in ("groups", "images") if kind in how]
     groups = "".join(kinds)
+    if how["mode"] == "retrieve":
+        return f"{how['metric']}; contrast, then matching of the most similar{groups}"
     return (
         f"{how['metric']}{tokens}; {how['mode']} ({decoding or default}); "
         f"prompt {how['prompt'] or 'of each task'!r}{groups}"

@@ -264,6 +264,24 @@ def _pope(predictions: Sequence[Prediction], tokenizer: CaptionTokenizer) -> Sco
     return _mean(accuracy, **objects.yes_no_scores(said, right))
 
 
+def _recall(ranks: Callable[[Prediction], Sequence[int]]) -> Scorer:
+    """R@1 of all ranks of all samples; R@5 and R@10 are reported beside it."""
+
+    def score(predictions: Sequence[Prediction], tokenizer: CaptionTokenizer) -> Score:
+        counts = np.array([len(ranks(p)) for p in predictions], dtype=np.float64)
+        hits = {
+            k: np.array([sum(r <= k for r in ranks(p)) for p in predictions]) for k in (1, 5, 10)
+        }
+        recalls = {k: 100 * float(hit.sum() / counts.sum()) for k, hit in hits.items()}
+        return Score(
+            recalls[1],
+            lambda weights: weights @ hits[1].astype(np.float64) / (weights @ counts),
+            {f"r@{k}": recalls[k] for k in (5, 10)},
+        )
+
+    return Scorer(lambda p: float(np.mean([rank == 1 for rank in ranks(p)])), score)
+
+
 def _on_answers(metric: Callable[..., float], *variant: str) -> Callable[[Prediction], float]:
     return lambda p: metric(p["prediction"], p["answers"], *variant)
 
@@ -298,6 +316,9 @@ SCORERS: dict[str, Scorer] = {
     "anls": Scorer(_on_answers(metrics.anls)),
     "mrr": Scorer(_reciprocal_rank, _visdial),
     "auroc": Scorer(_exact, _auroc),
+    "text_to_image_recall official": _recall(lambda p: p["image_ranks"]),
+    "text_to_image_recall equal_texts": _recall(lambda p: p["equal_ranks"]),
+    "image_to_text_recall": _recall(lambda p: [p["text_rank"]]),
     "accuracy": Scorer(_exact),
     "balanced_accuracy": Scorer(_exact, _classes("balanced_accuracy")),
     "macro_f1": Scorer(_exact, _classes("macro_f1")),

@@ -76,6 +76,8 @@ def _under_other_wordings(
     """``result`` with the scores under other prompts, each in a folder of its own below it. The
     result is as it was for a benchmark of several tasks, or of a task with one template."""
     benchmark, folder = held.benchmark, out / held.benchmark.name
+    if benchmark.mode == "retrieve":  # it has no prompt
+        return result
     tasks = {held.dataset[i].task for i in pick(len(held.dataset), settings.limit)}
     prompts = wordings_of(*tasks, benchmark.prompt, settings.wordings) if len(tasks) == 1 else ()
     if len(prompts) < settings.wordings and distributed.is_main():

@@ -17,13 +17,15 @@ from instructblip.data.tokens import text_reader
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.inference.inputs import ImageInput
 from instructblip.model.checkpoints.directory import model_directory
-from instructblip.model.checkpoints.transformers import RETRIEVAL_FILE, TEXT_BRANCH_FILE
-from instructblip.model.retrieval import Retriever
+from instructblip.model.checkpoints.transformers import TEXT_BRANCH_FILE
+from instructblip.model.retrieval import Retriever, similarity
 from instructblip.model.spread import answering_device
 
 T = TypeVar("T")
 PAIRS = 64
 """Images, texts or pairs that the Q-Former reads at a time."""
+AFTER = 1000.0
+"""How far below the matched ones the scores of all others are."""
 MAX_CHARACTERS = 4096
 """Of a text; the rest is not read."""
 
@@ -40,9 +42,8 @@ class Embedder:
         longest = retriever.config.qformer.max_position_embeddings
         self.read_text = text_reader(directory, longest)
         digest = hashlib.sha256(fingerprint(directory, True, transform.window).encode())
-        for name in (RETRIEVAL_FILE, TEXT_BRANCH_FILE):
-            if (directory / name).is_file():
-                digest.update((directory / name).read_bytes())
+        if (directory / TEXT_BRANCH_FILE).is_file():
+            digest.update((directory / TEXT_BRANCH_FILE).read_bytes())
         digest.update(str(retriever.vision_model.dtype).encode())
         self.fingerprint = digest.hexdigest()[:16]
 
@@ -135,6 +136,33 @@ class Embedder:
             shown = index[rows].to(self.device)
             logits[rows] = self.retriever.match(features, ids, mask, shown).float().cpu()
         return logits
+
+    @torch.no_grad()
+    def compare(
+        self, images: Sequence[ImageInput], texts: Sequence[str], rerank: int
+    ) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
+        """Scores by which each image chooses among the texts, and each text among the images.
+
+        A score is the similarity plus the matching logit of the ``rerank`` most similar; all others
+        come after them, as in BLIP-2's evaluation.
+        """
+        parts = [self.features(part).cpu() for part in _parts(images)]
+        vectors = [self.embed_features(part.to(self.device)).cpu() for part in parts]
+        features, embedded = torch.cat(parts), self.embed(texts=texts)
+        base = torch.cat([similarity(part, embedded) for part in vectors])
+        near_texts = base.topk(min(rerank, base.shape[1]), 1).indices
+        near_images = base.topk(min(rerank, len(base)), 0).indices
+        to_text = torch.zeros_like(base, dtype=torch.bool).scatter(1, near_texts, True)
+        to_image = torch.zeros_like(base, dtype=torch.bool).scatter(0, near_images, True)
+        matched = base.clone()
+        for start in range(0, len(base), PAIRS):
+            block = slice(start, start + PAIRS)
+            rows, columns = (to_text[block] | to_image[block]).nonzero().unbind(1)
+            if len(rows):
+                read = [texts[column] for column in columns.tolist()]
+                logits = self.match_features(features[block].to(self.device), read, rows)
+                matched[block][rows, columns] += logits[:, 1]
+        return matched.where(to_text, base - AFTER), matched.where(to_image, base - AFTER)
 
     @torch.no_grad()
     def embed_features(

@@ -425,6 +425,13 @@ class Engine:
         """Summed log-likelihoods of each example's candidates, as one batch."""
         return self.rank_samples(self._example_samples(examples, prompts, image_root), candidates)
 
+    def compare_examples(
+        self, examples: Sequence[Example], image_root: Path, texts: Sequence[str], rerank: int
+    ) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
+        """Scores of the first image of each example with each text; see ``Embedder.compare``."""
+        images = [image_root / example.images[0] for example in examples]
+        return self.embedder.compare(images, texts, rerank)
+
     def _example_samples(
         self, examples: Sequence[Example], prompts: Sequence[Rendered], image_root: Path
     ) -> list[Sample]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from instructblip.core.files import read_json
 from instructblip.data.chat_format import CHAT_FILE
 from instructblip.data.images import PREPROCESSORS, Window
+from instructblip.model.checkpoints.transformers import RETRIEVAL_FILE
 from instructblip.model.checkpoints.weights import CHANGED_FILE, START_FILE, WEIGHT_FILES
 from instructblip.model.placement import Kind
 
@@ -31,7 +32,7 @@ def fingerprint(
         digest.update(repr(window).encode())
     files = [directory / "config.json", *(directory / name for name in WEIGHT_FILES)]
     files += [directory / name for name in (*PREPROCESSORS, "generation_config.json", CHAT_FILE)]
-    files += [directory / CHANGED_FILE]
+    files += [directory / CHANGED_FILE, directory / RETRIEVAL_FILE]
     if (directory / START_FILE).is_file():  # where it is changes no answer
         digest.update(repr(read_json(directory / START_FILE)["sha256"]).encode())
     for pattern in ("model-*.safetensors", "tokenizer*", "qformer_tokenizer/*"):
