@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from fastapi import HTTPException
@@ -294,6 +295,40 @@ def test_lost_prompt_tokens_are_reported(
         request = {"images": [url_of(png[0].read_bytes())], "candidates": ["a", "b"]}
         ranked = client.post("/v1/rank", json={**request, "instruction": text}).json()
         assert ranked["prompt_tokens_lost"] == lost
+
+
+def test_explain(client: TestClient, engine: Engine, png: list[Path]) -> None:
+    request = {"images": [data_url(png[0])], "instruction": TEXT, "answer": "red cat"}
+    reply = client.post("/v1/explain", json=request).json()
+    expected = engine.explain(png[0], TEXT, "red cat")
+    assert (reply["answer"], reply["words"]) == ("red cat", ["red", "cat"])
+    assert reply["log_likelihoods"] == pytest.approx(expected.scores, abs=1e-4)
+    (image,) = reply["images"]
+    assert np.asarray(image["words"]) == pytest.approx(expected.maps.numpy(), abs=1e-5)
+    assert np.asarray(image["whole"]) == pytest.approx(expected.whole.numpy(), abs=1e-5)
+    own = client.post("/v1/explain", json={**request, "answer": None, "method": "gradient"}).json()
+    assert own["answer"] == engine.answer(png[0], TEXT)
+    assert own["method"] == "gradient"
+    video = {**request, "images": [data_url(path) for path in png[:2]]}
+    assert len(client.post("/v1/explain", json=video).json()["images"]) == 2
+    empty = client.post("/v1/explain", json={**request, "answer": " "})
+    assert "give the answer to explain" in error_of(empty, 400)
+    wrong = client.post("/v1/explain", json={**request, "method": "guess"})
+    assert "method" in error_of(wrong, 422)
+
+
+def test_an_explanation_stops_when_nobody_waits(engine: Engine, png: list[Path]) -> None:
+    passes = []
+
+    def on_pass() -> None:
+        passes.append(1)
+        if len(passes) == 2:
+            raise InterruptedError
+
+    text = Rendered(TEXT, TEXT, "red")
+    with pytest.raises(InterruptedError):
+        engine.explain_sample(engine.samples(png[0], [text])[0], "occlusion", on_pass)
+    assert len(passes) == 2
 
 
 def test_rank(client: TestClient, engine: Engine, png: list[Path]) -> None:

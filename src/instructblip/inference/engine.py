@@ -333,10 +333,16 @@ class Engine:
         explained = self.explain_sample(self.samples([_frames(image)], [text])[0], method)
         return explained[0] if single else explained
 
-    def explain_sample(self, sample: Sample, method: Method = "occlusion") -> list[Explanation]:
-        """An explanation of the response of a sample for each of its images, see `explain`."""
+    def explain_sample(
+        self,
+        sample: Sample,
+        method: Method = "occlusion",
+        on_pass: Callable[[], None] = lambda: None,
+    ) -> list[Explanation]:
+        """An explanation of the response of a sample for each of its images, see `explain`.
+        ``on_pass`` is called before each pass of the model; an error that it raises ends it."""
         batch = self._collate([sample])
-        return explain(self.model, self.tokens, batch, method, self.batch_size)
+        return explain(self.model, self.tokens, batch, method, self.batch_size, on_pass)
 
     def draw(
         self,

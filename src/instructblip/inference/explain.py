@@ -1,6 +1,7 @@
 """An answer with a map of each of its words: what in the image the word comes from."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,12 @@ class Explanation:
 
 
 def explain(
-    model: InstructBlip, tokens: Tokens, batch: Batch, method: Method, chunk: int
+    model: InstructBlip,
+    tokens: Tokens,
+    batch: Batch,
+    method: Method,
+    chunk: int,
+    on_pass: Callable[[], None],
 ) -> list[Explanation]:
     """An explanation for each image of the only sample of ``batch``, whose response is the answer
     to explain. Raises ValueError for one without a word."""
@@ -55,7 +61,7 @@ def explain(
         begun = len(_WORD.findall(read))
         of_words[min(max(begun, 1), len(words)) - 1, start:end] = 1
         start, before = end, read
-    scores, maps = word_maps(model, batch, of_words, method, chunk)
+    scores, maps = word_maps(model, batch, of_words, method, chunk, on_pass)
     return [
         Explanation(answer, words, tuple(scores[:-1].tolist()), each[:-1], each[-1], method)
         for each in maps.unbind(1)

@@ -15,7 +15,7 @@ measures how often each is right.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -39,24 +39,26 @@ def word_maps(
     words: Float[Tensor, "W R"],
     method: Method,
     chunk: int = 32,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> WordMaps:
     """Log-probability and maps of each word, for the only sample of ``batch``.
 
     ``words`` is 1 where a token of the response belongs to a word. ``chunk`` images run at a time,
-    which limits memory and changes no map. The model is in eval mode, and has no gradient after it.
+    which limits memory and changes no map. ``on_pass`` is called before each of their passes, and
+    before each pass back. The model is in eval mode, and has no gradient after it.
     """
     assert len(batch) == 1
     with eval_mode(model), torch.no_grad():
         known = replace(batch, pixel_values=None, image_features=model.features_of(batch))
         words = words.to(batch.image_index.device)
         if method == "occlusion":
-            scores, maps = _occlusion(model, batch, known, words, chunk)
+            scores, maps = _occlusion(model, batch, known, words, chunk, on_pass)
         elif method == "attention":
             scores = _scores(model, known, words)[0]
             weights = cross_attention(model, known)[0].mean(1)  # [F, P]
             maps = _on_grid(model, weights).expand(len(scores), -1, -1, -1)
         else:
-            scores, maps = _through_qformer(model, known, words, method)
+            scores, maps = _through_qformer(model, known, words, method, on_pass)
     return scores.cpu(), maps.float().cpu()
 
 
@@ -78,7 +80,12 @@ def _on_grid(model: InstructBlip, weights: Float[Tensor, "*rows P"]) -> Float[Te
 
 
 def _occlusion(
-    model: InstructBlip, batch: Batch, known: Batch, words: Float[Tensor, "W R"], chunk: int
+    model: InstructBlip,
+    batch: Batch,
+    known: Batch,
+    words: Float[Tensor, "W R"],
+    chunk: int,
+    on_pass: Callable[[], None],
 ) -> WordMaps:
     """A place has the mean of the windows that cover it."""
     assert batch.pixel_values is not None
@@ -87,7 +94,7 @@ def _occlusion(
     scores = _scores(model, known, words)[0]  # [W]
     maps = []
     for frame in range(batch.image_index.shape[1]):
-        see = functools.partial(_chances, model, batch, known, words, chunk, frame)
+        see = functools.partial(_chances, model, batch, known, words, chunk, on_pass, frame)
         lost, gained = scores.exp() - see(~masks), see(masks) - see(nothing)
         maps.append(((lost + gained).T @ share) / share.sum(0))  # [W, G*G]
     return scores, torch.stack(maps, 1).unflatten(2, masks.shape[1:])
@@ -99,6 +106,7 @@ def _chances(
     known: Batch,
     words: Float[Tensor, "W R"],
     chunk: int,
+    on_pass: Callable[[], None],
     frame: int,
     shown: Bool[Tensor, "K G G"],
 ) -> Float[Tensor, "K W"]:
@@ -113,6 +121,7 @@ def _chances(
     steps = steps * shown.shape[-1] // image.shape[-1]  # the row of the grid of each pixel
     chances = []
     for part in shown.split(chunk):
+        on_pass()
         pixel = part[:, steps][:, :, steps].unsqueeze(1)  # [k, 1, S, S]
         new = model.encode_image(torch.where(pixel, image, colour))
         copies = _copies(batch, frame, len(features), len(part)).to(new.device)
@@ -185,7 +194,11 @@ def recorded_attention(model: InstructBlip) -> Iterator[Weights]:
 
 
 def _through_qformer(
-    model: InstructBlip, batch: Batch, words: Float[Tensor, "W R"], method: Method
+    model: InstructBlip,
+    batch: Batch,
+    words: Float[Tensor, "W R"],
+    method: Method,
+    on_pass: Callable[[], None],
 ) -> WordMaps:
     """Maps from attention weights or features and their gradients, one pass back for each word."""
     assert batch.image_features is not None
@@ -200,6 +213,7 @@ def _through_qformer(
         sources = {"features": [features], "rollout": [queries], "gradient": crossing}[method]
         maps = []
         for score in scores:
+            on_pass()
             gradients = torch.autograd.grad(score, sources, retain_graph=True)
             if method == "features":
                 places = gradients[0].float().norm(dim=-1)[index]  # [F, P]

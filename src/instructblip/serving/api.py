@@ -20,7 +20,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from instructblip.core.version import __version__
+from instructblip.data.templates import Rendered
 from instructblip.inference.engine import Engine
+from instructblip.inference.explain import Explanation
 from instructblip.serving.batching import Answer, Job
 from instructblip.serving.bodies import BodyRoute
 from instructblip.serving.completions import chat_job, response_of, stream_events
@@ -32,6 +34,9 @@ from instructblip.serving.schema import (
     ChatResponse,
     DrawnImage,
     ErrorBody,
+    ExplainedImage,
+    ExplainRequest,
+    ExplainResponse,
     Health,
     ImageRequest,
     ImageResponse,
@@ -165,6 +170,46 @@ def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None
         best = max(ranked, key=lambda candidate: candidate.log_likelihood)
         lost = batcher.engine.lost_tokens(body.instruction)
         return RankResponse(model=name, best=best.text, candidates=ranked, prompt_tokens_lost=lost)
+
+    @app.post("/v1/explain", tags=["explaining"], **guarded)
+    async def explain(body: ExplainRequest) -> ExplainResponse:
+        """Which part of each image the words of an answer come from."""
+        deadline = service.deadline
+        name, batcher = service.choose(body.model)
+        answer = body.answer
+        service.check_length(len(body.instruction) + len(answer or ""), "instruction and answer")
+        service.check_marks(body.instruction, len(body.images), "instruction")
+        pixels = await service.pixels(body.images, batcher.engine, "images")
+        if answer is None:
+            decoding = batcher.engine.decoding
+            most = min(decoding.max_new_tokens, service.config.max_tokens)
+            job = Job(
+                pixels=pixels,
+                instruction=body.instruction,
+                decoding=decoding.override(max_new_tokens=most),
+                deadline=deadline,
+            )
+            service.submit(batcher, job)
+            answer = (await service.result(job)).text
+        text = Rendered(body.instruction, body.instruction, answer)
+        job = Job(pixels=pixels, instruction=text, explain=body.method, deadline=deadline)
+        service.submit(batcher, job)
+        try:
+            explained: list[Explanation] = await service.result(job)
+        except ValueError as error:  # the answer is empty
+            raise HTTPException(400, str(error)) from None
+        first = explained[0]
+        return ExplainResponse(
+            model=name,
+            method=first.method,
+            answer=first.answer,
+            words=list(first.words),
+            log_likelihoods=list(first.scores),
+            images=[
+                ExplainedImage(whole=each.whole.tolist(), words=each.maps.tolist())
+                for each in explained
+            ],
+        )
 
 
 def _add_drawing(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from instructblip.inference.engine import Engine
 from instructblip.inference.sharing import Shared
 from instructblip.inference.streaming import TextStream
 from instructblip.model.decoding import Decoding
+from instructblip.model.explain import Method
 from instructblip.model.language.ranking import Normalization
 from instructblip.model.language.running import Response
 
@@ -65,6 +66,7 @@ class Job:
 
     ``future`` resolves to an ``Answer``; with ``candidates`` to their log-likelihoods, a list of
     floats; with ``look`` to the attention of the queries to the images [F, Q, G, G]; with
+    ``explain``, a method, to an explanation of the response of ``instruction`` for each image; with
     ``drawing``, the arguments of ``Engine.draw``, to images. ``decoding`` None is the engine's. An
     answer ends before the first of the texts ``stop``; with a ``seed`` the same answer is sampled
     again.
@@ -78,6 +80,7 @@ class Job:
     candidates: tuple[str, ...] | None = None
     normalization: Normalization = "sum"
     look: bool = False
+    explain: Method | None = None
     drawing: dict[str, Any] | None = None
     deadline: float = math.inf
     future: "Future[Any]" = field(default_factory=Future, init=False)
@@ -93,7 +96,8 @@ class Job:
     @property
     def answers(self) -> bool:
         """Whether the result is an ``Answer``."""
-        return self.drawing is None and self.candidates is None and not self.look
+        others = (self.drawing, self.candidates, self.explain)
+        return not self.look and all(other is None for other in others)
 
     @property
     def is_repeatable(self) -> bool:
@@ -103,9 +107,11 @@ class Job:
     @property
     def key(self) -> Hashable:
         """Jobs with equal keys can run in one batch; what is drawn or sampled by a seed is alone,
-        since a batch shares its noise."""
+        since a batch shares its noise, and so is an explanation, which is a batch by itself."""
         if self.drawing is not None:
             return "draw", id(self)
+        if self.explain is not None:
+            return "explain", id(self)
         if self.is_repeatable:
             return "sample", id(self)
         if self.look:
@@ -450,6 +456,8 @@ class Batcher:
         if first.drawing is not None:  # alone in its batch, see ``Job.key``
             text = Rendered.of(first.instruction).prompt
             return [engine.draw(text, **first.drawing, on_step=check_waiting)]
+        if first.explain is not None:
+            return [engine.explain_sample(samples[0], first.explain, check_waiting)]
         samples = self._shared.with_features(samples)
         if first.look:
             return list(engine.look(samples))

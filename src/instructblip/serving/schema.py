@@ -30,6 +30,7 @@ from instructblip.model.decoding import (
     RepetitionPenalty,
     TopP,
 )
+from instructblip.model.explain import Method
 
 Text = Annotated[str, Field(max_length=16_000)]
 ModelName = Annotated[
@@ -207,6 +208,21 @@ class RankRequest(_Body):
     normalization: Literal["sum", "mean"] = "sum"
 
 
+class ExplainRequest(_Body):
+    """Explain which part of each image the words of an answer come from."""
+
+    model: ModelName = None
+    images: list[str] = Field(
+        fail_fast=True,
+        min_length=1,
+        max_length=64,
+        description="URLs as in a chat; several are a video.",
+    )
+    instruction: Text
+    answer: Text | None = Field(None, description="What to explain; by default the model's own.")
+    method: Method = "occlusion"
+
+
 class ImageRequest(_Body):
     """A subset of OpenAI's request; the last five fields are additions of this project."""
 
@@ -269,6 +285,27 @@ class RankResponse(BaseModel):
     best: str
     candidates: list[RankedCandidate]
     prompt_tokens_lost: int = Field(description="As in a chat's usage.")
+
+
+Grid = list[list[float]]
+
+
+class ExplainedImage(BaseModel):
+    """Maps over the grid of the image encoder: of the whole answer, and of each word."""
+
+    whole: Grid
+    words: list[Grid]
+
+
+class ExplainResponse(BaseModel):
+    """The words of the answer with their log-likelihoods, and maps for each image."""
+
+    model: str
+    method: str
+    answer: str
+    words: list[str]
+    log_likelihoods: list[float]
+    images: list[ExplainedImage]
 
 
 class DrawnImage(BaseModel):
