@@ -1,5 +1,6 @@
 """The engine on a tiny random model: one path for answering, ranking and evaluation."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -16,11 +17,13 @@ from instructblip.core.batch import Example
 from instructblip.data.chat_format import CHAT_FILE, chat_note
 from instructblip.data.templates import render_prompt
 from instructblip.data.tokens import Tokens
+from instructblip.evaluation.calibration import Calibration, CandidateMap
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.inference.chat import instruction_of
 from instructblip.inference.engine import Engine
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.decoding import GREEDY, Decoding
+from instructblip.model.inference import rank_candidates
 from tests.data.test_chat_format import chat_tokens
 from tests.evaluation.fakes import ListDataset, benchmark
 from tests.testing import QUESTION, write_model, write_picture
@@ -113,6 +116,89 @@ def test_rank_sums_over_tokens_and_end(engine: Engine, image_files: list[Path]) 
     tokens = len(engine.tokens.response("red"))
     mean = engine.rank(image_files[0], QUESTION, ["red"], normalization="mean")[0]
     assert scores[0] == pytest.approx(mean * tokens, abs=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", ["instructblip", "blip2"])
+def test_details_have_the_log_probability_of_the_answer(
+    kind: str, beams: int, tmp_path: Path, image_files: list[Path]
+) -> None:
+    engine = Engine.from_pretrained(write_model(tmp_path, kind), device="cpu", batch_size=3)
+    plain = engine.answer(image_files, QUESTION, num_beams=beams, max_new_tokens=6)
+    detailed = engine.answer(image_files, QUESTION, num_beams=beams, max_new_tokens=6, details=True)
+    samples = engine.samples(image_files, QUESTION)
+    rows = engine.respond(samples, engine.decoding.override(num_beams=beams, max_new_tokens=6))
+    assert [answer.text for answer in detailed] == plain
+    for sample, ids, answer in zip(samples, rows, detailed, strict=True):
+        assert "".join(token.text for token in answer.tokens).strip() == answer.text
+        assert answer.log_prob == pytest.approx(sum(t.log_prob for t in answer.tokens))
+        assert (answer.confidence, answer.blind_log_prob) == (None, None)
+        ended = answer.finish_reason == "stop"
+        assert ended == (len(ids) < 6)
+        whole = [[*ids, engine.tokens.eos_id]] if ended else [[*ids, 0]]
+        batch = engine._collate([sample])
+        (score,) = rank_candidates(engine.model, batch, [whole], include_end=ended)
+        assert answer.log_prob == pytest.approx(float(score), abs=1e-4)
+    single = engine.answer(
+        image_files[1], QUESTION, num_beams=beams, max_new_tokens=6, details=True
+    )
+    assert single.log_prob == pytest.approx(detailed[1].log_prob, abs=1e-4)
+
+
+def test_the_log_probability_is_that_of_ranking_the_text(tmp_path: Path) -> None:
+    engine = Engine.from_pretrained("starter", device="cpu")
+    image = write_picture(tmp_path / "a.png", (64, 64))
+    for question in ("Question: is there a red cross? Short answer:", "A short image description."):
+        answer = engine.answer(image, question, details=True)
+        assert answer.finish_reason == "stop"
+        assert "".join(token.text for token in answer.tokens) == answer.text
+        ranked = engine.rank(image, question, [answer.text])[0]
+        assert answer.log_prob == pytest.approx(ranked, abs=1e-4)
+
+
+def test_a_blind_likelihood_is_the_mean_over_other_images(
+    engine: Engine, image_files: list[Path]
+) -> None:
+    first, *others = image_files
+    answer = engine.answer(first, QUESTION, details=True, blind=others, num_beams=1)
+    ids = engine.respond(engine.samples(first, QUESTION), engine.decoding.override(num_beams=1))[0]
+    ended = [answer.finish_reason == "stop"]
+    about = [engine.detail(engine.samples(one, QUESTION), [ids], ended)[0] for one in others]
+    mean = sum(math.exp(each.log_prob) for each in about) / len(about)
+    assert answer.blind_log_prob == pytest.approx(math.log(mean), abs=1e-4)
+    assert answer.blind_log_prob != pytest.approx(answer.log_prob, abs=1e-4)
+    with pytest.raises(ValueError, match="blind images change the details only"):
+        engine.answer(first, QUESTION, blind=others)
+
+
+def test_candidates_have_probabilities_once_calibrated(
+    engine: Engine, image_files: list[Path]
+) -> None:
+    names = ["red", "blue", "cat"]
+    scores = engine.rank(image_files[0], QUESTION, names)
+    plain = engine.rank(image_files[0], QUESTION, names, details=True)
+    assert [c.log_likelihood for c in plain] == scores
+    assert sum(c.probability for c in plain) == pytest.approx(1)
+    with pytest.raises(ValueError, match="no calibration of candidates: run `instructblip calibr"):
+        engine.answer_set(image_files[0], QUESTION, names)
+    fitted = CandidateMap(
+        samples=100, temperature=50.0, misfits=(0.2,) * 89 + (1.2,) * 11, abstain_below=None
+    )
+    known = Calibration(model="any", sets={"toy val": 100}, candidates=fitted)
+    calibrated = Engine(engine.model, engine.tokens, engine.images, calibration=known)
+    chances = [
+        c.probability for c in calibrated.rank(image_files[0], QUESTION, names, details=True)
+    ]
+    weights = [math.exp(score / 50) for score in scores]
+    assert chances == pytest.approx([w / sum(weights) for w in weights])
+    order = sorted(range(3), key=lambda i: -chances[i])
+    wide = calibrated.answer_set(image_files[0], QUESTION, names, coverage=0.9)
+    assert wide == [names[i] for i in order if chances[i] >= math.exp(-1.2)]
+    assert calibrated.answer_set(image_files[0], QUESTION, names, 0.5) == [names[order[0]]]
+    assert len(calibrated.answer_set(image_files[0], QUESTION, names, coverage=0.999)) == 3
+    with pytest.raises(ValueError, match="coverage must be between 0 and 1"):
+        calibrated.answer_set(image_files[0], QUESTION, names, coverage=90.0)
+    assert calibrated.with_images(engine.images).calibration is known
 
 
 def test_evaluation_gives_the_same_answers(engine: Engine, image_files: list[Path]) -> None:

@@ -144,7 +144,6 @@ def test_the_defaults_of_openai_change_nothing(
         ("frequency_penalty", 0.5, "0"),
         ("presence_penalty", -1, "0"),
         ("logit_bias", {"5": 1}, "{}"),
-        ("logprobs", True, "false"),
         ("response_format", {"type": "json_object"}, '{"type": "text"}'),
         ("tools", [{"type": "function"}], "[]"),
         ("tool_choice", "required", '"none" or "auto"'),
@@ -156,6 +155,50 @@ def test_what_the_server_does_not_have_is_refused(
     message = error_of(client.post(CHAT, json=body(png[0], **{field: value})), 422)
     expected = f"{field}: this server has no such setting; leave it out, or send {neutral}"
     assert message == expected
+
+
+def test_log_probabilities_are_those_of_the_engine(
+    model_folder: Path, engine: Engine, png: list[Path]
+) -> None:
+    with running(create_app({"tuned": greedy_engine(model_folder)})) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
+        talkative = max(png, key=lambda p: len(engine.answer(p, TEXT, max_new_tokens=40)))
+        messages: Any = body(talkative)["messages"]
+        expected = engine.answer(talkative, TEXT, details=True, max_new_tokens=40)
+        asked: Any = {"model": "tuned", "messages": messages, "max_tokens": 40}
+        asked |= {"logprobs": True, "top_logprobs": 3}
+        choice = client.chat.completions.create(**asked).choices[0]
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        content = choice.logprobs.content
+        assert "".join(token.token for token in content) == choice.message.content
+        length = len(expected.tokens) - (expected.finish_reason == "stop")
+        given = [token.logprob for token in content]
+        assert given == pytest.approx([t.log_prob for t in expected.tokens[:length]], abs=1e-4)
+        whole: Any = choice.logprobs
+        assert whole.log_likelihood == pytest.approx(expected.log_prob, abs=1e-4)
+        assert whole.confidence is None
+        for token in content:  # penalties change what is chosen, and no log-probability
+            others = [other.logprob for other in token.top_logprobs]
+            assert len(others) == 3
+            assert sorted(others, reverse=True) == others
+            assert others[0] >= token.logprob - 1e-5
+        assert content[0].top_logprobs[0].logprob == pytest.approx(content[0].logprob, abs=1e-5)
+        pieces = list(client.chat.completions.create(**asked, stream=True))
+        last = pieces[-1].choices[0]
+        assert last.finish_reason == choice.finish_reason
+        assert last.logprobs is not None
+        assert last.logprobs.content is not None
+        streamed = [token.logprob for token in last.logprobs.content]
+        assert streamed == pytest.approx(given, abs=1e-5)
+        with pytest.raises(openai.UnprocessableEntityError, match="top_logprobs needs logprobs"):
+            client.chat.completions.create(model="tuned", messages=messages, top_logprobs=3)
+        assert choice.message.content is not None
+        stop = choice.message.content[3:5]
+        cut = client.chat.completions.create(**asked, stop=stop).choices[0]
+        assert cut.logprobs is not None
+        assert cut.logprobs.content is not None
+        assert len(cut.logprobs.content) < len(content)
 
 
 def test_a_seed_samples_the_same_answer_again(client: TestClient, png: list[Path]) -> None:
@@ -340,6 +383,9 @@ def test_rank(client: TestClient, engine: Engine, png: list[Path]) -> None:
     assert scores == pytest.approx(expected, abs=1e-4)
     assert sum(c["probability"] for c in ranked["candidates"]) == pytest.approx(1)
     assert ranked["best"] == candidates[scores.index(max(scores))]
+    assert not ranked["calibrated"]
+    refused = client.post("/v1/rank", json={**request, "coverage": 0.9})
+    assert "coverage: this model has no calibration of candidates" in error_of(refused, 400)
     many = client.post("/v1/rank", json={**request, "candidates": ["a"] * 300})
     assert "300 candidates; at most 256" in error_of(many, 413)
     long = client.post("/v1/rank", json={**request, "candidates": ["a" * 1000] * 33})

@@ -62,6 +62,44 @@ def evaluate(
     run(recipe, model, folder, blind_seed=0 if blind else None)
 
 
+@app.command(cls=SettingsCommand)
+def calibrate(
+    arguments: Annotated[
+        list[str],
+        Argument(
+            metavar="[RECIPE] MODEL [A.B=C]...",
+            help="A run or model directory; its recipe, if another, first.",
+        ),
+    ],
+    benchmarks: Annotated[
+        str | None, Option(help="Sets that it was not trained on; those of its validation.")
+    ] = None,
+    split: Annotated[str | None, Option(help="Of the sets; val, and never test.")] = None,
+    limit: Annotated[int, Option(help="Samples of each set.", min=1)] = 1000,
+    placement: Settings = None,
+) -> None:
+    """Fit how far a model's answers can be trusted, and store it beside the model.
+
+    `answer`, `serve` and `evaluate` then give confidences.
+    """
+    from instructblip.experiment.calibrate import calibrate as run
+    from instructblip.experiment.calibrate import note
+    from instructblip.experiment.evaluate import recipe_of
+
+    overrides = [text for text in arguments if _is_override(text)]
+    names = [text for text in arguments if text not in overrides]
+    if len(names) not in (1, 2):
+        raise ValueError(f"expected [RECIPE] MODEL [A.B=C]...; got {' '.join(names) or 'no model'}")
+    overrides += _evaluation_overrides(None, None, **(placement or {}))
+    recipe = read_recipe(names[0] if len(names) == 2 else recipe_of(names[-1]), overrides)
+    chosen = [name.strip() for name in benchmarks.split(",")] if benchmarks else []
+    fitted, path = run(recipe, names[-1], chosen, split, limit)
+    print(fitted.report)
+    if text := note(fitted.calibration):
+        print(text)
+    print(path)
+
+
 @app.command()
 def compare(
     models: Annotated[

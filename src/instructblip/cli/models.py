@@ -3,8 +3,9 @@
 import functools
 import math
 import socket
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -18,6 +19,11 @@ from instructblip.cli.options import (
     to_dir,
     to_file,
 )
+
+if TYPE_CHECKING:
+    from instructblip.inference.details import DetailedAnswer
+    from instructblip.inference.engine import Engine
+    from instructblip.inference.inputs import FramesInput
 
 app = typer.Typer()
 
@@ -35,6 +41,22 @@ def answer(
         "out/answers.jsonl"
     ),
     txt: Annotated[bool, Option("--txt", help="--batch: also a .txt beside each image.")] = False,
+    candidates: Annotated[
+        str | None, Option(help="The answers to choose from, with commas.")
+    ] = None,
+    coverage: Annotated[
+        float | None,
+        Option(help="Print candidates that have the right one with this probability, as 0.9."),
+    ] = None,
+    min_confidence: Annotated[
+        str | None, Option(help="Say so where the model is less sure: 0.7, or `auto`.")
+    ] = None,
+    details: Annotated[
+        bool, Option("--details", help="Print log-probability and confidence too.")
+    ] = False,
+    blind: Annotated[
+        list[Path] | None, Option(help="Another image: how likely is the answer about it?")
+    ] = None,
     model: Model = "starter",
     decoding: Settings = None,
     placement: Settings = None,
@@ -48,6 +70,15 @@ def answer(
         raise ValueError("--instruction is empty; say what to ask")
     if batch is None and not instruction:
         raise ValueError("say with --instruction what to ask")
+    texts_of = [text.strip() for text in (candidates or "").split(",") if text.strip()]
+    if coverage is not None and not texts_of:
+        raise ValueError("--coverage is of a closed question: give its answers with --candidates")
+    if coverage is not None and not 0 < coverage < 1:
+        raise ValueError(f"--coverage must be between 0 and 1, such as 0.9; got {coverage:g}")
+    if batch is not None and (texts_of or min_confidence or blind):
+        raise ValueError("--candidates, --min-confidence and --blind are of one --image")
+    if texts_of and (details or blind):
+        raise ValueError("--details and --blind are of generated answers: leave out --candidates")
     from instructblip.inference.batch import read_requests, text_files, write_answers
     from instructblip.inference.engine import Engine
     from instructblip.inference.inputs import open_images
@@ -58,15 +89,85 @@ def answer(
         texts = text_files(requests) if txt else None
         out.parent.mkdir(parents=True, exist_ok=True)  # an error comes before the model is read
         engine = Engine.from_pretrained(model, **(placement or {}))
-        errors = write_answers(engine, requests, out, texts, **settings)
+        errors = write_answers(engine, requests, out, texts, details, **settings)
         failed = f"; {errors} with an error" if errors else ""
         print(f"{len(requests) - errors} answers in {out}{failed}")
         raise typer.Exit(1 if errors else 0)
     images = open_images(image or [])  # a wrong path is reported before the model is read
+    others = open_images(blind or [])
     engine = Engine.from_pretrained(model, **(placement or {}))
-    for piece in engine.stream(images, instruction or "", **settings):
-        print(piece, end="", flush=True)
-    print()
+    question = instruction or ""
+    if texts_of:
+        print(_describe_choice(engine, images, question, texts_of, coverage, min_confidence))
+    elif details or others or min_confidence is not None:
+        least = _threshold_of(engine, "answers", min_confidence)
+        (known,) = engine.answer([images], [question], details=True, blind=others, **settings)
+        print(_describe_answer(known, least))
+    else:
+        for piece in engine.stream(images, question, **settings):
+            print(piece, end="", flush=True)
+        print()
+
+
+_UNSURE = "The model does not know"
+
+
+def _threshold_of(
+    engine: "Engine", part: Literal["answers", "candidates"], wanted: str | None
+) -> float | None:
+    """The least confidence with which an answer is given: a number, or the calibration's for
+    "auto". Raises ValueError for anything else, and without a calibration."""
+    if wanted is None:
+        return None
+    fitted = engine.require_calibration(part)
+    if wanted == "auto":
+        if fitted.abstain_below is None:
+            raise ValueError("at no confidence are enough answers right: give a number from 0 to 1")
+        return fitted.abstain_below
+    try:
+        least = float(wanted)
+    except ValueError:
+        least = -1.0
+    if not 0 <= least <= 1:
+        raise ValueError(f"the least confidence is a number from 0 to 1, or auto; got {wanted!r}")
+    return least
+
+
+def _describe_answer(answer: "DetailedAnswer", least: float | None = None) -> str:
+    """The answer with what is known of it, or that the confidence is below ``least``."""
+    if least is not None and answer.confidence is not None and answer.confidence < least:
+        return f"{_UNSURE} (confidence {answer.confidence:.2f}, below {least:.2f})."
+    known = [f"log-probability {answer.log_prob:.2f}"]
+    if answer.confidence is not None:
+        known.insert(0, f"confidence {answer.confidence:.2f}")
+    if answer.blind_log_prob is not None:
+        known.append(f"about other images {answer.blind_log_prob:.2f}")
+    return f"{answer.text}\n({', '.join(known)})"
+
+
+def _describe_choice(
+    engine: "Engine",
+    image: "FramesInput",
+    instruction: str,
+    candidates: Sequence[str],
+    coverage: float | None = None,
+    min_confidence: str | None = None,
+) -> str:
+    """The likeliest candidate with its probability, or those of the set with ``coverage``, or that
+    the probability is below ``min_confidence``."""
+    least = _threshold_of(engine, "candidates", min_confidence)
+    if coverage is not None:
+        engine.require_calibration("candidates")
+    ranked = engine.rank(image, instruction, candidates, details=True)
+    best = max(ranked, key=lambda candidate: candidate.probability)
+    if least is not None and best.probability < least:
+        return f"{_UNSURE} (confidence {best.probability:.2f}, below {least:.2f})."
+    if coverage is None:
+        kind = "" if best.calibrated else ", not calibrated"
+        return f"{best.text} ({100 * best.probability:.0f} %{kind})"
+    fitted = engine.require_calibration("candidates")
+    chosen = fitted.answer_set([each.log_likelihood for each in ranked], coverage)
+    return f"{' or '.join(candidates[i] for i in chosen)} ({100 * coverage:g} %)"
 
 
 @app.command(cls=SettingsCommand)

@@ -20,6 +20,7 @@ from instructblip.core.user_code import is_function
 from instructblip.data.samples import Examples
 from instructblip.data.templates import Rendered, render_prompt, template_hash
 from instructblip.evaluation.benchmarks import Benchmark
+from instructblip.evaluation.calibration import Calibration
 from instructblip.evaluation.captions import CaptionTokenizer
 from instructblip.evaluation.metrics import rank_among
 from instructblip.evaluation.predictions import PredictionLog
@@ -76,6 +77,23 @@ class Comparer(Protocol):
         ...
 
 
+@runtime_checkable
+class DetailedAnswerer(Answerer, Protocol):
+    """An answerer that knows how likely its answers are, and perhaps how far to trust them."""
+
+    calibration: Calibration | None
+
+    def detail_examples(
+        self,
+        examples: Sequence[Example],
+        prompts: Sequence[Rendered],
+        image_root: Path,
+        **decoding: Any,
+    ) -> Sequence[Any]:
+        """Return one response per example with ``text``, ``log_prob`` and ``num_tokens``."""
+        ...
+
+
 def evaluate(
     engine: Answerer,
     benchmark: Benchmark,
@@ -89,6 +107,7 @@ def evaluate(
     progress: bool = True,
     together: bool = False,
     baseline: bool = True,
+    details: bool = False,
 ) -> Result:
     """Return the score of ``engine`` on ``benchmark``, whose examples are ``dataset``.
 
@@ -105,6 +124,8 @@ def evaluate(
         tokenizer: of captions; see ``evaluation.captions``.
         together: every rank answers all samples, in step, for a model whose weights are sharded.
         baseline: whether to compute the best constant answer, of a benchmark of the role "own".
+        details: whether predictions store the log-probability of a generated answer, as they do
+            with a confidence for a model that is calibrated.
 
     Raises ValueError for samples without answers, repeated ids, a set too small for the blind
     control, or a missing vocabulary.
@@ -117,6 +138,7 @@ def evaluate(
     _check(examples, benchmark, vocabulary)
     candidates = [_candidates(example, benchmark, vocabulary) for example in examples]
     asked_about = [example.images for example in examples]
+    calibration = engine.calibration if isinstance(engine, DetailedAnswerer) else None
     if blind_seed is not None:
         examples = swap_images(examples, blind_seed)
     rendered = [render_prompt(example, benchmark.prompt) for example in examples]
@@ -131,6 +153,8 @@ def evaluate(
         "templates": template_hash(),
         "data": _data_hash(examples, prompts, vocabulary if benchmark.vocabulary else None),
     }
+    if calibration is not None:
+        settings["calibration"] = {"id": calibration.id, "sets": calibration.sets}
     folder = None if out is None else Path(out)
     shown = progress and distributed.is_main()
     with PredictionLog(folder, settings) as log:
@@ -150,6 +174,7 @@ def evaluate(
                     [examples[i] for i in indices],
                     [rendered[i] for i in indices],
                     [candidates[i] for i in indices],
+                    details,
                 )
                 if blind_seed is not None:
                     for i, prediction in zip(indices, predictions, strict=True):
@@ -388,10 +413,18 @@ def _answer(
     examples: Sequence[Example],
     prompts: Sequence[Rendered],
     candidates: Sequence[Sequence[str]],
+    details: bool = False,
 ) -> list[dict[str, Any]]:
     """One scored prediction per example."""
     predictions = [_describe(e, p.prompt) for e, p in zip(examples, prompts, strict=True)]
-    if benchmark.mode == "generate":
+    calibration = engine.calibration if isinstance(engine, DetailedAnswerer) else None
+    detailed = isinstance(engine, DetailedAnswerer) and (details or calibration is not None)
+    if benchmark.mode == "generate" and detailed:
+        answers = engine.detail_examples(examples, prompts, image_root, **benchmark.decoding)
+        for prediction, one in zip(predictions, answers, strict=True):
+            known = {"log_prob": one.log_prob, "num_tokens": one.num_tokens}
+            prediction |= {"prediction": one.text, **known}
+    elif benchmark.mode == "generate":
         texts = engine.answer_examples(examples, prompts, image_root, **benchmark.decoding)
         for prediction, text in zip(predictions, texts, strict=True):
             prediction["prediction"] = text
@@ -402,6 +435,9 @@ def _answer(
         ranked = engine.rank_examples(examples, prompts, image_root, flat)
         for prediction, wordings, row in zip(predictions, worded, ranked, strict=True):
             prediction |= _choose(wordings, row)
+    for prediction in predictions if calibration is not None else ():
+        if (confidence := calibration.confidence(prediction)) is not None:
+            prediction["confidence"] = confidence
     computed = [m for m in (benchmark.metric, *benchmark.others) if is_function(m)]
     for prediction in predictions if computed else ():
         prediction["scores"] = {m: scorer_of(m).sample(prediction) for m in computed}

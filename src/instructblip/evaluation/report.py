@@ -14,15 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from instructblip.core.drawings import read_drawings
 from instructblip.core.files import write_text
 from instructblip.core.pages import data_url, page_template
 from instructblip.data.images import load_image
 from instructblip.evaluation.benchmarks import BENCHMARKS
+from instructblip.evaluation.bootstrap import Interval, interval, resample
+from instructblip.evaluation.calibration import calibrated_on
 from instructblip.evaluation.classes import class_table
 from instructblip.evaluation.compare import ROLES, Comparison, compare
+from instructblip.evaluation.confidence import (
+    aurc,
+    ece,
+    ece_of,
+    reliability,
+    selective_accuracies,
+    selective_accuracy,
+)
 from instructblip.evaluation.result import Result
-from instructblip.evaluation.scoring import CAPTION_METRICS
+from instructblip.evaluation.scoring import CAPTION_METRICS, is_right
 from instructblip.training.log import read_metrics
 
 
@@ -89,6 +101,7 @@ def write_report(
             and result.metric not in CAPTION_METRICS
             and (table := class_table(result.title, result.predictions))
         ],
+        trust=[t for r in models[subject] if (t := trust_of(r)) is not None],
         charts=[c for name, file in (curves or {}).items() for c in training_charts(file, name)],
         cards=make_cards(models, samples_per_set, image_roots) if samples_per_set else [],
         asked=asked.values(),
@@ -130,10 +143,6 @@ def _signed(value: float) -> str:
 
 
 THUMBNAIL = 288
-RIGHT_FROM = 0.5
-"""The least score that counts as right: most accuracies, a close caption."""
-RECIPROCAL_RANKS = ("mrr",)
-"""Metrics whose score is one over a rank: only the first rank is right."""
 MAX_FRAMES = 4
 MAX_CANDIDATES = 5
 
@@ -212,16 +221,12 @@ def _choose(result: Result, count: int) -> list[int]:
 
     hashes = [hashlib.sha256(str(p["id"]).encode()).hexdigest() for p in result.predictions]
     order = sorted(range(result.n), key=hashes.__getitem__)
-    marks = [_is_right(prediction, result.metric) for prediction in result.predictions]
+    marks = [is_right(prediction, result.metric) for prediction in result.predictions]
     right = [i for i in order if marks[i]]
     wrong = [i for i in order if not marks[i]]
     half = count // 2
     few_wrong = min(len(wrong), max(half, count - len(right)))
     return sorted(right[: count - few_wrong] + wrong[:few_wrong])
-
-
-def _is_right(prediction: Mapping[str, Any], metric: str) -> bool:
-    return prediction["score"] >= (1.0 if metric in RECIPROCAL_RANKS else RIGHT_FROM)
 
 
 def is_shown(result: Result, image_roots: Sequence[Path] | None) -> bool:
@@ -266,7 +271,7 @@ def _answer(model: str, prediction: Mapping[str, Any], metric: str) -> CardAnswe
             Option(text, p, text == prediction["prediction"], text in prediction["answers"])
             for text, p in sorted(ranked, key=lambda pair: -pair[1])[:MAX_CANDIDATES]
         ]
-    return CardAnswer(model, prediction, _is_right(prediction, metric), options)
+    return CardAnswer(model, prediction, is_right(prediction, metric), options)
 
 
 def _thumbnail_or_none(name: str, root: Path) -> str | None:
@@ -448,6 +453,57 @@ def _role_means(checks: Mapping[str, Points]) -> dict[str, Points]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class Trust(NamedTuple):
+    """How far the confidences of one benchmark can be trusted: its expected calibration error and
+    area under the risk-coverage curve with 95 % intervals, and the share of right answers among the
+    70 % most confident, all in percent. ``fitted`` says that the confidences were fitted to these
+    samples."""
+
+    title: str
+    n: int
+    ece: float
+    interval: Interval
+    aurc: float
+    selective: float
+    accuracy: float
+    fitted: bool
+    charts: list[Chart]
+
+
+def trust_of(result: Result) -> Trust | None:
+    """The confidences of a result beside its answers; None where it has none."""
+    rows = [p for p in result.predictions if "confidence" in p]
+    if not rows or len(rows) < result.n:
+        return None
+    confidences = np.array([p["confidence"] for p in rows])
+    right = np.array([float(is_right(p, result.metric)) for p in rows])
+    bins = [(100 * b.confidence, 100 * b.accuracy) for b in reliability(confidences, right)]
+    accuracies = 100 * selective_accuracies(confidences, right)
+    given = 100 * np.arange(1, result.n + 1) / result.n
+    charts = [
+        line_chart(
+            f"{result.title}: right answers, % by confidence, %",
+            {"answers": bins, "as confident as right": [(0, 0), (100, 100)]},
+        ),
+        line_chart(
+            f"{result.title}: wrong answers, % by share of the questions answered, %",
+            {"the most confident first": list(zip(given, 100 - accuracies, strict=True))},
+        ),
+    ]
+    resampled = resample(ece_of(confidences, right), result.groups or result.n)
+    return Trust(
+        title=result.title,
+        n=result.n,
+        ece=100 * ece(confidences, right),
+        interval=interval(resampled),
+        aurc=100 * aurc(confidences, right),
+        selective=100 * selective_accuracy(confidences, right),
+        accuracy=100 * float(right.mean()),
+        fitted=calibrated_on(result),
+        charts=[chart for chart in charts if chart is not None],
+    )
 
 
 def _axis(low: float, high: float, wanted: int = 5) -> tuple[list[float], tuple[float, float]]:

@@ -75,6 +75,10 @@ ALIASES = {
 """Short names of metrics -> the variant that they mean."""
 NEEDS_CANDIDATES = ("auroc", "mrr")
 """Metrics of the order of candidates, which a generated answer does not have."""
+RIGHT_FROM = 0.5
+"""The least score that counts as right: most accuracies, a close caption."""
+RECIPROCAL_RANKS = ("mrr",)
+"""Metrics whose score is one over a rank: only the first rank is right."""
 
 
 def scorer_of(metric: str) -> Scorer:
@@ -121,6 +125,11 @@ def right_option(prediction: Prediction) -> int:
         f"{prediction['dataset']} {prediction['id']}: none of the answers "
         f"{list(prediction['answers'])[:3]} is among the {len(candidates)} candidates"
     )
+
+
+def is_right(prediction: Prediction, metric: str) -> bool:
+    """Whether a prediction counts as right."""
+    return prediction["score"] >= (1.0 if metric in RECIPROCAL_RANKS else RIGHT_FROM)
 
 
 def _mean(samples: Sequence[float], **others: float) -> Score:

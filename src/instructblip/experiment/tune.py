@@ -26,11 +26,12 @@ from instructblip.evaluation.result import Result
 from instructblip.evaluation.tables import to_markdown
 from instructblip.evaluation.verdict import Verdict, constant_result, worst
 from instructblip.experiment.build import DATA_FILE, Data, Variant, build
+from instructblip.experiment.calibrate import fit_model, note
 from instructblip.experiment.datasets import Held, benchmarks_of, scored_rows
 from instructblip.experiment.evaluate import load_engine, score
 from instructblip.experiment.sayable import LEAST_KNOWN, sayable
 from instructblip.inference.engine import Engine
-from instructblip.model.checkpoints.directory import NAMES, SHIPPED, read_config
+from instructblip.model.checkpoints.directory import NAMES, SHIPPED, model_directory, read_config
 from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
@@ -157,6 +158,7 @@ def tune(
         result = build(recipe, variant, out / "run", resume).train(out / "run", resume)
         if result.stopped == "terminated":
             return None
+        calibrate_held(recipe, sides, language, out / "run")
         engine = load_engine(recipe, str(out / "run"))
         after = _evaluate(engine, recipe, sets, out / "results/after")
         blind = [each for each in sets if can_swap(each.dataset, MOST_EVALUATED)]
@@ -180,6 +182,28 @@ def tune(
         if distributed.is_main():
             write_verdict(tuned, verdicts, results, UNSEEN if sides.test else CHOSEN, out)
         return tuned
+
+
+def calibrate_held(recipe: Recipe, sides: Sides, language: Language, run: Path) -> None:
+    """Fit how far the answers of the run can be trusted to the examples of its validation, unless
+    it was done before; print what was fitted, or why not."""
+    directory = model_directory(run)
+    engine = load_engine(recipe, str(run))
+    if engine.calibration is None:
+        sets = held_sets(sides.validation, recipe, language)
+        if sides.test is not None:  # which is called as the recipe calls the split
+            sets = [replace(s, benchmark=replace(s.benchmark, split="validation")) for s in sets]
+        try:
+            options = recipe.evaluation, MOST_EVALUATED, True
+            fitted = fit_model(engine, directory, sets, *options)
+        except ValueError as error:
+            if distributed.is_main():
+                print(f"no confidences: {error}", flush=True)
+            return
+        if distributed.is_main():
+            fitted.calibration.save(directory)
+            print(f"{fitted.report}\n{note(fitted.calibration)}", flush=True)
+        distributed.barrier()
 
 
 def captions_in(overrides: Sequence[str], resumed: Path | None) -> str:

@@ -3,7 +3,7 @@ request a ``.txt`` beside each image.
 
 A line of requests is ``{"image": "a.jpg", "instruction": "What is this?"}``; ``image`` may be a
 video file, or a list (the frames of a video). Further keys are copied to the answer's line, except
-the ``answer`` or ``error`` of an earlier run.
+the results of an earlier run.
 """
 
 import csv
@@ -19,10 +19,12 @@ from instructblip.core.files import replacing, write_text
 from instructblip.core.progress import progress_bar
 from instructblip.data.reading.frames import VIDEO_SUFFIXES
 from instructblip.data.reading.records import IMAGE_SUFFIXES, image_name, local_path
+from instructblip.inference.details import DetailedAnswer
 from instructblip.inference.engine import Engine
 from instructblip.inference.inputs import ImageInput, open_images
 
-RESULT_KEYS = ("answer", "error")
+DETAIL_KEYS = ("log_prob", "confidence")
+RESULT_KEYS = ("answer", *DETAIL_KEYS, "error")
 # also in full width, which programs in East Asia take for the same
 _FORMULA = re.compile("[\\s\ufeff]*[=+\\-@\uff1d\uff0b\uff0d\uff20]|[\t\r]")
 _NUMBER = re.compile(r"[+-]?\d+(?:[.,]\d+)*%?")
@@ -96,21 +98,27 @@ def _read_line(line: str, root: Path, instruction: str | None, where: str) -> Re
 
 
 def answer_requests(
-    engine: Engine, requests: Sequence[Request], **decoding: Any
+    engine: Engine, requests: Sequence[Request], details: bool = False, **decoding: Any
 ) -> Iterator[list[dict[str, Any]]]:
     """Yields the answered records, a batch at a time and in order. An unreadable image gives a
-    record with ``error`` in place of ``answer``, so that the others are answered."""
+    record with ``error`` in place of ``answer``, so that the others are answered. With ``details``
+    records have the log-probability of the answer and, of a calibrated model, its confidence."""
     for start in range(0, len(requests), engine.batch_size):
         chunk = requests[start : start + engine.batch_size]
         opened = [_open_or_error(request) for request in chunk]
         readable = [i for i, each in enumerate(opened) if not isinstance(each, str)]
-        answers: Iterator[str] = iter(())
+        answers: Iterator[dict[str, Any]] = iter(())
         if readable:
             texts = [chunk[i].instruction for i in readable]
-            answers = iter(engine.answer([opened[i] for i in readable], texts, **decoding))
+            images = [opened[i] for i in readable]
+            if details:
+                known = engine.answer(images, texts, details=True, **decoding)
+                answers = ({"answer": each.text} | _details(each) for each in known)
+            else:
+                answers = ({"answer": t} for t in engine.answer(images, texts, **decoding))
         yield [
             {**request.record, "instruction": request.instruction}
-            | ({"error": each} if isinstance(each, str) else {"answer": next(answers)})
+            | ({"error": each} if isinstance(each, str) else next(answers))
             for request, each in zip(chunk, opened, strict=True)
         ]
 
@@ -140,6 +148,7 @@ def write_answers(
     requests: Sequence[Request],
     out: Path,
     texts: Sequence[Path] | None = None,
+    details: bool = False,
     **decoding: Any,
 ) -> int:
     """Write the answered records to ``out``, a CSV by its suffix, else JSON lines; returns the
@@ -150,8 +159,9 @@ def write_answers(
         temporary.open("w", encoding="utf-8", newline="") as file,
         progress_bar("answering", "images") as bar,
     ):
-        write = _csv_writer(file, requests) if out.suffix.lower() == ".csv" else _json_writer(file)
-        for records in answer_requests(engine, requests, **decoding):
+        csv_file = out.suffix.lower() == ".csv"
+        write = _csv_writer(file, requests, details) if csv_file else _json_writer(file)
+        for records in answer_requests(engine, requests, details, **decoding):
             for number, record in enumerate(records, start=done):
                 write(record)
                 errors += "error" in record
@@ -162,17 +172,24 @@ def write_answers(
     return errors
 
 
+def _details(answer: DetailedAnswer) -> dict[str, Any]:
+    return {key: getattr(answer, key) for key in DETAIL_KEYS}
+
+
 def _json_writer(file: TextIO) -> Callable[[dict[str, Any]], object]:
     return lambda record: file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _csv_writer(file: TextIO, requests: Sequence[Request]) -> Callable[[dict[str, Any]], object]:
+def _csv_writer(
+    file: TextIO, requests: Sequence[Request], details: bool
+) -> Callable[[dict[str, Any]], object]:
     """A column for each key of the requests; lists and objects are written as JSON.
 
     An apostrophe precedes a text that a spreadsheet program would run as a formula.
     """
     keys = dict.fromkeys(key for request in requests for key in request.record)
-    columns = [*dict.fromkeys([*keys, "instruction", *RESULT_KEYS])]
+    results = [key for key in RESULT_KEYS if details or key not in DETAIL_KEYS]
+    columns = [*dict.fromkeys([*keys, "instruction", *results])]
     file.write("\ufeff")  # by which spreadsheet programs know UTF-8
     writer = csv.writer(file, lineterminator="\n")
 

@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -23,6 +24,21 @@ from instructblip.data.images import ImageTransform, Window, to_rgb
 from instructblip.data.samples import ImageReader, collate, make_sample
 from instructblip.data.templates import Rendered, warn_of_other_templates
 from instructblip.data.tokens import Tokens, check_marks
+from instructblip.evaluation.calibration import (
+    CALIBRATION_FILE,
+    AnswerMap,
+    Calibration,
+    CandidateMap,
+)
+from instructblip.evaluation.confidence import conformal_quantile
+from instructblip.evaluation.scoring import probabilities
+from instructblip.inference.details import (
+    Candidate,
+    DetailedAnswer,
+    TokenDetail,
+    about_other,
+    pieces_of,
+)
 from instructblip.inference.embedder import Embedder
 from instructblip.inference.explain import Explanation, explain
 from instructblip.inference.fingerprint import fingerprint
@@ -44,6 +60,7 @@ from instructblip.model.inference import (
     generate_responses,
     rank_candidates,
     read_prompts,
+    score_tokens,
 )
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import num_words
@@ -73,6 +90,7 @@ class Engine:
         decoding: settings of ``answer`` below those of a call.
         fingerprint: changes whenever the answers could; names the model in evaluation results.
         batch_size: samples answered at a time.
+        calibration: turns log-likelihoods into confidences.
 
     Raises:
         ValueError: for an instruction-aware model without a Q-Former tokenizer.
@@ -86,6 +104,7 @@ class Engine:
         decoding: Decoding = PAPER,
         fingerprint: str = "in memory",
         batch_size: int = 32,
+        calibration: Calibration | None = None,
     ) -> None:
         aware = model.config.instruction_aware
         if aware and tokens.qformer is None:
@@ -101,6 +120,7 @@ class Engine:
         self.decoding = decoding
         self.fingerprint = fingerprint
         self.batch_size = batch_size
+        self.calibration = calibration
 
     @classmethod
     def from_pretrained(
@@ -159,18 +179,40 @@ class Engine:
             settings,
             fingerprint(directory, model.config.instruction_aware, window, quantize),
             batch_size,
+            stored_calibration(directory, model.config.instruction_aware),
         )
 
     def with_images(self, images: ImageReader) -> "Engine":
         """The same model with another image reader, such as one of stored features."""
-        return Engine(
-            self.model, self.tokens, images, self.decoding, self.fingerprint, self.batch_size
-        )
+        kept = self.decoding, self.fingerprint, self.batch_size, self.calibration
+        return Engine(self.model, self.tokens, images, *kept)
 
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
         return self.model.query_tokens.device
+
+    @overload
+    def answer(
+        self,
+        images: ImageInput,
+        instructions: str,
+        *,
+        details: Literal[True],
+        blind: Sequence[ImageInput] = (),
+        **decoding: Any,
+    ) -> DetailedAnswer: ...
+
+    @overload
+    def answer(
+        self,
+        images: ImagesInput,
+        instructions: str | Sequence[str],
+        *,
+        details: Literal[True],
+        blind: Sequence[ImageInput] = (),
+        **decoding: Any,
+    ) -> Any: ...
 
     @overload
     def answer(self, images: ImageInput, instructions: str, **decoding: Any) -> str: ...
@@ -181,8 +223,14 @@ class Engine:
     ) -> str | list[str]: ...
 
     def answer(
-        self, images: ImagesInput, instructions: str | Sequence[str], **decoding: Any
-    ) -> str | list[str]:
+        self,
+        images: ImagesInput,
+        instructions: str | Sequence[str],
+        *,
+        details: bool = False,
+        blind: Sequence[ImageInput] = (),
+        **decoding: Any,
+    ) -> Any:
         """The model's answer: a text for one image and one instruction, a list for lists.
 
         A single image goes with all instructions of a list, and a single instruction with all
@@ -190,6 +238,10 @@ class Engine:
         ``<image>`` in the instruction is the place of one of them (`data/tokens.py`).
 
         Args:
+            details: whether to return `DetailedAnswer` instead of texts, for one more pass of the
+                language model.
+            blind: other images; the details then say how likely each answer is about them, which
+                is what the instruction alone suggests. Each of them takes one more pass.
             decoding: settings of ``Decoding`` (num_beams, max_new_tokens, ...) above the engine's.
 
         Raises:
@@ -199,13 +251,103 @@ class Engine:
         """
         settings = self.decoding.override(**decoding)
         single = isinstance(images, ImageInput) and isinstance(instructions, str)
+        if blind and not details:
+            raise ValueError("blind images change the details only: add details=True")
         samples = self.samples(images, instructions)
-        answers = [""] * len(samples)
+        others = self.encoded(self.samples(list(blind), "")) if blind else ()
+        answers: list[str | DetailedAnswer] = [""] * len(samples)
         for group in group_samples(samples, self.batch_size):
-            rows = self.respond([samples[i] for i in group], settings)
-            for i, ids in zip(group, rows, strict=True):
-                answers[i] = self.tokens.decode(ids)
+            chosen = [samples[i] for i in group]
+            if details:
+                given = self.respond_in_detail(chosen, settings, others)
+            else:
+                given = [self.tokens.decode(ids) for ids in self.respond(chosen, settings)]
+            for i, answer in zip(group, given, strict=True):
+                answers[i] = answer
         return answers[0] if single else answers
+
+    def respond_in_detail(
+        self, samples: Sequence[Sample], decoding: Decoding, others: Sequence[Sample] = ()
+    ) -> list[DetailedAnswer]:
+        """As `respond`, with all that is known of each answer."""
+        samples = self.encoded(samples)
+        rows = self.respond(samples, decoding)
+        ended = [len(ids) < decoding.max_new_tokens for ids in rows]
+        return self.detail(samples, rows, ended, others)
+
+    def encoded(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples with the features of their images, which several passes can then read."""
+        batch = self._collate(samples)
+        features = self.model.features_of(batch)  # [N, P, V]
+        return [
+            replace(
+                sample,
+                pixels=None,
+                scales=None,
+                features=tuple(features[i] for i in row[: len(sample.image_keys)]),
+            )
+            for sample, row in zip(samples, batch.image_index.tolist(), strict=True)
+        ]
+
+    def detail(
+        self,
+        samples: Sequence[Sample],
+        rows: Sequence[list[int]],
+        ended: Sequence[bool],
+        others: Sequence[Sample] = (),
+        likeliest: int = 0,
+    ) -> list[DetailedAnswer]:
+        """What is known of the answers with the token ids ``rows``, as one batch.
+
+        Args:
+            ended: whether the end token ended each answer.
+            others: samples whose images stand for no image, as in `answer`.
+            likeliest: tokens to list in the place of each token.
+        """
+        whole = [
+            [*ids, self.tokens.eos_id] if end else ids for ids, end in zip(rows, ended, strict=True)
+        ]
+        scored = score_tokens(self.model, self._collate(samples), whole, likeliest)
+        blind = [
+            [
+                sum(token.log_prob for token in tokens)
+                for tokens in score_tokens(
+                    self.model, self._collate([about_other(s, other) for s in samples]), whole
+                )
+            ]
+            for other in others
+        ]
+        answers = []
+        for i, (ids, tokens) in enumerate(zip(rows, scored, strict=True)):
+            log_prob = sum(token.log_prob for token in tokens)
+            confidence = None
+            if self.calibration is not None and self.calibration.answers is not None:
+                confidence = self.calibration.answers.confidence(log_prob)
+            texts = [*pieces_of(self.tokens.decode, ids), ""]
+            given = tuple(
+                TokenDetail(
+                    text,
+                    token.log_prob,
+                    tuple((self._token_text(ids[:n], id_), p) for id_, p in token.likeliest),
+                )
+                for n, (text, token) in enumerate(zip(texts, tokens, strict=False))
+            )
+            answers.append(
+                DetailedAnswer(
+                    text=self.tokens.decode(ids),
+                    tokens=given,
+                    log_prob=log_prob,
+                    finish_reason="stop" if ended[i] else "length",
+                    confidence=confidence,
+                    blind_log_prob=_mean_chance([row[i] for row in blind]) if blind else None,
+                )
+            )
+        return answers
+
+    def _token_text(self, before: list[int], id_: int) -> str:
+        """What a token would add behind others; the name of one that adds no text."""
+        added = pieces_of(self.tokens.decode, [*before, id_])[-1]
+        return added or str(self.tokens.language.convert_ids_to_tokens(id_))
 
     def stream(
         self, image: FramesInput, instruction: str | Rendered, **decoding: Any
@@ -261,20 +403,91 @@ class Engine:
         """The features of images, as one batch; a sample may have them instead of its pixels."""
         return encode_images(self.model, torch.stack(list(pixels)).to(self.device))
 
+    @overload
+    def rank(
+        self,
+        image: FramesInput,
+        instruction: str,
+        candidates: Sequence[str],
+        normalization: Literal["sum"] = "sum",
+        *,
+        details: Literal[True],
+    ) -> list[Candidate]: ...
+
+    @overload
     def rank(
         self,
         image: FramesInput,
         instruction: str,
         candidates: Sequence[str],
         normalization: Normalization = "sum",
-    ) -> list[float]:
+    ) -> list[float]: ...
+
+    def rank(
+        self,
+        image: FramesInput,
+        instruction: str,
+        candidates: Sequence[str],
+        normalization: Normalization = "sum",
+        *,
+        details: bool = False,
+    ) -> Any:
         """Log-likelihood in nats of each candidate as the answer, its end token included.
 
         ``image`` may be a list of the frames of a video. ``normalization`` "mean" divides by the
-        number of tokens; "sum" favors short candidates.
+        number of tokens; "sum" favors short candidates. With ``details`` each is a `Candidate` with
+        its probability, calibrated where the model is; that is of sums only.
         """
+        if details and normalization != "sum":
+            raise ValueError("probabilities are of summed log-likelihoods: leave out normalization")
         samples = self.samples([_frames(image)], instruction)
-        return self.rank_samples(samples, [candidates], normalization)[0]
+        scores = self.rank_samples(samples, [candidates], normalization)[0]
+        return self.candidates(candidates, scores) if details else scores
+
+    def candidates(self, texts: Sequence[str], scores: Sequence[float]) -> list[Candidate]:
+        """The candidates with their log-likelihoods ``scores`` and their probabilities."""
+        fitted = None if self.calibration is None else self.calibration.candidates
+        chances = probabilities(scores) if fitted is None else fitted.probabilities(scores)
+        return [
+            Candidate(text, score, chance, fitted is not None)
+            for text, score, chance in zip(texts, scores, chances, strict=True)
+        ]
+
+    def answer_set(
+        self,
+        image: FramesInput,
+        instruction: str,
+        candidates: Sequence[str],
+        coverage: float = 0.9,
+    ) -> list[str]:
+        """Candidates among which the right one is with the probability ``coverage``, the likeliest
+        first: few where the model is sure.
+
+        The probability holds on average over questions like those of the calibration, not for each
+        question (`evaluation.confidence`). Raises ValueError without a calibration of candidates,
+        and for a coverage that is not between 0 and 1.
+        """
+        fitted = self.require_calibration("candidates")
+        conformal_quantile(np.array(fitted.misfits), coverage)  # refused before an image is read
+        scores = self.rank(image, instruction, candidates)
+        return [candidates[i] for i in fitted.answer_set(scores, coverage)]
+
+    @overload
+    def require_calibration(self, part: Literal["answers"]) -> AnswerMap: ...
+
+    @overload
+    def require_calibration(self, part: Literal["candidates"]) -> CandidateMap: ...
+
+    def require_calibration(self, part: Literal["answers", "candidates"]) -> Any:
+        """The part of the calibration for generated answers or for candidates. Raises ValueError
+        without it."""
+        fitted = None if self.calibration is None else getattr(self.calibration, part)
+        if fitted is None:
+            raise ValueError(
+                f"the model has no calibration of {part}: run `instructblip calibrate MODEL`, "
+                f"which writes {CALIBRATION_FILE} beside it"
+            )
+        return fitted
 
     def rank_samples(
         self,
@@ -284,7 +497,9 @@ class Engine:
         on_chunk: Callable[[], None] | None = None,
     ) -> list[list[float]]:
         """Log-likelihoods of each sample's candidates, as one batch. See ``rank_candidates``."""
-        ids = [[self.tokens.response(text) for text in texts] for texts in candidates]
+        distinct = {text for texts in candidates for text in texts}
+        known = {text: self.tokens.response(text) for text in distinct}
+        ids = [[known[text] for text in texts] for texts in candidates]
         batch = self._collate(samples)
         scores = rank_candidates(self.model, batch, ids, normalization, on_chunk=on_chunk)
         return [row.tolist() for row in scores]
@@ -421,6 +636,17 @@ class Engine:
         rows = self.respond(samples, GREEDY.override(**decoding))
         return [self.tokens.decode(ids) for ids in rows]
 
+    def detail_examples(
+        self,
+        examples: Sequence[Example],
+        prompts: Sequence[Rendered],
+        image_root: Path,
+        **decoding: Any,
+    ) -> list[DetailedAnswer]:
+        """As `answer_examples`, with the details of each answer."""
+        samples = self._example_samples(examples, prompts, image_root)
+        return self.respond_in_detail(samples, GREEDY.override(**decoding))
+
     def rank_examples(
         self,
         examples: Sequence[Example],
@@ -505,6 +731,19 @@ class Engine:
         return collate(list(samples)).to(self.device)
 
 
+def stored_calibration(directory: Path, instruction_aware: bool) -> Calibration | None:
+    """The calibration in a model directory; None, with a warning, for one of other weights."""
+    stored = Calibration.load(directory)
+    if stored is None or stored.model == fingerprint(directory, instruction_aware):
+        return stored
+    warnings.warn(
+        f"{directory / CALIBRATION_FILE} is of other weights or settings and is ignored: run "
+        "`instructblip calibrate` again",
+        stacklevel=3,
+    )
+    return None
+
+
 def load(path: str | Path, **options: Any) -> Engine:
     """``instructblip.load``: the same as ``Engine.from_pretrained``."""
     return Engine.from_pretrained(path, **options)
@@ -512,3 +751,8 @@ def load(path: str | Path, **options: Any) -> Engine:
 
 def _frames(image: FramesInput) -> list[ImageInput]:
     return [image] if isinstance(image, ImageInput) else list(image)
+
+
+def _mean_chance(log_probs: Sequence[float]) -> float:
+    """The logarithm of the mean of probabilities."""
+    return float(np.logaddexp.reduce(log_probs) - np.log(len(log_probs)))

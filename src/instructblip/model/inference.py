@@ -3,7 +3,7 @@ steps as the loss."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.generate import OnTokens
 from instructblip.model.language.ranking import (
     Candidates,
+    Entry,
     Forest,
     Normalization,
     in_chunks,
@@ -98,10 +99,24 @@ def rank_candidates(
     Raises ValueError for a candidate without a token to score.
     """
     entries = sort_candidates(candidates, include_end, len(batch))
+    scores = torch.zeros(len(entries), device=model.query_tokens.device)
+    for part, forest, logits in _forests(model, batch, entries, chunk, on_chunk):
+        places = torch.tensor([place for _, place, _ in part], device=scores.device)
+        scores[places] = forest.scores(logits, normalization)
+    return list(scores.split([len(group) for group in candidates]))
+
+
+def _forests(
+    model: InstructBlip,
+    batch: Batch,
+    entries: Sequence[Entry],
+    chunk: int,
+    on_chunk: Callable[[], None] | None = None,
+) -> Iterator[tuple[Sequence[Entry], Forest, Tensor]]:
+    """Each chunk of the entries with its trees and the logits at their nodes [nodes, W]."""
     with eval_mode(model):
         queries = model.encode_queries(batch)
         device = queries.device
-        scores = torch.zeros(len(entries), device=device)
         with model.language_precision():
             language = model.language
             prefix = language.prefill(queries, batch)
@@ -113,9 +128,38 @@ def rank_candidates(
                 if len(forest):
                     layout = forest.layout(language.reads_trees, device)
                     logits = torch.cat([logits, language.node_logits(prefix, layout)])
-                places = torch.tensor([place for _, place, _ in part], device=device)
-                scores[places] = forest.scores(logits, normalization)
-    return list(scores.split([len(group) for group in candidates]))
+                yield part, forest, logits
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token of a response with its log-probability in nats, and the likeliest tokens in its
+    place with theirs."""
+
+    id: int
+    log_prob: float
+    likeliest: list[tuple[int, float]]
+
+
+@torch.no_grad()
+def score_tokens(
+    model: InstructBlip, batch: Batch, responses: Sequence[Sequence[int]], likeliest: int = 0
+) -> list[list[ScoredToken]]:
+    """The log-probability of each token of each sample's response, of which none may be empty.
+
+    They add up to the score of `rank_candidates` for a response that ends with the end token.
+    """
+    entries = sort_candidates([[ids] for ids in responses], True, len(batch))
+    scored: list[list[ScoredToken]] = [[] for _ in responses]
+    for part, forest, logits in _forests(model, batch, entries, chunk=256):
+        top = logits.topk(min(likeliest, logits.shape[1]), dim=1)
+        logs = (top.values - logits.logsumexp(1, keepdim=True)).tolist()
+        nodes = zip(top.indices.tolist(), logs, strict=True)
+        others = [list(zip(*node, strict=True)) for node in nodes]
+        scores = forest.edge_scores(logits).tolist()
+        for (candidate, parent, token), score in zip(forest.edges, scores, strict=True):
+            scored[part[candidate][0]].append(ScoredToken(token, score, others[parent]))
+    return scored
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from instructblip.data.tokens import load_tokenizer
 from instructblip.evaluation.compare import summarise
 from instructblip.evaluation.result import Result, describe_how
 from instructblip.evaluation.tables import escape_markdown
+from instructblip.inference.engine import stored_calibration
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model import lora
 from instructblip.model.checkpoints.directory import check_output, model_directory
@@ -115,9 +116,13 @@ def export_model(
     if (source / PARTS_FILE).is_file():
         card = (source / "README.md").read_text(encoding="utf-8")
         card += f"\n## Figures\n\n{_scores(results)}\n" if results else ""
+    calibration = stored_calibration(source, loaded.config.instruction_aware)
     with replacing_directory(out) as directory:
         loaded.save_pretrained(directory)
         (directory / "README.md").write_text(card, encoding="utf-8")
+        if calibration is not None:  # of the same answers, with the adapters merged or not
+            model = fingerprint(directory, loaded.config.instruction_aware)
+            calibration.model_copy(update={"model": model}).save(directory)
 
 
 def _check_results(results: Sequence[Result], source: Path, model: InstructBlip) -> None:

@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from instructblip.core.version import __version__
 from instructblip.data.templates import Rendered
+from instructblip.evaluation.scoring import probabilities
 from instructblip.inference.engine import Engine
 from instructblip.inference.explain import Explanation
 from instructblip.serving.batching import Answer, Job
@@ -46,7 +47,7 @@ from instructblip.serving.schema import (
     RankRequest,
     RankResponse,
 )
-from instructblip.serving.service import Service, probabilities
+from instructblip.serving.service import Service
 
 STATUS = {
     400: "bad image or message",
@@ -143,13 +144,19 @@ def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None
         service.submit(batcher, job)
         answer: Answer = await service.result(job)
         service.metrics.tokens.inc(answer.tokens)
-        return response_of(name, answer)
+        return response_of(name, answer, job)
 
     @app.post("/v1/rank", tags=["ranking"], **guarded)
     async def rank(body: RankRequest) -> RankResponse:
         """Log-likelihoods of the candidates as the answer, end token included."""
         deadline = service.deadline
         name, batcher = service.choose(body.model)
+        engine = batcher.engine
+        by_sum = body.normalization == "sum"
+        fitted = engine.calibration.candidates if engine.calibration and by_sum else None
+        if body.coverage is not None and fitted is None:
+            why = "this model has no calibration of candidates" if by_sum else "it needs the sum"
+            raise HTTPException(400, f"coverage: {why}; leave it out")
         service.check_candidates(body.candidates)
         service.check_length(len(body.instruction), "instruction")
         service.check_marks(body.instruction, len(body.images), "instruction")
@@ -162,14 +169,24 @@ def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None
         )
         service.submit(batcher, job)
         scores: list[float] = await service.result(job)
-        rows = zip(body.candidates, scores, probabilities(scores), strict=True)
+        chances = probabilities(scores) if fitted is None else fitted.probabilities(scores)
+        rows = zip(body.candidates, scores, chances, strict=True)
         ranked = [
             RankedCandidate(text=text, log_likelihood=score, probability=probability)
             for text, score, probability in rows
         ]
         best = max(ranked, key=lambda candidate: candidate.log_likelihood)
-        lost = batcher.engine.lost_tokens(body.instruction)
-        return RankResponse(model=name, best=best.text, candidates=ranked, prompt_tokens_lost=lost)
+        chosen = None
+        if fitted is not None and body.coverage is not None:
+            chosen = [body.candidates[i] for i in fitted.answer_set(scores, body.coverage)]
+        return RankResponse(
+            model=name,
+            best=best.text,
+            candidates=ranked,
+            calibrated=fitted is not None,
+            answer_set=chosen,
+            prompt_tokens_lost=engine.lost_tokens(body.instruction),
+        )
 
     @app.post("/v1/explain", tags=["explaining"], **guarded)
     async def explain(body: ExplainRequest) -> ExplainResponse:

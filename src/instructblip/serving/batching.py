@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from instructblip.core.batch import Sample
 from instructblip.data.templates import Rendered
+from instructblip.inference.details import DetailedAnswer, FinishReason
 from instructblip.inference.engine import Engine
 from instructblip.inference.sharing import Shared
 from instructblip.inference.streaming import TextStream
@@ -45,13 +46,15 @@ class TooLate(Exception):
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A generated answer of ``tokens`` tokens, and OpenAI's name of what ended it. The model read
-    ``prompt_tokens`` of the prompt and none of the ``lost`` tokens before them."""
+    ``prompt_tokens`` of the prompt and none of the ``lost`` tokens before them. ``details`` are
+    those of the whole answer, also where a stop text cut it."""
 
     text: str
     prompt_tokens: int
     lost: int
     tokens: int
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
+    details: DetailedAnswer | None = None
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -69,7 +72,7 @@ class Job:
     ``explain``, a method, to an explanation of the response of ``instruction`` for each image; with
     ``drawing``, the arguments of ``Engine.draw``, to images. ``decoding`` None is the engine's. An
     answer ends before the first of the texts ``stop``; with a ``seed`` the same answer is sampled
-    again.
+    again. With ``details`` the answer has them, and in the place of each token that many others.
     """
 
     pixels: tuple[Tensor, ...]
@@ -77,6 +80,7 @@ class Job:
     decoding: Decoding | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    details: int | None = None
     candidates: tuple[str, ...] | None = None
     normalization: Normalization = "sum"
     look: bool = False
@@ -418,7 +422,10 @@ class Batcher:
         try:
             if job.failure is not None:
                 raise job.failure
-            answer = _answer(self.engine, job, row.sample, response.ids, response.decoding)
+            sample = row.sample
+            if job.details is not None:
+                (sample,) = self._shared.with_features([sample])
+            answer = _answer(self.engine, job, sample, response.ids, response.decoding)
         except Exception as error:
             job.future.set_exception(error)
         else:
@@ -499,10 +506,15 @@ def _answer(engine: Engine, job: Job, sample: Sample, ids: list[int], decoding: 
     whole = engine.tokens.decode(ids)
     text = job.cut(whole)
     full = len(ids) >= decoding.max_new_tokens and text == whole
+    details = None
+    if job.details is not None:
+        ended = text == whole and not full
+        (details,) = engine.detail([sample], [ids], [ended], likeliest=job.details)
     return Answer(
         text=text,
         prompt_tokens=len(sample.prompt_ids),
         lost=engine.lost_tokens(job.instruction),
         tokens=len(ids),
         finish_reason="length" if full else "stop",
+        details=details,
     )

@@ -22,7 +22,10 @@ from instructblip.serving.schema import (
     ChatRequest,
     ChatResponse,
     Choice,
+    ChoiceLogprobs,
+    ChosenLogprob,
     Message,
+    TokenLogprob,
     Usage,
 )
 from instructblip.serving.service import Service
@@ -46,6 +49,7 @@ async def chat_job(service: Service, body: ChatRequest, engine: Engine) -> Job:
         decoding=_decoding(body, engine.decoding, service.config),
         seed=body.seed,
         stop=stop,
+        details=(body.top_logprobs or 0) if body.logprobs else None,
         deadline=deadline,
     )
 
@@ -101,7 +105,8 @@ def _decoding(body: ChatRequest, stored: Decoding, config: ServeConfig) -> Decod
 
 
 def stream_events(service: Service, name: str, job: Job, body: ChatRequest) -> AsyncIterator[str]:
-    """Server-sent events with the pieces of the answer; ends with ``[DONE]``."""
+    """Server-sent events with the pieces of the answer; ends with ``[DONE]``. The chunk with the
+    finish reason has the log-probabilities of all tokens."""
     loop = asyncio.get_running_loop()
     pieces: asyncio.Queue[str | None] = asyncio.Queue()
 
@@ -115,8 +120,9 @@ def stream_events(service: Service, name: str, job: Job, body: ChatRequest) -> A
     def event(content: dict[str, Any]) -> str:
         return f"data: {json.dumps(content)}\n\n"
 
-    def choice(delta: dict[str, str], finish: str | None = None) -> str:
-        return event({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+    def choice(delta: dict[str, str], finish: str | None = None, **more: Any) -> str:
+        one = {"index": 0, "delta": delta, **more, "finish_reason": finish}
+        return event({**head, "choices": [one]})
 
     async def events() -> AsyncIterator[str]:
         try:
@@ -126,7 +132,9 @@ def stream_events(service: Service, name: str, job: Job, body: ChatRequest) -> A
                 yield choice({"content": piece})
             answer: Answer = await service.result(job)
             service.metrics.tokens.inc(answer.tokens)
-            yield choice({}, answer.finish_reason)
+            known = logprobs_of(answer, job)
+            more = {} if known is None else {"logprobs": known.model_dump()}
+            yield choice({}, answer.finish_reason, **more)
             if body.stream_options and body.stream_options.include_usage:
                 yield event({**head, "choices": [], "usage": _usage(answer).model_dump()})
         except (TimeoutError, HTTPException):
@@ -140,11 +148,38 @@ def stream_events(service: Service, name: str, job: Job, body: ChatRequest) -> A
     return events()
 
 
-def response_of(model: str, answer: Answer) -> ChatResponse:
+def response_of(model: str, answer: Answer, job: Job) -> ChatResponse:
     """The response with the whole answer."""
-    message = AnswerMessage(content=answer.text)
-    choices = [Choice(message=message, finish_reason=answer.finish_reason)]
-    return ChatResponse(**_head(model), choices=choices, usage=_usage(answer))
+    choice = Choice(
+        message=AnswerMessage(content=answer.text),
+        logprobs=logprobs_of(answer, job),
+        finish_reason=answer.finish_reason,
+    )
+    return ChatResponse(**_head(model), choices=[choice], usage=_usage(answer))
+
+
+def logprobs_of(answer: Answer, job: Job) -> ChoiceLogprobs | None:
+    """OpenAI's log-probabilities of the tokens of the text, if the job asked for them. Tokens
+    behind a stop text are left out."""
+    if answer.details is None or job.details is None:
+        return None
+    content: list[ChosenLogprob] = []
+    length = 0
+    for token in answer.details.tokens[: answer.tokens]:
+        if length >= len(answer.text) and token.text:
+            break
+        length += len(token.text)
+        top = [_logprob(*other) for other in token.likeliest[: job.details]]
+        one = _logprob(token.text, token.log_prob)
+        content.append(ChosenLogprob(**one.model_dump(), top_logprobs=top))
+    known = answer.details
+    return ChoiceLogprobs(
+        content=content, log_likelihood=known.log_prob, confidence=known.confidence
+    )
+
+
+def _logprob(text: str, log_prob: float) -> TokenLogprob:
+    return TokenLogprob(token=text, logprob=log_prob, bytes=list(text.encode()))
 
 
 def _head(model: str) -> dict[str, Any]:

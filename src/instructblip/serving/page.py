@@ -17,11 +17,12 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import RedirectResponse
 from PIL import Image
 
+from instructblip.evaluation.scoring import probabilities
 from instructblip.inference.looks import overlays
 from instructblip.scenes.world import render, sample_scene
 from instructblip.serving.batching import Job, QueueFull, TooLate
 from instructblip.serving.incoming import BadImage, decode
-from instructblip.serving.service import Service, probabilities
+from instructblip.serving.service import Service
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
 os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # it would contact a hub

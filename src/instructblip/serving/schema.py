@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from instructblip.core.batch import IMAGE_MARK
+from instructblip.inference.details import FinishReason
 from instructblip.model.decoding import (
     MAX_TEMPERATURE,
     LengthPenalty,
@@ -172,8 +173,10 @@ class ChatRequest(_Body):
     frequency_penalty: Annotated[Any, _only(0)] = None
     presence_penalty: Annotated[Any, _only(0)] = None
     logit_bias: Annotated[Any, _only({})] = None
-    logprobs: Annotated[Any, _only(False)] = None
-    top_logprobs: Annotated[Any, _only(0)] = None
+    logprobs: bool | None = Field(None, description="Log-probability of each token, in nats.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=5, description="Tokens to list in the place of each; needs logprobs."
+    )
     response_format: Annotated[Any, _only({"type": "text"})] = None
     modalities: Annotated[Any, _only(["text"])] = None
     tools: Annotated[Any, _only([])] = None
@@ -188,6 +191,12 @@ class ChatRequest(_Body):
     min_tokens: MinNewTokens | None = None
     repetition_penalty: RepetitionPenalty | None = None
     length_penalty: LengthPenalty | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: send true for it")
+        return self
 
 
 Candidate = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -206,6 +215,12 @@ class RankRequest(_Body):
     instruction: Text
     candidates: list[Candidate] = Field(min_length=1, max_length=10_000, fail_fast=True)
     normalization: Literal["sum", "mean"] = "sum"
+    coverage: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Probability with which the answer set has the right one; needs a calibration.",
+    )
 
 
 class ExplainRequest(_Body):
@@ -245,10 +260,32 @@ class AnswerMessage(BaseModel):
     content: str
 
 
+class TokenLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChoiceLogprobs(BaseModel):
+    """``content`` has the tokens of the text, as OpenAI's; the last two fields are additions of
+    this project: the log-probability of the whole answer, its end token included, and the
+    probability that it is right, where the model is calibrated."""
+
+    content: list[ChosenLogprob]
+    refusal: None = None
+    log_likelihood: float
+    confidence: float | None
+
+
 class Choice(BaseModel):
     index: int = 0
     message: AnswerMessage
-    finish_reason: Literal["stop", "length"]
+    logprobs: ChoiceLogprobs | None = None
+    finish_reason: FinishReason
 
 
 class Usage(BaseModel):
@@ -271,7 +308,8 @@ class ChatResponse(BaseModel):
 
 
 class RankedCandidate(BaseModel):
-    """``probability`` is relative to the other candidates."""
+    """``probability`` is relative to the other candidates, and calibrated if the response says
+    so."""
 
     text: str
     log_likelihood: float
@@ -279,11 +317,15 @@ class RankedCandidate(BaseModel):
 
 
 class RankResponse(BaseModel):
-    """The candidates in the order of the request, and the likeliest."""
+    """The candidates in the order of the request, and the likeliest. ``answer_set`` has the right
+    candidate with the probability ``coverage`` of the request, on average over questions like those
+    of the calibration."""
 
     model: str
     best: str
     candidates: list[RankedCandidate]
+    calibrated: bool
+    answer_set: list[str] | None = None
     prompt_tokens_lost: int = Field(description="As in a chat's usage.")
 
 

@@ -1,7 +1,6 @@
 """What handlers and page share: a batcher for each model, the limits and the counters."""
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -175,10 +174,3 @@ class Service:
 
 def too_busy() -> HTTPException:
     return HTTPException(429, "too many requests wait; try again", headers={"Retry-After": "1"})
-
-
-def probabilities(scores: list[float]) -> list[float]:
-    """The softmax of log-likelihoods in nats."""
-    top = max(scores)
-    weights = [math.exp(score - top) for score in scores]
-    return [weight / sum(weights) for weight in weights]

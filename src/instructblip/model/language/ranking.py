@@ -210,12 +210,18 @@ class Forest:
             place=(row_of * width + column_of).to(device),
         )
 
+    def edge_scores(self, logits: Float[Tensor, "nodes W"]) -> Float[Tensor, " edges"]:
+        """Log-likelihood of the token of each edge, from the logits at all nodes, the roots
+        first."""
+        _, parent, token = torch.tensor(self.edges, device=logits.device).T
+        return logits[parent, token] - logits.logsumexp(1)[parent]
+
     def scores(
         self, logits: Float[Tensor, "nodes W"], normalization: Normalization
     ) -> Float[Tensor, " c"]:
-        """Log-likelihood of each candidate from the logits at all nodes, the roots first."""
-        candidate, parent, token = torch.tensor(self.edges, device=logits.device).T
-        scores = logits[parent, token] - logits.logsumexp(1)[parent]
+        """Log-likelihood of each candidate, from the logits as above."""
+        candidate = torch.tensor(self.edges, device=logits.device).T[0]
+        scores = self.edge_scores(logits)
         counts = candidate.bincount()
         total = scores.new_zeros(len(counts)).index_add(0, candidate, scores)
         return total / counts if normalization == "mean" else total
