@@ -151,4 +151,8 @@ def test_the_stage_of_retrieval_leaves_the_model_as_it_is(short: list[str], tmp_
     before, after = (load_file(path / "model.safetensors") for path in (start, last))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert embedded(tmp_path / "run").isfinite().all()
+    embedder = Embedder.from_pretrained(tmp_path / "run", device="cpu")
+    assert embedder.embed(images=images(2)).isfinite().all()
+    assert embedder.embed(texts=TEXTS).isfinite().all()
+    with pytest.raises(ValueError, match=r"embed and do not match.*--stage 1"):
+        embedder.match(images(1), TEXTS)

@@ -100,7 +100,7 @@ def test_negatives_are_of_another_image_and_hard(
 
     monkeypatch.setattr(torch, "multinomial", watch)
     similarity = torch.tensor([[9.0, 1.0, 9.0], [2.0, 9.0, 5.0], [9.0, 3.0, 9.0]])
-    stage.match(features, batch, similarity, stage.same(batch))
+    stage.match(features, batch, similarity, is_same_image(batch.image_index[:, 0]))
     texts, _images = drawn
     assert texts[0].tolist() == [0, 1, 0]
     assert texts[1, 1] == 0
@@ -108,14 +108,21 @@ def test_negatives_are_of_another_image_and_hard(
 
 
 def test_retrieval_trains_the_text_branch_and_takes_equal_captions_for_both_images(
-    stage: Stage1,
+    stage: Stage1, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     retrieval = RetrievalStage(stage.model, embedding=8)
     batch = tiny_batch(stage.model.config)  # images 0, 1, 0
     ids, mask = batch.qformer_ids.clone(), batch.qformer_mask.clone()
     ids[1], mask[1] = ids[2], mask[2]
-    same = retrieval.same(replace(batch, qformer_ids=ids, qformer_mask=mask))
-    assert same.tolist() == [[True, False, True], [False, True, True], [True, True, True]]
+    given: list[list[list[bool]]] = []
+
+    def watch(scores: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+        given.append(same.tolist())
+        return contrast(scores, same)
+
+    monkeypatch.setattr("instructblip.model.stage1.contrast", watch)
+    retrieval.loss(replace(batch, qformer_ids=ids, qformer_mask=mask))
+    assert given == [[[True, False, True], [False, True, True], [True, True, True]]]
     output = retrieval.loss(batch)
     output.loss_sum.backward()
     moved = {name for name, p in stage.model.named_parameters() if p.grad is not None}

@@ -43,8 +43,8 @@ class CaptionTokens(Tokens):
 @dataclass(frozen=True)
 class Pretraining(Variant):
     """Stage 1 trains the Q-Former against captions, align against the language model's word
-    embeddings, stage 2 through the language model. Retrieval trains the heads of stage 1 and a
-    text branch for them, and leaves the model as it is."""
+    embeddings, stage 2 through the language model. Retrieval trains the contrast's heads and
+    a text branch for them, and leaves the model as it is."""
 
     stage: Stage
     instructs = False  # the language model continues captions

@@ -127,7 +127,15 @@ class Embedder:
     def match_features(
         self, features: Float[Tensor, "N P V"], texts: Sequence[str], index: Int[Tensor, " M"]
     ) -> Float[Tensor, "M 2"]:
-        """Logits on the CPU that each text does not fit and that it fits image ``index[i]``."""
+        """Logits on the CPU that each text does not fit and that it fits image ``index[i]``.
+
+        Raises ValueError for heads that were not trained to match.
+        """
+        if not self.retriever.can_match:
+            raise ValueError(
+                "the heads of the stage retrieval embed and do not match: compare embeddings, or "
+                "take a model of `instructblip pretrain --stage 1`"
+            )
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
         logits = torch.empty(len(texts), 2)
         for start in range(0, len(order), PAIRS):
@@ -144,8 +152,9 @@ class Embedder:
         """Scores by which each image chooses among the texts, and each text among the images.
 
         A score is the similarity plus the matching logit of the ``rerank`` most similar; all others
-        come after them, as in BLIP-2's evaluation.
+        come after them, as in BLIP-2's evaluation. Without a head for matching no one is matched.
         """
+        rerank = rerank if self.retriever.can_match else 0
         parts = [self.features(part).cpu() for part in _parts(images)]
         vectors = [self.embed_features(part.to(self.device)).cpu() for part in parts]
         features, embedded = torch.cat(parts), self.embed(texts=texts)

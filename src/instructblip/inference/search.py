@@ -84,8 +84,9 @@ class Gallery:
 
         The Q-Former reads the ``rerank`` most similar ones together with the text; they are
         ordered by their matching logit plus their similarity, as in BLIP-2's evaluation, and stand
-        before the others.
+        before the others. With heads that were not trained to match similarity alone counts.
         """
+        rerank = rerank if self.embedder.retriever.can_match else 0
         scores = self._scores(self.embedder.embed(texts=text)[0])
         top = scores.topk(min(max(limit, rerank), len(scores))).indices.tolist()
         found = [Found(self.paths[i], float(scores[i])) for i in top]

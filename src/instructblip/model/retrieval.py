@@ -134,7 +134,15 @@ class Retriever(Heads):
         qformer = config.qformer.model_copy(update=sizes)
         config = config.model_copy(update={"qformer": qformer, "instruction_aware": True})
         with NoRandomWeights(), NoStorage():
-            return cls(config, len(heads["vision_projection.weight"]))
+            retriever = cls(config, len(heads["vision_projection.weight"]))
+        if "itm_head.weight" not in heads:
+            del retriever.match_head
+        return retriever
+
+    @property
+    def can_match(self) -> bool:
+        """Whether its heads were trained to match; those of the stage `retrieval` were not."""
+        return hasattr(self, "match_head")
 
     def encode_image(self, pixel_values: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P V"]:
         """As ``InstructBlip.encode_image``, without gradients."""
@@ -204,6 +212,7 @@ def write_heads(heads: Heads, model: InstructBlip, directory: Path) -> None:
     named = {
         f"{theirs}.{part}": value
         for theirs, ours in HEADS.items()
+        if hasattr(heads, ours)
         for part, value in getattr(heads, ours).state_dict().items()
     }
     named["temp"] = heads.log_temperature.detach().exp()

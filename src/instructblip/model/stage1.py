@@ -49,19 +49,13 @@ class Stage1(Heads):
 
     def terms(self, features: Float[Tensor, "N P V"], batch: Batch) -> dict[str, Tensor]:
         """The losses by name, means over the samples."""
-        return self.aligning(features, batch) | {"caption": self.caption(features, batch)}
-
-    def aligning(self, features: Float[Tensor, "N P V"], batch: Batch) -> dict[str, Tensor]:
-        """Contrast and matching."""
-        scores, same = self.similarity(features, batch), self.same(batch)
+        same = is_same_image(batch.image_index[:, 0])
+        scores = self.similarity(features, batch)
         return {
             "contrast": contrast(scores, same),
             "match": self.match(features, batch, scores.detach(), same),
+            "caption": self.caption(features, batch),
         }
-
-    def same(self, batch: Batch) -> Bool[Tensor, "B B"]:
-        """Which samples are no negatives of each other: those that show the same image."""
-        return is_same_image(batch.image_index[:, 0])
 
     def similarity(self, features: Float[Tensor, "N P V"], batch: Batch) -> Float[Tensor, "B B"]:
         """Row i: the image of sample i with the text of every sample, by the image's best query."""
@@ -121,23 +115,24 @@ class Stage1(Heads):
 
 
 class RetrievalStage(Stage1):
-    """Trains the heads and a text branch for retrieval; nothing else, so that the model beside
-    which they are stored answers as before."""
+    """Trains the heads of the contrast and a text branch for them; nothing else, so that the model
+    beside which they are stored answers as before.
+
+    It trains no matching: with a frozen Q-Former that stays at chance (docs/log.md).
+    """
 
     def __init__(self, model: InstructBlip, embedding: int = 256) -> None:
         super().__init__(model, embedding)
-        del self.word_head
+        del self.word_head, self.match_head
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(TEXT_BRANCH.fullmatch(name) is not None)
 
     def terms(self, features: Float[Tensor, "N P V"], batch: Batch) -> dict[str, Tensor]:
-        """Contrast and matching."""
-        return self.aligning(features, batch)
-
-    def same(self, batch: Batch) -> Bool[Tensor, "B B"]:
-        """Those that show the same image or have the same caption, which then fits both."""
+        """The contrast, where samples are no negatives of each other that show the same image or
+        have the same caption, which then fits both."""
         ids = batch.qformer_ids.masked_fill(batch.qformer_mask == 0, -1)
-        return super().same(batch) | (ids[:, None] == ids[None]).all(2)
+        same = is_same_image(batch.image_index[:, 0]) | (ids[:, None] == ids[None]).all(2)
+        return {"contrast": contrast(self.similarity(features, batch), same)}
 
 
 def sum_of_means(batch: Batch, terms: Mapping[str, Tensor]) -> LossOutput:
