@@ -1,14 +1,18 @@
 """Calibrating a saved model, and what it then knows: from the command line and from Python."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import instructblip
 from instructblip.cli import main as cli
-from instructblip.evaluation.calibration import CALIBRATION_FILE
+from instructblip.data.custom.folder import read_sides
+from instructblip.data.prepared.prepare import prepare
+from instructblip.evaluation.calibration import CALIBRATION_FILE, Calibration
 from instructblip.experiment.calibrate import calibrate
+from instructblip.experiment.tune import calibrate_held, write_recipe
 from instructblip.inference.batch import read_requests, write_answers
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.recipe.load import load_recipe
@@ -157,6 +161,39 @@ def test_samples_that_mean_nothing_are_refused_in_one_line(
     asked = ["answer", "--image", image, "--instruction", "what?", "--candidates", "red,blue"]
     line = one_line(capsys, *asked, "--coverage", "0.9")
     assert "no calibration of candidates: run `instructblip calibrate MODEL`" in line
+
+
+def test_tuning_calibrates_with_its_validation(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = prepare("okvqa", root / "okvqa", "val", tmp_path / "prepared")
+    shutil.copytree(data.image_root, tmp_path / "folder")
+    rows = [
+        {
+            "file_name": example.images[0],
+            "question": example.question,
+            "answer": example.answers[0],
+            "split": "train" if i < 4 else "val",
+        }
+        for i, example in enumerate(data)
+    ]
+    lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+    (tmp_path / "folder/metadata.csv").write_text("\n".join(lines) + "\n")
+    run_folder = copied(tmp_path / "run")
+    recipe = write_recipe(tmp_path / "folder", str(run_folder), tmp_path / "out", 4, [])
+    sides = read_sides(tmp_path / "folder")
+    few = replace(sides.validation, examples=sides.validation.examples[:50])
+    calibrate_held(recipe, replace(sides, validation=few), "en", run_folder)
+    assert "no confidences: answers: not calibrated, 50 samples are" in capsys.readouterr().out
+    assert not (run_folder / CALIBRATION_FILE).exists()
+    calibrate_held(recipe, sides, "en", run_folder)
+    printed = capsys.readouterr().out
+    assert f"answers: {len(rows) - 4} samples" in printed
+    assert "the same samples chose the step that was kept" in printed
+    known = Calibration.load(run_folder)
+    assert known is not None
+    assert known.chose_step
+    assert instructblip.load(run_folder, device="cpu").calibration == known
 
 
 def test_rows_that_were_trained_on_are_refused_whatever_their_split_is_called(

@@ -27,6 +27,7 @@ from pydantic import ValidationError
 from instructblip.cli import main as cli
 from instructblip.data import tokens
 from instructblip.data.templates import Dialogue, Rendered
+from instructblip.evaluation.calibration import Calibration, CandidateMap
 from instructblip.inference.chat import instruction_of
 from instructblip.inference.engine import Engine
 from instructblip.serving import bodies, connections, incoming
@@ -390,6 +391,30 @@ def test_rank(client: TestClient, engine: Engine, png: list[Path]) -> None:
     assert "300 candidates; at most 256" in error_of(many, 413)
     long = client.post("/v1/rank", json={**request, "candidates": ["a" * 1000] * 33})
     assert "33000 characters in all; at most 32000" in error_of(long, 413)
+
+
+def test_a_calibrated_model_ranks_in_sets(model_folder: Path, png: list[Path]) -> None:
+    plain = greedy_engine(model_folder)
+    fitted = CandidateMap(
+        samples=100, temperature=9.0, misfits=(0.9,) * 95 + (9.0,) * 5, abstain_below=None
+    )
+    known = Calibration(model="any", sets={"toy val": 100}, candidates=fitted)
+    engine = Engine(plain.model, plain.tokens, plain.images, plain.decoding, calibration=known)
+    names = ["red", "blue", "red cat"]
+    request = {"images": [data_url(png[0])], "instruction": "what?", "candidates": names}
+    expected = engine.rank(png[0], "what?", names, details=True)
+    with TestClient(create_app({"tuned": engine})) as client:
+        for coverage in (0.9, 0.99):
+            answer = client.post("/v1/rank", json={**request, "coverage": coverage}).json()
+            assert answer["calibrated"]
+            chances = [c["probability"] for c in answer["candidates"]]
+            assert chances == pytest.approx([c.probability for c in expected], abs=1e-5)
+            assert answer["answer_set"] == engine.answer_set(png[0], "what?", names, coverage)
+        assert client.post("/v1/rank", json=request).json()["answer_set"] is None
+        by_mean = {**request, "coverage": 0.9, "normalization": "mean"}
+        assert "coverage: it needs the sum" in error_of(client.post("/v1/rank", json=by_mean), 400)
+        wrong = client.post("/v1/rank", json={**request, "coverage": 1.0})
+        assert "coverage" in error_of(wrong, 422)
 
 
 def test_health_metrics_and_description(client: TestClient, png: list[Path]) -> None:
