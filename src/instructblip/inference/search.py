@@ -29,7 +29,7 @@ MOST_IMAGES = 2_000_000
 """In a folder: their names and places have to fit into memory."""
 BATCH = 64
 """Images that are embedded at a time."""
-BLOCK = 1 << 21
+BLOCK = 1 << 18
 """Numbers of stored embeddings that are compared at a time: they fit into a processor's cache."""
 SIDE = 224
 """Pixels of a thumbnail."""
