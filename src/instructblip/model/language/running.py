@@ -92,7 +92,7 @@ class Response:
     def choose(self, scores: Float[Tensor, "1 W"]) -> Int[Tensor, " 1"]:
         """The next token, by the settings of ``decoding``."""
         decoding = self.decoding
-        ids = torch.tensor([self.ids], dtype=torch.long, device=scores.device)
+        ids: Any = torch.tensor([self.ids], dtype=torch.long, device=scores.device)
         if decoding.repetition_penalty != 1.0:
             scores = RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty)(ids, scores)
         if len(self.ids) < decoding.min_new_tokens:
@@ -128,6 +128,8 @@ def _warpers(decoding: Decoding) -> list[Callable[[Any, Tensor], Tensor]]:
 class _Rows(DynamicLayer):
     """Keys [S, H, C, d] and values of one layer: S rows of C columns, most of them used."""
 
+    keys: Any
+    values: Any
     places: Int[Tensor, " n"]
     """The column of the newest token of the rows that run, the first n."""
     width: int
@@ -218,7 +220,7 @@ class Running:
                 places[:, None],
                 input_ids=ids,
                 attention_mask=self.language.tree_mask(seen, seen.new_empty(len(ids), 1, 0).bool()),
-                past_key_values=Cache(layers=self._layers),
+                past_key_values=Cache(layers=[*self._layers]),
             ).last_hidden_state
             logits = self.language.logits(hidden[:, -1])
         self._lengths = [length + 1 for length in self._lengths]
