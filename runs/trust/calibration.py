@@ -94,7 +94,7 @@ def closed(held: Held) -> Held:
     return Held(asked, Changed(changed, data.name, data.image_root))
 
 
-def predict(work: Path, models: Sequence[Path], limit: int) -> "dict[str, list[Model]]":
+def predict(work: Path, models: Sequence[Path], limit: int) -> "list[Model]":
     """The predictions of each model: open and closed ones by benchmark."""
     sets = sorted({BENCHMARKS[name].source for name in (*HELD_IN, *HELD_OUT)})
     write_scenes(work / "scenes", SEED, scale=5, sets=tuple(sets))

@@ -215,8 +215,8 @@ def _fit_answers(rows: Sequence[Row]) -> tuple[AnswerMap, Floats, Floats]:
         after[side] = np.interp(scores[side], *fit_isotonic(scores[~side], marks[~side]))
     fitted = AnswerMap(
         samples=len(rows),
-        scores=knots[0],
-        chances=knots[1],
+        scores=tuple(knots[0]),
+        chances=tuple(knots[1]),
         abstain_below=abstention_threshold(after, marks, ACCURACY),
     )
     return fitted, np.exp(scores), after
@@ -240,7 +240,7 @@ def _fit_candidates(rows: Sequence[Row]) -> tuple[CandidateMap, Floats, Floats]:
     fitted = CandidateMap(
         samples=len(rows),
         temperature=temperature,
-        misfits=sorted(misfits),
+        misfits=tuple(sorted(misfits)),
         abstain_below=abstention_threshold(after, marks, ACCURACY),
     )
     return fitted, np.array([_surest(row, 1.0) for row in scores]), after

@@ -417,13 +417,13 @@ def _answer(
 ) -> list[dict[str, Any]]:
     """One scored prediction per example."""
     predictions = [_describe(e, p.prompt) for e, p in zip(examples, prompts, strict=True)]
-    calibration = engine.calibration if isinstance(engine, DetailedAnswerer) else None
-    detailed = isinstance(engine, DetailedAnswerer) and (details or calibration is not None)
-    if benchmark.mode == "generate" and detailed:
-        answers = engine.detail_examples(examples, prompts, image_root, **benchmark.decoding)
+    known = engine if isinstance(engine, DetailedAnswerer) else None
+    calibration = known.calibration if known else None
+    if benchmark.mode == "generate" and known and (details or calibration):
+        answers = known.detail_examples(examples, prompts, image_root, **benchmark.decoding)
         for prediction, one in zip(predictions, answers, strict=True):
-            known = {"log_prob": one.log_prob, "num_tokens": one.num_tokens}
-            prediction |= {"prediction": one.text, **known}
+            scores = {"log_prob": one.log_prob, "num_tokens": one.num_tokens}
+            prediction |= {"prediction": one.text, **scores}
     elif benchmark.mode == "generate":
         texts = engine.answer_examples(examples, prompts, image_root, **benchmark.decoding)
         for prediction, text in zip(predictions, texts, strict=True):
@@ -435,9 +435,10 @@ def _answer(
         ranked = engine.rank_examples(examples, prompts, image_root, flat)
         for prediction, wordings, row in zip(predictions, worded, ranked, strict=True):
             prediction |= _choose(wordings, row)
-    for prediction in predictions if calibration is not None else ():
-        if (confidence := calibration.confidence(prediction)) is not None:
-            prediction["confidence"] = confidence
+    if calibration is not None:
+        for prediction in predictions:
+            if (confidence := calibration.confidence(prediction)) is not None:
+                prediction["confidence"] = confidence
     computed = [m for m in (benchmark.metric, *benchmark.others) if is_function(m)]
     for prediction in predictions if computed else ():
         prediction["scores"] = {m: scorer_of(m).sample(prediction) for m in computed}
