@@ -119,6 +119,10 @@ class Batch:
     each token.
     ``datasets`` and ``ids`` name the samples for logs and errors; the model never reads them.
 
+    A batch of preference training has chosen responses and then as many rejected ones, with their
+    log-likelihoods ``reference`` [B] under the start; ``counts`` [B] are what the samples weigh in
+    the mean of the loss (None: their response tokens).
+
     A batch to draw has ``target_values`` [B, 3, G, G] in [-1, 1], the images that are asked for.
     There no image goes with an instruction whose ``image_index`` is -1 (no pixels at all where none
     does), and ``response_mask`` [B, 1] is all ones: an image counts as one token.
@@ -136,6 +140,8 @@ class Batch:
     target_values: Tensor | None = None  # float [B, 3, G, G]
     image_places: Tensor | None = None  # int64 [B, F]
     scale: Tensor | None = None  # float [3, 256] or [N, P]
+    reference: Tensor | None = None  # float [B]
+    counts: Tensor | None = None  # int64 [B]
     kept: "Batch | None" = None  # what `to` leaves on the CPU: see `host`
     datasets: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
@@ -190,9 +196,16 @@ class Batch:
         return [f"{dataset}/{id_}" for dataset, id_ in zip(datasets, ids, strict=True)]
 
     @property
+    def sample_counts(self) -> Tensor:
+        """What each sample weighs in the mean of the loss [B], on the CPU: its response tokens,
+        unless ``counts`` says otherwise."""
+        host = self.host
+        return host.response_mask.sum(1) if host.counts is None else host.counts
+
+    @property
     def num_response_tokens(self) -> int:
-        """Tokens that carry loss: the denominator of the mean."""
-        return int(self.host.response_mask.sum())
+        """The denominator of the mean."""
+        return int(self.sample_counts.sum())
 
 
 def sent_ahead(steps: Iterable[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:

@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from instructblip.core.batch import Batch, Example, Sample
-from instructblip.data.order import Mixture, Order, mix
+from instructblip.data.order import Draw, Mixture, Order, mix
 from instructblip.data.samples import Examples, ImageReader, collate, make_sample
 from instructblip.data.templates import Language, Rendered, check_template, render_instruction
 from instructblip.data.tokens import Tokens
@@ -134,11 +134,15 @@ class Loader:
 
     def step(self, step: int) -> list[Batch]:
         """The micro batches of this rank at ``step``."""
-        return [collate([self.sample(slot) for slot in part]) for part in self.parts(step)]
+        return [self.collate(part) for part in self.parts(step)]
 
     def batch(self, step: int, micro: int = 0) -> Batch:
         """Micro batch ``micro`` of this rank at ``step``."""
-        return collate([self.sample(slot) for slot in self.parts(step)[micro]])
+        return self.collate(self.parts(step)[micro])
+
+    def collate(self, slots: Sequence[int]) -> Batch:
+        """The batch of the samples of ``slots``."""
+        return collate([self.sample(slot) for slot in slots])
 
     def parts(self, step: int) -> list[Sequence[int]]:
         """The slots of each micro batch of this rank at ``step``."""
@@ -168,17 +172,23 @@ class Loader:
 
     def sample(self, slot: int) -> Sample:
         """The sample of a slot, with its crop, template and answer."""
-        example, rendered = self.rendered(slot)
-        dataset = self.order[slot].dataset
-        image_root, images = self.datasets[dataset].image_root, self.images[self.names[dataset]]
-        crop_seed = mix(self._seed_of(slot), 4)
-        return make_sample(example, rendered, self.tokens, images, image_root, crop_seed)
+        return self.sample_of(self.order[slot], self._seed_of(slot))
+
+    def sample_of(self, draw: Draw, seed: int) -> Sample:
+        """The sample of an example; ``seed`` decides crop, template and answer."""
+        example, rendered = self.render(draw, seed)
+        image_root = self.datasets[draw.dataset].image_root
+        images = self.images[self.names[draw.dataset]]
+        return make_sample(example, rendered, self.tokens, images, image_root, mix(seed, 4))
 
     def rendered(self, slot: int) -> tuple[Example, Rendered]:
         """The example of a slot and its texts: the same template and answer at every call."""
-        draw = self.order[slot]
+        return self.render(self.order[slot], self._seed_of(slot))
+
+    def render(self, draw: Draw, seed: int) -> tuple[Example, Rendered]:
+        """An example and its texts."""
         name, example = self.names[draw.dataset], self.datasets[draw.dataset][draw.example]
-        rng = random.Random(self._seed_of(slot))
+        rng = random.Random(seed)
         templates = self.templates.get(name)
         template = rng.choice(templates) if templates else None
         return example, render_instruction(example, rng, template, self.languages.get(name, "en"))

@@ -39,23 +39,43 @@ def cider(
     candidates: Sequence[str],
     references: Sequence[Sequence[str]],
     tokenizer: CaptionTokenizer = "python",
+    frequency: "DocumentFrequency | None" = None,
 ) -> CaptionScore:
     """CIDEr-D, which coco-caption calls CIDEr: clipped counts and a length penalty.
 
     Cosine of tf-idf vectors of 1- to 4-grams, averaged over references and n, times 10. The
     document frequencies come from ``references``, so a subset has another score and a single image
-    always scores 0.
+    always scores 0, unless ``frequency`` gives those of other references.
     """
     predicted, expected = _tokens(candidates, references, tokenizer)
     ngrams = [[_ngrams(reference) for reference in group] for group in expected]
-    frequency = Counter(gram for group in ngrams for gram in set().union(*group))
-    log_images = math.log(len(predicted))
+    known = _frequency(ngrams) if frequency is None else frequency
     per_image = []
     for tokens, group in zip(predicted, ngrams, strict=True):
-        candidate = _tfidf(_ngrams(tokens), frequency, log_images)
-        sums = [_cider_d(candidate, _tfidf(ref, frequency, log_images)) for ref in group]
+        candidate = _tfidf(_ngrams(tokens), *known)
+        sums = [_cider_d(candidate, _tfidf(ref, *known)) for ref in group]
         per_image.append(10 * math.fsum(sums) / len(group))
     return CaptionScore(float(np.mean(per_image)), per_image)
+
+
+class DocumentFrequency(NamedTuple):
+    """In how many images an n-gram is in a reference, and the logarithm of their number."""
+
+    counts: Counter[tuple[str, ...]]
+    log_images: float
+
+
+def document_frequency(
+    references: Sequence[Sequence[str]], tokenizer: CaptionTokenizer = "python"
+) -> DocumentFrequency:
+    """Return the document frequencies of ``references``, for `cider` of other captions."""
+    _, expected = _tokens([""] * len(references), references, tokenizer)
+    return _frequency([[_ngrams(reference) for reference in group] for group in expected])
+
+
+def _frequency(ngrams: Sequence[Sequence[Ngrams]]) -> DocumentFrequency:
+    counts = Counter(gram for group in ngrams for gram in set().union(*group))
+    return DocumentFrequency(counts, math.log(len(ngrams)))
 
 
 def bleu(

@@ -43,6 +43,7 @@ def generate_responses(
     on_tokens: OnTokens | None = None,
     decoding: Decoding = GREEDY,
     ends: Sequence[int] = (),
+    queries: Float[Tensor, "B K L"] | None = None,
 ) -> list[list[int]]:
     """Token ids of each sample's response, without prompt and end token.
 
@@ -50,11 +51,11 @@ def generate_responses(
     the newest token of every sample [B] at each step, padding after its end; not with beams, whose
     tokens are known at the end only. It may return which samples end there; an error that it
     raises ends the run. ``ends`` are the tokens that end a response; by default those of the
-    model's generation config.
+    model's generation config. ``queries`` are those of the batch, where they are known.
     """
     options = decoding.generate_options() | ({"eos_token_id": list(ends)} if ends else {})
     with eval_mode(model):
-        queries = model.encode_queries(batch)
+        queries = model.encode_queries(batch) if queries is None else queries
         with model.language_precision():
             return model.language.generate(queries, batch, on_tokens, **options)
 

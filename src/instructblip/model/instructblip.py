@@ -142,13 +142,18 @@ class InstructBlip(Pretrained):
 
     def loss(self, batch: Batch) -> LossOutput:
         """Language-modelling loss of the responses; prompt and padding carry none."""
-        queries = self.encode_queries(batch)  # [B, K, L]
-        with part("language"), self.language_precision():
-            joined = self.language.join(queries, batch)
-            losses = self.language.loss(joined)  # [n], one of each response token
-        sample_losses = losses.new_zeros(len(batch)).index_add(0, joined.rows, losses.detach())
+        losses, rows = self.token_losses(self.encode_queries(batch), batch)
+        sample_losses = losses.new_zeros(len(batch)).index_add(0, rows, losses.detach())
         sample_tokens = batch.response_mask.long().sum(1)
         return LossOutput(losses.sum(), sample_tokens.sum(), sample_losses, sample_tokens)
+
+    def token_losses(
+        self, queries: Float[Tensor, "B K L"], batch: Batch
+    ) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+        """The loss of each response token in nats, and the sample that it belongs to."""
+        with part("language"), self.language_precision():
+            joined = self.language.join(queries, batch)
+            return self.language.loss(joined), joined.rows
 
     @property
     def language(self) -> Language:

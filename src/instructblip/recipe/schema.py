@@ -28,7 +28,7 @@ from instructblip.data.templates import check_template, templates_of
 from instructblip.evaluation.benchmarks import BENCHMARKS, GROUPS, Benchmark
 from instructblip.evaluation.scoring import ALIASES, NEEDS_CANDIDATES, scorer_of
 from instructblip.model.config import LoraConfig
-from instructblip.model.decoding import check_overrides
+from instructblip.model.decoding import MAX_TEMPERATURE, MIN_TEMPERATURE, check_overrides
 from instructblip.model.placement import Devices, Kind, Quantize, check_placement
 from instructblip.text_to_image.config import ConditionerConfig, DiffusersConfig, NativeConfig
 from instructblip.training.config import TrainingConfig
@@ -403,6 +403,52 @@ class DrawingConfig(_Section):
     """Fresh prompts of each kind that a validation on Scenes draws."""
 
 
+def _rewards(rewards: dict[str, float]) -> dict[str, float]:
+    for metric in rewards:
+        scorer_of(ALIASES.get(metric, metric)).require()
+        if metric in NEEDS_CANDIDATES:
+            raise ValueError(f"{metric} scores candidates, and a reward scores a written response")
+    return {ALIASES.get(metric, metric): weight for metric, weight in rewards.items()}
+
+
+class PreferenceConfig(_Section):
+    """Training from better and worse responses: where they come from, and the objective."""
+
+    objective: Literal["dpo", "self_critical"] = "dpo"
+    """dpo trains on pairs of a chosen and a rejected response; self_critical on responses sampled
+    in each step, by how much their reward is above that of the greedy one."""
+    rewards: Annotated[dict[str, float], AfterValidator(_rewards)] = Field(default_factory=dict)
+    """Metric -> weight: the sum of the scores of a response, 0 to 1 each (CIDEr 0 to 10), is its
+    reward. For dpo the model samples its pairs then; empty takes the column ``rejected`` of the
+    data."""
+    pairs: PositiveInt = 2000
+    """Instructions for which the model samples responses once, before dpo with rewards; one is a
+    pair, of the best and the worst, unless all are equally good."""
+    num_responses: Annotated[int, Field(ge=1, le=64)] = 4
+    """Responses sampled for an instruction; dpo needs 2."""
+    references: bool = False
+    """Whether the response of the data is one of those of dpo too: it is then mostly the chosen
+    one."""
+    temperature: Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)] = 1.0
+    """Temperature at which they are sampled."""
+    max_new_tokens: PositiveInt = 64
+    """Most tokens of a sampled response; one that has not ended by then is no part of a pair."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly dpo ties the model to its start: less for smaller values."""
+    per_token: bool = False
+    """Whether dpo divides log-likelihoods by the number of tokens."""
+    rpo: NonNegativeFloat = 0.0
+    """Weight of the chosen response's loss per token, which keeps its likelihood up."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.objective == "self_critical" and not self.rewards:
+            raise ValueError("self_critical needs rewards, such as {rouge_l: 1}")
+        if self.objective == "dpo" and self.rewards and self.num_responses < 2:
+            raise ValueError("num_responses is 1, and a pair of dpo needs 2 or more")
+        return self
+
+
 class Recipe(_Section):
     """Everything that decides a run."""
 
@@ -418,6 +464,8 @@ class Recipe(_Section):
     """What it is evaluated on."""
     drawing: DrawingConfig | None = None
     """Text to image; null tunes the model to answer."""
+    preference: PreferenceConfig | None = None
+    """Training from better and worse responses; null trains on the responses of the data."""
     code: Path | None = None
     """Folder of the Python files that ``package.module:function`` names; null for that of the
     recipe."""
@@ -429,6 +477,7 @@ class Recipe(_Section):
         names = [name for entry in own for name in (*entry.metrics, entry.prompt or "")]
         names += [name for entry in sets for name in (*(entry.templates or ()), entry.format or "")]
         names += self.evaluation.prompts.values()
+        names += self.preference.rewards if self.preference else ()
         return list(filter(is_function, names))
 
     @model_validator(mode="after")

@@ -386,7 +386,7 @@ def _add_to_window(
     window: dict[str, list[float | int]], batches: list[Batch], values: Iterator[float]
 ) -> None:
     names = [name for batch in batches for name in (batch.datasets or ("data",) * len(batch))]
-    tokens = [n for batch in batches for n in batch.response_mask.sum(1).tolist()]
+    tokens = [n for batch in batches for n in batch.sample_counts.tolist()]
     for name, count in zip(names, tokens, strict=True):
         total = window.setdefault(name, [0.0, 0])
         total[0] += next(values)

@@ -31,6 +31,7 @@ from instructblip.data.custom.rows import (
     asked_task,
     extra_of,
     images_of,
+    rejected_of,
 )
 from instructblip.data.reading.records import Record
 from instructblip.data.templates import without_front_marks
@@ -97,22 +98,25 @@ def dialogue(
                 turn.fail(role, "a question before the answer")
             question += IMAGE_MARK * marked.count(IMAGE_MARK)
             answers = (text,) if text else ()
-            alone = not history and not context and i == len(turns) - 1
+            last = i == len(turns) - 1
+            alone = not history and not context and last
             asks = alone and _field(record) not in ROLES["question"]
-            yield Example(
-                dataset=custom.name,
-                split=split,
-                id=f"{identifier}_{i}",
-                images=tuple(images),
-                task=custom.task or (asked_task(answers) if asks else "instruct"),
-                question=question,
-                answers=answers,
-                context=context,
-                history=tuple(history),
-                where=turn.where,
-                extra=(extra_of(custom, record, tuple(images)) if images else {})
-                | ({"system": True} if context else {}),
-            )
+            if last or "rejected" not in record:  # of preference data only the last answer
+                yield Example(
+                    dataset=custom.name,
+                    split=split,
+                    id=f"{identifier}_{i}",
+                    images=tuple(images),
+                    task=custom.task or (asked_task(answers) if asks else "instruct"),
+                    question=question,
+                    answers=answers,
+                    context=context,
+                    history=tuple(history),
+                    where=turn.where,
+                    extra=(extra_of(custom, record, tuple(images)) if images else {})
+                    | ({"system": True} if context else {})
+                    | rejected_of(record),
+                )
             history.append((question, text))
             question = None
     if question is not None or not history:

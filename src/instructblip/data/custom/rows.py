@@ -38,6 +38,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "ocr_tokens": (),
     "split": (),
     "task": (),
+    "rejected": (),
 }
 """What a column can hold, with the other names that are accepted for it."""
 
@@ -137,6 +138,7 @@ def rows_of_split(
         key, record, folder = row
         record = replace(record, remedy=REMEDY)
         try:
+            record = without_preference(record)
             column = spelling(name, record)
             has_column = bool(column) if has_column is None else has_column
             if has_column != bool(column):
@@ -149,6 +151,43 @@ def rows_of_split(
             continue
         if named == split:
             yield Row(key, record, folder)
+
+
+def without_preference(record: Record) -> Record:
+    """A row of preference data as one whose answer is the chosen response, with the rejected one as
+    the text ``rejected``; any other row as it is.
+
+    TRL writes ``prompt``, ``chosen`` and ``rejected``, as texts or turns, where the prompt may also
+    be the beginning of both; LLaMA-Factory a ``chosen`` and a ``rejected`` turn beside
+    ``conversations``, or texts beside an ``instruction``; ms-swift ``rejected_response`` beside
+    ``messages``.
+    """
+    data = dict(record.data)
+    rejected = data.pop("rejected_response", None) or data.pop("rejected", None)
+    if not isinstance(rejected, str | list | dict) or not rejected:
+        return record  # perhaps a column of another meaning
+    turns = next((n for n in ("messages", "conversations") if isinstance(data.get(n), list)), "")
+    prompt, chosen = data.pop("prompt", None), data.pop("chosen", None)
+    if isinstance(prompt, list) or (prompt is None and isinstance(chosen, list) and not turns):
+        turns, data["messages"] = "messages", chosen[:-1] if prompt is None else prompt
+    if turns and chosen:
+        last = chosen[-1] if isinstance(chosen, list) else chosen
+        last = {"role": "assistant", "content": last} if isinstance(last, str) else last
+        data[turns] = [*data[turns], last]
+    else:
+        data |= {"query": prompt} if prompt else {}
+        data |= {"response": chosen} if chosen else {}
+    data["rejected"] = _text_of_turn(rejected[-1] if isinstance(rejected, list) else rejected)
+    return replace(record, data=data)
+
+
+def _text_of_turn(turn: Any) -> Any:
+    """The text of a turn, or of its parts; what is none is for the reader to refuse."""
+    if isinstance(turn, dict):
+        turn = turn.get("content", turn.get("value"))
+    if isinstance(turn, list):
+        return " ".join(str(part.get("text", "")) for part in turn if isinstance(part, dict))
+    return turn
 
 
 class GroupColumnError(ValueError):
@@ -279,8 +318,16 @@ def _example(
         context=_text(record, columns["context"]),
         ocr_tokens=_texts(record, columns["ocr_tokens"], separator="|"),
         where=record.where,
-        extra=extra_of(custom, record, images) | _system(record, columns["context"]),
+        extra=extra_of(custom, record, images)
+        | _system(record, columns["context"])
+        | rejected_of(record, columns["rejected"]),
     )
+
+
+def rejected_of(record: Record, column: str = "rejected") -> dict[str, str]:
+    """The rejected response of a row, in the form of ``Example.extra``; nothing without one."""
+    filled = isinstance(record.data.get(column), str) and _filled(record, column)
+    return {"rejected": record.text(column)} if filled else {}
 
 
 def asked_task(answers: tuple[str, ...]) -> str:
