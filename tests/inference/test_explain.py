@@ -14,6 +14,7 @@ from instructblip.data.images import ImageTransform
 from instructblip.data.samples import ImageReader
 from instructblip.data.tokens import Tokens
 from instructblip.inference.engine import Engine
+from instructblip.inference.explain import measured
 from instructblip.model.config import InstructBlipConfig, QFormerConfig, VisionConfig
 from instructblip.model.explain import Method, recorded_attention, windows
 from instructblip.model.inference import cross_attention
@@ -232,8 +233,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert ended.value.code == 0
         widths.append(Image.open(out).width)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-4] == f"{QUESTION} -> red cat"
-    assert [line.split(" % ")[1] for line in printed[-3:-1]] == ["red", "cat"]
+    assert printed[-5] == f"{QUESTION} -> red cat"
+    assert [line.split(" % ")[1] for line in printed[-4:-2]] == ["red", "cat"]
+    assert f"asked about in {measured()['right']:.0f} % of right answers" in printed[-2]
     assert widths[1] == pytest.approx(2 * widths[0], rel=0.02)  # 4 panels instead of 2
     with pytest.raises(SystemExit):
         cli.main([*asked[:-1], "a.txt"])

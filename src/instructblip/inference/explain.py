@@ -1,8 +1,11 @@
 """An answer with a map of each of its words: what in the image the word comes from."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +19,13 @@ from instructblip.model.instructblip import InstructBlip
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 """What is between spaces; of Chinese and Japanese, which have none, each character."""
+
+
+def measured() -> dict[str, Any]:
+    """How often the peak of the best ``method`` is on the thing that a question of Scenes asks
+    about: ``right`` in percent of right answers, with its ``interval`` over seeds, ``chance`` and
+    plain ``attention`` beside it. `runs/trust/explain.py` writes it."""
+    return json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
