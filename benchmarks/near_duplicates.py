@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from instructblip.data.images import decode_image
 from instructblip.data.prepared.near import NEAR, Look, look_of, near_duplicates
+from instructblip.data.reading.decode import decode_image
 from instructblip.data.reading.records import IMAGE_SUFFIXES, walk_files
 
 

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from instructblip.data.images import MAX_PIXELS, Window, examine_image
 from instructblip.data.prepared.check import (
     Context,
     check_dataset,
@@ -21,6 +20,7 @@ from instructblip.data.prepared.check import (
 )
 from instructblip.data.prepared.images import FACTS_FILE, read_facts
 from instructblip.data.prepared.prepare import prepare
+from instructblip.data.reading.decode import MAX_PIXELS, Window, examine_image
 from instructblip.data.templates import render_prompt
 from instructblip.data.tokens import Tokens
 from tests.testing import bad_samples, llama_like, prepare_vizwiz, write_picture

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-import instructblip.data.images as images_module
-from instructblip.data.images import decode_image, examine_image, load_image, load_pixels
+import instructblip.data.reading.decode as images_module
+from instructblip.data.images import load_image, load_pixels
 from instructblip.data.reading.cost import check_cost
+from instructblip.data.reading.decode import decode_image, examine_image
 
 
 def noise(width: int = 320, height: int = 240) -> Image.Image:

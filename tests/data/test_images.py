@@ -17,16 +17,9 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from instructblip.core.batch import Example
-from instructblip.data import images as images_module
-from instructblip.data.images import (
-    ImageTransform,
-    crop_box,
-    decode_image,
-    examine_image,
-    load_image,
-    load_pixels,
-    may_flip,
-)
+from instructblip.data.images import ImageTransform, crop_box, load_image, load_pixels, may_flip
+from instructblip.data.reading import decode as images_module
+from instructblip.data.reading.decode import decode_image, examine_image
 from instructblip.data.templates import Rendered
 from tests.testing import write_picture
 
@@ -347,7 +340,7 @@ def test_simplejpeg_decodes_the_pixels_of_pillow(options: dict[str, Any], tmp_pa
     mode, size = options.pop("mode", "RGB"), options.pop("size", (640, 480))
     path = tmp_path / "a.jpg"
     path.write_bytes(saved(photo(size).convert(mode), "JPEG", **options).getvalue())
-    assert (images_module._simplejpeg_pixels(path.read_bytes()) is None) == (mode == "CMYK")
+    assert (images_module.jpeg_pixels(path.read_bytes()) is None) == (mode == "CMYK")
     assert np.array_equal(load_pixels(path), np.asarray(load_image(path)))
 
 

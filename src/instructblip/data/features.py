@@ -47,8 +47,9 @@ from torch.utils.data import DataLoader, Dataset
 from instructblip.core import distributed
 from instructblip.core.files import recover, replacing, scratch_directory, set_aside
 from instructblip.core.progress import progress_bar
-from instructblip.data.images import NARROW, ImageTransform
+from instructblip.data.images import ImageTransform
 from instructblip.data.prepared.images import MISSING, ImageFact, gather_facts
+from instructblip.data.reading.decode import NARROW
 
 FeatureType = Literal["fp32", "bf16", "int8"]
 TYPES: dict[FeatureType, torch.dtype] = {

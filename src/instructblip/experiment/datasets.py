@@ -12,7 +12,6 @@ from instructblip.data.custom.folder import FolderSet
 from instructblip.data.custom.formats import FORMATS, custom_source, group_hint
 from instructblip.data.custom.remote import fetch_tree, is_remote
 from instructblip.data.custom.rows import CustomSet
-from instructblip.data.images import NARROW
 from instructblip.data.order import Mixture
 from instructblip.data.prepared.check import (
     Context,
@@ -28,6 +27,7 @@ from instructblip.data.prepared.check import (
 from instructblip.data.prepared.dataset import DatasetView, PreparedDataset
 from instructblip.data.prepared.images import gather_facts
 from instructblip.data.prepared.prepare import Job, all_of, prepare, prepare_all
+from instructblip.data.reading.decode import NARROW
 from instructblip.data.reading.records import local_path
 from instructblip.data.samples import Examples
 from instructblip.data.sources import SOURCES, source_of

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.core import distributed
-from instructblip.data.images import ImageTransform, to_rgb
+from instructblip.data.images import ImageTransform
+from instructblip.data.reading.decode import to_rgb
 from instructblip.data.samples import pad
 from instructblip.data.tokens import text_reader
 from instructblip.inference.fingerprint import fingerprint

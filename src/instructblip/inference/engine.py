@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.core.batch import Batch, Example, Sample
-from instructblip.data.images import ImageTransform, Window, to_rgb
+from instructblip.data.images import ImageTransform
+from instructblip.data.reading.decode import Window, to_rgb
 from instructblip.data.samples import ImageReader, collate, make_sample
 from instructblip.data.templates import Rendered, warn_of_other_templates
 from instructblip.data.tokens import Tokens, check_marks

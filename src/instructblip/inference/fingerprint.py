@@ -5,7 +5,8 @@ from pathlib import Path
 
 from instructblip.core.files import read_json
 from instructblip.data.chat_format import CHAT_FILE
-from instructblip.data.images import PREPROCESSORS, Window
+from instructblip.data.images import PREPROCESSORS
+from instructblip.data.reading.decode import Window
 from instructblip.model.checkpoints.transformers import RETRIEVAL_FILE
 from instructblip.model.checkpoints.weights import CHANGED_FILE, START_FILE, WEIGHT_FILES
 from instructblip.model.placement import Kind

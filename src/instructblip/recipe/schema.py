@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from instructblip.core.user_code import FUNCTION, is_function
-from instructblip.data.images import Window
+from instructblip.data.reading.decode import Window
 from instructblip.data.templates import check_template, templates_of
 from instructblip.evaluation.benchmarks import BENCHMARKS, GROUPS, Benchmark
 from instructblip.evaluation.scoring import ALIASES, NEEDS_CANDIDATES, scorer_of

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 from instructblip.core.batch import IMAGE_MARK, Example
 from instructblip.core.files import replacing, write_json
-from instructblip.data.images import NARROW, Window
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
 from instructblip.data.prepared.images import FACTS_FILE, ImageFact, first_changed, read_facts
 from instructblip.data.prepared.near import ALIKE, NEAR, Look, NearPair, near_duplicates
 from instructblip.data.prepared.prepare import BAD_FILE
+from instructblip.data.reading.decode import NARROW, Window
 from instructblip.data.templates import TEMPLATES, render_prompt
 from instructblip.data.tokens import Tokens
 
