@@ -3,9 +3,9 @@
     python benchmarks/attack_server.py [--model starter] [--only json-errors ...]
 
 Starts `instructblip serve` with 256 descriptors, sends each attack to it, and prints a line for
-each. ``health`` is the longest that /healthz took meanwhile. The last two run in this
-process, since the model has to be made to fail. Nothing leaves 127.0.0.1, each attack ends
-after seconds; exit code 1 if one of them was not stopped.
+each. ``health`` is the longest that /healthz took meanwhile. Those of ``INSIDE`` run in this
+process, since the model or a decoder has to be made to fail. Nothing leaves 127.0.0.1, each attack
+ends after seconds; exit code 1 if one of them was not stopped.
 """
 
 import argparse
@@ -23,7 +23,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from PIL import Image
 from instructblip.inference.engine import Engine
 from instructblip.serving.api import create_app
 from instructblip.serving.batching import Batcher, Job
+from instructblip.serving.config import ServeConfig
 
 DESCRIPTORS = 256
 JSON = "application/json"
@@ -66,12 +69,17 @@ class Server:
         raise TimeoutError(f"the server does not start; see {self.log}")
 
     def ask(
-        self, method: str, path: str, body: bytes | None = None, timeout: float = 60
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        timeout: float = 60,
+        **headers: str,
     ) -> tuple[int, str]:
         """Status and text of an answer. Raises OSError."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
-            connection.request(method, path, body, {"Content-Type": JSON})
+            connection.request(method, path, body, {"Content-Type": JSON, **headers})
             response = connection.getresponse()
             return response.status, response.read().decode()
         except http.client.HTTPException as error:
@@ -131,9 +139,9 @@ def post(server: Server, path: str, body: bytes) -> Row:
     return f"{text}, {grown:.0f} MB of memory", status < 500 and waited < 0.5
 
 
-def image_url() -> str:
+def image_url(width: int = 32) -> str:
     file = io.BytesIO()
-    Image.new("RGB", (32, 32), "red").save(file, "PNG")
+    Image.new("RGB", (width, 32), "red").save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -191,7 +199,7 @@ def prompt_allowed(server: Server) -> Row:
 def half_headers(server: Server) -> Row:
     """Connections that never finish their headers."""
     began = time.monotonic()
-    connections = [server.open(b"GET /healthz HTTP/1.1\r\nHost: a\r\n") for _ in range(40)]
+    connections = [server.open(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n") for _ in range(40)]
     left = len(connections)
     for connection in connections:
         connection.settimeout(max(0.01, began + 15 - time.monotonic()))
@@ -240,14 +248,61 @@ def log_lines(server: Server) -> Row:
 
 def sigterm(server: Server) -> Row:
     """How long the server takes to end beside a tab of a browser that stays open."""
-    head = b"GET /page/gradio_api/heartbeat/abc HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-    with server.open(head) as tab:
+    with server.open(b"GET /page HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n") as tab:
         tab.recv(1 << 16)
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(timeout=120)
     took = time.monotonic() - began
     return f"ended after {took:.1f} s", took < 10
+
+
+def foreign_host(server: Server) -> Row:
+    """A page of a name that its owner has let resolve to this machine."""
+    statuses = [
+        server.ask("POST", RANK, b"{}", Host=host, Origin=f"http://{host}")[0]
+        for host in ("rebound.example:8000", "localhost.rebound.example", "127.0.0.1.nip.example")
+    ]
+    return f"{statuses}", set(statuses) == {421}
+
+
+def foreign_origin(server: Server) -> Row:
+    """A good question that a page elsewhere makes the browser send."""
+    statuses = [
+        server.ask("POST", CHAT, chat("what is red?"), Origin=origin)[0]
+        for origin in ("http://elsewhere.example", "http://127.0.0.1:9", "null")
+    ]
+    return f"{statuses}", set(statuses) == {403}
+
+
+def uploads(server: Server) -> Row:
+    """Large images, as many as are taken in five seconds from four clients, and what is left."""
+    file = io.BytesIO()
+    side = 2000
+    noise = torch.randint(0, 256, (side, side, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(noise).save(file, "BMP")
+    url = "data:image/bmp;base64," + base64.b64encode(file.getvalue()).decode()
+    body = json.dumps({"images": [url], "instruction": "?", "candidates": ["a"]}).encode()
+    folder = Path(tempfile.gettempdir())
+    before = sum(1 for _ in folder.iterdir())
+    until, sent, lock = time.monotonic() + 5, 0, threading.Lock()
+
+    def send() -> None:
+        nonlocal sent
+        while time.monotonic() < until:
+            status, _ = server.ask("POST", RANK, body, timeout=60)
+            with lock:
+                sent += len(body) * (status == 200)
+
+    with watching(lambda: server.ask("GET", "/healthz")) as health:
+        threads = [threading.Thread(target=send) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    left = sum(1 for _ in folder.iterdir()) - before
+    text = f"{sent / 5 * 60 / 1e9:.1f} GB a minute, {left} files left, health {max(health):.2f} s"
+    return f"{text}, {server.peak_mb:.0f} MB at most", left <= 0 and max(health) < 0.5
 
 
 class Failing:
@@ -309,11 +364,72 @@ def dead_thread(engine: Engine) -> Row:
 
     batcher = app.state.service.batchers["model"]
     batcher.on_batch = die
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
         client.post(CHAT, content=chat("what is red?"), headers={"Content-Type": JSON})
         batcher._thread.join()
         status = client.get("/healthz").status_code
     return f"/healthz answers {status}", status == 503
+
+
+SLEEPY = """
+import time
+from PIL import ImageFile
+load = ImageFile.ImageFile.load
+def sleep(self):
+    while self.width == 21:
+        time.sleep(0.1)
+    return load(self)
+ImageFile.ImageFile.load = sleep
+"""
+"""Python's sitecustomize by which no image of 21 pixels' width is ever decoded, as by a bug."""
+
+
+@contextlib.contextmanager
+def sleepy_decoders() -> Iterator[dict[str, Any]]:
+    """A request whose image is not decoded by processes that start meanwhile."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "sitecustomize.py").write_text(SLEEPY)
+        sys.path.insert(0, folder)
+        try:
+            yield {"images": [image_url(21)], "instruction": "?", "candidates": ["a"]}
+        finally:
+            sys.path.remove(folder)
+
+
+def slow_decoder(engine: Engine) -> Row:
+    """Twelve images that are never decoded, and an honest question among them."""
+    app = create_app({"model": engine}, ServeConfig(timeout_s=4))
+    client = TestClient(app, "http://localhost")
+    with sleepy_decoders() as sleepy, ThreadPoolExecutor(12) as pool, client:
+        app.state.service.decoders.start()
+        sent = [pool.submit(client.post, RANK, json=sleepy) for _ in range(12)]
+        statuses = [one.result().status_code for one in sent]
+        began = time.monotonic()
+        honest = client.post(RANK, json={**sleepy, "images": [image_url()]}).status_code
+        waited = time.monotonic() - began
+    text = f"{sorted(set(statuses))}, then an honest question {honest} after {waited:.2f} s"
+    return text, set(statuses) == {504} and honest == 200
+
+
+def key_guesses(engine: Engine) -> Row:
+    """Wrong keys from 48 clients for five seconds, and a right one among them."""
+    app = create_app({"model": engine}, ServeConfig(api_keys=("right",)))
+    until, statuses = time.monotonic() + 5, Counter[int]()
+    with TestClient(app, "http://localhost") as client, ThreadPoolExecutor(48) as pool:
+
+        def get(key: str) -> int:
+            return client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+
+        def guess(number: int) -> None:
+            while time.monotonic() < until:
+                statuses[get(f"guess {number}")] += 1
+
+        guesses = [pool.submit(guess, number) for number in range(48)]
+        with watching(lambda: get("right")) as right:
+            for one in guesses:
+                one.result()
+    text = f"{statuses[401] * 12} answers a minute, {statuses[429] * 12} times 429"
+    return f"{text}, a right key waited {max(right):.2f} s", statuses[401] < 100 and max(right) < 3
 
 
 SERVER: dict[str, Callable[[Server], Row]] = {
@@ -326,10 +442,18 @@ SERVER |= {
     "half-headers": half_headers,
     "flood": flood,
     "log": log_lines,
+    "foreign-host": foreign_host,
+    "foreign-origin": foreign_origin,
+    "uploads": uploads,
     "sigterm": sigterm,
 }
 
-INSIDE = {"failed-batch": failed_batch, "dead-thread": dead_thread}
+INSIDE = {
+    "failed-batch": failed_batch,
+    "dead-thread": dead_thread,
+    "slow-decoder": slow_decoder,
+    "key-guesses": key_guesses,
+}
 
 
 def main() -> None:

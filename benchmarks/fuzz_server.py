@@ -157,7 +157,7 @@ def fuzz_schema(client: TestClient, requests: int, watch: Watch, seed: int) -> N
         )
         @given(case=operation.as_strategy())
         def ask(case: Any) -> None:
-            sent = case.as_transport_kwargs(base_url="http://testserver")
+            sent = case.as_transport_kwargs(base_url="http://localhost")
             known = ("method", "url", "headers", "json", "content", "data", "params")
             sent = {name: value for name, value in sent.items() if name in known}
             response = client.request(**sent)
@@ -202,7 +202,7 @@ def main() -> None:
     watch, until = Watch(), time.monotonic() + args.seconds
     app = create_app({"model": load(args.model, device="cpu")})
     rounds = args.requests // ROUND
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
         fuzz_round(client, Watch(), rounds)  # buffers and caches fill once
         memory, number = [resident_mb()], args.start
         while number < rounds and time.monotonic() < until:

@@ -2,8 +2,8 @@
 
     python runs/screenshots.py [--model starter] [--before starter] [--out docs/pictures]
 
-Serves the models on a free port, asks the second example and takes page_en.png and page_zh.png;
-where one of them draws, also draw_en.png and draw_zh.png.
+Serves the models on a free port, asks the second example and takes page_en.png, page_zh.png and,
+on a phone in the dark, page_phone.png; where one of them draws, also draw_en.png and draw_zh.png.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from playwright.sync_api import Page, sync_playwright
 
 from instructblip import load
 from instructblip.serving.api import create_app
-from instructblip.serving.page import EN, PATH, ZH, mount_page
+from instructblip.serving.page import PATH, add_page
+from instructblip.serving.service import title_of
 
 
 @contextlib.contextmanager
@@ -41,14 +42,15 @@ def served(app: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def browser_page(locale: str) -> Iterator[Page]:
-    """A page in the system's Chromium (or that of ``CHROMIUM``) that reaches this machine only."""
+def browser_page(locale: str, **options: Any) -> Iterator[Page]:
+    """A page in the system's Chromium (or that of ``CHROMIUM``) that reaches this machine only;
+    ``options`` are those of a context of Playwright."""
     path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
-        options: Any = {"args": ["--headless", "--no-sandbox"], "executable_path": path}
-        browser = playwright.chromium.launch(**options)
-        context = browser.new_context(locale=locale, viewport={"width": 1280, "height": 1250})
-        page = context.new_page()
+        start: Any = {"args": ["--headless", "--no-sandbox"], "executable_path": path}
+        browser = playwright.chromium.launch(**start)
+        options = {"viewport": {"width": 1280, "height": 1000}, **options}
+        page = browser.new_context(locale=locale, **options).new_page()
         page.set_default_timeout(120_000)
         page.route(
             lambda url: not url.startswith(("http://127.0.0.1", "data:", "blob:")),
@@ -58,24 +60,24 @@ def browser_page(locale: str) -> Iterator[Page]:
         browser.close()
 
 
-def ask_example(page: Page, address: str, number: int) -> None:
-    """Open the page, take an example and ask it; returns when the answers are there."""
+def open_page(page: Page, address: str) -> None:
+    """Open the page; returns when it knows the models."""
     page.goto(address + PATH)
-    page.locator("#ask").wait_for()
-    page.locator("#examples .gallery-item").nth(number).click()
-    page.locator("#picture img").first.wait_for()
+    page.locator("body[data-ready]").wait_for()
+
+
+def ask_example(page: Page, number: int) -> None:
+    """Take an example and ask it; returns when all answers are there."""
+    page.locator("#examples button").nth(number).click()
     page.locator("#ask").click()
-    page.locator("#looks img").first.wait_for()
-    page.wait_for_timeout(1000)
+    page.locator("#history tbody tr").first.wait_for()
 
 
-def draw_example(page: Page, address: str, words: dict[str, str]) -> None:
-    """Open the tab that draws and draw what stands there; returns when the pictures are there."""
-    page.goto(address + PATH)
-    page.get_by_role("tab", name=words["draw_tab"]).click()
-    page.locator("#draw-button").click()
+def draw_example(page: Page) -> None:
+    """Open the tab that draws and draw what stands there; returns when the images are there."""
+    page.locator("#draw-tab").click()
+    page.locator("#draw").click()
     page.locator("#drawn img").first.wait_for()
-    page.wait_for_timeout(500)
 
 
 def main() -> None:
@@ -89,14 +91,18 @@ def main() -> None:
         "instructblip": load(args.model),
         "blip2": load(args.before, instruction_aware=False),
     }
-    with served(mount_page(create_app(engines))) as address:
-        for language, locale in (("en", "en-GB"), ("zh", "zh-CN")):
-            with browser_page(locale) as page:
-                ask_example(page, address, number=1)
-                page.screenshot(path=str(args.out / f"page_{language}.png"), full_page=True)
-                if any(engine.can_draw for engine in engines.values()):
-                    draw_example(page, address, {"en": EN, "zh": ZH}[language])
-                    page.screenshot(path=str(args.out / f"draw_{language}.png"), full_page=True)
+    titles = {"instructblip": title_of(args.model), "blip2": title_of(args.before)}
+    phone = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
+    kinds: Any = (("en", "en-GB", {}), ("zh", "zh-CN", {}), ("phone", "en-GB", phone))
+    with served(add_page(create_app(engines, titles=titles))) as address:
+        for name, locale, options in kinds:
+            with browser_page(locale, **options) as page:
+                open_page(page, address)
+                ask_example(page, number=1)
+                page.screenshot(path=str(args.out / f"page_{name}.png"), full_page=True)
+                if name != "phone" and any(engine.can_draw for engine in engines.values()):
+                    draw_example(page)
+                    page.screenshot(path=str(args.out / f"draw_{name}.png"), full_page=True)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 import instructblip
 from instructblip.cli import main as cli
 from instructblip.core.terminal import escape
 from instructblip.serving.api import create_app
-from tests.conftest import body
+from tests.conftest import TestClient, body
 from tests.testing import QUESTION, write_model
 
 # The command line's name of a setting -> that of HTTP, where it is another.

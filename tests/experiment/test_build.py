@@ -29,7 +29,7 @@ from instructblip.inference.engine import Engine
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.incoming import decode
+from instructblip.serving.decoder import decode
 from instructblip.training.run_directory import claim
 from tests.data.test_chat_format import FORMATS, chat_tokens
 from tests.testing import write_model, write_picture, write_vqa
@@ -436,7 +436,7 @@ def test_a_window_holds_wherever_images_are_read(
     assert torch.allclose(features(str(tmp_path / "7.png"), 0), stored, atol=1e-5)
     # the server reads them, and an evaluation by the recipe
     data = (tmp_path / "7.png").read_bytes()
-    shown = decode(data, ServeConfig(), "here", engine.images.transform.window)
+    shown = decode(data, ServeConfig().max_pixels, "here", engine.images.transform.window)
     assert torch.equal(engine.images.transform(shown), expected)
     assert torch.equal(engine._pixels(Image.open(tmp_path / "7.png"), "x"), expected)
     before = load_engine(recipe, str(start))

@@ -20,7 +20,6 @@ import numpy as np
 import openai
 import pytest
 from fastapi import HTTPException
-from fastapi.testclient import TestClient
 from PIL import Image
 from pydantic import ValidationError
 
@@ -37,7 +36,7 @@ from instructblip.serving.bodies import parse
 from instructblip.serving.completions import read_messages, stream_events
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.schema import ChatRequest, RankRequest
-from tests.conftest import body, data_url, greedy_engine, running
+from tests.conftest import TestClient, body, data_url, greedy_engine, running
 from tests.data.test_cost import many_scans
 
 CHAT = "/v1/chat/completions"
@@ -697,7 +696,9 @@ def test_a_request_that_fails_does_not_spoil_its_batch(engine: Engine, png: list
 def test_429_and_504_over_http(engine: Engine, model_folder: Path, png: list[Path]) -> None:
     slow: Any = Slow(greedy_engine(model_folder))
     config = ServeConfig(max_batch=1, max_queue=1, timeout_s=1.0)
-    with TestClient(create_app({"tuned": slow}, config)) as client, ThreadPoolExecutor(6) as pool:
+    app = create_app({"tuned": slow}, config)
+    app.state.service.decoders.start()
+    with TestClient(app) as client, ThreadPoolExecutor(6) as pool:
         sent = [pool.submit(client.post, CHAT, json=body(png[0]))]
         wait_for(lambda: slow.sizes)  # it runs; of the others one waits
         sent += [pool.submit(client.post, CHAT, json=body(png[0])) for _ in range(5)]
@@ -710,6 +711,18 @@ def test_429_and_504_over_http(engine: Engine, model_folder: Path, png: list[Pat
         assert ask(client, body(png[0])) == engine.answer(png[0], TEXT)
         refused = [f.result() for f in sent if f.result().status_code == 429]
         assert refused[0].headers["retry-after"] == "1"
+
+
+def test_a_client_that_leaves_frees_the_model(model_folder: Path, png: list[Path]) -> None:
+    slow: Any = Slow(greedy_engine(model_folder))
+    with running(create_app({"tuned": slow})) as address, ThreadPoolExecutor(1) as pool:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(address + CHAT, json=body(png[0]), timeout=3)
+        second = pool.submit(httpx.post, address + CHAT, json=body(png[1]), timeout=30)
+        wait_for(lambda: slow.sizes == [1, 1])
+        slow.free.set()
+        assert second.result().status_code == 200
+        assert 'route="/v1/chat/completions",status="499"' in httpx.get(f"{address}/metrics").text
 
 
 def test_a_stream_reports_a_timeout_while_the_client_reads(engine: Engine, png: list[Path]) -> None:
@@ -783,7 +796,7 @@ def test_slow_bodies_keep_nobody_out(model_folder: Path, png: list[Path]) -> Non
         others = [asyncio.create_task(slow()) for _ in range(9)]
         await asyncio.sleep(0.05)
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://a") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             answer = await client.post(CHAT, json=body(png[0]))
         for other in others:
             other.cancel()
@@ -860,8 +873,8 @@ def test_images_of_a_listed_host_are_fetched(
     monkeypatch.setattr(incoming, "connect", connect)
     monkeypatch.setattr(incoming, "encrypt", lambda plain, _host: plain)
     config = ServeConfig(image_hosts=("pictures.example",), max_picture_bytes=len(content))
-    image = incoming.read_image("https://pictures.example/a.png?b=1", config, "here")
-    assert image.size == (12, 10)
+    data = incoming.read_url("https://pictures.example/a.png?b=1", config, "here")
+    assert data == content
     assert asked == [("/a.png?b=1", "pictures.example")]
     with pytest.raises(incoming.BadImage, match="answered 302"):
         incoming.fetch("https://pictures.example/moved", config, "here")
@@ -950,11 +963,12 @@ def test_the_command_passes_its_options_to_the_server(
     run = lambda app, host, port: ran.append((app, {"host": host, "port": port}))  # noqa: E731
     monkeypatch.setattr(connections, "run_server", run)
     keys = tmp_path / "keys.txt"
-    keys.write_text("\ufefffirst\n\nsecond\n", encoding="utf-8")
+    first, second = "first-key-of-a-server", "second-key-of-a-server"
+    keys.write_text(f"\ufeff{first}\n\n{second}\n", encoding="utf-8")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     options = f"--port {port} --max-queue 5 --max-batch 2 --timeout 9 --image-host A.example"
-    options += " --no-page"
+    options += " --no-page --allow-host Ask.Example"
     models = ["--model", str(model_folder), "--before", str(blip2_folder)]
     with pytest.raises(SystemExit) as stop:
         cli.main(["serve", *models, "--api-keys", str(keys), *options.split(), "--debug"])
@@ -967,16 +981,22 @@ def test_the_command_passes_its_options_to_the_server(
     assert not service.batchers["blip2"].engine.model.config.instruction_aware
     config = service.config
     assert (config.max_queue, config.max_batch, config.timeout_s) == (5, 2, 9.0)
-    assert (config.api_keys, config.image_hosts) == (("first", "second"), ("a.example",))
+    assert (config.api_keys, config.image_hosts) == ((first, second), ("a.example",))
+    assert config.allowed_hosts == ("ask.example", "127.0.0.1")
     assert not [route for route in app.routes if getattr(route, "path", "") == "/page"]
-    assert "page" not in capsys.readouterr().out
+    assert list(service.titles.values()) == [model_folder.name, blip2_folder.name]
+    assert app.state.front == "/v1"
     with pytest.raises(SystemExit):
         cli.main(["serve", "--model", str(model_folder), "--host", "0.0.0.0", "--port", str(port)])
-    assert f"page: http://localhost:{port}/page\n" in capsys.readouterr().out
+    assert ran[1][0].state.front == "/page"
+    assert socket.gethostname().lower() in ran[1][0].state.service.config.allowed_hosts
     front = TestClient(ran[1][0]).get("/", follow_redirects=False)
     assert (front.status_code, front.headers["location"]) == (307, "/page")
     keys.write_text(" \n")
     with pytest.raises(ValueError, match=r"keys\.txt holds no keys; expected one a line"):
+        cli.main(["serve", "--api-keys", str(keys), "--debug"])
+    keys.write_text("long-enough-for-a-key\nbiology\n")
+    with pytest.raises(ValueError, match="a key of 7 characters, which can be guessed"):
         cli.main(["serve", "--api-keys", str(keys), "--debug"])
 
 

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
-from fastapi.testclient import TestClient
 
 from benchmarks.attack_server import BODIES, CHAT, INSIDE, JSON, chat
 from instructblip.serving.api import create_app
-from tests.conftest import greedy_engine
+from tests.conftest import TestClient, greedy_engine
 
 
 def test_bodies_of_many_values_are_refused(model_folder: Path) -> None:

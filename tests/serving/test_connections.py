@@ -11,24 +11,26 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from fastapi.testclient import TestClient
 
 from instructblip.serving import connections
 from instructblip.serving.api import create_app
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.connections import LOG_LINES, Connection, Server, Sparing, run_server
-from tests.conftest import body, greedy_engine
+from instructblip.serving.page import add_page
+from tests.conftest import TestClient, body, greedy_engine
 from tests.serving.test_api import CHAT, Slow, wait_for
 
-HALF = b"GET /healthz HTTP/1.1\r\nHost: a\r\n"
+HALF = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 WHOLE = HALF + b"\r\n"
-SLOW = b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{"
+SLOW = b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
 
 
 @contextlib.contextmanager
-def serving(app: FastAPI) -> Iterator[tuple[Server, int, threading.Thread]]:
+def serving(
+    app: FastAPI, host: str = "127.0.0.1", log_level: str = "critical"
+) -> Iterator[tuple[Server, int, threading.Thread]]:
     """The server in a thread, and its port."""
-    server = Server(app, host="127.0.0.1", port=0, log_level="critical")
+    server = Server(app, host=host, port=0, log_level=log_level)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_for(lambda: server.started)
@@ -99,13 +101,26 @@ def test_shutdown_does_not_wait_for_streams(
     slow: Any = Slow(greedy_engine(model_folder))
     with serving(create_app({"tuned": slow})) as (server, port, thread):
         content = httpx.Request("POST", "http://a", json=body(png[0], stream=True)).read()
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(content)}\r\n\r\n"
         with connect(port, head.encode() + content):
             wait_for(lambda: slow.sizes)
             server.should_exit = True
             thread.join(timeout=15)
             assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "localhost"), ("::1", "[::1]")]
+)
+def test_one_address_is_printed(
+    model_folder: Path, capsys: pytest.CaptureFixture[str], host: str, shown: str
+) -> None:
+    app = add_page(create_app({"tuned": greedy_engine(model_folder)}))
+    with serving(app, host, log_level="info") as (_, port, _):
+        printed = capsys.readouterr()
+    assert printed.out == f"serving at http://{shown}:{port}/page\n"
+    assert "http" not in printed.err
 
 
 def dying(model_folder: Path) -> FastAPI:

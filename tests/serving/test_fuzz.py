@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fastapi.testclient import TestClient
 
 from benchmarks.fuzz_server import Watch, fuzz_bodies, fuzz_schema
 from instructblip.serving.api import create_app
-from tests.conftest import greedy_engine
+from tests.conftest import TestClient, greedy_engine
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,9 @@ ModelForm = Literal["transformers", "lavis"]
 Method = Literal["occlusion", "features", "gradient", "rollout", "attention"]
 """That of `model/explain.py`, which is not imported before it is needed."""
 
+MIN_KEY = 16
+"""Characters of an API key: the server answers wrong ones slowly, but to any number of clients."""
+
 
 @app.command(cls=SettingsCommand)
 def answer(
@@ -306,6 +309,7 @@ def serve(
     port: Annotated[int, Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     page: Annotated[bool, Option(help="Whether to show the page at /page.")] = True,
     api_keys: Annotated[Path | None, Option(help="API keys, one a line; else open to all.")] = None,
+    allow_host: Annotated[list[str] | None, Option(help="Name that the server goes by.")] = None,
     image_host: Annotated[list[str] | None, Option(help="Host to fetch images from; none.")] = None,
     max_batch: Annotated[int, Option(help="Requests answered together.")] = 32,
     max_queue: Annotated[int, Option(help="Requests that wait; beyond them 429.")] = 128,
@@ -324,7 +328,11 @@ def serve(
     keys = tuple(api_keys.read_text(encoding="utf-8-sig").split()) if api_keys else ()
     if api_keys and not keys:
         raise ValueError(f"{api_keys} holds no keys; expected one a line")
-    hosts = tuple(name.lower() for name in image_host or ())
+    if short := [key for key in keys if len(key) < MIN_KEY]:
+        raise ValueError(
+            f"{api_keys} holds a key of {len(short[0])} characters, which can be guessed; expected "
+            f"at least {MIN_KEY}, such as those of `openssl rand -hex 16`"
+        )
     try:
         config = ServeConfig(
             max_batch=max_batch,
@@ -334,7 +342,8 @@ def serve(
             timeout_s=timeout,
             shared_mb=shared_mb,
             api_keys=keys,
-            image_hosts=hosts,
+            allowed_hosts=_names(host, allow_host or ()),
+            image_hosts=tuple(name.lower() for name in image_host or ()),
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -343,22 +352,31 @@ def serve(
     try:
         from instructblip.serving.api import create_app
         from instructblip.serving.connections import run_server
+        from instructblip.serving.service import title_of
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing: pip install 'instructblip[serve]'") from error
 
     _check_address(host, port)  # before the model is read
     places = placement or {}
     engines = {"instructblip": Engine.from_pretrained(model, **places)}
+    titles = {"instructblip": title_of(model)}
     if before is not None:
         engines["blip2"] = Engine.from_pretrained(before, instruction_aware=False, **places)
-    app = create_app(engines, config)
+        titles["blip2"] = title_of(before)
+    app = create_app(engines, config, titles)
     if page:
-        from instructblip.serving.page import PATH, mount_page
+        from instructblip.serving.page import add_page
 
-        app = mount_page(app)
-        name = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-        print(f"page: http://{name}:{port}{PATH}" if port else f"the page is at {PATH}", flush=True)
+        add_page(app)
     run_server(app, host, port)
+
+
+def _names(host: str, allowed: Sequence[str]) -> tuple[str, ...]:
+    """The names of a server that listens at ``host``."""
+    names = [*allowed, host]
+    if host in ("0.0.0.0", "::"):
+        names += [socket.gethostname(), f"{socket.gethostname()}.local"]
+    return tuple(name.lower() for name in names)
 
 
 def _check_address(host: str, port: int) -> None:

@@ -27,15 +27,6 @@ FONTS = (
 """matplotlib's own font, and fonts with Chinese characters, which it has not."""
 
 
-def overlays(
-    image: Image.Image, attention: Float[Tensor, "Q G G"], side: int = 160
-) -> list[tuple[Image.Image, str]]:
-    """The image under a heat map of each query, the mean of all queries first."""
-    count = len(attention)
-    maps = [(f"1-{count}", attention.mean(0)), *((str(i + 1), m) for i, m in enumerate(attention))]
-    return [(heat_map(image, one, side), name) for name, one in maps]
-
-
 def heat_map(image: Image.Image, weights: Float[Tensor, "G G"], side: int) -> Image.Image:
     """The image as a square of ``side`` pixels, bright where the weight is high, dark elsewhere,
     also where it is negative."""

@@ -9,15 +9,16 @@ import io
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from torch import Tensor
 
 from instructblip.core.version import __version__
 from instructblip.data.templates import Rendered
@@ -28,8 +29,8 @@ from instructblip.serving.batching import Answer, Job
 from instructblip.serving.bodies import BodyRoute
 from instructblip.serving.completions import chat_job, response_of, stream_events
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.guard import NO_KEY, Guard, error_body, knows_key
-from instructblip.serving.incoming import BadImage
+from instructblip.serving.decoder import BadImage
+from instructblip.serving.guard import HEADERS, Guard, error_body
 from instructblip.serving.schema import (
     ChatRequest,
     ChatResponse,
@@ -41,6 +42,8 @@ from instructblip.serving.schema import (
     Health,
     ImageRequest,
     ImageResponse,
+    LookRequest,
+    LookResponse,
     ModelCard,
     ModelList,
     RankedCandidate,
@@ -52,10 +55,11 @@ from instructblip.serving.service import Service
 STATUS = {
     400: "bad image or message",
     401: "no valid API key",
-    403: "host not allowed",
+    403: "host or origin not allowed",
     404: "no such model",
     408: "the request came too slowly",
     413: "too large",
+    421: "not a name of this server",
     422: "not a valid request",
     429: "too busy",
     503: "too many requests at once",
@@ -63,17 +67,23 @@ STATUS = {
 }
 
 
-def create_app(engines: Mapping[str, Engine], config: ServeConfig | None = None) -> FastAPI:
+def create_app(
+    engines: Mapping[str, Engine],
+    config: ServeConfig | None = None,
+    titles: Mapping[str, str] | None = None,
+) -> FastAPI:
     """The ASGI application. ``engines`` by the name that requests choose; the first is the default.
+    ``titles`` are what people call them, by the same name.
 
     The application becomes the only user of each engine.
     """
     config = config or ServeConfig()
-    service = Service(engines, config)
+    service = Service(engines, config, titles)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
+        service.decoders.close()
         for batcher in service.batchers.values():
             await run_in_threadpool(batcher.close)
 
@@ -86,27 +96,21 @@ def create_app(engines: Mapping[str, Engine], config: ServeConfig | None = None)
         redoc_url=None,
     )
     app.state.service = service
+    app.state.front = "/v1"
     app.router.route_class = BodyRoute
     app.add_middleware(Guard, config=config, metrics=service.metrics)
     _add_errors(app)
-    guarded = _guarded(config)
+    guarded = _guarded()
     _add_routes(app, service, guarded)
     _add_drawing(app, service, guarded)
     return app
 
 
-def _guarded(config: ServeConfig) -> dict[str, Any]:
-    """Options of routes that ask for an API key, if the server has any."""
-    bearer = HTTPBearer(auto_error=False)
-
-    async def check_key(
-        given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
-    ) -> None:
-        if not knows_key(config, given.credentials if given else ""):
-            raise HTTPException(401, NO_KEY)
-
+def _guarded() -> dict[str, Any]:
+    """Options of the routes for which ``Guard`` asks for an API key, if the server has any."""
     errors = {status: {"model": ErrorBody, "description": text} for status, text in STATUS.items()}
-    return {"dependencies": [Depends(check_key)], "responses": errors}
+    bearer = HTTPBearer(auto_error=False)  # for the description of the interface
+    return {"dependencies": [Depends(bearer)], "responses": errors}
 
 
 def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
@@ -129,7 +133,16 @@ def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None
     @app.get("/v1/models", tags=["OpenAI"], **guarded)
     async def models() -> ModelList:
         """The models that requests can choose."""
-        cards = [ModelCard(id=name, created=service.created) for name in service.batchers]
+        cards = [
+            ModelCard(
+                id=name,
+                created=service.created,
+                title=service.titles.get(name, name),
+                draws=name in service.painters,
+                queries=batcher.engine.model.config.num_query_tokens,
+            )
+            for name, batcher in service.batchers.items()
+        ]
         return ModelList(data=cards)
 
     @app.post("/v1/chat/completions", tags=["OpenAI"], response_model=ChatResponse, **guarded)
@@ -161,7 +174,7 @@ def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None
         service.check_length(len(body.instruction), "instruction")
         service.check_marks(body.instruction, len(body.images), "instruction")
         job = Job(
-            pixels=await service.pixels(body.images, batcher.engine, "images"),
+            pixels=await service.pixels(body.images, batcher.engine, "images", deadline),
             instruction=body.instruction,
             candidates=tuple(body.candidates),
             normalization=body.normalization,
@@ -196,7 +209,7 @@ def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None
         answer = body.answer
         service.check_length(len(body.instruction) + len(answer or ""), "instruction and answer")
         service.check_marks(body.instruction, len(body.images), "instruction")
-        pixels = await service.pixels(body.images, batcher.engine, "images")
+        pixels = await service.pixels(body.images, batcher.engine, "images", deadline)
         if answer is None:
             decoding = batcher.engine.decoding
             most = min(decoding.max_new_tokens, service.config.max_tokens)
@@ -228,6 +241,26 @@ def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None
             ],
         )
 
+    @app.post("/v1/look", tags=["attention"], **guarded)
+    async def look(body: LookRequest) -> LookResponse:
+        """Where each query token looks under the instruction."""
+        deadline = service.deadline
+        name, batcher = service.choose(body.model)
+        service.check_length(len(body.instruction), "instruction")
+        service.check_marks(body.instruction, len(body.images), "instruction")
+        transform = batcher.engine.images.transform
+        seen, pixels = [], []
+        async for image in service.read_images(body.images, transform, "images", deadline):
+            left, top, right, bottom = transform.seen(*image.size)
+            width, height = image.size
+            seen.append((left / width, top / height, right / width, bottom / height))
+            pixels.append(await run_in_threadpool(transform, image))
+        job = Job(pixels=tuple(pixels), instruction=body.instruction, look=True, deadline=deadline)
+        service.submit(batcher, job)
+        weights: Tensor = await service.result(job)
+        attention = weights.double().round(decimals=6).tolist()
+        return LookResponse(model=name, seen=seen, attention=attention)
+
 
 def _add_drawing(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
     """OpenAI's image generations. Loads the decoders: one that does not fit raises now."""
@@ -247,7 +280,9 @@ def _add_drawing(app: FastAPI, service: Service, guarded: dict[str, Any]) -> Non
             painter.check(body.prompt)
         except ValueError as error:
             raise HTTPException(400, f"prompt: {error}") from None
-        subject = None if body.image is None else await service.read_image(body.image, "image")
+        subject = None
+        if body.image is not None:
+            subject = await service.read_image(body.image, "image", deadline)
         drawing = body.model_dump(include={"seed", "steps", "guidance", "image_guidance"})
         drawing |= {"image": subject, "num_images": body.n or 1}
         job = Job(pixels=(), instruction=body.prompt, drawing=drawing, deadline=deadline)
@@ -292,4 +327,4 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(_request: Request, _error: Exception) -> JSONResponse:
-        return JSONResponse(error_body(500, "internal error"), 500)
+        return JSONResponse(error_body(500, "internal error"), 500, HEADERS)

@@ -173,13 +173,6 @@ class Job:
         """Whether nobody waits for the result any more."""
         return self._left or not self.seconds_left
 
-    def wait(self) -> Any:
-        """The result, for a thread. Raises TooLate or TimeoutError when the time is up."""
-        try:
-            return self.future.result(self.seconds_left)
-        finally:
-            self.leave()
-
 
 @dataclass(eq=False)
 class _Row:

@@ -44,7 +44,7 @@ async def chat_job(service: Service, body: ChatRequest, engine: Engine) -> Job:
     service.check_marks(instruction.prompt, len(urls), "messages")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return Job(
-        pixels=await service.pixels(urls, engine, "messages"),
+        pixels=await service.pixels(urls, engine, "messages", deadline),
         instruction=instruction,
         decoding=_decoding(body, engine.decoding, service.config),
         seed=body.seed,

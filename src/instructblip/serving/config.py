@@ -51,5 +51,7 @@ class ServeConfig(BaseModel):
     """Seconds from a request's arrival to its answer, waiting included; then it is 504."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
     """Keys, one of which every request must carry; none: open to all who can reach the port."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names under which the server is reached, beside localhost and addresses; others get 421."""
     image_hosts: tuple[str, ...] = ()
     """Hosts from which images may be fetched over https; none: data URLs only."""

@@ -7,6 +7,8 @@ all descriptors. It runs here with a protocol that closes what waits too long.
 import asyncio
 import logging
 import math
+import socket
+from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
@@ -98,6 +100,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, **options: Any) -> None:
         self.service: Service = app.state.service
+        self.front: str = app.state.front
         self.failed = False
         limits = self.service.config
         config = uvicorn.Config(
@@ -117,6 +120,12 @@ class Server(uvicorn.Server):
             if not any(isinstance(one, Sparing) for one in logger.filters):
                 logger.addFilter(Sparing())
 
+    def _log_started_message(self, listeners: Sequence[socket.socket]) -> None:
+        """Print the one address that people open, instead of uvicorn's."""
+        host, port = self.config.host, listeners[0].getsockname()[1]
+        name = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        print(f"serving at http://{name}:{port}{self.front}", flush=True)
+
     async def on_tick(self, counter: int) -> bool:
         """As in uvicorn, ten times a second: whether to end."""
         self.failed = self.failed or bool(self.service.dead)
@@ -126,6 +135,7 @@ class Server(uvicorn.Server):
 def run_server(app: FastAPI, host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT. Raises SystemExit with code 1 if a model cannot answer."""
     server = Server(app, host=host, port=port)
+    server.service.decoders.start()
     server.run()
     if server.failed:
         raise SystemExit("the thread of a model has ended; start the server again")

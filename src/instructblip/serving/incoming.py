@@ -3,40 +3,26 @@
 import base64
 import binascii
 import http.client
-import io
 import ipaddress
 import queue
 import socket
 import ssl
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from PIL import Image
-
-from instructblip.data.images import Window, decode_image
-from instructblip.data.reading.cost import check_cost
 from instructblip.serving.config import ServeConfig
+from instructblip.serving.decoder import BadImage
 
 _GLOBAL = ipaddress.ip_network("2000::/3")
 """All IPv6 addresses that are given out."""
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
-class BadImage(ValueError):
-    """An image that is refused; ``status`` is the HTTP status of the answer."""
-
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def read_image(url: str, config: ServeConfig, where: str, window: Window = "auto") -> Image.Image:
-    """The image behind a URL as RGB. Raises BadImage, naming ``where`` in the request."""
+def read_url(url: str, config: ServeConfig, where: str) -> bytes:
+    """The image file behind a URL. Raises BadImage, naming ``where`` in the request."""
     scheme = url[:8].lower()
     if scheme.startswith("data:"):
         data = _read_data_url(url, config, where)
@@ -44,7 +30,9 @@ def read_image(url: str, config: ServeConfig, where: str, window: Window = "auto
         data = fetch(url, config, where)
     else:
         raise BadImage(f"{where}: expected data:image/...;base64,... as the URL of an image")
-    return decode(data, config, where, window)
+    if len(data) > config.max_picture_bytes:
+        raise BadImage(f"{where}: more than {config.max_picture_bytes} bytes", 413)
+    return data
 
 
 def _read_data_url(url: str, config: ServeConfig, where: str) -> bytes:
@@ -59,35 +47,6 @@ def _read_data_url(url: str, config: ServeConfig, where: str) -> bytes:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError):
         raise BadImage(f"{where}: the content of the data URL is not base64") from None
-
-
-def decode(data: bytes, config: ServeConfig, where: str, window: Window = "auto") -> Image.Image:
-    """The image in ``data`` as RGB. Raises BadImage.
-
-    The header is read first: a small file can declare more pixels than there is memory.
-    """
-    if len(data) > config.max_picture_bytes:
-        raise BadImage(f"{where}: more than {config.max_picture_bytes} bytes", 413)
-    too_large = BadImage(f"{where}: more than {config.max_pixels} pixels", 413)
-    try:
-        check_cost(data)
-    except ValueError as error:
-        raise BadImage(f"{where}: {error}; save the image again") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-                pixels = header.width * header.height
-    except Image.DecompressionBombError:
-        raise too_large from None
-    except Exception:
-        raise BadImage(f"{where}: not an image; expected one of {', '.join(FORMATS)}") from None
-    if pixels > config.max_pixels:
-        raise too_large
-    try:
-        return decode_image(data, where, window)
-    except Exception:
-        raise BadImage(f"{where}: the image is damaged or cut off") from None
 
 
 def fetch(url: str, config: ServeConfig, where: str) -> bytes:

@@ -238,6 +238,16 @@ class ExplainRequest(_Body):
     method: Method = "occlusion"
 
 
+class LookRequest(_Body):
+    """Where the queries look in images under an instruction."""
+
+    model: ModelName = None
+    images: list[str] = Field(
+        fail_fast=True, min_length=1, max_length=64, description="URLs as in a chat."
+    )
+    instruction: Text
+
+
 class ImageRequest(_Body):
     """A subset of OpenAI's request; the last five fields are additions of this project."""
 
@@ -350,6 +360,15 @@ class ExplainResponse(BaseModel):
     images: list[ExplainedImage]
 
 
+class LookResponse(BaseModel):
+    """Of each image the part (left, top, right, bottom) that the model reads, in fractions of its
+    sides, and the attention of each query to the rows of places in it."""
+
+    model: str
+    seen: list[tuple[float, float, float, float]]
+    attention: list[list[list[list[float]]]] = Field(description="[image][query][row][column]")
+
+
 class DrawnImage(BaseModel):
     b64_json: str
 
@@ -366,6 +385,9 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "instructblip"
+    title: str = Field(description="What its owner calls it.")
+    queries: int = Field(description="Query tokens of its Q-Former.")
+    draws: bool = Field(description="Whether /v1/images/generations takes it.")
 
 
 class ModelList(BaseModel):

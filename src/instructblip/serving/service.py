@@ -2,20 +2,24 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
+from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
 from instructblip.data.images import ImageTransform
+from instructblip.data.reading.decode import Window
 from instructblip.data.tokens import check_marks
 from instructblip.inference.engine import Engine
 from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.incoming import read_image
+from instructblip.serving.decoders import Decoders
+from instructblip.serving.incoming import read_url
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -52,8 +56,14 @@ class Metrics:
 class Service:
     """A batcher for each of ``engines``, by the name that requests choose."""
 
-    def __init__(self, engines: Mapping[str, Engine], config: ServeConfig) -> None:
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        config: ServeConfig,
+        titles: Mapping[str, str] | None = None,
+    ) -> None:
         self.config = config
+        self.titles = titles or {}
         self.metrics = Metrics(lambda: self.waiting)
         self.batchers = {
             name: Batcher(
@@ -67,7 +77,7 @@ class Service:
         }
         self.painters = {n: b for n, b in self.batchers.items() if b.engine.can_draw}
         self.created = int(time.time())
-        self._decoders = asyncio.Semaphore(4)  # decoded images are large: few at a time
+        self.decoders = Decoders()
 
     @property
     def waiting(self) -> int:
@@ -128,31 +138,36 @@ class Service:
             raise HTTPException(400, f"{where}: {error}") from None
 
     async def read_image(
-        self, url: str, where: str, transform: ImageTransform | None = None
-    ) -> Any:
-        """The image behind a URL, or what ``transform`` makes of it, off the event loop. Raises
-        BadImage."""
+        self, url: str, where: str, deadline: float, window: Window = "auto"
+    ) -> Image.Image:
+        """The image behind a URL. Raises BadImage, HTTPException 504 at the deadline."""
+        data = await run_in_threadpool(read_url, url, self.config, where)
+        try:
+            most = self.config.max_pixels
+            return await self.decoders.decode(data, most, where, window, deadline)
+        except TimeoutError:
+            raise self.too_late() from None
 
-        def read() -> Any:
-            if transform is None:
-                return read_image(url, self.config, where)
-            return transform(read_image(url, self.config, where, transform.window))
-
-        async with self._decoders:
-            return await run_in_threadpool(read)
-
-    async def pixels(self, urls: list[str], engine: Engine, where: str) -> tuple[Tensor, ...]:
-        """Images as the model reads them. Raises HTTPException, BadImage."""
+    async def read_images(
+        self, urls: list[str], transform: ImageTransform, where: str, deadline: float
+    ) -> AsyncIterator[Image.Image]:
+        """The images behind the URLs, in the window of ``transform``, one at a time. Raises
+        HTTPException, BadImage."""
         if len(urls) > self.config.max_pictures:
             raise HTTPException(
                 413, f"{where}: {len(urls)} images; at most {self.config.max_pictures}"
             )
-        return tuple(
-            [
-                await self.read_image(url, f"{where}, image {number}", engine.images.transform)
-                for number, url in enumerate(urls, 1)
-            ]
-        )
+        for number, url in enumerate(urls, 1):
+            place = f"{where}, image {number}"
+            yield await self.read_image(url, place, deadline, transform.window)
+
+    async def pixels(
+        self, urls: list[str], engine: Engine, where: str, deadline: float
+    ) -> tuple[Tensor, ...]:
+        """Images as the model reads them. Raises HTTPException, BadImage."""
+        transform = engine.images.transform
+        images = self.read_images(urls, transform, where, deadline)
+        return tuple([await run_in_threadpool(transform, image) async for image in images])
 
     def submit(self, batcher: Batcher, job: Job) -> None:
         """Queue a job. Raises HTTPException 429 if the queue is full."""
@@ -167,10 +182,19 @@ class Service:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(job.future), job.seconds_left)
         except (TooLate, TimeoutError):
-            raise HTTPException(504, f"no answer within {self.config.timeout_s:g} s") from None
+            raise self.too_late() from None
         finally:
             job.leave()
+
+    def too_late(self) -> HTTPException:
+        return HTTPException(504, f"no answer within {self.config.timeout_s:g} s")
 
 
 def too_busy() -> HTTPException:
     return HTTPException(429, "too many requests wait; try again", headers={"Retry-After": "1"})
+
+
+def title_of(model: str | Path) -> str:
+    """What people call a model: its name, or that of its folder, without the rest of the path."""
+    parts = [part for part in Path(model).parts if part not in ("run", "best", "last")]
+    return parts[-1] if parts else str(model)
