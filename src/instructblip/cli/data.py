@@ -7,11 +7,21 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from instructblip.cli.options import Overrides, RecipeName, Scale, read_recipe, to_dir, to_file
+from instructblip.cli.options import (
+    Model,
+    Overrides,
+    RecipeName,
+    Scale,
+    read_recipe,
+    to_dir,
+    to_file,
+)
 
 app = typer.Typer()
 
 ExportForm = Literal["llava", "sharegpt", "messages", "parquet"]
+SHOWN = 20
+"""Lines of each list of `suggest` on the terminal."""
 
 
 @app.command()
@@ -150,6 +160,42 @@ def show(
     for sample in samples:
         text = to_terminal(sample, console.is_terminal)
         console.print(text, soft_wrap=True)
+
+
+@app.command()
+def suggest(
+    root: Annotated[Path, Argument(help="Folder of images, of which some have labels.")],
+    overrides: Overrides = None,
+    model: Model = "starter",
+    folds: Annotated[
+        int, Option(help="Tune it on the other labels first, in so many parts; 0: as it is.")
+    ] = 0,
+    limit: Annotated[int, Option(help="Of each list.", min=1, max=10_000)] = 100,
+    form: Annotated[Literal["csv", "jsonl"], Option(help="Of the rows.")] = "csv",
+    out: Annotated[Path, to_dir("Folder of the rows and the page.")] = Path("out/suggest"),
+) -> None:
+    """List which labels are probably wrong, and which images to label next."""
+    if folds == 1 or not 0 <= folds <= 20:
+        raise ValueError(f"--folds {folds}: expected 0, or 2 to 20; 3 are usual")
+    for file in (out / f"wrong.{form}", out / f"wanted.{form}"):
+        if file.exists():
+            raise ValueError(f"{file} exists and may have your corrections: give another --out")
+    from instructblip.experiment.suggest import suggest as run
+
+    lists = run(root, model, out, folds, limit, overrides or [])
+    if lists is None:
+        print("interrupted: nothing was written")
+        return
+    titles = {"Probably wrong": lists.wrong, "To label next": lists.wanted}
+    for title, suggestions in titles.items():
+        if suggestions:
+            print(f"\n{title}:")
+        for number, each in enumerate(suggestions[:SHOWN], 1):
+            asked = f"{each.example.question} " if each.example.question else ""
+            print(f"{number:4}  {each.example.where}: {asked}{each.reason}")
+        if (more := len(suggestions) - SHOWN) > 0:
+            print(f"      and {more} more in the files")
+    print("\n" + "\n".join([*lists.notes, *map(str, lists.write(out, root, form))]))
 
 
 @app.command()

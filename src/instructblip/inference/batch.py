@@ -159,8 +159,9 @@ def write_answers(
         temporary.open("w", encoding="utf-8", newline="") as file,
         progress_bar("answering", "images") as bar,
     ):
-        csv_file = out.suffix.lower() == ".csv"
-        write = _csv_writer(file, requests, details) if csv_file else _json_writer(file)
+        keys = dict.fromkeys(key for request in requests for key in request.record)
+        results = [key for key in RESULT_KEYS if details or key not in DETAIL_KEYS]
+        write = row_writer(file, out, [*dict.fromkeys([*keys, "instruction", *results])])
         for records in answer_requests(engine, requests, details, **decoding):
             for number, record in enumerate(records, start=done):
                 write(record)
@@ -176,20 +177,16 @@ def _details(answer: DetailedAnswer) -> dict[str, Any]:
     return {key: getattr(answer, key) for key in DETAIL_KEYS}
 
 
-def _json_writer(file: TextIO) -> Callable[[dict[str, Any]], object]:
-    return lambda record: file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _csv_writer(
-    file: TextIO, requests: Sequence[Request], details: bool
+def row_writer(
+    file: TextIO, path: Path, columns: Sequence[str]
 ) -> Callable[[dict[str, Any]], object]:
-    """A column for each key of the requests; lists and objects are written as JSON.
+    """What writes a record into the open file of ``path``: a CSV by its suffix, else JSON lines.
 
-    An apostrophe precedes a text that a spreadsheet program would run as a formula.
+    A CSV has the columns in its first line; lists and objects are written as JSON, and an
+    apostrophe precedes a text that a spreadsheet program would run as a formula.
     """
-    keys = dict.fromkeys(key for request in requests for key in request.record)
-    results = [key for key in RESULT_KEYS if details or key not in DETAIL_KEYS]
-    columns = [*dict.fromkeys([*keys, "instruction", *results])]
+    if path.suffix.lower() != ".csv":
+        return lambda record: file.write(json.dumps(record, ensure_ascii=False) + "\n")
     file.write("\ufeff")  # by which spreadsheet programs know UTF-8
     writer = csv.writer(file, lineterminator="\n")
 

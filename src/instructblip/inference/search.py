@@ -176,7 +176,7 @@ def write_page(file: Path, title: str, found: Sequence[Found]) -> None:
     """Write the images with their scores as a page (.html), or as one image (.png, .jpg)."""
     if file.suffix.lower() == ".html":
         template = page_template(Path(__file__).with_suffix(".html.j2"))
-        shown = [(each, data_url(_thumbnail(each.path), "JPEG", quality=88)) for each in found]
+        shown = [(each, data_url(thumbnail(each.path), "JPEG", quality=88)) for each in found]
         write_text(file, template.render(title=title, shown=shown))
         return
     columns = min(5, len(found))
@@ -191,14 +191,14 @@ def write_page(file: Path, title: str, found: Sequence[Found]) -> None:
     for number, each in enumerate(found):
         left = gap + number % columns * (cell + gap)
         top = gap + line + number // columns * height
-        sheet.paste(_thumbnail(each.path), (left, top))
+        sheet.paste(thumbnail(each.path), (left, top))
         draw.text((left, top + cell + 2), f"{number + 1}  {each.scores}", fill="black")
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
         sheet.save(temporary, "PNG" if file.suffix.lower() == ".png" else "JPEG")
 
 
-def _thumbnail(path: Path) -> Image.Image:
+def thumbnail(path: Path) -> Image.Image:
     """The image on a square, small ones enlarged."""
     image = load_image(path)
     scale = SIDE / max(image.size)

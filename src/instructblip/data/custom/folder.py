@@ -1,6 +1,7 @@
 """A folder of images (an ``imagefolder``) -> examples, all checked, and split."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from instructblip.data.custom.rows import CustomSet, Row
 from instructblip.data.images import load_image
 from instructblip.data.prepared.check import placeholders
 from instructblip.data.prepared.near import Look, look_of, near_duplicates
-from instructblip.data.reading.records import walk_files
+from instructblip.data.reading.records import IMAGE_SUFFIXES, walk_files
 from instructblip.data.reading.splits import SPLITS
 
 SplitBy = Literal["images", "column", "files"]
@@ -84,9 +85,7 @@ def read_sides(
     Raises ValueError for bad examples, for a split that the folder does not have, and for a group
     on two sides.
     """
-    parts = {split: _read_rows(root, split, group, language) for split in SPLITS}
-    places = [[str(r) if isinstance(r, ValueError) else r.where for r in p] for p in parts.values()]
-    given = any(each != places[0] for each in places)
+    rows, given = _all_rows(root, group, language)
     found: SplitBy = "images"
     if given:
         found = "column" if has_split_column(root) else "files"
@@ -96,9 +95,6 @@ def read_sides(
             "files": "folders or tables named train, val or test",
         }
         raise ValueError(f"{root}: --split {by} needs {expected[by or found]}")
-    rows = [row for part in (parts.values() if given else [parts["train"]]) for row in part]
-    # the error of a row whose split is unknown is in every part
-    rows = [*{str(r) if isinstance(r, ValueError) else id(r): r for r in rows}.values()]
     folder = _checked(rows, root)
     if by == "images" or not given:
         return Sides(*split_by_image(folder), None, "images")
@@ -133,6 +129,55 @@ def read_folder(root: Path, language: str = "en", group: str | None = None) -> F
     return _checked(_read_rows(root, "train", group, language), root)
 
 
+def read_partly(root: Path, language: str = "en") -> tuple[FolderSet, FolderSet]:
+    """The examples of a folder with an answer and those without one, of all its splits, with every
+    image decoded once. An image that no row names is asked what most rows ask.
+
+    ValueError lists the first ``MAX_LISTED`` bad examples.
+    """
+    rows, _ = _all_rows(root, None, language)
+    unlabelled = [row for row in rows if isinstance(row, Example) and not row.answers]
+    labelled = [row for row in rows if isinstance(row, ValueError) or row.answers]
+    known = [row for row in rows if isinstance(row, Example)]
+    named = {name for row in known for name in row.images}
+    asked = Counter((row.task, row.question, row.choices) for row in known).most_common(1)
+    task, question, choices = asked[0][0] if asked else ("caption", "", ())
+    for path in walk_files(root):
+        name = path.relative_to(root).as_posix()
+        if path.suffix.lower() in IMAGE_SUFFIXES and name not in named:
+            unlabelled.append(
+                Example(
+                    dataset="own",
+                    split="train",
+                    id=name,
+                    images=(name,),
+                    task=task,
+                    question=question,
+                    choices=choices,
+                    where=name,
+                )
+            )
+    if not labelled and not unlabelled:
+        raise ValueError(f"{root} has no images; expected files such as .jpg or .png")
+    empty = FolderSet([], root)
+    return (
+        _checked(labelled, root) if labelled else empty,
+        _checked(unlabelled, root, answered=False) if unlabelled else empty,
+    )
+
+
+def _all_rows(
+    root: Path, group: str | None, language: str
+) -> tuple[list[Example | ValueError], bool]:
+    """The rows of all splits, each once, and whether the folder says which split they are in."""
+    parts = {split: _read_rows(root, split, group, language) for split in SPLITS}
+    places = [[str(r) if isinstance(r, ValueError) else r.where for r in p] for p in parts.values()]
+    given = any(each != places[0] for each in places)
+    rows = [row for part in (parts.values() if given else [parts["train"]]) for row in part]
+    # the error of a row whose split is unknown is in every part
+    return [*{str(r) if isinstance(r, ValueError) else id(r): r for r in rows}.values()], given
+
+
 def _read_rows(
     root: Path, split: str, group: str | None, language: str
 ) -> list[Example | ValueError]:
@@ -142,11 +187,11 @@ def _read_rows(
     return list(read_custom(custom, root, split))
 
 
-def _checked(rows: Sequence[Example | ValueError], root: Path) -> FolderSet:
-    if not any(isinstance(row, ValueError) or row.answers for row in rows):
+def _checked(rows: Sequence[Example | ValueError], root: Path, answered: bool = True) -> FolderSet:
+    if answered and not any(isinstance(row, ValueError) or row.answers for row in rows):
         raise ValueError(_why_no_answers(root))
     looks: dict[str, Look] = {}
-    problems = [problem for row in rows if (problem := _problem(row, root, looks))]
+    problems = [problem for row in rows if (problem := _problem(row, root, looks, answered))]
     if problems:
         listed = problems[:MAX_LISTED]
         if more := len(problems) - len(listed):
@@ -174,12 +219,12 @@ def _why_no_answers(root: Path) -> str:
     )
 
 
-def _problem(row: Example | ValueError, root: Path, looks: dict[str, Look]) -> str:
+def _problem(row: Example | ValueError, root: Path, looks: dict[str, Look], answered: bool) -> str:
     """Why a row cannot be used, with its file and place; empty when it can. Adds the looks of its
     images to ``looks``."""
     if isinstance(row, ValueError):
         return str(row)
-    if not row.answers:
+    if answered and not row.answers:
         return f"{row.where}: no caption and no answer"
     for reason in placeholders(row):
         return f"{row.where}: {reason}"
@@ -200,11 +245,7 @@ def split_by_image(folder: FolderSet, share: float = 0.2) -> tuple[FolderSet, Fo
     a side empty, the nearest examples fill it. ValueError for fewer than four images, or where
     shared images connect all examples.
     """
-    names = {name for example in folder.examples for name in example.images}
-    digests = {name: _sha256((folder.image_root / name).read_bytes()) for name in names}
-    if (count := len({*digests.values()})) < 4:
-        raise ValueError(f"{folder.image_root}: {count} images; expected at least 4")
-    groups = _groups([[digests[n] for n in e.images] + _group_key(e) for e in folder.examples])
+    groups = _image_groups(folder)
     order = sorted({*groups}, key=_sha256)
     if len(order) < 2:
         raise ValueError(
@@ -217,6 +258,40 @@ def split_by_image(folder: FolderSet, share: float = 0.2) -> tuple[FolderSet, Fo
     training = [example for example, group in pairs if group not in held_back]
     validation = [replace(e, split="val") for e, group in pairs if group in held_back]
     return replace(folder, examples=training), replace(folder, examples=validation)
+
+
+def in_folds(folder: FolderSet, folds: int) -> list[tuple[FolderSet, FolderSet]]:
+    """(the others, the part) for each of ``folds`` parts of about equal size, of which every
+    example is in one; examples that share an image are in one part.
+
+    ValueError for fewer than four images, or fewer than two for each part.
+    """
+    groups = _image_groups(folder)
+    order = sorted({*groups}, key=_sha256)
+    if len(order) < 2 * folds:
+        raise ValueError(
+            f"{folder.image_root}: {len(order)} labelled images (those that rows share count "
+            f"once); --folds {folds} needs at least {2 * folds}"
+        )
+    part = {group: number % folds for number, group in enumerate(order)}
+    pairs = list(zip(folder.examples, groups, strict=True))
+    return [
+        (
+            replace(folder, examples=[e for e, group in pairs if part[group] != number]),
+            replace(folder, examples=[e for e, group in pairs if part[group] == number]),
+        )
+        for number in range(folds)
+    ]
+
+
+def _image_groups(folder: FolderSet) -> list[bytes]:
+    """What keeps each example with others: the least of the hashes of all images and groups that
+    are connected with it."""
+    names = {name for example in folder.examples for name in example.images}
+    digests = {name: _sha256((folder.image_root / name).read_bytes()) for name in names}
+    if (count := len({*digests.values()})) < 4:
+        raise ValueError(f"{folder.image_root}: {count} images; expected at least 4")
+    return _groups([[digests[n] for n in e.images] + _group_key(e) for e in folder.examples])
 
 
 def _group_key(example: Example) -> list[bytes]:
