@@ -25,6 +25,9 @@ SCORES = torch.tensor(
 
 
 class Comparing(FakeEngine):
+    def can_match(self) -> bool:
+        return True
+
     def compare_examples(self, examples, image_root: Path, texts, rerank: int):
         assert list(texts) == TEXTS
         assert rerank == 128
@@ -63,6 +66,18 @@ def test_recall_by_hand(tmp_path: Path) -> None:
     loaded = Result.load(out)
     assert loaded.value == result.value
     assert "matching of the most similar" in loaded.describe()
+
+
+def test_a_model_that_does_not_match_is_said_to_compare_only(tmp_path: Path) -> None:
+    class Contrasting(Comparing):
+        def can_match(self) -> bool:
+            return False
+
+    benchmark, out = BENCHMARKS["scenes_retrieval"], tmp_path / "result"
+    evaluate(Contrasting(), benchmark, dataset(), out=out)
+    described = Result.load(out).describe()
+    assert "; contrast" in described
+    assert "matching" not in described
 
 
 def test_a_model_that_scores_all_alike_retrieves_nothing() -> None:

@@ -76,6 +76,10 @@ class Comparer(Protocol):
         """Return scores [N, T] by which images choose texts, and texts choose images."""
         ...
 
+    def can_match(self) -> bool:
+        """Whether its heads match, which is what ``rerank`` is about, and do not only compare."""
+        ...
+
 
 @runtime_checkable
 class DetailedAnswerer(Answerer, Protocol):
@@ -155,12 +159,15 @@ def evaluate(
     }
     if calibration is not None:
         settings["calibration"] = {"id": calibration.id, "sets": calibration.sets}
+    if benchmark.mode == "retrieve" and not _comparer(engine, benchmark).can_match():
+        settings["matches"] = False
     folder = None if out is None else Path(out)
     shown = progress and distributed.is_main()
     with PredictionLog(folder, settings) as log:
         if benchmark.mode == "retrieve" and distributed.is_main():
             missing = [i for i, example in enumerate(examples) if example.id not in log.done]
-            found = _retrieve(engine, benchmark, dataset.image_root, examples) if missing else []
+            comparer = _comparer(engine, benchmark)
+            found = _retrieve(comparer, benchmark, dataset.image_root, examples) if missing else []
             log.add({"index": i, **found[i]} for i in missing)
         retrieves = benchmark.mode == "retrieve"
         share = [] if retrieves else _share(examples, prompts, log, together)
@@ -446,12 +453,16 @@ def _answer(
     return [{**prediction, "score": sample(prediction)} for prediction in predictions]
 
 
-def _retrieve(
-    engine: Answerer, benchmark: Benchmark, image_root: Path, examples: Sequence[Example]
-) -> list[dict[str, Any]]:
-    """One scored prediction per image: the best text, and the ranks of what belongs together."""
+def _comparer(engine: Answerer, benchmark: Benchmark) -> Comparer:
     if not isinstance(engine, Comparer):
         raise ValueError(f"{benchmark.name} needs a model of this package with retrieval heads")
+    return engine
+
+
+def _retrieve(
+    engine: Comparer, benchmark: Benchmark, image_root: Path, examples: Sequence[Example]
+) -> list[dict[str, Any]]:
+    """One scored prediction per image: the best text, and the ranks of what belongs together."""
     texts = list(dict.fromkeys(answer for example in examples for answer in example.answers))
     scores = engine.compare_examples(examples, image_root, texts, benchmark.rerank)
     to_text, to_image = (score.double().numpy() for score in scores)

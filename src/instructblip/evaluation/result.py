@@ -96,7 +96,8 @@ class Result:
         asked = {name: self.settings["benchmark"][name] for name in ("mode", "decoding", "prompt")}
         name = "groups" if "group" in self.predictions[0]["extra"] else "images"
         groups = {name: len({*self.groups})} if self.groups else {}
-        return {"metric": self.metric, "tokenizer": self.tokenizer, **asked, **groups}
+        matches = {name: self.settings[name] for name in ("matches",) if name in self.settings}
+        return {"metric": self.metric, "tokenizer": self.tokenizer, **asked, **groups, **matches}
 
     @property
     def blind(self) -> bool:
@@ -248,7 +249,8 @@ def describe_how(how: Mapping[str, Any]) -> str:
     kinds = [f"; intervals over {how[kind]} {kind}" for kind in ("groups", "images") if kind in how]
     groups = "".join(kinds)
     if how["mode"] == "retrieve":
-        return f"{how['metric']}; contrast, then matching of the most similar{groups}"
+        matching = ", then matching of the most similar" if how.get("matches", True) else ""
+        return f"{how['metric']}; contrast{matching}{groups}"
     return (
         f"{how['metric']}{tokens}; {how['mode']} ({decoding or default}); "
         f"prompt {how['prompt'] or 'of each task'!r}{groups}"

@@ -665,6 +665,10 @@ class Engine:
         images = [image_root / example.images[0] for example in examples]
         return self.embedder.compare(images, texts, rerank)
 
+    def can_match(self) -> bool:
+        """Whether the heads match as well; see ``Retriever.can_match``."""
+        return self.embedder.retriever.can_match
+
     def _example_samples(
         self, examples: Sequence[Example], prompts: Sequence[Rendered], image_root: Path
     ) -> list[Sample]:
