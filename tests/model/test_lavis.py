@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers import Blip2Config, Blip2ForImageTextRetrieval
 
 from instructblip.cli import main as cli
 from instructblip.cli.models import ModelForm, combine, export, import_
 from instructblip.data.tokens import Tokens
 from instructblip.experiment.build import with_commit
+from instructblip.inference.embedder import Embedder
 from instructblip.model.checkpoints.directory import check_output, model_directory, with_revision
 from instructblip.model.checkpoints.inspection import inspect_checkpoint
 from instructblip.model.checkpoints.lavis import (
@@ -30,9 +33,11 @@ from instructblip.model.config import InstructBlipConfig, LoraConfig, QFormerCon
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.language.adapters import build_language_model
 from instructblip.model.lora import add_lora
+from instructblip.model.retrieval import similarity
 from instructblip.recipe.load import load_recipe
-from tests.parity.tiny import LANGUAGES, tiny_batch, tiny_transformers
-from tests.testing import llama_like, t5_like, wordpiece
+from instructblip.release.assemble import import_checkpoint
+from tests.parity.tiny import LANGUAGES, tiny_batch, tiny_config, tiny_transformers
+from tests.testing import llama_like, t5_like, wordpiece, write_picture
 
 
 def official(
@@ -294,6 +299,58 @@ def test_commands(parts: dict[str, Path], tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit) as stop:
         cli.main(["export", out, out, "--format", "onnx", "--debug"])
     assert stop.value.code == 2
+
+
+def stage1(parts: dict[str, Path]) -> Blip2ForImageTextRetrieval:
+    """A model of transformers, and the same weights as files of stage 1 of the official code."""
+    torch.manual_seed(0)
+    arguments = tiny_config()
+    del arguments["image_token_index"]
+    arguments["vision_config"] |= {"num_attention_heads": 16}  # as `import` expects them
+    arguments["qformer_config"] |= {"hidden_size": 24, "num_attention_heads": 12}
+    arguments["qformer_config"] |= {"vocab_size": 90, "use_qformer_text_input": True}
+    model = Blip2ForImageTextRetrieval(Blip2Config(**arguments, image_text_hidden_size=8)).eval()
+    model.vision_model.post_layernorm.eps = 1e-5  # the official ln_vision
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            norm = "norm" in name.lower() and name.endswith("weight")
+            parameter.normal_(1.0 if norm else 0.0, 0.15)
+            if name.endswith("qkv.bias"):
+                parameter[16:32] = 0  # keys have none
+    theirs = {n.replace("qformer.layernorm", "embeddings.layernorm"): v
+              for n, v in model.state_dict().items()}  # fmt: skip
+    heads = {f"{head}.{end}": theirs.pop(f"{head}ection.{end}")
+             for head in ("vision_proj", "text_proj") for end in ("weight", "bias")}  # fmt: skip
+    named = {f"qformer.{n}" if n.startswith("embeddings.") else n: v for n, v in theirs.items()}
+    files = to_lavis(named, "llm_proj", image_encoder=True) | heads | {"temp": torch.tensor(0.05)}
+    files["Qformer.cls.predictions.bias"] = torch.zeros(90)
+    encoder = {n.partition(".")[2]: v for n, v in files.items() if n.startswith("visual_encoder.")}
+    torch.save(encoder, parts["eva.pth"])
+    trimmed = {n: v for n, v in files.items() if not n.startswith("visual_encoder.")}
+    torch.save({"model": trimmed}, parts["ib.pth"])
+    return model
+
+
+def test_an_imported_stage_1_searches_as_transformers(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
+    model, out = stage1(parts), tmp_path / "ours"
+    import_checkpoint(parts["ib.pth"], parts["eva.pth"], parts["vicuna"], parts["bert"], out)
+    embedder = Embedder.from_pretrained(out, device="cpu")
+    assert embedder.retriever.log_temperature.exp() == pytest.approx(0.05)
+    images = [Image.open(write_picture(tmp_path / f"{i}.png", seed=i)) for i in range(3)]
+    texts = ["a red cat", "what is blue?", "the cat"]
+    ids, mask = embedder.ids(texts)
+    pixels = torch.stack([embedder.pixels(image) for image in images])
+    given = {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        cosine = model(**given).logits_per_image
+        fits = model(**given, use_image_text_matching_head=True).logits_per_image.softmax(1)[:, 1]
+    scores = similarity(embedder.embed(images=images), embedder.embed(texts=texts))
+    assert (scores - cosine).abs().max() < 1e-5
+    assert (embedder.match(images, texts) - fits).abs().max() < 1e-5
+    projection = InstructBlip.from_pretrained(out).language_projection
+    assert projection.weight.std() > 0, "stage 1 has none: a new one is drawn"
 
 
 @pytest.mark.parametrize(

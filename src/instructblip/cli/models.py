@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-ModelForm = Literal["transformers", "lavis"]
+ModelForm = Literal["transformers", "retrieval", "lavis"]
 Method = Literal["occlusion", "features", "gradient", "rollout", "attention"]
 """That of `model/explain.py`, which is not imported before it is needed."""
 
@@ -544,13 +544,19 @@ def export(
         Option("--keep-lora", help="Write LoRA adapters separately, in PEFT's files."),
     ] = False,
 ) -> None:
-    """Write a model for others, with its card. LoRA adapters are merged unless they are kept."""
+    """Write a model for others, with its card. LoRA adapters are merged unless they are kept.
+
+    The form "retrieval" is transformers' Blip2ForImageTextRetrieval: the parts that search needs.
+    """
     from instructblip.evaluation.result import load_results
     from instructblip.model.lora import FOLDERS
     from instructblip.release.export import export_model
 
     scores = [result for each in load_results(results or []).values() for result in each]
     export_model(model, out, form, scores, image_encoder, keep_lora)
+    if form == "retrieval":
+        print(f"{out}: Blip2ForImageTextRetrieval")
+        return
     inspect_(str(out))
     if keep_lora:
         written = [out / name for name in FOLDERS.values() if (out / name).is_dir()]

@@ -268,15 +268,17 @@ class Tokens:
 
 
 def text_reader(path: Path, longest: int) -> Callable[[str], list[int]]:
-    """What turns a text into at most ``longest`` ids for the Q-Former of a model directory.
-
-    transformers' Blip2ForImageTextRetrieval has no other tokenizer than this one, in the directory
-    itself.
-    """
-    beside = path / "qformer_tokenizer"
-    tokenizer = load_tokenizer(beside if beside.is_dir() else path)
+    """What turns a text into at most ``longest`` ids for the Q-Former of a model directory."""
+    tokenizer = qformer_tokenizer(path)
     wrap = _Wrap.of(tokenizer)
     return lambda text: wrap.last(_encode(tokenizer, text), longest)
+
+
+def qformer_tokenizer(path: Path) -> Any:
+    """The tokenizer of the Q-Former of a model directory. transformers' Blip2ForImageTextRetrieval
+    has no other one than this, in the directory itself."""
+    beside = path / "qformer_tokenizer"
+    return load_tokenizer(beside if beside.is_dir() else path)
 
 
 def check_marks(text: str, num_images: int) -> None:

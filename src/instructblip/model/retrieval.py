@@ -7,6 +7,7 @@ section 3.1). ``retrieval.safetensors`` in a model directory has the heads by tr
 model's were trained further.
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from instructblip.core.files import read_json
+from instructblip.core.files import read_json, replacing_directory
 from instructblip.model.checkpoints.directory import model_directory
 from instructblip.model.checkpoints.transformers import (
     READ_BY_RETRIEVAL,
@@ -23,12 +24,14 @@ from instructblip.model.checkpoints.transformers import (
     load_weights,
     read_retrieval,
     retrieval_weights,
+    to_retrieval,
     write_retrieval,
 )
 from instructblip.model.checkpoints.weights import (
     NoRandomWeights,
     NoStorage,
     read_weights,
+    write_weights,
 )
 from instructblip.model.config import InstructBlipConfig
 from instructblip.model.encoders import build_vision
@@ -41,6 +44,7 @@ HEADS = {
     "itm_head": "match_head",
 }
 """transformers' names of the heads, and ours."""
+PARTS = ("vision_model.", "query_tokens", "qformer.")
 
 
 class Heads(nn.Module):
@@ -139,6 +143,36 @@ class Retriever(Heads):
             del retriever.match_head
         return retriever
 
+    def save_pretrained(self, path: Path) -> None:
+        """Write config and weights as transformers' Blip2ForImageTextRetrieval, whole or not at
+        all.
+
+        Raises ValueError for heads that were not trained to match, and for an image encoder that
+        transformers' BLIP-2 does not have.
+        """
+        if not self.can_match:
+            raise ValueError(
+                "a Blip2ForImageTextRetrieval matches, and the heads of the stage retrieval do "
+                "not: export a model of `instructblip pretrain --stage 1`"
+            )
+        if not self.config.vision.in_transformers:
+            raise ValueError(
+                "transformers' BLIP-2 has no image encoder such as this model's: search with "
+                "`instructblip search`, or train stage 1 on an EVA-CLIP"
+            )
+        config = self.config.model_copy(update={"instruction_aware": False, "image_token_id": None})
+        values = config.to_transformers()
+        values |= {"architectures": ["Blip2ForImageTextRetrieval"], "dtype": "float32"}
+        values["qformer_config"]["use_qformer_text_input"] = True
+        values["image_text_hidden_size"] = self.image_head.out_features
+        heads = named_heads(self)
+        del heads["temp"]  # transformers has no place for it
+        weights = {n: v for n, v in self.state_dict().items() if n.startswith(PARTS)}
+        with replacing_directory(path) as directory:
+            text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+            (directory / "config.json").write_text(text, encoding="utf-8")
+            write_weights(to_retrieval(weights) | heads, directory / "model.safetensors")
+
     @property
     def can_match(self) -> bool:
         """Whether its heads were trained to match; those of the stage `retrieval` were not."""
@@ -206,15 +240,19 @@ def our_heads(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return heads | {"log_temperature": temperature.float().log()}
 
 
-def write_heads(heads: Heads, model: InstructBlip, directory: Path) -> None:
-    """Write ``retrieval.safetensors`` into a model directory: the heads, and what in the ``model``
-    that was trained with them differs from the one there."""
+def named_heads(heads: Heads) -> dict[str, Tensor]:
+    """The heads by transformers' names."""
     named = {
         f"{theirs}.{part}": value
         for theirs, ours in HEADS.items()
         if hasattr(heads, ours)
         for part, value in getattr(heads, ours).state_dict().items()
     }
-    named["temp"] = heads.log_temperature.detach().exp()
+    return named | {"temp": heads.log_temperature.detach().exp()}
+
+
+def write_heads(heads: Heads, model: InstructBlip, directory: Path) -> None:
+    """Write ``retrieval.safetensors`` into a model directory: the heads, and what in the ``model``
+    that was trained with them differs from the one there."""
     weights = {n: v for n, v in model.state_dict().items() if READ_BY_RETRIEVAL.fullmatch(n)}
-    write_retrieval(named, weights, directory)
+    write_retrieval(named_heads(heads), weights, directory)

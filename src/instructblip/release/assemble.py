@@ -7,17 +7,25 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from instructblip.core.files import replacing_directory
 from instructblip.data.images import ImageTransform
 from instructblip.data.tokens import Tokens, load_tokenizer, num_rows
 from instructblip.model.checkpoints.combine import combine, copy_words, fit_text_branch, word_rms
 from instructblip.model.checkpoints.directory import check_output, local_path
-from instructblip.model.checkpoints.lavis import import_lavis, language_tokenizer
+from instructblip.model.checkpoints.lavis import import_lavis, language_tokenizer, lavis_heads
 from instructblip.model.checkpoints.shared_words import shared_tokenizer
-from instructblip.model.checkpoints.transformers import TEXT_BRANCH, read_text_branch
+from instructblip.model.checkpoints.transformers import (
+    TEXT_BRANCH,
+    read_text_branch,
+    write_retrieval,
+)
+from instructblip.model.checkpoints.weights import read_nested
 from instructblip.model.decoding import PAPER
 from instructblip.model.encoders import check_encoder, encoder_images
 from instructblip.model.instructblip import InstructBlip
@@ -32,6 +40,7 @@ def import_checkpoint(
     checkpoint: Path, vision: Path, language: Path, qformer_tokenizer: Path | None, out: Path
 ) -> None:
     """Write a checkpoint of the official code (LAVIS) as a directory that transformers reads too.
+    One of stage 1 keeps its heads of retrieval.
 
     Args:
         checkpoint: the .pth file, which holds neither image encoder nor language model.
@@ -49,7 +58,8 @@ def import_checkpoint(
         )
     reader = load_tokenizer(qformer_tokenizer) if qformer_tokenizer is not None else None
     transform = ImageTransform(image_size=model.config.vision.image_size)
-    _write(model, Tokens(language_tokenizer(language), reader), transform, out)
+    tokens = Tokens(language_tokenizer(language), reader)
+    _write(model, tokens, transform, out, lavis_heads(read_nested(checkpoint, "model")))
 
 
 @dataclass(frozen=True)
@@ -242,8 +252,15 @@ def _parts_of(
     ]
 
 
-def _write(model: InstructBlip, tokens: Tokens, transform: ImageTransform, out: Path) -> None:
-    """Write weights, tokenizers, image transform and the paper's decoding, all or nothing."""
+def _write(
+    model: InstructBlip,
+    tokens: Tokens,
+    transform: ImageTransform,
+    out: Path,
+    heads: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Write weights, tokenizers, image transform, the paper's decoding and the heads of retrieval,
+    all or nothing."""
     with tempfile.TemporaryDirectory() as folder:
         assets = Path(folder)
         tokens.save_pretrained(assets)
@@ -256,4 +273,7 @@ def _write(model: InstructBlip, tokens: Tokens, transform: ImageTransform, out: 
         }
         settings = {**ids, **PAPER.model_dump(exclude={"do_sample", "temperature", "top_p"})}
         (assets / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        model.save_pretrained(out, assets)
+        with replacing_directory(out) as directory:
+            model.save_pretrained(directory, assets)
+            if heads:
+                write_retrieval(dict(heads), {}, directory)

@@ -1,9 +1,12 @@
-"""Write a model for others: a transformers directory with its card, or a LAVIS file.
+"""Write a model for others: a transformers directory with its card, or a LAVIS file. The form
+"retrieval" is transformers' Blip2ForImageTextRetrieval.
 
 The card says what a model is, what it was tuned on and how, and its scores.
 """
 
+import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +17,9 @@ import yaml
 from instructblip.core.files import replacing_directory
 from instructblip.core.version import __version__
 from instructblip.data.chat_format import ChatFormat, read_chat_template
+from instructblip.data.images import ImageTransform
 from instructblip.data.sources import SOURCES
-from instructblip.data.tokens import load_tokenizer
+from instructblip.data.tokens import load_tokenizer, qformer_tokenizer
 from instructblip.evaluation.compare import summarise
 from instructblip.evaluation.result import Result, describe_how
 from instructblip.evaluation.tables import escape_markdown
@@ -26,11 +30,12 @@ from instructblip.model.checkpoints.directory import check_output, model_directo
 from instructblip.model.checkpoints.lavis import export_lavis, refuse_loss
 from instructblip.model.checkpoints.small import PARTS_FILE
 from instructblip.model.instructblip import InstructBlip
+from instructblip.model.retrieval import Retriever
 from instructblip.model.trainable import part_of
 from instructblip.recipe.load import read_values
 from instructblip.recipe.schema import RECIPE_FILE
 
-ModelForm = Literal["transformers", "lavis"]
+ModelForm = Literal["transformers", "retrieval", "lavis"]
 
 CARD = """---
 library_name: transformers
@@ -64,6 +69,26 @@ with `instructblip.load("{name}")`.
 {recipe}
 """
 
+RETRIEVAL_CARD = """---
+library_name: transformers
+tags: [blip-2, image-text-retrieval]
+---
+
+# {name}
+
+Image encoder, Q-Former and retrieval heads of a BLIP-2, written by instructblip {version}. Load it
+with `transformers.Blip2ForImageTextRetrieval.from_pretrained`, or search a folder of images with
+`instructblip search FOLDER WORDS --model {name}`.
+
+## Data of the last training
+
+{data}
+
+## Recipe of the last training
+
+{recipe}
+"""
+
 
 def export_model(
     model: str | Path,
@@ -78,13 +103,14 @@ def export_model(
     Args:
         model: a run or model directory, "starter" or "small".
         out: a new or empty directory, or for "lavis" a new file.
+        form: "retrieval" has the parts that search needs, and no language model.
         results: scores for the card of a transformers directory; `small` has its own,
             and they follow it.
         image_encoder: whether a LAVIS file includes the image encoder.
         keep_lora: keep LoRA adapters apart, in PEFT's files, instead of merging them.
 
     Raises ValueError, before anything is written, if ``out`` is in use, if a LAVIS file would lose
-    trained parts, and for results of another model.
+    trained parts, for results of another model, and for "retrieval" without heads that match.
     """
     check_output(out, file=form == "lavis")
     source = model_directory(str(model))
@@ -100,6 +126,14 @@ def export_model(
         loaded = InstructBlip.from_pretrained(model)
         lora.merge_lora(loaded.adapted["qformer_lora"])
         export_lavis(loaded, out, image_encoder)
+        return
+    if form == "retrieval":
+        if keep_lora or results:
+            raise ValueError(
+                "a Blip2ForImageTextRetrieval has no adapter and no card with scores: leave out "
+                "--keep-lora and --results"
+            )
+        _export_retrieval(source, out, recipe)
         return
     loaded = InstructBlip.from_pretrained(model)
     if keep_lora and not lora.lora_layers(loaded):
@@ -123,6 +157,31 @@ def export_model(
         if calibration is not None:  # of the same answers, with the adapters merged or not
             model = fingerprint(directory, loaded.config.instruction_aware)
             calibration.model_copy(update={"model": model}).save(directory)
+
+
+def _export_retrieval(source: Path, out: Path, recipe: Mapping[str, Any]) -> None:
+    retriever = Retriever.from_pretrained(source)
+    card = RETRIEVAL_CARD.format(
+        name=escape_markdown(out.name), version=__version__, **_trained_on(recipe)
+    )
+    with replacing_directory(out) as directory:
+        retriever.save_pretrained(directory)
+        qformer_tokenizer(source).save_pretrained(directory)
+        ImageTransform.from_pretrained(source).save_pretrained(directory)
+        # without placeholders for queries, which transformers' processor would put into the text
+        reader = json.dumps({"processor_class": "Blip2Processor"})
+        (directory / "processor_config.json").write_text(reader, encoding="utf-8")
+        (directory / "README.md").write_text(card, encoding="utf-8")
+        if (source / "licences").is_dir():
+            shutil.copytree(source / "licences", directory / "licences")
+
+
+def _trained_on(recipe: Mapping[str, Any] | None) -> dict[str, str]:
+    """The parts of a card about the training."""
+    return {
+        "data": _data(recipe) if recipe else "Not known.",
+        "recipe": _fenced(_yaml(recipe), "yaml") if recipe else "Not known.",
+    }
 
 
 def _check_results(results: Sequence[Result], source: Path, model: InstructBlip) -> None:
@@ -168,9 +227,8 @@ def model_card(
         reader=reader,
         prompts=_prompts(chat),
         parameters="\n".join(f"| {part} | {count:,} |" for part, count in parts.items()),
-        data=_data(recipe) if recipe else "Not known.",
         figures=_scores(results) if results else "Not evaluated.",
-        recipe=_fenced(_yaml(recipe), "yaml") if recipe else "Not known.",
+        **_trained_on(recipe),
     )
 
 

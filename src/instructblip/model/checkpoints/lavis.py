@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from instructblip.core.files import read_json
+from instructblip.model.checkpoints.combine import scale_projection
 from instructblip.model.checkpoints.transformers import HARMLESS, load_weights
 from instructblip.model.checkpoints.weights import read_nested, read_weights, write_pickle
 from instructblip.model.config import EncoderConfig, InstructBlipConfig, QFormerConfig, VisionConfig
@@ -31,6 +32,7 @@ from instructblip.model.language.adapters import read_language_config
 from instructblip.model.lora import lora_layers
 
 LN_VISION_EPS = 1e-5
+PROJECTION = "language_projection."
 BLOCKS = "vision_model.encoder."
 ENCODER_BLOCKS = 39
 """Of the 40 in ``eva_vit_g.pth``."""
@@ -42,6 +44,12 @@ OTHER_HEADS = re.compile(
     r"|Qformer\.bert\.embeddings\.position_ids|(visual_encoder\.)?(norm|fc_norm|head)\..*"
 )
 """Heads of stage 1 and of EVA-CLIP, which are no part of the model."""
+RETRIEVAL_HEADS = {
+    "vision_proj": "vision_projection",
+    "text_proj": "text_projection",
+    "itm_head": "itm_head",
+}
+"""The official names of the heads of retrieval, which stage 1 trains, and transformers'."""
 
 NAMES = (
     ("visual_encoder.blocks.", "vision_model.encoder.layers."),
@@ -91,6 +99,15 @@ def from_lavis(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             value = torch.cat([value, torch.zeros_like(value), values])
         ours[_ours(name)] = value
     return ours
+
+
+def lavis_heads(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The heads of retrieval by transformers' names; empty for a file of another stage."""
+    if not {"vision_proj.weight", "text_proj.weight"} <= weights.keys():
+        return {}
+    parts = ((*name.partition("."), value) for name, value in weights.items())
+    heads = {f"{RETRIEVAL_HEADS[p]}.{n}": v for p, _, n, v in parts if p in RETRIEVAL_HEADS}
+    return heads | {name: weights[name] for name in ("temp",) if name in weights}
 
 
 def to_lavis(
@@ -145,7 +162,8 @@ def import_lavis(
     """The whole model from its three parts, in fp32; `import` writes it with its tokenizers.
 
     Weights of the image encoder or the language model in ``checkpoint``, as where they were
-    trained, take precedence. Raises ValueError for a file that does not hold its part.
+    trained, take precedence. A file of stage 1 has no projection: a new one is drawn, as `combine`
+    draws it. Raises ValueError for a file that does not hold its part.
 
     Args:
         checkpoint: a trimmed or whole ``.pth`` of an InstructBLIP or a BLIP-2.
@@ -154,7 +172,8 @@ def import_lavis(
         vision_heads: attention heads, which no tensor shows; by default the official number.
         qformer_heads: likewise.
     """
-    given = from_lavis(read_nested(checkpoint, "model"))
+    official = read_nested(checkpoint, "model")
+    given = from_lavis(official)
     encoder = read_nested(vision, "model") if vision.is_file() else read_weights(vision)
     encoder = from_lavis(encoder) if is_lavis(encoder) else encoder
     norm = "vision_model.post_layernorm."
@@ -178,7 +197,13 @@ def import_lavis(
         if absent := [name for name in names if name not in weights]:
             raise ValueError(f"{file} holds no {what} ({absent[0]} is missing)")
     model = InstructBlip(_config_of(weights, text, vision_heads, qformer_heads))
-    load_weights(model, weights, checkpoint)
+    projection = {n: v for n, v in model.state_dict().items() if n.startswith(PROJECTION)}
+    new = bool(lavis_heads(official)) and not weights.keys() & projection.keys()
+    load_weights(model, projection | weights if new else weights, checkpoint)
+    if new:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            scale_projection(model)
     return model.eval()
 
 

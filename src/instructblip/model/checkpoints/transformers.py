@@ -370,6 +370,15 @@ def write_retrieval(heads: dict[str, Tensor], weights: dict[str, Tensor], direct
         write_weights(heads | moved, temporary)
 
 
+def to_retrieval(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of image encoder and Q-Former by the names of transformers'
+    Blip2ForImageTextRetrieval, whose tables of words and positions are beside the Q-Former."""
+    return {
+        re.sub(r"^qformer\.(?=embeddings\.)", "", name.replace(NORM, BLIP2_NORM)): value
+        for name, value in weights.items()
+    }
+
+
 def _fit_config(
     config: InstructBlipConfig, weights: dict[str, Tensor], aware: bool, image_size: int | None
 ) -> InstructBlipConfig:
