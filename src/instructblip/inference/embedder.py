@@ -77,11 +77,12 @@ class Embedder:
     @torch.no_grad()
     def embed(
         self,
-        images: ImageInput | Sequence[ImageInput] | None = None,
+        images: ImageInput | Sequence[ImageInput | Tensor] | None = None,
         texts: str | Sequence[str] | None = None,
         instruction: str | None = None,
     ) -> Tensor:
-        """Unit vectors of images [N, Q, E], one of each query, or of texts [N, E].
+        """Unit vectors of images [N, Q, E], one of each query, or of texts [N, E]; images may be
+        pixels [3, S, S].
 
         The similarity of an image and a text is the cosine of the best query. With an
         ``instruction`` the queries read it beside the image and look for what it asks. Raises
@@ -184,13 +185,15 @@ class Embedder:
         return self.retriever.embed_images(features, *self.ids([instruction] * len(features)))
 
     @torch.no_grad()
-    def features(self, images: Sequence[ImageInput]) -> Float[Tensor, "N P V"]:
+    def features(self, images: Sequence[ImageInput | Tensor]) -> Float[Tensor, "N P V"]:
         """Images as the encoder returns them."""
         pixels = torch.stack([self.pixels(image) for image in images])
         return self.retriever.encode_image(pixels.to(self.device))
 
-    def pixels(self, image: ImageInput) -> Float[Tensor, "3 S S"]:
+    def pixels(self, image: ImageInput | Tensor) -> Float[Tensor, "3 S S"]:
         """An image as the encoder reads it."""
+        if isinstance(image, Tensor):
+            return image
         if isinstance(image, Image.Image):
             return self.transform(to_rgb(image, self.transform.window))
         return self.transform(self.transform.read(str(image)))

@@ -53,6 +53,7 @@ from instructblip.inference.inputs import (
 )
 from instructblip.inference.streaming import TextStream, stream_text
 from instructblip.model.checkpoints.directory import model_directory
+from instructblip.model.checkpoints.transformers import RETRIEVAL_FILE
 from instructblip.model.decoding import GREEDY, PAPER, Decoding, stored_overrides
 from instructblip.model.explain import Method
 from instructblip.model.inference import (
@@ -597,6 +598,11 @@ class Engine:
         retriever = Retriever.of(self.model)
         assert self.model.assets is not None
         return Embedder(retriever, self.model.assets, self.images.transform)
+
+    @property
+    def can_embed(self) -> bool:
+        """Whether there are heads of retrieval in the model's directory."""
+        return self.model.assets is not None and (self.model.assets / RETRIEVAL_FILE).is_file()
 
     @property
     def can_draw(self) -> bool:

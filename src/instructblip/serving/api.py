@@ -1,4 +1,4 @@
-"""The server as an ASGI application: chat completions, images, ranking, health and metrics.
+"""The server as an ASGI application: chat completions, embeddings, images, ranking, metrics.
 
 ``instructblip serve`` runs what ``create_app`` returns. One ``Batcher`` per model answers; handlers
 only validate, decode images and wait.
@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+import torch.nn.functional as F
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -25,7 +26,7 @@ from instructblip.data.templates import Rendered
 from instructblip.evaluation.scoring import probabilities
 from instructblip.inference.engine import Engine
 from instructblip.inference.explain import Explanation
-from instructblip.serving.batching import Answer, Job
+from instructblip.serving.batching import Answer, Embeddings, Job
 from instructblip.serving.bodies import BodyRoute
 from instructblip.serving.completions import chat_job, response_of, stream_events
 from instructblip.serving.config import ServeConfig
@@ -35,11 +36,16 @@ from instructblip.serving.schema import (
     ChatRequest,
     ChatResponse,
     DrawnImage,
+    Embedded,
+    EmbeddingRequest,
+    EmbeddingResponse,
+    EmbeddingUsage,
     ErrorBody,
     ExplainedImage,
     ExplainRequest,
     ExplainResponse,
     Health,
+    ImagePart,
     ImageRequest,
     ImageResponse,
     LookRequest,
@@ -49,6 +55,8 @@ from instructblip.serving.schema import (
     RankedCandidate,
     RankRequest,
     RankResponse,
+    TextPart,
+    Vector,
 )
 from instructblip.serving.service import Service
 
@@ -102,6 +110,7 @@ def create_app(
     _add_errors(app)
     guarded = _guarded()
     _add_routes(app, service, guarded)
+    _add_embedding(app, service, guarded)
     _add_drawing(app, service, guarded)
     return app
 
@@ -260,6 +269,61 @@ def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None
         weights: Tensor = await service.result(job)
         attention = weights.double().round(decimals=6).tolist()
         return LookResponse(model=name, seen=seen, attention=attention)
+
+
+def _add_embedding(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
+    """OpenAI's embeddings."""
+
+    @app.post("/v1/embeddings", tags=["OpenAI"], **guarded)
+    async def embeddings(body: EmbeddingRequest) -> EmbeddingResponse:
+        """Vectors that compare images and texts by their cosines."""
+        deadline = service.deadline
+        name, batcher = service.choose(body.model)
+        if not batcher.engine.can_embed:
+            raise HTTPException(
+                400,
+                "this model has no retrieval heads: `instructblip pretrain retrieval_scenes "
+                "--stage retrieval model.start=MODEL` trains them",
+            )
+        items, instruction = body.items, body.instruction or ""
+        texts = tuple(item.text for item in items if isinstance(item, TextPart))
+        urls = [item.image_url.url for item in items if isinstance(item, ImagePart)]
+        if not all(text.strip() for text in texts):
+            raise HTTPException(400, "input: a text is empty; send the words to embed")
+        if body.instruction is not None and not (urls and instruction.strip()):
+            raise HTTPException(
+                400, "instruction: it is read with images and is not empty; leave it out"
+            )
+        service.check_candidates(texts, "texts")
+        service.check_length(len(instruction), "instruction")
+        job = Job(
+            pixels=await service.pixels(urls, batcher.engine, "input", deadline),
+            instruction=instruction,
+            texts=texts,
+            deadline=deadline,
+        )
+        service.submit(batcher, job)
+        found: Embeddings = await service.result(job)
+        images, rows = (iter(() if v is None else v) for v in (found.images, found.texts))
+        data = []
+        for index, item in enumerate(items):
+            if isinstance(item, TextPart):
+                one = Embedded(index=index, embedding=_vector(next(rows), body))
+            elif body.pooling == "mean":
+                mean = F.normalize(next(images).mean(0), dim=0)
+                one = Embedded(index=index, embedding=_vector(mean, body))
+            else:
+                queries = [_vector(query, body) for query in next(images)]
+                one = Embedded(index=index, embeddings=queries)
+            data.append(one)
+        usage = EmbeddingUsage(prompt_tokens=found.tokens, total_tokens=found.tokens)
+        return EmbeddingResponse(data=data, model=name, usage=usage)
+
+
+def _vector(values: Tensor, body: EmbeddingRequest) -> Vector:
+    if body.encoding_format == "base64":
+        return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
+    return values.tolist()
 
 
 def _add_drawing(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:

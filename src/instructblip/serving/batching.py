@@ -23,6 +23,7 @@ from torch import Tensor
 from instructblip.core.batch import Sample
 from instructblip.data.templates import Rendered
 from instructblip.inference.details import DetailedAnswer, FinishReason
+from instructblip.inference.embedder import Embedder
 from instructblip.inference.engine import Engine
 from instructblip.inference.sharing import Shared
 from instructblip.inference.streaming import TextStream
@@ -57,6 +58,16 @@ class Answer:
     details: DetailedAnswer | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Unit vectors of images [N, Q, E] and of texts [M, E], each None without any; the Q-Former
+    read ``tokens`` of the texts and of the instruction, which it reads with each image."""
+
+    images: Tensor | None
+    texts: Tensor | None
+    tokens: int
+
+
 def _overlap(text: str, stop: str) -> int:
     """Number of characters at the end of ``text`` with which ``stop`` begins."""
     longest = min(len(text), len(stop) - 1)
@@ -70,7 +81,9 @@ class Job:
     ``future`` resolves to an ``Answer``; with ``candidates`` to their log-likelihoods, a list of
     floats; with ``look`` to the attention of the queries to the images [F, Q, G, G]; with
     ``explain``, a method, to an explanation of the response of ``instruction`` for each image; with
-    ``drawing``, the arguments of ``Engine.draw``, to images. ``decoding`` None is the engine's. An
+    ``drawing``, the arguments of ``Engine.draw``, to images; with ``texts`` to ``Embeddings``
+    of the images, which the queries read with the instruction unless it is empty, and of the texts.
+    ``decoding`` None is the engine's. An
     answer ends before the first of the texts ``stop``; with a ``seed`` the same answer is sampled
     again. With ``details`` the answer has them, and in the place of each token that many others.
     """
@@ -86,6 +99,7 @@ class Job:
     look: bool = False
     explain: Method | None = None
     drawing: dict[str, Any] | None = None
+    texts: tuple[str, ...] | None = None
     deadline: float = math.inf
     future: "Future[Any]" = field(default_factory=Future, init=False)
     _on_text: Callable[[str], None] | None = field(default=None, init=False)
@@ -100,7 +114,7 @@ class Job:
     @property
     def answers(self) -> bool:
         """Whether the result is an ``Answer``."""
-        others = (self.drawing, self.candidates, self.explain)
+        others = (self.drawing, self.candidates, self.explain, self.texts)
         return not self.look and all(other is None for other in others)
 
     @property
@@ -111,11 +125,14 @@ class Job:
     @property
     def key(self) -> Hashable:
         """Jobs with equal keys can run in one batch; what is drawn or sampled by a seed is alone,
-        since a batch shares its noise, and so is an explanation, which is a batch by itself."""
+        since a batch shares its noise, and so are an explanation and embeddings, which are a
+        batch by themselves."""
         if self.drawing is not None:
             return "draw", id(self)
         if self.explain is not None:
             return "explain", id(self)
+        if self.texts is not None:
+            return "embed", id(self)
         if self.is_repeatable:
             return "sample", id(self)
         if self.look:
@@ -330,7 +347,7 @@ class Batcher:
         samples: list[Sample] = []
         for job in jobs:
             try:
-                if job.drawing is None:
+                if job.drawing is None and job.texts is None:
                     samples.append(self._sample(job))
                 ready.append(job)
             except Exception as error:
@@ -456,6 +473,8 @@ class Batcher:
         if first.drawing is not None:  # alone in its batch, see ``Job.key``
             text = Rendered.of(first.instruction).prompt
             return [engine.draw(text, **first.drawing, on_step=check_waiting)]
+        if first.texts is not None:
+            return [_embed(engine.embedder, first, first.texts)]
         if first.explain is not None:
             return [engine.explain_sample(samples[0], first.explain, check_waiting)]
         samples = self._shared.with_features(samples)
@@ -485,6 +504,16 @@ class Batcher:
             job.failure or _answer(engine, job, sample, ids, decoding)
             for job, sample, ids in zip(jobs, samples, responses, strict=True)
         ]
+
+
+def _embed(embedder: Embedder, job: Job, texts: tuple[str, ...]) -> Embeddings:
+    instruction = Rendered.of(job.instruction).prompt or None
+    read = [*texts, *([instruction] * len(job.pixels) if instruction else ())]
+    return Embeddings(
+        embedder.embed(images=job.pixels, instruction=instruction) if job.pixels else None,
+        embedder.embed(texts=texts) if texts else None,
+        int(embedder.ids(read)[1].sum()) if read else 0,
+    )
 
 
 def _send(job: Job, read: Callable[[], str], last: bool = False) -> None:

@@ -62,7 +62,8 @@ def _only(*neutral: Any) -> AfterValidator:
     def check(value: Any) -> Any:
         if value is not None and value not in neutral:
             shown = " or ".join(json.dumps(one) for one in neutral)
-            raise ValueError(f"this server has no such setting; leave it out, or send {shown}")
+            other = f", or send {shown}" if neutral else ""
+            raise ValueError(f"this server has no such setting; leave it out{other}")
         return value
 
     return AfterValidator(check)
@@ -248,6 +249,52 @@ class LookRequest(_Body):
     instruction: Text
 
 
+def _item(value: Any) -> str | None:
+    """The form of an item, so that an error names that form only."""
+    return "text" if isinstance(value, str) else "part" if isinstance(value, dict) else None
+
+
+Item = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[Part, Tag("part")],
+    Discriminator(
+        _item,
+        custom_error_type="item",
+        custom_error_message="Input should be a text, or a part with a text or an image",
+    ),
+]
+Items = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[list[Item], Field(min_length=1, max_length=10_000, fail_fast=True), Tag("parts")],
+    Discriminator(
+        _form,
+        custom_error_type="input",
+        custom_error_message="Input should be a text or a list of texts and parts",
+    ),
+]
+
+
+class EmbeddingRequest(_Body):
+    """OpenAI's request; parts and the last two fields are additions of this project."""
+
+    model: ModelName = None
+    input: Items = Field(description="Texts, and parts as in a chat: each has an embedding.")
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: Annotated[Any, _only()] = None
+    user: Name = None
+    instruction: Text | None = Field(
+        None, description="What the embeddings of the images are about; by default everything."
+    )
+    pooling: Literal["mean"] | None = Field(
+        None, description="One vector for an image: the mean of its vectors, of length 1."
+    )
+
+    @property
+    def items(self) -> list[TextPart | ImagePart]:
+        """What to embed, in turn."""
+        given = [self.input] if isinstance(self.input, str) else self.input
+        return [TextPart(type="text", text=i) if isinstance(i, str) else i for i in given]
+
+
 class ImageRequest(_Body):
     """A subset of OpenAI's request; the last five fields are additions of this project."""
 
@@ -367,6 +414,35 @@ class LookResponse(BaseModel):
     model: str
     seen: list[tuple[float, float, float, float]]
     attention: list[list[list[list[float]]]] = Field(description="[image][query][row][column]")
+
+
+Vector = list[float] | str
+"""Numbers, or base64 of them as little-endian float32."""
+
+
+class Embedded(BaseModel):
+    """A text has ``embedding``; an image has ``embeddings``, one of each query: its similarity with
+    a text is the greatest of their cosines. With the pooling of the request an image has
+    ``embedding`` instead. All have length 1."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: Vector | None = None
+    embeddings: list[Vector] | None = None
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int = Field(description="Of the texts, and of the instruction at each image.")
+    total_tokens: int
+
+
+class EmbeddingResponse(BaseModel):
+    """In the order of the input."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedded]
+    model: str
+    usage: EmbeddingUsage
 
 
 class DrawnImage(BaseModel):

@@ -111,15 +111,15 @@ class Service:
             raise HTTPException(404, f"no decoder: this model does not draw{known}")
         return self.painters[name]
 
-    def check_candidates(self, candidates: Sequence[str]) -> None:
-        """Raise HTTPException if there are too many candidates, or too many characters in all."""
+    def check_candidates(self, candidates: Sequence[str], what: str = "candidates") -> None:
+        """Raise HTTPException if there are too many texts, or too many characters in all."""
         count, most = len(candidates), self.config.max_candidates
         if count > most:
-            raise HTTPException(413, f"{count} candidates; at most {most}")
+            raise HTTPException(413, f"{count} {what}; at most {most}")
         length, longest = sum(map(len, candidates)), self.config.max_candidate_characters
         if length > longest:
             raise HTTPException(
-                413, f"candidates of {length} characters in all; at most {longest}: send fewer"
+                413, f"{what} of {length} characters in all; at most {longest}: send fewer"
             )
 
     def check_length(self, length: int, where: str) -> None:
