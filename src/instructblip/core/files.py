@@ -35,7 +35,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -89,14 +89,23 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError, or ValueError naming the file and the line, also for
     a key that is there twice, of which JSON does not say which counts."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except RecursionError:
-        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
+        value = parse_json(path.read_text(encoding="utf-8"), unique_keys)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}")
     return value
+
+
+def parse_json(
+    text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """A JSON value, ``pairs`` being the hook for objects. Raises JSONDecodeError also for one that
+    is nested too deeply."""
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from instructblip.core import distributed
-from instructblip.core.files import cut_last_line, flush, whole_lines, write_json
+from instructblip.core.files import (
+    cut_last_line,
+    flush,
+    parse_json,
+    read_json,
+    whole_lines,
+    write_json,
+)
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "settings.json"
@@ -22,7 +29,7 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     predictions: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(whole_lines(path), start=1):
         try:
-            prediction = json.loads(line)
+            prediction = parse_json(line)
             identifier = prediction["id"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -93,7 +100,7 @@ class PredictionLog:
         path = self.folder / SETTINGS
         settings = json.loads(json.dumps(self.settings))
         if path.is_file():
-            old = json.loads(path.read_text(encoding="utf-8"))
+            old = read_json(path)
             if old != settings:
                 changed = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
                 raise ValueError(

@@ -10,7 +10,7 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from instructblip.core.files import write_json, write_text
+from instructblip.core.files import parse_json, write_json, write_text
 from instructblip.evaluation.benchmarks import groups_of
 from instructblip.evaluation.bootstrap import (
     Floats,
@@ -183,7 +183,7 @@ class Result:
             )
         by_id = read_predictions(folder / PREDICTIONS)
         try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
+            stored = parse_json(file.read_text(encoding="utf-8"))
             by_id.sort(key=lambda prediction: prediction["index"])
             if len(by_id) == stored["n"]:
                 tokenizer = stored["tokenizer"] or "python"

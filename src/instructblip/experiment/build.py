@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from instructblip.core import distributed
+from instructblip.core.files import read_json
 from instructblip.data.chat_format import CHAT_FILE, chat_note, read_chat_template
 from instructblip.data.images import PREPROCESSORS, ImageTransform
 from instructblip.data.loader import Loader
@@ -444,7 +445,7 @@ def report_changed_data(fingerprints: Mapping[str, str], out: Path) -> None:
     path = out / DATA_FILE
     if not path.is_file():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     changed = [name for name in fingerprints if before.get(name) != fingerprints[name]]
     if changed:
         print(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from instructblip.core import distributed
+from instructblip.core.files import read_json
 from instructblip.data.features import (
     TYPES,
     Encode,
@@ -48,7 +49,7 @@ def began_with(run: Path | None, resume: bool) -> bool | None:
     if run is None or not resume or not saved_steps(run / "checkpoints"):
         return None
     path = run / FEATURES_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["stored"] if path.is_file() else None
+    return read_json(path)["stored"] if path.is_file() else None
 
 
 def training_features(

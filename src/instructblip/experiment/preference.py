@@ -20,7 +20,7 @@ from torch import nn
 
 from instructblip.core import distributed
 from instructblip.core.batch import Batch, Example, send
-from instructblip.core.files import write_text
+from instructblip.core.files import parse_json, write_text
 from instructblip.core.progress import progress_bar
 from instructblip.data.loader import Loader
 from instructblip.data.order import Draw, mix
@@ -360,7 +360,7 @@ def read_pairs(out: Path | None) -> list[Pair]:
     if out is None or not (out / PAIRS_FILE).is_file():
         return []
     lines = (out / PAIRS_FILE).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = [parse_json(line) for line in lines]
     return [Pair(**{**row, "reference": tuple(row["reference"])}) for row in rows]
 
 

@@ -1,7 +1,6 @@
 """Tuning on a folder of images: check, split, choose settings, evaluate, train, report."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ import torch
 import yaml
 
 from instructblip.core import distributed
-from instructblip.core.files import write_text
+from instructblip.core.files import read_json, write_text
 from instructblip.core.version import __version__
 from instructblip.data.custom.folder import FolderSet, Sides, SplitBy, read_sides
 from instructblip.data.custom.formats import group_hint
@@ -273,7 +272,7 @@ def refuse_other_data(run: Path, training: FolderSet) -> None:
     file = run / DATA_FILE
     if not file.is_file():
         return
-    if json.loads(file.read_text(encoding="utf-8")).get(SET) != fingerprint(training):
+    if read_json(file).get(SET) != fingerprint(training):
         raise ValueError(
             f"{run} began with other training examples: the pictures, their texts, --split or "
             "--group have changed since; undo this, or begin anew with another --out"

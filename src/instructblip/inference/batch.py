@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from instructblip.core.files import replacing, write_text
+from instructblip.core.files import parse_json, replacing, write_text
 from instructblip.core.progress import progress_bar
 from instructblip.data.reading.frames import VIDEO_SUFFIXES
 from instructblip.data.reading.records import IMAGE_SUFFIXES, image_name, local_path
@@ -78,7 +78,7 @@ def _read_folder(folder: Path, instruction: str | None) -> list[Request]:
 
 def _read_line(line: str, root: Path, instruction: str | None, where: str) -> Request:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(record, dict):

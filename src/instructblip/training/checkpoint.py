@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from instructblip.core.files import remove_directory, replacing_directory
+from instructblip.core.files import parse_json, remove_directory, replacing_directory
 
 MANIFEST = "manifest.json"
 PARAMETERS = "parameters.safetensors"
@@ -94,7 +94,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     short or changed."""
     verify(path)
     try:
-        progress = json.loads((path / PROGRESS).read_text())
+        progress = parse_json((path / PROGRESS).read_text())
         return Checkpoint(
             step=progress["step"],
             path=path,
@@ -102,7 +102,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             optimizer=torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True),
             progress=progress,
         )
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise DamagedCheckpointError(f"checkpoint {path} cannot be read: {error}") from error
 
 
@@ -131,7 +131,7 @@ def verify(path: Path, *, content: bool = True) -> None:
     Raises DamagedCheckpointError naming the first file that differs.
     """
     try:
-        files: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text())["files"]
+        files: dict[str, dict[str, Any]] = parse_json((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
         raise DamagedCheckpointError(f"checkpoint {path} has no readable {MANIFEST}") from error
     for name, expected in files.items():

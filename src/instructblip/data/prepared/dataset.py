@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from instructblip.core.batch import Example
-from instructblip.core.files import current, write_json
+from instructblip.core.files import current, read_json, write_json
 from instructblip.data.prepared.images import (
     FACTS_FILE,
     ImageFact,
@@ -65,7 +65,7 @@ class PreparedDataset:
         file = self.path / MANIFEST_FILE
         if not file.is_file():
             raise FileNotFoundError(f"{self.path} is not a prepared data set; run `prepare` first")
-        self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        self.manifest: dict[str, Any] = read_json(file)
         if self.manifest.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"{file}: format {self.manifest.get('format_version')}; this version reads "

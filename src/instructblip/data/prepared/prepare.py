@@ -29,7 +29,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from instructblip.core.batch import Example
-from instructblip.core.files import flush, locked, put_directory, recover, write_json, write_text
+from instructblip.core.files import (
+    flush,
+    locked,
+    put_directory,
+    read_json,
+    recover,
+    write_json,
+    write_text,
+)
 from instructblip.core.progress import progress_bar
 from instructblip.data.prepared.dataset import (
     DATA_FILE,
@@ -167,7 +175,7 @@ def _annotation_bytes(job: Job) -> int:
 def _is_current(job: Job) -> bool:
     """Whether the split was prepared from the annotation files that are there now."""
     try:
-        manifest = json.loads((job.target / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = read_json(job.target / MANIFEST_FILE)
     except (FileNotFoundError, ValueError):
         return False
     root = job.root.resolve()
@@ -333,7 +341,7 @@ class _Rows:
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
         self.folder, self.key = folder, key
         try:
-            state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+            state = read_json(folder / STATE_FILE)
         except (FileNotFoundError, ValueError):
             state = {}
         self._start(state if state.get("key") == key else {})
