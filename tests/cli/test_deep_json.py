@@ -10,6 +10,7 @@ from instructblip.cli.main import main
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
 from instructblip.evaluation.predictions import PREDICTIONS, read_predictions
 from instructblip.evaluation.result import RESULT, Result
+from instructblip.experiment.preference import PAIRS_FILE, read_pairs
 from instructblip.inference.batch import read_requests
 from instructblip.training.checkpoint import MANIFEST, verify
 from instructblip.training.log import read_metrics
@@ -26,6 +27,7 @@ def at_a_file(read: Callable[[Path], Any]) -> Callable[[Path, str], Any]:
     [
         (PREDICTIONS, at_a_file(read_predictions)),
         ("metrics.jsonl", at_a_file(read_metrics)),
+        (PAIRS_FILE, lambda folder, _name: read_pairs(folder)),
         ("batch.jsonl", at_a_file(lambda path: read_requests(path, "what?"))),
         (RESULT, lambda folder, _name: Result.load(folder)),
         (MANIFEST_FILE, lambda folder, _name: PreparedDataset(folder)),

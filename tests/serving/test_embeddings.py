@@ -10,14 +10,13 @@ import numpy as np
 import openai
 import pytest
 import torch
-from fastapi.testclient import TestClient
 
 from instructblip.inference.engine import Engine
 from instructblip.serving.api import create_app
-from tests.conftest import data_url, greedy_engine
+from tests.conftest import TestClient, data_url, greedy_engine
 from tests.testing import add_heads
 
-ADDRESS, EMBEDDINGS = "http://localhost", "/v1/embeddings"
+EMBEDDINGS = "/v1/embeddings"
 TEXTS = ["a red cat", "what is blue?"]
 
 
@@ -31,7 +30,7 @@ def engine(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Engi
 @pytest.fixture(scope="module")
 def client(engine: Engine, blip2_folder: Path) -> Iterator[TestClient]:
     engines = {"tuned": engine, "blip2": greedy_engine(blip2_folder)}
-    with TestClient(create_app(engines), ADDRESS, raise_server_exceptions=False) as client:
+    with TestClient(create_app(engines), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -42,7 +41,7 @@ def picture(path: Path) -> dict[str, Any]:
 def test_openais_client_gets_the_embeddings_of_texts(client: TestClient, engine: Engine) -> None:
     expected = engine.embed(texts=TEXTS)
     theirs = openai.OpenAI(
-        base_url=f"{ADDRESS}/v1", api_key="any", max_retries=0, http_client=client
+        base_url="http://localhost/v1", api_key="any", max_retries=0, http_client=client
     )
     found = theirs.embeddings.create(model="tuned", input=TEXTS)  # which it asks for as base64
     vectors = torch.tensor([each.embedding for each in found.data])

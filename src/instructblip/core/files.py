@@ -287,6 +287,20 @@ def whole_lines(path: Path) -> list[bytes]:
     return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of the whole lines of a file; none if it is missing. Raises ValueError naming the
+    file and the line."""
+    values = []
+    for number, line in enumerate(whole_lines(path), start=1):
+        try:
+            values.append(parse_json(line))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: line {number} is not valid JSON: {error}; remove it"
+            ) from None
+    return values
+
+
 def cut_last_line(path: Path) -> None:
     """Cut off a last line that lacks its line feed, since a kill interrupted it."""
     if not path.is_file():

@@ -45,7 +45,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from instructblip.core import distributed
-from instructblip.core.files import recover, replacing, scratch_directory, set_aside
+from instructblip.core.files import (
+    parse_json,
+    recover,
+    replacing,
+    scratch_directory,
+    set_aside,
+)
 from instructblip.core.progress import progress_bar
 from instructblip.data.images import ImageTransform
 from instructblip.data.prepared.images import MISSING, ImageFact, gather_facts
@@ -93,8 +99,8 @@ class FeatureStore:
             try:
                 with safe_open(path, "pt") as file:
                     metadata = file.metadata()
-                    keys = json.loads(metadata["keys"])
-                    checksums = json.loads(metadata.get("crc32", "null"))
+                    keys = parse_json(metadata["keys"])
+                    checksums = parse_json(metadata.get("crc32", "null"))
             except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
                 warnings.warn(
                     f"{path} is damaged ({error}); its images will be encoded again",

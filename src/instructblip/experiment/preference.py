@@ -20,7 +20,7 @@ from torch import nn
 
 from instructblip.core import distributed
 from instructblip.core.batch import Batch, Example, send
-from instructblip.core.files import parse_json, write_text
+from instructblip.core.files import read_json_lines, write_text
 from instructblip.core.progress import progress_bar
 from instructblip.data.loader import Loader
 from instructblip.data.order import Draw, mix
@@ -357,10 +357,7 @@ def pair_sets(datasets: Mapping[str, Examples], pairs: Sequence[Pair]) -> dict[s
 
 def read_pairs(out: Path | None) -> list[Pair]:
     """The pairs of a run that is resumed; none if it wrote none."""
-    if out is None or not (out / PAIRS_FILE).is_file():
-        return []
-    lines = (out / PAIRS_FILE).read_text(encoding="utf-8").splitlines()
-    rows = [parse_json(line) for line in lines]
+    rows = [] if out is None else read_json_lines(out / PAIRS_FILE)
     return [Pair(**{**row, "reference": tuple(row["reference"])}) for row in rows]
 
 

@@ -112,7 +112,7 @@ class Embedder:
         One image goes with all texts of a list, and one text with all images. Raises ValueError for
         counts that do not match.
         """
-        given, wanted = _listed(images), _listed(texts)
+        given, wanted = _listed(images), [texts] if isinstance(texts, str) else list(texts)
         if len(given) != len(wanted) and 1 not in (len(given), len(wanted)):
             raise ValueError(
                 f"got {len(given)} images and {len(wanted)} texts; expected as many of one as of "

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from instructblip.core.files import flush, parse_json, replacing, whole_lines, write_text
+from instructblip.core.files import flush, read_json_lines, replacing, write_text
 from instructblip.core.progress import progress_bar
 from instructblip.training.config import TrainingConfig
 from instructblip.training.trackers import flatten, open_trackers
@@ -144,15 +144,7 @@ class RunLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; ignores a last line that a kill cut short."""
-    lines = []
-    for number, line in enumerate(whole_lines(path), start=1):
-        try:
-            lines.append(parse_json(line))
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: line {number} is not valid JSON: {error}; remove it"
-            ) from None
-    return lines
+    return read_json_lines(path)
 
 
 def drop_lines_after(path: Path, step: int, validated: int) -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 import math
 import os.path
 import posixpath
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from instructblip.core.batch import Example
-from instructblip.core.files import replacing
+from instructblip.core.files import parse_json, replacing
 from instructblip.data.reading.frames import VIDEO_SUFFIXES, evenly_spaced, extract_frames
 from instructblip.data.reading.records import (
     IMAGE_SUFFIXES,
@@ -404,7 +403,7 @@ def _several(value: Any, folder: Path) -> Any:
         return value
     if value.lstrip().startswith("["):
         try:
-            return json.loads(value)
+            return parse_json(value)
         except ValueError:  # a name may begin with a bracket
             return value
     several = "|" in value and not os.path.isfile(folder / value)  # noqa: PTH113

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from instructblip.core.batch import IMAGE_MARK, Example
-from instructblip.core.files import parse_json, read_json, replacing, write_json
+from instructblip.core.files import read_json, read_json_lines, replacing, write_json
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
 from instructblip.data.prepared.images import FACTS_FILE, ImageFact, first_changed, read_facts
 from instructblip.data.prepared.near import ALIKE, NEAR, Look, NearPair, near_duplicates
@@ -403,6 +403,4 @@ def _too_long(
 
 def _skipped_by_prepare(path: Path) -> list[dict[str, Any]]:
     """The lines that `prepare` wrote; those of an earlier check have an index and are dropped."""
-    file = path / BAD_FILE
-    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
-    return [record for line in lines if line and "index" not in (record := parse_json(line))]
+    return [record for record in read_json_lines(path / BAD_FILE) if "index" not in record]
