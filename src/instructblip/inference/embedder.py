@@ -112,7 +112,7 @@ class Embedder:
         One image goes with all texts of a list, and one text with all images. Raises ValueError for
         counts that do not match.
         """
-        given, wanted = _listed(images), [texts] if isinstance(texts, str) else list(texts)
+        given, wanted = _listed(images), _listed(texts)
         if len(given) != len(wanted) and 1 not in (len(given), len(wanted)):
             raise ValueError(
                 f"got {len(given)} images and {len(wanted)} texts; expected as many of one as of "
@@ -170,7 +170,7 @@ class Embedder:
             block = slice(start, start + PAIRS)
             rows, columns = (to_text[block] | to_image[block]).nonzero().unbind(1)
             if len(rows):
-                read = [texts[column] for column in columns.tolist()]
+                read = [texts[int(column)] for column in columns]
                 logits = self.match_features(features[block].to(self.device), read, rows)
                 matched[block][rows, columns] += logits[:, 1]
         return matched.where(to_text, base - AFTER), matched.where(to_image, base - AFTER)
