@@ -982,7 +982,7 @@ def test_the_command_passes_its_options_to_the_server(
     config = service.config
     assert (config.max_queue, config.max_batch, config.timeout_s) == (5, 2, 9.0)
     assert (config.api_keys, config.image_hosts) == ((first, second), ("a.example",))
-    assert config.allowed_hosts == ("ask.example", "127.0.0.1")
+    assert config.allowed_hosts == ("ask.example",)
     assert not [route for route in app.routes if getattr(route, "path", "") == "/page"]
     assert list(service.titles.values()) == [model_folder.name, blip2_folder.name]
     assert app.state.front == "/v1"

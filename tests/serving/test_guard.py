@@ -58,6 +58,7 @@ def test_other_names_are_refused(client: TestClient, host: str, status: int) -> 
         ("http://localhost", 200),
         ("https://ask.school.example", 200),
         ("http://localhost:3000", 403),
+        ("https://ask.school.example:8443", 403),
         ("http://elsewhere.example", 403),
         ("null", 403),
         ("http://[", 403),

@@ -372,10 +372,12 @@ def serve(
 
 
 def _names(host: str, allowed: Sequence[str]) -> tuple[str, ...]:
-    """The names of a server that listens at ``host``."""
-    names = [*allowed, host]
+    """The names of a server that listens at ``host``, beside those that every server has."""
+    names = [*allowed]
     if host in ("0.0.0.0", "::"):
         names += [socket.gethostname(), f"{socket.gethostname()}.local"]
+    elif ":" not in host and not host.replace(".", "").isdigit():
+        names.append(host)
     return tuple(name.lower() for name in names)
 
 

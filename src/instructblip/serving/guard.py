@@ -64,12 +64,13 @@ def is_known_host(config: ServeConfig, host: str) -> bool:
 
 
 def is_own_origin(config: ServeConfig, origin: str, host: str) -> bool:
-    """Whether a page at ``origin`` is this server's. A proxy may have changed ``host``."""
+    """Whether a page at ``origin`` is this server's. A proxy may have changed ``host``, but shows
+    the page under a name that the server was given, at the usual port."""
     try:
-        parts = urlsplit(origin)
-        return parts.netloc.lower() == host.lower() or parts.hostname in config.allowed_hosts
+        name = urlsplit(origin).netloc.lower()
     except ValueError:
         return False
+    return name == host.lower() or name in config.allowed_hosts
 
 
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
