@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-ModelForm = Literal["transformers", "retrieval", "lavis"]
+ModelForm = Literal["transformers", "retrieval", "lavis", "onnx", "web"]
 Method = Literal["occlusion", "features", "gradient", "rollout", "attention"]
 """That of `model/explain.py`, which is not imported before it is needed."""
 
@@ -536,7 +536,7 @@ def combine(
 def export(
     model: Annotated[str, Argument(help="A run or model directory, `starter` or `small`.")],
     out: Annotated[Path, Argument(help="Directory, or .pth file, to write.")],
-    form: Annotated[ModelForm, Option("--format", help="What reads it.")] = "transformers",
+    form: Annotated[ModelForm, Option("--to", "--format", help="What reads it.")] = "transformers",
     results: Annotated[list[Path] | None, Option(help="Results that the card shows.")] = None,
     image_encoder: Annotated[
         bool, Option("--image-encoder", help="lavis: with the image encoder.")
@@ -545,11 +545,37 @@ def export(
         bool,
         Option("--keep-lora", help="Write LoRA adapters separately, in PEFT's files."),
     ] = False,
+    weights: Annotated[
+        Literal["fp32", "int8"] | None,
+        Option(help="onnx, web: type of stored weights; fp32 for onnx, int8 for web."),
+    ] = None,
+    runtime: Annotated[
+        Path | None, Option(help="web: the unpacked npm package onnxruntime-web.")
+    ] = None,
 ) -> None:
     """Write a model for others, with its card. LoRA adapters are merged unless they are kept.
 
     The form "retrieval" is transformers' Blip2ForImageTextRetrieval: the parts that search needs.
+    onnx: three graphs for onnxruntime. web: one HTML file that answers in a browser, offline.
     """
+    if form in ("onnx", "web"):
+        if results or image_encoder or keep_lora:
+            raise ValueError(f"--to {form} has no card, parts or adapters: leave their options out")
+        if runtime is not None and form == "onnx":
+            raise ValueError("--runtime is of --to web")
+        from instructblip.release.onnx import export_onnx
+        from instructblip.release.web import export_web
+
+        if form == "onnx":
+            export_onnx(model, out, weights or "fp32")
+        else:
+            export_web(model, out, runtime, weights or "int8")
+        for file in sorted(out.rglob("*")):
+            if file.is_file():
+                print(f"{file.stat().st_size / 1e6:8.2f} MB  {file}")
+        return
+    if weights or runtime:
+        raise ValueError("--weights and --runtime are of --to onnx and --to web")
     from instructblip.evaluation.result import load_results
     from instructblip.model.lora import FOLDERS
     from instructblip.release.export import export_model

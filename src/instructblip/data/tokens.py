@@ -250,6 +250,23 @@ class Tokens:
         """The text of ``ids`` without special tokens and surrounding white space."""
         return str(self.language.decode(ids, skip_special_tokens=True)).strip()
 
+    def layout(self) -> dict[str, Any]:
+        """The ids around the text of a prompt and of an instruction, and how many there are at most
+        in all: what a program in another language needs besides the tokenizers."""
+        wraps = (
+            ("prompt", self._language, self.max_prompt),
+            ("instruction", self._qformer, self.max_instruction),
+        )
+        return {
+            name: {
+                "prefix": [*wrap.prefix],
+                "suffix": [*wrap.suffix] if name == "instruction" or not self.decoder_only else [],
+                "longest": longest,
+            }
+            for name, wrap, longest in wraps
+            if wrap is not None
+        }
+
     @property
     def around_instruction(self) -> tuple[str, str]:
         """The special tokens before and after an instruction, such as ("[CLS]", "[SEP]")."""
