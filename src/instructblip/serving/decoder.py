@@ -10,7 +10,7 @@ import io
 import json
 import sys
 import warnings
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from PIL import Image
 
@@ -55,14 +55,14 @@ def decode(data: bytes, max_pixels: int, where: str, window: Window = "auto") ->
         raise BadImage(f"{where}: the image is damaged or cut off") from None
 
 
-def write_message(file: BinaryIO, head: dict[str, Any], data: bytes) -> None:
+def write_message(file: IO[bytes], head: dict[str, Any], data: bytes) -> None:
     """A line of JSON and the bytes."""
     file.write(json.dumps({**head, "bytes": len(data)}).encode() + b"\n")
     file.write(data)
     file.flush()
 
 
-def read_message(file: BinaryIO, at_most: int) -> tuple[dict[str, Any], bytes]:
+def read_message(file: IO[bytes], at_most: int) -> tuple[dict[str, Any], bytes]:
     """What ``write_message`` wrote. Raises EOFError if the file ends before it does, ValueError for
     another message or one of more than ``at_most`` bytes."""
     line = file.readline(1 << 12)
@@ -86,9 +86,10 @@ def main() -> None:
             head, data = read_message(requests, sys.maxsize)
         except EOFError:
             return
-        window = head["window"]
-        window = window if isinstance(window, str) else tuple(window)
+        window: Any = head["window"]
         try:
+            if isinstance(window, list):  # JSON's form of the tuple
+                window = tuple(window)
             image = decode(data, head["max_pixels"], head["where"], window)
         except BadImage as error:
             write_message(answers, {"refused": str(error)[:1000], "status": error.status}, b"")
