@@ -17,7 +17,8 @@ from instructblip.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [*ROOT.glob("README*.md"), *DOCS.glob("*.md"), *DOCS.glob("howto/*.md")]
+FOR_AGENTS = [ROOT / "AGENTS.md", *ROOT.glob("skills/*/SKILL.md")]
+PAGES = [*ROOT.glob("README*.md"), *FOR_AGENTS, *DOCS.glob("*.md"), *DOCS.glob("howto/*.md")]
 COMMAND = re.compile(r"^ *(?:torchrun .*-m )?(instructblip [a-z]+ .*)$", re.MULTILINE)
 PLACEHOLDERS = {"RECIPE": "scenes", "MODEL": "starter"}
 RECIPE = "{model: {start: starter}, data: {sets: {vqav2: {}}}, training: {warmup_steps: 10}}\n"

@@ -237,7 +237,9 @@ def test_load_and_export(
     assert f"licences: {tmp_path / 'own' / 'licences'}" in printed
     with pytest.raises(SystemExit):
         main(["export", "small", str(tmp_path / "exported")])
-    assert (tmp_path / "exported" / "README.md").read_text() == CARD
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: ")
+    assert card.endswith("---\n\n" + CARD)
     assert len(list((tmp_path / "exported" / "licences").iterdir())) == 2
     models = [InstructBlip.from_pretrained(tmp_path / name) for name in ("own", "exported")]
     assert torch.equal(*map(logits, models))

@@ -13,6 +13,7 @@ from instructblip.cli.options import (
     Limit,
     Settings,
     SettingsCommand,
+    complete_either,
     read_recipe,
     to_dir,
     to_file,
@@ -33,6 +34,7 @@ def evaluate(
         Argument(
             metavar="[RECIPE] MODEL [A.B=C]...",
             help="A run or model directory, `starter` or `small`; its recipe, if another, first.",
+            autocompletion=complete_either,
         ),
     ],
     benchmarks: Benchmarks = None,

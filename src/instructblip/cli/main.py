@@ -20,7 +20,6 @@ app = typer.Typer(
     name="instructblip",
     help="Instruction tuning of vision-language models: from a BLIP-2 to an InstructBLIP.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -30,6 +30,15 @@ app = typer.Typer()
 ModelForm = Literal["transformers", "retrieval", "lavis", "onnx", "web"]
 Method = Literal["occlusion", "features", "gradient", "rollout", "attention"]
 """That of `model/explain.py`, which is not imported before it is needed."""
+CardResults = Annotated[
+    list[Path] | None, Option("--results", help="Results that the card shows, with intervals.")
+]
+Licence = Annotated[
+    str | None, Option(help="Licence for the card, as the Hub writes it: apache-2.0, mit, other.")
+]
+Datasets = Annotated[
+    list[str] | None, Option("--dataset", help="OWNER/NAME of a data set of the Hub, for the card.")
+]
 
 MIN_KEY = 16
 """Characters of an API key: the server answers wrong ones slowly, but to any number of clients."""
@@ -535,9 +544,12 @@ def combine(
 @app.command()
 def export(
     model: Annotated[str, Argument(help="A run or model directory, `starter` or `small`.")],
-    out: Annotated[Path, Argument(help="Directory, or .pth file, to write.")],
+    out: Annotated[Path, Argument(help="Directory, or .pth or .md file, to write.")],
     form: Annotated[ModelForm, Option("--to", "--format", help="What reads it.")] = "transformers",
-    results: Annotated[list[Path] | None, Option(help="Results that the card shows.")] = None,
+    results: CardResults = None,
+    licence: Licence = None,
+    dataset: Datasets = None,
+    card: Annotated[bool, Option("--card", help="Write only the card, to a new .md file.")] = False,
     image_encoder: Annotated[
         bool, Option("--image-encoder", help="lavis: with the image encoder.")
     ] = False,
@@ -558,8 +570,10 @@ def export(
     The form "retrieval" is transformers' Blip2ForImageTextRetrieval: the parts that search needs.
     onnx: three graphs for onnxruntime. web: one HTML file that answers in a browser, offline.
     """
+    if card and (form != "transformers" or image_encoder or keep_lora):
+        raise ValueError("--card writes no model: leave out --format and the options of a model")
     if form in ("onnx", "web"):
-        if results or image_encoder or keep_lora:
+        if results or licence or dataset or image_encoder or keep_lora:
             raise ValueError(f"--to {form} has no card, parts or adapters: leave their options out")
         if runtime is not None and form == "onnx":
             raise ValueError("--runtime is of --to web")
@@ -578,14 +592,65 @@ def export(
         raise ValueError("--weights and --runtime are of --to onnx and --to web")
     from instructblip.evaluation.result import load_results
     from instructblip.model.lora import FOLDERS
-    from instructblip.release.export import export_model
+    from instructblip.release.export import Given, export_model, left_out, write_card
 
     scores = [result for each in load_results(results or []).values() for result in each]
-    export_model(model, out, form, scores, image_encoder, keep_lora)
-    if form == "retrieval":
-        print(f"{out}: Blip2ForImageTextRetrieval")
+    given = Given(licence, tuple(dataset or ()))
+    if card:
+        write_card(model, out, scores, given)
+    else:
+        export_model(model, out, form, scores, image_encoder, keep_lora, given)
+    if form == "transformers":
+        written_card = out if card else out / "README.md"
+        for fact in left_out(written_card.read_text(encoding="utf-8")):
+            print(f"the card leaves out {fact}")
+    if card or form == "retrieval":
+        print(out if card else f"{out}: Blip2ForImageTextRetrieval")
         return
     inspect_(str(out))
     if keep_lora:
         written = [out / name for name in FOLDERS.values() if (out / name).is_dir()]
         print(f"adapter in PEFT's files: {', '.join(map(str, written))}")
+
+
+@app.command()
+def push(
+    model: Annotated[str, Argument(help="A run or model directory, `starter` or `small`.")],
+    name: Annotated[str, Argument(metavar="OWNER/NAME", help="The repository of the Hub.")],
+    results: CardResults = None,
+    licence: Licence = None,
+    dataset: Datasets = None,
+    private: Annotated[bool, Option("--private", help="If it is new, only you see it.")] = False,
+    revision: Annotated[str | None, Option(help="Branch, made if new; else main.")] = None,
+    token_file: Annotated[
+        Path | None, Option(help="File of the token; else HF_TOKEN, or that of `hf auth login`.")
+    ] = None,
+    keep_lora: Annotated[
+        bool, Option("--keep-lora", help="LoRA adapters separately, in PEFT's files.")
+    ] = False,
+    yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Send a model with its card to the Hugging Face Hub, as one commit, after asking."""
+    import tempfile
+
+    from instructblip.evaluation.result import load_results
+    from instructblip.release.export import Given, export_model, left_out
+    from instructblip.release.hub import Hub
+
+    hub = Hub.connect(name, token_file)  # refused before the model is read
+    scores = [result for each in load_results(results or []).values() for result in each]
+    given = Given(licence, tuple(dataset or ()))
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "model"
+        title = name.partition("/")[2]
+        export_model(model, written, "transformers", scores, False, keep_lora, given, title)
+        files = hub.check(written)
+        for fact in left_out((written / "README.md").read_text(encoding="utf-8")):
+            print(f"the card leaves out {fact}")
+        for file in files:
+            print(f"{file.stat().st_size:15,} bytes  {file.relative_to(written).as_posix()}")
+        total = sum(file.stat().st_size for file in files)
+        print(f"{total:15,} bytes in {len(files)} files to {hub.where(revision)}")
+        if not yes:
+            typer.confirm("Send these?", abort=True)
+        print(hub.send(written, private, revision))

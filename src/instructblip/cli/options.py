@@ -12,7 +12,39 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from instructblip.recipe.schema import Recipe
 
-RecipeName = Annotated[str, Argument(help="A YAML file, or the name of a shipped recipe.")]
+MODELS = ("starter", "dense", "small")
+"""Those of `model/checkpoints/directory.py`, which is not imported to complete a word."""
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Shipped recipes that begin so. A shell adds files where nothing does."""
+    folder = Path(__file__).parents[1] / "recipe"
+    return [p.stem for p in sorted(folder.glob("*.yaml")) if p.stem.startswith(incomplete)]
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Models without a path that begin so."""
+    return [name for name in MODELS if name.startswith(incomplete)]
+
+
+def complete_either(incomplete: str) -> list[str]:
+    """Models, then recipes."""
+    return [*complete_model(incomplete), *complete_recipe(incomplete)]
+
+
+def complete_benchmarks(incomplete: str) -> list[str]:
+    """Groups and benchmarks for the last of several with commas."""
+    from instructblip.evaluation.benchmarks import BENCHMARKS, GROUPS
+
+    before, comma, last = incomplete.rpartition(",")
+    names = [*GROUPS, *BENCHMARKS]
+    return [f"{before}{comma}{name}" for name in names if name.startswith(last)]
+
+
+RecipeName = Annotated[
+    str,
+    Argument(help="A YAML file, or the name of a shipped recipe.", autocompletion=complete_recipe),
+]
 Overrides = Annotated[
     list[str] | None, Argument(metavar="[A.B=C]...", help="Settings in place of the recipe's.")
 ]
@@ -21,13 +53,21 @@ Resume = Annotated[bool, Option("--resume", help="Continue where an earlier run 
 Model = Annotated[
     str,
     Option(
-        "--model", help="A run or model directory, hf://OWNER/NAME, `starter`, `dense`, `small`."
+        "--model",
+        help="A run or model directory, hf://OWNER/NAME, `starter`, `dense`, `small`.",
+        autocompletion=complete_model,
     ),
 ]
 Images = Annotated[
     list[Path] | None, Option("--image", help="An image or a video; several are read together.")
 ]
-Benchmarks = Annotated[str | None, Option(help="Benchmarks or groups, with commas; all if absent.")]
+Benchmarks = Annotated[
+    str | None,
+    Option(
+        help="Benchmarks or groups, with commas; all if absent.",
+        autocompletion=complete_benchmarks,
+    ),
+]
 Limit = Annotated[int | None, Option(help="Samples of each set; all if absent.")]
 Settings = Annotated[dict[str, Any] | None, Option(parser=str)]
 """The parameter ``decoding`` or ``placement`` of a command that is a `SettingsCommand`."""

@@ -196,6 +196,39 @@ def train(
 
 
 @app.command()
+def status(run: Annotated[Path, Argument(help="A run directory.")]) -> None:
+    """Print how far a run is, as JSON: step, last losses, last validation, if it trains now."""
+    from instructblip.core.files import locked
+    from instructblip.recipe.load import read_values
+    from instructblip.recipe.schema import RECIPE_FILE
+    from instructblip.training.run_directory import LOCK_FILE
+
+    recipe = run / RECIPE_FILE
+    if not recipe.is_file():
+        raise FileNotFoundError(f"{run} holds no {RECIPE_FILE}: give the directory of a run")
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    logged = [json.loads(line) for line in lines if line.endswith("}")]  # one may be in writing
+    last = next((each for each in reversed(logged) if "loss" in each), {})
+    validated = [each for each in logged if "validation" in each]
+    running = False
+    try:
+        with locked(run / LOCK_FILE, wait=False):
+            pass
+    except ValueError:
+        running = True
+    shown = {
+        "run": str(run),
+        "running": running,
+        "step": last.get("step", 0),
+        "steps": read_values(recipe).get("training", {}).get("steps"),
+        "last": last,
+        "validation": validated[-1]["validation"] if validated else None,
+    }
+    print(json.dumps(shown, indent=2))
+
+
+@app.command()
 def tune(
     root: Annotated[Path, Argument(help="Folder of images with captions or questions.")],
     overrides: Overrides = None,
