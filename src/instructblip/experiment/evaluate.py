@@ -79,7 +79,9 @@ def _under_other_wordings(
     if benchmark.mode == "retrieve":  # it has no prompt
         return result
     tasks = {held.dataset[i].task for i in pick(len(held.dataset), settings.limit)}
-    prompts = wordings_of(*tasks, benchmark.prompt, settings.wordings) if len(tasks) == 1 else ()
+    prompts = ()
+    if len(tasks) == 1:
+        prompts = wordings_of(tasks.pop(), benchmark.prompt, settings.wordings)
     if len(prompts) < settings.wordings and distributed.is_main():
         print(f"{benchmark.name}: its task has {len(prompts)} other wordings", flush=True)
     wordings = {}

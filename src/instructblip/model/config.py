@@ -310,7 +310,7 @@ class InstructBlipConfig(_Config):
         }
 
 
-def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+def _section(config: dict[Any, Any], name: Any) -> dict[Any, Any]:
     """A part of a ``config.json``. ValueError if it is no object, or has a size that no model has,
     which would be built until the memory is full."""
     values = config.get(name) or {}
@@ -319,8 +319,8 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, dict):
             _section(values, key)
-        most = MOST_LAYERS if "layers" in key else MOST_SIZE
-        if _SIZE.search(key) and isinstance(value, int) and value > most:
+        most = MOST_LAYERS if "layers" in str(key) else MOST_SIZE  # id2label has numbers as keys
+        if _SIZE.search(str(key)) and isinstance(value, int) and value > most:
             raise ValueError(f"config.json: {name}.{key} is {value}; expected at most {most}")
     return values
 

@@ -52,7 +52,7 @@ class LanguagePart(nn.Module):
 
     def __init__(self, model: InstructBlip) -> None:
         super().__init__()
-        self.language = model.language
+        self.language: Any = model.language  # a causal one
         self.model = self.language.model
         self.model.set_attn_implementation("sdpa")
 

@@ -38,9 +38,9 @@ SMALLEST = 1024
 def check_packages() -> None:
     """Raise ValueError where a package of the extra ``export`` is missing."""
     try:
-        import onnx
-        import onnxruntime
-        import onnxscript
+        import onnx  # pyright: ignore[reportMissingImports]
+        import onnxruntime  # pyright: ignore[reportMissingImports]
+        import onnxscript  # pyright: ignore[reportMissingImports]
 
         del onnx, onnxruntime, onnxscript
     except ModuleNotFoundError as error:
@@ -131,8 +131,8 @@ def _reason(error: BaseException) -> str:
 def _store_in_8_bits(file: Path) -> None:
     """Replace the tables of a graph by integers of 8 bits with a scale for each row, or for each
     column where a MatMul reads them."""
-    import onnx
-    from onnx import numpy_helper
+    import onnx  # pyright: ignore[reportMissingImports]
+    from onnx import numpy_helper  # pyright: ignore[reportMissingImports]
 
     model = onnx.load(file)
     graph = model.graph
@@ -168,7 +168,7 @@ class OnnxModel:
 
     def __init__(self, directory: str | Path) -> None:
         check_packages()
-        import onnxruntime
+        import onnxruntime  # pyright: ignore[reportMissingImports]
 
         self.directory = Path(directory)
         self.settings = read_json(self.directory / SETTINGS)
