@@ -297,7 +297,7 @@ def test_commands(parts: dict[str, Path], tmp_path: Path, capsys: pytest.Capture
     assert "InstructBlipForConditionalGeneration" in card
     assert "| language_projection" in card or "| projection" in card
     with pytest.raises(SystemExit) as stop:
-        cli.main(["export", out, out, "--format", "onnx", "--debug"])
+        cli.main(["export", out, out, "--format", "gguf", "--debug"])
     assert stop.value.code == 2
 
 

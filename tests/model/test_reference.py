@@ -16,6 +16,7 @@ from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.checkpoints import weights as module
 from instructblip.model.checkpoints.inspection import inspect_checkpoint
 from instructblip.model.instructblip import InstructBlip
+from instructblip.model.retrieval import Heads
 from instructblip.release.export import export_model
 from tests.testing import write_model
 
@@ -55,7 +56,8 @@ def test_every_run_is_written_so(run: Path, tmp_path: Path) -> None:
         "one": Pretraining(1),
         "two": Pretraining(2),
     }.items():
-        variant.export(model, model)(tmp_path / stage / "last")
+        trained = Heads(model.config.qformer.hidden_size) if stage == "one" else model
+        variant.export(model, trained)(tmp_path / stage / "last")
         assert (tmp_path / stage / "last" / "start.json").is_file(), stage
     report = inspect_checkpoint(tmp_path / "two")
     assert not report.unexpected, "the start has a text branch, a BLIP-2 has none"

@@ -117,6 +117,6 @@ class Hub:
         """Errors of the Hub and the network as one line."""
         try:
             yield
-        except (HTTPError, ConnectionError, RuntimeError) as error:
+        except (HTTPError, OSError, RuntimeError) as error:
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(f"{self.api.endpoint}: {first}; {outcome}") from error

@@ -40,6 +40,10 @@ class QueueFull(Exception):
     """The queue holds as many jobs as it may."""
 
 
+class Ended(RuntimeError):
+    """The model's thread has ended, and nobody answers."""
+
+
 class TooLate(Exception):
     """The job's time was up before its answer was ready."""
 
@@ -277,7 +281,7 @@ class Batcher:
                 self._closed = True
                 for job in (*self._taken, *(row.job for row in self._rows), *self._jobs):
                     if not job.future.done():
-                        job.future.set_exception(RuntimeError("the model's thread has ended"))
+                        job.future.set_exception(Ended("the model's thread has ended"))
 
     def _next(self) -> list[Job]:
         """The jobs to run or to start next; empty when there are none: then rows grow by a token,

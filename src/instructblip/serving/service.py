@@ -16,7 +16,7 @@ from instructblip.data.images import ImageTransform
 from instructblip.data.reading.decode import Window
 from instructblip.data.tokens import check_marks
 from instructblip.inference.engine import Engine
-from instructblip.serving.batching import Batcher, Job, QueueFull, TooLate
+from instructblip.serving.batching import Batcher, Ended, Job, QueueFull, TooLate
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.decoders import Decoders
 from instructblip.serving.incoming import read_url
@@ -177,12 +177,14 @@ class Service:
             raise too_busy() from None
 
     async def result(self, job: Job) -> Any:
-        """The job's result. Raises HTTPException 504 when its time is up; cancelling this frees the
-        job's place."""
+        """The job's result. Raises HTTPException 504 when its time is up, 503 when the model has
+        ended; cancelling this frees the job's place."""
         try:
             return await asyncio.wait_for(asyncio.wrap_future(job.future), job.seconds_left)
         except (TooLate, TimeoutError):
             raise self.too_late() from None
+        except Ended:
+            raise HTTPException(503, "the model has ended: the server starts anew") from None
         finally:
             job.leave()
 
