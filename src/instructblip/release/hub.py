@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from instructblip.core.version import __version__
 
-HTTPError = HfHubHTTPError.__bases__[0]
+HTTPError: Any = HfHubHTTPError.__bases__[0]
 """Also of what is no answer of the Hub: a connection that is refused, ends, or takes too long."""
 TOKENS = "https://huggingface.co/settings/tokens"
 
