@@ -60,20 +60,20 @@ def test_resampled_errors_are_those_of_the_drawn_answers() -> None:
 
 
 def test_the_temperature_is_that_of_a_logistic_regression() -> None:
-    """Of two candidates it is the inverse of the slope of a logistic regression without bias."""
+    """Of two candidates it is the inverse of a logistic regression's coefficient, without bias."""
     rng = np.random.default_rng(0)
     margins = rng.normal(scale=6, size=2000)
     right = (rng.uniform(size=2000) < 1 / (1 + np.exp(-margins / 3))).astype(int)
     rows = [[0.0, margin] for margin in margins]
     model = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10)
-    slope = model.fit(margins[:, None], right).coef_.item()
+    coefficient = model.fit(margins[:, None], right).coef_.item()
     marks = (right == (margins > 0)).astype(float)
-    assert fit_temperature(rows, marks) == pytest.approx(1 / slope, rel=1e-3)
+    assert fit_temperature(rows, marks) == pytest.approx(1 / coefficient, rel=1e-3)
     halves = np.exp(log_scaled([1.0, 1.0 + math.log(9)], 2.0))
     assert halves == pytest.approx([0.25, 0.75])
 
 
-def test_answers_that_cannot_be_said_do_not_rule_the_temperature() -> None:
+def test_answers_of_no_probability_do_not_rule_the_temperature() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(scale=4, size=(1000, 5))
     chances = np.exp(logits / 2) / np.exp(logits / 2).sum(axis=1, keepdims=True)
@@ -81,7 +81,7 @@ def test_answers_that_cannot_be_said_do_not_rule_the_temperature() -> None:
     marks = (logits.argmax(axis=1) == right).astype(float)
     assert fit_temperature(logits.tolist(), marks) == pytest.approx(2, rel=0.15)
     far = [[*row, -500.0] if i % 10 == 0 else list(row) for i, row in enumerate(logits)]
-    never = np.where(np.arange(1000) % 10 == 0, 0.0, marks)  # the sixth is right, and not said
+    never = np.where(np.arange(1000) % 10 == 0, 0.0, marks)  # the sixth is right, never generated
     assert 1.5 < fit_temperature(far, never) < 4
 
 

@@ -80,9 +80,9 @@ def test_questions_know_the_cells_of_what_they_ask_about():
                 assert len(things) == (question.answer == "yes")
             elif kind in ("statement", "most"):
                 assert len(things) >= 2
-                said = question.text if kind == "statement" else question.answer
-                said = said.strip(".").split()
-                assert all({t.name, t.colour} & set(said) for t in things)
+                words = question.text if kind == "statement" else question.answer
+                words = words.strip(".").split()
+                assert all({t.name, t.colour} & set(words) for t in things)
             elif kind == "count":
                 assert not things
             else:

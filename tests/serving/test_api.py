@@ -931,7 +931,7 @@ def test_a_host_that_sends_byte_by_byte_is_left_at_the_deadline(
     thread.join(20)
     ended.set()
     listening.close()
-    assert not thread.is_alive(), "the fetch goes on"
+    assert not thread.is_alive(), "the fetch continues"
     assert "too slow" in str(caught[0])
 
 

@@ -145,8 +145,8 @@ def named(prediction: Mapping[str, Any], objects: str) -> Named:
     """The objects that the prediction of a sample names, by the vocabulary ``objects``."""
     words = vocabulary(objects)
     annotated = (words.mentions(name) or [name] for name in prediction["extra"].get("objects", ()))
-    told = (words.mentions(answer) for answer in prediction["answers"])
-    shown = frozenset(name for names in (*annotated, *told) for name in names)
+    described = (words.mentions(answer) for answer in prediction["answers"])
+    shown = frozenset(name for names in (*annotated, *described) for name in names)
     return Named(words.mentions(prediction["prediction"]), shown)
 
 
@@ -158,16 +158,16 @@ def says_yes(text: str) -> bool:
     return {"No", "no", "not"}.isdisjoint(first.split(" "))
 
 
-def yes_no_scores(said: Sequence[bool], right: Sequence[bool]) -> dict[str, float]:
+def yes_no_scores(answered: Sequence[bool], right: Sequence[bool]) -> dict[str, float]:
     """POPE's further scores in percent: precision, recall and F1 of the yes, and how often it is
-    said. A score without a yes to divide by is 0."""
-    pairs = list(zip(said, right, strict=True))
+    answered. A score without a yes to divide by is 0."""
+    pairs = list(zip(answered, right, strict=True))
     hits = sum(s and r for s, r in pairs)
     return {
-        "precision": _percent(hits, sum(said)),
+        "precision": _percent(hits, sum(answered)),
         "recall": _percent(hits, sum(right)),
-        "f1": _percent(2 * hits, sum(said) + sum(right)),
-        "yes_ratio": _percent(sum(said), len(pairs)),
+        "f1": _percent(2 * hits, sum(answered) + sum(right)),
+        "yes_ratio": _percent(sum(answered), len(pairs)),
     }
 
 

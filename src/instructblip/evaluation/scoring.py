@@ -262,15 +262,15 @@ def _object_f1(words: str) -> Scorer:
 
 
 def _pope_right(prediction: Prediction) -> float:
-    said = objects.says_yes(prediction["prediction"])
-    return float(said == objects.says_yes(prediction["answers"][0]))
+    answered = objects.says_yes(prediction["prediction"])
+    return float(answered == objects.says_yes(prediction["answers"][0]))
 
 
 def _pope(predictions: Sequence[Prediction], tokenizer: CaptionTokenizer) -> Score:
-    said = [objects.says_yes(p["prediction"]) for p in predictions]
+    answered = [objects.says_yes(p["prediction"]) for p in predictions]
     right = [objects.says_yes(p["answers"][0]) for p in predictions]
-    accuracy = [float(s == r) for s, r in zip(said, right, strict=True)]
-    return _mean(accuracy, **objects.yes_no_scores(said, right))
+    accuracy = [float(s == r) for s, r in zip(answered, right, strict=True)]
+    return _mean(accuracy, **objects.yes_no_scores(answered, right))
 
 
 def _recall(ranks: Callable[[Prediction], Sequence[int]]) -> Scorer:

@@ -257,7 +257,7 @@ def make_pairs(recipe: Recipe, loader: FixedLoader, model: DirectPreference) -> 
             raise ValueError(
                 f"preference: {settings.num_responses} responses to each of {len(share)} "
                 f"instructions had the same reward {dict(settings.rewards)}: raise num_responses "
-                "or temperature, or choose a reward that tells them apart"
+                "or temperature, or choose a reward that differs between them"
             )
         if distributed.is_main():
             print(f"preference: {len(pairs)} pairs of {len(share)} instructions", flush=True)

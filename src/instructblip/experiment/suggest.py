@@ -83,8 +83,8 @@ class Suggestion:
             return f"the model would answer {self.answer!r} with {sure}"
         if self.label == self.answer:
             return f"the model also answers {self.answer!r}, with {sure}"
-        said = f"the model answers {self.answer!r} with {sure}, the label says {self.label!r}"
-        return f"{said} ({self.loss:.1f} nats per token)" if self.is_open else said
+        reason = f"the model answers {self.answer!r} with {sure}, the label says {self.label!r}"
+        return f"{reason} ({self.loss:.1f} nats per token)" if self.is_open else reason
 
     def row(self) -> dict[str, Any]:
         """The example in the columns that `tune` reads, and what is known about it."""

@@ -110,6 +110,8 @@ def create_app(
     _add_errors(app)
     guarded = _guarded()
     _add_routes(app, service, guarded)
+    _add_rank(app, service, guarded)
+    _add_reasons(app, service, guarded)
     _add_embedding(app, service, guarded)
     _add_drawing(app, service, guarded)
     return app
@@ -123,7 +125,7 @@ def _guarded() -> dict[str, Any]:
 
 
 def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
-    """Health and metrics; models and chat completions, as OpenAI has them; ranking."""
+    """Health and metrics; models and chat completions, as OpenAI has them."""
 
     unhealthy: Any = {503: {"model": ErrorBody, "description": "a model cannot answer"}}
 
@@ -168,6 +170,10 @@ def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None
         service.metrics.tokens.inc(answer.tokens)
         return response_of(name, answer, job)
 
+
+def _add_rank(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
+    """Candidates, ranked."""
+
     @app.post("/v1/rank", tags=["ranking"], **guarded)
     async def rank(body: RankRequest) -> RankResponse:
         """Log-likelihoods of the candidates as the answer, end token included."""
@@ -209,6 +215,10 @@ def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None
             answer_set=chosen,
             prompt_tokens_lost=engine.lost_tokens(body.instruction),
         )
+
+
+def _add_reasons(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None:
+    """Where an answer comes from: maps of its words, and the attention of the queries."""
 
     @app.post("/v1/explain", tags=["explaining"], **guarded)
     async def explain(body: ExplainRequest) -> ExplainResponse:

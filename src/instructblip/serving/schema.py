@@ -203,8 +203,8 @@ class ChatRequest(_Body):
 Candidate = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class RankRequest(_Body):
-    """Rank candidates as the answer, by log-likelihood."""
+class _AboutImages(_Body):
+    """An instruction about images."""
 
     model: ModelName = None
     images: list[str] = Field(
@@ -214,6 +214,11 @@ class RankRequest(_Body):
         description="URLs as in a chat; several are a video.",
     )
     instruction: Text
+
+
+class RankRequest(_AboutImages):
+    """Rank candidates as the answer, by log-likelihood."""
+
     candidates: list[Candidate] = Field(min_length=1, max_length=10_000, fail_fast=True)
     normalization: Literal["sum", "mean"] = "sum"
     coverage: float | None = Field(
@@ -224,29 +229,15 @@ class RankRequest(_Body):
     )
 
 
-class ExplainRequest(_Body):
+class ExplainRequest(_AboutImages):
     """Explain which part of each image the words of an answer come from."""
 
-    model: ModelName = None
-    images: list[str] = Field(
-        fail_fast=True,
-        min_length=1,
-        max_length=64,
-        description="URLs as in a chat; several are a video.",
-    )
-    instruction: Text
     answer: Text | None = Field(None, description="What to explain; by default the model's own.")
     method: Method = "occlusion"
 
 
-class LookRequest(_Body):
+class LookRequest(_AboutImages):
     """Where the queries look in images under an instruction."""
-
-    model: ModelName = None
-    images: list[str] = Field(
-        fail_fast=True, min_length=1, max_length=64, description="URLs as in a chat."
-    )
-    instruction: Text
 
 
 def _item(value: Any) -> str | None:
