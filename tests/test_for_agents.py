@@ -1,10 +1,18 @@
-"""A walk through the commands of AGENTS.md, in their order, each shortened by settings."""
+"""A walk through the commands of AGENTS.md, in their order, each shortened by settings, and then
+through the server of tools, started as docs/howto/agents.md has it."""
 
 import json
+import os
+import re
 import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
+import anyio
 import pytest
+from mcp.client import Client
+from mcp.client.stdio import StdioServerParameters, stdio_client
 
 import instructblip.cli.main as cli
 from tests.test_docs import COMMAND, ROOT
@@ -38,3 +46,22 @@ def test_the_walk(
     assert printed["check"].startswith("ok")
     assert "before" in printed["compare"]
     assert printed["answer"].strip()
+    assert anyio.run(asked_as_a_tool, tmp_path) == status
+
+
+async def asked_as_a_tool(folder: Path) -> dict[str, Any]:
+    """What `status` returns about the run of the walk."""
+    page = (ROOT / "docs/howto/agents.md").read_text()
+    shown = json.loads(re.findall(r"```json\n(.*?)```", page, re.DOTALL)[0])
+    server = shown["mcpServers"]["instructblip"]
+    assert server["command"] == "instructblip"
+    words = [str(folder) if word == "my_project" else word for word in server["args"]]
+    arguments = ["-m", "instructblip", *words]
+    parameters = StdioServerParameters(
+        command=sys.executable, args=arguments, env=dict(os.environ), cwd=ROOT
+    )
+    async with Client(stdio_client(parameters)) as client:
+        result = await client.call_tool("status", {"run": "out/mine"})
+    (part,) = result.content
+    assert part.type == "text"
+    return json.loads(part.text)

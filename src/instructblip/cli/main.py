@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from instructblip.cli import data, evaluation, models, training
+from instructblip.cli import data, evaluation, models, tools, training
 from instructblip.core.problems import problems
 from instructblip.core.terminal import escape_output
 
@@ -32,7 +32,7 @@ def _options(
     """`--debug` is taken out of the arguments by `main`; it stands here for the help."""
 
 
-for commands in (training, data, evaluation, models):
+for commands in (training, data, evaluation, models, tools):
     app.add_typer(commands.app)
 
 

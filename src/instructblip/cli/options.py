@@ -90,7 +90,7 @@ class SettingsCommand(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         *others, help_option = super().get_params(ctx)
-        settings = [p.name for p in others if p.name in _SETTINGS]
+        settings = [p.name for p in others if p.name in SETTINGS]
         others = [p for p in others if p.name not in settings]
         return [*others, *(o for name in settings for o in _options(name)), help_option]
 
@@ -113,7 +113,7 @@ def _options(name: str) -> list[Any]:
 
     def declare() -> None: ...
 
-    declare.__signature__ = inspect.Signature(list(_SETTINGS[name]()))  # type: ignore
+    declare.__signature__ = inspect.Signature(list(SETTINGS[name]()))  # type: ignore
     app = typer.Typer(add_completion=False)
     app.command()(declare)
     return typer.main.get_command(app).params
@@ -142,7 +142,8 @@ def _parameter(name: str, kind: Any, text: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
 
 
-_SETTINGS = {"decoding": _decoding_parameters, "placement": _placement_parameters}
+SETTINGS = {"decoding": _decoding_parameters, "placement": _placement_parameters}
+"""What stands for these parameters on the command line."""
 
 
 def read_recipe(recipe: str, overrides: list[str] | None) -> "Recipe":

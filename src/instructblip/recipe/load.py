@@ -68,17 +68,23 @@ def _with_code(recipe: Recipe, path: Path) -> Recipe:
     return recipe.model_copy(update={"code": folder})
 
 
+def read_file(path: Path) -> dict[str, Any]:
+    """The sections of a file alone, with the name of its ``base``."""
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} has more than {MOST_BYTES} bytes; is this a recipe?")
+    values = read_yaml(path.read_text(encoding="utf-8"), f"{path} is not YAML")
+    if not isinstance(values, dict):
+        sections = ", ".join(Recipe.model_fields)
+        raise ValueError(f"{path}: expected the sections {sections}; got {str(values)[:200]!r}")
+    return values
+
+
 def read_values(path: Path, depth: int = 0) -> dict[str, Any]:
     """The sections of a file, on top of those of its ``base``.
 
     A setting such as ``training.steps`` or ``data.sets`` replaces that of the base as a whole.
     """
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path} has more than {MOST_BYTES} bytes; is this a recipe?")
-    values = _read_yaml(path.read_text(encoding="utf-8"), f"{path} is not YAML")
-    if not isinstance(values, dict):
-        sections = ", ".join(Recipe.model_fields)
-        raise ValueError(f"{path}: expected the sections {sections}; got {str(values)[:200]!r}")
+    values = read_file(path)
     if "base" not in values:
         return values
     base = values.pop("base")
@@ -157,7 +163,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _read_yaml(text: str, complaint: str) -> Any:
+def read_yaml(text: str, complaint: str) -> Any:
+    """A YAML value within the bounds. ValueError, which begins with ``complaint``, for others."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -176,7 +183,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         place = place[section]
         if not isinstance(place, dict):
             raise ValueError(f"{override}: {section} is {place!r}, which has no keys of its own")
-    place[last] = _read_yaml(text, f"{override}: the value is not YAML")
+    place[last] = read_yaml(text, f"{override}: the value is not YAML")
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
