@@ -2,7 +2,7 @@
 
     python runs/screenshots.py [--model starter] [--before starter] [--out docs/pictures]
 
-Serves the models on a free port, asks the second example and takes page_en.png, page_zh.png and,
+Serves the models on a free port, asks the second example, explains the answers and takes page_en.png, page_zh.png and,
 on a phone in the dark, page_phone.png; where one of them draws, also draw_en.png and draw_zh.png.
 """
 
@@ -73,6 +73,13 @@ def ask_example(page: Page, number: int) -> None:
     page.locator("#history tbody tr").first.wait_for()
 
 
+def explain_answers(page: Page) -> None:
+    """Press what explains an answer on every card; returns when all maps are there."""
+    for card in page.locator(".model").all():
+        card.locator(".why").click()
+        card.locator(".words button").first.wait_for()
+
+
 def draw_example(page: Page) -> None:
     """Open the tab that draws and draw what stands there; returns when the images are there."""
     page.locator("#draw-tab").click()
@@ -99,6 +106,7 @@ def main() -> None:
             with browser_page(locale, **options) as page:
                 open_page(page, address)
                 ask_example(page, number=1)
+                explain_answers(page)
                 page.screenshot(path=str(args.out / f"page_{name}.png"), full_page=True)
                 if name != "phone" and any(engine.can_draw for engine in engines.values()):
                     draw_example(page)

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: it asks, shows all models, ranking, attention and history."""
+"""The page in headless Chromium: it asks, shows all models, ranking, explanations and history."""
 
 import shutil
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def address(engines: dict[str, Engine]) -> Iterator[str]:
 
 def boxes(page: Page) -> list[Any]:
     """Left, top and width in pixels of the parts that an answer could move."""
-    return page.locator("#ask-form, .model, .pair, .strip, #history").evaluate_all(
+    return page.locator("#ask-form, .model, .pair, .reasons, #history").evaluate_all(
         "all => all.map(one => one.getBoundingClientRect())"
         ".map(({x, y, width}) => [x, y, width].map(Math.round))"
     )
@@ -63,7 +63,7 @@ def test_the_page_in_a_browser(address: str, locale: str, words: dict[str, str])
         ask_example(page, number=1)
         assert boxes(page) == before, "an answer moved something"
         text = page.locator("body").inner_text()
-        for key in ("title", "ask", "history", "looks", "ranking"):
+        for key in ("title", "ask", "history", "reasons", "ranking"):
             assert words[key] in text, key
         assert page.locator("#picture img").evaluate("image => image.naturalWidth") > 0
         for name in ("instructblip", "blip2"):
@@ -73,11 +73,16 @@ def test_the_page_in_a_browser(address: str, locale: str, words: dict[str, str])
             bars = card.locator(".ranking").inner_text()
             assert "purple" in bars
             assert "%" in bars
-            looks = card.locator(".strip button:enabled")
-            assert looks.count() == 3, "one for each query token"
-            mean = drawn(page, name)
-            looks.nth(1).click()
-            assert len({empty, mean, drawn(page, name)}) == 3
+            card.locator(".why").click()
+            card.locator(".words button").first.wait_for()
+            whole = drawn(page, name)
+            reasons = card.locator(".words button")
+            spoken = card.locator(".answer").inner_text().split()
+            assert reasons.all_inner_texts() == [words["whole"], *spoken]
+            assert "90.5 %" in card.locator(".measured").inner_text()
+            reasons.nth(1).click()
+            assert reasons.nth(1).get_attribute("aria-pressed") == "true"
+            assert empty not in (whole, drawn(page, name))
         assert "what color is the circle?" in page.locator("#history").inner_text()
     assert len(asked) > 8
     assert not [url for url in asked if not url.startswith((address, "data:"))]
@@ -85,7 +90,7 @@ def test_the_page_in_a_browser(address: str, locale: str, words: dict[str, str])
 
 
 def drawn(page: Page, name: str) -> str:
-    """What is drawn of a model's attention, as a URL."""
+    """The map that is drawn for a model, as a URL."""
     return page.locator(f"#model-{name} .look canvas").evaluate("canvas => canvas.toDataURL()")
 
 
@@ -119,6 +124,11 @@ def test_texts_of_others_stay_texts(address: str, png: list[Path]) -> None:
         for place in ("#picture .file", "#model-blip2 h2", ".ranking", ".answer"):
             assert HTML in page.locator(place).first.inner_text(), place
         assert page.locator("#history tbody td", has_text=HTML).count() == 3
+        page.locator("#model-blip2 .why").click()
+        page.locator("#model-blip2 .words button").nth(1).wait_for()
+        assert "".join(HTML.split()) in "".join(
+            page.locator("#model-blip2 .words").inner_text().split()
+        )
         page.wait_for_timeout(200)
         assert page.evaluate("document.body.dataset.ran") is None
 

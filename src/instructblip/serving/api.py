@@ -228,9 +228,10 @@ def _add_reasons(app: FastAPI, service: Service, guarded: dict[str, Any]) -> Non
         answer = body.answer
         service.check_length(len(body.instruction) + len(answer or ""), "instruction and answer")
         service.check_marks(body.instruction, len(body.images), "instruction")
-        pixels = await service.pixels(body.images, batcher.engine, "images", deadline)
+        engine = batcher.engine
+        pixels, seen = await service.pixels_and_boxes(body.images, engine, "images", deadline)
         if answer is None:
-            decoding = batcher.engine.decoding
+            decoding = engine.decoding
             most = min(decoding.max_new_tokens, service.config.max_tokens)
             job = Job(
                 pixels=pixels,
@@ -254,6 +255,7 @@ def _add_reasons(app: FastAPI, service: Service, guarded: dict[str, Any]) -> Non
             answer=first.answer,
             words=list(first.words),
             log_likelihoods=list(first.scores),
+            seen=seen,
             images=[
                 ExplainedImage(whole=each.whole.tolist(), words=each.maps.tolist())
                 for each in explained
@@ -267,14 +269,9 @@ def _add_reasons(app: FastAPI, service: Service, guarded: dict[str, Any]) -> Non
         name, batcher = service.choose(body.model)
         service.check_length(len(body.instruction), "instruction")
         service.check_marks(body.instruction, len(body.images), "instruction")
-        transform = batcher.engine.images.transform
-        seen, pixels = [], []
-        async for image in service.read_images(body.images, transform, "images", deadline):
-            left, top, right, bottom = transform.seen(*image.size)
-            width, height = image.size
-            seen.append((left / width, top / height, right / width, bottom / height))
-            pixels.append(await run_in_threadpool(transform, image))
-        job = Job(pixels=tuple(pixels), instruction=body.instruction, look=True, deadline=deadline)
+        engine = batcher.engine
+        pixels, seen = await service.pixels_and_boxes(body.images, engine, "images", deadline)
+        job = Job(pixels=pixels, instruction=body.instruction, look=True, deadline=deadline)
         service.submit(batcher, job)
         weights: Tensor = await service.result(job)
         attention = weights.double().round(decimals=6).tolist()

@@ -1,6 +1,6 @@
 """The page: one HTML file, its script and its style, in English and Chinese.
 
-It uses the server as any client does (chat completions, ranking, attention, images), so that the
+It uses the server as any client does (chat completions, ranking, explanations, images), so that the
 limits of the server are its limits, and keeps nothing on the server's disk.
 """
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 from instructblip.core.pages import data_url
 from instructblip.inference.engine import Engine
+from instructblip.inference.explain import measured
 from instructblip.recipe.load import read_values
 from instructblip.recipe.schema import RECIPE_FILE
 from instructblip.scenes.dense import render_dense, sample_dense
@@ -71,6 +72,7 @@ def page_content(service: Service) -> dict[str, Any]:
         "examples": examples,
         "instructions": [*_TEXTS["instructions"], *(one["instruction"] for one in examples[1:])],
         "drawings": _TEXTS["drawings"],
+        "measured": measured(),
     }
 
 

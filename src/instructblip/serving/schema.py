@@ -387,23 +387,29 @@ class ExplainedImage(BaseModel):
     words: list[Grid]
 
 
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in fractions of the sides of an image."""
+
+
 class ExplainResponse(BaseModel):
-    """The words of the answer with their log-likelihoods, and maps for each image."""
+    """The words of the answer with their log-likelihoods, the part of each image that the model
+    reads, and maps for each image, over this part."""
 
     model: str
     method: str
     answer: str
     words: list[str]
     log_likelihoods: list[float]
+    seen: list[Box]
     images: list[ExplainedImage]
 
 
 class LookResponse(BaseModel):
-    """Of each image the part (left, top, right, bottom) that the model reads, in fractions of its
-    sides, and the attention of each query to the rows of places in it."""
+    """Of each image the part that the model reads, and the attention of each query to the rows of
+    places in it."""
 
     model: str
-    seen: list[tuple[float, float, float, float]]
+    seen: list[Box]
     attention: list[list[list[list[float]]]] = Field(description="[image][query][row][column]")
 
 

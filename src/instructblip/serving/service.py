@@ -20,6 +20,7 @@ from instructblip.serving.batching import Batcher, Ended, Job, QueueFull, TooLat
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.decoders import Decoders
 from instructblip.serving.incoming import read_url
+from instructblip.serving.schema import Box
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -165,9 +166,21 @@ class Service:
         self, urls: list[str], engine: Engine, where: str, deadline: float
     ) -> tuple[Tensor, ...]:
         """Images as the model reads them. Raises HTTPException, BadImage."""
+        return (await self.pixels_and_boxes(urls, engine, where, deadline))[0]
+
+    async def pixels_and_boxes(
+        self, urls: list[str], engine: Engine, where: str, deadline: float
+    ) -> tuple[tuple[Tensor, ...], list[Box]]:
+        """Images as the model reads them, and the part of each that it reads (left, top, right,
+        bottom) in fractions of its sides. Raises HTTPException, BadImage."""
         transform = engine.images.transform
-        images = self.read_images(urls, transform, where, deadline)
-        return tuple([await run_in_threadpool(transform, image) async for image in images])
+        pixels, boxes = [], []
+        async for image in self.read_images(urls, transform, where, deadline):
+            left, top, right, bottom = transform.seen(*image.size)
+            width, height = image.size
+            boxes.append((left / width, top / height, right / width, bottom / height))
+            pixels.append(await run_in_threadpool(transform, image))
+        return tuple(pixels), boxes
 
     def submit(self, batcher: Batcher, job: Job) -> None:
         """Queue a job. Raises HTTPException 429 if the queue is full."""

@@ -157,10 +157,10 @@ class Drop {
 
 const drops = {};
 
-// Where the queries look
+// Maps
 
 /** Draws the part of the image that the model reads, bright where the weights [row][column] are. */
-function drawLook(canvas, image, seen, weights) {
+function drawMap(canvas, image, seen, weights) {
   const context = canvas.getContext("2d");
   const [left, top] = [seen[0] * image.naturalWidth, seen[1] * image.naturalHeight];
   const [w, h] = [seen[2] * image.naturalWidth - left, seen[3] * image.naturalHeight - top];
@@ -171,7 +171,7 @@ function drawLook(canvas, image, seen, weights) {
     const small = new OffscreenCanvas(weights[0].length, weights.length);
     const pixels = new ImageData(small.width, small.height);
     weights.flat().forEach((weight, at) => {
-      pixels.data.set([...color, 255 * alpha(weight / most)], 4 * at);
+      pixels.data.set([...color, 255 * alpha(Math.max(weight, 0) / most)], 4 * at);
     });
     small.getContext("2d").putImageData(pixels, 0, 0);
     context.drawImage(small, x, y, w * scale, h * scale);
@@ -185,13 +185,7 @@ function drawLook(canvas, image, seen, weights) {
   context.globalCompositeOperation = "source-over";
 }
 
-function mean(maps) {
-  return maps[0].map((row, r) => row.map((_, c) => {
-    return maps.reduce((sum, map) => sum + map[r][c], 0) / maps.length;
-  }));
-}
-
-// A model: its answer, the ranking of the candidates, and its attention
+// A model: its answer, the ranking of the candidates, and the maps of its words
 
 const cards = [];
 
@@ -209,19 +203,12 @@ class ModelCard {
     this.canvas = made.querySelector(".look canvas");
     this.caption = made.querySelector("figcaption");
     this.list = made.querySelector("ol");
-    this.strip = made.querySelector(".strip");
+    this.why = made.querySelector(".why");
+    this.why.onclick = () => this.explain();
+    this.words = made.querySelector(".words");
+    this.measured = made.querySelector(".measured");
     byId("models").append(made);
     this.text = null;
-    this.chosen = 0;
-    this.strip.append(...Array.from({ length: model.queries }, (_, at) => {
-      const button = element("button", "", { type: "button", disabled: true });
-      button.append(element("canvas", "", { width: 106, height: 106 }));
-      button.onclick = () => {
-        this.chosen = this.chosen === at + 1 ? 0 : at + 1;
-        this.showLook();
-      };
-      return button;
-    }));
   }
 
   /** Rows for the candidates, without figures unless they are ranked. */
@@ -243,36 +230,75 @@ class ModelCard {
   show() {
     this.answer.classList.toggle("empty", !this.text);
     this.answer.textContent = this.text || words(this.text === null ? "answer_empty" : "answering");
-    this.showLook();
+    this.why.disabled = !this.asked;
+    this.showMap();
   }
 
-  showLook() {
-    const maps = this.maps;
-    this.caption.textContent = !maps ? words("look_empty")
-      : this.chosen ? `${words("query")} ${this.chosen}` : words("look_mean");
-    if (!maps) return;
-    drawLook(this.canvas, this.image, this.seen, this.chosen ? maps[this.chosen - 1] : this.mean);
-    [...this.strip.children].forEach((one, at) => {
-      one.setAttribute("aria-pressed", String(at + 1 === this.chosen));
-      one.setAttribute("aria-label", `${words("query")} ${at + 1}`);
-    });
+  /** The map of the chosen word, or of the whole answer; the image alone before it is explained. */
+  showMap() {
+    const reasons = this.reasons;
+    this.caption.textContent = words(reasons ? "reason_shown" : "reason_empty");
+    this.measured.textContent = "";
+    if (!reasons) {
+      this.words.replaceChildren();
+      this.canvas.getContext("2d").clearRect(0, 0, this.canvas.width, this.canvas.height);
+      return;
+    }
+    const [low, high] = page.measured.interval;
+    const figures = { ...page.measured, low, high };
+    this.measured.textContent = words("measured").replace(/{(\w+)}/g, (_, name) => figures[name]);
+    const maps = [reasons.images[0].whole, ...reasons.images[0].words];
+    drawMap(this.canvas, this.image, reasons.seen[0], maps[this.chosen]);
+    this.words.replaceChildren(...[words("whole"), ...reasons.words].map((text, at) => {
+      const button = element("button", text, { type: "button" });
+      button.setAttribute("aria-pressed", String(at === this.chosen));
+      button.onclick = () => {
+        this.chosen = at;
+        this.showMap();
+        this.words.children[at].focus();
+      };
+      return button;
+    }));
+  }
+
+  async explain() {
+    const asked = this.asked;
+    const { url, instruction, text } = asked;
+    const body = { model: this.model.id, images: [url], instruction, answer: text };
+    this.why.disabled = true;
+    this.place.classList.add("busy");
+    try {
+      const reasons = await (await send("v1/explain", body)).json();
+      if (this.asked !== asked) return; // another question has been asked meanwhile
+      [this.reasons, this.chosen] = [reasons, 0];
+      this.showMap();
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      if (this.asked === asked) this.measured.textContent = error.message;
+    } finally {
+      if (this.asked === asked) {
+        this.place.classList.remove("busy");
+        this.why.disabled = false;
+      }
+    }
   }
 
   async ask(url, image, instruction, candidates, signal) {
     this.text = "";
     this.state.textContent = "";
+    [this.image, this.reasons, this.asked] = [image, null, null];
     this.place.classList.add("busy");
     this.show();
     this.showCandidates(candidates);
     const began = performance.now();
     try {
       await Promise.all([
-        this.stream(url, instruction, signal).then(() => {
+        this.stream(url, instruction, signal).then((text) => {
+          if (text) this.asked = { url, instruction, text };
           const seconds = ((performance.now() - began) / 1000).toFixed(1);
           this.state.textContent = [`${seconds} s`, ...this.notes].join(" · ");
         }),
         candidates.length && this.rank(url, instruction, candidates, signal),
-        this.look(url, image, instruction, signal),
       ]);
     } finally {
       this.place.classList.remove("busy");
@@ -298,27 +324,16 @@ class ModelCard {
       if (this.text) this.show();
       if (event.usage?.prompt_tokens_lost) this.notes.push(words("lost"));
     }
+    const answer = this.text;
     this.text ||= "–";
     this.show();
+    return answer;
   }
 
   async rank(url, instruction, candidates, signal) {
     const body = { model: this.model.id, images: [url], instruction, candidates };
     const answer = await (await send("v1/rank", body, signal)).json();
     this.showCandidates(candidates, answer.candidates);
-  }
-
-  async look(url, image, instruction, signal) {
-    const body = { model: this.model.id, images: [url], instruction };
-    const answer = await (await send("v1/look", body, signal)).json();
-    [this.image, this.seen, this.maps] = [image, answer.seen[0], answer.attention[0]];
-    this.mean = mean(this.maps);
-    this.chosen = 0;
-    [...this.strip.children].forEach((button, at) => {
-      button.disabled = false;
-      drawLook(button.firstChild, image, this.seen, this.maps[at]);
-    });
-    this.showLook();
   }
 }
 
