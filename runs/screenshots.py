@@ -2,8 +2,9 @@
 
     python runs/screenshots.py [--model starter] [--before starter] [--out docs/pictures]
 
-Serves the models on a free port, asks the second example, explains the answers and takes page_en.png, page_zh.png and,
-on a phone in the dark, page_phone.png; where one of them draws, also draw_en.png and draw_zh.png.
+Serves the models on a free port, asks the second example, explains the answers and takes
+page_en.png, page_zh.png and, on a phone in the dark, page_phone.png; where one of them draws, also
+draw_en.png and draw_zh.png.
 """
 
 import argparse

@@ -42,7 +42,7 @@ def address(engines: dict[str, Engine]) -> Iterator[str]:
 
 def boxes(page: Page) -> list[Any]:
     """Left, top and width in pixels of the parts that an answer could move."""
-    return page.locator("#ask-form, .model, .pair, .reasons, #history").evaluate_all(
+    return page.locator("#ask-form, .model, .pair, .words, #history").evaluate_all(
         "all => all.map(one => one.getBoundingClientRect())"
         ".map(({x, y, width}) => [x, y, width].map(Math.round))"
     )

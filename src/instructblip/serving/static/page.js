@@ -230,7 +230,7 @@ class ModelCard {
   show() {
     this.answer.classList.toggle("empty", !this.text);
     this.answer.textContent = this.text || words(this.text === null ? "answer_empty" : "answering");
-    this.why.disabled = !this.asked;
+    this.why.disabled = !this.asked || Boolean(this.reasons);
     this.showMap();
   }
 
@@ -278,7 +278,7 @@ class ModelCard {
     } finally {
       if (this.asked === asked) {
         this.place.classList.remove("busy");
-        this.why.disabled = false;
+        this.why.disabled = Boolean(this.reasons);
       }
     }
   }
