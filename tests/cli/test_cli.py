@@ -129,6 +129,14 @@ def test_internal_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch):
         cli.main(["scenes"])
 
 
+def test_scenes_writes_the_sets_that_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    call(capsys, "scenes", str(tmp_path), "--scale", "0.005", "--sets", "coco_caption, vsr")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["coco_caption", "vsr"]
+    code, _, err = call(capsys, "scenes", str(tmp_path), "--dense", "--sets", "vsr2")
+    assert code == 2
+    assert "no scene set ['vsr2']; expected some of" in err
+
+
 def test_system_errors_are_printed_without_their_number():
     assert cli.describe(OSError(28, "the disk is full")) == "the disk is full"
     assert cli.describe(FileNotFoundError(2, "No such file", "a.txt")) == "No such file: a.txt"

@@ -34,6 +34,11 @@ def client(engine: Engine, blip2_folder: Path) -> Iterator[TestClient]:
         yield client
 
 
+def test_the_models_say_which_of_them_embeds(client: TestClient) -> None:
+    models = client.get("/v1/models").json()["data"]
+    assert {model["id"]: model["embeds"] for model in models} == {"tuned": True, "blip2": False}
+
+
 def picture(path: Path) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": data_url(path)}}
 

@@ -35,13 +35,15 @@ def scenes(
     dense: Annotated[
         bool, Option("--dense", help="Images of 20 to 25 things, asked about one by one.")
     ] = False,
+    sets: Annotated[str | None, Option(help="Data sets, with commas; all if absent.")] = None,
 ) -> None:
     """Write the embedded world in the official file formats."""
     from instructblip.scenes.dense import write_dense
     from instructblip.scenes.official import write_scenes
 
     root = root or Path("data/dense" if dense else "data/scenes")
-    folders = (write_dense if dense else write_scenes)(root, seed=seed, scale=scale)
+    chosen = tuple(name.strip() for name in sets.split(",")) if sets else None
+    folders = (write_dense if dense else write_scenes)(root, seed, scale, chosen)
     print(f"{len(folders)} data sets in {root}: {', '.join(folders)}")
 
 

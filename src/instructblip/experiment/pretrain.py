@@ -44,7 +44,7 @@ class CaptionTokens(Tokens):
 class Pretraining(Variant):
     """Stage 1 trains the Q-Former against captions, align against the language model's word
     embeddings, stage 2 through the language model. Retrieval trains the contrast's heads and
-    a text branch for them, and leaves the model as it is."""
+    a copy of the Q-Former for them, and leaves the model as it is."""
 
     stage: Stage
     instructs = False  # the language model continues captions

@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from instructblip.core.batch import IGNORE_INDEX, Batch, LossOutput
-from instructblip.model.checkpoints.transformers import TEXT_BRANCH
 from instructblip.model.instructblip import InstructBlip
 from instructblip.model.retrieval import Heads, similarity
 
@@ -115,17 +114,15 @@ class Stage1(Heads):
 
 
 class RetrievalStage(Stage1):
-    """Trains the heads of the contrast and a text branch for them; nothing else, so that the model
-    beside which they are stored answers as before.
-
-    It trains no matching: with a frozen Q-Former that stays at chance (docs/log.md).
+    """Trains the contrast alone, for a search engine beside a model: its Q-Former becomes a copy,
+    and the model that it is stored beside answers as before.
     """
 
     def __init__(self, model: InstructBlip, embedding: int = 256) -> None:
         super().__init__(model, embedding)
         del self.word_head, self.match_head
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(TEXT_BRANCH.fullmatch(name) is not None)
+            parameter.requires_grad_(name == "query_tokens" or name.startswith("qformer."))
 
     def terms(self, features: Float[Tensor, "N P V"], batch: Batch) -> dict[str, Tensor]:
         """The contrast, where samples are no negatives of each other that show the same image or

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from instructblip.scenes import formats
 from instructblip.scenes.formats import Asked, SetFolder
 from instructblip.scenes.language import a, join
-from instructblip.scenes.official import WrittenSet, write_sets
+from instructblip.scenes.official import WrittenSet, chosen_sets, write_sets
 from instructblip.scenes.questions import Question
 from instructblip.scenes.world import COLOURS, DRAW, HELD_OUT_PAIRS, SHAPES, SIZES, font
 
@@ -325,8 +325,11 @@ DENSE_SETS: dict[str, WrittenSet] = {
 }
 
 
-def write_dense(root: str | Path, seed: int = 0, scale: float | int = 1.0) -> dict[str, Path]:
+def write_dense(
+    root: str | Path, seed: int = 0, scale: float | int = 1.0, sets: tuple[str, ...] | None = None
+) -> dict[str, Path]:
     """Write the sets of the dense world below ``root``, as `official.write_scenes` writes those of
     Scenes; returns the folder of each."""
     settings = {"format": FORMAT_VERSION, "world": "dense", "seed": seed, "scale": scale}
-    return write_sets(Path(root), DENSE_SETS, settings, SetFolder, "instructblip scenes --dense")
+    due = chosen_sets(DENSE_SETS, sets)
+    return write_sets(Path(root), due, settings, SetFolder, "instructblip scenes --dense")

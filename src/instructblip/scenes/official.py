@@ -41,12 +41,20 @@ def write_scenes(
     ValueError, before anything is written, for an unknown set, for a scale that is not positive
     and finite, and for other data where a set would go.
     """
-    chosen = tuple(SCENE_SETS) if sets is None else sets
-    if unknown := [name for name in chosen if name not in SCENE_SETS]:
-        raise ValueError(f"no scene set {unknown}; expected some of {', '.join(SCENE_SETS)}")
     settings = {"format": FORMAT_VERSION, "seed": seed, "scale": scale}
-    due = {name: SCENE_SETS[name] for name in chosen}
+    due = chosen_sets(SCENE_SETS, sets)
     return write_sets(Path(root), due, settings, writers.SetFolder, "instructblip scenes")
+
+
+def chosen_sets(
+    written: dict[str, WrittenSet], names: tuple[str, ...] | None
+) -> dict[str, WrittenSet]:
+    """The sets of these names, all for None. Raises ValueError for an unknown one."""
+    if names is None:
+        return written
+    if unknown := [name for name in names if name not in written]:
+        raise ValueError(f"no scene set {unknown}; expected some of {', '.join(written)}")
+    return {name: written[name] for name in names}
 
 
 def write_sets(

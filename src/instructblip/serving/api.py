@@ -150,6 +150,7 @@ def _add_routes(app: FastAPI, service: Service, guarded: dict[str, Any]) -> None
                 created=service.created,
                 title=service.titles.get(name, name),
                 draws=name in service.painters,
+                embeds=batcher.engine.can_embed,
                 queries=batcher.engine.model.config.num_query_tokens,
             )
             for name, batcher in service.batchers.items()

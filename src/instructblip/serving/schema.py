@@ -461,6 +461,7 @@ class ModelCard(BaseModel):
     title: str = Field(description="What its owner calls it.")
     queries: int = Field(description="Query tokens of its Q-Former.")
     draws: bool = Field(description="Whether /v1/images/generations takes it.")
+    embeds: bool = Field(description="Whether /v1/embeddings takes it.")
 
 
 class ModelList(BaseModel):
