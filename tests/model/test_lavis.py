@@ -435,7 +435,9 @@ def test_files_can_be_read_by_others(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o644
 
 
-def test_hub_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hub_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import huggingface_hub
 
     asked: list[Any] = []
@@ -461,6 +463,9 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
                 .to_yaml()
                 .count(f"hf://owner/name@{commit}")
             )
+            assert capsys.readouterr().err == f"{name} is commit {commit}\n", "once"
+            assert with_revision(f"hf://owner/name@{commit}") == f"hf://owner/name@{commit}"
+            assert capsys.readouterr().err == ""
     assert with_revision("starter") == "starter"
     del asked[2:]
     with pytest.raises(ValueError, match="expected hf://OWNER/NAME"):

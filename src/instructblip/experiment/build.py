@@ -298,13 +298,10 @@ def chat_template_of(setting: str, directory: Path, tokens: Tokens) -> str | Non
 
 
 def with_commit(recipe: Recipe) -> Recipe:
-    """The recipe with the commit of a start from the Hub, which is printed and stored with the
-    run."""
+    """The recipe with the commit of a start from the Hub, which is stored with the run."""
     start = with_revision(recipe.model.start)
     if start == recipe.model.start:
         return recipe
-    if distributed.is_main():
-        print(f"{recipe.model.start} is {start}", flush=True)
     model = recipe.model.model_copy(update={"start": start})
     return recipe.model_copy(update={"model": model})
 

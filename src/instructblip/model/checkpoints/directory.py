@@ -1,16 +1,20 @@
 """The directory that a model's name stands for (a path, a run, the starter, small, the Hub), and
 whether a directory may be written."""
 
+import functools
 import importlib.resources
 import re
+import sys
 from pathlib import Path
 
+from instructblip.core import distributed
 from instructblip.core.files import current, read_json
 from instructblip.model.checkpoints.small import small_directory
 from instructblip.model.checkpoints.weights import SMALL, small_start
 from instructblip.model.config import InstructBlipConfig
 
 HUB = "hf://"
+_COMMIT = re.compile("[0-9a-f]{40}")
 SHIPPED = {"starter": "runs/starter.sh", "dense": "runs/dense.sh"}
 """Models in the package, and the scripts that make them."""
 NAMES = (*SHIPPED, SMALL)
@@ -71,7 +75,7 @@ def with_revision(name: str) -> str:
     if not name.startswith(HUB):
         return name
     commit = _from_hub(name.removeprefix(HUB)).name  # the cache has a folder for each commit
-    return f"{name.partition('@')[0]}@{commit}" if re.fullmatch("[0-9a-f]{40}", commit) else name
+    return f"{name.partition('@')[0]}@{commit}" if _COMMIT.fullmatch(commit) else name
 
 
 def check_output(out: Path, file: bool = False) -> None:
@@ -91,7 +95,8 @@ def check_output(out: Path, file: bool = False) -> None:
 
 
 def _from_hub(name: str) -> Path:
-    """A snapshot of a repository in the Hub's cache: configs, tokenizers, safetensors, no code."""
+    """A snapshot of a repository in the Hub's cache: configs, tokenizers, safetensors, no code. The
+    first of a process prints its commit."""
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
@@ -103,4 +108,11 @@ def _from_hub(name: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f"{HUB}{name} could not be fetched: {reason}") from error
+    _print_commit(name, Path(snapshot).name)
     return Path(snapshot)
+
+
+@functools.cache
+def _print_commit(name: str, commit: str) -> None:
+    if _COMMIT.fullmatch(commit) and not name.endswith(f"@{commit}") and distributed.is_main():
+        print(f"{HUB}{name} is commit {commit}", file=sys.stderr, flush=True)
