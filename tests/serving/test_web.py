@@ -109,7 +109,9 @@ def test_texts_of_others_stay_texts(address: str, png: list[Path]) -> None:
     def answer(route: Any) -> None:
         route.fulfill(
             content_type="text/event-stream",
-            body=f'data: {{"choices": [{{"delta": {{"content": "{HTML}"}}}}]}}\n\ndata: [DONE]\n\n',
+            body=f'data: {{"choices": [{{"delta": {{"content": "{HTML}"}}}}]}}\n\n'
+            'data: {"choices": [{"delta": {}, "logprobs": {"confidence": 0.934}}]}\n\n'
+            "data: [DONE]\n\n",
         )
 
     with browser_page("en-GB") as page:
@@ -123,6 +125,7 @@ def test_texts_of_others_stay_texts(address: str, png: list[Path]) -> None:
         page.locator("#history tbody tr").wait_for()
         for place in ("#picture .file", "#model-blip2 h2", ".ranking", ".answer"):
             assert HTML in page.locator(place).first.inner_text(), place
+        assert "93 % of such answers are right" in page.locator(".state").first.inner_text()
         assert page.locator("#history tbody td", has_text=HTML).count() == 3
         page.locator("#model-blip2 .why").click()
         page.locator("#model-blip2 .words button").nth(1).wait_for()

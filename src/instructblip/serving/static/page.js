@@ -314,6 +314,7 @@ class ModelCard {
     const response = await send("v1/chat/completions", {
       model: this.model.id,
       messages: [{ role: "user", content }],
+      logprobs: true,
       stream: true,
       stream_options: { include_usage: true },
     }, signal);
@@ -322,6 +323,10 @@ class ModelCard {
       if (event.error) throw new Refused(event.error.message);
       this.text += event.choices[0]?.delta.content ?? "";
       if (this.text) this.show();
+      const confidence = event.choices[0]?.logprobs?.confidence;
+      if (typeof confidence === "number") {
+        this.notes.push(words("confidence").replace("{percent}", Math.round(100 * confidence)));
+      }
       if (event.usage?.prompt_tokens_lost) this.notes.push(words("lost"));
     }
     const answer = this.text;
