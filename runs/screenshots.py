@@ -54,7 +54,7 @@ def browser_page(locale: str, **options: Any) -> Iterator[Page]:
         page = browser.new_context(locale=locale, **options).new_page()
         page.set_default_timeout(120_000)
         page.route(
-            lambda url: not url.startswith(("http://127.0.0.1", "data:", "blob:")),
+            lambda url: not url.startswith(("http://127.0.0.1", "file:", "data:", "blob:")),
             lambda route: route.abort(),
         )
         yield page
