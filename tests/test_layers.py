@@ -13,6 +13,7 @@ FLOORS = [
     {"evaluation", "text_to_image"},
     {"inference", "recipe"},
     {"experiment", "serving", "release", "integrations"},
+    {"studio"},
     {"cli"},
     {"__init__", "__main__"},
 ]

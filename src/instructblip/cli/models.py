@@ -13,8 +13,10 @@ from typer import Argument, Option
 from instructblip.cli.options import (
     Images,
     Model,
+    Overrides,
     Settings,
     SettingsCommand,
+    complete_model,
     read_recipe,
     to_dir,
     to_file,
@@ -378,6 +380,56 @@ def serve(
 
         add_page(app)
     run_server(app, host, port)
+
+
+@app.command()
+def studio(
+    folder: Annotated[Path, Argument(help="Folder of your images; made if it is not there.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        Option(
+            help="The start: a model directory, `starter` or `small`; small if it can be had.",
+            autocompletion=complete_model,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, to_dir("Folder of the first run, of later ones with -2, ...; FOLDER/tuned.")
+    ] = None,
+    port: Annotated[int, Option(help="Port on this machine.", min=0, max=65535)] = 8100,
+) -> None:
+    """Open a page on a folder: add images, write answers, tune, compare, try, export."""
+    import secrets
+
+    try:
+        from instructblip.serving.connections import run_server
+        from instructblip.studio.app import create_studio
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing: pip install 'instructblip[serve]'") from error
+    from instructblip.inference.engine import Engine
+    from instructblip.serving.config import ServeConfig
+    from instructblip.studio.project import opened
+    from instructblip.studio.runs import Runs
+
+    folder, out = folder.absolute(), (out or folder / "tuned").absolute()
+    with opened(folder, out) as project:  # refused before the model is read
+        _check_address("127.0.0.1", port)
+        start = model or _usual_start()
+        runs = Runs(project, out, start, overrides or ())
+        config = ServeConfig(api_keys=(secrets.token_urlsafe(24),))
+        app = create_studio(project, Engine.from_pretrained(start), start, runs, config)
+        run_server(app, "127.0.0.1", port, access_log=False)
+
+
+def _usual_start() -> str:
+    """`small`, which has read English, if its packages are installed, else the starter."""
+    from instructblip.model.checkpoints.directory import SMALL, model_directory
+
+    try:
+        model_directory(SMALL)
+    except FileNotFoundError:
+        return "starter"
+    return SMALL
 
 
 def _names(host: str, allowed: Sequence[str]) -> tuple[str, ...]:

@@ -198,7 +198,7 @@ def train(
 @app.command()
 def status(run: Annotated[Path, Argument(help="A run directory.")]) -> None:
     """Print how far a run is, as JSON: step, last losses, last validation, if it trains now."""
-    from instructblip.core.files import locked
+    from instructblip.core.files import is_locked
     from instructblip.recipe.load import read_values
     from instructblip.recipe.schema import RECIPE_FILE
     from instructblip.training.run_directory import LOCK_FILE
@@ -211,15 +211,9 @@ def status(run: Annotated[Path, Argument(help="A run directory.")]) -> None:
     logged = [json.loads(line) for line in lines if line.endswith("}")]  # one may be in writing
     last = next((each for each in reversed(logged) if "loss" in each), {})
     validated = [each for each in logged if "validation" in each]
-    running = False
-    try:
-        with locked(run / LOCK_FILE, wait=False):
-            pass
-    except ValueError:
-        running = True
     shown = {
         "run": str(run),
-        "running": running,
+        "running": is_locked(run / LOCK_FILE),
         "step": last.get("step", 0),
         "steps": read_values(recipe).get("training", {}).get("steps"),
         "last": last,

@@ -176,20 +176,32 @@ def scratch_directory(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[int]:
     """Run the block in one process at a time; the others wait, or are refused without ``wait``.
 
     ``path`` is an empty file, which stays; its folder is created, and may be renamed or removed
     inside the block. The system releases the lock of a process that dies, and processes that it
-    forked do not keep it. ValueError where the lock is refused, or files cannot be locked.
+    forked do not keep it. Yields a descriptor: a program that is started with it (``pass_fds``)
+    keeps the lock until it ends. ValueError where the lock is refused, or files cannot be locked.
     """
     lock = _lock(path, wait)
     _locks.add(lock)
     try:
-        yield
+        yield lock.fileno()
     finally:
         _locks.discard(lock)
         lock.close()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process has the lock ``path``. False where there is no such file."""
+    if not path.is_file():
+        return False
+    try:
+        with locked(path, wait=False):
+            return False
+    except ValueError:
+        return True
 
 
 def _lock(path: Path, wait: bool) -> IO[Any]:

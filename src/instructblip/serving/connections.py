@@ -132,9 +132,10 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or self.failed
 
 
-def run_server(app: FastAPI, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT. Raises SystemExit with code 1 if a model cannot answer."""
-    server = Server(app, host=host, port=port)
+def run_server(app: FastAPI, host: str, port: int, **options: Any) -> None:
+    """Serve until SIGTERM or SIGINT; ``options`` are uvicorn's. Raises SystemExit with code 1 if a
+    model cannot answer."""
+    server = Server(app, host=host, port=port, **options)
     server.service.decoders.start()
     server.run()
     if server.failed:

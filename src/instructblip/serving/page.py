@@ -6,6 +6,7 @@ limits of the server are its limits, and keeps nothing on the server's disk.
 
 import json
 import random
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +29,40 @@ _TEXTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="
 EN = {key: english for key, (english, _) in _TEXTS["labels"].items()}
 ZH = {key: chinese for key, (_, chinese) in _TEXTS["labels"].items()}
 STATIC = Path(__file__).with_name("static")
+SHARED = ("client.js", "page.css")
+"""Files of ``STATIC`` that other pages use too."""
+FRESH = {"Cache-Control": "no-cache"}
 
 
 def add_page(app: FastAPI) -> FastAPI:
     """Add the page at ``/page`` to an application of ``create_app``; ``/`` leads there."""
     content = json.dumps(page_content(app.state.service), ensure_ascii=False)
     app.state.front = PATH
-    fresh = {"Cache-Control": "no-cache"}
 
     @app.get("/", include_in_schema=False)
     async def front() -> RedirectResponse:
         return RedirectResponse(PATH)
 
-    @app.get(PATH, include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(STATIC / "index.html", headers=fresh)
-
     @app.get(PATH + "/page.json", include_in_schema=False)
     async def texts() -> Response:
-        return Response(content, media_type="application/json", headers=fresh)
+        return Response(content, media_type="application/json", headers=FRESH)
 
-    @app.get(PATH + "/page.js", include_in_schema=False)
-    async def script() -> FileResponse:
-        return FileResponse(STATIC / "page.js", headers=fresh)
-
-    @app.get(PATH + "/page.css", include_in_schema=False)
-    async def style() -> FileResponse:
-        return FileResponse(STATIC / "page.css", headers=fresh)
-
+    names = {"": "index.html"} | {f"/{name}": name for name in (*SHARED, "page.js")}
+    add_files(app, {PATH + path: STATIC / name for path, name in names.items()})
     return app
+
+
+def add_files(app: FastAPI, files: Mapping[str, Path]) -> None:
+    """Add a route for each of the files of a page, by path."""
+    for path, file in files.items():
+        app.get(path, include_in_schema=False)(_sender(file))
+
+
+def _sender(file: Path) -> Callable[[], Awaitable[FileResponse]]:
+    async def send() -> FileResponse:
+        return FileResponse(file, headers=FRESH)
+
+    return send
 
 
 def page_content(service: Service) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What handlers and page share: a batcher for each model, the limits and the counters."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,21 +65,24 @@ class Service:
         titles: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
-        self.titles = titles or {}
+        self.titles = dict(titles or {})
         self.metrics = Metrics(lambda: self.waiting)
-        self.batchers = {
-            name: Batcher(
-                engine,
-                config.max_batch,
-                config.max_queue,
-                self.metrics.batch,
-                config.shared_mb << 20,
-            )
-            for name, engine in engines.items()
-        }
+        self.batchers = {name: self._batcher(engine) for name, engine in engines.items()}
         self.painters = {n: b for n, b in self.batchers.items() if b.engine.can_draw}
         self.created = int(time.time())
         self.decoders = Decoders()
+
+    def _batcher(self, engine: Engine) -> Batcher:
+        config = self.config
+        shared = config.shared_mb << 20
+        return Batcher(engine, config.max_batch, config.max_queue, self.metrics.batch, shared)
+
+    def put(self, name: str, engine: Engine, title: str) -> None:
+        """Serve a model under a name, in place of the one that had it, whose requests end first."""
+        earlier = self.batchers.get(name)
+        self.batchers[name], self.titles[name] = self._batcher(engine), title
+        if earlier is not None:
+            threading.Thread(target=earlier.close, daemon=True).start()
 
     @property
     def waiting(self) -> int:

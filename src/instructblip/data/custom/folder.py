@@ -25,6 +25,8 @@ from instructblip.data.reading.splits import SPLITS
 SplitBy = Literal["images", "column", "files"]
 """How a folder is split: by a hash of each image, or as its column or its files say."""
 
+LEAST_IMAGES = 4
+"""Different images that a split needs."""
 MAX_LISTED = 20
 """Bad examples that a message lists; it counts the rest."""
 
@@ -289,8 +291,8 @@ def _image_groups(folder: FolderSet) -> list[bytes]:
     are connected with it."""
     names = {name for example in folder.examples for name in example.images}
     digests = {name: _sha256((folder.image_root / name).read_bytes()) for name in names}
-    if (count := len({*digests.values()})) < 4:
-        raise ValueError(f"{folder.image_root}: {count} images; expected at least 4")
+    if (count := len({*digests.values()})) < LEAST_IMAGES:
+        raise ValueError(f"{folder.image_root}: {count} images; expected at least {LEAST_IMAGES}")
     return _groups([[digests[n] for n in e.images] + _group_key(e) for e in folder.examples])
 
 

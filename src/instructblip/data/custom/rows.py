@@ -303,7 +303,7 @@ def _example(
     if task == "instruct" and not question:
         question = DETAIL["zh" if any(map(_CHINESE.search, answers)) else "en"]
     _refuse_other_forms(record, columns)
-    values = _several(record.data[columns["image"]], root / custom.images / row.folder)
+    values = images_in_cell(record.data[columns["image"]], root / custom.images / row.folder)
     images = images_of(root / custom.images, values, record.where, row.folder)
     return Example(
         dataset=custom.name,
@@ -397,7 +397,7 @@ def _refuse_other_forms(record: Record, columns: dict[str, str]) -> None:
             record.fail(column, "no video beside an image; `format: sharegpt` reads both")
 
 
-def _several(value: Any, folder: Path) -> Any:
+def images_in_cell(value: Any, folder: Path) -> Any:
     """The images of a cell of text: a JSON list, or paths with ``|`` between them."""
     if not isinstance(value, str):
         return value

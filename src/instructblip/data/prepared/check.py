@@ -292,7 +292,7 @@ def _findings(
     for i, example in enumerate(dataset):
         faults = list(_faults(example, dataset.image_root, facts, evaluated, max_images))
         if tokens is not None:
-            faults += _too_long(example, tokens, context)
+            faults += too_long(example, tokens, context)
         faults += [(NEAR_DUPLICATE, near[name]) for name in example.images if name in near]
         noted = [(name, note) for name in example.images if (note := notes.get(name))]
         faults += [(kind, f"{name}: {reason}") for name, (kind, reason) in noted]
@@ -363,7 +363,7 @@ def placeholders(example: Example) -> Iterator[str]:
         yield f"the answer is {answers[0][:80]!r}, a placeholder"
 
 
-def _too_long(
+def too_long(
     example: Example, tokens: Tokens, context: Context | None
 ) -> Iterator[tuple[str, str]]:
     """(kind, reason) of texts that would be cut: the prompt, in the first template of the task, and

@@ -2,20 +2,8 @@
 // text, never HTML.
 "use strict";
 
-const byId = (id) => document.getElementById(id);
-const STORED_KEY = "instructblip-key";
 const MOST_ROWS = 50;
-let page, models, language, inProgress;
-
-// Texts
-
-function words(key) {
-  return page.labels[key][language === "zh" ? 1 : 0];
-}
-
-function translate(root) {
-  for (const one of root.querySelectorAll("[data-text]")) one.textContent = words(one.dataset.text);
-}
+let models, inProgress;
 
 function setLanguage(name) {
   language = name;
@@ -26,71 +14,7 @@ function setLanguage(name) {
   for (const one of cards) one.show();
 }
 
-function element(kind, text = "", properties = {}) {
-  const made = Object.assign(document.createElement(kind), properties);
-  made.textContent = text;
-  return made;
-}
-
-function fromTemplate(id) {
-  const made = byId(id).content.cloneNode(true);
-  translate(made);
-  return made;
-}
-
 // The server
-
-class Refused extends Error {}
-
-/** The response to a request. Asks for a key where the server wants one. */
-async function send(path, body, signal) {
-  for (;;) {
-    const key = sessionStorage.getItem(STORED_KEY);
-    const headers = key ? { Authorization: `Bearer ${key}` } : {};
-    const options = { headers, signal };
-    if (body) {
-      options.method = "POST";
-      options.body = JSON.stringify(body);
-      headers["Content-Type"] = "application/json";
-    }
-    let response;
-    try {
-      response = await fetch(path, options);
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      throw new Refused(words("no_server"));
-    }
-    if (response.status === 401) {
-      await askForKey(key);
-      continue;
-    }
-    if (response.ok) return response;
-    const answer = await response.json().catch(() => null);
-    throw new Refused(answer?.error?.message ?? `${response.status} ${response.statusText}`);
-  }
-}
-
-let asked;
-
-/** Resolves when there is a key that differs from `wrong`; of several callers all wait for one. */
-function askForKey(wrong) {
-  if (sessionStorage.getItem(STORED_KEY) !== wrong) return Promise.resolve();
-  asked ??= new Promise((resolve) => {
-    const dialog = byId("key-dialog");
-    byId("key").value = "";
-    dialog.querySelector(".problem").textContent = wrong ? words("key_wrong") : "";
-    byId("key-form").onsubmit = (event) => {
-      event.preventDefault();
-      sessionStorage.setItem(STORED_KEY, byId("key").value.trim());
-      dialog.close();
-      asked = undefined;
-      resolve();
-    };
-    dialog.oncancel = (event) => event.preventDefault();
-    dialog.showModal();
-  });
-  return asked;
-}
 
 /** The data of server-sent events. */
 async function* events(response) {

@@ -1,0 +1,343 @@
+"""The folder of a studio: its images and their annotations, as `instructblip tune` reads them.
+
+Annotations are rows of ``metadata.jsonl``, with all columns that they had. Rows without an answer,
+which `tune` refuses, wait in ``.studio/unanswered.jsonl``. Before the first change of a folder that
+has annotations in another form, the tables that `tune` would read as well are renamed to
+``NAME.before``; other tables and texts are not read any more, and stay.
+"""
+
+import errno
+import hashlib
+import json
+import re
+import threading
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from instructblip.core.files import (
+    is_locked,
+    locked,
+    read_json_lines,
+    recover,
+    replacing,
+    set_aside,
+    write_text,
+)
+from instructblip.data.custom.formats import FORMATS, is_metadata
+from instructblip.data.custom.rows import CustomSet, Row, column_of, images_in_cell, spelling
+from instructblip.data.reading.records import IMAGE_SUFFIXES, Record, image_name, walk_files
+from instructblip.data.reading.splits import SPLITS, first_folder
+
+TABLE = "metadata.jsonl"
+PRIVATE = ".studio"
+"""Folder of what only the studio needs: locks, the log of a run, rows without an answer."""
+OWN = CustomSet("own", "imagefolder")
+SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
+"""Of images that may be added, by format."""
+MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WEBP", b"GIF8": "GIF", b"BM": "BMP"}
+_MOST_NAME = 120
+"""Bytes of the name of an image that is added, without its suffix."""
+_UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]+')
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One row: its columns, of which ``file_name`` is relative to the folder."""
+
+    id: str
+    data: Mapping[str, Any]
+
+    @cached_property
+    def version(self) -> str:
+        """Differs between two contents of a row."""
+        known = {key: value for key, value in self.data.items() if key != "id"}
+        text = json.dumps(known, sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def column(self, role: str) -> str:
+        """The column that has the role."""
+        return column_of(OWN, role, Record(dict(self.data), self.id))
+
+    def text(self, role: str) -> str:
+        """The text of a role; several answers are lines. Empty without any."""
+        value = self.data.get(self.column(role))
+        if isinstance(value, list):
+            return "\n".join(map(str, value))
+        return "" if value is None else str(value).strip()
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The images that the row is about."""
+        value = self.data.get(self.column("image"))
+        return tuple(map(str, value)) if isinstance(value, list) else (str(value or ""),)
+
+
+class Conflict(ValueError):
+    """The row was changed by others; ``current`` is what it is now, None if it was removed."""
+
+    def __init__(self, current: Annotation | None) -> None:
+        super().__init__("this text was changed elsewhere meanwhile; choose which one to keep")
+        self.current = current
+
+
+class Project:
+    """The folder ``root``, which exists and is writable; ``out`` and ``out-2``, ... are those that
+    runs write, and may be in it. Methods may be called from several threads."""
+
+    def __init__(self, root: Path, out: Path) -> None:
+        self.root, self.out = root.resolve(), out.resolve()
+        self._working = threading.RLock()
+        self._seen: Any = None
+        self._rows: list[Annotation] = []
+        recover(self.root, earlier=False)
+        self.annotations()  # raises what is wrong with the folder
+
+    @property
+    def private(self) -> Path:
+        return self.root / PRIVATE
+
+    def images(self) -> list[str]:
+        """The images below the folder, without those that runs wrote."""
+        paths = (path.relative_to(self.root) for path in walk_files(self.root))
+        return [
+            path.as_posix()
+            for path in paths
+            if path.suffix.lower() in IMAGE_SUFFIXES
+            and not any(part.startswith(".") for part in path.parts)
+            and not self._is_of_run(self.root / path)
+        ]
+
+    def _is_of_run(self, path: Path) -> bool:
+        if not path.is_relative_to(self.out.parent):
+            return False
+        name = path.relative_to(self.out.parent).parts[0]
+        return re.fullmatch(rf"{re.escape(self.out.name)}(-\d+)?", name) is not None
+
+    def path_of(self, name: str) -> Path:
+        """The file of an image. FileNotFoundError if there is none; ValueError if it is not below
+        the folder."""
+        path = self.root / image_name(name, "picture")
+        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+            raise FileNotFoundError(f"there is no picture {name[:200]!r}")
+        if not path.resolve().is_relative_to(self.root):
+            raise ValueError(f"{name[:200]!r} leads out of the folder")
+        return path
+
+    def annotations(self) -> list[Annotation]:
+        """All rows, as the files are now. Raises ValueError, naming the place, for files that
+        `tune` cannot read."""
+        with self._working:
+            seen = [_state(path) for path in self._tables()]
+            if seen != self._seen:
+                self._rows, self._seen = self._read(), seen
+            return list(self._rows)
+
+    def _tables(self) -> list[Path]:
+        tables = [path for path in walk_files(self.root) if is_metadata(path)]
+        return [self.root / TABLE, self._unanswered, *tables]
+
+    @property
+    def _unanswered(self) -> Path:
+        return self.private / "unanswered.jsonl"
+
+    def _read(self) -> list[Annotation]:
+        rows = [*self._answered_rows(), *read_json_lines(self._unanswered)]
+        ids = Counter(str(row.get("id", "")) for row in rows)
+        made: dict[str, Annotation] = {}
+        for number, row in enumerate(rows):
+            known = str(row.get("id", ""))
+            one = Annotation(known if known and ids[known] == 1 else f"row {number}", row)
+            if one.text("answer") or one.text("question"):
+                made.setdefault(one.id, one)
+        return list(made.values())
+
+    def _answered_rows(self) -> list[dict[str, Any]]:
+        if (folder := first_folder("train", [self.root, self.root / "images"])) is not None:
+            raise ValueError(
+                f"{self.root} is split into folders such as {folder.name}, which `instructblip "
+                f"tune` reads as they are; open {folder} in the studio, or move its pictures into "
+                "one folder with a column `split`"
+            )
+        read, _ = FORMATS["imagefolder"]
+        parts = {split: list(read(OWN, self.root, split)) for split in SPLITS}
+        places = [[_place(row) for row in part] for part in parts.values()]
+        given = any(each != places[0] for each in places)  # by the names of tables
+        rows = []
+        for split, part in parts.items() if given else [("train", parts["train"])]:
+            for row in part:
+                if isinstance(row, ValueError):
+                    raise row
+                data = self._below_root(row)
+                if given and spelling("split", row.record) is None:
+                    data["split"] = split
+                rows.append(data)
+        return rows
+
+    def _below_root(self, row: Row) -> dict[str, Any]:
+        data = dict(row.record.data)
+        column = column_of(OWN, "image", row.record)
+        value = images_in_cell(data.get(column), self.root / row.folder)
+        names = [str(name) for name in value] if isinstance(value, list | tuple) else [value]
+        prefix = "" if row.folder in ("", ".") else f"{row.folder}/"
+        named = [prefix + str(name) for name in names if name]
+        if named:
+            data[column] = named[0] if len(named) == 1 else named
+        return data
+
+    def save(
+        self, image: str, question: str, answer: str, id: str = "", version: str = ""
+    ) -> Annotation | None:
+        """Write the texts of a row, on the disk when this returns; a new row without an ``id``.
+
+        Returns the row, None if both texts are empty, which removes it. Raises Conflict if the row
+        has another ``version``, which is empty for a new one.
+        """
+        with self._working:
+            rows = self.annotations()
+            at = next((i for i, row in enumerate(rows) if row.id == id), None) if id else None
+            current = None if at is None else rows[at]
+            if id and version != ("" if current is None else current.version):
+                raise Conflict(current)
+            self.path_of(image)
+            question, answer = _clean(question), _clean(answer)
+            row = current or self._new_row(rows, image)
+            row = _with_texts(row, question, answer)
+            made = row if question or answer else None
+            if at is None:
+                rows += [made] if made else []
+            else:
+                rows[at : at + 1] = [made] if made else []
+            self._write(rows, bool(answer))
+            return made
+
+    def _new_row(self, rows: list[Annotation], image: str) -> Annotation:
+        known = {row.id for row in rows}
+        number = next(n for n in range(len(rows) + 1, 2 * len(rows) + 3) if f"s{n}" not in known)
+        data: dict[str, Any] = {"id": f"s{number}", "file_name": image}
+        if any(spelling("split", Record(dict(row.data), row.id)) for row in rows[:1]):
+            data["split"] = "train"  # in every row or in none
+        return Annotation(f"s{number}", data)
+
+    def settle(self) -> None:
+        """Make ``metadata.jsonl`` what `tune` reads, also of a folder that nobody has changed."""
+        with self._working:
+            self._write(self.annotations(), True)
+
+    def _write(self, rows: list[Annotation], answered_first: bool) -> None:
+        sides: dict[bool, list[str]] = {True: [], False: []}
+        for row in rows:
+            line = json.dumps({"id": row.id, **row.data}, ensure_ascii=False)
+            sides[bool(row.text("answer"))].append(line + "\n")
+        table, waiting = self.root / TABLE, self._unanswered
+        if table.is_file() and not waiting.is_file():  # the user's, before the first change
+            write_text(table.with_name(f"{TABLE}.before"), table.read_text(encoding="utf-8"))
+        # a row that a crash finds on its way is in both files, and never in none
+        for answered in (answered_first, not answered_first):
+            path, text = table if answered else waiting, "".join(sides[answered])
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:
+                write_text(path, text)
+        for path in self._tables()[2:]:
+            if path != table:
+                set_aside(path, f"{path.suffix}.before")
+
+    def add_image(self, name: str, data: bytes) -> tuple[str, bool]:
+        """Store an image that was decoded before. Returns its name, and whether it is new: an image
+        with the same bytes is not stored twice. A name that is taken gets a number."""
+        kind = next((MAGIC[start] for start in MAGIC if data.startswith(start)), None)
+        if kind is None:
+            raise ValueError(f"not an image; expected one of {', '.join(SUFFIXES)}")
+        with self._working:
+            for other in self.images():
+                path = self.root / other
+                if path.stat().st_size == len(data) and path.read_bytes() == data:
+                    return other, False
+            stem, suffix = safe_name(name), SUFFIXES[kind]
+            taken = {path.name.casefold() for path in self.root.iterdir()}
+            stems = (stem if n == 1 else f"{stem}-{n}" for n in range(1, len(taken) + 2))
+            free = next(f"{s}{suffix}" for s in stems if f"{s}{suffix}".casefold() not in taken)
+            with replacing(self.root / free) as temporary:
+                temporary.write_bytes(data)
+            return free, True
+
+
+def safe_name(name: str) -> str:
+    """The name of a file without its folders and its suffix, of characters that every system and
+    `tune` take."""
+    last = unicodedata.normalize("NFC", name).replace("\\", "/").rsplit("/", 1)[-1]
+    stem = last.rpartition(".")[0] or last
+    plain = _UNSAFE.sub("_", "".join(c for c in stem if unicodedata.category(c)[0] != "C"))
+    short = plain.encode(errors="ignore")[:_MOST_NAME].decode(errors="ignore")
+    return short.strip(" .") or "picture"
+
+
+@contextmanager
+def opened(root: Path, out: Path) -> Iterator[Project]:
+    """The project of a folder, which is created, for one studio at a time. Raises ValueError, in
+    plain words, where another one is open, files cannot be written or cannot be read."""
+    lock = root / PRIVATE / "lock"
+    with ExitStack() as stack:
+        try:
+            root.mkdir(exist_ok=True)
+            if is_locked(lock):
+                raise ValueError(
+                    f"another studio is open on {root}: use its page, or end it with Ctrl-C first"
+                )
+            stack.enter_context(locked(lock, wait=False))
+            project = Project(root, out)
+        except (FileNotFoundError, FileExistsError, NotADirectoryError):
+            raise ValueError(
+                f"{root} is not a folder, nor can one be made there; give the folder of your "
+                "pictures"
+            ) from None
+        except PermissionError as error:
+            raise _not_writable(root, error) from None
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            raise _not_writable(root, error) from None
+        yield project
+
+
+def _not_writable(root: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"{root} may not be written by you ({error.strerror}), and the studio keeps pictures and "
+        "answers there: choose another folder, or change its permissions"
+    )
+
+
+def _with_texts(row: Annotation, question: str, answer: str) -> Annotation:
+    """The row with other texts, in the columns that had them."""
+    data = dict(row.data)
+    if question or row.text("question"):
+        data[row.column("question")] = question
+    asked = Annotation(row.id, data)
+    column = asked.column("answer")
+    if spelling(column, Record(data, row.id)) is None and not question:
+        column = "caption"
+    several = isinstance(data.get(column), list)
+    data[column] = answer.split("\n") if several and "\n" in answer else answer
+    return replace(row, data={key: value for key, value in data.items() if value != ""})
+
+
+def _clean(text: str) -> str:
+    """Without control characters and halves of surrogate pairs, which JSON lets pass."""
+    kept = (c for c in text if c == "\n" or unicodedata.category(c) not in ("Cc", "Cs"))
+    return "".join(kept).strip()
+
+
+def _place(row: Row | ValueError) -> str:
+    return str(row) if isinstance(row, ValueError) else row.record.where
+
+
+def _state(path: Path) -> Any:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
