@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 
 from instructblip.serving import connections
 from instructblip.serving.api import create_app
@@ -80,6 +80,24 @@ def test_too_many_connections_close_those_that_wait(model_folder: Path) -> None:
         with connect(port, SLOW) as crowded:
             assert b"503" in crowded.recv(1000)
         assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+
+
+def test_a_client_that_reads_nothing_is_closed(model_folder: Path) -> None:
+    app = create_app({"tuned": greedy_engine(model_folder)}, ServeConfig(timeout_s=0.5))
+
+    @app.get("/large")
+    async def large() -> Response:
+        return Response(bytes(64 << 20))
+
+    with serving(app) as (server, port, _):
+        request = HALF.replace(b"/healthz", b"/large") + b"\r\n"
+        with connect(port, request) as unread, connect(port, request) as read:
+            wait_for(lambda: len(server.server_state.connections) == 2)
+            assert sum(len(read.recv(1 << 20)) for _ in range(30)) > 1 << 20
+            wait_for(lambda: not server.server_state.connections)
+            with contextlib.suppress(ConnectionResetError):
+                while unread.recv(1 << 20):
+                    pass
 
 
 def test_the_log_is_bounded() -> None:

@@ -26,13 +26,15 @@ LOG_LINES = 10
 
 
 class Connection(H11Protocol):
-    """A connection that is closed if its header is late, and, where there are too many, if it has
-    waited longest for a request."""
+    """A connection that is closed if its header is late, if its client reads nothing of a response
+    for too long, and, where there are too many, if it has waited longest for a request."""
 
     header_s = HEADER_S
+    unread_s = 60.0
     most = 512
     _since = 0.0
     _late: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     @property
     def waits(self) -> bool:
@@ -56,18 +58,33 @@ class Connection(H11Protocol):
         elif self._late is None:  # the next header has begun
             self._late = self.loop.call_later(self.header_s, self._close_late)
 
+    def pause_writing(self) -> None:
+        """The client has not read what was sent: it has some time to."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.unread_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._forget_unread()
+
     def on_response_complete(self) -> None:
         self._since = self.loop.time()
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_late()
+        self._forget_unread()
         super().connection_lost(exc)
 
     def _forget_late(self) -> None:
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+    def _forget_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _close_late(self) -> None:
         if self.waits:
@@ -103,9 +120,10 @@ class Server(uvicorn.Server):
         self.front: str = app.state.front
         self.failed = False
         limits = self.service.config
+        bounds = {"most": limits.max_connections, "unread_s": limits.timeout_s}
         config = uvicorn.Config(
             app,
-            http=type("Connection", (Connection,), {"most": limits.max_connections}),
+            http=type("Connection", (Connection,), bounds),
             ws="none",
             timeout_graceful_shutdown=min(SHUTDOWN_S, math.ceil(limits.timeout_s)),
             timeout_keep_alive=75,  # longer than a busy client waits before its next request
