@@ -80,6 +80,8 @@ def test_unlabelled_are_empty_rows_and_images_that_no_row_names(
         {"file_name": "2.png", "question": "which color?", "answer": ""},
     ]
     root = write_folder(tmp_path / "set", rows, 4)
+    write_picture(root / "tuned/run/curves.png")
+    (root / "tuned/run/metrics.jsonl").touch()  # of a run, whose images are not of the set
     labelled, unlabelled = read_partly(root)
     assert [e.images for e in labelled] == [("0.png",), ("1.png",)]
     asked = {e.images[0]: e.question for e in unlabelled}

@@ -216,6 +216,12 @@ def test_a_run_survives_the_server_and_resumes(model_folder: Path, tmp_path: Pat
         os.waitpid(runs._job()["pid"], 0)
         stopped = wait_for(runs, "stopped")
         assert stopped["resumable"]
+        row = project.annotations()[0]
+        changed = project.save(row.images[0], "what is red?", "cat", row.id, row.version)
+        assert changed is not None
+        assert runs.state()["changed"], "`tune --resume` refuses other data"
+        project.save(row.images[0], "what is red?", "blue", row.id, changed.version)
+        assert not runs.state()["changed"]
         assert stopped["step"] < 4000
         runs.tune(resume=True)
         while runs.state()["step"] <= stopped["step"]:

@@ -41,6 +41,7 @@ def test_from_an_empty_folder_to_an_export(model_folder: Path, tmp_path: Path) -
             page.reload()
             page.locator("body[data-ready]").wait_for()
             assert page.locator(".tile .says").all_inner_texts()[5] == HTML
+            change_elsewhere(page)
             page.locator("#tune-tab").click()
             page.locator("#tune").click()
             page.locator("#stop:visible").wait_for()
@@ -49,6 +50,7 @@ def test_from_an_empty_folder_to_an_export(model_folder: Path, tmp_path: Path) -
             page.locator("#banner:visible", has_text="does not answer").wait_for()
             page.locator("#label-tab").click()
             page.locator(".tile").first.click()
+            right = page.locator("#answer").input_value()
             page.locator("#answer").fill("written while it was down")
             page.locator("#state.bad").wait_for()
         port = address.split(":")[2].split("/")[0]
@@ -59,6 +61,9 @@ def test_from_an_empty_folder_to_an_export(model_folder: Path, tmp_path: Path) -
             page.locator("#state").get_by_text("Saved", exact=True).wait_for()
             table = (folder / "metadata.jsonl").read_text("utf-8")
             assert "written while it was down" in table
+            page.locator("#answer").fill(right)  # a run resumes with the answers that it began with
+            page.locator("#state").get_by_text("Saving …", exact=True).wait_for()
+            page.locator("#state").get_by_text("Saved", exact=True).wait_for()
             finish_run(page)
             scores = walker.compare()
             assert {"start", "constant", "tuned"} <= scores.keys()
@@ -76,6 +81,21 @@ def test_from_an_empty_folder_to_an_export(model_folder: Path, tmp_path: Path) -
     row = json.loads(table.splitlines()[1])
     assert row["question"] == QUESTION
     assert row["answer"] == answers[row["file_name"]]
+
+
+def change_elsewhere(page: Page) -> None:
+    """Another window has changed the answer that is typed here; this page's is kept."""
+    page.locator(".tile").nth(1).click()
+    right = page.locator("#answer").input_value()
+    page.locator("#answer").fill(f"{right} {HTML}")
+    page.evaluate("entry.version = 'older'")
+    page.locator("#keep-theirs", has_text=right).wait_for()
+    assert HTML in page.locator("#keep-mine").inner_text()
+    page.locator("#keep-mine").click()
+    page.locator("#state").get_by_text("Saved", exact=True).wait_for()
+    page.locator("#answer").fill(right)
+    page.locator("#state").get_by_text("Saving …", exact=True).wait_for()
+    page.locator("#state").get_by_text("Saved", exact=True).wait_for()
 
 
 def finish_run(page: Page) -> None:
@@ -106,3 +126,4 @@ def test_a_phone(model_folder: Path, tmp_path: Path) -> None:
                 assert page.locator("#tune").text_content() == LABELS["tune"][number]
                 assert not walker.problems
         assert os.listdir(tmp_path / ".studio") == ["lock"], "nothing is written"  # noqa: PTH208
+        assert (tmp_path / "metadata.csv").is_file()

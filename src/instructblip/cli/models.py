@@ -416,9 +416,16 @@ def studio(
         _check_address("127.0.0.1", port)
         start = model or _usual_start()
         runs = Runs(project, out, start, overrides or ())
-        config = ServeConfig(api_keys=(secrets.token_urlsafe(24),))
+        config = ServeConfig(
+            api_keys=(secrets.token_urlsafe(24),),
+            max_pixels=1 << 26,  # photos of phones
+            max_picture_bytes=32 << 20,
+            max_body_bytes=48 << 20,  # one of them as a data URL
+        )
         app = create_studio(project, Engine.from_pretrained(start), start, runs, config)
         run_server(app, "127.0.0.1", port, access_log=False)
+        if runs.busy:
+            print(f"the run continues; `instructblip studio {folder}` shows it")
 
 
 def _usual_start() -> str:

@@ -228,7 +228,7 @@ def _add_folder(app: FastAPI, studio: Studio) -> None:
     @app.get(API + "/picture", include_in_schema=False)
     async def picture(name: str, size: Literal["small", "large", "file"] = "small") -> Response:
         if size == "file":
-            data = await run_in_threadpool(project.path_of(name).read_bytes)
+            data = await run_in_threadpool(pictures.read, name)
             return Response(data, media_type="application/octet-stream")
         return Response(await pictures.view(name, size), media_type="image/jpeg")
 

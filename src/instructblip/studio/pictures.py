@@ -71,12 +71,15 @@ class Pictures:
         status = self.project.path_of(name).stat()
         return name, status.st_mtime_ns, status.st_size
 
+    def read(self, name: str) -> bytes:
+        """The file of the image. Raises BadImage where it is too large, FileNotFoundError."""
+        path, limit = self.project.path_of(name), self.service.config.max_picture_bytes
+        if path.stat().st_size > limit:
+            raise BadImage(f"{name}: more than {limit} bytes", 413)
+        return path.read_bytes()
+
     async def _decode(self, name: str) -> Image.Image:
-        path = self.project.path_of(name)
-        limits = self.service.config
-        if path.stat().st_size > limits.max_picture_bytes:
-            raise BadImage(f"{name}: more than {limits.max_picture_bytes} bytes", 413)
-        return await self.decode(await run_in_threadpool(path.read_bytes), name)
+        return await self.decode(await run_in_threadpool(self.read, name), name)
 
     async def decode(self, data: bytes, where: str) -> Image.Image:
         """The image in ``data``. Raises BadImage."""

@@ -13,7 +13,7 @@ import re
 import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -190,6 +190,10 @@ class Project:
             data[column] = named[0] if len(named) == 1 else named
         return data
 
+    def lines(self) -> dict[bool, list[str]]:
+        """The lines of the files, by whether a row has an answer."""
+        return _lines(self.annotations())
+
     def save(
         self, image: str, question: str, answer: str, id: str = "", version: str = ""
     ) -> Annotation | None:
@@ -230,10 +234,7 @@ class Project:
             self._write(self.annotations(), True)
 
     def _write(self, rows: list[Annotation], answered_first: bool) -> None:
-        sides: dict[bool, list[str]] = {True: [], False: []}
-        for row in rows:
-            line = json.dumps({"id": row.id, **row.data}, ensure_ascii=False)
-            sides[bool(row.text("answer"))].append(line + "\n")
+        sides = _lines(rows)
         table, waiting = self.root / TABLE, self._unanswered
         if table.is_file() and not waiting.is_file():  # the user's, before the first change
             write_text(table.with_name(f"{TABLE}.before"), table.read_text(encoding="utf-8"))
@@ -309,6 +310,14 @@ def _not_writable(root: Path, error: OSError) -> ValueError:
         f"{root} may not be written by you ({error.strerror}), and the studio keeps pictures and "
         "answers there: choose another folder, or change its permissions"
     )
+
+
+def _lines(rows: Sequence[Annotation]) -> dict[bool, list[str]]:
+    sides: dict[bool, list[str]] = {True: [], False: []}
+    for row in rows:
+        line = json.dumps({"id": row.id, **row.data}, ensure_ascii=False)
+        sides[bool(row.text("answer"))].append(line + "\n")
+    return sides
 
 
 def _with_texts(row: Annotation, question: str, answer: str) -> Annotation:

@@ -5,6 +5,7 @@ its own and keeps the lock ``.studio/job``, so it survives the server, and a ser
 later sees it.
 """
 
+import hashlib
 import os
 import re
 import shlex
@@ -152,12 +153,17 @@ class Runs:
         by_hand = self.latest is not None and is_locked(self.latest / "run" / LOCK_FILE)
         return "tune" if by_hand else ""
 
+    def _rows(self) -> str:
+        """A digest of the rows that a run trains on and is scored on."""
+        return hashlib.sha256("".join(self.project.lines()[True]).encode()).hexdigest()[:16]
+
     def _refuse_busy(self) -> None:
         if self.busy:
             raise ValueError("a run is at work; stop it first, or wait until it ends")
 
     def _start(self, command: str, arguments: Sequence[str], out: Path) -> None:
         job = {"command": command, "out": str(out), "began": time.time(), "pid": None}
+        job["rows"] = self._rows()
         path = os.pathsep.join(filter(None, sys.path))
         file = self.project.private / "job.json"
         with locked(self._lock, wait=False) as lock, self.log.open("wb") as log:
@@ -198,6 +204,8 @@ class Runs:
             "problem": problem if status == "failed" or job.get("command") == "export" else "",
             "folder": None if out is None else str(out),
             "resumable": out is not None and (out / RECIPE_FILE).is_file(),
+            # which `tune --resume` refuses
+            "changed": job.get("out") == str(out) and job.get("rows") != self._rows(),
             "model": self._exported(),
             "log": lines[-30:],
             "by_hand": self._by_hand(),

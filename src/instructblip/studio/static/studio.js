@@ -5,6 +5,7 @@
 const UNSAVED = "instructblip-unsaved";
 const SAVE_MS = 600;
 const POLL_MS = 1500;
+const FOLDER_TURNS = 3; // the folder is read less often than the run
 let project, run, results, selected, entry, filter = "all", lastQuestion = "", uploading = false;
 
 const fill = (key, ...values) => values.reduce((text, value, at) => {
@@ -510,7 +511,7 @@ function showTune() {
   byId("tune").disabled = usable < least || Boolean(bad) || Boolean(run.busy);
   byId("tune").textContent = words(isStopped ? "anew" : status === "finished" ? "tune_again" : "tune");
   byId("resume").hidden = !isStopped;
-  byId("resume").disabled = Boolean(run.busy);
+  byId("resume").disabled = Boolean(run.busy) || run.changed;
   byId("stop").hidden = status !== "running";
   byId("to-compare").hidden = status !== "finished";
   byId("tune").classList.toggle("second", isStopped || status === "finished");
@@ -525,7 +526,7 @@ function showTune() {
   if (status === "running" && run.phase !== "train") bar.removeAttribute("value");
   else bar.value = status === "finished" ? 1 : run.steps ? run.step / run.steps : 0;
   bar.setAttribute("aria-label", byId("left").textContent);
-  byId("tune-problem").textContent = tuneProblem || (status === "failed" ? run.problem : "");
+  byId("tune-problem").textContent = tuneProblem || (isStopped && run.changed ? words("changed") : status === "failed" ? run.problem : "");
   byId("log").textContent = run.log.join("\n");
   byId("by-hand").textContent = run.by_hand.join("\n");
   byId("stop").disabled = stopping;
@@ -732,15 +733,17 @@ function showAll() {
   showExport();
 }
 
-/** Reads folder and run again. */
-async function refresh() {
+/** Reads the run again, and the folder unless it is to be left out. */
+async function refresh(withFolder = true) {
   const before = run;
-  [project, run] = await Promise.all([get(""), get("/run")]);
+  [project, run] = await Promise.all([withFolder ? get("") : project, get("/run")]);
   const isNews = run.folder !== before?.folder || run.status !== before?.status;
   if (isNews && (run.status === "finished" || !before || results)) results = await get("/results");
   if (!isRunning()) stopping = false;
-  takeRows();
-  showGrid();
+  if (withFolder) {
+    takeRows();
+    showGrid();
+  }
   if (entry && !entry.dirty && !entry.saving) {
     if (!rowsOf(selected).includes(entry)) entry = rowsOf(selected)[0] ?? newEntry(selected);
     if (document.activeElement !== byId("answer") && document.activeElement !== byId("question")) showEditor();
@@ -753,11 +756,12 @@ async function refresh() {
 }
 
 async function poll() {
-  for (;;) {
+  for (let turn = 1; ; turn += 1) {
     await new Promise((resolve) => setTimeout(resolve, POLL_MS));
     if (uploading || document.hidden) continue;
     try {
-      await refresh();
+      const isDown = !byId("banner").hidden;
+      await refresh(project.scanning || isDown || turn % FOLDER_TURNS === 0);
       byId("banner").hidden = true;
       for (const one of allEntries()) if (one.problem && one.dirty) one.save();
     } catch (error) {
