@@ -24,7 +24,7 @@ def run(name: str, folder: Path) -> list[Any]:
     assert long in cells[0].source
     cells[0].source = cells[0].source.replace(long, short)
     where = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=300, resources=where).execute()
+    NotebookClient(notebook, timeout=300, startup_timeout=300, resources=where).execute()
     return [cell.outputs for cell in cells]
 
 
