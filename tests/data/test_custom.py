@@ -284,10 +284,16 @@ def test_tables_as_spreadsheets_save_them(root: Path):
     path, rows = root / "a.csv", "image,caption\n0.png,A cup.\n"
     path.write_text("sep=,\n" + rows)
     assert read(root, "table")[0].where == "a.csv:line 3"
-    for separator, name in ((";", ";"), ("\t", "tabs")):
-        path.write_text(rows.replace(",", separator))
-        with pytest.raises(ValueError, match=rf"a\.csv:line 1: .* separated by {name}.* commas"):
-            read(root, "table")
+    for separator in (";", "\t"):
+        table = 'image,caption\n0.png,"A cup, red; new."\n'.replace(",", separator, 1)
+        path.write_text(table.replace("0.png,", f"0.png{separator}"), encoding="utf-8-sig")
+        (example,) = read(root, "table")
+        assert example.answers == ("A cup, red; new.",)
+    path.write_text('"image;one",caption\n0.png,A cup.\n')
+    with pytest.raises(ValueError, match="fields present: image;one, caption"):
+        read(root, "table")
+    path.write_text("sep=;\nimage;caption\n0.png;A cup.\n")
+    assert read(root, "table")[0].answers == ("A cup.",)
     path.write_text(rows, encoding="utf-16")
     with pytest.raises(ValueError, match=r"a\.csv.* is UTF-16; save it as UTF-8 \(.*CSV UTF-8"):
         read(root, "table")

@@ -162,6 +162,10 @@ def test_all_bad_rows_are_listed_at_once(tmp_path: Path) -> None:
         read_folder(root)
     with pytest.raises(ValueError, match="holds no table of its images"):
         read_folder(write_picture(tmp_path / "empty" / "a.png").parent)
+    (tmp_path / "classes" / "red light").mkdir(parents=True)
+    write_picture(tmp_path / "classes" / "red light" / "a.png")
+    with pytest.raises(ValueError, match=r"such as `red light/a\.png,red light` below the heading"):
+        read_folder(tmp_path / "classes")
     with pytest.raises(FileNotFoundError, match="expected a folder"):
         read_folder(tmp_path / "absent")
 

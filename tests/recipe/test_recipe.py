@@ -197,6 +197,11 @@ def test_a_recipe_starts_from_the_settings_of_its_base(tmp_path: Path):
     assert load_recipe("instructblip_flant5xl").data == load_recipe("instructblip_vicuna7b").data
 
 
+def test_a_folder_is_no_recipe(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"is a folder, .*instructblip tune .* checks"):
+        load_recipe(tmp_path)
+
+
 def test_a_base_that_cannot_be_read_is_named(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     for base, message in (

@@ -107,6 +107,11 @@ def find_recipe(recipe: str | Path, folder: Path = Path()) -> Path:
     shipped = RECIPES / f"{recipe}.yaml"
     if shipped.is_file():
         return shipped
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"{recipe} is a folder, not a recipe; `instructblip tune {recipe}` checks a folder of "
+            "images before it trains"
+        )
     names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
     near = get_close_matches(str(recipe), names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""

@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from instructblip.core.batch import Example
@@ -209,9 +209,20 @@ def _why_no_answers(root: Path) -> str:
     paths = walk_files(root)
     table = next(filter(is_metadata, paths), None) or next(iter(only_table(root, paths)), None)
     if table is None:
+        names = (p.relative_to(root) for p in paths if p.suffix.lower() in IMAGE_SUFFIXES)
+        inner = next((name.as_posix() for name in names if len(name.parts) > 1), None)
+        remedy = (
+            ""
+            if inner is None
+            else (
+                ". Where the folders are the labels, write them into a table, with a line for each "
+                f"image such as `{inner},{PurePosixPath(inner).parent.name}` below the heading "
+                "`file_name,caption`"
+            )
+        )
         return (
             f"{root} holds no table of its images (metadata.csv, or one .csv, .jsonl, .json, .tsv, "
-            ".parquet of any name), and no image with a .txt beside it"
+            f".parquet of any name), and no image with a .txt beside it{remedy}"
         )
     row = next(rows_of(table), None)
     if not isinstance(row, Row):

@@ -296,15 +296,22 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
 
 
 def read_table(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Record | ValueError]]:
-    """(index, record) of the rows of a table with a header, or the error of a row in its place."""
+    """(index, record) of the rows of a table with a header, or the error of a row in its place.
+
+    The separator is that of the header, since spreadsheets write another one in each language, or
+    that of a first line ``sep=;``; ``delimiter`` where the header has one column.
+    """
     number = before = 0
     with open_text(path, newline="") as file:
-        rows = csv.DictReader(_bounded_lines(file), delimiter=delimiter, strict=True)
         try:
-            # Some spreadsheets write a first line that names the separator.
-            before = int(file.readline(8).rstrip("\r\n") == f"sep={delimiter}")
-            if not before:
+            first = file.readline(MAX_LINE).rstrip("\r\n")
+            before = int(re.fullmatch("sep=.", first) is not None)
+            if before:
+                delimiter = first[-1]
+            else:
+                delimiter = _separator(first, delimiter)
                 file.seek(0)
+            rows = csv.DictReader(_bounded_lines(file), delimiter=delimiter, strict=True)
             _check_header(rows.fieldnames or (), f"{path.name}:line {before + 1}")
             number = before + 1
             for i, row in enumerate(rows):
@@ -343,12 +350,17 @@ def _check_header(header: Sequence[str], where: str) -> None:
             f"{where}: the header names {', '.join(map(repr, sorted(repeated)))} more than once; "
             "rename or remove all but one"
         )
-    for separator, name in ((";", ";"), ("\t", "tabs"), (",", "commas")):
-        if len(header) == 1 and separator in header[0]:
-            raise ValueError(
-                f"{where}: the columns are separated by {name}: {header[0][:80]!r}; save a .csv "
-                "with commas, and a .tsv with tabs"
-            )
+
+
+def _separator(header: str, delimiter: str) -> str:
+    """What is between the columns of a header: ``delimiter`` if it is there, outside of quotes."""
+    for separator in (delimiter, ";", "\t", ","):
+        try:
+            if len(next(csv.reader([header], delimiter=separator))) > 1:
+                return separator
+        except (csv.Error, StopIteration):
+            break
+    return delimiter
 
 
 def local_path(name: str, where: str) -> str:
