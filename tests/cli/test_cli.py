@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 
 from instructblip.cli import main as cli
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.model.config import VisionConfig
 from instructblip.scenes import official
+from instructblip.training.checkpoint import save_checkpoint
 from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
 
 SOURCE = Path(cli.__file__).parents[2]
@@ -260,3 +262,21 @@ def test_resume_names_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "recipe.yaml").write_text(load_recipe("scenes").to_yaml())
     compare_with_saved(load_recipe("scenes", ["training.seed=5"]), tmp_path, resume=True)
     assert "resuming with a changed recipe: training.seed: 0 -> 5" in capsys.readouterr().out
+
+
+def test_status_after_a_kill_is_that_of_the_newest_whole_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    for step in (5, 10, 15):
+        save_checkpoint(run / "checkpoints", step, {"w": torch.zeros(2)}, {}, {})
+    (run / "checkpoints/step_000015/progress.json").write_text("{")  # damaged
+    for folder in (tmp_path, run):
+        (folder / "recipe.yaml").write_text("training: {steps: 20}\n")
+    for folder in (run, tmp_path):  # that of `tune` has the run inside
+        _, out, _ = call(capsys, "status", str(folder))
+        shown = json.loads(out)
+        assert (shown["step"], shown["steps"], shown["last"]) == (10, 20, {})
+        assert shown["run"] == str(run)
+    (run / "metrics.jsonl").write_text('{"step": 12, "validation": {"score": 1.0}}\n{"step": 1')
+    assert json.loads(call(capsys, "status", str(run))[1])["step"] == 12

@@ -1,13 +1,17 @@
 """The verdict on a tuned model: worse, no better than a baseline, unclear, or better."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from instructblip.evaluation.benchmarks import Benchmark
-from instructblip.evaluation.result import Result, make_result
+from instructblip.evaluation.compare import compare
+from instructblip.evaluation.constant import Constant
+from instructblip.evaluation.result import Result, constants_of, make_result
 from instructblip.evaluation.scoring import scorer_of
+from instructblip.evaluation.tables import measured_with
 from instructblip.evaluation.verdict import Outcome, Verdict, constant_result, worst
 
 
@@ -101,3 +105,16 @@ def test_a_constant_takes_no_score_of_the_model_along():
     ranked = result(ANSWERS, ANSWERS, "auroc", log_likelihoods=True)
     assert ranked.value == 100
     assert constant_result(ranked).value == 50
+
+
+def test_of_constants_that_tie_the_text_and_the_tables_name_the_same():
+    first = result(["no", "yes"] * 20, ["no"] * 40, "balanced_accuracy", log_likelihoods=True)
+    first.settings["benchmark"]["candidates"] = ["yes", "no"]
+    shown = replace(first, role="own", constants=constants_of(first))
+    (note,) = measured_with(compare({"before": [shown], "after": [shown]}))
+    assert "best constant answer 'no'" in note
+    judged = Verdict(before=shown, after=shown, constant=constant_result(shown), blind=None)
+    assert "always answering 'no' gives 50.0" in judged.baselines
+    assert "the most common answer, 'no'," in judged.baselines
+    stored = replace(shown, constants={"balanced_accuracy": Constant("yes", 50.0)})
+    assert constant_result(stored).predictions[0]["prediction"] == "yes"

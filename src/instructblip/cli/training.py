@@ -201,20 +201,22 @@ def status(run: Annotated[Path, Argument(help="A run directory.")]) -> None:
     from instructblip.core.files import is_locked
     from instructblip.recipe.load import read_values
     from instructblip.recipe.schema import RECIPE_FILE
+    from instructblip.training.checkpoint import complete_steps
+    from instructblip.training.log import METRICS, read_metrics
     from instructblip.training.run_directory import LOCK_FILE
 
+    if (run / "run" / RECIPE_FILE).is_file():  # the folder of `tune`
+        run = run / "run"
     recipe = run / RECIPE_FILE
     if not recipe.is_file():
         raise FileNotFoundError(f"{run} holds no {RECIPE_FILE}: give the directory of a run")
-    metrics = run / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    logged = [json.loads(line) for line in lines if line.endswith("}")]  # one may be in writing
+    logged = read_metrics(run / METRICS)
     last = next((each for each in reversed(logged) if "loss" in each), {})
     validated = [each for each in logged if "validation" in each]
     shown = {
         "run": str(run),
         "running": is_locked(run / LOCK_FILE),
-        "step": last.get("step", 0),
+        "step": max([0, *(each["step"] for each in logged), *complete_steps(run / "checkpoints")]),
         "steps": read_values(recipe).get("training", {}).get("steps"),
         "last": last,
         "validation": validated[-1]["validation"] if validated else None,

@@ -6,8 +6,8 @@ from enum import IntEnum
 
 from instructblip.evaluation.bootstrap import difference
 from instructblip.evaluation.captions import CaptionTokenizer
-from instructblip.evaluation.constant import best_constant, most_common
-from instructblip.evaluation.result import Result, make_result
+from instructblip.evaluation.constant import most_common
+from instructblip.evaluation.result import Result, constants_of, make_result
 from instructblip.evaluation.scoring import scorer_of
 
 
@@ -103,9 +103,8 @@ def constant_result(result: Result) -> Result:
     """The score of the best constant answer on the samples of ``result``, as that of a model."""
     tokenizer: CaptionTokenizer = "ptb_java" if result.tokenizer == "ptb_java" else "python"
     predictions = result.predictions
-    candidates = sorted({c for p in predictions for c in p.get("candidates", ())})
-    references = [p["answers"] for p in predictions]
-    answer = best_constant(references, result.metric, tokenizer, candidates).answer
+    known = result.constant or constants_of(result)[result.metric]  # as in the tables
+    answer = known.answer
     sample, constant = scorer_of(result.metric).sample, []
     for prediction in predictions:
         same = {**prediction, "prediction": answer}

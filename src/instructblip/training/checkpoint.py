@@ -62,6 +62,12 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
+def complete_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in ``folder`` whose files have the sizes that were written,
+    oldest first."""
+    return [step for step in saved_steps(folder) if _is_complete(checkpoint_path(folder, step))]
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -153,8 +159,7 @@ def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
 
     Damaged checkpoints do not count, so that the only good one is never deleted.
     """
-    steps = saved_steps(folder)
-    complete = [step for step in steps if _is_complete(checkpoint_path(folder, step))]
+    steps, complete = saved_steps(folder), complete_steps(folder)
     kept = {*complete[-keep_last:], best_step}
     for step in steps:
         if complete and step not in kept:
