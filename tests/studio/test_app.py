@@ -184,6 +184,24 @@ def test_every_text_is_in_both_languages() -> None:
     assert yaml.safe_dump(LABELS)
 
 
+def test_the_line_under_a_score_is_its_interval() -> None:
+    english, chinese = LABELS["interval"]
+    assert "95 % interval of each score" in english
+    assert "95 % 置信区间" in chinese
+
+
+def test_an_answer_of_a_missing_image_does_not_block_tuning(
+    client: TestClient, tmp_path: Path
+) -> None:
+    add(client, "a.png", png())
+    row = save(client, image="a.png", question="q?", answer="one").json()["row"]
+    (tmp_path / "mine/a.png").unlink()
+    assert [f["bad"] for f in client.get(API).json()["findings"]] == [True]
+    known = {"image": "a.png", "id": row["id"], "version": row["version"]}
+    assert save(client, **known, question="q?").status_code == 200
+    assert [f["bad"] for f in client.get(API).json()["findings"]] == [False]
+
+
 def wait_for(runs: Runs, *statuses: str) -> dict[str, Any]:
     end = time.monotonic() + 120
     while time.monotonic() < end:

@@ -1,6 +1,7 @@
 """The folder of a studio: what is read, what is written, and who is refused."""
 
 import errno
+import io
 import json
 import os
 import signal
@@ -191,10 +192,43 @@ def test_images_are_added_once_and_replace_nothing(tmp_path: Path) -> None:
     (tmp_path / "o/2.png").unlink()
     assert project.add_image("a.png", first) == ("a.png", True)
     assert project.add_image("b.png", first) == ("a.png", False)
-    assert project.add_image("A.PNG", other) == ("A-2.png", True)
+    assert project.add_image("A.PNG", other) == ("A-2.PNG", True)
     assert (tmp_path / "a.png").read_bytes() == first
     with pytest.raises(ValueError, match="not an image"):
         project.add_image("a.png", b"PK\3\4")
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("Ampel 0.JPG", "Ampel 0.JPG"),
+        ("a.jpeg", "a.jpeg"),
+        ("a.JPEG", "a.JPEG"),
+        ("a.png", "a.jpg"),
+        ("a", "a.jpg"),
+    ],
+)
+def test_a_name_keeps_the_suffix_of_its_format(name: str, stored: str, tmp_path: Path) -> None:
+    """A table that names the originals fits the stored images."""
+    data = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(data, "JPEG")
+    project = project_of(tmp_path)
+    assert project.add_image(name, data.getvalue()) == (stored, True)
+    assert project.images() == [stored]
+
+
+def test_a_row_of_a_missing_image_can_be_emptied_and_removed(tmp_path: Path) -> None:
+    project = project_of(tmp_path, images=1)
+    row = project.save("0.png", "q?", "one")
+    (tmp_path / "0.png").unlink()
+    assert row is not None
+    row = project.save("0.png", "q?", "", row.id, row.version)
+    assert row is not None
+    assert not (tmp_path / "metadata.jsonl").read_text()
+    assert project.save("0.png", "", "", row.id, row.version) is None
+    assert project.annotations() == []
+    with pytest.raises(FileNotFoundError, match="there is no picture"):
+        project.save("0.png", "q?", "a new row")
 
 
 def test_no_path_leaves_the_folder(tmp_path: Path) -> None:
@@ -333,6 +367,12 @@ def test_findings_stand_at_their_image(tmp_path: Path, model_folder: Path) -> No
         ("2.png", "unreadable", True),
         ("3.png", "twice", False),
     }
+    (tmp_path / "3.png").unlink()
+    for row in project.annotations()[-2:]:
+        project.save("3.png", row.text("question"), "", row.id, row.version)
+    found = find(project, project.annotations(), project.images(), {}, {}, tokens)
+    missing = [(f.image, f.bad) for f in found if f.kind == "missing"]
+    assert missing == [("1.png", True), ("3.png", False), ("3.png", False)], "by `tune` unread"
 
 
 def test_runs_are_numbered_and_never_replaced(tmp_path: Path) -> None:

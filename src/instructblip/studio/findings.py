@@ -42,7 +42,7 @@ def find(
     for row in rows:
         image = row.images[0]
         found += [
-            Finding(image, "missing", name, row.id, True)
+            Finding(image, "missing", name, row.id, bool(row.text("answer")))
             for name in row.images
             if name not in known
         ]

@@ -15,7 +15,7 @@ from instructblip.studio.project import SUFFIXES, Project
 
 Size = Literal["small", "large"]
 _SIDES: dict[Size, int] = {"small": 360, "large": 1280}
-_SHOWN = {*SUFFIXES.values(), ".jpeg"}
+_SHOWN = {suffix for suffixes in SUFFIXES.values() for suffix in suffixes}
 """Suffixes of images that the server decodes; `tune` reads more."""
 _KEPT_BYTES = 96 << 20
 

@@ -38,8 +38,14 @@ TABLE = "metadata.jsonl"
 PRIVATE = ".studio"
 """Folder of what only the studio needs: locks, the log of a run, rows without an answer."""
 OWN = CustomSet("own", "imagefolder")
-SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
-"""Of images that may be added, by format."""
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+}
+"""Of images that may be added, by format; the first one is for names with none of them."""
 MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WEBP", b"GIF8": "GIF", b"BM": "BMP"}
 _MOST_NAME = 120
 """Bytes of the name of an image that is added, without its suffix."""
@@ -200,7 +206,8 @@ class Project:
         """Write the texts of a row, on the disk when this returns; a new row without an ``id``.
 
         Returns the row, None if both texts are empty, which removes it. Raises Conflict if the row
-        has another ``version``, which is empty for a new one.
+        has another ``version``, which is empty for a new one, and what `path_of` raises for a new
+        row; the image of a known row may be missing.
         """
         with self._working:
             rows = self.annotations()
@@ -208,7 +215,8 @@ class Project:
             current = None if at is None else rows[at]
             if id and version != ("" if current is None else current.version):
                 raise Conflict(current)
-            self.path_of(image)
+            if current is None:
+                self.path_of(image)
             question, answer = _clean(question), _clean(answer)
             row = current or self._new_row(rows, image)
             row = _with_texts(row, question, answer)
@@ -249,7 +257,8 @@ class Project:
 
     def add_image(self, name: str, data: bytes) -> tuple[str, bool]:
         """Store an image that was decoded before. Returns its name, and whether it is new: an image
-        with the same bytes is not stored twice. A name that is taken gets a number."""
+        with the same bytes is not stored twice. The name keeps a suffix that fits the format, and
+        gets a number if it is taken."""
         kind = next((MAGIC[start] for start in MAGIC if data.startswith(start)), None)
         if kind is None:
             raise ValueError(f"not an image; expected one of {', '.join(SUFFIXES)}")
@@ -258,7 +267,8 @@ class Project:
                 path = self.root / other
                 if path.stat().st_size == len(data) and path.read_bytes() == data:
                     return other, False
-            stem, suffix = safe_name(name), SUFFIXES[kind]
+            stem, given = safe_name(name), Path(name).suffix
+            suffix = given if given.lower() in SUFFIXES[kind] else SUFFIXES[kind][0]
             taken = {path.name.casefold() for path in self.root.iterdir()}
             stems = (stem if n == 1 else f"{stem}-{n}" for n in range(1, len(taken) + 2))
             free = next(f"{s}{suffix}" for s in stems if f"{s}{suffix}".casefold() not in taken)
