@@ -91,6 +91,21 @@ def test_a_start_that_no_step_improves_on_is_worse():
     assert worst([verdict(WRONG, ANSWERS), kept, unchanged]) is kept
 
 
+def test_a_better_score_on_images_like_those_trained_on_is_qualified():
+    alike = frozenset(f"{i}.png" for i in range(9)) | {"of another benchmark.png"}
+    leak = "9 of 40 pictures kept back look like one that was trained on: the scores may be"
+    good = verdict(WRONG, ANSWERS, lookalikes=alike, group_column="patient_id")
+    assert good.headline.startswith(f"Better, but {leak} too high. Of 40 pictures kept back, 40")
+    assert "`--group patient_id`" in good.caution
+    assert leak not in good.caution
+    worse = verdict(ANSWERS, ["no"] * 40, lookalikes=alike)
+    assert worse.headline.startswith("Worse: ")
+    assert worse.caution.startswith(leak)
+    assert verdict(WRONG, ANSWERS, lookalikes=frozenset({"0.png"})).headline.startswith(
+        "Better, but 1 of 40 pictures kept back looks like one"
+    )
+
+
 def test_a_constant_among_candidates():
     ranked = result(ANSWERS, ANSWERS)
     for prediction in ranked.predictions:

@@ -1,5 +1,6 @@
 """A folder of custom data: read, split, tuned and reported; and the worked examples."""
 
+import html
 import importlib
 import json
 import math
@@ -29,6 +30,7 @@ from instructblip.experiment.tune import (
     write_recipe,
 )
 from instructblip.recipe.load import load_recipe
+from instructblip.studio.runs import _results
 from instructblip.training import train as loop
 from tests.parity.tiny import tiny_config
 from tests.testing import write_json, write_model, write_picture
@@ -295,7 +297,7 @@ def test_folders_split(tmp_path: Path) -> None:
         ["valid/0.png"],
         None,
     )
-    assert split.lookalikes() == [("train/0.png", "valid/0.png")]
+    assert split.lookalikes == [("train/0.png", "valid/0.png")]
     with pytest.raises(ValueError, match="--split column needs a column `split`"):
         read_sides(tmp_path, "column")
 
@@ -327,11 +329,44 @@ def test_lookalikes_of_a_grouped_folder_do_not_ask_for_a_group(tmp_path: Path) -
     trained, held = names(split.training)[0], names(split.validation)[0]
     Image.open(root / trained).save(root / held, compress_level=1)
     split = read_sides(root, group="patient")
-    assert split.lookalikes() == [(trained, held)]
+    assert split.lookalikes == [(trained, held)]
     text = describe(split, "en", "patient")
     assert "look like one that is trained on: 1" in text
     assert "a hash of each group (patient)" in text
     assert "--group" not in text
+
+
+def test_lookalikes_of_each_side_are_counted_apart(tmp_path: Path) -> None:
+    splits = ["train", "test", "train", "dev", "dev", "test"]
+    root = split_folder(tmp_path, split=splits)
+    for copy, original in ((1, 0), (3, 0), (4, 2)):
+        Image.open(root / f"{original}.png").save(root / f"{copy}.png", compress_level=1)
+    text = describe(read_sides(root), "en")
+    assert "held-back pictures that look like one that is trained on: 1 of 2, such as 1.png" in text
+    assert "choose the best step, and that look like one that is trained on: 2 of 2" in text
+
+
+def test_the_report_repeats_what_may_make_its_scores_too_high(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = tmp_path / "clinic", tmp_path / "out"
+    rows = [
+        {"file_name": f"{n}.png", "text": "a cat", "patient_id": f"p{n // 2}"} for n in range(8)
+    ]
+    write_folder(root, rows, images=8)
+    for n in range(1, 8):
+        Image.open(root / "0.png").save(root / f"{n}.png", compress_level=n)
+    start = str(write_model(tmp_path / "blip2", "blip2"))
+    short = ["training.steps=1", "training.batch_size=2", "model.text_branch=random"]
+    tuned = tune(root, start, out, short)
+    assert tuned is not None
+    count = len(tuned.verdict.after.predictions)
+    leak = f"{count} of {count} pictures kept back look"
+    shown = html.unescape((out / "report.html").read_text())
+    for text in (capsys.readouterr().out.split("\n\n")[-5:], [shown], [_results(out)["sentence"]]):
+        assert leak in " ".join(text)
+        assert "`--group patient_id`" in " ".join(text)
+    assert _results(out)["alike"] == (count, count)
 
 
 def test_words_that_are_all_known_are_not_spelled() -> None:

@@ -42,6 +42,10 @@ class Verdict:
     """The tuned model with images swapped; None where too few images could be."""
     kept_start: tuple[float, float] | None = None
     """Where no step was better than the start: the scores of the first and the last validation."""
+    lookalikes: frozenset[str] = frozenset()
+    """The images kept back that look like one that was trained on."""
+    group_column: str = ""
+    """A column that looks like a group and did not split the data."""
 
     @property
     def outcome(self) -> Outcome:
@@ -64,6 +68,9 @@ class Verdict:
     @property
     def headline(self) -> str:
         """The outcome and the scores that show it, in two or three sentences."""
+        text = SENTENCES[self.outcome]
+        if self.is_better and (leak := self._leak):
+            text = f"Better, but {leak}"
         if self.kept_start is not None and self.kept_start[1] < self.kept_start[0]:
             first, last = self.kept_start
             return (
@@ -80,10 +87,39 @@ class Verdict:
             scores = f"{right} were answered right after it, {earlier} before"
         elif self.after.metric != "rouge_l":
             scores = f"the score ({self.after.metric}) is {after:.1f} after it, {before:.1f} before"
-        text = f"{SENTENCES[self.outcome]} Of {count} kept back, {scores}."
+        text += f" Of {count} kept back, {scores}."
         if self.kept_start is not None:
             text += " No step was better than the start, which was kept."
         return text
+
+    @property
+    def alike(self) -> tuple[int, int]:
+        """How many of the images look like one that was trained on, and of how many."""
+        images = {name for p in self.after.predictions for name in p["images"]}
+        return len(images & self.lookalikes), len(images)
+
+    @property
+    def caution(self) -> str:
+        """Why the scores may be too high, where the headline does not state it, and what to do;
+        empty without a reason."""
+        parts = [] if self.is_better else [self._leak]
+        if column := self.group_column:
+            parts.append(
+                f"The column {column!r} looks like a group, such as a patient: pictures of one may "
+                f"be trained on and kept back; `--group {column}` keeps them on one side."
+            )
+        return " ".join(filter(None, parts))
+
+    @property
+    def _leak(self) -> str:
+        alike, count = self.alike
+        if not alike:
+            return ""
+        look = "looks" if alike == 1 else "look"
+        return (
+            f"{alike} of {count} pictures kept back {look} like one that was trained on: the "
+            "scores may be too high."
+        )
 
     @property
     def baselines(self) -> str:

@@ -11,10 +11,10 @@ import torch
 import yaml
 
 from instructblip.core import distributed
-from instructblip.core.files import read_json, write_text
+from instructblip.core.files import read_json, write_json, write_text
 from instructblip.core.version import __version__
 from instructblip.data.custom.folder import FolderSet, Sides, SplitBy, read_sides
-from instructblip.data.custom.formats import group_hint
+from instructblip.data.custom.formats import group_column, group_hint
 from instructblip.data.custom.rows import CustomSet
 from instructblip.data.templates import TEMPLATES_ZH, Language, language_of
 from instructblip.evaluation.benchmarks import Benchmark
@@ -45,6 +45,9 @@ SMALL = 20_000_000
 """Trainable parameters outside of tables below which a model is small: it takes higher rates and
 more epochs."""
 BLIND_SEED = 0
+HELD_BACK = "held_back.json"
+"""The file beside the run about what was held back: its images that look like one that is trained
+on, and a column that looks like a group and did not split."""
 CHOSEN = (
     "The step that is kept is the one with the best score on some of these same examples, which "
     "makes the figure after a little too high; the interval does not cover this choice."
@@ -139,8 +142,17 @@ def tune(
     with distributed.process_group(), claim(out / "run"):
         if distributed.is_main():
             print(describe(sides, language, group), flush=True)
-            if group is None and (hint := group_hint(CustomSet(SET, "imagefolder"), root, "train")):
+            own = CustomSet(SET, "imagefolder")
+            if group is None and (hint := group_hint(own, root, "train")):
                 print(hint, flush=True)
+            column = group_column(own, root, "train") if group is None else None
+            write_json(
+                out / HELD_BACK,
+                {
+                    "lookalikes": sorted({held for _, held in sides.lookalikes}),
+                    "group_column": column.heading if column else "",
+                },
+            )
             if not (resume and (out / RECIPE_FILE).is_file()):
                 count = len(sides.training)
                 write_recipe(root, start, out, count, overrides, images, group, language)
@@ -165,18 +177,7 @@ def tune(
         if blind:
             results["after, pictures swapped"] = blind
         results["after"] = after
-        kept = kept_start(out / "run", result.best_step)
-        swapped = {each.benchmark: each for each in blind}
-        verdicts = [
-            Verdict(
-                before=old,
-                after=new,
-                constant=constant_result(new),
-                blind=swapped.get(new.benchmark),
-                kept_start=kept,
-            )
-            for old, new in zip(results["before"], after, strict=True)
-        ]
+        verdicts = verdicts_of(out, results["before"], after, blind, result.best_step)
         tuned = Tuned(out / "report.html", worst(verdicts))
         if distributed.is_main():
             write_verdict(tuned, verdicts, results, UNSEEN if sides.test else CHOSEN, out)
@@ -231,13 +232,17 @@ def describe(sides: Sides, language: Language, group: str | None = None) -> str:
         lines.append(f"{len(sides.validation)} more choose the best step")
     if language == "zh":
         lines.append("the answers are Chinese: Chinese templates and prompts are used")
-    if pairs := sides.lookalikes():
-        lines.append(
-            "held-back pictures that look like one that is trained on: "
-            f"{len({held for _, held in pairs})}, such as {pairs[0][1]} and {pairs[0][0]}; if they "
-            "show the same, scores are too high"
-            + ("" if group else ", and `--group` keeps them on one side")
-        )
+    held_sides = {"held-back pictures": sides.final}
+    if sides.test:
+        held_sides["pictures that choose the best step, and"] = sides.validation
+    for what, side in held_sides.items():
+        if pairs := [(left, right) for left, right in sides.lookalikes if right in side.images]:
+            lines.append(
+                f"{what} that look like one that is trained on: "
+                f"{len({right for _, right in pairs})} of {len(side.images)}, such as "
+                f"{pairs[0][1]} and {pairs[0][0]}; if they show the same, scores are too high"
+                + ("" if group else ", and `--group` keeps them on one side")
+            )
     return "\n".join(lines)
 
 
@@ -285,6 +290,32 @@ def kept_start(run: Path, best_step: int | None) -> tuple[float, float] | None:
     return (lines[0]["score"], lines[-1]["score"]) if best_step == 0 else None
 
 
+def verdicts_of(
+    out: Path,
+    before: Sequence[Result],
+    after: Sequence[Result],
+    blind: Sequence[Result],
+    best_step: int | None,
+) -> list[Verdict]:
+    """The verdict on each benchmark of the tuning in ``out``; ``blind`` may lack some of them."""
+    file = out / HELD_BACK
+    held = read_json(file) if file.is_file() else {"lookalikes": [], "group_column": ""}
+    kept = kept_start(out / "run", best_step)
+    swapped = {each.benchmark: each for each in blind}
+    return [
+        Verdict(
+            before=old,
+            after=new,
+            constant=constant_result(new),
+            blind=swapped.get(new.benchmark),
+            kept_start=kept,
+            lookalikes=frozenset(held["lookalikes"]),
+            group_column=held["group_column"],
+        )
+        for old, new in zip(before, after, strict=True)
+    ]
+
+
 def write_verdict(
     tuned: Tuned,
     verdicts: Sequence[Verdict],
@@ -294,7 +325,8 @@ def write_verdict(
 ) -> None:
     """Print the verdict with its tables, and write the report."""
     others = [v.headline for v in verdicts if v is not tuned.verdict]
-    text = " ".join([*others, *(verdict.baselines for verdict in verdicts), caution])
+    parts = [tuned.verdict.caution, *others, *(verdict.baselines for verdict in verdicts), caution]
+    text = " ".join(filter(None, parts))
     print(f"\n{tuned.verdict.headline}\n{text}\n\n{to_markdown(compare(results))}", flush=True)
     write_report(
         tuned.report,

@@ -20,8 +20,8 @@ from typing import Any, Literal, NamedTuple
 
 from instructblip.core.files import is_locked, locked, read_json, write_json
 from instructblip.evaluation.result import RESULT, Result
-from instructblip.evaluation.verdict import Verdict, constant_result, worst
-from instructblip.experiment.tune import kept_start
+from instructblip.evaluation.verdict import Verdict, worst
+from instructblip.experiment.tune import verdicts_of
 from instructblip.recipe.load import read_values
 from instructblip.recipe.schema import RECIPE_FILE
 from instructblip.studio.project import Project
@@ -298,22 +298,19 @@ def _results(run: Path) -> dict[str, Any]:
         has_blind = (blind / RESULT).is_file()
         before = Result.load(run / "results/before" / name)
         sets.append(Samples(before, Result.load(folder), Result.load(blind) if has_blind else None))
-    kept = kept_start(run / "run", _best_step(run))
-    verdicts = [
-        Verdict(
-            before=each.before,
-            after=each.after,
-            constant=constant_result(each.after),
-            blind=each.blind,
-            kept_start=kept,
-        )
-        for each in sets
-    ]
+    verdicts = verdicts_of(
+        run,
+        [each.before for each in sets],
+        [each.after for each in sets],
+        [each.blind for each in sets if each.blind is not None],
+        _best_step(run),
+    )
     first = worst(verdicts)
     return {
         "folder": str(run),
         "outcome": first.outcome.name.lower(),
-        "sentence": first.headline,
+        "sentence": " ".join(filter(None, (first.headline, first.caution))),
+        "alike": first.alike,
         "sets": [_bars(verdict) for verdict in verdicts],
         "samples": [row for each in sets for row in _samples(each)][:SHOWN_SAMPLES],
     }

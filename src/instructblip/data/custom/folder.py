@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -41,6 +42,11 @@ class FolderSet:
     looks: Mapping[str, Look] = field(default_factory=dict, repr=False)
     """What is compared of each image of the folder to find near-duplicates."""
 
+    @property
+    def images(self) -> set[str]:
+        """The names of the images that the examples show."""
+        return {name for example in self.examples for name in example.images}
+
     def __iter__(self) -> Iterator[Example]:
         return iter(self.examples)
 
@@ -65,11 +71,12 @@ class Sides:
         """The side that scores are reported on."""
         return self.test or self.validation
 
+    @cached_property
     def lookalikes(self) -> list[tuple[str, str]]:
         """(training image, held-back image) of each pair of near-duplicates."""
         training, held = (
-            {name: side.looks[name] for side in sides for e in side.examples for name in e.images}
-            for sides in ([self.training], [self.validation, *([self.test] if self.test else [])])
+            {name: side.looks[name] for side in sides for name in side.images}
+            for sides in ([self.training], [self.validation, self.final])
         )
         return sorted((pair.left, pair.right) for pair in near_duplicates(training, held))
 

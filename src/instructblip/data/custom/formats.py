@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from instructblip.core.batch import Example
 from instructblip.core.user_code import find_function, is_function
@@ -69,7 +70,7 @@ _GROUP = re.compile(
 )
 """Headings of columns whose equal values may belong together."""
 MOST_HINTED = 10_000
-"""Rows that `group_hint` reads."""
+"""Rows that `group_column` reads."""
 
 
 def custom_source(custom: CustomSet) -> Source:
@@ -113,14 +114,23 @@ def _user_rows(custom: CustomSet, root: Path, split: str) -> Iterator[Row]:
         yield Row(str(i), Record(check_object(row, where), where))
 
 
-def group_hint(custom: CustomSet, root: Path, split: str) -> str:
-    """The line about a column that looks like a group: by its heading, and since rows share values;
-    empty without one."""
+class GroupColumn(NamedTuple):
+    """A column that looks like a group, such as a patient: how many values it has in how many
+    rows."""
+
+    heading: str
+    values: int
+    rows: int
+
+
+def group_column(custom: CustomSet, root: Path, split: str) -> GroupColumn | None:
+    """The column that looks like a group: by its heading, and since rows share values; None without
+    one."""
     read, _ = FORMATS.get(custom.format, (_user_rows, examples_of))
     rows = itertools.islice(read(custom, root, split), MOST_HINTED)
     records = (row.record for row in rows if isinstance(row, Row))
     if (first := next(records, None)) is None:
-        return ""
+        return None
     headings = [c for c in first.data if _GROUP.fullmatch(c.strip().casefold())]
     counts: dict[str, Counter[str]] = {heading: Counter() for heading in headings}
     for record in itertools.chain([first], records) if headings else ():
@@ -128,12 +138,19 @@ def group_hint(custom: CustomSet, root: Path, split: str) -> str:
             count[str(record.data.get(heading))] += 1
     for heading, count in counts.items():
         if 1 < len(count) < count.total():
-            return (
-                f"{custom.name}: column {heading!r} looks like a group, with {len(count)} values "
-                f"in {count.total()} rows; `--group {heading}` of tune, or `group: {heading}` in "
-                "a recipe, lets no value be on two sides of a split"
-            )
-    return ""
+            return GroupColumn(heading, len(count), count.total())
+    return None
+
+
+def group_hint(custom: CustomSet, root: Path, split: str) -> str:
+    """The line about the `group_column`; empty without one."""
+    if (column := group_column(custom, root, split)) is None:
+        return ""
+    return (
+        f"{custom.name}: column {column.heading!r} looks like a group, with {column.values} values "
+        f"in {column.rows} rows; `--group {column.heading}` of tune, or `group: {column.heading}` "
+        "in a recipe, lets no value be on two sides of a split"
+    )
 
 
 def has_split_column(root: Path) -> bool:

@@ -587,11 +587,13 @@ function showResults() {
   byId("compare-empty").hidden = Boolean(results);
   byId("compared").hidden = !results;
   if (!results) return;
-  byId("outcome").textContent = words(`outcome_${results.outcome}`);
+  const isAlike = results.alike[0] > 0;
+  const title = words(`outcome_${isAlike && results.outcome === "better" ? "alike" : results.outcome}`);
+  byId("outcome").textContent = title;
   byId("outcome").className = results.outcome;
-  const title = words(`outcome_${results.outcome}`);
-  const english = results.sentence.replace(new RegExp(`^${title}: `), "");
-  byId("sentence").textContent = language === "zh" ? words(`sentence_${results.outcome}`) : english[0].toUpperCase() + english.slice(1);
+  const english = results.sentence.replace(new RegExp(`^${title}:? `), "");
+  const chinese = words(`sentence_${results.outcome}`) + (isAlike ? fill("sentence_alike", ...results.alike) : "");
+  byId("sentence").textContent = language === "zh" ? chinese : english[0].toUpperCase() + english.slice(1);
   byId("sets").replaceChildren(...results.sets.map(showBars));
   byId("samples").replaceChildren(...results.samples.map(showSample));
 }
