@@ -157,11 +157,11 @@ def test_case_and_space_of_headings_are_ignored(root: Path):
 
 
 def test_a_question_under_another_heading_is_no_caption(root: Path):
-    (root / "a.csv").write_text("image,prompt,answer\n0.png,what is it?,yes\n")
-    for columns in ((), (("question", "promt"),)):
-        with pytest.raises(ValueError, match=r"line 2: 'answer' .* 'prompt'.*\{question: prompt\}"):
+    (root / "a.csv").write_text("image,ask,answer\n0.png,what is it?,yes\n")
+    for columns in ((), (("question", "aks"),)):
+        with pytest.raises(ValueError, match=r"line 2: 'answer' .* 'ask'.*\{question: ask\}"):
             read(root, "table", path="a.csv", columns=columns)
-    (example,) = read(root, "table", path="a.csv", columns=(("question", "Prompt"),))
+    (example,) = read(root, "table", path="a.csv", columns=(("question", "Ask"),))
     assert (example.task, example.question) == ("vqa", "what is it?")
     (example,) = read(root, "table", path="a.csv", task="caption")
     assert example.answers == ("yes",)
@@ -169,6 +169,14 @@ def test_a_question_under_another_heading_is_no_caption(root: Path):
     assert read(root, "table", path="a.csv")[0].task == "caption"
     with pytest.raises(ValueError, match=r"columns 'cntext' that .* has 'image', 'source', 'cap"):
         read(root, "table", path="a.csv", columns=(("context", "cntext"),))
+
+
+def test_names_that_other_tools_write_are_accepted(root: Path):
+    row = {"filename": "0.png", "prompt": "what is it?", "label": "a cup"}
+    write_json_lines(root / "a.jsonl", row, {"image_path": "1.png", "label": "a dog"})
+    asked, named = read(root, "table", path="a.jsonl")
+    assert (asked.images, asked.question, asked.answers) == (("0.png",), "what is it?", ("a cup",))
+    assert (named.task, named.answers) == ("caption", ("a dog",))
 
 
 def test_zero_is_an_answer_and_an_empty_column_is_none(root: Path):

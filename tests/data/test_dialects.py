@@ -335,7 +335,7 @@ def test_several_images_in_a_cell(root: Path):
 @pytest.mark.parametrize("answer", ["answer", "caption", "text"])
 @pytest.mark.parametrize(
     ("heading", "value"),
-    [("aufgabe", "Wie viele?"), ("prompt", "colour"), ("User question", "count"), ("问题", "颜色")],
+    [("aufgabe", "Wie viele?"), ("ask", "colour"), ("User question", "count"), ("问题", "颜色")],
 )
 def test_a_question_under_any_heading_is_no_caption(
     root: Path, answer: str, heading: str, value: str

@@ -104,16 +104,16 @@ def test_captions_beside_a_table_of_another_folder(tmp_path: Path) -> None:
 
 
 def test_a_row_whose_question_has_another_heading(tmp_path: Path) -> None:
-    rows: list[dict] = [{"file_name": "0.png", "prompt": "what is it?", "answer": "yes"}]
-    with pytest.raises(ValueError, match=r"line 1: 'answer' would be learnt .* column 'prompt'"):
+    rows: list[dict] = [{"file_name": "0.png", "ask": "what is it?", "answer": "yes"}]
+    with pytest.raises(ValueError, match=r"line 1: 'answer' would be learnt .* column 'ask'"):
         read_folder(write_folder(tmp_path, rows))
 
 
 def test_a_table_without_answers_is_named_with_its_columns(tmp_path: Path) -> None:
     write_picture(tmp_path / "0.png")
     for name in ("metadata.csv", "Metadata.CSV"):
-        (tmp_path / name).write_text("file_name,label\n0.png,cat\n")
-        with pytest.raises(ValueError, match=rf"{name}: no row .* `caption`.*'file_name', 'label'"):
+        (tmp_path / name).write_text("file_name,kind\n0.png,cat\n")
+        with pytest.raises(ValueError, match=rf"{name}: no row .* `caption`.*'file_name', 'kind'"):
             read_folder(tmp_path)
         (tmp_path / name).write_text("file_name,caption\n")
         with pytest.raises(ValueError, match=rf"{name}: no row"):
@@ -494,7 +494,7 @@ def test_a_benchmark_of_the_user_decides(
     printed = capsys.readouterr().out
     assert "1 of 5 held-back examples are not scored: {'caption': 1}" in printed
     assert "the score (balanced_accuracy) is " in tuned.verdict.headline
-    assert "nodule: always answering 'no' gives 50.0" in printed
+    assert "nodule: always answering 'yes' gives 50.0" in printed
     assert "| *metric* | *balanced\\_accuracy* | *auroc* |" in printed
     for side in ("before", "after", "blind"):
         (folder,) = (out / "results" / side).iterdir()

@@ -29,9 +29,9 @@ REMEDY = "Repair the row, or the entry of the recipe that says how it is read"
 
 ROLES: dict[str, tuple[str, ...]] = {
     "id": (),
-    "image": ("file_name", "images", "video", "videos"),
-    "question": ("instruction", "query"),
-    "answer": ("caption", "text", "response", "output"),
+    "image": ("file_name", "images", "video", "videos", "filename", "image_path"),
+    "question": ("instruction", "query", "prompt"),
+    "answer": ("caption", "text", "response", "output", "label"),
     "choices": (),
     "context": ("system", "system_prompt"),
     "ocr_tokens": (),
