@@ -11,7 +11,7 @@ from instructblip.evaluation.compare import compare
 from instructblip.evaluation.constant import Constant
 from instructblip.evaluation.result import Result, constants_of, make_result
 from instructblip.evaluation.scoring import scorer_of
-from instructblip.evaluation.tables import measured_with
+from instructblip.evaluation.tables import measured_with, to_markdown
 from instructblip.evaluation.verdict import Outcome, Verdict, constant_result, worst
 
 
@@ -104,6 +104,25 @@ def test_a_better_score_on_images_like_those_trained_on_is_qualified():
     assert verdict(WRONG, ANSWERS, lookalikes=frozenset({"0.png"})).headline.startswith(
         "Better, but 1 of 40 pictures kept back looks like one"
     )
+
+
+@pytest.mark.parametrize(("groups", "outcome"), [(4, Outcome.UNCLEAR), (10, Outcome.BETTER)])
+def test_few_groups_show_no_difference(groups: int, outcome: Outcome):
+    better = [result(ANSWERS, each, "auroc", log_likelihoods=True) for each in (WRONG, ANSWERS)]
+    for each in better:
+        for p in each.predictions:
+            p["extra"] = {"group": str(p["index"] % groups)}
+    before, after = (replace(each, role="own") for each in better)
+    judged = Verdict(before=before, after=after, constant=constant_result(after), blind=None)
+    assert judged.outcome is outcome
+    assert f" Of 40 pictures of {groups} groups kept back, the score" in judged.headline
+    few = "Not clearly better: fewer than 10 groups cannot rule out chance."
+    assert (few in judged.headline) == (groups < 10)
+    assert after.interval is None  # every resample has 100
+    table = to_markdown(compare({"before": [before], "after": [after]}))
+    assert "| **after** | 100.0 |" in table
+    assert ("+50.0" in table) == (groups >= 10)
+    assert ("so no difference is tested" in table) == (groups < 10)
 
 
 def test_a_constant_among_candidates():

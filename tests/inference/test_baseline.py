@@ -157,7 +157,7 @@ def test_compare_takes_models_of_all_kinds(
     printed = json.loads(out[out.index("{\n") :])
     assert printed["models"] == [folder.name, "blip2"]
     assert set(printed["datasets"]) == {"scenes_vsr", "scenes_vqav2"}
-    assert "blip2" in printed["datasets"]["scenes_vsr"]["differences"]
+    assert "blip2" in printed["datasets"]["scenes_vsr"]["models"]
 
 
 @pytest.mark.parametrize("kind", ["blip-2", "instructblip", "blip-2-other-tower"])

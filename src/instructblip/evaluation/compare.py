@@ -22,8 +22,8 @@ ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A score and its 95 % interval, all None where the metric is not defined; ``n`` samples, or
-    sets of a mean."""
+    """A score and its 95 % interval, None where they are not defined; ``n`` samples, or sets of a
+    mean."""
 
     value: float | None
     low: float | None
@@ -35,10 +35,10 @@ class Cell:
 class Row:
     """One benchmark, or the mean over one role, for all models that have it.
 
-    ``differences`` are those to the baseline, for every other model; ``how`` is ``Result.how``,
-    None for a mean. ``constant`` is the best constant answer, of a benchmark of the role "own",
-    which has a row for each of its metrics. ``wordings`` is the spread of each model's scores under
-    other prompts, where they were evaluated.
+    ``differences`` are those to the baseline, for every other model, none where `Result.too_few`;
+    ``how`` is ``Result.how``, None for a mean. ``constant`` is the best constant answer, of a
+    benchmark of the role "own", which has a row for each of its metrics. ``wordings`` is the spread
+    of each model's scores under other prompts, where they were evaluated.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Row:
     differences: dict[str, Difference]
     constant: Constant | None = None
     wordings: dict[str, Spread] = field(default_factory=dict)
+    too_few: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,7 @@ def _row(results: Mapping[str, Result], baseline: str) -> Row:
     cells, differences = _compared(
         {model: _Scored(r.value, r.interval, r.resampled, r.n) for model, r in results.items()},
         baseline,
+        first.too_few,
     )
     return Row(
         name=first.benchmark,
@@ -148,6 +150,7 @@ def _row(results: Mapping[str, Result], baseline: str) -> Row:
         differences=differences,
         constant=first.constant,
         wordings={m: s for m, r in results.items() if (s := spread_of(r.wordings))},
+        too_few=first.too_few,
     )
 
 
@@ -162,7 +165,8 @@ def _mean_row(sets: Sequence[Mapping[str, Result]], role: str, title: str, basel
         values = np.mean([result.resampled for result in results], axis=0)
         bounds = results[0].interval if n == 1 else interval(values)
         scores[model] = _Scored(mean, bounds, values, n)
-    cells, differences = _compared(scores, baseline)
+    too_few = n == 1 and first.too_few
+    cells, differences = _compared(scores, baseline, too_few)
     return Row(
         name=f"mean_{role}",
         title=f"mean of {n} sets ({title})" if n > 1 else first.title,
@@ -185,16 +189,16 @@ class _Scored(NamedTuple):
 
 
 def _compared(
-    scores: Mapping[str, _Scored], baseline: str
+    scores: Mapping[str, _Scored], baseline: str, too_few: bool
 ) -> tuple[dict[str, Cell], dict[str, Difference]]:
     """Cells and differences by model."""
     cells, differences = {}, {}
     base = scores.get(baseline)
     for model, score in scores.items():
-        if score.value is None or score.bounds is None:
-            cells[model] = Cell(None, None, None, score.n)
+        low, high = score.bounds or (None, None)
+        cells[model] = Cell(score.value, low, high, score.n)
+        if too_few or score.value is None:
             continue
-        cells[model] = Cell(score.value, *score.bounds, score.n)
         if model != baseline and base is not None and base.value is not None:
             differences[model] = difference(
                 score.value - base.value, score.resampled, base.resampled

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from instructblip.core.files import parse_json, write_json, write_text
 from instructblip.evaluation.benchmarks import groups_of
 from instructblip.evaluation.bootstrap import (
+    LEAST_GROUPS,
     Floats,
     Interval,
     exact_interval,
@@ -81,14 +82,20 @@ class Result:
         return images if not unknown and 1 < len({*images}) < len(images) else []
 
     @property
+    def too_few(self) -> bool:
+        """Whether the groups, or the samples without groups, are too few to show a difference."""
+        return (len({*self.groups}) or self.n) < LEAST_GROUPS
+
+    @property
     def interval(self) -> Interval | None:
         """The 95 % bootstrap interval, or the exact one of samples that are all right or all wrong;
-        None where the score is not defined."""
+        None where the score is not defined, and where all resamples have the same."""
         if self.value is None:
             return None
         if self.value in (0, 100) and scorer_of(self.metric).corpus is None:
             return exact_interval(self.value, len({*self.groups}) or self.n)
-        return interval(self.resampled, self.value, self.left_out)
+        bounds = interval(self.resampled, self.value, self.left_out)
+        return None if bounds.high - bounds.low < 1e-9 else bounds  # no width is no knowledge
 
     @property
     def how(self) -> dict[str, Any]:
@@ -141,6 +148,8 @@ class Result:
         score, bounds = "not defined (one class only)", self.interval
         if bounds is not None:
             score = f"{self.value:.2f} [{bounds.low:.2f}, {bounds.high:.2f}]"
+        elif self.value is not None:
+            score = f"{self.value:.2f} (no interval)"
         blind = "; blind control" if self.blind else ""
         line = f"{self.benchmark} {score}  n {self.n}; {describe_how(self.how)}{blind}"
         lines = [_against_constant(each) for each in self.by_metric() if each.constant]
@@ -306,7 +315,8 @@ def _against_constant(result: Result) -> str:
     always = f"always {constant.answer[:60]!r} would score {constant.score:.2f}"
     if result.value is None:
         return f"{result.metric} not defined; {always}"
-    above = result.interval is not None and result.interval.low > constant.score
+    low = result.value if result.interval is None else result.interval.low
+    above = low > constant.score
     verdict = "" if above else "; NOT BETTER than this constant answer beyond chance"
     return f"{result.metric} {result.value:.2f}; {always}{verdict}"
 

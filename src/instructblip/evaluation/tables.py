@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructblip.core.terminal import escape
-from instructblip.evaluation.bootstrap import Difference
+from instructblip.evaluation.bootstrap import LEAST_GROUPS, Difference
 from instructblip.evaluation.compare import ROLES, Cell, Comparison, Row
 from instructblip.evaluation.result import Spread, describe_how
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 UNSEEN = "†"
 NOTE = (
-    "Brackets: 95 % bootstrap interval. Δ: difference to {baseline} on the same samples, paired "
+    "Brackets: 95 % bootstrap interval, none where all resamples score alike. Δ: difference to "
+    "{baseline} on the same samples, paired "
     f"bootstrap, * p < 0.05, ** p < 0.01. {UNSEEN}: task type never seen in tuning. "
     "(paper): published figures; no mean, since not all have every set. Other wordings: mean, "
     "lowest and highest score under other prompts of the task."
@@ -109,7 +110,8 @@ def _plain(figures: Mapping[str, float], row: Row) -> str:
 def _figure(cell: Cell | None, intervals: bool) -> str:
     if cell is None or cell.value is None:
         return "–"
-    bounds = f" [{cell.low:.1f}, {cell.high:.1f}]" if intervals else ""
+    is_shown = intervals and cell.low is not None
+    bounds = f" [{cell.low:.1f}, {cell.high:.1f}]" if is_shown else ""
     return f"{cell.value:.1f}{bounds}"
 
 
@@ -143,6 +145,8 @@ SMALL_DIFFERENCE = 2.0
 
 def _power(row: Row, n: int) -> str:
     """Which true difference to the baseline four of five such evaluations would detect."""
+    if row.too_few:
+        return f"; fewer than {LEAST_GROUPS} groups or samples, so no difference is tested"
     if not row.differences:
         return ""
     widest = max(row.differences.values(), key=lambda each: each.error)

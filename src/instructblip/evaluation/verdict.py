@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from instructblip.evaluation.bootstrap import difference
+from instructblip.evaluation.bootstrap import LEAST_GROUPS, difference
 from instructblip.evaluation.captions import CaptionTokenizer
 from instructblip.evaluation.constant import most_common
 from instructblip.evaluation.result import Result, constants_of, make_result
@@ -57,7 +57,7 @@ class Verdict:
             return Outcome.CONSTANT
         if self.blind is not None and not _clearly_better(self.after, self.blind):
             return Outcome.BLIND
-        better = _clearly_better(self.after, self.before)
+        better = _clearly_better(self.after, self.before) and not self.after.too_few
         return Outcome.BETTER if better else Outcome.UNCLEAR
 
     @property
@@ -71,6 +71,9 @@ class Verdict:
         text = SENTENCES[self.outcome]
         if self.is_better and (leak := self._leak):
             text = f"Better, but {leak}"
+        elif self.outcome is Outcome.UNCLEAR and self.after.too_few:
+            what = "groups" if self._groups else "pictures"
+            text = f"Not clearly better: fewer than {LEAST_GROUPS} {what} cannot rule out chance."
         if self.kept_start is not None and self.kept_start[1] < self.kept_start[0]:
             first, last = self.kept_start
             return (
@@ -80,6 +83,7 @@ class Verdict:
             )
         n, images = self.after.n, len({tuple(p["images"]) for p in self.after.predictions})
         count = f"{images} pictures" if n == images else f"{n} questions about {images} pictures"
+        count += f" of {self._groups} groups" if self._groups else ""
         before, after = _value(self.before), _value(self.after)
         scores = f"the answers agree by {after:.1f} of 100 after it, by {before:.1f} before"
         if self.after.metric in ("exact_match", "accuracy"):
@@ -109,6 +113,11 @@ class Verdict:
                 f"be trained on and kept back; `--group {column}` keeps them on one side."
             )
         return " ".join(filter(None, parts))
+
+    @property
+    def _groups(self) -> int:
+        """The number of groups of the data, such as patients; 0 without."""
+        return len({p["extra"].get("group") for p in self.after.predictions} - {None})
 
     @property
     def _leak(self) -> str:

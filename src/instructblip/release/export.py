@@ -348,7 +348,7 @@ def _eval_result(result: Result, view: Result) -> EvalResult | None:
     """A score of ``result``, by the metric of ``view``, as the model index has it; None where it
     is not defined."""
     bounds = view.interval
-    if view.value is None or bounds is None:
+    if view.value is None:
         return None
     return EvalResult(
         task_type="image-text-to-text",
@@ -358,7 +358,7 @@ def _eval_result(result: Result, view: Result) -> EvalResult | None:
         metric_name=f"{view.metric}, 0 to 100",
         metric_value=round(view.value, 2),
         metric_args={
-            "interval_95": [round(bounds.low, 2), round(bounds.high, 2)],
+            "interval_95": bounds and [round(bounds.low, 2), round(bounds.high, 2)],
             "samples": view.n,
             "samples_of_the_set": view.settings["of"],
         },
@@ -429,6 +429,8 @@ def _scores(results: Sequence[Result]) -> str:
         score = "not defined: one class only"
         if bounds is not None:
             score = f"{result.value:.1f} [{bounds.low:.1f}, {bounds.high:.1f}]"
+        elif result.value is not None:
+            score = f"{result.value:.1f}"
         how = describe_how(result.how)
         if (constant := result.constant) is not None:
             how += f"; always {constant.answer[:60]!r}: {constant.score:.1f}"
@@ -437,5 +439,6 @@ def _scores(results: Sequence[Result]) -> str:
     for role, mean in summarise([r for r in results if r.value is not None]).items():
         sets = f"{mean.n} set{'s' if mean.n > 1 else ''}"
         name = f"mean, {role.replace('_', '-')}"
-        lines.append(f"| {name} | {mean.value:.1f} [{mean.low:.1f}, {mean.high:.1f}] | {sets} | |")
+        bounds = "" if mean.low is None else f" [{mean.low:.1f}, {mean.high:.1f}]"
+        lines.append(f"| {name} | {mean.value:.1f}{bounds} | {sets} | |")
     return "\n".join(lines)
