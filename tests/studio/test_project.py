@@ -81,6 +81,17 @@ def test_two_windows_lose_nothing(tmp_path: Path) -> None:
     assert refused.value.current is None
 
 
+def test_two_windows_that_begin_the_same_row(tmp_path: Path) -> None:
+    project = project_of(tmp_path, images=1)
+    project.save("0.png", "q?", "")
+    row = project.save("0.png", "q?", "yellow")
+    assert row == project.save("0.png", "q?", "yellow")
+    with pytest.raises(Conflict) as refused:
+        project.save("0.png", "q?", "red")
+    assert refused.value.current == row
+    assert project.annotations() == [row]
+
+
 CSV = "file_name,question,answer,patient_id,split\na.png,q?,yes,p1,train\nb.png,q?,no,p2,val\n"
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,8 @@ def test_from_an_empty_folder_to_an_export(model_folder: Path, tmp_path: Path) -
             page.locator("#label-tab").click()
             page.locator(".tile").first.click()
             right = page.locator("#answer").input_value()
-            page.locator("#answer").fill("written while it was down")
+            enter(page, "written while it was down")
+            page.locator("#unsaved").click()
             page.locator("#state.bad").wait_for()
         port = address.split(":")[2].split("/")[0]
         with studio(folder, *arguments, port=port) as (address, process):
@@ -61,9 +63,8 @@ def test_from_an_empty_folder_to_an_export(model_folder: Path, tmp_path: Path) -
             page.locator("#state").get_by_text("Saved", exact=True).wait_for()
             table = (folder / "metadata.jsonl").read_text("utf-8")
             assert "written while it was down" in table
-            page.locator("#answer").fill(right)  # a run resumes with the answers that it began with
-            page.locator("#state").get_by_text("Saving …", exact=True).wait_for()
-            page.locator("#state").get_by_text("Saved", exact=True).wait_for()
+            enter(page, right)  # a run resumes with the answers that it began with
+            wait_saved(page)
             finish_run(page)
             scores = walker.compare()
             assert {"start", "constant", "tuned"} <= scores.keys()
@@ -89,13 +90,14 @@ def change_elsewhere(page: Page) -> None:
     right = page.locator("#answer").input_value()
     page.locator("#answer").fill(f"{right} {HTML}")
     page.evaluate("entry.version = 'older'")
+    page.locator("#answer").press("Enter")
+    page.locator("#unsaved").click()
     page.locator("#keep-theirs", has_text=right).wait_for()
     assert HTML in page.locator("#keep-mine").inner_text()
     page.locator("#keep-mine").click()
     page.locator("#state").get_by_text("Saved", exact=True).wait_for()
-    page.locator("#answer").fill(right)
-    page.locator("#state").get_by_text("Saving …", exact=True).wait_for()
-    page.locator("#state").get_by_text("Saved", exact=True).wait_for()
+    enter(page, right)
+    wait_saved(page)
 
 
 def finish_run(page: Page) -> None:
@@ -127,3 +129,128 @@ def test_a_phone(model_folder: Path, tmp_path: Path) -> None:
                 assert not walker.problems
         assert os.listdir(tmp_path / ".studio") == ["lock"], "nothing is written"  # noqa: PTH208
         assert (tmp_path / "metadata.csv").is_file()
+
+
+@pytest.fixture(scope="module")
+def opened_studio(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, str]]:
+    """A folder of images that no test shares, and the address of its studio."""
+    folder = tmp_path_factory.mktemp("studio") / "mine"
+    draw_dials(folder, 5)
+    with studio(folder, "--model", str(model_folder)) as (address, _):
+        yield folder, address
+
+
+def stored_answers(folder: Path) -> dict[str, str]:
+    lines = (folder / "metadata.jsonl").read_text("utf-8").splitlines()
+    return {row["file_name"]: row["answer"] for row in map(json.loads, lines)}
+
+
+def open_image(page: Page, name: str) -> None:
+    page.locator(f".tile[aria-label^='{name}']").click()
+    page.locator("#name", has_text=name).wait_for()
+
+
+def enter(page: Page, answer: str) -> None:
+    page.locator("#answer").fill(answer)
+    page.locator("#answer").press("Enter")
+
+
+def wait_saved(page: Page) -> None:
+    while page.evaluate("sessionStorage['instructblip-unsaved']") != "[]":
+        page.wait_for_timeout(50)
+
+
+def test_a_refused_answer_is_marked_and_can_be_chosen(opened_studio: tuple[Path, str]) -> None:
+    """Two tabs answer about one image, and neither has read the folder since."""
+    folder, address = opened_studio
+    tile = ".tile[aria-label^='dial-00.png']"
+    with browser_page("en-GB") as page:
+        Walker(page, address)
+        other = page.context.new_page()
+        Walker(other, address)
+        for tab in (page, other):
+            tab.evaluate("refresh = () => {}")
+            open_image(tab, "dial-00.png")
+            tab.locator("#question").fill("which color?")
+        enter(page, "yellow")
+        wait_saved(page)
+        enter(other, "red")
+        other.locator("#unsaved:visible").wait_for()
+        assert "!" in other.locator(tile).inner_text()
+        assert "✓" not in other.locator(tile).inner_text()
+        assert other.locator("#filters", has_text="To look at 1").count()
+        assert "red" not in other.locator("#earlier").inner_text()
+        assert stored_answers(folder)["dial-00.png"] == "yellow"
+        other.locator("#unsaved").click()
+        assert other.locator("#name").inner_text() == "dial-00.png"
+        assert "yellow" in other.locator("#keep-theirs").inner_text()
+        other.locator("#keep-mine", has_text="red").click()
+        wait_saved(other)
+        assert "✓" in other.locator(tile).inner_text()
+        assert other.locator("#unsaved").is_hidden()
+        assert stored_answers(folder)["dial-00.png"] == "red"
+
+
+def test_an_answer_of_a_removed_image_goes_when_it_is_emptied(
+    opened_studio: tuple[Path, str],
+) -> None:
+    folder, address = opened_studio
+    with browser_page("en-GB") as page:
+        Walker(page, address)
+        open_image(page, "dial-01.png")
+        page.locator("#question").fill("which color?")
+        enter(page, "blue")
+        wait_saved(page)
+        (folder / "dial-01.png").rename(folder / "away")
+        page.locator("#filters", has_text="To look at 1").wait_for()
+        page.evaluate("refresh()")
+        open_image(page, "dial-01.png")
+        enter(page, "")
+        page.locator("#unsaved").wait_for(state="hidden")
+        wait_saved(page)
+        assert "dial-01.png" not in stored_answers(folder)
+        (folder / "away").rename(folder / "dial-01.png")
+        open_image(page, "dial-01.png")
+        page.locator("#filters", has_text="To look at 0").wait_for()
+
+
+def test_what_is_refused_is_shown_and_not_tried_again(opened_studio: tuple[Path, str]) -> None:
+    folder, address = opened_studio
+    with browser_page("en-GB") as page:
+        Walker(page, address)
+        open_image(page, "dial-03.png")
+        page.locator("#question").fill("which color?")
+        (folder / "dial-03.png").rename(folder / "away")
+        enter(page, "green")
+        page.locator("#unsaved:visible").wait_for()
+        (folder / "away").rename(folder / "dial-03.png")
+        page.evaluate("refresh()")
+        page.wait_for_timeout(2500)  # longer than between two turns of the page
+        assert "dial-03.png" not in stored_answers(folder)
+        page.locator("#unsaved").click()
+        page.locator("#state.bad", has_text="there is no picture").wait_for()
+        page.locator("#answer").press("Enter")
+        wait_saved(page)
+        assert stored_answers(folder)["dial-03.png"] == "green"
+
+
+def test_a_draft_is_kept_over_a_reload_and_is_no_answer(opened_studio: tuple[Path, str]) -> None:
+    folder, address = opened_studio
+    with browser_page("en-GB") as page:
+        Walker(page, address)
+        open_image(page, "dial-02.png")
+        page.locator("#answer").fill("half typed answ")
+        page.wait_for_timeout(1000)
+        page.reload()
+        page.locator("body[data-ready]").wait_for()
+        assert page.locator("#name").inner_text() == "dial-02.png"
+        assert page.locator("#answer").input_value() == "half typed answ"
+        assert page.locator("#state").inner_text() == LABELS["draft"][0]
+        assert "half" not in page.locator("#grid").inner_text()
+        table = folder / "metadata.jsonl"
+        assert not table.is_file() or "half" not in table.read_text("utf-8")
+        enter(page, "a whole answer")
+        wait_saved(page)
+        assert stored_answers(folder)["dial-02.png"] == "a whole answer"

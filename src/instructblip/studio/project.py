@@ -206,18 +206,25 @@ class Project:
         """Write the texts of a row, on the disk when this returns; a new row without an ``id``.
 
         Returns the row, None if both texts are empty, which removes it. Raises Conflict if the row
-        has another ``version``, which is empty for a new one, and what `path_of` raises for a new
-        row; the image of a known row may be missing.
+        has another ``version``, which is empty for a new one, or if a new one asks what another row
+        answers differently; and what `path_of` raises for a new row, while the image of a known row
+        may be missing.
         """
         with self._working:
             rows = self.annotations()
-            at = next((i for i, row in enumerate(rows) if row.id == id), None) if id else None
+            question, answer = _clean(question), _clean(answer)
+            asked = (image,), question
+            at = next(
+                (i for i, r in enumerate(rows) if r.id == id or (not id and _asks(r) == asked)),
+                None,
+            )
             current = None if at is None else rows[at]
             if id and version != ("" if current is None else current.version):
                 raise Conflict(current)
+            if not id and current and current.text("answer") not in ("", answer):
+                raise Conflict(current)
             if current is None:
                 self.path_of(image)
-            question, answer = _clean(question), _clean(answer)
             row = current or self._new_row(rows, image)
             row = _with_texts(row, question, answer)
             made = row if question or answer else None
@@ -342,6 +349,10 @@ def _with_texts(row: Annotation, question: str, answer: str) -> Annotation:
     several = isinstance(data.get(column), list)
     data[column] = answer.split("\n") if several and "\n" in answer else answer
     return replace(row, data={key: value for key, value in data.items() if value != ""})
+
+
+def _asks(row: Annotation) -> tuple[tuple[str, ...], str]:
+    return row.images, row.text("question")
 
 
 def _clean(text: str) -> str:

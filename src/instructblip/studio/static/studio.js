@@ -3,7 +3,6 @@
 "use strict";
 
 const UNSAVED = "instructblip-unsaved";
-const SAVE_MS = 600;
 const POLL_MS = 1500;
 const FOLDER_TURNS = 3; // the folder is read less often than the run
 let project, run, results, selected, entry, filter = "all", lastQuestion = "", uploading = false;
@@ -18,67 +17,94 @@ const isRunning = () => run?.status === "running";
 
 // Rows: what the page knows of each, and what is not saved yet
 
-/** One question about a picture. `theirs` is what another window made of it. */
+/**
+ * One question about a picture. `stored` is what the folder has of it; other texts are a draft until
+ * they are saved. `theirs` is what another window made of it.
+ */
 class Entry {
-  constructor(image, row = {}) {
-    Object.assign(this, { image, id: "", version: "", question: "", answer: "", choices: [] }, row);
-    this.image = image;
-    this.dirty = false;
+  constructor(image, { id = "", version = "", question = "", answer = "", choices = [] } = {}) {
+    Object.assign(this, { image, id, version, question, answer, choices });
+    this.stored = { question, answer };
     this.problem = "";
-    this.theirs = this.saving = this.timer = null;
+    this.isOffline = false;
+    this.theirs = this.saving = null;
   }
 
-  /** The text has changed: save it soon. */
+  get isDraft() {
+    return this.question !== this.stored.question || this.answer !== this.stored.answer;
+  }
+
+  /** A text that waits, and that nobody writes at the moment. */
+  get isUnsaved() {
+    const isWritten = this === entry && !this.problem && !this.theirs;
+    return this.isDraft && !this.saving && !isWritten;
+  }
+
+  /** Takes the row of the folder; what is typed here and not saved stays. */
+  take({ question, answer, choices, version }) {
+    if (!this.isDraft) Object.assign(this, { question, answer, choices, version });
+    this.stored = { question, answer };
+  }
+
+  /** The text has changed. */
   touch() {
-    this.dirty = true;
     this.problem = "";
-    clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.save(), SAVE_MS);
     keepUnsaved();
     showState();
   }
 
   async save() {
-    clearTimeout(this.timer);
     while (this.saving) await this.saving;
-    const isEmpty = !this.id && !this.question.trim() && !this.answer.trim();
-    if (!this.dirty || this.theirs || isEmpty) return;
+    if (!this.isDraft || this.theirs) return;
+    if (!this.id && !this.question.trim() && !this.answer.trim()) {
+      this.stored = { question: this.question, answer: this.answer };
+      return keepUnsaved();
+    }
     this.saving = this.write();
     showState();
     await this.saving;
     this.saving = null;
     keepUnsaved();
     showState();
+    showEarlier();
     showTiles();
   }
 
   async write() {
     const { image, id, version, question, answer } = this;
-    this.dirty = false;
+    this.problem = "";
     try {
       const { row } = await post("/row", { image, id, version, question, answer });
-      this.id = row?.id ?? "";
-      this.version = row?.version ?? "";
-      this.problem = "";
+      Object.assign(this, { id: row?.id ?? "", version: row?.version ?? "", stored: { question, answer } });
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
-      this.dirty = true;
-      if (error.status === 409) this.theirs = error.answer.row ?? {};
-      else this.problem = error.message;
+      if (error.status === 409) this.disagree(error.answer.row);
+      else Object.assign(this, { problem: error.message, isOffline: !error.status });
     }
+    writes += 1;
+  }
+
+  /** Another window has changed the row, or removed it. */
+  disagree(row) {
+    const { id = "", version = "", question = "", answer = "" } = row ?? {};
+    this.theirs = { id, version, question, answer };
+    this.stored = { question, answer };
+    if (!this.isDraft) this.settle(false);
   }
 
   /** Ends a conflict: with these texts, or with the other ones. */
   settle(mine) {
-    const { id = "", version = "", question = "", answer = "" } = this.theirs;
-    Object.assign(this, { id, version, theirs: null, dirty: mine });
-    if (!mine) Object.assign(this, { question, answer });
+    const { id, version, question, answer } = this.theirs;
+    Object.assign(this, { id, version, theirs: null });
     if (mine) this.save();
+    else Object.assign(this, { question, answer });
     keepUnsaved();
     showEditor();
+    showTiles();
   }
 }
 
+let writes = 0; // what the folder had before one of them is news no more
 const entries = new Map(); // picture -> its rows
 
 function rowsOf(name) {
@@ -86,44 +112,53 @@ function rowsOf(name) {
   return entries.get(name);
 }
 
+/** Keeps drafts over a reload, the one that is written first. */
 function keepUnsaved() {
-  const all = [...entries.values()].flat().filter((one) => one.dirty);
-  sessionStorage.setItem(UNSAVED, JSON.stringify(all.map(({ image, id, version, question, answer }) => {
+  const drafts = allEntries().filter((one) => one.isDraft).sort((a, b) => (b === entry) - (a === entry));
+  sessionStorage.setItem(UNSAVED, JSON.stringify(drafts.map(({ image, id, version, question, answer }) => {
     return { image, id, version, question, answer };
   })));
 }
 
-/** What was typed before a reload and did not reach the folder. */
+/** The drafts from before a reload: only a person saves them. Returns the one that was written last. */
 function restoreUnsaved() {
-  for (const one of JSON.parse(sessionStorage.getItem(UNSAVED) ?? "[]")) {
-    const rows = rowsOf(one.image);
-    let mine = one.id && rows.find((row) => row.id === one.id);
-    if (!mine) rows.push(mine = new Entry(one.image));
-    Object.assign(mine, one);
-    mine.touch();
+  const drafts = [];
+  for (const { image, id, version, question, answer } of JSON.parse(sessionStorage.getItem(UNSAVED) ?? "[]")) {
+    const rows = rowsOf(image);
+    if (rows.some((row) => row.question === question && row.answer === answer)) continue;
+    let one = id && rows.find((row) => row.id === id);
+    if (!one) rows.push(one = new Entry(image, { id }));
+    Object.assign(one, { version, question, answer });
+    drafts.push(one);
   }
+  return drafts[0];
 }
 
-/** Takes the rows of the folder; what is typed here and not saved stays. */
+/** Takes the rows of the folder, also of images that are gone. */
 function takeRows() {
-  for (const { name, rows } of project.images) {
-    const known = new Map(rowsOf(name).filter((one) => one.id).map((one) => [one.id, one]));
-    const kept = rows.map((row) => {
-      const one = known.get(row.id) ?? new Entry(name);
-      if (!one.dirty && !one.saving) Object.assign(one, { ...row, image: name });
+  const images = new Map(project.images.map(({ name, rows }) => [name, rows]));
+  for (const name of new Set([...images.keys(), ...entries.keys()])) {
+    const known = new Map(rowsOf(name).map((one) => [one.id, one]));
+    const kept = (images.get(name) ?? []).map((row) => {
+      const one = known.get(row.id) ?? new Entry(name, row);
+      if (!one.saving) one.take(row);
       return one;
     });
     const pending = rowsOf(name).filter((one) => {
-      const isNew = !one.id && (one.dirty || one.saving || one === entry);
-      return !kept.includes(one) && (one.dirty || one.saving || isNew);
+      if (kept.includes(one)) return false;
+      if (one.id && one.isDraft && !one.saving) one.stored = { question: "", answer: "" };
+      const isBlank = !one.id && one === entry && images.has(name) && (one.isExtra || !kept.length);
+      return one.saving || one.isDraft || isBlank;
     });
     entries.set(name, [...kept, ...pending]);
+    if (!entries.get(name).length) entries.delete(name);
   }
   if (!lastQuestion) lastQuestion = mostFrequent(allEntries().map((one) => one.question))[0] ?? "";
 }
 
 const allEntries = () => [...entries.values()].flat();
-const isAnswered = (name) => rowsOf(name).some((one) => one.answer.trim());
+const isAnswered = (name) => rowsOf(name).some((one) => (one.saving ? one : one.stored).answer.trim());
+const isNoticed = (name) => findingsOf(name).length > 0 || rowsOf(name).some((one) => one.isUnsaved);
 
 function mostFrequent(texts) {
   const counts = new Map();
@@ -190,7 +225,7 @@ const findingsOf = (name) => project.findings.filter((one) => one.image === name
 function visible() {
   const names = project.images.map((one) => one.name);
   if (filter === "open") return names.filter((name) => !isAnswered(name) || name === selected);
-  if (filter === "noticed") return names.filter((name) => findingsOf(name).length);
+  if (filter === "noticed") return names.filter(isNoticed);
   return names;
 }
 
@@ -204,9 +239,18 @@ function showGrid() {
   }));
   byId("grid").setAttribute("aria-label", words("grid"));
   byId("empty").hidden = project.images.length > 0;
-  byId("filters").hidden = !project.images.length;
-  byId("filters").replaceChildren(...[["all", "all"], ["open", "open_ones"], ["noticed", "noticed"]].map(([kind, label]) => {
-    const count = { all: project.images.length, open: project.images.filter((one) => !isAnswered(one.name)).length, noticed: new Set(project.findings.map((one) => one.image)).size }[kind];
+  showTiles();
+}
+
+function showFilters() {
+  const names = project.images.map((one) => one.name);
+  const shown = [
+    ["all", "all", names.length],
+    ["open", "open_ones", names.filter((name) => !isAnswered(name)).length],
+    ["noticed", "noticed", names.filter(isNoticed).length],
+  ];
+  byId("filters").hidden = !names.length;
+  byId("filters").replaceChildren(...shown.map(([kind, label, count]) => {
     const button = element("button", `${words(label)} ${count}`, { type: "button" });
     button.setAttribute("aria-pressed", String(filter === kind));
     button.onclick = () => {
@@ -215,7 +259,6 @@ function showGrid() {
     };
     return button;
   }));
-  showTiles();
 }
 
 function makeTile({ name, shown }) {
@@ -233,23 +276,36 @@ function showTiles() {
   const order = visible();
   for (const [name, tile] of tiles) {
     const [, says, mark] = tile.children;
-    const rows = rowsOf(name).filter((one) => one.answer.trim());
-    says.textContent = rows.map((one) => one.answer.replaceAll("\n", " / ")).join(" · ") || "–";
-    says.classList.toggle("none", !rows.length);
-    const found = findingsOf(name);
-    const isBad = found.some((one) => one.bad);
-    mark.className = `mark${isBad ? " bad" : found.length ? " look" : ""}`;
-    mark.textContent = found.length ? "!" : "✓";
-    mark.hidden = !found.length && !rows.length;
-    tile.setAttribute("aria-label", `${name}: ${says.textContent}${found.length ? ` (${words("noticed")})` : ""}`);
+    const answers = rowsOf(name).map((one) => (one.saving ? one : one.stored).answer).filter((text) => text.trim());
+    says.textContent = answers.map((text) => text.replaceAll("\n", " / ")).join(" · ") || "–";
+    says.classList.toggle("none", !answers.length);
+    const isBad = findingsOf(name).some((one) => one.bad);
+    mark.className = `mark${isBad ? " bad" : isNoticed(name) ? " look" : ""}`;
+    mark.textContent = isNoticed(name) ? "!" : "✓";
+    mark.hidden = !isNoticed(name) && !answers.length;
+    tile.setAttribute("aria-label", `${name}: ${says.textContent}${isNoticed(name) ? ` (${words("noticed")})` : ""}`);
     tile.setAttribute("aria-selected", String(name === selected));
     tile.tabIndex = name === (order.includes(selected) ? selected : order[0]) ? 0 : -1;
   }
-  const answers = allEntries().filter((one) => one.answer.trim()).length;
+  const answers = allEntries().filter((one) => one.stored.answer.trim()).length;
   const goal = project.worthwhile;
   byId("count").textContent = answers < goal ? fill("of_answers", answers, goal) : fill("answers_enough", answers);
   Object.assign(byId("progress"), { max: goal, value: Math.min(answers, goal) });
   byId("progress").setAttribute("aria-label", byId("count").textContent);
+  showFilters();
+  showUnsaved();
+}
+
+/** A way to the texts that are not saved, from wherever the page is. */
+function showUnsaved() {
+  const unsaved = allEntries().filter((one) => one.isUnsaved);
+  const isSeen = unsaved.every((one) => one === entry) && !byId("label-panel").hidden;
+  byId("unsaved").hidden = !unsaved.length || isSeen;
+  byId("unsaved").textContent = fill("unsaved", unsaved.length);
+  byId("unsaved").onclick = () => {
+    showTab("label");
+    pick(unsaved.find((one) => one !== entry) ?? entry, true);
+  };
 }
 
 function moveInGrid(event) {
@@ -297,20 +353,21 @@ async function addFile(file) {
 // The editor
 
 function select(name, focus = false) {
-  if (entry && entry.dirty) entry.save();
-  selected = name;
-  const rows = rowsOf(name);
-  pick(rows[0] ?? newEntry(name), focus);
+  pick(rowsOf(name)[0] ?? newEntry(name, lastQuestion), focus);
 }
 
-function newEntry(name) {
-  const made = new Entry(name, { question: lastQuestion });
+function newEntry(name, question) {
+  const made = new Entry(name, { question });
   rowsOf(name).push(made);
   return made;
 }
 
+/** Shows a row; the one that was shown before is saved. */
 function pick(one, focus = false) {
+  const before = entry;
   entry = one;
+  selected = one.image;
+  if (before && before !== one) before.save();
   showEditor();
   showTiles();
   if (matchMedia("(min-width: 901px)").matches) tiles.get(selected)?.scrollIntoView({ block: "nearest" });
@@ -342,8 +399,8 @@ function showEditor() {
   }));
   const more = element("button", words("other_question"), { type: "button", id: "more" });
   more.onclick = () => {
-    const made = newEntry(selected);
-    made.question = "";
+    const made = newEntry(selected, "");
+    made.isExtra = true;
     pick(made);
     byId("question").focus();
   };
@@ -367,16 +424,18 @@ function showState() {
   const state = byId("state");
   state.classList.toggle("bad", Boolean(entry.problem));
   state.textContent = entry.problem ? fill("not_saved", entry.problem)
-    : entry.saving || entry.dirty ? words("saving") : entry.id ? words("saved") : "";
+    : entry.saving ? words("saving") : entry.isDraft ? words("draft") : entry.id ? words("saved") : "";
   byId("conflict").hidden = !entry.theirs;
   if (entry.theirs && !byId("keep-mine").textContent) showEditor();
 }
 
 /** Answers that the same question had before, to choose with a key. */
 function showEarlier() {
+  if (!entry) return;
   const question = entry.question.trim().toLowerCase();
-  const others = allEntries().filter((one) => one !== entry && one.question.trim().toLowerCase() === question);
-  const frequent = mostFrequent(others.map((one) => one.answer.trim()));
+  const others = allEntries().filter((one) => one !== entry).map((one) => one.saving ? one : one.stored)
+    .filter((texts) => texts.question.trim().toLowerCase() === question);
+  const frequent = mostFrequent(others.map((texts) => texts.answer.trim()));
   const texts = [...new Set([...entry.choices, ...frequent])].filter((text) => text.length < 60).slice(0, 9);
   byId("earlier").replaceChildren(...texts.map((text, at) => {
     const button = element("button", "", { type: "button", title: words("earlier") });
@@ -399,14 +458,18 @@ function typed() {
   entry.touch();
 }
 
-/** Saves, and moves to the next picture that has no answer. */
+/** Saves, and moves to the next picture that has no answer, unless there is a choice to make. */
 function next() {
-  entry.save();
+  if (entry.theirs) {
+    byId("keep-mine").focus();
+    return;
+  }
   const names = project.images.map((one) => one.name);
   const at = names.indexOf(selected);
   const others = [...names.slice(at + 1), ...names.slice(0, at)];
   const target = others.find((name) => !isAnswered(name)) ?? others[0];
   if (target) select(target, true);
+  else entry.save();
 }
 
 function move(step) {
@@ -547,8 +610,8 @@ async function command(path, body) {
   showTune();
 }
 
-async function saveAll() {
-  await Promise.all(allEntries().map((one) => one.save()));
+async function allSaved() {
+  await Promise.all(allEntries().map((one) => one.saving));
 }
 
 /** The loss against the step. */
@@ -714,6 +777,8 @@ function showTab(name) {
     byId(`${one}-tab`).setAttribute("aria-selected", String(one === name));
   }
   sessionStorage.setItem("instructblip-tab", name);
+  if (name !== "label") entry?.save();
+  showUnsaved();
   if (name === "try" && !tried && selected) {
     tried = selected;
     byId("try-question").value = entry?.question ?? "";
@@ -735,20 +800,29 @@ function showAll() {
   showExport();
 }
 
+/** Shows the picture of that name if it is still there, else one without an answer. */
+function openOne(name) {
+  const names = project.images.map((one) => one.name);
+  const open = names.includes(name) ? name : names.find((one) => !isAnswered(one)) ?? names[0];
+  if (open) return select(open);
+  entry = selected = undefined;
+  showEditor();
+}
+
 /** Reads the run again, and the folder unless it is to be left out. */
 async function refresh(withFolder = true) {
-  const before = run;
+  const [before, since] = [run, writes];
   [project, run] = await Promise.all([withFolder ? get("") : project, get("/run")]);
   const isNews = run.folder !== before?.folder || run.status !== before?.status;
   if (isNews && (run.status === "finished" || !before || results)) results = await get("/results");
   if (!isRunning()) stopping = false;
   if (withFolder) {
-    takeRows();
+    if (since === writes) takeRows();
     showGrid();
   }
-  if (entry && !entry.dirty && !entry.saving) {
-    if (!rowsOf(selected).includes(entry)) entry = rowsOf(selected)[0] ?? newEntry(selected);
-    if (document.activeElement !== byId("answer") && document.activeElement !== byId("question")) showEditor();
+  if (entry && !entry.isDraft && !entry.saving) {
+    if (!rowsOf(selected).includes(entry)) openOne(selected);
+    else if (document.activeElement !== byId("answer") && document.activeElement !== byId("question")) showEditor();
   }
   showTune();
   if (isNews) showResults();
@@ -765,7 +839,7 @@ async function poll() {
       const isDown = !byId("banner").hidden;
       await refresh(project.scanning || isDown || turn % FOLDER_TURNS === 0);
       byId("banner").hidden = true;
-      for (const one of allEntries()) if (one.problem && one.dirty) one.save();
+      for (const one of allEntries()) if (one.problem && one.isOffline) one.save();
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       byId("banner").textContent = error.message;
@@ -826,7 +900,7 @@ function listen() {
   byId("keep-theirs").onclick = () => entry.settle(false);
   byId("take").onclick = take;
   byId("suggest").onclick = suggest;
-  byId("tune").onclick = () => saveAll().then(() => command("/tune"));
+  byId("tune").onclick = () => allSaved().then(() => command("/tune"));
   byId("resume").onclick = () => command("/tune", { resume: true });
   byId("stop").onclick = () => command("/stop");
   byId("to-compare").onclick = () => showTab("compare");
@@ -855,11 +929,10 @@ async function begin() {
   takeToken();
   listen();
   await refresh();
-  restoreUnsaved();
-  if (project.images.length) {
-    const open = project.images.find((one) => !isAnswered(one.name)) ?? project.images[0];
-    select(open.name);
-  }
+  const draft = restoreUnsaved();
+  if (draft) pick(draft, true);
+  else openOne();
+  keepUnsaved();
   showAll();
   showTab(sessionStorage.getItem("instructblip-tab") ?? "label");
   document.body.dataset.ready = "yes";
