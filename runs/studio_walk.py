@@ -2,7 +2,7 @@
 
     python -m runs.studio_walk [--out out/studio_walk] [--count 60] [a.b=c ...]
 
-Adds drawn dials, types the answers, tunes, stops, goes on, compares, asks and exports; prints the
+Adds drawn dials, types the answers, tunes, stops, resumes, compares, asks and exports; prints the
 minutes of each part, the clicks and the keys. The time of a person, who thinks, comes on top.
 """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from instructblip.data.custom.formats import group_hint
+from instructblip.data.custom.formats import group_column
 from instructblip.data.custom.rows import CustomSet
 from instructblip.data.loader import Loader
 from instructblip.data.templates import render_prompt
@@ -144,7 +144,7 @@ def test_a_column_that_looks_like_a_group_is_named(tmp_path: Path) -> None:
         list(check_recipe(recipe_with(tmp_path, EARLY_LATE, *more)))
     for patients in ("abcdefghi", "aaaaaaaaa"):
         grouped(tmp_path, *patients)
-        assert not group_hint(CustomSet("chest", "table"), tmp_path / "chest", "train")
+        assert not group_column(CustomSet("chest", "table"), tmp_path / "chest", "train")
 
 
 def test_an_own_benchmark_stops_a_run_early(

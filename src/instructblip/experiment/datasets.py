@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from instructblip.data.custom.folder import FolderSet
-from instructblip.data.custom.formats import FORMATS, custom_source, group_hint
+from instructblip.data.custom.formats import FORMATS, custom_source, group_column
 from instructblip.data.custom.remote import fetch_tree, is_remote
 from instructblip.data.custom.rows import CustomSet
 from instructblip.data.order import Mixture
@@ -364,8 +364,8 @@ def check_recipe(recipe: Recipe, decode: bool = False) -> Iterator[Diagnosis | s
         entry = recipe.data.sets[name]
         if entry.format and entry.group is None:
             custom = _custom_set(name, entry, job.root, recipe.data.root)
-            if hint := group_hint(custom, job.root, job.split):
-                warnings.warn(hint, stacklevel=2)
+            if column := group_column(custom, job.root, job.split):
+                warnings.warn(column.describe(custom.name), stacklevel=2)
         yield check_dataset(
             dataset,
             evaluated=shown,

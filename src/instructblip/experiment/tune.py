@@ -14,7 +14,7 @@ from instructblip.core import distributed
 from instructblip.core.files import read_json, write_json, write_text
 from instructblip.core.version import __version__
 from instructblip.data.custom.folder import FolderSet, Sides, SplitBy, read_sides
-from instructblip.data.custom.formats import group_column, group_hint
+from instructblip.data.custom.formats import group_column
 from instructblip.data.custom.rows import CustomSet
 from instructblip.data.templates import TEMPLATES_ZH, Language, language_of
 from instructblip.evaluation.benchmarks import Benchmark
@@ -143,9 +143,9 @@ def tune(
         if distributed.is_main():
             print(describe(sides, language, group), flush=True)
             own = CustomSet(SET, "imagefolder")
-            if group is None and (hint := group_hint(own, root, "train")):
-                print(hint, flush=True)
             column = group_column(own, root, "train") if group is None else None
+            if column:
+                print(column.describe(SET), flush=True)
             write_json(
                 out / HELD_BACK,
                 {

@@ -1,7 +1,7 @@
 """Runs of a studio: commands of `instructblip` as processes, and their state, read from files.
 
-A run has a folder ``tuned``, ``tuned-2``, ... and is never replaced. Its process has a session of
-its own and keeps the lock ``.studio/job``, so it survives the server, and a server that starts
+A run has a folder ``tuned``, ``tuned-2``, ... and is never replaced. Its process has a separate
+session and keeps the lock ``.studio/job``, so it survives the server, and a server that starts
 later sees it.
 """
 

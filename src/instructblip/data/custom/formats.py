@@ -122,6 +122,14 @@ class GroupColumn(NamedTuple):
     values: int
     rows: int
 
+    def describe(self, name: str) -> str:
+        """The line about it for the data set ``name``."""
+        return (
+            f"{name}: column {self.heading!r} looks like a group, with {self.values} values in "
+            f"{self.rows} rows; `--group {self.heading}` of tune, or `group: {self.heading}` in a "
+            "recipe, lets no value be on two sides of a split"
+        )
+
 
 def group_column(custom: CustomSet, root: Path, split: str) -> GroupColumn | None:
     """The column that looks like a group: by its heading, and since rows share values; None without
@@ -140,17 +148,6 @@ def group_column(custom: CustomSet, root: Path, split: str) -> GroupColumn | Non
         if 1 < len(count) < count.total():
             return GroupColumn(heading, len(count), count.total())
     return None
-
-
-def group_hint(custom: CustomSet, root: Path, split: str) -> str:
-    """The line about the `group_column`; empty without one."""
-    if (column := group_column(custom, root, split)) is None:
-        return ""
-    return (
-        f"{custom.name}: column {column.heading!r} looks like a group, with {column.values} values "
-        f"in {column.rows} rows; `--group {column.heading}` of tune, or `group: {column.heading}` "
-        "in a recipe, lets no value be on two sides of a split"
-    )
 
 
 def has_split_column(root: Path) -> bool:
