@@ -96,7 +96,8 @@ def test_value_that_never_closes_is_bounded(
 
 def test_missing_images_stop_or_are_counted(tmp_path: Path) -> None:
     root = write_vqa(tmp_path / "vqav2", 8)
-    (root / "images" / "COCO_train2014_000000000002.jpg").unlink()
+    lost = root / "images" / "COCO_train2014_000000000002.jpg"
+    lost.rename(lost.with_suffix(".JPG"))
     with pytest.raises(ValueError, match=r"(?s)2 of 8 samples are bad.*questions\.json:record 4: "):
         prepare("vqav2", root, "train", tmp_path / "out")
     assert not (tmp_path / "out" / "vqav2" / "train").exists()
@@ -109,7 +110,8 @@ def test_missing_images_stop_or_are_counted(tmp_path: Path) -> None:
     lines = (data.path / "bad_samples.jsonl").read_text().splitlines()
     bad = [json.loads(line) for line in lines]
     assert [line["record"] for line in bad] == ["record 4", "record 5"]
-    assert "000000000002.jpg does not exist" in bad[0]["reason"]
+    ending = f"000000000002.jpg does not exist; did you mean {lost.stem}.JPG?"
+    assert bad[0]["reason"].endswith(ending)
 
 
 def test_training_example_without_answers(tmp_path: Path) -> None:

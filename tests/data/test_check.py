@@ -165,6 +165,15 @@ def test_faults_of_texts(tmp_path: Path, tokens: Tokens):
     assert [line["index"] for line in bad_samples(dataset)] == [1, 1, 2, 3, 5]
 
 
+def test_an_answer_that_looks_misspelled_is_suspect_and_trained_on(tmp_path: Path):
+    rows = [{"question": "what?", "answers": [{"answer": "cup"}]} for _ in range(20)]
+    rows[4]["answers"] = [{"answer": "cupp"}]
+    diagnosis = check_dataset(prepare_vizwiz(tmp_path, rows))
+    assert diagnosis.left_out == ()
+    assert diagnosis.kinds == {"misspelling": 1}
+    assert any("misspelling: 'cupp', 19 times 'cup'" in line for line in diagnosis.shown)
+
+
 def test_samples_that_exceed_the_context(tmp_path: Path):
     tokens = Tokens(llama_like())
     dataset = prepare_vizwiz(tmp_path, [{}, {"question": "is it red? " * 9}])

@@ -172,6 +172,26 @@ def test_all_bad_rows_are_listed_at_once(tmp_path: Path) -> None:
         read_folder(tmp_path / "absent")
 
 
+def test_the_near_name_of_an_image_that_is_not_there_is_named_and_not_read(tmp_path: Path) -> None:
+    names = ["0.jpg", "other.PNG", "absent.png", "sub/0.png"]
+    rows = [{"file_name": name, "caption": "a"} for name in names]
+    write_folder(tmp_path, rows, images=1)
+    write_picture(tmp_path / "Other.png")
+    with pytest.raises(ValueError, match="4 of 4 examples are bad") as error:
+        read_folder(tmp_path)
+    ends = [line.rpartition("; ")[2] for line in str(error.value).splitlines()[1:]]
+    assert ends[:2] == ["did you mean 0.png?", "did you mean Other.png?"]
+    assert not any("did you mean" in end for end in ends[2:])
+
+
+def test_an_answer_that_looks_misspelled_is_named_with_its_row(tmp_path: Path) -> None:
+    rows = [{"file_name": f"{n}.png", "question": "?", "answer": "green"} for n in range(30)]
+    rows[7]["answer"] = "gren"
+    text = describe(read_sides(write_folder(tmp_path, rows, images=30)), "en")
+    line = "1 answer looks like a misspelling: 'gren' (metadata.jsonl:line 8), 29 times 'green'"
+    assert line in text.splitlines()
+
+
 def test_lines_without_json_and_rows_without_a_split_are_listed_too(tmp_path: Path) -> None:
     row = '{"file_name": "0.png", "caption": "a", "split": "%s"}'
     lines = [row % "train", "{", row % "fold3", '{"file_name": "0.png", "caption": "a"}', "[1]"]

@@ -13,6 +13,7 @@ import yaml
 from instructblip.core import distributed
 from instructblip.core.files import read_json, write_json, write_text
 from instructblip.core.version import __version__
+from instructblip.data.answers import describe_misspellings, misspellings
 from instructblip.data.custom.folder import FolderSet, Sides, SplitBy, read_sides
 from instructblip.data.custom.formats import group_column
 from instructblip.data.custom.rows import CustomSet
@@ -230,6 +231,9 @@ def describe(sides: Sides, language: Language, group: str | None = None) -> str:
     ]
     if sides.test:
         lines.append(f"{len(sides.validation)} more choose the best step")
+    rows = [example for side in sides.all for example in side.examples]
+    if misspelled := describe_misspellings(misspellings(rows)):
+        lines.append(misspelled)
     if language == "zh":
         lines.append("the answers are Chinese: Chinese templates and prompts are used")
     held_sides = {"held-back pictures": sides.final}

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from instructblip.core.batch import Example
+from instructblip.data.answers import placeholders
 from instructblip.data.custom.formats import (
     has_split_column,
     is_metadata,
@@ -18,9 +19,14 @@ from instructblip.data.custom.formats import (
 )
 from instructblip.data.custom.rows import CustomSet, Row
 from instructblip.data.images import load_image
-from instructblip.data.prepared.check import placeholders
 from instructblip.data.prepared.near import Look, look_of, near_duplicates
-from instructblip.data.reading.records import IMAGE_SUFFIXES, walk_files
+from instructblip.data.reading.records import (
+    IMAGE_SUFFIXES,
+    image_stem,
+    images_by_stem,
+    list_folder,
+    walk_files,
+)
 from instructblip.data.reading.splits import SPLITS
 
 SplitBy = Literal["images", "column", "files"]
@@ -70,6 +76,11 @@ class Sides:
     def final(self) -> FolderSet:
         """The side that scores are reported on."""
         return self.test or self.validation
+
+    @property
+    def all(self) -> list[FolderSet]:
+        """The sides that there are."""
+        return [self.training, self.validation, *filter(None, [self.test])]
 
     @cached_property
     def lookalikes(self) -> list[tuple[str, str]]:
@@ -204,7 +215,7 @@ def _checked(rows: Sequence[Example | ValueError], root: Path, answered: bool = 
     looks: dict[str, Look] = {}
     problems = [problem for row in rows if (problem := _problem(row, root, looks, answered))]
     if problems:
-        listed = problems[:MAX_LISTED]
+        listed = [problem.describe() for problem in problems[:MAX_LISTED]]
         if more := len(problems) - len(listed):
             listed.append(f"and {more} more")
         lines = "".join(f"\n  {line}" for line in listed)
@@ -241,22 +252,40 @@ def _why_no_answers(root: Path) -> str:
     )
 
 
-def _problem(row: Example | ValueError, root: Path, looks: dict[str, Look], answered: bool) -> str:
-    """Why a row cannot be used, with its file and place; empty when it can. Adds the looks of its
+class _Problem(NamedTuple):
+    reason: str
+    absent: Path | None = None
+    """The image that does not exist."""
+
+    def describe(self) -> str:
+        """The reason, with the name of an image that may be meant."""
+        if self.absent is None or not self.absent.parent.is_dir():
+            return self.reason
+        names = [path.name for path in list_folder(self.absent.parent)]
+        near = images_by_stem(names).get(image_stem(self.absent.name))
+        return self.reason + (f"; did you mean {near}?" if near else "")
+
+
+def _problem(
+    row: Example | ValueError, root: Path, looks: dict[str, Look], answered: bool
+) -> _Problem | None:
+    """Why a row cannot be used, with its file and place; None when it can. Adds the looks of its
     images to ``looks``."""
     if isinstance(row, ValueError):
-        return str(row)
+        return _Problem(str(row))
     if answered and not row.answers:
-        return f"{row.where}: no caption and no answer"
+        return _Problem(f"{row.where}: no caption and no answer")
     for reason in placeholders(row):
-        return f"{row.where}: {reason}"
-    try:
-        for name in row.images:
-            if name not in looks:
-                looks[name] = look_of(load_image(name, root))
-    except (ValueError, FileNotFoundError) as error:
-        return f"{row.where}: {error}"
-    return ""
+        return _Problem(f"{row.where}: {reason}")
+    for name in row.images:
+        if name in looks:
+            continue
+        try:
+            looks[name] = look_of(load_image(name, root))
+        except (ValueError, FileNotFoundError) as error:
+            absent = root / name if isinstance(error, FileNotFoundError) else None
+            return _Problem(f"{row.where}: {error}", absent)
+    return None
 
 
 def split_by_image(folder: FolderSet, share: float = 0.2) -> tuple[FolderSet, FolderSet]:

@@ -9,7 +9,6 @@ that has changed since.
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from instructblip.core.batch import IMAGE_MARK, Example
 from instructblip.core.files import read_json, read_json_lines, replacing, write_json
+from instructblip.data.answers import misspellings, placeholders
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset
 from instructblip.data.prepared.images import FACTS_FILE, ImageFact, first_changed, read_facts
 from instructblip.data.prepared.near import ALIKE, NEAR, Look, NearPair, near_duplicates
@@ -45,16 +45,6 @@ LEAKED = "leaked image"
 """A training image that an evaluation set shows as well: left out only with ``drop_leaked``."""
 
 NEEDS_QUESTION = {"vqa", "multiple_choice", "read", "statement", "ask", "dialogue", "instruct"}
-
-_PLACEHOLDER = re.compile(
-    r"#(n/a|(ref|value|div/0|num|null)!|name\?)|"
-    r"\W*(null|nan|undefined|todo|tbd|fixme|unk|lorem ipsum.*|placeholder|"
-    r"(insert|your|the)[ _](answer|caption|text|question|response)([ _]here)?|"
-    r"[<\[{](answer|caption|text|question|response|label)[>\]}])\W*",
-    re.IGNORECASE | re.DOTALL,
-)
-_NO_CAPTION = re.compile(r"\W*(none|n/a)\W*", re.IGNORECASE)
-"""Valid answers to a question, but empty cells where there is no question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,11 +279,13 @@ def _findings(
     # Where a content or an id occurs first, by its hash: millions of texts would fill the memory.
     contents: dict[int, int] = {}
     ids: dict[int, int] = {}
+    misspelled = {each.index: each.reason for each in misspellings(dataset)}
     for i, example in enumerate(dataset):
         faults = list(_faults(example, dataset.image_root, facts, evaluated, max_images))
         if tokens is not None:
             faults += too_long(example, tokens, context)
         faults += [(NEAR_DUPLICATE, near[name]) for name in example.images if name in near]
+        faults += [("misspelling", misspelled[i])] if i in misspelled else []
         noted = [(name, note) for name in example.images if (note := notes.get(name))]
         faults += [(kind, f"{name}: {reason}") for name, (kind, reason) in noted]
         images = tuple(facts[name].sha256 for name in example.images)
@@ -351,16 +343,6 @@ def _faults(
         yield "placeholder", reason
     if (marks := example.num_marks) > (count := len(example.images)):
         yield TOO_MANY_MARKS, f"the texts have {marks} {IMAGE_MARK} and the example {count} images"
-
-
-def placeholders(example: Example) -> Iterator[str]:
-    """Why an example has a placeholder in place of its question or of all its answers."""
-    if _PLACEHOLDER.fullmatch(example.question):
-        yield f"the question is {example.question[:80]!r}, a placeholder"
-    patterns = (_PLACEHOLDER,) if example.question.strip() else (_PLACEHOLDER, _NO_CAPTION)
-    answers = example.answers
-    if answers and all(any(p.fullmatch(answer) for p in patterns) for answer in answers):
-        yield f"the answer is {answers[0][:80]!r}, a placeholder"
 
 
 def too_long(

@@ -51,7 +51,7 @@ from instructblip.data.prepared.dataset import (
 from instructblip.data.prepared.images import FACTS_FILE, read_facts, summary, update_facts
 from instructblip.data.reading.members import file_of
 from instructblip.data.reading.opened import FilesRead, check_file, note_files
-from instructblip.data.reading.records import image_name, walk_files
+from instructblip.data.reading.records import image_name, image_stem, images_by_stem, walk_files
 from instructblip.data.sources import Source, source_of
 
 BAD_FILE = "bad_samples.jsonl"
@@ -304,6 +304,7 @@ class _ImageNames:
         self.root = root
         self._folders: dict[str, frozenset[str]] = {}
         self._unreadable: dict[str, str] = {}  # the folder -> why
+        self._by_stem: dict[str, dict[str, str]] = {}  # the folder -> its images
 
     def __contains__(self, name: str) -> bool:
         name = file_of(name)
@@ -327,7 +328,11 @@ class _ImageNames:
         folder = name.rpartition("/")[0]
         if reason := self._unreadable.get(folder):
             return "unreadable folder", f"folder {self.root / folder} {reason}"
-        return "missing image", f"image {self.root / name} does not exist"
+        if folder not in self._by_stem:
+            self._by_stem[folder] = images_by_stem(self._folders.get(folder, ()))
+        near = self._by_stem[folder].get(image_stem(name))
+        hint = f"; did you mean {near}?" if near else ""
+        return "missing image", f"image {self.root / name} does not exist{hint}"
 
 
 class _Rows:

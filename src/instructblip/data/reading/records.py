@@ -9,7 +9,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -60,6 +60,20 @@ def list_folder(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError as error:
         raise _unreadable(error) from None
+
+
+def image_stem(name: str) -> str:
+    """What a file name has in common with that of the same image in another format or case."""
+    return posixpath.splitext(posixpath.basename(name))[0].casefold()
+
+
+def images_by_stem(names: Iterable[str]) -> dict[str, str]:
+    """The image files among ``names``, each under its ``image_stem``."""
+    return {
+        image_stem(name): name
+        for name in names
+        if posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    }
 
 
 def walk_files(folder: Path) -> list[Path]:
