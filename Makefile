@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup test check format quickstart quickstart-real site sbom audit clean
+.PHONY: setup setup-hashed test check format quickstart quickstart-real site sbom audit hashes clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -15,6 +15,17 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt hatchling editables
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
+
+# As `setup`, but each file has to be one of hashes.txt. torch comes from the index of your choice: TORCH=... is
+# what pip installs, e.g. TORCH=/path/to/torch.whl.
+TORCH ?= torch
+setup-hashed:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --require-hashes --no-deps -r hashes.txt
+	$(BIN)/python -m pip install -q -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check
+	@touch $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -45,6 +56,9 @@ sbom: $(READY)
 
 audit: $(READY)
 	$(BIN)/python .ci/supply.py audit
+
+hashes: $(READY)
+	$(BIN)/python .ci/supply.py hashes hashes.txt
 
 clean:
 	rm -rf .venv build dist

@@ -1,7 +1,8 @@
-"""What is installed, and what is known to be wrong with it.
+"""What is installed, what is known to be wrong with it, and the files it may come from.
 
     python .ci/supply.py sbom build/sbom.json    CycloneDX 1.5: the packages of this environment
     python .ci/supply.py audit                   asks the advisory database OSV about them
+    python .ci/supply.py hashes hashes.txt       asks PyPI for the files of the pinned versions
 
 `audit` exits with 0 if no advisory is known, 1 if there are some, and 2 if nobody was asked.
 """
@@ -15,7 +16,20 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
 
+from packaging.utils import parse_sdist_filename, parse_wheel_filename
+from packaging.version import Version
+
 DATABASE = "https://api.osv.dev/v1/querybatch"
+INDEX = "https://pypi.org/simple"
+PINS = Path(__file__).parents[1] / "constraints.txt"
+PER_INDEX = ("torch", "torchvision")
+"""The files of one version differ between PyPI and PyTorch's indexes for CPUs and CUDA."""
+OURS = re.compile(r"py3\d*-none|cp3\d+-abi3|cp31[1-9]-cp31[1-9]t?")
+"""The interpreter and the ABI of wheels for Python 3.11 and later."""
+HEAD = """\
+# The files of the pinned set: `make setup-hashed` installs nothing else. `make hashes` writes it.
+# torch and torchvision are not in it: docs/decisions/0040-hashes-beside-the-pinned-set.md.
+"""
 
 
 def packages() -> dict[str, Distribution]:
@@ -69,9 +83,61 @@ def audit(installed: dict[str, Distribution], database: str = DATABASE) -> int:
     return int(known > 0)
 
 
+def pins(text: str) -> list[tuple[str, str]]:
+    """The name and the version on each line of a constraints file."""
+    return re.findall(r"^([\w.-]+)==([\w.+]+)", text, re.M)
+
+
+def files_of(name: str, version: str, page: dict[str, Any]) -> list[str]:
+    """The SHA-256 of each file of this version on a page of the simple API (PEP 691).
+
+    Wheels for a Python that the package does not support are left out.
+    """
+    wanted = normal(name), Version(version)
+    chosen = []
+    for each in page["files"]:
+        try:
+            if each["filename"].endswith(".whl"):
+                *what, _, tags = parse_wheel_filename(each["filename"])
+                usable = any(OURS.fullmatch(f"{tag.interpreter}-{tag.abi}") for tag in tags)
+            else:
+                what, usable = parse_sdist_filename(each["filename"]), True
+        except ValueError:  # An egg or an installer.
+            continue
+        if tuple(what) == wanted and usable and not each.get("yanked"):
+            chosen.append(each["hashes"]["sha256"])
+    return sorted(chosen)
+
+
+def hashes(pinned: list[tuple[str, str]], index: str = INDEX) -> str:
+    """A requirements file with the hashes of every pin.
+
+    Raises:
+        OSError: The index gives no answer.
+        ValueError: The index has no file of a version.
+    """
+    lines = [HEAD]
+    for name, version in pinned:
+        if normal(name) in PER_INDEX:
+            continue
+        accept = {"Accept": "application/vnd.pypi.simple.v1+json"}
+        request = urllib.request.Request(f"{index}/{normal(name)}/", headers=accept)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            files = files_of(name, version, json.load(answer))
+        if not files:
+            raise ValueError(f"{index} has no file of {name} {version}")
+        lines.append(
+            " \\\n".join([f"{name}=={version}", *(f"    --hash=sha256:{h}" for h in files)])
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main(command: str = "", out: str = "build/sbom.json") -> int:
     if command == "audit":
         return audit(packages(), os.environ.get("OSV_URL", DATABASE))
+    if command == "hashes":
+        Path(out).write_text(hashes(pins(PINS.read_text("utf-8"))), encoding="utf-8")
+        return 0
     if command != "sbom":
         print(__doc__)
         return 2

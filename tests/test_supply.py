@@ -1,8 +1,9 @@
-"""The bill of materials of what is installed, and the audit with and without a database."""
+"""The bill of materials, the audit with and without a database, the hashes of the pins."""
 
 import http.server
 import importlib.util
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,3 +78,31 @@ def test_an_audit_without_a_database_says_so(supply: Any, monkeypatch, capsys) -
     monkeypatch.setenv("OSV_URL", "http://127.0.0.1:9/")
     assert supply.main("audit") == 2
     assert capsys.readouterr().out.startswith("NOT AUDITED: http://127.0.0.1:9/ gave no answer")
+
+
+def test_every_pin_has_the_hashes_of_its_files(supply: Any) -> None:
+    root = FILE.parents[1]
+    pinned = dict(supply.pins((root / "constraints.txt").read_text("utf-8")))
+    text = (root / "hashes.txt").read_text("utf-8")
+    entries = re.findall(r"^(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.M)
+    assert {name: version for name, version, _ in entries} == {
+        name: version for name, version in pinned.items() if name not in supply.PER_INDEX
+    }, "run `make hashes`"
+    assert len(re.findall("--hash", text)) == sum(hashes.count("--hash") for *_, hashes in entries)
+
+
+def test_hashes_are_those_of_files_that_can_be_installed(supply: Any) -> None:
+    names = [
+        "Two_Words-1.0-py3-none-any.whl",
+        "two_words-1.0-cp312-cp312-macosx_11_0_arm64.whl",
+        "two_words-1.0-cp38-abi3-win_amd64.whl",
+        "two_words-1.0.tar.gz",
+        "two_words-1.0-cp310-cp310-win_amd64.whl",
+        "two_words-1.0-py2-none-any.whl",
+        "two_words-1.0.1-py3-none-any.whl",
+        "two_words-1.0.exe",
+    ]
+    page = {"files": [{"filename": name, "hashes": {"sha256": name}} for name in names]}
+    assert supply.files_of("two-words", "1.0", page) == sorted(names[:4])
+    page["files"][0]["yanked"] = "broken"
+    assert supply.files_of("two-words", "1.0", page) == sorted(names[1:4])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from instructblip.cli import main as cli
+from instructblip.core.version import __version__
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.model.config import VisionConfig
 from instructblip.scenes import official
@@ -32,6 +33,13 @@ def test_help_lists_the_stages(capsys: pytest.CaptureFixture[str]):
     assert code == 0
     for stage in ("quickstart", "scenes", "prepare", "train", "evaluate", "compare", "report"):
         assert stage in out
+
+
+def test_the_version_names_what_a_report_of_a_fault_needs(capsys: pytest.CaptureFixture[str]):
+    code, out, _ = call(capsys, "--version")
+    assert code == 0
+    assert out.startswith(f"instructblip {__version__} (Python 3.")
+    assert f"torch {torch.__version__}" in out
 
 
 def test_help_imports_nothing_heavy():

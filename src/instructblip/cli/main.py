@@ -5,8 +5,10 @@ A user's mistake is one line and exit code 2; `--debug` shows where it was notic
 what they need when they run, so that `instructblip --help` stays fast.
 """
 
+import platform
 import sys
 import warnings
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Annotated
 
@@ -15,6 +17,7 @@ import typer
 from instructblip.cli import data, evaluation, models, tools, training
 from instructblip.core.problems import problems
 from instructblip.core.terminal import escape_output
+from instructblip.core.version import __version__
 
 app = typer.Typer(
     name="instructblip",
@@ -25,9 +28,20 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        used = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+        print(f"instructblip {__version__} (Python {platform.python_version()}, {used})")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the versions.", callback=_version, is_eager=True),
+    ] = False,
 ) -> None:
     """`--debug` is taken out of the arguments by `main`; it stands here for the help."""
 
