@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page
 
+from instructblip.experiment.tune import CHOSEN
 from instructblip.studio.app import LABELS
 from runs.screenshots import browser_page
 from runs.studio_walk import QUESTION, Walker, draw_dials, studio
+from tests.evaluation.test_verdict import ANSWERS, WRONG, verdict
 
 pytestmark = pytest.mark.skipif(
     (shutil.which("chromium") or shutil.which("google-chrome")) is None,
@@ -69,6 +71,7 @@ def test_from_an_empty_folder_to_an_export(model_folder: Path, tmp_path: Path) -
             scores = walker.compare()
             assert {"start", "constant", "tuned"} <= scores.keys()
             assert page.locator(".sample").count()
+            assert page.locator("#sentence").inner_text().endswith(CHOSEN)
             assert len(walker.ask()) == 2
             exported = walker.export()
             assert (folder / "tuned/model/config.json").is_file()
@@ -254,3 +257,32 @@ def test_a_draft_is_kept_over_a_reload_and_is_no_answer(opened_studio: tuple[Pat
         enter(page, "a whole answer")
         wait_saved(page)
         assert stored_answers(folder)["dial-02.png"] == "a whole answer"
+
+
+def test_a_verdict_has_its_reservations_in_both_languages(
+    opened_studio: tuple[Path, str],
+) -> None:
+    """In English the sentences of `tune`, with the counts in both."""
+    alike = frozenset(f"{number}.png" for number in range(9))
+    good = verdict(WRONG, ANSWERS, lookalikes=alike, group_column="patient_id")
+    facts = [*good.headline_facts, *good.caution_facts, ("chosen",)]
+    results = {"outcome": "better", "alike": True, "facts": facts, "sets": [], "samples": []}
+    shown = {}
+    with browser_page("en-GB") as page:
+        Walker(page, opened_studio[1])
+        for spoken in ("en", "zh"):
+            set_results = "([made, spoken]) => { results = made; language = spoken; showAll(); }"
+            page.evaluate(set_results, [results, spoken])
+            page.evaluate("showTab('compare')")
+            shown[spoken] = page.locator("#outcome, #sentence").all_inner_texts()
+    assert " ".join(shown["en"]) == f"{good.headline} {good.caution} {CHOSEN}"
+    title, text = shown["zh"]
+    assert title == "更好，但须谨慎"
+    for part in (
+        "40 张留出的图片中有 9 张",
+        "训练后答对 40 个，训练前答对 0 个",
+        "patient_id",
+        "略微偏高",
+    ):
+        assert part in text
+    assert "kept back" not in text

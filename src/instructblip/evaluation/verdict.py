@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from instructblip.evaluation.bootstrap import LEAST_GROUPS, difference
 from instructblip.evaluation.captions import CaptionTokenizer
@@ -21,13 +22,43 @@ class Outcome(IntEnum):
     BETTER = 4
 
 
-SENTENCES = {
-    Outcome.WORSE: "Worse: tuning on your pictures made the answers worse.",
-    Outcome.CONSTANT: "No use yet: the answers are not better than always giving the same one.",
-    Outcome.BLIND: "No use yet: the answers are as good with the wrong pictures.",
-    Outcome.UNCLEAR: "Not clearly better: the difference to the start may be chance.",
-    Outcome.BETTER: "Better: the answers are better than before, and than always giving the same.",
+TEXTS = {
+    "worse": "Worse: tuning on your pictures made the answers worse.",
+    "kept_worse": "Worse: every step of tuning on your pictures made the answers worse, so the "
+    "start was kept. On pictures kept back the score was {0} of 100 at the start and {1} at the "
+    "last step.",
+    "constant": "No use yet: the answers are not better than always giving the same one.",
+    "blind": "No use yet: the answers are as good with the wrong pictures.",
+    "unclear": "Not clearly better: the difference to the start may be chance.",
+    "few_pictures": "Not clearly better: fewer than {0} pictures cannot rule out chance.",
+    "few_groups": "Not clearly better: fewer than {0} groups cannot rule out chance.",
+    "better": "Better: the answers are better than before, and than always giving the same.",
+    "better_but": "Better, but {0}",
+    "kept": "No step was better than the start, which was kept.",
+    "alike_one": "{0} of {1} pictures kept back looks like one that was trained on: the scores may "
+    "be too high.",
+    "alike": "{0} of {1} pictures kept back look like one that was trained on: the scores may be "
+    "too high.",
+    "group": "The column {0} looks like a group, such as a patient: pictures of one may be trained "
+    "on and kept back; `--group {1}` keeps them on one side.",
+    "of": "Of {0} kept back, {1}.",
+    "pictures": "{0} pictures",
+    "questions": "{0} questions about {1} pictures",
+    "in_groups": "{0} of {1} groups",
+    "right": "{0} were answered right after it, {1} before",
+    "agree": "the answers agree by {0} of 100 after it, by {1} before",
+    "score": "the score ({0}) is {1} after it, {2} before",
 }
+"""What a verdict states. A value ``{0}`` is a number, a text, or another of these facts."""
+
+Fact = tuple[Any, ...]
+"""A key of ``TEXTS``, and its values."""
+
+
+def in_words(fact: Fact) -> str:
+    """The English of a fact."""
+    key, *values = fact
+    return TEXTS[key].format(*(in_words(v) if isinstance(v, tuple) else v for v in values))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,33 +99,50 @@ class Verdict:
     @property
     def headline(self) -> str:
         """The outcome and the scores that show it, in two or three sentences."""
-        text = SENTENCES[self.outcome]
-        if self.is_better and (leak := self._leak):
-            text = f"Better, but {leak}"
-        elif self.outcome is Outcome.UNCLEAR and self.after.too_few:
-            what = "groups" if self._groups else "pictures"
-            text = f"Not clearly better: fewer than {LEAST_GROUPS} {what} cannot rule out chance."
+        return " ".join(map(in_words, self.headline_facts))
+
+    @property
+    def caution(self) -> str:
+        """Why the scores may be too high, where the headline does not state it, and what to do;
+        empty without a reason."""
+        return " ".join(map(in_words, self.caution_facts))
+
+    @property
+    def headline_facts(self) -> list[Fact]:
+        """The facts of the headline."""
         if self.kept_start is not None and self.kept_start[1] < self.kept_start[0]:
             first, last = self.kept_start
-            return (
-                "Worse: every step of tuning on your pictures made the answers worse, so the start "
-                f"was kept. On pictures kept back the score was {first:.1f} of 100 at the start "
-                f"and {last:.1f} at the last step."
-            )
+            return [("kept_worse", f"{first:.1f}", f"{last:.1f}")]
+        outcome: Fact = (self.outcome.name.lower(),)
+        if self.is_better and self._leak:
+            outcome = ("better_but", *self._leak)
+        elif self.outcome is Outcome.UNCLEAR and self.after.too_few:
+            outcome = ("few_groups" if self._groups else "few_pictures", LEAST_GROUPS)
+        facts = [outcome, ("of", self._count, self._scores)]
+        return facts if self.kept_start is None else [*facts, ("kept",)]
+
+    @property
+    def caution_facts(self) -> list[Fact]:
+        """The facts of the caution."""
+        facts = [] if self.is_better else self._leak
+        if column := self.group_column:
+            facts = [*facts, ("group", repr(column), column)]
+        return facts
+
+    @property
+    def _count(self) -> Fact:
         n, images = self.after.n, len({tuple(p["images"]) for p in self.after.predictions})
-        count = f"{images} pictures" if n == images else f"{n} questions about {images} pictures"
-        count += f" of {self._groups} groups" if self._groups else ""
+        count = ("pictures", images) if n == images else ("questions", n, images)
+        return ("in_groups", count, self._groups) if self._groups else count
+
+    @property
+    def _scores(self) -> Fact:
         before, after = _value(self.before), _value(self.after)
-        scores = f"the answers agree by {after:.1f} of 100 after it, by {before:.1f} before"
         if self.after.metric in ("exact_match", "accuracy"):
-            right, earlier = _right(self.after), _right(self.before)
-            scores = f"{right} were answered right after it, {earlier} before"
-        elif self.after.metric != "rouge_l":
-            scores = f"the score ({self.after.metric}) is {after:.1f} after it, {before:.1f} before"
-        text += f" Of {count} kept back, {scores}."
-        if self.kept_start is not None:
-            text += " No step was better than the start, which was kept."
-        return text
+            return "right", _right(self.after), _right(self.before)
+        if self.after.metric == "rouge_l":
+            return "agree", f"{after:.1f}", f"{before:.1f}"
+        return "score", self.after.metric, f"{after:.1f}", f"{before:.1f}"
 
     @property
     def alike(self) -> tuple[int, int]:
@@ -103,32 +151,14 @@ class Verdict:
         return len(images & self.lookalikes), len(images)
 
     @property
-    def caution(self) -> str:
-        """Why the scores may be too high, where the headline does not state it, and what to do;
-        empty without a reason."""
-        parts = [] if self.is_better else [self._leak]
-        if column := self.group_column:
-            parts.append(
-                f"The column {column!r} looks like a group, such as a patient: pictures of one may "
-                f"be trained on and kept back; `--group {column}` keeps them on one side."
-            )
-        return " ".join(filter(None, parts))
-
-    @property
     def _groups(self) -> int:
         """The number of groups of the data, such as patients; 0 without."""
         return len({p["extra"].get("group") for p in self.after.predictions} - {None})
 
     @property
-    def _leak(self) -> str:
+    def _leak(self) -> list[Fact]:
         alike, count = self.alike
-        if not alike:
-            return ""
-        look = "looks" if alike == 1 else "look"
-        return (
-            f"{alike} of {count} pictures kept back {look} like one that was trained on: the "
-            "scores may be too high."
-        )
+        return [("alike_one" if alike == 1 else "alike", alike, count)] if alike else []
 
     @property
     def baselines(self) -> str:

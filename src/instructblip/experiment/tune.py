@@ -48,7 +48,7 @@ more epochs."""
 BLIND_SEED = 0
 HELD_BACK = "held_back.json"
 """The file beside the run about what was held back: its images that look like one that is trained
-on, and a column that looks like a group and did not split."""
+on, a column that looks like a group and did not split, and whether no step was chosen by it."""
 CHOSEN = (
     "The step that is kept is the one with the best score on some of these same examples, which "
     "makes the figure after a little too high; the interval does not cover this choice."
@@ -152,6 +152,7 @@ def tune(
                 {
                     "lookalikes": sorted({held for _, held in sides.lookalikes}),
                     "group_column": column.heading if column else "",
+                    "unseen": sides.test is not None,
                 },
             )
             if not (resume and (out / RECIPE_FILE).is_file()):
@@ -302,8 +303,7 @@ def verdicts_of(
     best_step: int | None,
 ) -> list[Verdict]:
     """The verdict on each benchmark of the tuning in ``out``; ``blind`` may lack some of them."""
-    file = out / HELD_BACK
-    held = read_json(file) if file.is_file() else {"lookalikes": [], "group_column": ""}
+    held = read_held_back(out)
     kept = kept_start(out / "run", best_step)
     swapped = {each.benchmark: each for each in blind}
     return [
@@ -318,6 +318,13 @@ def verdicts_of(
         )
         for old, new in zip(before, after, strict=True)
     ]
+
+
+def read_held_back(out: Path) -> dict[str, Any]:
+    """What is known of what the tuning in ``out`` held back."""
+    known = {"lookalikes": [], "group_column": "", "unseen": False}
+    file = out / HELD_BACK
+    return known | (read_json(file) if file.is_file() else {})
 
 
 def write_verdict(

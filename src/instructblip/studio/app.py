@@ -15,7 +15,8 @@ from starlette.concurrency import run_in_threadpool
 
 from instructblip.data.custom.folder import LEAST_IMAGES
 from instructblip.data.templates import TEMPLATES_ZH
-from instructblip.experiment.tune import MEASURES
+from instructblip.evaluation.verdict import TEXTS
+from instructblip.experiment.tune import CHOSEN, MEASURES, UNSEEN
 from instructblip.inference.engine import Engine
 from instructblip.serving.api import create_app
 from instructblip.serving.config import ServeConfig
@@ -32,9 +33,11 @@ from instructblip.studio.runs import Runs
 PATH = "/studio"
 API = "/v1/studio"
 STATIC = Path(__file__).with_name("static")
+CHINESE = yaml.safe_load((STATIC / "chinese.yaml").read_text(encoding="utf-8"))
+FACTS = {**TEXTS, "chosen": CHOSEN, "unseen": UNSEEN}
 LABELS: dict[str, tuple[str, str]] = yaml.safe_load(
     (STATIC / "labels.yaml").read_text(encoding="utf-8")
-)
+) | {f"fact_{key}": (text, CHINESE["facts"][key]) for key, text in FACTS.items()}
 """English and Chinese of every text of the page."""
 WORTHWHILE = 20
 """Answers from which tuning can be expected to help."""

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 from instructblip.core.files import is_locked, locked, read_json, write_json
 from instructblip.evaluation.result import RESULT, Result
 from instructblip.evaluation.verdict import Verdict, worst
-from instructblip.experiment.tune import verdicts_of
+from instructblip.experiment.tune import read_held_back, verdicts_of
 from instructblip.recipe.load import read_values
 from instructblip.recipe.schema import RECIPE_FILE
 from instructblip.studio.project import Project
@@ -309,8 +309,12 @@ def _results(run: Path) -> dict[str, Any]:
     return {
         "folder": str(run),
         "outcome": first.outcome.name.lower(),
-        "sentence": " ".join(filter(None, (first.headline, first.caution))),
-        "alike": first.alike,
+        "alike": first.alike[0] > 0,
+        "facts": [
+            *first.headline_facts,
+            *first.caution_facts,
+            ("unseen" if read_held_back(run)["unseen"] else "chosen",),
+        ],
         "sets": [_bars(verdict) for verdict in verdicts],
         "samples": [row for each in sets for row in _samples(each)][:SHOWN_SAMPLES],
     }
@@ -333,9 +337,12 @@ def _bars(verdict: Verdict) -> dict[str, Any]:
             bounds = result.interval
             low_high = None if bounds is None else (bounds.low, bounds.high)
             bars.append({"name": name, "value": result.value, "interval": low_high})
-    return {"title": after.title, "metric": after.metric, "n": after.n, "bars": bars} | {
+    return {
+        "n": after.n,
+        "bars": bars,
         "answer": answer,
         "right": after.metric in ("exact_match", "accuracy"),
+        "facts": [*verdict.headline_facts, *verdict.caution_facts],
     }
 
 

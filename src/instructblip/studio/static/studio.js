@@ -650,15 +650,19 @@ function showResults() {
   byId("compare-empty").hidden = Boolean(results);
   byId("compared").hidden = !results;
   if (!results) return;
-  const isAlike = results.alike[0] > 0;
-  const title = words(`outcome_${isAlike && results.outcome === "better" ? "alike" : results.outcome}`);
+  const title = words(`outcome_${results.alike && results.outcome === "better" ? "alike" : results.outcome}`);
   byId("outcome").textContent = title;
   byId("outcome").className = results.outcome;
-  const english = results.sentence.replace(new RegExp(`^${title}:? `), "");
-  const chinese = words(`sentence_${results.outcome}`) + (isAlike ? fill("sentence_alike", ...results.alike) : "");
-  byId("sentence").textContent = language === "zh" ? chinese : english[0].toUpperCase() + english.slice(1);
+  const text = sentences(results.facts).replace(new RegExp(`^${title}:? `), "");
+  byId("sentence").textContent = text[0].toUpperCase() + text.slice(1);
   byId("sets").replaceChildren(...results.sets.map(showBars));
   byId("samples").replaceChildren(...results.samples.map(showSample));
+}
+
+/** What a verdict states, each with its values, which may be such facts as well. */
+function sentences(facts) {
+  const sentence = ([key, ...values]) => fill(`fact_${key}`, ...values.map((one) => Array.isArray(one) ? sentence(one) : one));
+  return facts.map(sentence).join(language === "zh" ? "" : " ");
 }
 
 function showBars(set) {
@@ -680,6 +684,7 @@ function showBars(set) {
     }
     list.append(row, bar);
   }
+  if (results.sets.length > 1) card.append(element("p", sentences(set.facts), { className: "note" }));
   return card;
 }
 
