@@ -19,6 +19,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -177,6 +178,55 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
 }
 """Single requests: the path and the body. White space in front of a mark of an image was searched
 in quadratic time."""
+
+
+def scans(count: int = 12_000, side: int = 1024) -> bytes:
+    """A progressive JPEG whose last scan, which changes nothing, is there ``count`` times more."""
+    file = io.BytesIO()
+    Image.new("RGB", (side, side)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data[data.rfind(b"\xff\xda") : -2]
+    return data[:-2] + last * count + data[-2:]
+
+
+def exif_segments(count: int = 12_000) -> bytes:
+    """A JPEG with many segments of Exif, which Pillow joins one by one."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "JPEG")
+    content = b"Exif\0\0" + bytes(1000)
+    segment = struct.pack(">BBH", 0xFF, 0xE1, len(content) + 2) + content
+    return file.getvalue()[:2] + segment * count + file.getvalue()[2:]
+
+
+def gif_comments(count: int = 20_000) -> bytes:
+    """A GIF with a comment of many blocks, which Pillow joins one by one."""
+    file = io.BytesIO()
+    Image.new("1", (32, 32)).save(file, "GIF")
+    data = file.getvalue()
+    at = 13 + (3 << (data[10] & 7) + 1 if data[10] & 128 else 0)
+    return data[:at] + b"!\xfe" + (b"\xff" + b"c" * 255) * count + b"\0" + data[at:]
+
+
+IMAGES: dict[str, Callable[[], bytes]] = {
+    "image-scans": scans,
+    "image-exif": exif_segments,
+    "image-comments": gif_comments,
+}
+
+
+def costly(server: Server, image: bytes) -> Row:
+    """An image that costs a decoder seconds, and what Pillow alone needs for it."""
+    began = time.process_time()
+    with Image.open(io.BytesIO(image)) as opened:
+        opened.load()
+    alone = time.process_time() - began
+    url = "data:image/png;base64," + base64.b64encode(image).decode()
+    rank = {"images": [url], "instruction": "what is it?", "candidates": ["a", "b"]}
+    body = json.dumps(rank).encode()
+    text, stopped = post(server, RANK, body)
+    _, reason = server.ask("POST", RANK, body)
+    refused = "expected at most" in reason
+    return f"Pillow alone {alone:.1f} s; {text}", stopped and refused
 
 
 def prompts(server: Server) -> Row:
@@ -437,6 +487,9 @@ def key_guesses(engine: Engine) -> Row:
 SERVER: dict[str, Callable[[Server], Row]] = {
     name: lambda server, path=path, body=body: post(server, path, body())
     for name, (path, body) in BODIES.items()
+}
+SERVER |= {
+    name: lambda server, image=image: costly(server, image()) for name, image in IMAGES.items()
 }
 SERVER |= {
     "prompts": prompts,
