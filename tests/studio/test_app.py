@@ -1,7 +1,10 @@
 """The routes of a studio: keys, uploads, rows, and runs that survive the server."""
 
+import ast
 import io
+import itertools
 import os
+import re
 import signal
 import time
 import zipfile
@@ -16,7 +19,7 @@ from PIL import Image
 from instructblip.inference.engine import Engine
 from instructblip.serving.config import ServeConfig
 from instructblip.studio import project as project_module
-from instructblip.studio.app import LABELS, STATIC, create_studio
+from instructblip.studio.app import CHINESE, LABELS, STATIC, create_studio
 from instructblip.studio.project import opened
 from instructblip.studio.runs import Runs
 from tests.conftest import TestClient, greedy_engine
@@ -182,6 +185,51 @@ def test_every_text_is_in_both_languages() -> None:
     assert "style=" not in html
     assert "http" not in html
     assert yaml.safe_dump(LABELS)
+
+
+SOURCE = STATIC.parents[1]
+AT_START = ("another studio is open", "{0} is not a folder", "{0} is split into folders")
+UNASKED = ("no decoder:", "{0} {1}; at most", "{0} of {1} characters", "{0}: {1} images; at most")
+PASSED_ON = ("{0}: {1}", "{0} bytes; expected")
+"""Errors before there is a page, of requests that the page does not make, and of other rooms."""
+
+
+def messages_in(tree: ast.AST) -> Iterator[str]:
+    """The texts in code, with ``{0}``, ``{1}``, ... for the values of f-strings."""
+    if isinstance(tree, ast.Constant) and isinstance(tree.value, str):
+        yield tree.value
+    elif isinstance(tree, ast.JoinedStr):
+        count = itertools.count()
+        yield "".join(
+            str(part.value) if isinstance(part, ast.Constant) else f"{{{next(count)}}}"
+            for part in tree.values
+        )
+    else:
+        for child in ast.iter_child_nodes(tree):
+            yield from messages_in(child)
+
+
+def test_errors_of_the_server_have_a_chinese_form() -> None:
+    """Each that the page can get is translated as it is written, and none that was removed is."""
+    translations = CHINESE["messages"]
+    written: set[str] = set()
+    for room in ("studio", "serving", "data", "experiment"):
+        for path in (SOURCE / room).rglob("*.py"):
+            written |= {*messages_in(ast.parse(path.read_text("utf-8")))}
+    assert translations.keys() <= written
+    for english, chinese in translations.items():
+        places = re.findall(r"{\d}", english)
+        assert places == [f"{{{n}}}" for n in range(len(places))]
+        assert {*re.findall(r"{\d}", chinese)} <= {*places}
+    raised: set[str] = set()
+    files = [SOURCE / "studio" / f"{name}.py" for name in ("app", "pictures", "project", "runs")]
+    files += [SOURCE / "serving" / f"{name}.py" for name in ("decoder", "decoders", "service")]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                raised |= {text for each in node.exc.args[-2:] for text in messages_in(each)}
+    left = {text for text in raised - translations.keys() if " " in text.strip(", :")}
+    assert not [text for text in left if not text.startswith((*AT_START, *UNASKED, *PASSED_ON))]
 
 
 def test_the_line_under_a_score_is_its_interval() -> None:

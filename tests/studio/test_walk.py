@@ -286,3 +286,44 @@ def test_a_verdict_has_its_reservations_in_both_languages(
     ):
         assert part in text
     assert "kept back" not in text
+
+
+def test_errors_are_chinese_on_the_chinese_page(opened_studio: tuple[Path, str]) -> None:
+    """An image that is refused, an answer without its image, and an error without a translation."""
+    folder, address = opened_studio
+    broken = {"name": "x.png", "mimeType": "image/png", "buffer": b"PK\3\4"}
+    with browser_page("zh-CN") as page:
+        Walker(page, address)
+        page.locator("#files").set_input_files(files=[broken])  # type: ignore[arg-type]
+        page.locator("#refusals", has_text="x.png: 不是图片；支持的格式：JPEG").wait_for()
+        page.evaluate("refresh = () => {}")
+        open_image(page, "dial-04.png")
+        (folder / "dial-04.png").rename(folder / "away")
+        enter(page, "green")
+        page.locator("#unsaved:visible").click()
+        page.locator("#state", has_text="未保存：没有图片 'dial-04.png'。").wait_for()
+        (folder / "away").rename(folder / "dial-04.png")
+        page.locator("#answer").press("Enter")
+        wait_saved(page)
+        told = page.evaluate("translated('a message of a room far below')")
+        assert told == LABELS["unknown"][1].format("a message of a room far below")
+        page.locator("#try-tab").click()
+        page.evaluate("command('/export')")
+        page.locator("#export-problem", has_text="尚未训练模型。").wait_for()
+
+
+def test_a_table_that_is_broken_by_hand_is_stated_and_the_page_recovers(
+    opened_studio: tuple[Path, str],
+) -> None:
+    folder, address = opened_studio
+    table = folder / "metadata.jsonl"
+    before = table.read_bytes() if table.is_file() else b""
+    with browser_page("zh-CN") as page:
+        Walker(page, address)
+        table.write_text('{"file_name": "a.png"\n')
+        page.reload()
+        page.locator("#banner", has_text="出现问题（原文）").wait_for()
+        assert "metadata.jsonl" in page.locator("#banner").inner_text()
+        table.write_bytes(before)
+        page.locator("body[data-ready]").wait_for()
+        assert page.locator("#banner").is_hidden()

@@ -181,6 +181,7 @@ def create_studio(
 def _add_page(app: FastAPI) -> None:
     content = {
         "labels": LABELS,
+        "messages": CHINESE["messages"],
         "prompts": {
             "en": {task: prompt for task, (_, prompt, _, _) in MEASURES.items()},
             "zh": {task: TEMPLATES_ZH[task][0] for task in MEASURES},

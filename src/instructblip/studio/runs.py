@@ -6,6 +6,7 @@ later sees it.
 """
 
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -31,6 +32,8 @@ from instructblip.training.run_directory import LOCK_FILE
 
 Status = Literal["none", "running", "stopped", "failed", "finished"]
 LOG_BYTES = 64 << 10
+_ERROR = "instructblip: "
+"""Begins an error of a command."""
 MOST_POINTS = 300
 """Points of a curve that the page draws."""
 SHOWN_SAMPLES = 60
@@ -187,8 +190,7 @@ class Runs:
         if busy == "tune" and job.get("command") == "tune":
             out = Path(job["out"])  # it may not be there yet
         lines = _tail(self.log)
-        problem = next((x for x in reversed(lines) if x.startswith("instructblip: ")), "")
-        problem = problem.removeprefix("instructblip: ")
+        problem = _problem_in(lines)
         status: Status = "none"
         if busy == "tune":
             status = "running"
@@ -283,6 +285,16 @@ def _tail(path: Path) -> list[str]:
         file.seek(max(0, path.stat().st_size - LOG_BYTES))
         text = file.read(LOG_BYTES).decode(errors="replace")
     return [line for line in text.splitlines() if line.strip()]
+
+
+def _problem_in(lines: Sequence[str]) -> str:
+    """The last error that a command printed, with all its lines; empty without one."""
+    begins = [at for at, line in enumerate(lines) if line.startswith(_ERROR)]
+    if not begins:
+        return ""
+    first, *rest = lines[begins[-1] :]
+    rest = itertools.takewhile(lambda line: line.startswith("  "), rest)
+    return "\n".join([first.removeprefix(_ERROR), *rest])
 
 
 def _seconds(folder: Path) -> float:

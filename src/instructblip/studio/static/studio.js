@@ -4,12 +4,27 @@
 
 const UNSAVED = "instructblip-unsaved";
 const POLL_MS = 1500;
+const REASONS = new Set(["unreadable", "row", "placeholder", "over-long answer", "over-long prompt"]); // of findings
 const FOLDER_TURNS = 3; // the folder is read less often than the run
 let project, run, results, selected, entry, filter = "all", lastQuestion = "", uploading = false;
 
 const fill = (key, ...values) => values.reduce((text, value, at) => {
   return text.replaceAll(`{${at}}`, () => value);
 }, words(key));
+
+/** A message of the server in the language of the page; of one without a translation, its English under a heading. */
+function translated(message) {
+  if (!message || language !== "zh") return message;
+  if (page.labels.no_server.includes(message)) return words("no_server");
+  for (const [english, chinese] of Object.entries(page.messages)) {
+    const plain = english.replace(/[.*+?^$()|[\]\\]/g, "\\$&");
+    const pattern = plain.replace(/^\{0\}: /, "(?:([^]*?): )?").replace(/\{\d\}/g, "([^]*?)");
+    const found = new RegExp(`^${pattern}$`).exec(message);
+    if (found) return chinese.replace(/\{(\d)\}/g, (_, at) => found[Number(at) + 1] ?? "");
+  }
+  return fill("unknown", message);
+}
+
 const get = async (path) => (await send(`v1/studio${path}`)).json();
 const post = async (path, body = {}) => (await send(`v1/studio${path}`, body)).json();
 const pictureUrl = (name, size) => `v1/studio/picture?name=${encodeURIComponent(name)}&size=${size}`;
@@ -334,7 +349,7 @@ async function addFiles(files) {
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       counts.refused += 1;
-      byId("refusals").append(element("li", `${file.name}: ${error.message}`));
+      byId("refusals").append(element("li", `${file.name}: ${translated(error.message)}`));
     }
     if (at % 12 === 11) await refresh();
   }
@@ -406,7 +421,8 @@ function showEditor() {
   };
   byId("rows").append(more);
   byId("findings").replaceChildren(...findingsOf(selected).map((one) => {
-    return element("li", fill(`finding_${one.kind}`, one.about), { className: one.bad ? "bad" : "" });
+    const about = REASONS.has(one.kind) ? translated(one.about) : one.about;
+    return element("li", fill(`finding_${one.kind}`, about), { className: one.bad ? "bad" : "" });
   }));
   byId("conflict").hidden = !entry.theirs;
   if (entry.theirs) {
@@ -423,7 +439,7 @@ function showState() {
   if (!entry) return;
   const state = byId("state");
   state.classList.toggle("bad", Boolean(entry.problem));
-  state.textContent = entry.problem ? fill("not_saved", entry.problem)
+  state.textContent = entry.problem ? fill("not_saved", translated(entry.problem))
     : entry.saving ? words("saving") : entry.isDraft ? words("draft") : entry.id ? words("saved") : "";
   byId("conflict").hidden = !entry.theirs;
   if (entry.theirs && !byId("keep-mine").textContent) showEditor();
@@ -543,7 +559,7 @@ async function suggest() {
 
 function showSuggestion() {
   const isIdle = !suggestion && isRunning();
-  const text = suggestion?.text || suggestion?.problem || (suggestion?.note ? words(suggestion.note) : isIdle ? words("suggest_later") : "");
+  const text = suggestion?.text || translated(suggestion?.problem) || (suggestion?.note ? words(suggestion.note) : isIdle ? words("suggest_later") : "");
   byId("suggested").textContent = text;
   const who = words(`model_${project.current}`);
   byId("sure").textContent = suggestion?.text ? `${sureness(suggestion)} (${who})` : "";
@@ -589,25 +605,28 @@ function showTune() {
   if (status === "running" && run.phase !== "train") bar.removeAttribute("value");
   else bar.value = status === "finished" ? 1 : run.steps ? run.step / run.steps : 0;
   bar.setAttribute("aria-label", byId("left").textContent);
-  byId("tune-problem").textContent = tuneProblem || (isStopped && run.changed ? words("changed") : status === "failed" ? run.problem : "");
+  byId("tune-problem").textContent = translated(tuneProblem)
+    || (isStopped && run.changed ? words("changed") : status === "failed" ? translated(run.problem) : "");
   byId("log").textContent = run.log.join("\n");
   byId("by-hand").textContent = run.by_hand.join("\n");
   byId("stop").disabled = stopping;
   drawCurve(byId("curve"), run.losses ?? [], run.steps ?? 1);
 }
 
-let stopping = false, tuneProblem = "";
+let stopping = false, tuneProblem = "", exportProblem = "";
 
 async function command(path, body) {
-  tuneProblem = "";
+  tuneProblem = exportProblem = "";
   try {
     run = await post(path, body);
     stopping = path === "/stop" && isRunning();
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    tuneProblem = error.message;
+    if (path === "/export") exportProblem = error.message;
+    else tuneProblem = error.message;
   }
   showTune();
+  showExport();
 }
 
 async function allSaved() {
@@ -760,7 +779,7 @@ async function tryModels() {
     }));
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    byId("try-problem").textContent = error.message;
+    byId("try-problem").textContent = translated(error.message);
   } finally {
     byId("ask").disabled = false;
   }
@@ -771,7 +790,7 @@ function showExport() {
   byId("export").disabled = Boolean(run.busy) || !results || Boolean(run.model);
   byId("export").textContent = words(isBusy ? "exporting" : "export");
   byId("exported").textContent = run.model && !isBusy ? fill("exported", run.model) : "";
-  byId("export-problem").textContent = run.status !== "failed" && !run.model ? run.problem : "";
+  byId("export-problem").textContent = translated(exportProblem || (run.status !== "failed" && !run.model ? run.problem : ""));
 }
 
 // The whole page
@@ -836,6 +855,13 @@ async function refresh(withFolder = true) {
   if (before && before.status === "running" && !isRunning() && entry && !suggestion) suggestSoon();
 }
 
+/** What keeps the page from reading the folder. */
+function showBanner(error) {
+  if (!(error instanceof Refused)) throw error;
+  byId("banner").textContent = translated(error.message);
+  byId("banner").hidden = false;
+}
+
 async function poll() {
   for (let turn = 1; ; turn += 1) {
     await new Promise((resolve) => setTimeout(resolve, POLL_MS));
@@ -846,9 +872,7 @@ async function poll() {
       byId("banner").hidden = true;
       for (const one of allEntries()) if (one.problem && one.isOffline) one.save();
     } catch (error) {
-      if (!(error instanceof Refused)) throw error;
-      byId("banner").textContent = error.message;
-      byId("banner").hidden = false;
+      showBanner(error);
     }
   }
 }
@@ -919,11 +943,7 @@ function listen() {
     event.preventDefault();
     tryModels();
   };
-  byId("export").onclick = async () => {
-    await command("/export");
-    byId("export-problem").textContent = tuneProblem;
-    showExport();
-  };
+  byId("export").onclick = () => command("/export");
   window.onhashchange = takeToken;
 }
 
@@ -933,7 +953,11 @@ async function begin() {
   translate(document);
   takeToken();
   listen();
-  await refresh();
+  while (!project) {
+    await refresh().catch(showBanner);
+    if (!project) await new Promise((resolve) => setTimeout(resolve, POLL_MS));
+  }
+  byId("banner").hidden = true;
   const draft = restoreUnsaved();
   if (draft) pick(draft, true);
   else openOne();
