@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.templates import render_prompt
 from instructblip.evaluation.benchmarks import BENCHMARKS, Benchmark

@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from instructblip.data.images import load_image
+from instructblip.data.reading.images import load_image
 from instructblip.evaluation.result import Result
 
 SETS = tuple(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.order import Mixture
 from instructblip.data.templates import render_instruction
 from instructblip.evaluation.benchmarks import select_benchmarks

@@ -59,6 +59,7 @@ def test_commands_are_those_of_the_program(
             if command.__name__ == "tune":  # its recipe has the folder as the set `own`
                 overrides = ["data.sets.own.format=imagefolder", *overrides]
             recipe = None if given.get("answer") else given.get("recipe")  # else it is a model
+            recipe = None if recipe and Path(recipe).is_dir() else recipe
             if recipe or overrides:
                 load_recipe(recipe or "scenes", overrides)
             called.append(command.__name__)
@@ -69,6 +70,7 @@ def test_commands_are_those_of_the_program(
         monkeypatch.setattr(command, "callback", stand_in(command.callback))
     (tmp_path / "keys.txt").write_text("a-key\n")
     (tmp_path / "my.yaml").write_text(RECIPE)
+    (tmp_path / "my_images").mkdir()
     monkeypatch.chdir(tmp_path)
     _, *words = shlex.split(line, comments=True)
     arguments = [PLACEHOLDERS.get(word, word) for word in words]

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.templates import Rendered, render_prompt, templates_of
 from instructblip.data.tokens import Tokens
 from instructblip.scenes.formats import Asked

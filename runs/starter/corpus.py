@@ -9,7 +9,7 @@ answer them when the scene is told in words.
 import random
 from dataclasses import dataclass, replace
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.templates import TEMPLATES, render_instruction
 from instructblip.scenes.language import (
     DESCRIPTIONS,

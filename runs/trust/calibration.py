@@ -20,7 +20,7 @@ from statistics import fmean, stdev
 import numpy as np
 from scipy import stats
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.core.files import write_text
 from instructblip.data.prepared.dataset import DatasetView
 from instructblip.evaluation.benchmarks import BENCHMARKS

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.answers import describe_misspellings, misspellings
 
 

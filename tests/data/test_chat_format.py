@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.chat_format import CHAT_FILE, chat_note
 from instructblip.data.templates import Rendered, render_prompt
 from instructblip.data.tokens import Tokens

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 import instructblip.data.reading.decode as images_module
-from instructblip.data.images import load_image, load_pixels
 from instructblip.data.reading.cost import check_cost
 from instructblip.data.reading.decode import decode_image, examine_image
+from instructblip.data.reading.images import load_image, load_pixels
 
 
 def noise(width: int = 320, height: int = 240) -> Image.Image:

@@ -19,15 +19,16 @@ import torch
 
 from instructblip.cli import data as commands
 from instructblip.cli import main as cli
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.custom.folder import read_folder
 from instructblip.data.custom.formats import custom_source
 from instructblip.data.custom.rows import CustomSet, keep_image
 from instructblip.data.export import Form, export
 from instructblip.data.features import hash_images
-from instructblip.data.images import ImageTransform, load_image
+from instructblip.data.images import ImageTransform
 from instructblip.data.prepared.check import Evaluated, check_dataset, unchecked
 from instructblip.data.prepared.prepare import prepare
+from instructblip.data.reading.images import load_image
 from instructblip.data.reading.members import read_image
 from instructblip.data.reading.records import Source
 from instructblip.data.samples import ImageReader

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.custom.folder import read_folder
 from instructblip.data.custom.formats import custom_source
 from instructblip.data.custom.rows import CustomSet

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from instructblip.data.custom.folder import read_sides
-from instructblip.data.images import load_image
 from instructblip.data.prepared.check import check_dataset
 from instructblip.data.reading import decode as images_module
 from instructblip.data.reading import dicom as dicom_module
 from instructblip.data.reading.decode import Window, decode_image, examine_image
+from instructblip.data.reading.images import load_image
 from tests.testing import prepare_vizwiz, write_json_lines
 
 pydicom = pytest.importorskip("pydicom")

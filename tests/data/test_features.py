@@ -25,8 +25,9 @@ from instructblip.data.features import (
     quantize,
     store_name,
 )
-from instructblip.data.images import ImageTransform, load_image
+from instructblip.data.images import ImageTransform
 from instructblip.data.prepared.images import gather_facts
+from instructblip.data.reading.images import load_image
 from tests.core.crash import crashes
 from tests.testing import write_picture
 

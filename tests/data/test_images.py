@@ -16,10 +16,11 @@ from PIL import Image, ImageFilter
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from instructblip.core.batch import Example
-from instructblip.data.images import ImageTransform, crop_box, load_image, load_pixels, may_flip
+from instructblip.core.example import Example
+from instructblip.data.images import ImageTransform, crop_box, may_flip
 from instructblip.data.reading import decode as images_module
 from instructblip.data.reading.decode import decode_image, examine_image
+from instructblip.data.reading.images import load_image, load_pixels
 from instructblip.data.templates import Rendered
 from tests.testing import write_picture
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.core.files import locked
 from instructblip.data.features import hash_images
 from instructblip.data.prepared import images as facts_module

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instructblip.data.images import ImageTransform, load_image
+from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
 from instructblip.data.order import Mixture
 from instructblip.data.prepared.prepare import prepare
+from instructblip.data.reading.images import load_image
 from instructblip.data.samples import ImageReader
 from instructblip.data.show import (
     to_terminal,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.prepared.prepare import prepare
 from instructblip.data.reading.members import read_image
 from instructblip.data.reading.opened import note_files

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from instructblip.data.custom.folder import read_folder
-from instructblip.data.images import load_image
 from instructblip.data.prepared.images import gather_facts
+from instructblip.data.reading.images import load_image
 from instructblip.data.reading.records import read_json, read_table
 from instructblip.data.reading.shards import read_parquet, read_shard
 from tests.testing import write_picture

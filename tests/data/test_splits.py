@@ -9,7 +9,7 @@ import pyarrow.ipc
 import pytest
 from PIL import Image
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.custom.formats import custom_source
 from instructblip.data.custom.rows import CustomSet
 from instructblip.data.prepared.check import Diagnosis, check_dataset, evaluated_by

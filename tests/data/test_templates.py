@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data import templates as templates_module
 from instructblip.data.templates import (
     TEMPLATES,

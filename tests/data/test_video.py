@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instructblip.data.images import load_image
 from instructblip.data.prepared.prepare import prepare
+from instructblip.data.reading.images import load_image
 from tests.testing import write_json, write_video
 
 pytest.importorskip("av")

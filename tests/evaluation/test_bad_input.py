@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.evaluation import captions, metrics
 from instructblip.evaluation.evaluate import evaluate
 from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.evaluation.calibration import Calibration, fit
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.evaluation.report import trust_of, write_report

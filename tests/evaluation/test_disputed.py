@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from instructblip.cli import main as cli
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.templates import check_template
 from instructblip.evaluation.disputed import DISPUTED, without_context, without_ocr_tokens
 from instructblip.evaluation.result import Result

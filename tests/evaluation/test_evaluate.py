@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import multiprocessing
 
 from instructblip.core import distributed
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.prepared.prepare import prepare
 from instructblip.evaluation import normalize
 from instructblip.evaluation.benchmarks import select_benchmarks

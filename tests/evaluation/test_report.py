@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from instructblip.cli import main as cli
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.evaluation.report import (
     is_shown,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.evaluation.benchmarks import BENCHMARKS, select_benchmarks
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.evaluation.metrics import rank_among

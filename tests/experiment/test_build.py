@@ -17,14 +17,16 @@ from instructblip.core import distributed
 from instructblip.core.batch import Batch
 from instructblip.data.chat_format import chat_note
 from instructblip.data.custom.folder import read_folder, split_by_image
-from instructblip.data.images import ImageTransform, load_image
+from instructblip.data.images import ImageTransform
 from instructblip.data.loader import Loader
+from instructblip.data.reading.images import load_image
 from instructblip.experiment.build import Run, Variant, build
 from instructblip.experiment.draw import Drawing
 from instructblip.experiment.evaluate import load_engine
+from instructblip.experiment.folder import SET
 from instructblip.experiment.pretrain import Pretraining
 from instructblip.experiment.train import train
-from instructblip.experiment.tune import SET, FolderTuning
+from instructblip.experiment.tune import FolderTuning
 from instructblip.inference.engine import Engine
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import Recipe

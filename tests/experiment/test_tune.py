@@ -18,13 +18,13 @@ from instructblip.cli import main as cli
 from instructblip.cli.data import check
 from instructblip.data.custom.folder import FolderSet, read_folder, read_sides, split_by_image
 from instructblip.evaluation.result import Result
-from instructblip.experiment import tune as tune_module
+from instructblip.experiment import folder as folder_module
 from instructblip.experiment.evaluate import load_engine
+from instructblip.experiment.folder import describe
 from instructblip.experiment.sayable import LEAST_KNOWN, Sayable, sayable
 from instructblip.experiment.train import train
 from instructblip.experiment.tune import (
     MEASURES,
-    describe,
     held_sets,
     tune,
     write_recipe,
@@ -54,10 +54,10 @@ def test_the_language_of_captions_is_that_of_the_recipe(
         asked.append(arguments)
         raise ValueError("noted")
 
-    monkeypatch.setattr(tune_module, "read_sides", note)
+    monkeypatch.setattr(folder_module, "read_sides", note)
     for overrides in ([], ["data.sets.own.language=en", "data.sets.own.language=zh"]):
         with pytest.raises(ValueError, match="noted"):
-            tune_module.tune(tmp_path, "starter", tmp_path / "out", overrides)
+            tune(tmp_path, "starter", tmp_path / "out", overrides)
     assert asked == [(tmp_path, None, None, "en"), (tmp_path, None, None, "zh")]
 
 
@@ -187,7 +187,7 @@ def test_the_near_name_of_an_image_that_is_not_there_is_named_and_not_read(tmp_p
 def test_an_answer_that_looks_misspelled_is_named_with_its_row(tmp_path: Path) -> None:
     rows = [{"file_name": f"{n}.png", "question": "?", "answer": "green"} for n in range(30)]
     rows[7]["answer"] = "gren"
-    text = describe(read_sides(write_folder(tmp_path, rows, images=30)), "en")
+    text = describe(read_sides(write_folder(tmp_path, rows, images=30)))
     line = "1 answer looks like a misspelling: 'gren' (metadata.jsonl:line 8), 29 times 'green'"
     assert line in text.splitlines()
 
@@ -350,7 +350,7 @@ def test_lookalikes_of_a_grouped_folder_do_not_ask_for_a_group(tmp_path: Path) -
     Image.open(root / trained).save(root / held, compress_level=1)
     split = read_sides(root, group="patient")
     assert split.lookalikes == [(trained, held)]
-    text = describe(split, "en", "patient")
+    text = describe(split, group="patient")
     assert "look like one that is trained on: 1" in text
     assert "a hash of each group (patient)" in text
     assert "--group" not in text
@@ -361,7 +361,7 @@ def test_lookalikes_of_each_side_are_counted_apart(tmp_path: Path) -> None:
     root = split_folder(tmp_path, split=splits)
     for copy, original in ((1, 0), (3, 0), (4, 2)):
         Image.open(root / f"{original}.png").save(root / f"{copy}.png", compress_level=1)
-    text = describe(read_sides(root), "en")
+    text = describe(read_sides(root))
     assert "held-back pictures that look like one that is trained on: 1 of 2, such as 1.png" in text
     assert "choose the best step, and that look like one that is trained on: 2 of 2" in text
 

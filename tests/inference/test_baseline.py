@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from instructblip.cli import main as cli
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.inference.baseline import TransformersModel, is_baseline
 from tests.evaluation.fakes import ListDataset, benchmark

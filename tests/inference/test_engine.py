@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import instructblip
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.chat_format import CHAT_FILE, chat_note
 from instructblip.data.templates import render_prompt
 from instructblip.data.tokens import Tokens

@@ -20,7 +20,8 @@ from transformers import (
 from benchmarks.peak import tensor_peak
 from instructblip.cli import main as cli
 from instructblip.data.features import FeatureStore
-from instructblip.data.images import ImageTransform, load_image
+from instructblip.data.images import ImageTransform
+from instructblip.data.reading.images import load_image
 from instructblip.experiment.memory import encoder_bytes, predict_memory
 from instructblip.inference import engine as engine_module
 from instructblip.inference.engine import Engine

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.chat_format import ChatFormat
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.recipe.load import load_recipe

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.custom.folder import FolderSet
 from instructblip.scenes.world import HELD_OUT_PAIRS
 from instructblip.text_to_image.batches import DrawLoader, Interleaved, target_pixels

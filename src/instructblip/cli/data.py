@@ -12,6 +12,7 @@ from instructblip.cli.options import (
     Overrides,
     RecipeName,
     Scale,
+    complete_recipe,
     read_recipe,
     to_dir,
     to_file,
@@ -123,14 +124,27 @@ def prepare(
 
 @app.command()
 def check(
-    recipe: RecipeName,
+    recipe: Annotated[
+        str,
+        Argument(help="A recipe, or a folder of images.", autocompletion=complete_recipe),
+    ],
     overrides: Overrides = None,
     decode: Annotated[bool, Option("--decode", help="Decode every image whole; slower.")] = False,
 ) -> None:
-    """Find what is wrong with the data sets of a recipe, before training does; 1 if too much."""
-    from instructblip.experiment.datasets import check_recipe, passes
+    """Find what is wrong with the data of a recipe, or with a folder; exit code 1 if too much."""
+    if Path(recipe).is_dir() and recipe not in complete_recipe(recipe):
+        from instructblip.experiment.folder import check_folder, refuse_unknown
 
+        refuse_unknown(Path(recipe), overrides or [])
+        try:
+            print(f"{'ok':7} {recipe}: {check_folder(Path(recipe), overrides or [])}")
+        except ValueError as error:
+            print(f"{'FAILED':7} {recipe}: {error}")
+            raise typer.Exit(1) from None
+        return
     resolved = read_recipe(recipe, overrides)
+    from instructblip.experiment.datasets import check_recipe, passes  # a wrong name needs no torch
+
     failed = False
     for diagnosis in check_recipe(resolved, decode):
         passed = not isinstance(diagnosis, str) and passes(resolved, diagnosis)

@@ -241,9 +241,12 @@ def tune(
     resume: Resume = False,
 ) -> None:
     """Tune a model on a folder of your data: check, split, tune, evaluate before and after."""
-    from instructblip.experiment.tune import tune as run
+    from instructblip.experiment.folder import read_to_tune
 
-    tuned = run(root, model, out, overrides or [], resume, split, group, anyway)
+    sides = read_to_tune(root, model, out, overrides or [], resume, split, group)
+    from instructblip.experiment.tune import tune as run  # a bad row needs no torch
+
+    tuned = run(root, model, out, overrides or [], resume, split, group, anyway, sides)
     if tuned is None:
         return
     print(f"\nOpen {tuned.report}.")

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 
 _PLACEHOLDER = re.compile(
     r"#(n/a|(ref|value|div/0|num|null)!|name\?)|"

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from instructblip.core.batch import IMAGE_MARK
+from instructblip.core.example import IMAGE_MARK
 from instructblip.core.files import read_json
 from instructblip.data.templates import Dialogue
 

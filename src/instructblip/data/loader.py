@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from instructblip.core.batch import Batch, Example, Sample
+from instructblip.core.batch import Batch, Sample
+from instructblip.core.example import Example
 from instructblip.data.order import Draw, Mixture, Order, mix
 from instructblip.data.samples import Examples, ImageReader, collate, make_sample
 from instructblip.data.templates import Language, Rendered, check_template, render_instruction

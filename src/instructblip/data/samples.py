@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from instructblip.core.batch import Batch, Example, Sample
+from instructblip.core.batch import Batch, Sample
+from instructblip.core.example import Example
 from instructblip.core.recent import Recent
 from instructblip.data.features import Features
 from instructblip.data.images import ImageTransform, may_flip

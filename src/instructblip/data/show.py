@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from instructblip.core.batch import Batch, Example
+from instructblip.core.batch import Batch
+from instructblip.core.example import Example
 from instructblip.core.files import write_text
 from instructblip.core.pages import data_url, page_template
 from instructblip.core.terminal import escape

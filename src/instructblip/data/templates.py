@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import yaml
 
-from instructblip.core.batch import IMAGE_MARK, Example
+from instructblip.core.example import IMAGE_MARK, Example
 from instructblip.core.files import read_json
 from instructblip.core.user_code import find_function, is_function
 

@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from instructblip.core.batch import IMAGE_MARK
+from instructblip.core.example import IMAGE_MARK
 from instructblip.core.files import read_json
 from instructblip.core.gguf import find_gguf, gguf_tokenizer
 from instructblip.data.chat_format import ChatFormat, read_chat_template

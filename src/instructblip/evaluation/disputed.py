@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.templates import render_prompt
 from instructblip.evaluation.benchmarks import BENCHMARKS, Benchmark
 from instructblip.evaluation.tables import PUBLISHED

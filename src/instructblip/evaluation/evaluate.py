@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 
 from instructblip.core import distributed
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.core.progress import progress_bar
 from instructblip.core.user_code import is_function
 from instructblip.data.samples import Examples

@@ -19,7 +19,7 @@ import numpy as np
 from instructblip.core.drawings import read_drawings
 from instructblip.core.files import write_text
 from instructblip.core.pages import data_url, page_template
-from instructblip.data.images import load_image
+from instructblip.data.reading.images import load_image
 from instructblip.evaluation.benchmarks import BENCHMARKS
 from instructblip.evaluation.bootstrap import Interval, interval, resample
 from instructblip.evaluation.calibration import calibrated_on

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from instructblip.core import distributed
-from instructblip.core.batch import Batch, Example, send
+from instructblip.core.batch import Batch, send
+from instructblip.core.example import Example
 from instructblip.core.files import read_json_lines, write_text
 from instructblip.core.progress import progress_bar
 from instructblip.data.loader import Loader

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sklearn.linear_model import RidgeClassifier
 
-from instructblip.data.images import load_image
+from instructblip.data.reading.images import load_image
 from instructblip.evaluation.result import Result, make_result
 from instructblip.evaluation.scoring import scorer_of
 from instructblip.inference.engine import Engine

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from instructblip.core.batch import Batch, Example
+from instructblip.core.batch import Batch
+from instructblip.core.example import Example
 from instructblip.data.samples import pad
 from instructblip.data.templates import render_prompt
 from instructblip.inference.engine import Engine

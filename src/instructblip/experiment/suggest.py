@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from instructblip.core.batch import Example, Sample
+from instructblip.core.batch import Sample
+from instructblip.core.example import Example
 from instructblip.core.files import replacing, scratch_directory, write_text
 from instructblip.core.pages import data_url, page_template
 from instructblip.core.progress import progress_bar
@@ -28,11 +29,10 @@ from instructblip.data.samples import collate, make_sample
 from instructblip.data.templates import TEMPLATES_ZH, Language, language_of, render_prompt
 from instructblip.experiment.build import Data, build
 from instructblip.experiment.evaluate import load_engine
+from instructblip.experiment.folder import SET, captions_in
 from instructblip.experiment.tune import (
     MEASURES,
-    SET,
     FolderTuning,
-    captions_in,
     fingerprint,
     write_recipe,
 )

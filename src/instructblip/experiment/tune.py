@@ -13,11 +13,9 @@ import yaml
 from instructblip.core import distributed
 from instructblip.core.files import read_json, write_json, write_text
 from instructblip.core.version import __version__
-from instructblip.data.answers import describe_misspellings, misspellings
-from instructblip.data.custom.folder import FolderSet, Sides, SplitBy, read_sides
+from instructblip.data.custom.folder import FolderSet, Sides, SplitBy
 from instructblip.data.custom.formats import group_column
-from instructblip.data.custom.rows import CustomSet
-from instructblip.data.templates import TEMPLATES_ZH, Language, language_of
+from instructblip.data.templates import TEMPLATES_ZH, Language
 from instructblip.evaluation.benchmarks import Benchmark
 from instructblip.evaluation.compare import compare
 from instructblip.evaluation.evaluate import can_swap
@@ -29,6 +27,7 @@ from instructblip.experiment.build import DATA_FILE, Data, Variant, build
 from instructblip.experiment.calibrate import fit_model, note
 from instructblip.experiment.datasets import Held, benchmarks_of, scored_rows
 from instructblip.experiment.evaluate import load_engine, score
+from instructblip.experiment.folder import OWN, SET, describe, language_in, read_to_tune
 from instructblip.experiment.sayable import LEAST_KNOWN, sayable
 from instructblip.inference.engine import Engine
 from instructblip.model.checkpoints.directory import NAMES, SHIPPED, model_directory, read_config
@@ -36,10 +35,8 @@ from instructblip.model.instructblip import InstructBlip
 from instructblip.recipe.load import load_recipe
 from instructblip.recipe.schema import RECIPE_FILE, Recipe
 from instructblip.training.log import METRICS, read_metrics
-from instructblip.training.run_directory import claim, refuse_existing
+from instructblip.training.run_directory import claim
 
-SET = "own"
-"""The entry of ``data.sets`` that stands for the folder."""
 MOST_EVALUATED = 1000
 """Held-back examples of a task that are answered before and after."""
 SMALL = 20_000_000
@@ -117,6 +114,7 @@ def tune(
     split: SplitBy | None = None,
     group: str | None = None,
     anyway: bool = False,
+    sides: Sides | None = None,
 ) -> Tuned | None:
     """Tune ``start`` on the folder ``root`` and compare before and after.
 
@@ -125,6 +123,7 @@ def tune(
         split: how the folder is split; None as its column or its files say, else by image.
         group: what may not be on two sides: a column, or a regular expression over image paths.
         anyway: train even where the starter cannot say the answers.
+        sides: the folder, if `read_to_tune` read it before.
 
     Returns None if a signal interrupted the run, which ``resume`` continues.
 
@@ -132,21 +131,17 @@ def tune(
     answers that the starter cannot say, for a run that began with other data, and if another
     process tunes in ``out``.
     """
-    if not resume:
-        refuse_existing(out / "run")
-    sides = read_sides(root, split, group, captions_in(overrides, out if resume else None))
+    if sides is None:
+        sides = read_to_tune(root, start, out, overrides, resume, split, group)
     examples = [*sides.training.examples, *sides.final.examples]
-    language = language_of(answer for example in examples for answer in example.answers)
+    language = language_in(sides)
     images = max(len(example.images) for example in examples)
     variant = FolderTuning(sides.training, sides.validation, language)
     refuse_other_data(out / "run", sides.training)
     with distributed.process_group(), claim(out / "run"):
         if distributed.is_main():
-            print(describe(sides, language, group), flush=True)
-            own = CustomSet(SET, "imagefolder")
-            column = group_column(own, root, "train") if group is None else None
-            if column:
-                print(column.describe(SET), flush=True)
+            column = group_column(OWN, root, "train") if group is None else None
+            print(describe(sides, column, group), flush=True)
             write_json(
                 out / HELD_BACK,
                 {
@@ -206,49 +201,6 @@ def calibrate_held(recipe: Recipe, sides: Sides, language: Language, run: Path) 
             fitted.calibration.save(directory)
             print(f"{fitted.report}\n{note(fitted.calibration)}", flush=True)
         distributed.barrier()
-
-
-def captions_in(overrides: Sequence[str], resumed: Path | None) -> str:
-    """The language that is read of captions in several: the overrides', else the resumed run's."""
-    key = f"data.sets.{SET}.language="
-    languages = [o.partition("=")[2] for o in overrides if o.startswith(key)]
-    if not languages and resumed is not None and (resumed / RECIPE_FILE).is_file():
-        languages = [load_recipe(resumed / RECIPE_FILE).data.sets[SET].language or "en"]
-    return languages[-1] if languages else "en"
-
-
-def describe(sides: Sides, language: Language, group: str | None = None) -> str:
-    """What was read and how it is split, in a few lines."""
-    training, held = sides.training, sides.final
-    tasks = Counter(example.task for side in (training, held) for example in side.examples)
-    by = {
-        "images": f"chosen by a hash of each {f'group ({group})' if group else 'picture'}",
-        "column": "as the column `split` says",
-        "files": "as the names of the files say",
-    }
-    lines = [
-        f"{len(training) + len(held)} examples: {dict(tasks)}; {len(held)} held back, "
-        f"{by[sides.by]}: the model never trains on them"
-    ]
-    if sides.test:
-        lines.append(f"{len(sides.validation)} more choose the best step")
-    rows = [example for side in sides.all for example in side.examples]
-    if misspelled := describe_misspellings(misspellings(rows)):
-        lines.append(misspelled)
-    if language == "zh":
-        lines.append("the answers are Chinese: Chinese templates and prompts are used")
-    held_sides = {"held-back pictures": sides.final}
-    if sides.test:
-        held_sides["pictures that choose the best step, and"] = sides.validation
-    for what, side in held_sides.items():
-        if pairs := [(left, right) for left, right in sides.lookalikes if right in side.images]:
-            lines.append(
-                f"{what} that look like one that is trained on: "
-                f"{len({right for _, right in pairs})} of {len(side.images)}, such as "
-                f"{pairs[0][1]} and {pairs[0][0]}; if they show the same, scores are too high"
-                + ("" if group else ", and `--group` keeps them on one side")
-            )
-    return "\n".join(lines)
 
 
 def report_sayable(

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from instructblip.core.batch import IMAGE_MARK, Example
+from instructblip.core.example import IMAGE_MARK, Example
 from instructblip.core.files import read_json
-from instructblip.data.images import load_image
 from instructblip.data.reading.decode import Window
 from instructblip.data.reading.frames import evenly_spaced
+from instructblip.data.reading.images import load_image
 from instructblip.data.templates import Rendered, in_parts
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.config import is_known

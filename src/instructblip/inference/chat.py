@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.templates import Dialogue, Rendered, render_prompt
 from instructblip.inference.engine import Engine
 from instructblip.inference.inputs import ImageInput, open_images

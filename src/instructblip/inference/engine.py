@@ -19,7 +19,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from instructblip.core.batch import Batch, Example, Sample
+from instructblip.core.batch import Batch, Sample
+from instructblip.core.example import Example
 from instructblip.data.images import ImageTransform
 from instructblip.data.reading.decode import Window, to_rgb
 from instructblip.data.samples import ImageReader, collate, make_sample

@@ -7,8 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 from instructblip.core.batch import Sample
-from instructblip.data.images import load_image
 from instructblip.data.reading.frames import VIDEO_SUFFIXES, extract_frames
+from instructblip.data.reading.images import load_image
 from instructblip.data.reading.records import local_path
 from instructblip.data.templates import Rendered
 

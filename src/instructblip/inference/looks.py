@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.core.files import replacing
-from instructblip.data.images import load_image
+from instructblip.data.reading.images import load_image
 from instructblip.inference.engine import Engine
 from instructblip.inference.explain import Explanation
 from instructblip.inference.inputs import ImageInput

@@ -19,8 +19,8 @@ from torch import Tensor
 from instructblip.core.files import cache_folder, replacing, write_text
 from instructblip.core.pages import data_url, page_template
 from instructblip.data.features import Features, FeatureStore, fill
-from instructblip.data.images import load_image
 from instructblip.data.prepared.images import FACTS_FILE, update_facts
+from instructblip.data.reading.images import load_image
 from instructblip.data.reading.records import IMAGE_SUFFIXES
 from instructblip.inference.embedder import Embedder
 from instructblip.inference.inputs import ImageInput

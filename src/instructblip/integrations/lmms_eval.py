@@ -12,7 +12,7 @@ from lmms_eval.api.instance import GenerationResult, Instance  # pyright: ignore
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
-from instructblip.core.batch import IMAGE_MARK
+from instructblip.core.example import IMAGE_MARK
 from instructblip.inference.engine import Engine
 from instructblip.inference.inputs import ImageInput
 from instructblip.model.placement import Kind

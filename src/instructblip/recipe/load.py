@@ -6,13 +6,15 @@ errors that name the nearest known one.
 
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from instructblip.core.problems import problem
 from instructblip.core.user_code import find_function, import_from
@@ -45,7 +47,21 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return _with_code(Recipe.model_validate(values), path)
     except ValidationError as error:
         where = f"{path}" + (f" with {' '.join(overrides)}" if overrides else "")
-        raise ValueError(f"{where}: " + "; ".join(_explain(error))) from None
+        raise ValueError(f"{where}: " + "; ".join(_explain(error.errors()))) from None
+
+
+def refuse_settings(overrides: Sequence[str], values: Mapping[str, Any]) -> None:
+    """ValueError for overrides of ``values`` that no recipe takes: an unknown setting, or a value
+    that it cannot have. Whether the settings of a section go together is for `load_recipe`, since
+    those that are not there are chosen later."""
+    changed = deepcopy(dict(values))
+    for override in overrides:
+        _override(changed, override)
+    try:
+        Recipe.model_validate(changed)
+    except ValidationError as error:
+        if alone := [detail for detail in error.errors() if len(detail["loc"]) != 1]:
+            raise ValueError(f"{' '.join(overrides)}: " + "; ".join(_explain(alone))) from None
 
 
 def _with_code(recipe: Recipe, path: Path) -> Recipe:
@@ -110,7 +126,7 @@ def find_recipe(recipe: str | Path, folder: Path = Path()) -> Path:
     if path.is_dir():
         raise FileNotFoundError(
             f"{recipe} is a folder, not a recipe; `instructblip tune {recipe}` checks a folder of "
-            "images before it trains"
+            "images before it trains, and `instructblip check {recipe}` only checks it"
         )
     names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
     near = get_close_matches(str(recipe), names, n=1)
@@ -191,8 +207,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     place[last] = read_yaml(text, f"{override}: the value is not YAML")
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
-    for detail in error.errors():
+def _explain(details: Iterable[ErrorDetails]) -> Iterator[str]:
+    for detail in details:
         key = ".".join(map(str, detail["loc"]))
         if detail["type"] == "extra_forbidden":
             name, known = str(detail["loc"][-1]), sorted(fields_at(detail["loc"][:-1]))

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 
-from instructblip.core.batch import IMAGE_MARK
+from instructblip.core.example import IMAGE_MARK
 from instructblip.core.files import read_json, replacing_directory, write_json
-from instructblip.data.images import ImageTransform, load_image
+from instructblip.data.images import ImageTransform
 from instructblip.data.reading.decode import to_rgb
+from instructblip.data.reading.images import load_image
 from instructblip.data.templates import Rendered
 from instructblip.data.tokens import Tokens
 from instructblip.inference.engine import Engine

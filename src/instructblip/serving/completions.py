@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from instructblip.core.batch import IMAGE_MARK
+from instructblip.core.example import IMAGE_MARK
 from instructblip.data.templates import Rendered, without_front_marks
 from instructblip.inference.chat import instruction_of
 from instructblip.inference.engine import Engine

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from instructblip.core.batch import IMAGE_MARK
+from instructblip.core.example import IMAGE_MARK
 from instructblip.inference.details import FinishReason
 from instructblip.model.decoding import (
     MAX_TEMPERATURE,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.custom.rows import Row, examples_of
 from instructblip.data.prepared.check import placeholders, too_long
 from instructblip.data.prepared.near import Look, near_duplicates

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from instructblip.core.batch import Batch
 from instructblip.core.files import replacing
-from instructblip.data.images import ImageTransform, load_image
+from instructblip.data.images import ImageTransform
 from instructblip.data.reading.decode import to_rgb
+from instructblip.data.reading.images import load_image
 from instructblip.data.tokens import Tokens
 from instructblip.text_to_image.batches import collate_drawings
 from instructblip.text_to_image.decoder import Condition, Decoder, Images, Latents, Mask

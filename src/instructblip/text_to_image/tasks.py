@@ -15,8 +15,8 @@ from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
-from instructblip.data.images import load_image
 from instructblip.data.order import mix
+from instructblip.data.reading.images import load_image
 from instructblip.data.reading.records import image_name, read_lines
 from instructblip.data.samples import Examples
 from instructblip.scenes.language import at, join, phrase

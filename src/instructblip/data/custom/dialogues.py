@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.core.batch import IMAGE_MARK, Example
+from instructblip.core.example import IMAGE_MARK, Example
 from instructblip.data.custom.rows import (
     REMEDY,
     ROLES,

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.answers import placeholders
 from instructblip.data.custom.formats import (
     has_split_column,
@@ -18,8 +18,8 @@ from instructblip.data.custom.formats import (
     rows_of,
 )
 from instructblip.data.custom.rows import CustomSet, Row
-from instructblip.data.images import load_image
 from instructblip.data.prepared.near import Look, look_of, near_duplicates
+from instructblip.data.reading.images import load_image
 from instructblip.data.reading.records import (
     IMAGE_SUFFIXES,
     image_stem,

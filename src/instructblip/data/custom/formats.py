@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.core.user_code import find_function, is_function
 from instructblip.data.custom.dialogues import dialogue
 from instructblip.data.custom.rows import (

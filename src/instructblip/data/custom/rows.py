@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.core.files import parse_json, replacing
 from instructblip.data.reading.frames import VIDEO_SUFFIXES, evenly_spaced, extract_frames
 from instructblip.data.reading.records import (

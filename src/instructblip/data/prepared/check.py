@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from instructblip.core.batch import IMAGE_MARK, Example
+from instructblip.core.example import IMAGE_MARK, Example
 from instructblip.core.files import read_json, read_json_lines, replacing, write_json
 from instructblip.data.answers import misspellings, placeholders
 from instructblip.data.prepared.dataset import MANIFEST_FILE, PreparedDataset

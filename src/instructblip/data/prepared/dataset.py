@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.core.files import current, read_json, write_json
 from instructblip.data.prepared.images import (
     FACTS_FILE,

@@ -17,9 +17,9 @@ import pyarrow as pa
 
 from instructblip.core.files import replacing
 from instructblip.core.progress import progress_bar
-from instructblip.data.images import MAX_FILE_BYTES
 from instructblip.data.prepared.near import Look, look_of
 from instructblip.data.reading.decode import decode_image, examine_image
+from instructblip.data.reading.images import MAX_FILE_BYTES
 from instructblip.data.reading.members import read_image, size_and_date
 
 FACTS_FILE = "pictures.arrow"

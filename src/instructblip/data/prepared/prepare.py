@@ -28,7 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.core.files import (
     flush,
     locked,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 from urllib.parse import unquote, urlsplit
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.core.files import unique_keys
 from instructblip.data.reading.opened import check_file, open_text
 from instructblip.data.reading.streaming import refuse_constant, stream_values

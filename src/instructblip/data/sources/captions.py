@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.custom.formats import custom_source
 from instructblip.data.custom.rows import CustomSet
 from instructblip.data.reading.records import Record, read_records, read_text

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.reading.opened import note_file
 from instructblip.data.reading.records import Record, list_folder, read_lines, read_records
 from instructblip.data.reading.streaming import stream_values

@@ -14,7 +14,7 @@ Answers are kept whole and as written.
 from collections.abc import Iterator
 from typing import Any
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.custom.dialogues import SPEAKERS
 from instructblip.data.reading.records import Record, image_name, read_records, read_texts
 from instructblip.data.sources.split import COCO_FOLDERS, Split

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.reading.records import Record, read_records
 from instructblip.data.sources.split import Split
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.reading.opened import note_file
 from instructblip.data.reading.records import image_name, list_folder
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.reading.frames import VIDEO_SUFFIXES, evenly_spaced, extract_frames
 from instructblip.data.reading.records import (
     IMAGE_SUFFIXES,

@@ -35,7 +35,7 @@ from pathlib import Path
 from sys import intern
 from typing import Any
 
-from instructblip.core.batch import Example
+from instructblip.core.example import Example
 from instructblip.data.reading.records import Record, read_lines, read_records
 from instructblip.data.reading.streaming import is_list
 from instructblip.data.sources.split import COCO_FOLDERS, Split
