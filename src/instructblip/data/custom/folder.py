@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from instructblip.core.example import Example
 from instructblip.data.answers import placeholders
 from instructblip.data.custom.formats import (
+    folder_of_split,
     has_split_column,
     is_metadata,
     only_table,
@@ -227,17 +228,20 @@ def _why_no_answers(root: Path) -> str:
     paths = walk_files(root)
     table = next(filter(is_metadata, paths), None) or next(iter(only_table(root, paths)), None)
     if table is None:
-        names = (p.relative_to(root) for p in paths if p.suffix.lower() in IMAGE_SUFFIXES)
-        inner = next((name.as_posix() for name in names if len(name.parts) > 1), None)
-        remedy = (
-            ""
-            if inner is None
-            else (
-                ". Where the folders are the labels, write them into a table, with a line for each "
-                f"image such as `{inner},{PurePosixPath(inner).parent.name}` below the heading "
-                "`file_name,caption`"
+        folder = folder_of_split(root, "train") or root
+        images = [p for p in walk_files(folder) if p.suffix.lower() in IMAGE_SUFFIXES]
+        inner = sorted({p.relative_to(folder).parts[0] for p in images if p.parent != folder})
+        remedy = ""
+        if len(inner) == 1:
+            remedy = (
+                f". Folders are read as labels where there are two or more; {folder} has one, "
+                f"{inner[0]!r}. If the labels are the folders in it, give {folder / inner[0]}"
             )
-        )
+        if inner and (beside := [p.name for p in images if p.parent == folder]):
+            remedy = (
+                ". Folders are read as labels where all images are in them; beside them are "
+                f"{len(beside)} images, such as {beside[0]}: move each into the folder of its label"
+            )
         return (
             f"{root} holds no table of its images (metadata.csv, or one .csv, .jsonl, .json, .tsv, "
             f".parquet of any name), and no image with a .txt beside it{remedy}"

@@ -6,8 +6,8 @@ llava_json      dialogues in .json or .jsonl, or in a .parquet that ``path`` nam
 sharegpt        the same
 openai_messages the same
 table           .jsonl, .json, .csv, .tsv or .parquet with one example a row (``columns``)
-imagefolder     images with ``metadata.csv`` / ``metadata.jsonl`` (column ``file_name``), or with
-                a ``.txt`` of the same name: one caption a line
+imagefolder     images with ``metadata.csv`` / ``metadata.jsonl`` (column ``file_name``), with a
+                ``.txt`` of the same name (one caption a line), or in folders that are the labels
 hf_dataset      a data set that Hugging Face ``datasets`` saved with ``save_to_disk`` (``columns``)
 webdataset      .tar shards of ``key.jpg`` with ``key.txt`` (captions) or ``key.json`` (``columns``)
 ==============  ===========================================================================
@@ -52,6 +52,7 @@ from instructblip.data.reading.records import (
 )
 from instructblip.data.reading.shards import read_parquet, read_saved, read_shard
 from instructblip.data.reading.splits import files_of_split, first_folder, split_of_file
+from instructblip.data.templates import language_of
 
 TABLES: dict[str, Callable[[Path], Iterator[tuple[str, Record | ValueError]]]] = {
     ".jsonl": try_lines,
@@ -71,6 +72,10 @@ _GROUP = re.compile(
 """Headings of columns whose equal values may belong together."""
 MOST_HINTED = 10_000
 """Rows that `group_column` reads."""
+LABEL_QUESTION = {"en": "What is in this image?", "zh": "这张图片里是什么？"}
+"""Question about an image whose folder is its label, by the language of the labels."""
+MOST_LABELS = 20
+"""Labels that are listed with the number of their images."""
 
 
 def custom_source(custom: CustomSet) -> Source:
@@ -134,8 +139,7 @@ class GroupColumn(NamedTuple):
 def group_column(custom: CustomSet, root: Path, split: str) -> GroupColumn | None:
     """The column that looks like a group: by its heading, and since rows share values; None without
     one."""
-    read, _ = FORMATS.get(custom.format, (_user_rows, examples_of))
-    rows = itertools.islice(read(custom, root, split), MOST_HINTED)
+    rows = itertools.islice(_rows_again(custom, root, split), MOST_HINTED)
     records = (row.record for row in rows if isinstance(row, Row))
     if (first := next(records, None)) is None:
         return None
@@ -150,9 +154,22 @@ def group_column(custom: CustomSet, root: Path, split: str) -> GroupColumn | Non
     return None
 
 
+def _rows_again(custom: CustomSet, root: Path, split: str) -> Iterator[Row | ValueError]:
+    """The rows of data that were read before, without the warnings that there were then."""
+    read, _ = FORMATS.get(custom.format, (_user_rows, examples_of))
+    rows = read(custom, root, split)
+    while True:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            row = next(rows, None)
+        if row is None:
+            return
+        yield row
+
+
 def has_split_column(root: Path) -> bool:
     """Whether the table of an imagefolder has a column ``split``."""
-    rows = _imagefolder(CustomSet("own", "imagefolder"), root, "train")
+    rows = _rows_again(CustomSet("own", "imagefolder"), root, "train")
     row = next((row for row in rows if isinstance(row, Row)), None)
     return row is not None and spelling("split", row.record) is not None
 
@@ -244,7 +261,7 @@ def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row | Va
     Where there are tables, an image that none of them covers counts only with a caption. Nothing,
     where only another split has a folder or a table named for it."""
     base = root / custom.images
-    folder = _folder_of_split(base, split)
+    folder = folder_of_split(base, split)
     if folder is None:
         return
     note_file(folder)
@@ -265,6 +282,12 @@ def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row | Va
     texts = {path.with_suffix(""): path for path in uncovered if path.suffix.lower() == ".txt"}
     images = [path for path in uncovered if path.suffix.lower() in IMAGE_SUFFIXES]
     _warn_of_texts_alone(folder, texts, {path.with_suffix("") for path in images})
+    labels = {} if tables or texts else _folder_labels(folder, images)
+    training = folder_of_split(base, "train") or folder
+    if len(labels) > 1 or (training != folder and any((training / n).is_dir() for n in labels)):
+        _state_labels(folder, labels)
+        yield from _labelled(custom, base, labels)
+        return
     captioner = _Captions(custom)
     for path in images:
         text = texts.get(path.with_suffix(""))
@@ -277,6 +300,44 @@ def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row | Va
         parent = path.parent.relative_to(base).as_posix()
         yield Row(name, _captioned(custom, (path.name,), captions, name), parent)
     captioner.warn(folder)
+
+
+def _folder_labels(folder: Path, images: Iterable[Path]) -> dict[str, list[Path]]:
+    """The images of each folder in ``folder``, whose name is their label, by this name. Empty where
+    an image is in ``folder`` itself. Hidden folders and runs have no images."""
+    labels: dict[str, list[Path]] = {}
+    for path in images:
+        name, *inner = path.relative_to(folder).parts
+        if inner and (name.startswith((".", "__")) or (path.parent / "metrics.jsonl").is_file()):
+            continue
+        labels.setdefault(name if inner else "", []).append(path)
+    return {} if "" in labels else labels
+
+
+def _state_labels(folder: Path, labels: dict[str, list[Path]]) -> None:
+    """Warns that folders are labels, with the images of each, and of folders without any."""
+    counts = [f"{name} {len(paths)}" for name, paths in labels.items()]
+    more = f" and {len(counts) - MOST_LABELS} more" if len(counts) > MOST_LABELS else ""
+    inner = [path for path in list_folder(folder) if path.is_dir()]
+    empty = [p.name for p in inner if p.name not in labels and not p.name.startswith((".", "__"))]
+    skipped = f"; without an image, skipped: {', '.join(empty[:5])}" if empty else ""
+    listed = f"{', '.join(counts[:MOST_LABELS])}{more}{skipped}"
+    warnings.warn(f"{folder}: {len(counts)} folders are read as labels: {listed}", stacklevel=2)
+
+
+def _labelled(custom: CustomSet, base: Path, labels: dict[str, list[Path]]) -> Iterator[Row]:
+    """A row of each image, with what it shows as its question and its folder's name as the answer,
+    under the column names of the recipe's entry."""
+    columns = dict(custom.columns)
+    image, question, answer = (columns.get(n, n) for n in ("image", "question", "answer"))
+    asked = LABEL_QUESTION[language_of(labels)]
+    for label, paths in labels.items():
+        text = " ".join(re.split(r"[_\-\s]+", label)).strip() or label
+        for path in paths:
+            note_file(path.parent)
+            name = path.relative_to(base)
+            record = Record({image: [path.name], question: asked, answer: text}, str(name))
+            yield Row(str(name), record, name.parent.as_posix())
 
 
 def is_metadata(path: Path) -> bool:
@@ -302,7 +363,7 @@ def only_table(folder: Path, paths: Sequence[Path]) -> list[Path]:
     return tables
 
 
-def _folder_of_split(base: Path, split: str) -> Path | None:
+def folder_of_split(base: Path, split: str) -> Path | None:
     """Where the images of a split are, None if only training has a folder; a table in ``base``
     itself covers all below it."""
     has_table = base.is_dir() and any(map(is_metadata, list_folder(base)))
