@@ -155,10 +155,101 @@ def test_tables_of_folders_become_one(tmp_path: Path) -> None:
     assert (tmp_path / "cats/metadata.jsonl.before").is_file()
 
 
-def test_folders_of_splits_are_refused(tmp_path: Path) -> None:
-    write_picture(tmp_path / "train/x.png")
-    with pytest.raises(ValueError, match=r"split into folders.*open .*train"):
+def split_folder(root: Path) -> None:
+    """Tables of splits that count their rows from 0, one of them a CSV, and images without any."""
+    for name in ("train/a.png", "train/deep/b.png", "valid/c.png", "test/d.png", "beside.png"):
+        write_picture(root / name, seed=ord(name[-5]))
+    table = "id,file_name,question,answer,site\n0,a.png,q?,yes,s1\n1,deep/b.png,q?,no,s2\n"
+    (root / "train/metadata.csv").write_text(table)
+    held = {"id": 0, "file_name": "c.png", "question": "q?", "answer": "yes", "site": "s3"}
+    write_json_lines(root / "valid/metadata.jsonl", held)
+    write_json_lines(root / "mine.jsonl", {"file_name": "beside.png", "caption": "c"})
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    paths = (path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_folders_of_splits_are_read_and_written_in_their_place(tmp_path: Path) -> None:
+    split_folder(tmp_path)
+    before = files_of(tmp_path)
+    project = project_of(tmp_path)
+    assert project.images() == ["train/a.png", "train/deep/b.png", "valid/c.png", "test/d.png"]
+    first = {row.images[0]: row for row in project.annotations()}
+    assert {name: row.text("answer") for name, row in first.items()} == {
+        "train/a.png": "yes",
+        "train/deep/b.png": "no",
+        "valid/c.png": "yes",
+    }
+    assert len({row.id for row in first.values()}) == 3
+    splits = [project.split_of(name, ()) for name in project.images()]
+    assert splits == ["train", "train", "val", "test"]
+    assert files_of(tmp_path) == before, "nothing is written yet"
+    held = first["valid/c.png"]
+    project.save("valid/c.png", "q?", "maybe", held.id, held.version)
+    project.save("test/d.png", "q?", "no")
+    project.save("train/a.png", "why?", "so")
+    assert project.add_image("a.png", write_picture(tmp_path / "o.png", seed=9).read_bytes()) == (
+        "train/a-2.png",
+        True,
+    )
+    after = files_of(tmp_path)
+    assert {before[name] for name in before} <= {*after.values()}, "all is still there"
+    assert after["train/metadata.csv.before"] == before["train/metadata.csv"]
+    assert after["valid/metadata.jsonl.before"] == before["valid/metadata.jsonl"]
+    assert after["mine.jsonl"] == before["mine.jsonl"]
+    assert rows_of(tmp_path / "valid/metadata.jsonl") == [
+        {"id": 0, "file_name": "c.png", "question": "q?", "answer": "maybe", "site": "s3"}
+    ]
+    table = rows_of(tmp_path / "train/metadata.jsonl")
+    assert [(row["file_name"], row["answer"]) for row in table] == [
+        ("a.png", "yes"),
+        ("deep/b.png", "no"),
+        ("a.png", "so"),
+    ]
+    assert {row.get("site") for row in table} == {"s1", "s2", None}
+    again = {row.id for row in project_of(tmp_path).annotations()}
+    assert {row.id for row in first.values()} <= again
+    sides = read_sides(tmp_path)
+    assert sides.by == "files"
+    assert sides.test is not None
+    shown = [sorted(side.images) for side in (sides.training, sides.validation, sides.test)]
+    assert shown == [["train/a.png", "train/deep/b.png"], ["valid/c.png"], ["test/d.png"]]
+    with pytest.raises(ValueError, match="is in none of the folders"):
+        project.save("beside.png", "q?", "x")
+
+
+def test_a_split_without_answers_does_not_stop_tuning(tmp_path: Path) -> None:
+    split_folder(tmp_path)
+    project_of(tmp_path).settle()
+    sides = read_sides(tmp_path)
+    assert (len(sides.training), len(sides.validation), sides.test) == (2, 1, None)
+
+
+def test_a_split_that_tune_would_train_on_is_refused(tmp_path: Path) -> None:
+    for name in ("x.png", "val/y.png"):
+        write_picture(tmp_path / name)
+    with pytest.raises(ValueError, match=r"none called train.*would train on val.*rename val"):
         project_of(tmp_path)
+
+
+def test_a_row_about_an_image_of_another_split_is_refused(tmp_path: Path) -> None:
+    split_folder(tmp_path)
+    row = {"file_name": str(tmp_path / "train/a.png"), "caption": "c"}
+    write_json_lines(tmp_path / "valid/metadata.jsonl", row)
+    with pytest.raises(ValueError, match=r"metadata.jsonl.*expected one below .*valid"):
+        project_of(tmp_path)
+
+
+def test_a_folder_that_is_split_meanwhile_loses_nothing(tmp_path: Path) -> None:
+    project = project_of(tmp_path, images=1)
+    row = project.save("0.png", "q?", "one")
+    write_picture(tmp_path / "train/x.png")
+    assert row is not None
+    with pytest.raises(ValueError, match=r"were added .* start it again"):
+        project.save("0.png", "q?", "two", row.id, row.version)
+    assert [row["answer"] for row in rows_of(tmp_path / "metadata.jsonl")] == ["one"]
 
 
 def test_a_broken_table_is_refused_and_stays(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page
 
-from instructblip.experiment.tune import CHOSEN
+from instructblip.experiment.tune import CHOSEN, UNSEEN
 from instructblip.studio.app import LABELS
 from runs.screenshots import browser_page
 from runs.studio_walk import QUESTION, Walker, draw_dials, studio
@@ -327,3 +327,27 @@ def test_a_table_that_is_broken_by_hand_is_stated_and_the_page_recovers(
         table.write_bytes(before)
         page.locator("body[data-ready]").wait_for()
         assert page.locator("#banner").is_hidden()
+
+
+def test_a_split_folder_is_tuned_as_it_is_split(model_folder: Path, tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("val", 2), ("test", 2)):
+        answers = draw_dials(tmp_path / split, count)
+        rows = (f"{name},{QUESTION},{answer}\n" for name, answer in answers.items())
+        table = tmp_path / split / "metadata.csv"
+        table.write_text("file_name,question,answer\n" + "".join(rows))
+    with (
+        studio(tmp_path, "--model", str(model_folder), *SHORT) as (address, _),
+        browser_page("en-GB") as page,
+    ):
+        walker = Walker(page, address)
+        marks = page.locator(".tile .split").all_inner_texts()
+        assert sorted(marks) == ["test"] * 2 + ["train"] * 6 + ["val"] * 2
+        assert page.locator("#name").inner_text() == "train/dial-00.png"
+        walker.tune(stop=False)
+        ready = page.locator("#ready").inner_text()
+        assert ready.startswith("6 pictures to learn from, 4 kept back")
+        walker.compare()
+        assert page.locator("#sentence").inner_text().endswith(UNSEEN)
+        shown = page.locator(".sample img").evaluate_all("all => all.map(o => o.dataset.name)")
+        assert sorted(shown) == ["test/dial-00.png", "test/dial-01.png"]
+        assert not walker.problems

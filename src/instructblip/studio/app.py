@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -121,15 +122,24 @@ class Studio:
             shown.setdefault(row.images[0], []).append(row)
         bad = {f.row for f in findings if f.bad} | {""}
         answered = [row for row in rows if row.text("answer")]
+        usable = {name for row in answered if row.id not in bad for name in row.images}
+        splits = {name: project.split_of(name, mine) for name, mine in shown.items()}
         return {
             "folder": str(project.root),
             "images": [
-                {"name": name, "shown": is_shown(name), "rows": [row_json(row) for row in mine]}
+                {
+                    "name": name,
+                    "shown": is_shown(name),
+                    "split": splits[name],
+                    "rows": [row_json(row) for row in mine],
+                }
                 for name, mine in shown.items()
             ],
             "findings": [finding._asdict() for finding in findings],
             "answers": len(answered),
-            "usable": len({name for row in answered if row.id not in bad for name in row.images}),
+            "usable": len(usable),
+            "usable_by_split": dict(Counter(splits[name] for name in usable if splits.get(name))),
+            "is_split": any(splits.values()),
             "least": LEAST_IMAGES,
             "worthwhile": WORTHWHILE,
             "scanning": self.scanning,

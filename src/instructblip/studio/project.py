@@ -1,7 +1,8 @@
 """The folder of a studio: its images and their annotations, as `instructblip tune` reads them.
 
-Annotations are rows of ``metadata.jsonl``, with all columns that they had. Rows without an answer,
-which `tune` refuses, wait in ``.studio/unanswered.jsonl``. Before the first change of a folder that
+Annotations are rows of ``metadata.jsonl``, with all columns that they had; a folder that is split
+into ``train/``, ``val/`` and ``test/`` has one in each of them. Rows without an answer, which
+`tune` refuses, wait in ``.studio/unanswered.jsonl``. Before the first change of a folder that
 has annotations in another form, the tables that `tune` would read as well are renamed to
 ``NAME.before``; other tables and texts are not read any more, and stay.
 """
@@ -29,10 +30,10 @@ from instructblip.core.files import (
     set_aside,
     write_text,
 )
-from instructblip.data.custom.formats import FORMATS, is_metadata
+from instructblip.data.custom.formats import FORMATS, folder_of_split, is_metadata
 from instructblip.data.custom.rows import CustomSet, Row, column_of, images_in_cell, spelling
 from instructblip.data.reading.records import IMAGE_SUFFIXES, Record, image_name, walk_files
-from instructblip.data.reading.splits import SPLITS, first_folder
+from instructblip.data.reading.splits import SPLITS, split_named
 
 TABLE = "metadata.jsonl"
 PRIVATE = ".studio"
@@ -81,7 +82,8 @@ class Annotation:
     def images(self) -> tuple[str, ...]:
         """The images that the row is about."""
         value = self.data.get(self.column("image"))
-        return tuple(map(str, value)) if isinstance(value, list) else (str(value or ""),)
+        names = value if isinstance(value, list) else [value or ""]
+        return tuple(map(str, names)) or ("",)
 
 
 class Conflict(ValueError):
@@ -101,16 +103,34 @@ class Project:
         self._working = threading.RLock()
         self._seen: Any = None
         self._rows: list[Annotation] = []
-        recover(self.root, earlier=False)
+        for folder in self._table_folders:
+            recover(folder, earlier=False)
         self.annotations()  # raises what is wrong with the folder
 
     @property
     def private(self) -> Path:
         return self.root / PRIVATE
 
+    @cached_property
+    def split_folders(self) -> dict[str, Path]:
+        """The folders of the splits, as `tune` reads them; empty for a folder that is not split
+        into such."""
+        return self._find_split_folders()
+
+    def _find_split_folders(self) -> dict[str, Path]:
+        folders = {split: folder_of_split(self.root, split) for split in SPLITS}
+        if folders["train"] == self.root:
+            return {}
+        return {split: folder for split, folder in folders.items() if folder is not None}
+
+    @property
+    def _table_folders(self) -> list[Path]:
+        return [*self.split_folders.values()] or [self.root]
+
     def images(self) -> list[str]:
         """The images below the folder, without those that runs wrote."""
-        paths = (path.relative_to(self.root) for path in walk_files(self.root))
+        files = (path for folder in self._table_folders for path in walk_files(folder))
+        paths = (path.relative_to(self.root) for path in files)
         return [
             path.as_posix()
             for path in paths
@@ -145,8 +165,13 @@ class Project:
             return list(self._rows)
 
     def _tables(self) -> list[Path]:
-        tables = [path for path in walk_files(self.root) if is_metadata(path)]
-        return [self.root / TABLE, self._unanswered, *tables]
+        folders = self._table_folders
+        found = [path for folder in folders for path in walk_files(folder) if is_metadata(path)]
+        return [self._unanswered, *({path: None for path in (*self._own_tables(), *found)})]
+
+    def _own_tables(self) -> list[Path]:
+        """The tables that are written."""
+        return [folder / TABLE for folder in self._table_folders]
 
     @property
     def _unanswered(self) -> Path:
@@ -155,50 +180,99 @@ class Project:
     def _read(self) -> list[Annotation]:
         rows = [*self._answered_rows(), *read_json_lines(self._unanswered)]
         ids = Counter(str(row.get("id", "")) for row in rows)
+        names = [f"{row.get('id')} {Annotation('', row).images[0]}" for row in rows]
+        named = Counter(names)
         made: dict[str, Annotation] = {}
         for number, row in enumerate(rows):
             known = str(row.get("id", ""))
-            one = Annotation(known if known and ids[known] == 1 else f"row {number}", row)
+            if ids[known] > 1:  # each table of a split may count from 0
+                known = names[number] if known and named[names[number]] == 1 else ""
+            one = Annotation(known or f"row {number}", row)
             if one.text("answer") or one.text("question"):
                 made.setdefault(one.id, one)
         return list(made.values())
 
     def _answered_rows(self) -> list[dict[str, Any]]:
-        if (folder := first_folder("train", [self.root, self.root / "images"])) is not None:
+        folders = self.split_folders
+        if folders != self._find_split_folders():
             raise ValueError(
-                f"{self.root} is split into folders such as {folder.name}, which `instructblip "
-                f"tune` reads as they are; open {folder} in the studio, or move its pictures into "
-                "one folder with a column `split`"
+                f"folders of splits were added to {self.root}, or removed; end the studio with "
+                "Ctrl-C, and start it again"
             )
+        self._refuse_half_split()
         read, _ = FORMATS["imagefolder"]
         parts = {split: list(read(OWN, self.root, split)) for split in SPLITS}
         places = [[_place(row) for row in part] for part in parts.values()]
-        given = any(each != places[0] for each in places)  # by the names of tables
+        given = not folders and any(each != places[0] for each in places)  # by the names of tables
         rows = []
-        for split, part in parts.items() if given else [("train", parts["train"])]:
+        for split, part in parts.items() if given or folders else [("train", parts["train"])]:
             for row in part:
                 if isinstance(row, ValueError):
                     raise row
                 data = self._below_root(row)
-                if given and spelling("split", row.record) is None:
+                if folders:
+                    self._refuse_elsewhere(row, data, folders[split])
+                elif given and spelling("split", row.record) is None:
                     data["split"] = split
                 rows.append(data)
         return rows
+
+    def _refuse_half_split(self) -> None:
+        others = [folder_of_split(self.root, split) for split in ("val", "test")]
+        held = next((one for one in others if one not in (None, self.root)), None)
+        if held is not None and not self.split_folders:
+            raise ValueError(
+                f"{self.root} has a folder {held.name} and none called train, so `instructblip "
+                f"tune` would train on {held.name} as well; move the other pictures into a folder "
+                f"train beside it, or rename {held.name}"
+            )
+
+    def _refuse_elsewhere(self, row: Row, data: Mapping[str, Any], folder: Path) -> None:
+        """ValueError for a row of a split that is not about an image below its folder."""
+        names = Annotation("", data).images
+        if not all((self.root / name).is_relative_to(folder) for name in names):
+            raise ValueError(
+                f"{row.record.where}: the image is {', '.join(names)!r}; expected one below "
+                f"{folder}, where the row is; repair the row"
+            )
 
     def _below_root(self, row: Row) -> dict[str, Any]:
         data = dict(row.record.data)
         column = column_of(OWN, "image", row.record)
         value = images_in_cell(data.get(column), self.root / row.folder)
         names = [str(name) for name in value] if isinstance(value, list | tuple) else [value]
-        prefix = "" if row.folder in ("", ".") else f"{row.folder}/"
-        named = [prefix + str(name) for name in names if name]
+        named = [self._name_below_root(str(name), row.folder) for name in names if name]
         if named:
             data[column] = named[0] if len(named) == 1 else named
         return data
 
-    def lines(self) -> dict[bool, list[str]]:
-        """The lines of the files, by whether a row has an answer."""
-        return _lines(self.annotations())
+    def _name_below_root(self, name: str, folder: str) -> str:
+        if Path(name).is_relative_to(self.root):  # an absolute path
+            return Path(name).relative_to(self.root).as_posix()
+        return name if folder in ("", ".") else f"{folder}/{name}"
+
+    def folder_of(self, image: str) -> Path:
+        """The folder whose table has the rows about an image. ValueError for an image that is in no
+        folder of a split, where there are such."""
+        split = self._split_by_folder(image)
+        if self.split_folders and not split:
+            names = ", ".join(str(folder) for folder in self.split_folders.values())
+            raise ValueError(f"{image[:200]!r} is in none of the folders {names}")
+        return self.split_folders.get(split, self.root)
+
+    def _split_by_folder(self, image: str) -> str:
+        path, folders = self.root / image, self.split_folders.items()
+        return next((split for split, folder in folders if path.is_relative_to(folder)), "")
+
+    def split_of(self, image: str, rows: Sequence[Annotation]) -> str:
+        """The split of an image, by its folder or the column of its rows; empty without one."""
+        named = (split_named(row.text("split")) for row in rows)
+        return self._split_by_folder(image) or next(filter(None, named), "")
+
+    def answered_lines(self) -> list[str]:
+        """The lines of the tables that `tune` reads."""
+        lines = self._lines(self.annotations())
+        return [line for path in self._own_tables() for line in lines[path]]
 
     def save(
         self, image: str, question: str, answer: str, id: str = "", version: str = ""
@@ -239,8 +313,11 @@ class Project:
         known = {row.id for row in rows}
         number = next(n for n in range(len(rows) + 1, 2 * len(rows) + 3) if f"s{n}" not in known)
         data: dict[str, Any] = {"id": f"s{number}", "file_name": image}
-        if any(spelling("split", Record(dict(row.data), row.id)) for row in rows[:1]):
-            data["split"] = "train"  # in every row or in none
+        self.folder_of(image)  # raises
+        split = self._split_by_folder(image)
+        first = next((row for row in rows if self._split_by_folder(row.images[0]) == split), None)
+        if first and (column := spelling("split", Record(dict(first.data), first.id))):
+            data[column] = split or "train"  # in every row or in none
         return Annotation(f"s{number}", data)
 
     def settle(self) -> None:
@@ -249,18 +326,32 @@ class Project:
             self._write(self.annotations(), True)
 
     def _write(self, rows: list[Annotation], answered_first: bool) -> None:
-        sides = _lines(rows)
-        table, waiting = self.root / TABLE, self._unanswered
-        if table.is_file() and not waiting.is_file():  # the user's, before the first change
-            write_text(table.with_name(f"{TABLE}.before"), table.read_text(encoding="utf-8"))
+        texts = {path: "".join(lines) for path, lines in self._lines(rows).items()}
+        waiting, tables = self._unanswered, self._own_tables()
+        for table in tables:
+            if table.is_file() and not waiting.is_file():  # the user's, before the first change
+                write_text(table.with_name(f"{TABLE}.before"), table.read_text(encoding="utf-8"))
         # a row that a crash finds on its way is in both files, and never in none
-        for answered in (answered_first, not answered_first):
-            path, text = table if answered else waiting, "".join(sides[answered])
-            if not path.is_file() or path.read_text(encoding="utf-8") != text:
-                write_text(path, text)
-        for path in self._tables()[2:]:
-            if path != table:
+        for path in [*tables, waiting] if answered_first else [waiting, *tables]:
+            if not path.is_file() or path.read_text(encoding="utf-8") != texts[path]:
+                write_text(path, texts[path])
+        for path in self._tables()[1:]:
+            if path not in tables:
                 set_aside(path, f"{path.suffix}.before")
+
+    def _lines(self, rows: Sequence[Annotation]) -> dict[Path, list[str]]:
+        lines: dict[Path, list[str]] = {
+            path: [] for path in (*self._own_tables(), self._unanswered)
+        }
+        for row in rows:
+            data, path = {"id": row.id, **row.data}, self._unanswered
+            if row.text("answer"):
+                folder = self.folder_of(row.images[0])
+                path = folder / TABLE
+                if folder != self.root:
+                    data = _below(data, row, f"{folder.relative_to(self.root).as_posix()}/")
+            lines[path].append(json.dumps(data, ensure_ascii=False) + "\n")
+        return lines
 
     def add_image(self, name: str, data: bytes) -> tuple[str, bool]:
         """Store an image that was decoded before. Returns its name, and whether it is new: an image
@@ -276,12 +367,13 @@ class Project:
                     return other, False
             stem, given = safe_name(name), Path(name).suffix
             suffix = given if given.lower() in SUFFIXES[kind] else SUFFIXES[kind][0]
-            taken = {path.name.casefold() for path in self.root.iterdir()}
+            folder = self._table_folders[0]
+            taken = {path.name.casefold() for path in folder.iterdir()}
             stems = (stem if n == 1 else f"{stem}-{n}" for n in range(1, len(taken) + 2))
             free = next(f"{s}{suffix}" for s in stems if f"{s}{suffix}".casefold() not in taken)
-            with replacing(self.root / free) as temporary:
+            with replacing(folder / free) as temporary:
                 temporary.write_bytes(data)
-            return free, True
+            return (folder / free).relative_to(self.root).as_posix(), True
 
 
 def safe_name(name: str) -> str:
@@ -329,12 +421,10 @@ def _not_writable(root: Path, error: OSError) -> ValueError:
     )
 
 
-def _lines(rows: Sequence[Annotation]) -> dict[bool, list[str]]:
-    sides: dict[bool, list[str]] = {True: [], False: []}
-    for row in rows:
-        line = json.dumps({"id": row.id, **row.data}, ensure_ascii=False)
-        sides[bool(row.text("answer"))].append(line + "\n")
-    return sides
+def _below(data: dict[str, Any], row: Annotation, prefix: str) -> dict[str, Any]:
+    """The columns of a row with its images relative to the folder of its table."""
+    names = [name.removeprefix(prefix) for name in row.images]
+    return {**data, row.column("image"): names[0] if len(names) == 1 else names}
 
 
 def _with_texts(row: Annotation, question: str, answer: str) -> Annotation:

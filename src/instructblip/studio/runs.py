@@ -158,7 +158,8 @@ class Runs:
 
     def _rows(self) -> str:
         """A digest of the rows that a run trains on and is scored on."""
-        return hashlib.sha256("".join(self.project.lines()[True]).encode()).hexdigest()[:16]
+        lines = self.project.answered_lines()
+        return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
     def _refuse_busy(self) -> None:
         if self.busy:

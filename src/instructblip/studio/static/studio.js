@@ -281,7 +281,7 @@ function makeTile({ name, shown }) {
   tile.setAttribute("role", "option");
   const view = element("span", shown ? "" : words("no_preview"), { className: "view" });
   if (shown) view.append(lazyPicture(name));
-  tile.append(view, element("span", "", { className: "says" }), element("span", "", { className: "mark" }));
+  tile.append(view, element("span", "", { className: "says" }), element("span", "", { className: "mark" }), element("span", "", { className: "split" }));
   tile.onclick = () => select(name, true);
   return tile;
 }
@@ -289,8 +289,11 @@ function makeTile({ name, shown }) {
 /** What stands on the tiles, and how many are answered. */
 function showTiles() {
   const order = visible();
+  const splits = new Map(project.images.map((one) => [one.name, one.split]));
   for (const [name, tile] of tiles) {
-    const [, says, mark] = tile.children;
+    const [, says, mark, split] = tile.children;
+    const part = splits.get(name);
+    split.textContent = part ? words(`split_${part}`) : "";
     const answers = rowsOf(name).map((one) => (one.saving ? one : one.stored).answer).filter((text) => text.trim());
     says.textContent = answers.map((text) => text.replaceAll("\n", " / ")).join(" · ") || "–";
     says.classList.toggle("none", !answers.length);
@@ -578,16 +581,19 @@ const duration = (seconds) => {
 };
 
 function showTune() {
-  const { usable, least, worthwhile } = project;
+  const { usable, usable_by_split: counts, least, worthwhile } = project;
+  const [learned, held] = [counts.train ?? 0, (counts.val ?? 0) + (counts.test ?? 0)];
+  const isReady = project.is_split ? learned > 0 && held > 0 : usable >= least;
   const bad = project.findings.filter((one) => one.bad && one.row).length;
-  byId("ready").textContent = usable < least ? fill("ready_few", usable, least, worthwhile)
+  byId("ready").textContent = project.is_split ? fill(isReady ? "ready_split" : "ready_unsplit", learned, held)
+    : usable < least ? fill("ready_few", usable, least, worthwhile)
     : usable < worthwhile ? fill("ready_some", usable, worthwhile) : fill("ready_yes", usable);
   byId("ready-bad").textContent = bad ? fill("ready_bad", bad) : "";
   byId("start-model").textContent = fill("starts_from", project.models.start);
   const { status } = run;
   const isStopped = ["stopped", "failed"].includes(status) && run.resumable;
   byId("tune").hidden = status === "running";
-  byId("tune").disabled = usable < least || Boolean(bad) || Boolean(run.busy);
+  byId("tune").disabled = !isReady || Boolean(bad) || Boolean(run.busy);
   byId("tune").textContent = words(isStopped ? "anew" : status === "finished" ? "tune_again" : "tune");
   byId("resume").hidden = !isStopped;
   byId("resume").disabled = Boolean(run.busy) || run.changed;
