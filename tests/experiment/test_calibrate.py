@@ -196,6 +196,24 @@ def test_tuning_calibrates_with_its_validation(
     assert instructblip.load(run_folder, device="cpu").calibration == known
 
 
+def test_the_folder_of_tune_is_calibrated_or_the_next_step_is_named(
+    model: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder = copied(tmp_path / "out/run")
+    write_recipe(tmp_path / "folder", str(run_folder), tmp_path / "out", 4, [])
+    (tmp_path / "out/recipe.yaml").rename(run_folder / "recipe.yaml")
+    for folder in (tmp_path / "out", run_folder):
+        line = one_line(capsys, "calibrate", str(folder))
+        assert f"`tune` calibrates {run_folder} on the examples that it holds back" in line
+        assert f"`instructblip serve --model {run_folder}`" in line
+    shutil.copy(model / CALIBRATION_FILE, run_folder)
+    line = one_line(capsys, "calibrate", str(tmp_path / "out"))
+    assert f"`tune` calibrated {run_folder}" in line
+    assert f"`instructblip serve --model {run_folder}` gives its confidences" in line
+    run("calibrate", "scenes", str(tmp_path / "out"), *overrides(root))
+    assert capsys.readouterr().out.endswith(f"\n  instructblip serve --model {run_folder}\n")
+
+
 def test_rows_that_were_trained_on_are_refused_whatever_their_split_is_called(
     tmp_path: Path,
 ) -> None:

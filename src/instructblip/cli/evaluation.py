@@ -15,6 +15,7 @@ from instructblip.cli.options import (
     SettingsCommand,
     complete_either,
     read_recipe,
+    run_in,
     to_dir,
     to_file,
 )
@@ -93,13 +94,15 @@ def calibrate(
     if len(names) not in (1, 2):
         raise ValueError(f"expected [RECIPE] MODEL [A.B=C]...; got {' '.join(names) or 'no model'}")
     overrides += _evaluation_overrides(None, None, **(placement or {}))
-    recipe = read_recipe(names[0] if len(names) == 2 else recipe_of(names[-1]), overrides)
+    model = names[-1] if "://" in names[-1] else str(run_in(names[-1]))
+    recipe = read_recipe(names[0] if len(names) == 2 else recipe_of(model), overrides)
     chosen = [name.strip() for name in benchmarks.split(",")] if benchmarks else []
-    fitted, path = run(recipe, names[-1], chosen, split, limit)
+    fitted, path = run(recipe, model, chosen, split, limit)
     print(fitted.report)
     if text := note(fitted.calibration):
         print(text)
     print(path)
+    print(f"Its answers have confidences now:\n  instructblip serve --model {model}")
 
 
 @app.command()

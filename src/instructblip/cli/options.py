@@ -146,6 +146,12 @@ SETTINGS = {"decoding": _decoding_parameters, "placement": _placement_parameters
 """What stands for these parameters on the command line."""
 
 
+def run_in(folder: str | Path) -> Path:
+    """The run in a folder that `tune` wrote; any other model or run as it is."""
+    run = Path(folder) / "run"
+    return run if (run / "recipe.yaml").is_file() else Path(folder)
+
+
 def read_recipe(recipe: str, overrides: list[str] | None) -> "Recipe":
     """The recipe of a command's arguments."""
     from instructblip.recipe.load import load_recipe

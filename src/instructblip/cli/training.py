@@ -19,6 +19,7 @@ from instructblip.cli.options import (
     Resume,
     Scale,
     read_recipe,
+    run_in,
     to_dir,
 )
 
@@ -205,8 +206,7 @@ def status(run: Annotated[Path, Argument(help="A run directory.")]) -> None:
     from instructblip.training.log import METRICS, read_metrics
     from instructblip.training.run_directory import LOCK_FILE
 
-    if (run / "run" / RECIPE_FILE).is_file():  # the folder of `tune`
-        run = run / "run"
+    run = run_in(run)
     recipe = run / RECIPE_FILE
     if not recipe.is_file():
         raise FileNotFoundError(f"{run} holds no {RECIPE_FILE}: give the directory of a run")

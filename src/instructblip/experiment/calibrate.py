@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from instructblip.data.prepared.dataset import DatasetView
-from instructblip.evaluation.calibration import FEWEST, Calibration, Fitted, fit
+from instructblip.evaluation.calibration import CALIBRATION_FILE, FEWEST, Calibration, Fitted, fit
 from instructblip.evaluation.evaluate import MOST_CLASSES, pick
 from instructblip.evaluation.scoring import CAPTION_METRICS
 from instructblip.experiment.datasets import (
@@ -17,6 +17,7 @@ from instructblip.experiment.datasets import (
     validation_of,
 )
 from instructblip.experiment.evaluate import load_answerer, score
+from instructblip.experiment.folder import OWN, SET
 from instructblip.inference.engine import Engine
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.checkpoints.directory import HUB, NAMES, model_directory
@@ -59,10 +60,7 @@ def calibrate(
         replace(b, split=split or b.split) for b in validation_of(recipe)
     ]
     if not chosen:
-        raise ValueError(
-            "the recipe names no validation: name sets that the model was not trained on with "
-            "--benchmarks"
-        )
+        raise ValueError(_why_nothing_to_fit(recipe, model, directory))
     for benchmark in chosen:
         if benchmark.split == "test":
             raise ValueError(
@@ -92,6 +90,25 @@ def calibrate(
         raise ValueError(f"{model} is a model of transformers: give a directory of this package")
     fitted = fit_model(engine, directory, held, settings, limit, chose_step)
     return fitted, fitted.calibration.save(directory)
+
+
+def _why_nothing_to_fit(recipe: Recipe, model: str, directory: Path) -> str:
+    """Why a recipe has no samples to calibrate on, and what to do now."""
+    named = "name sets that the model was not trained on with --benchmarks"
+    entry = recipe.data.sets.get(SET)
+    if entry is None or entry.format != OWN.format:
+        return f"the recipe names no validation: {named}"
+    serve = f"`instructblip serve --model {model}`"
+    if (directory / CALIBRATION_FILE).is_file():
+        return (
+            f"`tune` calibrated {model} on the examples that it held back: {serve} gives its "
+            f"confidences; to calibrate it on others, {named}"
+        )
+    return (
+        f"`tune` calibrates {model} on the examples that it holds back, from {FEWEST} on, right "
+        f"and wrong ones, and these were too few or all alike: tune on more images, or {named}. "
+        f"Without confidences, {serve} and `instructblip answer --model {model}` answer now"
+    )
 
 
 def fit_model(

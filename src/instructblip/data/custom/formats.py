@@ -322,7 +322,7 @@ def _state_labels(folder: Path, labels: dict[str, list[Path]]) -> None:
     empty = [p.name for p in inner if p.name not in labels and not p.name.startswith((".", "__"))]
     skipped = f"; without an image, skipped: {', '.join(empty[:5])}" if empty else ""
     listed = f"{', '.join(counts[:MOST_LABELS])}{more}{skipped}"
-    warnings.warn(f"{folder}: {len(counts)} folders are read as labels: {listed}", stacklevel=2)
+    warnings.warn(f"{folder}: folders are read as labels: {listed}", stacklevel=2)
 
 
 def _labelled(custom: CustomSet, base: Path, labels: dict[str, list[Path]]) -> Iterator[Row]:
