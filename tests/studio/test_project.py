@@ -19,7 +19,7 @@ from instructblip.data.custom.folder import read_sides
 from instructblip.data.prepared.near import look_of
 from instructblip.studio.findings import find
 from instructblip.studio.project import Conflict, Project, opened, safe_name
-from instructblip.studio.runs import Runs
+from instructblip.studio.runs import Runs, start_of, usual_out
 from tests.conftest import greedy_engine
 from tests.testing import write_json_lines, write_picture
 
@@ -250,6 +250,18 @@ def test_a_folder_that_is_split_meanwhile_loses_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"were added .* start it again"):
         project.save("0.png", "q?", "two", row.id, row.version)
     assert [row["answer"] for row in rows_of(tmp_path / "metadata.jsonl")] == ["one"]
+
+
+def test_folders_that_are_labels_are_answers(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        for number in range(2):
+            write_picture(tmp_path / name / f"{number}.png", seed=number)
+    project = project_of(tmp_path)
+    answers = {row.images[0]: row.text("answer") for row in project.annotations()}
+    project.settle()
+    after = {row.images[0]: row.text("answer") for row in project_of(tmp_path).annotations()}
+    names = [f"{name}/{number}.png" for name in ("cats", "dogs") for number in range(2)]
+    assert answers == after == {name: name.split("/")[0] for name in names}
 
 
 def test_a_broken_table_is_refused_and_stays(tmp_path: Path) -> None:
@@ -488,3 +500,27 @@ def test_runs_are_numbered_and_never_replaced(tmp_path: Path) -> None:
     assert runs.state()["status"] == "stopped"
     (tmp_path / "tuned-2/report.html").touch()
     assert runs.finished == tmp_path / "tuned-2"
+
+
+def test_the_newest_run_of_a_folder_is_opened(tmp_path: Path) -> None:
+    """Where `tune --out` wrote it: in the folder, or beside it, but not of another folder."""
+    root = tmp_path / "mine"
+    root.mkdir()
+    assert [usual_out(one).name for one in (root, tmp_path / "new")] == ["tuned", "tuned"]
+    for age, (place, data) in enumerate(
+        [("other", tmp_path / "o"), ("mine/first", root), ("second", root)]
+    ):
+        run = tmp_path / place
+        write_picture(run / "run/curves.png")
+        (run / "run/metrics.jsonl").touch()
+        recipe = f"data: {{root: {data}}}\nmodel: {{start: small}}\n"
+        (run / "recipe.yaml").write_text(recipe)
+        os.utime(run / "recipe.yaml", (age, age))
+    assert usual_out(root) == tmp_path / "second"
+    assert start_of(tmp_path / "second") == "small"
+    (tmp_path / "second/recipe.yaml").unlink()
+    assert usual_out(root) == root / "first"
+    assert Project(root, tmp_path / "x").images() == [], "the curves are no image of the folder"
+    (root / "first").rename(root / "tuned-2")
+    assert usual_out(root) == root / "tuned"
+    assert start_of(root / "tuned") is None

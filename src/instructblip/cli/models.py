@@ -389,12 +389,13 @@ def studio(
     model: Annotated[
         str | None,
         Option(
-            help="The start: a model directory, `starter` or `small`; small if it can be had.",
+            help="The start: a model directory, `starter` or `small`; as in the run, or small.",
             autocompletion=complete_model,
         ),
     ] = None,
     out: Annotated[
-        Path | None, to_dir("Folder of the first run, of later ones with -2, ...; FOLDER/tuned.")
+        Path | None,
+        to_dir("Folder of the first run, of later ones with -2, ...; the newest, or FOLDER/tuned."),
     ] = None,
     port: Annotated[int, Option(help="Port on this machine.", min=0, max=65535)] = 8100,
 ) -> None:
@@ -409,12 +410,13 @@ def studio(
     from instructblip.inference.engine import Engine
     from instructblip.serving.config import ServeConfig
     from instructblip.studio.project import opened
-    from instructblip.studio.runs import Runs
+    from instructblip.studio.runs import Runs, start_of, usual_out
 
-    folder, out = folder.absolute(), (out or folder / "tuned").absolute()
+    folder = folder.absolute()
+    out = out.absolute() if out else usual_out(folder)
     with opened(folder, out) as project:  # refused before the model is read
         _check_address("127.0.0.1", port)
-        start = model or _usual_start()
+        start = model or start_of(out) or _usual_start()
         runs = Runs(project, out, start, overrides or ())
         config = ServeConfig(
             api_keys=(secrets.token_urlsafe(24),),

@@ -270,6 +270,31 @@ class Runs:
             return self._results[1]
 
 
+def usual_out(root: Path) -> Path:
+    """The folder of the newest run that `tune` made of the folder ``root``, in it or beside it;
+    without any ``root/tuned``."""
+    usual = root / "tuned"
+    beside = root.parent.iterdir() if os.access(root.parent, os.R_OK) else ()
+    places = [*(root.iterdir() if root.is_dir() else ()), *beside]
+    runs = [path for path in places if _is_run_of(path, root)]
+    if any(path.parent == root and path.name.startswith("tuned") for path in runs):
+        return usual
+    return max(runs, key=lambda path: (path / RECIPE_FILE).stat().st_mtime, default=usual)
+
+
+def _is_run_of(path: Path, root: Path) -> bool:
+    file = path / RECIPE_FILE
+    if not (os.access(file, os.R_OK) and (path / "run").is_dir()):
+        return False
+    return read_values(file).get("data", {}).get("root") == str(root)
+
+
+def start_of(out: Path) -> str | None:
+    """The model that the run in ``out`` starts from; None without a run."""
+    file = out / RECIPE_FILE
+    return read_values(file).get("model", {}).get("start") if file.is_file() else None
+
+
 def is_finished(out: Path) -> bool:
     """Whether a run has its report, which is written last."""
     return (out / "report.html").is_file()
