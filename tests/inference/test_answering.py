@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from instructblip.cli import main as cli
 from instructblip.core.terminal import escape
@@ -22,7 +23,7 @@ from instructblip.inference.chat import (
     run_chat,
 )
 from instructblip.inference.engine import Engine
-from instructblip.inference.inputs import open_images
+from instructblip.inference.inputs import OTHERS, open_images, open_others
 from instructblip.inference.streaming import TextStream
 from instructblip.model.decoding import Decoding
 from tests.testing import QUESTION, write_model, write_picture, write_video
@@ -385,3 +386,19 @@ def test_a_csv_has_no_formula(image_files: list[Path], tmp_path: Path) -> None:
     write_answers(Echo(), read_requests(file), tmp_path / "answers.jsonl")
     read = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["answer"] for line in read] == FORMULAS + HARMLESS
+
+
+def test_a_folder_stands_for_some_of_its_images(tmp_path: Path) -> None:
+    for i in range(20):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    several = [Path(str(path)).name for path in open_others([tmp_path])]
+    assert several == ["00.png", "03.png", "06.png", "09.png", "12.png", "15.png", "18.png"]
+    few = tmp_path / "few"
+    few.mkdir()
+    Image.new("RGB", (8, 8)).save(few / "a.jpg")
+    assert open_others([few, tmp_path / "05.png"]) == [few / "a.jpg", tmp_path / "05.png"]
+    assert len(several) <= OTHERS
+    (few / "a.jpg").unlink()
+    with pytest.raises(ValueError, match="few holds no images"):
+        open_others([few])

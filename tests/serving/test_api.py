@@ -157,6 +157,22 @@ def test_what_the_server_does_not_have_is_refused(
     assert message == expected
 
 
+def test_the_likelihood_of_an_answer_about_other_images(
+    model_folder: Path, engine: Engine, png: list[Path]
+) -> None:
+    image, *others = png
+    app = create_app({"tuned": greedy_engine(model_folder)}, others=others)
+    expected = engine.answer(image, TEXT, details=True, blind=others)
+    with TestClient(app) as client:
+        answer = client.post(CHAT, json=body(image, logprobs=True)).json()
+        known = answer["choices"][0]["logprobs"]
+        assert answer["choices"][0]["message"]["content"] == expected.text
+        assert known["log_likelihood"] == pytest.approx(expected.log_prob, abs=1e-4)
+        assert known["blind_log_likelihood"] == pytest.approx(expected.blind_log_prob, abs=1e-4)
+        assert known["blind_log_likelihood"] != pytest.approx(known["log_likelihood"], abs=1e-3)
+        assert client.post(CHAT, json=body(image)).json()["choices"][0]["logprobs"] is None
+
+
 def test_log_probabilities_are_those_of_the_engine(
     model_folder: Path, engine: Engine, png: list[Path]
 ) -> None:
@@ -178,6 +194,7 @@ def test_log_probabilities_are_those_of_the_engine(
         whole: Any = choice.logprobs
         assert whole.log_likelihood == pytest.approx(expected.log_prob, abs=1e-4)
         assert whole.confidence is None
+        assert whole.blind_log_likelihood is None
         for token in content:  # penalties change what is chosen, and no log-probability
             others = [other.logprob for other in token.top_logprobs]
             assert len(others) == 3

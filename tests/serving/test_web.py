@@ -95,6 +95,19 @@ def drawn(page: Page, name: str) -> str:
 
 
 @needs_browser
+def test_the_page_says_where_the_image_does_not_matter(
+    engines: dict[str, Engine], png: list[Path]
+) -> None:
+    for others in (png, ()):
+        app = add_page(create_app(engines, titles={"instructblip": "starter"}, others=others))
+        with running(app) as address, browser_page("en-GB") as page:
+            open_page(page, address)
+            ask_example(page, number=1)
+            text = page.locator("#model-instructblip").inner_text()
+            assert (EN["blind"] in text) == bool(others)
+
+
+@needs_browser
 def test_the_page_fits_a_phone(address: str) -> None:
     with browser_page("zh-CN", viewport={"width": 390, "height": 844}) as page:
         open_page(page, address)

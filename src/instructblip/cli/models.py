@@ -69,7 +69,8 @@ def answer(
         bool, Option("--details", help="Print log-probability and confidence too.")
     ] = False,
     blind: Annotated[
-        list[Path] | None, Option(help="Another image: how likely is the answer about it?")
+        list[Path] | None,
+        Option(help="Another image, or a folder of some: how likely is the answer about them?"),
     ] = None,
     model: Model = "starter",
     decoding: Settings = None,
@@ -95,7 +96,7 @@ def answer(
         raise ValueError("--details and --blind are of generated answers: leave out --candidates")
     from instructblip.inference.batch import read_requests, text_files, write_answers
     from instructblip.inference.engine import Engine
-    from instructblip.inference.inputs import open_images
+    from instructblip.inference.inputs import open_images, open_others
 
     settings = decoding or {}
     if batch is not None:
@@ -108,7 +109,7 @@ def answer(
         print(f"{len(requests) - errors} answers in {out}{failed}")
         raise typer.Exit(1 if errors else 0)
     images = open_images(image or [])  # a wrong path is reported before the model is read
-    others = open_images(blind or [])
+    others = open_others(blind or [])
     engine = Engine.from_pretrained(model, **(placement or {}))
     question = instruction or ""
     if texts_of:
@@ -328,12 +329,17 @@ def serve(
     max_beams: Annotated[int, Option(help="Beams that a request may ask for.")] = 8,
     timeout: Annotated[float, Option(help="Seconds of a request.")] = 60.0,
     shared_mb: Annotated[int, Option(help="MiB kept for requests about the same images.")] = 128,
+    blind: Annotated[
+        list[Path] | None,
+        Option(help="Another image, or a folder of some: how likely is an answer about them?"),
+    ] = None,
     placement: Settings = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat completions, ranking, metrics and a page."""
     from pydantic import ValidationError
 
     from instructblip.inference.engine import Engine
+    from instructblip.inference.inputs import open_others
     from instructblip.serving.config import ServeConfig
 
     keys = tuple(api_keys.read_text(encoding="utf-8-sig").split()) if api_keys else ()
@@ -368,13 +374,14 @@ def serve(
         raise ValueError(f"{error.name} is missing: pip install 'instructblip[serve]'") from error
 
     _check_address(host, port)  # before the model is read
+    others = open_others(blind or [])
     places = placement or {}
     engines = {"instructblip": Engine.from_pretrained(model, **places)}
     titles = {"instructblip": title_of(model)}
     if before is not None:
         engines["blip2"] = Engine.from_pretrained(before, instruction_aware=False, **places)
         titles["blip2"] = title_of(before)
-    app = create_app(engines, config, titles)
+    app = create_app(engines, config, titles, others)
     if page:
         from instructblip.serving.page import add_page
 

@@ -9,7 +9,7 @@ from PIL import Image
 from instructblip.core.batch import Sample
 from instructblip.data.reading.frames import VIDEO_SUFFIXES, extract_frames
 from instructblip.data.reading.images import load_image
-from instructblip.data.reading.records import local_path
+from instructblip.data.reading.records import IMAGE_SUFFIXES, local_path
 from instructblip.data.templates import Rendered
 
 ImageInput = Image.Image | str | Path
@@ -20,6 +20,8 @@ ImagesInput = FramesInput | Sequence[Sequence[ImageInput]]
 """An image, or a list of images and of videos."""
 FRAMES = 4
 """Frames that stand for a video, evenly spaced, as in the paper."""
+OTHERS = 8
+"""Images of a folder that stand for any image; each is one more pass of the language model."""
 
 
 def broadcast(
@@ -65,6 +67,24 @@ def group_samples(samples: Sequence[Sample], size: int) -> list[list[int]]:
         else:
             groups.append([i])
     return groups
+
+
+def open_others(paths: Sequence[Path]) -> list[ImageInput]:
+    """Images for the blind likelihood of an answer: files, and of a folder up to `OTHERS` of its
+    images, evenly spread over their names.
+
+    Raises ValueError or FileNotFoundError, naming the file, for what cannot be decoded.
+    """
+    chosen: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            chosen.append(path)
+            continue
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise ValueError(f"{path} holds no images; expected {', '.join(IMAGE_SUFFIXES)}")
+        chosen += files[:: -(-len(files) // OTHERS)]
+    return open_images(chosen)
 
 
 def open_images(paths: Sequence[Path]) -> list[ImageInput]:

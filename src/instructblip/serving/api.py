@@ -7,7 +7,7 @@ only validate, decode images and wait.
 import base64
 import io
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from instructblip.data.templates import Rendered
 from instructblip.evaluation.scoring import probabilities
 from instructblip.inference.engine import Engine
 from instructblip.inference.explain import Explanation
+from instructblip.inference.inputs import ImageInput
 from instructblip.serving.batching import Answer, Embeddings, Job
 from instructblip.serving.bodies import BodyRoute
 from instructblip.serving.completions import chat_job, response_of, stream_events
@@ -79,14 +80,16 @@ def create_app(
     engines: Mapping[str, Engine],
     config: ServeConfig | None = None,
     titles: Mapping[str, str] | None = None,
+    others: Sequence[ImageInput] = (),
 ) -> FastAPI:
     """The ASGI application. ``engines`` by the name that requests choose; the first is the default.
-    ``titles`` are what people call them, by the same name.
+    ``titles`` are what people call them, by the same name. ``others`` are images for the blind
+    likelihood of an answer (``Engine.answer``).
 
     The application becomes the only user of each engine.
     """
     config = config or ServeConfig()
-    service = Service(engines, config, titles)
+    service = Service(engines, config, titles, others)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -25,6 +25,7 @@ from instructblip.data.templates import Rendered
 from instructblip.inference.details import DetailedAnswer, FinishReason
 from instructblip.inference.embedder import Embedder
 from instructblip.inference.engine import Engine
+from instructblip.inference.inputs import ImageInput
 from instructblip.inference.sharing import Shared
 from instructblip.inference.streaming import TextStream
 from instructblip.model.decoding import Decoding
@@ -213,6 +214,7 @@ class Batcher:
         max_queue: maximum number of jobs that wait.
         on_batch: called with the size and the seconds of each batch and of each step.
         shared_bytes: maximum of what is kept for requests about the same images.
+        others: images in whose place a detailed answer is read again, see ``Engine.answer``.
     """
 
     def __init__(
@@ -222,8 +224,10 @@ class Batcher:
         max_queue: int = 128,
         on_batch: Callable[[int, float], None] = lambda size, seconds: None,
         shared_bytes: int = 128 << 20,
+        others: Sequence[ImageInput] = (),
     ) -> None:
         self.engine = engine
+        self._others = engine.encoded(engine.samples(list(others), "")) if others else []
         self.max_batch, self.max_queue, self.on_batch = max_batch, max_queue, on_batch
         self._shared = Shared(engine.encode, engine.read, shared_bytes)
         self._jobs: list[Job] = []
@@ -439,7 +443,7 @@ class Batcher:
             sample = row.sample
             if job.details is not None:
                 (sample,) = self._shared.with_features([sample])
-            answer = _answer(self.engine, job, sample, response.ids, response.decoding)
+            answer = self._answer(job, sample, response.ids, response.decoding)
         except Exception as error:
             job.future.set_exception(error)
         else:
@@ -505,9 +509,27 @@ class Batcher:
             if job.failure is None:
                 _send(job, lambda text=text, ids=ids: text.rest(ids), last=True)
         return [
-            job.failure or _answer(engine, job, sample, ids, decoding)
+            job.failure or self._answer(job, sample, ids, decoding)
             for job, sample, ids in zip(jobs, samples, responses, strict=True)
         ]
+
+    def _answer(self, job: Job, sample: Sample, ids: list[int], decoding: Decoding) -> Answer:
+        engine = self.engine
+        whole = engine.tokens.decode(ids)
+        text = job.cut(whole)
+        full = len(ids) >= decoding.max_new_tokens and text == whole
+        details = None
+        if job.details is not None:
+            ended = text == whole and not full
+            (details,) = engine.detail([sample], [ids], [ended], self._others, job.details)
+        return Answer(
+            text=text,
+            prompt_tokens=len(sample.prompt_ids),
+            lost=engine.lost_tokens(job.instruction),
+            tokens=len(ids),
+            finish_reason="length" if full else "stop",
+            details=details,
+        )
 
 
 def _embed(embedder: Embedder, job: Job, texts: tuple[str, ...]) -> Embeddings:
@@ -526,21 +548,3 @@ def _send(job: Job, read: Callable[[], str], last: bool = False) -> None:
         job.send(read(), last)
     except Exception as error:
         job.failure, job.stopped = error, True
-
-
-def _answer(engine: Engine, job: Job, sample: Sample, ids: list[int], decoding: Decoding) -> Answer:
-    whole = engine.tokens.decode(ids)
-    text = job.cut(whole)
-    full = len(ids) >= decoding.max_new_tokens and text == whole
-    details = None
-    if job.details is not None:
-        ended = text == whole and not full
-        (details,) = engine.detail([sample], [ids], [ended], likeliest=job.details)
-    return Answer(
-        text=text,
-        prompt_tokens=len(sample.prompt_ids),
-        lost=engine.lost_tokens(job.instruction),
-        tokens=len(ids),
-        finish_reason="length" if full else "stop",
-        details=details,
-    )

@@ -174,7 +174,10 @@ def logprobs_of(answer: Answer, job: Job) -> ChoiceLogprobs | None:
         content.append(ChosenLogprob(**one.model_dump(), top_logprobs=top))
     known = answer.details
     return ChoiceLogprobs(
-        content=content, log_likelihood=known.log_prob, confidence=known.confidence
+        content=content,
+        log_likelihood=known.log_prob,
+        confidence=known.confidence,
+        blind_log_likelihood=known.blind_log_prob,
     )
 
 

@@ -319,14 +319,16 @@ class ChosenLogprob(TokenLogprob):
 
 
 class ChoiceLogprobs(BaseModel):
-    """``content`` has the tokens of the text, as OpenAI's; the last two fields are additions of
-    this project: the log-probability of the whole answer, its end token included, and the
-    probability that it is right, where the model is calibrated."""
+    """``content`` has the tokens of the text, as OpenAI's; the last three fields are additions
+    of this project: the log-probability of the whole answer, its end token included; the
+    probability that it is right, where the model is calibrated; and the log-probability of the same
+    answer about other images, where the server has some (`serve --blind`)."""
 
     content: list[ChosenLogprob]
     refusal: None = None
     log_likelihood: float
     confidence: float | None
+    blind_log_likelihood: float | None
 
 
 class Choice(BaseModel):

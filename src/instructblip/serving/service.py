@@ -17,6 +17,7 @@ from instructblip.data.images import ImageTransform
 from instructblip.data.reading.decode import Window
 from instructblip.data.tokens import check_marks
 from instructblip.inference.engine import Engine
+from instructblip.inference.inputs import ImageInput
 from instructblip.serving.batching import Batcher, Ended, Job, QueueFull, TooLate
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.decoders import Decoders
@@ -63,8 +64,9 @@ class Service:
         engines: Mapping[str, Engine],
         config: ServeConfig,
         titles: Mapping[str, str] | None = None,
+        others: Sequence[ImageInput] = (),
     ) -> None:
-        self.config = config
+        self.config, self.others = config, others
         self.titles = dict(titles or {})
         self.metrics = Metrics(lambda: self.waiting)
         self.batchers = {name: self._batcher(engine) for name, engine in engines.items()}
@@ -75,7 +77,8 @@ class Service:
     def _batcher(self, engine: Engine) -> Batcher:
         config = self.config
         shared = config.shared_mb << 20
-        return Batcher(engine, config.max_batch, config.max_queue, self.metrics.batch, shared)
+        sizes = (config.max_batch, config.max_queue)
+        return Batcher(engine, *sizes, self.metrics.batch, shared, self.others)
 
     def put(self, name: str, engine: Engine, title: str) -> None:
         """Serve a model under a name, in place of the one that had it, whose requests end first."""

@@ -247,9 +247,14 @@ class ModelCard {
       if (event.error) throw new Refused(event.error.message);
       this.text += event.choices[0]?.delta.content ?? "";
       if (this.text) this.show();
-      const confidence = event.choices[0]?.logprobs?.confidence;
-      if (typeof confidence === "number") {
-        this.notes.push(words("confidence").replace("{percent}", Math.round(100 * confidence)));
+      const known = event.choices[0]?.logprobs;
+      if (typeof known?.confidence === "number") {
+        this.notes.push(words("confidence").replace("{percent}", Math.round(100 * known.confidence)));
+      }
+      // At least half as likely about other images as about this one.
+      if (typeof known?.blind_log_likelihood === "number" &&
+          known.blind_log_likelihood > known.log_likelihood - Math.LN2) {
+        this.notes.push(words("blind"));
       }
       if (event.usage?.prompt_tokens_lost) this.notes.push(words("lost"));
     }
