@@ -1,7 +1,7 @@
 """Which maps of an answer are true? Pointing game, curves and random weights, on Scenes.
 
     python -m runs.trust.explain measure OUT MODEL... [--each 3] [--curves 10]
-    python -m runs.trust.explain dense OUT [MODEL]
+    python -m runs.trust.explain dense OUT [MODEL] --each 8
     python -m runs.trust.explain write OUT
 
 MODEL are models tuned with several seeds. Each is asked new questions of its own, ``--each`` of
