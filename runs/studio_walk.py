@@ -1,9 +1,10 @@
 """The studio, walked in headless Chromium from an empty folder to a better model.
 
-    python -m runs.studio_walk [--out out/studio_walk] [--count 60] [a.b=c ...]
+    python -m runs.studio_walk [--out out/studio_walk] [--count 60] [--pictures DIR] [a.b=c ...]
 
 Adds drawn dials, types the answers, tunes, stops, resumes, compares, asks and exports; prints the
 minutes of each part, the clicks and the keys. The time of a person, who thinks, comes on top.
+``--pictures docs/pictures`` takes those of the docs on the way.
 """
 
 import argparse
@@ -76,6 +77,19 @@ def studio(
             process.wait(timeout=30)
 
 
+def take(
+    page: Page, file: Path, width: int, height: int, *, dark: bool = False, chinese: bool = False
+) -> None:
+    """Write what a screen of that size shows."""
+    page.set_viewport_size({"width": width, "height": height})
+    page.emulate_media(color_scheme="dark" if dark else "light")
+    if chinese:
+        page.locator("#language").click()
+    page.evaluate("scrollTo(0, 0)")
+    page.wait_for_timeout(1500)  # images, and the suggestion
+    page.screenshot(path=file)
+
+
 class Walker:
     """A person at the page, whose clicks and keys are counted."""
 
@@ -125,11 +139,13 @@ class Walker:
             self.page.wait_for_timeout(100)
         self.done("write answers")
 
-    def tune(self, stop: bool = True) -> None:
+    def tune(self, stop: bool = True, pictures: Path | None = None) -> None:
         self.click("#tune-tab")
         self.click("#tune")
         if stop:
             self.page.locator("#curve .now").wait_for(timeout=PATIENT_MS)
+            if pictures:
+                take(self.page, pictures / "studio_tune.png", 1280, 720)
             self.click("#stop")
             self.page.locator("#resume:visible").wait_for(timeout=PATIENT_MS)
             self.done("tune until stopped")
@@ -168,6 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("out/studio_walk"))
     parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--pictures", type=Path)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     answers = draw_dials(args.out / "camera", args.count)
@@ -180,12 +197,20 @@ def main() -> None:
         walker = Walker(page, address)
         walker.add(sorted((args.out / "camera").iterdir()))
         walker.answer(answers)
-        walker.tune()
+        walker.tune(pictures=args.pictures)
         scores = walker.compare()
         outcome = page.locator("#outcome").inner_text()
+        if args.pictures:
+            take(page, args.pictures / "studio_compare.png", 1280, 900, dark=True)
         tried, exported = walker.ask(), walker.export()
+        minutes = round((time.monotonic() - began) / 60, 2)
+        if args.pictures:
+            page.locator("#label-tab").click()
+            page.locator(".tile").nth(7).click()
+            take(page, args.pictures / "studio_label.png", 1280, 900)
+            take(page, args.pictures / "studio_phone.png", 390, 844, chinese=True)
     result = {
-        "minutes": round((time.monotonic() - began) / 60, 2),
+        "minutes": minutes,
         "parts": walker.minutes,
         "clicks": walker.clicks,
         "keys": walker.keys,

@@ -351,3 +351,46 @@ def test_a_split_folder_is_tuned_as_it_is_split(model_folder: Path, tmp_path: Pa
         shown = page.locator(".sample img").evaluate_all("all => all.map(o => o.dataset.name)")
         assert sorted(shown) == ["test/dial-00.png", "test/dial-01.png"]
         assert not walker.problems
+
+
+CONTRAST = """() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const light = (color) => {
+    canvas.fillStyle = color;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((v) => {
+      return v / 255 <= 0.03928 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = (one) => {
+    const color = getComputedStyle(one).backgroundColor;
+    return color === "rgba(0, 0, 0, 0)" && one.parentElement ? ground(one.parentElement) : color;
+  };
+  const weak = [];
+  for (const one of document.querySelectorAll("body *")) {
+    const hint = one.placeholder && !one.value;
+    const isText = hint || [...one.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+    if (!isText || one.disabled || !one.checkVisibility()) continue;
+    const color = getComputedStyle(one, hint ? "::placeholder" : null).color;
+    const [dark, bright] = [light(color), light(ground(one))].sort((a, b) => a - b);
+    if ((bright + 0.05) / (dark + 0.05) < 4.5) weak.push(`${one.id} ${one.className}`);
+  }
+  return weak;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_can_be_read(scheme: str, opened_studio: tuple[Path, str]) -> None:
+    """Each has a contrast of 4.5 to 1 at least, also where something is to be looked at."""
+    folder, address = opened_studio
+    (folder / "copy.png").write_bytes((folder / "dial-02.png").read_bytes())
+    (folder / "broken.png").write_bytes(b"PNG")
+    with browser_page("en-GB", color_scheme=scheme) as page:
+        Walker(page, address)
+        page.locator(".mark.look").first.wait_for()
+        open_image(page, "broken.png")
+        page.locator("#findings li").wait_for()
+        assert page.evaluate(CONTRAST) == []
+    (folder / "copy.png").unlink()
+    (folder / "broken.png").unlink()

@@ -14,6 +14,7 @@ const fill = (key, ...values) => values.reduce((text, value, at) => {
 
 /** A message of the server in the language of the page; of one without a translation, its English under a heading. */
 function translated(message) {
+  message = message?.replace(/^messages(, image \d+)?: /, "");
   if (!message || language !== "zh") return message;
   if (page.labels.no_server.includes(message)) return words("no_server");
   for (const [english, chinese] of Object.entries(page.messages)) {
@@ -403,7 +404,7 @@ function showEditor() {
     showPicture(byId("large"), selected, "large");
   }
   byId("large").alt = selected;
-  byId("name").textContent = selected;
+  byId("name").textContent = byId("name").title = selected;
   for (const key of ["question", "answer"]) {
     if (byId(key).value !== entry[key]) byId(key).value = entry[key];
   }
@@ -693,7 +694,7 @@ function sentences(facts) {
 function showBars(set) {
   const card = element("section", "", { className: "card" });
   const list = element("dl", "", { className: "bars" });
-  card.append(element("h3", `% ${fill(set.right ? "right_of" : "agree_of", set.n)}`), list);
+  card.append(element("h3", fill(set.right ? "right_of" : "agree_of", set.n)), list);
   for (const { name, value, interval } of set.bars) {
     const row = element("dt", "", { className: name });
     row.append(element("span", fill(`bar_${name}`, set.answer)), element("b", value === null ? "–" : value.toFixed(0)));
