@@ -16,6 +16,7 @@ from instructblip.data.prepared.check import Diagnosis, check_dataset, evaluated
 from instructblip.data.prepared.dataset import PreparedDataset
 from instructblip.data.prepared.images import FACTS_FILE, read_facts
 from instructblip.data.prepared.prepare import prepare
+from instructblip.data.reading.records import RUN_FILES, walk_files
 from instructblip.recipe.schema import DataSet
 from tests.testing import TURNS, bad_samples, write_json, write_json_lines, write_picture
 
@@ -92,6 +93,41 @@ def test_folders_split(below: str, tmp_path: Path):
         assert example.images == (str(Path(below) / name / "0.png"),)
     with pytest.raises(ValueError, match="no example"):  # and not those of training again
         prepared(tmp_path, "imagefolder", "test")
+
+
+def test_a_folder_of_test_is_no_training_data(root: Path):
+    for place in ("0", "1", "test/2"):
+        (root / "test").mkdir(exist_ok=True)
+        (root / f"{place}.txt").write_text("a heart")
+    (root / "2.png").rename(root / "test/2.png")
+    for split, names in {"train": ["0.png", "1.png"], "test": ["test/2.png"]}.items():
+        assert [each.images[0] for each in prepared(root, "imagefolder", split)] == names
+    with pytest.raises(ValueError, match="mine val: no example"):
+        prepared(root, "imagefolder", "val")
+
+
+def test_a_table_beside_folders_of_splits_is_named(root: Path):
+    for i, name in enumerate(("train", "val", "test")):
+        (root / name).mkdir()
+        (root / f"{i}.png").rename(root / name / f"{i}.png")
+        write_json_lines(root / name / "metadata.jsonl", {"file_name": f"{i}.png", "caption": "x"})
+    write_json_lines(root / "metadata.jsonl", {"file_name": "train/0.png", "caption": "other"})
+    with pytest.warns(UserWarning, match="its table is not read, since its images are in folders"):
+        found = sides(root, "imagefolder")
+    assert [Path(images[0]).name for images in found.values()] == ["0.png", "1.png", "2.png"]
+
+
+def test_the_curves_of_a_run_are_no_data(root: Path):
+    for i in range(3):
+        (root / f"{i}.txt").write_text("a heart")
+    run = root / "tuned/run"
+    write_picture(run / "curves.png")
+    assert len(walk_files(root)) == 7
+    for name in RUN_FILES:
+        (run / name).touch()
+    assert len(walk_files(root)) == 6
+    assert len(walk_files(run)) == 3, "a run is asked for itself"
+    assert len(prepared(root, "imagefolder")) == 3
 
 
 def test_saved_data_sets_name_their_splits_otherwise(root: Path):

@@ -17,6 +17,7 @@ from PIL import Image
 
 from instructblip.data.custom.folder import read_sides
 from instructblip.data.prepared.near import look_of
+from instructblip.data.reading.records import RUN_FILES
 from instructblip.studio.findings import find
 from instructblip.studio.project import Conflict, Project, opened, safe_name
 from instructblip.studio.runs import Runs, start_of, usual_out
@@ -512,7 +513,8 @@ def test_the_newest_run_of_a_folder_is_opened(tmp_path: Path) -> None:
     ):
         run = tmp_path / place
         write_picture(run / "run/curves.png")
-        (run / "run/metrics.jsonl").touch()
+        for name in RUN_FILES:
+            (run / "run" / name).touch()
         recipe = f"data: {{root: {data}}}\nmodel: {{start: small}}\n"
         (run / "recipe.yaml").write_text(recipe)
         os.utime(run / "recipe.yaml", (age, age))

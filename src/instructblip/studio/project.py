@@ -34,7 +34,6 @@ from instructblip.data.custom.formats import FORMATS, folder_of_split, is_metada
 from instructblip.data.custom.rows import CustomSet, Row, column_of, images_in_cell, spelling
 from instructblip.data.reading.records import IMAGE_SUFFIXES, Record, image_name, walk_files
 from instructblip.data.reading.splits import SPLITS, split_named
-from instructblip.training.log import METRICS
 
 TABLE = "metadata.jsonl"
 PRIVATE = ".studio"
@@ -141,8 +140,6 @@ class Project:
         ]
 
     def _is_of_run(self, path: Path) -> bool:
-        if (path.parent / METRICS).is_file():  # beside the curves of any run
-            return True
         if not path.is_relative_to(self.out.parent):
             return False
         name = path.relative_to(self.out.parent).parts[0]

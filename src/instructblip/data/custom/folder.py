@@ -165,8 +165,6 @@ def read_partly(root: Path, language: str = "en") -> tuple[FolderSet, FolderSet]
     task, question, choices = asked[0][0] if asked else ("caption", "", ())
     for path in walk_files(root):
         name = path.relative_to(root).as_posix()
-        if (path.parent / "metrics.jsonl").is_file():  # the curves of a run
-            continue
         if path.suffix.lower() in IMAGE_SUFFIXES and name not in named:
             unlabelled.append(
                 Example(

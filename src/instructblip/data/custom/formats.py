@@ -51,7 +51,7 @@ from instructblip.data.reading.records import (
     walk_files,
 )
 from instructblip.data.reading.shards import read_parquet, read_saved, read_shard
-from instructblip.data.reading.splits import files_of_split, first_folder, split_of_file
+from instructblip.data.reading.splits import SPLITS, files_of_split, first_folder, split_of_file
 from instructblip.data.templates import language_of
 
 TABLES: dict[str, Callable[[Path], Iterator[tuple[str, Record | ValueError]]]] = {
@@ -259,13 +259,21 @@ def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row | Va
     ``root``: the rows of tables, and captions where no table is in the folder or in one above it. A
     table is called metadata or as its split, or is the only one.
     Where there are tables, an image that none of them covers counts only with a caption. Nothing,
-    where only another split has a folder or a table named for it."""
+    where only another split has a folder or a table named for it; folders of val and test are no
+    training data where training has none."""
     base = root / custom.images
     folder = folder_of_split(base, split)
     if folder is None:
         return
     note_file(folder)
-    paths = walk_files(folder)
+    if folder_of_split(base, "train") != base and any(map(is_metadata, list_folder(base))):
+        warnings.warn(
+            f"{base}: its table is not read, since its images are in folders of splits; move the "
+            "table into them",
+            stacklevel=2,
+        )
+    held_back = _held_back(base) if folder == base and split == "train" else []
+    paths = [p for p in walk_files(folder) if not any(map(p.is_relative_to, held_back))]
     listed = [path for path in paths if is_metadata(path)]
     if not listed:  # train.csv, val.csv
         by_name = [p for p in paths if p.suffix.lower() in TABLES and split_of_file(p)]
@@ -283,7 +291,7 @@ def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row | Va
     images = [path for path in uncovered if path.suffix.lower() in IMAGE_SUFFIXES]
     _warn_of_texts_alone(folder, texts, {path.with_suffix("") for path in images})
     labels = {} if tables or texts else _folder_labels(folder, images)
-    training = folder_of_split(base, "train") or folder
+    training = folder_of_split(base, "train") or base
     if len(labels) > 1 or (training != folder and any((training / n).is_dir() for n in labels)):
         _state_labels(folder, labels)
         yield from _labelled(custom, base, labels)
@@ -304,11 +312,11 @@ def _imagefolder(custom: CustomSet, root: Path, split: str) -> Iterator[Row | Va
 
 def _folder_labels(folder: Path, images: Iterable[Path]) -> dict[str, list[Path]]:
     """The images of each folder in ``folder``, whose name is their label, by this name. Empty where
-    an image is in ``folder`` itself. Hidden folders and runs have no images."""
+    an image is in ``folder`` itself. Hidden folders have no images."""
     labels: dict[str, list[Path]] = {}
     for path in images:
         name, *inner = path.relative_to(folder).parts
-        if inner and (name.startswith((".", "__")) or (path.parent / "metrics.jsonl").is_file()):
+        if inner and name.startswith((".", "__")):
             continue
         labels.setdefault(name if inner else "", []).append(path)
     return {} if "" in labels else labels
@@ -364,11 +372,18 @@ def only_table(folder: Path, paths: Sequence[Path]) -> list[Path]:
 
 
 def folder_of_split(base: Path, split: str) -> Path | None:
-    """Where the images of a split are, None if only training has a folder; a table in ``base``
-    itself covers all below it."""
+    """Where the images of a split are, None if only other splits have a folder; training then has
+    all other files. A table in ``base`` itself covers all below it."""
     has_table = base.is_dir() and any(map(is_metadata, list_folder(base)))
     parents = [base] if has_table else [base, base / "images"]
-    return first_folder(split, parents) or (None if first_folder("train", parents) else base)
+    others = (first_folder(other, parents) for other in SPLITS if other != split)
+    return first_folder(split, parents) or (None if split != "train" and any(others) else base)
+
+
+def _held_back(base: Path) -> list[Path]:
+    """The folders of validation and test."""
+    found = (first_folder(split, [base, base / "images"]) for split in ("val", "test"))
+    return [path for path in found if path is not None]
 
 
 def _warn_of_texts_alone(folder: Path, texts: dict[Path, Path], images: set[Path]) -> None:

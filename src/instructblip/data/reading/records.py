@@ -76,8 +76,13 @@ def images_by_stem(names: Iterable[str]) -> dict[str, str]:
     }
 
 
+RUN_FILES = ("recipe.yaml", "metrics.jsonl")
+"""What distinguishes the directory of a run from a folder of data."""
+
+
 def walk_files(folder: Path) -> list[Path]:
-    """All files below a folder, sorted; ValueError for a folder that cannot be read.
+    """All files below a folder, sorted; ValueError for a folder that cannot be read. The files of
+    runs in it are left out: their curves are no data.
 
     Links to folders are followed, and no folder is entered twice: links may form a circle.
     """
@@ -90,7 +95,8 @@ def walk_files(folder: Path) -> list[Path]:
     files = []
     for top, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         status = Path(top).stat()
-        if (identity := (status.st_dev, status.st_ino)) in entered:
+        is_run = {*RUN_FILES} <= {*names} and Path(top) != folder
+        if (identity := (status.st_dev, status.st_ino)) in entered or is_run:
             folders.clear()
             continue
         entered.add(identity)
