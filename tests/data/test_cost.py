@@ -13,7 +13,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 import instructblip.data.reading.decode as images_module
 from instructblip.data.reading.cost import check_cost
-from instructblip.data.reading.decode import decode_image, examine_image
+from instructblip.data.reading.decode import MAX_SIDE, decode_image, examine_image
 from instructblip.data.reading.images import load_image, load_pixels
 
 
@@ -103,6 +103,14 @@ def test_images_that_cost_too_much_are_refused(reason: str, tmp_path: Path) -> N
     for load in (load_image, load_pixels):
         with pytest.raises(ValueError, match=rf"image\.jpg: .*{reason}.*; expected at most"):
             load(path)
+
+
+@pytest.mark.parametrize("size", [(MAX_SIDE + 1, 1), (1, MAX_SIDE + 1)])
+def test_a_very_long_side_is_refused(size: tuple[int, int]) -> None:
+    data = saved(Image.new("1", size), "PNG")
+    assert "65537" in examine_image(data)[0]
+    with pytest.raises(ValueError, match=r"65537.*; at most 65536 a side"):
+        decode_image(data, "a.png")
 
 
 def exif() -> Image.Exif:

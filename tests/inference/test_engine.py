@@ -20,10 +20,11 @@ from instructblip.data.tokens import Tokens
 from instructblip.evaluation.calibration import Calibration, CandidateMap
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.inference.chat import instruction_of
+from instructblip.inference.details import pieces_of
 from instructblip.inference.engine import Engine
 from instructblip.inference.fingerprint import fingerprint
 from instructblip.model.decoding import GREEDY, Decoding
-from instructblip.model.inference import rank_candidates
+from instructblip.model.inference import rank_candidates, score_tokens
 from tests.data.test_chat_format import chat_tokens
 from tests.evaluation.fakes import ListDataset, benchmark
 from tests.testing import QUESTION, write_model, write_picture
@@ -143,6 +144,22 @@ def test_details_have_the_log_probability_of_the_answer(
         image_files[1], QUESTION, num_beams=beams, max_new_tokens=6, details=True
     )
     assert single.log_prob == pytest.approx(detailed[1].log_prob, abs=1e-4)
+
+
+def test_the_texts_of_the_likeliest_tokens_take_one_call_each(
+    engine: Engine, image_files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [token for token in range(5, 45) if token != engine.tokens.eos_id]
+    samples, decode, calls = engine.samples(image_files[0], QUESTION), engine.tokens.decode, []
+    monkeypatch.setattr(Tokens, "decode", lambda _, ids: calls.append(ids) or decode(ids))
+    (known,) = engine.detail(samples, [ids], [True], likeliest=3)
+    assert len(calls) < 6 * len(ids)
+    whole = [[*ids, engine.tokens.eos_id]]
+    (scored,) = score_tokens(engine.model, engine._collate(samples), whole, 3)
+    name = engine.tokens.language.convert_ids_to_tokens
+    for n, (token, score) in enumerate(zip(known.tokens, scored, strict=True)):
+        added = [pieces_of(decode, [*ids[:n], one])[-1] or name(one) for one, _ in score.likeliest]
+        assert [text for text, _ in token.likeliest] == added
 
 
 def test_the_log_probability_is_that_of_ranking_the_text(tmp_path: Path) -> None:

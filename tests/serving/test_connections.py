@@ -15,7 +15,14 @@ from fastapi import FastAPI, Response
 from instructblip.serving import connections
 from instructblip.serving.api import create_app
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.connections import LOG_LINES, Connection, Server, Sparing, run_server
+from instructblip.serving.connections import (
+    LOG_LINES,
+    MAX_CHUNKS,
+    Connection,
+    Server,
+    Sparing,
+    run_server,
+)
 from instructblip.serving.page import add_page
 from tests.conftest import TestClient, body, greedy_engine
 from tests.serving.test_api import CHAT, Slow, wait_for
@@ -98,6 +105,26 @@ def test_a_client_that_reads_nothing_is_closed(model_folder: Path) -> None:
             with contextlib.suppress(ConnectionResetError):
                 while unread.recv(1 << 20):
                     pass
+
+
+def test_many_small_chunks_are_refused(
+    model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = SLOW.partition(b"Content-Length")[0] + b"Transfer-Encoding: chunked\r\n\r\n"
+    large = b"100\r\n" + b" " * 256 + b"\r\n"
+    with serving(create_app({"tuned": greedy_engine(model_folder)})) as (_, port, _):
+        for chunks, answer in (
+            (b"1\r\n \r\n" * (MAX_CHUNKS + 20), b"400 Bad Request"),
+            (large * (MAX_CHUNKS + 20) + b"0\r\n\r\n", b"422 "),
+        ):
+            with connect(port, head + chunks) as connection:
+                assert connection.recv(1000).startswith(b"HTTP/1.1 " + answer)
+        with connect(port, head.replace(CHAT.encode(), b"/healthz")) as connection:
+            assert b" 405 " in connection.recv(1000)
+            connection.sendall(b"no chunk\r\n")
+            while connection.recv(1000):  # the rest of the response, then the end
+                pass
+    assert not any("Fatal error" in line for line in caplog.messages)
 
 
 def test_the_log_is_bounded() -> None:

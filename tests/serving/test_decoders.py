@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.attack_server import RANK, sleepy_decoders
-from instructblip.data.reading.decode import decode_image
+from instructblip.data.reading.decode import MAX_SIDE, decode_image
 from instructblip.serving import decoder
 from instructblip.serving.api import create_app
 from instructblip.serving.config import ServeConfig
@@ -114,6 +114,10 @@ def test_the_pixels_are_those_of_the_same_file_elsewhere(files: dict[str, bytes]
             assert refused.value.status == status
         with pytest.raises(BadImage, match="more than 1000 pixels"):
             await decoders.decode(files["PNG"], 1000, "a", "auto", time.monotonic() + 60)
+        long = io.BytesIO()
+        Image.new("1", (1, MAX_SIDE + 1)).save(long, "PNG")
+        with pytest.raises(BadImage, match="more than 65536 pixels a side"):
+            await decoders.decode(long.getvalue(), 1 << 20, "a", "auto", time.monotonic() + 60)
         assert len(decoders._idle) == 1, "one process did it all"
         decoders.close()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from instructblip.core.batch import Sample
@@ -53,18 +54,24 @@ class Candidate:
     calibrated: bool
 
 
+def complete_texts(decode: Callable[[list[int]], str], ids: Sequence[int]) -> list[str]:
+    """The text behind 0, 1, ... all of the tokens, without a character of which tokens are missing.
+    Each begins with the one before, also where a tokenizer changes it."""
+    texts = [""]
+    for end in range(1, len(ids) + 1):
+        text, known = decode(list(ids[:end])), texts[-1]
+        whole = not text.endswith("\N{REPLACEMENT CHARACTER}")
+        texts.append(known + text[len(known) :] if whole else known)
+    return texts
+
+
 def pieces_of(decode: Callable[[list[int]], str], ids: Sequence[int]) -> list[str]:
     """The text that each token adds; of a character in several tokens the last one adds it all."""
-    pieces, known = [], ""
-    for end in range(1, len(ids) + 1):
-        text = decode(list(ids[:end]))
-        if end < len(ids) and (text.endswith("\N{REPLACEMENT CHARACTER}")):
-            text = known
-        elif not text.startswith(known):  # a tokenizer that changes what is before
-            text = known + text[len(known) :]
-        pieces.append(text[len(known) :])
-        known = text
-    return pieces
+    if not ids:
+        return []
+    texts = complete_texts(decode, ids[:-1])
+    texts.append(texts[-1] + decode(list(ids))[len(texts[-1]) :])
+    return [after[len(before) :] for before, after in pairwise(texts)]
 
 
 def about_other(sample: Sample, other: Sample) -> Sample:

@@ -39,6 +39,7 @@ from instructblip.inference.details import (
     DetailedAnswer,
     TokenDetail,
     about_other,
+    complete_texts,
     pieces_of,
 )
 from instructblip.inference.embedder import Embedder
@@ -327,11 +328,12 @@ class Engine:
             if self.calibration is not None and self.calibration.answers is not None:
                 confidence = self.calibration.answers.confidence(log_prob)
             texts = [*pieces_of(self.tokens.decode, ids), ""]
+            before = complete_texts(self.tokens.decode, ids) if likeliest else texts
             given = tuple(
                 TokenDetail(
                     text,
                     token.log_prob,
-                    tuple((self._token_text(ids[:n], id_), p) for id_, p in token.likeliest),
+                    tuple((self._added(ids[:n], before[n], id_), p) for id_, p in token.likeliest),
                 )
                 for n, (text, token) in enumerate(zip(texts, tokens, strict=False))
             )
@@ -347,9 +349,9 @@ class Engine:
             )
         return answers
 
-    def _token_text(self, before: list[int], id_: int) -> str:
-        """What a token would add behind others; the name of one that adds no text."""
-        added = pieces_of(self.tokens.decode, [*before, id_])[-1]
+    def _added(self, ids: list[int], text: str, id_: int) -> str:
+        """What a token would add behind others and their text; the name of one that adds none."""
+        added = self.tokens.decode([*ids, id_])[len(text) :]
         return added or str(self.tokens.language.convert_ids_to_tokens(id_))
 
     def stream(

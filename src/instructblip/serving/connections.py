@@ -11,6 +11,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -23,6 +24,28 @@ SHUTDOWN_S = 8
 """Seconds for which requests in progress, and the streams of pages, may continue after SIGTERM."""
 LOG_LINES = 10
 """Lines that each log may have in a second."""
+MAX_CHUNKS = 1000
+"""Chunks of a body beside one for each ``CHUNK_BYTES``: each takes 10 µs, however small."""
+CHUNK_BYTES = 64
+
+
+class _FewChunks(h11.Connection):
+    """Refuses a body of more chunks than one of its size needs."""
+
+    _chunks = _bytes = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._chunks, self._bytes = (
+                self._chunks + event.chunk_start,
+                self._bytes + len(event.data),
+            )
+            if self._chunks > MAX_CHUNKS + self._bytes // CHUNK_BYTES:
+                raise h11.RemoteProtocolError("too many small chunks")
+        return event
 
 
 class Connection(H11Protocol):
@@ -35,6 +58,10 @@ class Connection(H11Protocol):
     _since = 0.0
     _late: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.conn = _FewChunks(h11.SERVER)
 
     @property
     def waits(self) -> bool:
@@ -57,6 +84,13 @@ class Connection(H11Protocol):
             self._forget_late()
         elif self._late is None:  # the next header has begun
             self._late = self.loop.call_later(self.header_s, self._close_late)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP; where a response has been sent already, end the connection."""
+        try:
+            super().send_400_response(msg)
+        except h11.LocalProtocolError:
+            self.transport.abort()
 
     def pause_writing(self) -> None:
         """The client has not read what was sent: it has some time to."""

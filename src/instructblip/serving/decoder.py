@@ -15,7 +15,7 @@ from typing import IO, Any
 from PIL import Image
 
 from instructblip.data.reading.cost import check_cost
-from instructblip.data.reading.decode import Window, decode_image
+from instructblip.data.reading.decode import MAX_SIDE, Window, decode_image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
@@ -42,13 +42,15 @@ def decode(data: bytes, max_pixels: int, where: str, window: Window = "auto") ->
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-                pixels = header.width * header.height
+                pixels, side = header.width * header.height, max(header.size)
     except Image.DecompressionBombError:
         raise too_large from None
     except Exception:
         raise BadImage(f"{where}: not an image; expected one of {', '.join(FORMATS)}") from None
     if pixels > max_pixels:
         raise too_large
+    if side > MAX_SIDE:
+        raise BadImage(f"{where}: more than {MAX_SIDE} pixels a side", 413)
     try:
         return decode_image(data, where, window)
     except Exception:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import urlsplit
 
 from instructblip.serving.config import ServeConfig
 from instructblip.serving.decoder import BadImage
@@ -37,12 +37,10 @@ def read_url(url: str, config: ServeConfig, where: str) -> bytes:
 
 def _read_data_url(url: str, config: ServeConfig, where: str) -> bytes:
     header, comma, content = url.partition(",")
-    if not comma or len(header) > 200:
-        raise BadImage(f"{where}: a data URL has a comma before its content")
+    if not comma or len(header) > 200 or not header.lower().endswith(";base64"):
+        raise BadImage(f"{where}: a data URL begins with data:image/...;base64, before its content")
     if len(content) > config.max_picture_bytes * 3:
         raise BadImage(f"{where}: more than {config.max_picture_bytes} bytes", 413)
-    if not header.lower().endswith(";base64"):
-        return unquote_to_bytes(content)
     try:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError):

@@ -19,6 +19,8 @@ from instructblip.data.reading.dicom import is_dicom, read_dicom
 
 MAX_PIXELS = 1 << 26
 """Pixels of one image (67 million, 8192 x 8192); an image whose header says more is not decoded."""
+MAX_SIDE = 1 << 16
+"""Pixels of one side: Pillow's resizing of a longer one takes seconds and 32 bytes for each."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 """What Pillow may decode; it would run Ghostscript on an EPS file."""
 
@@ -136,6 +138,10 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS}")
+            if max(image.size) > MAX_SIDE:
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels; at most {MAX_SIDE} a side"
+                )
             yield image
 
 
