@@ -22,9 +22,9 @@ import uvicorn
 from playwright.sync_api import Page, sync_playwright
 
 from instructblip import load
+from instructblip.core.pages import title_of
 from instructblip.serving.api import create_app
 from instructblip.serving.page import PATH, add_page
-from instructblip.serving.service import title_of
 
 
 @contextlib.contextmanager

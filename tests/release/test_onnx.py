@@ -4,18 +4,22 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import Page
 
 from instructblip.data.images import ImageTransform
 from instructblip.data.tokens import load_tokenizer
 from instructblip.inference.engine import Engine
 from instructblip.model.checkpoints.directory import model_directory
+from instructblip.recipe.world import examples_of
 from instructblip.release import onnx as release_onnx
 from instructblip.release import web
 from runs.screenshots import browser_page
@@ -23,6 +27,7 @@ from runs.screenshots import browser_page
 NODE = shutil.which("node")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 RUNTIME = Path(os.environ.get("ONNXRUNTIME_WEB", "node_modules/onnxruntime-web"))
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 CODE = Path(web.__file__).with_name("page.js")
 QUESTIONS = [
     "what color is the circle?",
@@ -71,7 +76,7 @@ def test_weights_in_8_bits(graphs: Path, engine: Engine, png: list[Path], tmp_pa
     assert model.answer(png[0], QUESTIONS[0]) == engine.answer(png[0], QUESTIONS[0])
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@needs_browser
 def test_the_page_answers_offline(
     graphs: Path, engine: Engine, png: list[Path], tmp_path: Path
 ) -> None:
@@ -83,12 +88,10 @@ def test_the_page_answers_offline(
     for part in release_onnx.PARTS:
         release_onnx._store_in_8_bits(small / f"{part}.onnx")
     file = tmp_path / "index.html"
-    file.write_text(web.page(small, files, "starter"), encoding="utf-8")
+    text = web.page(small, files, "starter", examples_of("starter"))
+    file.write_text(text, encoding="utf-8")
     assert file.stat().st_size < 20e6
-    with browser_page("en-GB") as page:
-        page.unroute_all()
-        page.context.set_offline(True)
-        page.goto(file.as_uri())
+    with opened(file) as page:
         page.get_by_text("Ready after").wait_for()
         for image in png[:2]:
             page.set_input_files("#image", image)
@@ -98,22 +101,144 @@ def test_the_page_answers_offline(
                 page.locator("#ask:not([disabled])").wait_for()
                 assert page.locator("#answer").inner_text() == engine.answer(image, text)
                 print(page.locator("#state").inner_text())
+
+
+RUNTIME_OF_TESTS = """
+export const env = { wasm: {} };
+export class Tensor {
+  constructor(type, data, dims) { Object.assign(this, { type, data, dims }); }
+}
+async function run({ pixel_values, features, queries, ids }) {
+  if (pixel_values) return { features: pixel_values };
+  if (features) return { queries: new Tensor("float32", [], [1, 1, 1]) };
+  const logits = new Float32Array(%(words)d);
+  logits[ids.data.length > 1 ? %(word)d : %(end)d] = 1;
+  return { logits: { data: logits } };
+}
+export const InferenceSession = { create: async (graph) => {
+  if (graph.length === 0) throw new Error("no memory.");
+  return { run };
+} };
+"""
+"""onnxruntime-web as far as the page uses it: each answer is one word."""
+
+
+@pytest.fixture
+def small_page(tmp_path: Path) -> Callable[..., Path]:
+    """A page whose model answers "red" to everything, without packages beyond `dev`."""
+    directory = tmp_path / "graphs"
+    shutil.copytree(model_directory("starter") / "qformer_tokenizer", directory)
+    tokenizer: Any = load_tokenizer(model_directory("starter"))
+    tokenizer.save_pretrained(directory)
+    image = {"size": 8, "mean": [0, 0, 0], "std": [1, 1, 1], "resample": "bilinear"}
+    settings = {"instruction_aware": False, "cache": [], "max_new_tokens": 3, "image": image}
+    settings |= {"prompt": {"prefix": [], "suffix": [], "longest": 8}, "min_new_tokens": 0}
+    settings |= {"repetition_penalty": 1, "ends": [tokenizer.eos_token_id]}
+    (directory / release_onnx.SETTINGS).write_text(json.dumps(settings))
+    runtime = [tmp_path / name for name in web.RUNTIME]
+    (word,) = tokenizer(" red", add_special_tokens=False)["input_ids"]
+    figures = {"words": len(tokenizer), "word": word, "end": tokenizer.eos_token_id}
+    runtime[0].write_text(RUNTIME_OF_TESTS % figures)
+    runtime[1].write_bytes(b"")
+
+    def write(graph: bytes = b"graph", title: str = "mine") -> Path:
+        for part in release_onnx.PARTS:
+            (directory / f"{part}.onnx").write_bytes(graph)
+        file = tmp_path / "index.html"
+        text = web.page(directory, runtime, title, examples_of("starter"))
+        file.write_text(text, encoding="utf-8")
+        return file
+
+    return write
+
+
+@contextmanager
+def opened(file: Path, locale: str = "en-GB", before: str = "", **options: Any) -> Iterator[Page]:
+    """The page without a network; fails where the browser reports an error."""
+    with browser_page(locale, **options) as page:
+        page.unroute_all()
+        page.context.set_offline(True)
+        errors: list[str] = []
+        page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.add_init_script(before)
+        page.goto(file.as_uri())
+        yield page
+        assert errors == []
+
+
+@needs_browser
+def test_the_page_asks_about_an_example_and_a_file(
+    small_page: Callable[..., Path], tmp_path: Path
+) -> None:
+    title = "<img src=x onerror='document.body.dataset.ran=1'>"
+    with opened(small_page(title=title), viewport={"width": 390, "height": 844}) as page:
+        page.get_by_text("Ready after").wait_for()
+        assert page.locator("h2").inner_text() == title
+        assert "ran" not in page.locator("body").evaluate("body => ({...body.dataset})")
+        page.click("#ask")
+        page.get_by_text("A picture and a question are needed").wait_for()
+        page.evaluate("find('examples').children[1].click(); find('form').requestSubmit()")
+        page.get_by_text("red", exact=True).wait_for()
+        assert "what color is the circle?" in page.input_value("#question")
+        page.click("#ask")
+        page.get_by_text("red", exact=True).wait_for()
+        page.locator("#state", has_text=" s").wait_for()
+        page.fill("#question", "what is this? " * 20)
+        page.click("#ask")
+        page.get_by_text("its beginning was not read").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
         bad = tmp_path / "bad.png"
         bad.write_text("no image")
         page.set_input_files("#image", bad)
-        page.get_by_text("not an image").wait_for()
+        page.get_by_text("no picture that the browser can show").wait_for()
+        large = tmp_path / "large.png"
+        Image.new("RGB", (6000, 4000)).save(large)
+        page.set_input_files("#image", large)
+        page.click("#ask")
+        page.get_by_text("red", exact=True).wait_for()
+        page.get_by_text("large.png").wait_for()
+        page.evaluate("showing")
+        assert page.evaluate("canvas.width * canvas.height") <= 2**24
+        page.click("#remove")
+        assert page.locator("#shown").is_hidden()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_a_browser_without_simd(tmp_path: Path) -> None:
-    text = (CODE.with_name("page.html")).read_text(encoding="utf-8")
-    file = tmp_path / "index.html"
-    file.write_text(text.replace("__RUNNER__", CODE.read_text(encoding="utf-8")), encoding="utf-8")
+@needs_browser
+def test_the_page_in_chinese(small_page: Callable[..., Path]) -> None:
+    with opened(small_page(), locale="zh-CN") as page:
+        page.get_by_text("加载用时").wait_for()
+        page.click("#ask")
+        page.get_by_text("需要图片和问题").wait_for()
+        page.click("#language")
+        page.get_by_text("A picture and a question are needed").wait_for()
+        page.get_by_text("Ready after").wait_for()
+
+
+@needs_browser
+def test_nothing_leaves_the_page(small_page: Callable[..., Path], tmp_path: Path) -> None:
     with browser_page("en-GB") as page:
-        page.unroute_all()
-        page.add_init_script("WebAssembly.validate = () => false")
-        page.goto(file.as_uri())
-        page.get_by_text("This browser has no WebAssembly SIMD").wait_for()
+        page.goto(small_page().as_uri())
+        for code in ("fetch('data:,x')", "import('data:text/javascript,1')"):
+            refused = page.evaluate(f"{code}.then(() => false, () => true)")
+            assert refused, code
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("before", "graph", "message"),
+    [
+        ("WebAssembly.validate = () => false", b"graph", "This browser has no WebAssembly SIMD"),
+        ("", b"", "The model cannot run here: no memory. Close other tabs"),
+    ],
+)
+def test_a_model_that_cannot_run(
+    small_page: Callable[..., Path], before: str, graph: bytes, message: str
+) -> None:
+    with opened(small_page(graph), before=before) as page:
+        page.get_by_text(message).wait_for()
+        assert page.locator("#ask").is_disabled()
+        assert page.locator("#ask").inner_text() == "Ask"
 
 
 @pytest.fixture
@@ -179,6 +304,23 @@ def test_pixels_in_javascript(
     run = "Array.from(page.pixelValues(value.rgb, ...value.size, value.image))"
     got = np.array(node(run, value), dtype=np.float32)
     assert (got == transform(Image.fromarray(pixels)).numpy().flatten()).all()
+
+
+def test_the_command_writes_a_page(tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    (tmp_path / "package/dist").mkdir(parents=True)
+    for name in web.RUNTIME:
+        (tmp_path / "package/dist" / name).touch()
+    facts = {"version": "1.2", "license": "MIT", "repository": {"url": "URL"}}
+    (tmp_path / "package/package.json").write_text(json.dumps(facts))
+    words = ["export", "starter", "page", "--to", "web", "--runtime", "package"]
+    command = [sys.executable, "-m", "instructblip", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].startswith("Open page/index.html in a browser")
+    assert "how many shapes are there?" in (tmp_path / "page/index.html").read_text()
+    assert "onnxruntime-web 1.2 is in index.html" in (tmp_path / "page/NOTICE.txt").read_text()
 
 
 def test_what_cannot_be_exported_is_reported_first(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from instructblip.inference.explain import measured
 from instructblip.model.inference import cross_attention
 from instructblip.serving.api import create_app
 from instructblip.serving.config import ServeConfig
-from instructblip.serving.page import EN, STATIC, ZH, add_page, world_of
-from instructblip.serving.service import title_of
+from instructblip.serving.page import EN, STATIC, ZH, add_page
 from runs.screenshots import ask_example, browser_page, open_page
 from tests.conftest import TestClient, greedy_engine, running
 from tests.model.test_instructblip import tiny_batch
@@ -235,40 +234,6 @@ def test_the_page_is_for_everyone_and_the_models_are_not(model_folder: Path) -> 
     html = (STATIC / "index.html").read_text()
     assert "http" not in html.replace("http-equiv", "")
     assert "style=" not in html
-
-
-@pytest.mark.parametrize(
-    ("recipe", "world"),
-    [
-        ("model: {start: starter}\ndata: {sets: {vqav2: {format: null}, gqa: }}", "starter"),
-        ("model: {start: dense}\ndata: {sets: {vqav2: {}}}", "dense"),
-        ("model: {start: starter}\ndata: {sets: {mine: {format: rows}}}", None),
-        ("model: [1]\ndata: 2", None),
-        (None, None),
-    ],
-)
-def test_examples_are_of_the_world_of_the_model(
-    engines: dict[str, Engine], tmp_path: Path, recipe: str | None, world: str | None
-) -> None:
-    engine: Any = type("Served", (), {"model": type("Model", (), {"assets": tmp_path})})
-    if recipe is not None:
-        (tmp_path / "recipe.yaml").write_text(recipe)
-    assert world_of("run", engine) == world
-    assert world_of("dense", engines["blip2"]) == "dense"
-
-
-@pytest.mark.parametrize(
-    ("model", "title"),
-    [
-        ("starter", "starter"),
-        ("out/tuned/run", "tuned"),
-        ("/models/blip2-flan-t5-xl", "blip2-flan-t5-xl"),
-        ("hf://owner/name", "name"),
-        (".", "."),
-    ],
-)
-def test_a_title_is_the_last_name_of_a_path(model: str, title: str) -> None:
-    assert title_of(model) == title
 
 
 def test_attention_equals_that_of_the_layer(engines: dict[str, Engine]) -> None:

@@ -367,9 +367,9 @@ def serve(
         option = str(first["loc"][0]).removesuffix("_s").replace("_", "-")
         raise ValueError(f"--{option}: {first['msg']}; got {first['input']}") from None
     try:
+        from instructblip.core.pages import title_of
         from instructblip.serving.api import create_app
         from instructblip.serving.connections import run_server
-        from instructblip.serving.service import title_of
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing: pip install 'instructblip[serve]'") from error
 
@@ -655,6 +655,10 @@ def export(
         for file in sorted(out.rglob("*")):
             if file.is_file():
                 print(f"{file.stat().st_size / 1e6:8.2f} MB  {file}")
+        if form == "web":
+            print(
+                f"Open {out / 'index.html'} in a browser; the file is complete without the others."
+            )
         return
     if weights or runtime:
         raise ValueError("--weights and --runtime are of --to onnx and --to web")

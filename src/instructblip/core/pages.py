@@ -1,4 +1,4 @@
-"""HTML pages from Jinja templates that ship with the package, and the images inside them."""
+"""What HTML pages share: their style, their Jinja templates, the images inside them."""
 
 import base64
 import io
@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
+
+STYLE = Path(__file__).with_name("page.css")
 
 
 def page_template(path: Path, **filters: Callable[..., Any]) -> Template:
@@ -28,3 +30,9 @@ def data_url(image: Image.Image, kind: str = "PNG", **options: Any) -> str:
     data = io.BytesIO()
     image.save(data, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def title_of(model: str | Path) -> str:
+    """What people call a model: its name, or that of its folder, without the rest of the path."""
+    parts = [part for part in Path(model).parts if part not in ("run", "best", "last")]
+    return parts[-1] if parts else str(model)

@@ -5,9 +5,11 @@ onnx.json with all that a runner in any language needs besides. Only `write_onnx
 exporter; decoding is greedy.
 """
 
+import logging
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +76,7 @@ def write_onnx(engine: Engine, directory: Path, weights: Weights) -> None:
         reads = [each for each in inputs if each != "past"] + [f"past_{each}" for each in past]
         file = directory / f"{name}.onnx"
         try:
-            with warnings.catch_warnings(), torch.no_grad():
+            with warnings.catch_warnings(), _no_log(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 program = torch.onnx.export(
                     part.eval(),
@@ -120,6 +122,17 @@ def write_onnx(engine: Engine, directory: Path, weights: Weights) -> None:
 
 _KINDS = ("key", "value")
 _OUTPUTS = {"image": "features", "queries": "queries", "language": "logits"}
+
+
+@contextmanager
+def _no_log() -> Iterator[None]:
+    """Without the exporter's lines about packages and operations that no model here has."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _reason(error: BaseException) -> str:

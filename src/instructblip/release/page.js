@@ -85,10 +85,11 @@ function wordPiece(file) {
 
 const tokenizer = (file) => (file.model.type === "BPE" ? byteLevelBpe : wordPiece)(file);
 
-// The ids of a text between special tokens; a long text loses its beginning.
-function idsOf(encode, text, { prefix, suffix, longest }) {
-  const room = Math.max(1, longest - prefix.length - suffix.length);
-  return [...prefix, ...encode(text).slice(-room), ...suffix];
+const roomOf = ({ prefix, suffix, longest }) => Math.max(1, longest - prefix.length - suffix.length);
+
+// The ids of a text between special tokens; a long text is truncated at its beginning.
+function idsOf(encode, text, layout) {
+  return [...layout.prefix, ...encode(text).slice(-roomOf(layout)), ...layout.suffix];
 }
 
 // --- images: what Pillow's resize computes, value by value --------------------------------------
@@ -176,6 +177,13 @@ class Model {
 
   ids(list) {
     return new this.ort.Tensor("int64", BigInt64Array.from(list, BigInt), [1, list.length]);
+  }
+
+  // Whether a part of the model does not read all of a text.
+  truncates(text) {
+    const { instruction_aware: aware, instruction, prompt } = this.settings;
+    const longer = (tokens, layout) => tokens.encode(text).length > roomOf(layout);
+    return longer(this.words, prompt) || (aware && longer(this.reads, instruction));
   }
 
   async see(rgb, width, height) {

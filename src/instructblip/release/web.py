@@ -6,16 +6,22 @@ in JavaScript (page.js).
 
 import base64
 import gzip
+import html
 import json
+import re
 import shutil
 import tempfile
-from importlib import resources
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from instructblip.core.files import read_json, replacing_directory
+from instructblip.core.pages import STYLE, title_of
 from instructblip.data.chat_format import read_chat_template
 from instructblip.model.checkpoints.directory import check_output, model_directory
+from instructblip.recipe.world import PageExample, examples_of, world_of
 from instructblip.release.onnx import PARTS, SETTINGS, Weights, export_onnx
 
 PAGE = "index.html"
@@ -56,7 +62,8 @@ def export_web(
                 f"the graphs have {size:,} bytes and a page holds {MOST:,} at most; try "
                 "--weights int8, or --to onnx"
             )
-        text = page(graphs, files, Path(model).name)
+        title = title_of(model)
+        text = page(graphs, files, title, examples_of(world_of(title, source)))
     with replacing_directory(out) as directory:
         (directory / PAGE).write_text(text, encoding="utf-8")
         version = read_json(package / "package.json")
@@ -91,7 +98,7 @@ def check_tokenizer(file: Path) -> None:
         )
 
 
-def page(graphs: Path, runtime: list[Path], title: str) -> str:
+def page(graphs: Path, runtime: list[Path], title: str, examples: list[PageExample]) -> str:
     """The HTML of a directory of `export_onnx`."""
     code, wasm = map(_packed, runtime)
     files: dict[str, Any] = {
@@ -106,16 +113,22 @@ def page(graphs: Path, runtime: list[Path], title: str) -> str:
         "graphs": {part: _packed(graphs / f"{part}.onnx") for part in PARTS},
         "files": files,
     }
-    ours = resources.files("instructblip.release")
+    ours = Path(__file__)
+    labels = yaml.safe_load(ours.with_name("page.yaml").read_text(encoding="utf-8"))
     parts = {
-        "TITLE": title.replace("&", "&amp;").replace("<", "&lt;"),
-        "RUNNER": (ours / "page.js").read_text(encoding="utf-8"),
-        "DATA": json.dumps(data).replace("<", "\\u003c"),  # no tag ends in the middle of a word
+        "TITLE": html.escape(title),
+        "STYLE": STYLE.read_text(encoding="utf-8"),
+        "TEXTS": _json({"labels": labels, "examples": [asdict(each) for each in examples]}),
+        "DATA": _json(data),
+        "RUNNER": ours.with_name("page.js").read_text(encoding="utf-8"),
     }
-    text = (ours / "page.html").read_text(encoding="utf-8")
-    for name, value in parts.items():
-        text = text.replace(f"__{name}__", value)
-    return text
+    text = ours.with_name("page.html").read_text(encoding="utf-8")
+    return re.sub(r"__([A-Z]+)__", lambda part: parts[part[1]], text)
+
+
+def _json(value: Any) -> str:
+    """JSON that ends no HTML element."""
+    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def _packed(file: Path) -> str:

@@ -5,23 +5,18 @@ limits of the server are its limits, and keeps nothing on the server's disk.
 """
 
 import json
-import random
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, RedirectResponse, Response
-from PIL import Image
 
-from instructblip.core.pages import data_url
-from instructblip.inference.engine import Engine
+from instructblip.core.pages import STYLE
 from instructblip.inference.explain import measured
-from instructblip.recipe.load import read_values
-from instructblip.recipe.schema import RECIPE_FILE
-from instructblip.scenes.dense import render_dense, sample_dense
-from instructblip.scenes.world import render, sample_scene
+from instructblip.recipe.world import examples_of, world_of
 from instructblip.serving.service import Service
 
 PATH = "/page"
@@ -29,8 +24,8 @@ _TEXTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="
 EN = {key: english for key, (english, _) in _TEXTS["labels"].items()}
 ZH = {key: chinese for key, (_, chinese) in _TEXTS["labels"].items()}
 STATIC = Path(__file__).with_name("static")
-SHARED = ("client.js", "page.css")
-"""Files of ``STATIC`` that other pages use too."""
+SHARED = {"client.js": STATIC / "client.js", "page.css": STYLE}
+"""Files that other pages use too, by name."""
 FRESH = {"Cache-Control": "no-cache"}
 
 
@@ -47,8 +42,9 @@ def add_page(app: FastAPI) -> FastAPI:
     async def texts() -> Response:
         return Response(content, media_type="application/json", headers=FRESH)
 
-    names = {"": "index.html"} | {f"/{name}": name for name in (*SHARED, "page.js")}
-    add_files(app, {PATH + path: STATIC / name for path, name in names.items()})
+    files = {"": STATIC / "index.html", "/page.js": STATIC / "page.js"}
+    files |= {f"/{name}": file for name, file in SHARED.items()}
+    add_files(app, {PATH + path: file for path, file in files.items()})
     return app
 
 
@@ -68,11 +64,8 @@ def _sender(file: Path) -> Callable[[], Awaitable[FileResponse]]:
 def page_content(service: Service) -> dict[str, Any]:
     """The texts in both languages, and the examples and instructions that fit the first model."""
     name, batcher = next(iter(service.batchers.items()))
-    world = world_of(service.titles.get(name, name), batcher.engine)
-    examples = [
-        {"image": data_url(_draw(world, seed)), "instruction": text, "candidates": candidates}
-        for seed, text, candidates in _TEXTS["worlds"].get(world, {"examples": []})["examples"]
-    ]
+    world = world_of(service.titles.get(name, name), batcher.engine.model.assets)
+    examples = [asdict(example) for example in examples_of(world)]
     return {
         "labels": _TEXTS["labels"],
         "examples": examples,
@@ -80,31 +73,3 @@ def page_content(service: Service) -> dict[str, Any]:
         "drawings": _TEXTS["drawings"],
         "measured": measured(),
     }
-
-
-def world_of(title: str, engine: Engine) -> str | None:
-    """The world whose images a model reads: that of a model in the package, or of the one that
-    tuning on published sets started from; None for your data, and where it is not known."""
-    if title in _TEXTS["worlds"]:
-        return title
-    file = None if engine.model.assets is None else engine.model.assets / RECIPE_FILE
-    if file is None or not file.is_file():
-        return None
-    recipe = read_values(file)  # of any version
-    data, model = (_section(recipe, name) for name in ("data", "model"))
-    custom = any(_section(data, "sets", name).get("format") for name in _section(data, "sets"))
-    start = model.get("start")
-    return start if isinstance(start, str) and not custom else None
-
-
-def _section(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    """A section of a recipe, empty if it has none."""
-    for name in names:
-        inner = values.get(name)
-        values = inner if isinstance(inner, dict) else {}
-    return values
-
-
-def _draw(world: str | None, seed: int) -> Image.Image:
-    rng = random.Random(seed)
-    return render_dense(sample_dense(rng)) if world == "dense" else render(sample_scene(rng), 256)

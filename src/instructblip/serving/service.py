@@ -4,7 +4,6 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
@@ -214,9 +213,3 @@ class Service:
 
 def too_busy() -> HTTPException:
     return HTTPException(429, "too many requests wait; try again", headers={"Retry-After": "1"})
-
-
-def title_of(model: str | Path) -> str:
-    """What people call a model: its name, or that of its folder, without the rest of the path."""
-    parts = [part for part in Path(model).parts if part not in ("run", "best", "last")]
-    return parts[-1] if parts else str(model)

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
+from instructblip.core.pages import title_of
 from instructblip.data.custom.folder import LEAST_IMAGES
 from instructblip.data.templates import TEMPLATES_ZH
 from instructblip.evaluation.verdict import TEXTS
@@ -24,8 +25,6 @@ from instructblip.serving.config import ServeConfig
 from instructblip.serving.decoder import BadImage
 from instructblip.serving.guard import error_body
 from instructblip.serving.page import FRESH, SHARED, add_files
-from instructblip.serving.page import STATIC as PAGE
-from instructblip.serving.service import title_of
 from instructblip.studio.findings import Finding, find
 from instructblip.studio.pictures import Pictures, is_shown
 from instructblip.studio.project import Annotation, Conflict, Project
@@ -204,7 +203,7 @@ def _add_page(app: FastAPI) -> None:
 
     names = {"": "index.html", "/studio.js": "studio.js", "/studio.css": "studio.css"}
     files = {PATH + path: STATIC / name for path, name in names.items()}
-    add_files(app, files | {f"{PATH}/{name}": PAGE / name for name in SHARED})
+    add_files(app, files | {f"{PATH}/{name}": file for name, file in SHARED.items()})
 
 
 def _add_errors(app: FastAPI) -> None:
