@@ -7,10 +7,12 @@ import pytest
 
 from instructblip.data.prepared.prepare import prepare
 from instructblip.evaluation.benchmarks import BENCHMARKS, select_benchmarks
+from instructblip.evaluation.compare import summarise
 from instructblip.evaluation.evaluate import evaluate
 from instructblip.evaluation.objects import says_yes, vocabulary
 from instructblip.evaluation.scoring import scorer_of
 from instructblip.scenes import write_scenes
+from tests.evaluation.fakes import FakeEngine, benchmark, colour_questions
 from tests.testing import write_json, write_json_lines, write_picture
 
 
@@ -50,6 +52,11 @@ def test_chair_counts_mentions_and_captions_as_the_paper_does() -> None:
 
 def test_chair_of_captions_that_name_nothing_is_not_defined() -> None:
     assert scorer_of("chair scenes").score([predicted("nothing", "a red star")]).value is None
+    asked = benchmark(metric="chair scenes")  # a colour alone is no object
+    result = evaluate(FakeEngine(), asked, colour_questions(), progress=False)
+    assert "not defined (no caption names an object)" in result.describe()
+    with pytest.raises(ValueError, match="no caption names an object"):
+        summarise([result])
 
 
 def test_annotated_objects_count_beside_those_of_the_references(tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def test_a_calibration_goes_with_its_model_and_with_no_other(model: Path, tmp_pa
     shutil.copyfile(model / CALIBRATION_FILE, other / CALIBRATION_FILE)
     with pytest.warns(UserWarning, match="is of other weights or settings and is ignored: run"):
         assert instructblip.load(other, device="cpu").calibration is None
+    with pytest.warns(UserWarning, match=r"ignored: run .*calibrate .* --quantize int8` for"):
+        assert instructblip.load(model, device="cpu", quantize="int8").calibration is None
 
 
 def test_samples_that_mean_nothing_are_refused_in_one_line(

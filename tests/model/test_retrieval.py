@@ -97,6 +97,8 @@ def test_what_cannot_be_embedded_is_refused(theirs: Path, tmp_path: Path) -> Non
     remedy = r"no retrieval heads .*instructblip pretrain retrieval_scenes --stage retrieval"
     with pytest.raises(ValueError, match=remedy):
         Embedder.from_pretrained(model)
+    with pytest.raises(ValueError, match=r"^starter has .*model\.start=starter`"):
+        Embedder.from_pretrained("starter")
     with pytest.raises(ValueError, match=remedy):
         Engine.from_pretrained(model, device="cpu").embed(texts="a")
 

@@ -212,11 +212,10 @@ def summarise(results: Sequence[Result]) -> dict[str, Cell]:
     The interval comes from resampling the samples within each set; the choice of the sets is taken
     as given. Raises ValueError for a set whose score is not defined.
     """
-    undefined = [result.benchmark for result in results if result.value is None]
+    undefined = [f"{r.benchmark} ({r.undefined})" for r in results if r.value is None]
     if undefined:
         raise ValueError(
-            f"no mean: {', '.join(undefined)} has labels of one class only, and no AUROC; evaluate "
-            "more samples"
+            f"no mean: the score of {', '.join(undefined)} is not defined; evaluate more samples"
         )
     means = compare({"model": results}).means if results else ()
     return {row.role: row.cells["model"] for row in means}

@@ -82,6 +82,11 @@ class Result:
         return images if not unknown and 1 < len({*images}) < len(images) else []
 
     @property
+    def undefined(self) -> str:
+        """What the samples lack where the score is not defined."""
+        return scorer_of(self.metric).undefined
+
+    @property
     def too_few(self) -> bool:
         """Whether the groups, or the samples without groups, are too few to show a difference."""
         return (len({*self.groups}) or self.n) < LEAST_GROUPS
@@ -145,7 +150,7 @@ class Result:
     def describe(self) -> str:
         """Return the score and what it was measured with, in one line; for an own benchmark a
         second one compares every metric with the best constant answer."""
-        score, bounds = "not defined (one class only)", self.interval
+        score, bounds = f"not defined ({self.undefined})", self.interval
         if bounds is not None:
             score = f"{self.value:.2f} [{bounds.low:.2f}, {bounds.high:.2f}]"
         elif self.value is not None:

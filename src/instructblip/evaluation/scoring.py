@@ -46,7 +46,7 @@ class Scorer:
     """One metric: the score of one prediction, and of all of them if it is not the mean.
 
     Examples whose ``extra`` has ``skips`` are not part of the score. ``require`` raises ValueError
-    if a package is missing.
+    if a package is missing. ``undefined`` is what the predictions lack where there is no score.
     """
 
     sample: Callable[[Prediction], float]
@@ -54,6 +54,7 @@ class Scorer:
     uses_tokenizer: bool = False
     skips: str = ""
     require: Callable[[], object] = lambda: None
+    undefined: str = "one class only"
 
     def score(
         self, predictions: Sequence[Prediction], tokenizer: CaptionTokenizer = "python"
@@ -251,6 +252,7 @@ def _chair(words: str) -> Scorer:
         lambda prediction: objects.named(prediction, words).truth,
         score,
         require=lambda: objects.vocabulary(words),
+        undefined="no caption names an object",
     )
 
 

@@ -130,7 +130,8 @@ def fit_model(
         for each in held
         for one in (each, *closed_question(each))
     ]
-    model = fingerprint(directory, engine.model.config.instruction_aware)
+    aware = engine.model.config.instruction_aware
+    model = fingerprint(directory, aware, quantize=settings.quantize)
     return fit(results, model, chose_step)
 
 

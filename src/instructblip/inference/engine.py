@@ -183,7 +183,7 @@ class Engine:
             settings,
             fingerprint(directory, model.config.instruction_aware, window, quantize),
             batch_size,
-            stored_calibration(directory, model.config.instruction_aware),
+            stored_calibration(directory, model.config.instruction_aware, quantize),
         )
 
     def with_images(self, images: ImageReader) -> "Engine":
@@ -745,14 +745,20 @@ class Engine:
         return collate(list(samples)).to(self.device)
 
 
-def stored_calibration(directory: Path, instruction_aware: bool) -> Calibration | None:
-    """The calibration in a model directory; None, with a warning, for one of other weights."""
+def stored_calibration(
+    directory: Path, instruction_aware: bool, quantize: Kind | None = None
+) -> Calibration | None:
+    """The calibration in a model directory; None, with a warning, for one of other weights, which
+    those in 8 or 4 bits are too."""
     stored = Calibration.load(directory)
-    if stored is None or stored.model == fingerprint(directory, instruction_aware):
+    if stored is None or stored.model == fingerprint(
+        directory, instruction_aware, quantize=quantize
+    ):
         return stored
+    again = f"{directory} --quantize {quantize}` for these" if quantize else f"{directory}` again"
     warnings.warn(
         f"{directory / CALIBRATION_FILE} is of other weights or settings and is ignored: run "
-        "`instructblip calibrate` again",
+        f"`instructblip calibrate {again}",
         stacklevel=3,
     )
     return None

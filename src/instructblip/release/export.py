@@ -426,7 +426,7 @@ def _scores(results: Sequence[Result]) -> str:
     lines = ["| benchmark | figure, 0 to 100 | samples | how |", "|---|---|---|---|"]
     for result in (view for each in results for view in each.by_metric()):
         bounds, asked = result.interval, f"{result.n:,} of {result.settings['of']:,}"
-        score = "not defined: one class only"
+        score = f"not defined: {result.undefined}"
         if bounds is not None:
             score = f"{result.value:.1f} [{bounds.low:.1f}, {bounds.high:.1f}]"
         elif result.value is not None:

@@ -64,6 +64,12 @@ def model_directory(path: str | Path) -> Path:
     )
 
 
+def name_of(directory: Path) -> str:
+    """What a directory of ``model_directory`` is called on the command line."""
+    shipped = Path(str(importlib.resources.files("instructblip")))
+    return directory.name if directory in map(shipped.joinpath, SHIPPED) else str(directory)
+
+
 def read_config(path: str | Path) -> InstructBlipConfig:
     """The configuration of a model, read without its weights."""
     return InstructBlipConfig.from_transformers(read_json(model_directory(path) / "config.json"))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from instructblip.core import distributed
 from instructblip.core.files import read_json, replacing, replacing_directory
 from instructblip.model import lora
-from instructblip.model.checkpoints.directory import model_directory
+from instructblip.model.checkpoints.directory import model_directory, name_of
 from instructblip.model.checkpoints.weights import (
     NoRandomWeights,
     NoStorage,
@@ -347,8 +347,9 @@ def read_retrieval(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor
     """
     if not (file := directory / RETRIEVAL_FILE).is_file():
         raise ValueError(
-            f"{directory} has no retrieval heads ({RETRIEVAL_FILE}): `instructblip pretrain "
-            f"retrieval_scenes --stage retrieval model.start={directory}` trains them, with your "
+            f"{(name := name_of(directory))} has no retrieval heads ({RETRIEVAL_FILE}): "
+            f"`instructblip pretrain retrieval_scenes --stage retrieval model.start={name}` trains "
+            "them, with your "
             "captions in data.sets, and leaves the model's answers as they are"
         )
     stored = read_weights(file)
