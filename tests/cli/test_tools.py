@@ -177,6 +177,9 @@ def words(root: Path, name: str, arguments: dict[str, Any]) -> list[str]:
         ("status", {"run": "../root2"}, "../root2"),
         ("status", {"run": "link"}, "link"),
         ("answer", {"image": ["a.png", "link/b.png"]}, "link/b.png"),
+        ("answer", {"image": ["file:///etc/a.png"]}, "file:/etc/a.png"),
+        ("answer", {"batch": "file:/etc"}, "file:/etc"),
+        ("evaluate", {"arguments": ["starter", "data.root=file:/etc"]}, "file:/etc"),
         ("answer", {"model": "/models/blip2"}, "/models/blip2"),
         ("answer", {"model": "s3://bucket/model"}, "s3://bucket/model"),
         ("answer", {"model": "run"}, "/data"),
@@ -200,6 +203,24 @@ def test_no_path_leaves_the_root(
 
 
 @pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("answer", {"instruction": "x" * 100_000}, r"answer: the arguments have 100,0\d\d char"),
+        ("status", {"run": "a" * 100_000}, "expected at most 65,536"),
+        ("answer", {"image": ["a.png"] * 10_000}, "put many questions into a JSONL file"),
+        ("status", {"run": "a\0b"}, "status: a text has a NUL character; leave it out"),
+        ("evaluate", {"arguments": []}, "evaluate: arguments: List should have at least 1 item"),
+    ],
+)
+def test_arguments_that_no_command_line_holds(
+    root: Path, name: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        words(root, name, arguments)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
     ("name", "arguments", "expected"),
     [
         ("train", {"recipe": "good.yaml"}, "train -- good.yaml"),
@@ -217,6 +238,11 @@ def test_no_path_leaves_the_root(
             "answer",
             {"image": ["a.png", "b.png"], "instruction": "--txt", "model": "hf://OWNER/NAME"},
             "answer --image=a.png --image=b.png --instruction=--txt --model=hf://OWNER/NAME --",
+        ),
+        (
+            "answer",
+            {"image": ["a.png"], "instruction": "\\u0000"},
+            r"answer --image=a.png --instruction=\u0000 --",
         ),
         (
             "compare",

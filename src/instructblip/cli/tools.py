@@ -1,7 +1,9 @@
 """Commands as tools of an agent: a function's signature is the schema of its tool, too."""
 
 import inspect
+import json
 import os
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,6 +33,8 @@ COMMANDS = (
 )
 NAMES_OF_PLACES = ("recipe", "model", "arguments", "overrides")
 """Parameters whose text may be a path, beside those that are a Path."""
+MOST_CHARACTERS = 1 << 16
+"""Of all texts of a call: a command line holds twice as many bytes in one argument."""
 INSTRUCTIONS = (
     "Tune and evaluate InstructBLIP models. With a folder of images: tune. Else, in order: check, "
     "train, status, evaluate (the start, then the run), compare, answer. A cancelled training "
@@ -80,7 +84,9 @@ def arguments_of(command: Callable[..., Any]) -> "type[BaseModel]":
     for name, kind, info, default in parameters(command):
         shape = getattr(info, "metavar", None)
         text = " ".join(part for part in (shape, info.help) if part)
-        fields[name] = (kind, Field(default, description=text, ge=info.min, le=info.max))
+        fewest = 1 if default is ... and typing.get_origin(kind) is list else None
+        limits: dict[str, Any] = {"ge": info.min, "le": info.max, "min_length": fewest}
+        fields[name] = (kind, Field(default, description=text, **limits))
     return create_model(command.__name__, __config__=ConfigDict(extra="forbid"), **fields)
 
 
@@ -92,6 +98,7 @@ def words_of(
     from pydantic import ValidationError
 
     def words(arguments: Mapping[str, Any]) -> list[str]:
+        check_texts(command.__name__, arguments)
         try:
             given = kind.model_validate(arguments)
         except ValidationError as error:
@@ -114,6 +121,18 @@ def words_of(
         return [command.__name__, *options, "--", *positional]
 
     return words
+
+
+def check_texts(command: str, arguments: Mapping[str, Any]) -> None:
+    """ValueError for texts that no command line holds."""
+    texts = json.dumps(arguments)
+    if len(texts) > MOST_CHARACTERS:
+        raise ValueError(
+            f"{command}: the arguments have {len(texts):,} characters, expected at most "
+            f"{MOST_CHARACTERS:,}; put many questions into a JSONL file, and settings into a recipe"
+        )
+    if re.search(r"(?<!\\)(\\\\)*\\u0000", texts):
+        raise ValueError(f"{command}: a text has a NUL character; leave it out")
 
 
 def parts(kind: Any) -> Iterator[Any]:
@@ -167,7 +186,8 @@ def _check_inside(root: Path, value: Any, where: str) -> None:
         for each in value:
             _check_inside(root, each, where)
     elif isinstance(value, str) and not value.startswith("hf://"):
-        if "://" not in value and (root / value).resolve().is_relative_to(root):
+        address = re.match(r"[\w.+-]+:/", value)  # also what a Path makes of file:///
+        if "://" not in value and not address and (root / value).resolve().is_relative_to(root):
             return
         raise ValueError(
             f"{where}: {value!r} is outside {root}, the root of the tools: give a path in it, or "
