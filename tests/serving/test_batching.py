@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks.attack_server import Failing
+from instructblip.data.templates import Rendered
 from instructblip.inference.engine import Engine, load
 from instructblip.scenes.world import render, sample_scene
 from instructblip.serving.batching import Batcher, Job, TooLate
@@ -238,3 +240,29 @@ def test_no_request_waits_for_a_thread_that_has_ended(engine: Engine, png: list[
             job.future.result(60)
     batcher._thread.join(10)
     assert not batcher.alive
+
+
+def test_an_explanation_gives_way_to_answers(engine: Engine, png: list[Path]) -> None:
+    """A question that comes while eight images are explained is answered before, and both are as
+    they are alone."""
+    pixels = tuple(engine.images.transform(Image.open(png[0]).convert("RGB")) for _ in range(8))
+    asked = Rendered("what?", "what?", "the red cat is blue")
+    batcher, ended = Batcher(engine), []
+    try:
+        alone = batcher.submit(Job(pixels=pixels, instruction=asked, explain="occlusion"))
+        expected = [each.whole for each in alone.result(60)]
+        both = {
+            "explanation": Job(pixels=pixels, instruction=asked, explain="occlusion"),
+            "answer": job_of(engine, png[1], "what is red?", {}),
+        }
+        for name, job in both.items():
+            job.future.add_done_callback(lambda _, name=name: ended.append(name))
+            batcher.submit(job)
+            while batcher.waiting:  # the model's thread has not begun it
+                time.sleep(0.001)
+        assert both["answer"].future.result(60).text == engine.answer(png[1], "what is red?")
+        for map_, whole in zip(both["explanation"].future.result(60), expected, strict=True):
+            torch.testing.assert_close(map_.whole, whole)
+        assert ended == ["answer", "explanation"]
+    finally:
+        batcher.close()

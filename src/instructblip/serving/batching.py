@@ -240,6 +240,7 @@ class Batcher:
         self._started = False  # since the last step
         self._held = 0  # steps for which jobs have waited for more rows to be free
         self._batches_from = 0.0  # when whole batches may run beside the rows
+        self._gives_way = False  # others run between two passes of an explanation
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
@@ -317,7 +318,12 @@ class Batcher:
         if not self._pays(keys.count(JOINS), free):
             free = 0
         batches = not self._rows or time.monotonic() >= self._batches_from
-        ready = [key for key in keys if (free if key == JOINS else batches)]
+        ready = [
+            key
+            for job, key in zip(self._jobs, keys, strict=True)
+            if (free if key == JOINS else batches)
+            and not (self._gives_way and job.explain is not None)
+        ]
         if not ready:
             return []
         most = free if ready[0] == JOINS else self.max_batch
@@ -333,6 +339,26 @@ class Batcher:
         # in half precision other rows may round a token, and a seed promises the same answer
         varies = job.is_repeatable and self._is_half
         return JOINS if self._can_join and job.answers and single and not varies else job.key
+
+    def _give_way(self, seconds: float) -> None:
+        """Let others run for some time, in the middle of a job; no other explanation, which would
+        give way as well."""
+        taken, until = self._taken, time.monotonic() + seconds
+        self._gives_way = True
+        try:
+            while time.monotonic() < until:
+                with self._changed:
+                    self._drop_gone()
+                    jobs = self._take()
+                self._taken = [*taken, *jobs]
+                if jobs:
+                    self._run(jobs)
+                elif self._rows:
+                    self._step()
+                else:
+                    break
+        finally:
+            self._gives_way, self._taken = False, taken
 
     def _pays(self, waiting: int, free: int) -> bool:
         """Whether to start ``waiting`` jobs in ``free`` rows now.
@@ -484,7 +510,16 @@ class Batcher:
         if first.texts is not None:
             return [_embed(engine.embedder, first, first.texts)]
         if first.explain is not None:
-            return [engine.explain_sample(samples[0], first.explain, check_waiting)]
+            last = time.monotonic()
+
+            def share() -> None:
+                nonlocal last
+                check_waiting()
+                if first.explain == "occlusion":  # the others are short, and watch each pass
+                    self._give_way(time.monotonic() - last)
+                last = time.monotonic()
+
+            return [engine.explain_sample(samples[0], first.explain, share)]
         samples = self._shared.with_features(samples)
         if first.look:
             return list(engine.look(samples))
