@@ -144,6 +144,33 @@ def test_t5_packed_equals_padded(
         torch.testing.assert_close(packed_gradients[name], value, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [4, 3, 4]])
+def test_rows_of_the_same_length_are_attended_to_together(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """With a bias, as T5's: the result is that of each row alone."""
+    module = torch.nn.Module()
+    module.is_causal, module.training = False, False
+    query, key, value = torch.randn(3, 1, 2, sum(lengths), 8)
+    bias = torch.randn(1, 2, 4, 4)
+    mask = torch.arange(4) < torch.tensor(lengths)[:, None]
+    calls: list[int] = []
+    plain = attention.sdpa_attention_forward
+
+    def count(*args: Any, **settings: Any) -> Any:
+        calls.append(len(args[1]))
+        return plain(*args, **settings)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", count)
+    context, _ = attention.attend(
+        module, query, key, value, None, packing=Packing.of(mask), position_bias=bias
+    )
+    assert calls == ([3] if lengths == [4, 4, 4] else [1, 1, 1])
+    rows = zip(*(states.split(lengths, 2) for states in (query, key, value)), lengths, strict=True)
+    alone = [plain(module, q, k, v, bias[..., :n, :n])[0] for q, k, v, n in rows]
+    torch.testing.assert_close(context, torch.cat(alone, 1))
+
+
 def test_t5_computes_its_bias_for_one_sample(monkeypatch: pytest.MonkeyPatch):
     """Not for all pairs of columns of the packed row."""
     model = tiny_model("t5")
