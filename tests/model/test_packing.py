@@ -149,8 +149,8 @@ def test_rows_of_the_same_length_are_attended_to_together(
     lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ):
     """With a bias, as T5's: the result is that of each row alone."""
-    module = torch.nn.Module()
-    module.is_causal, module.training = False, False
+    module: Any = torch.nn.Module().eval()
+    module.is_causal = False
     query, key, value = torch.randn(3, 1, 2, sum(lengths), 8)
     bias = torch.randn(1, 2, 4, 4)
     mask = torch.arange(4) < torch.tensor(lengths)[:, None]
@@ -162,12 +162,12 @@ def test_rows_of_the_same_length_are_attended_to_together(
         return plain(*args, **settings)
 
     monkeypatch.setattr(attention, "sdpa_attention_forward", count)
-    context, _ = attention.attend(
-        module, query, key, value, None, packing=Packing.of(mask), position_bias=bias
-    )
+    rows: Any = {"packing": Packing.of(mask), "position_bias": bias}
+    attend: Any = attention.attend
+    context, _ = attend(module, query, key, value, None, **rows)
     assert calls == ([3] if lengths == [4, 4, 4] else [1, 1, 1])
-    rows = zip(*(states.split(lengths, 2) for states in (query, key, value)), lengths, strict=True)
-    alone = [plain(module, q, k, v, bias[..., :n, :n])[0] for q, k, v, n in rows]
+    parts = zip(*(states.split(lengths, 2) for states in (query, key, value)), lengths, strict=True)
+    alone = [plain(module, q, k, v, bias[..., :n, :n])[0] for q, k, v, n in parts]
     torch.testing.assert_close(context, torch.cat(alone, 1))
 
 

@@ -223,6 +223,14 @@ def test_fetch_asks_first(tmp_path, registry, monkeypatch, capsys):
     assert not (tmp_path / "log").exists()
 
 
+def test_a_package_writes_only_below_its_folder(tmp_path, registry):
+    with tarfile.open(tmp_path / "made.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "made/package/LICENSE", "package/../../../evil")
+    with pytest.raises(ValueError, match=r"evil' leads out of the package"):
+        fetch(tmp_path / "packages")
+    assert not list(tmp_path.rglob("evil"))
+
+
 def test_a_failed_download_leaves_nothing_half_installed(tmp_path, registry):
     (registry / "npm").write_text("#!/bin/sh\necho no such package >&2\nexit 3\n")
     with pytest.raises(ValueError, match=r"ended with 3 \(no such package\)"):

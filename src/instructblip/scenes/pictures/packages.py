@@ -76,7 +76,13 @@ def fetch(root: Path, show: Callable[[str], None] = print) -> None:
 def _from_npm(package: Package, download: Path, folder: Path) -> None:
     _run(package, ["npm", "pack", "--silent", f"{package.name}@{package.version}"], download)
     with tarfile.open(_only(package, download, "*.tgz")) as archive:
-        archive.extractall(folder, filter="data")
+        for member in archive:  # extractall(filter="data") needs Python 3.11.4
+            path = folder / member.name
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{package.name}: {member.name!r} leads out of the package")
+            if (file := archive.extractfile(member)) is not None and member.isfile():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(file.read())
 
 
 def _from_debian(package: Package, download: Path, folder: Path) -> None:
