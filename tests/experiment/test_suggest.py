@@ -9,6 +9,7 @@ import torch
 
 from instructblip.cli import main as cli
 from instructblip.data.custom.folder import in_folds, read_folder, read_partly
+from instructblip.data.reading.records import RUN_FILES
 from instructblip.experiment.suggest import choose, suggest
 from instructblip.inference.engine import Engine
 from instructblip.recipe.load import load_recipe
@@ -81,7 +82,8 @@ def test_unlabelled_are_empty_rows_and_images_that_no_row_names(
     ]
     root = write_folder(tmp_path / "set", rows, 4)
     write_picture(root / "tuned/run/curves.png")
-    (root / "tuned/run/metrics.jsonl").touch()  # of a run, whose images are not of the set
+    for name in RUN_FILES:  # of a run, whose images are not of the set
+        (root / "tuned/run" / name).touch()
     labelled, unlabelled = read_partly(root)
     assert [e.images for e in labelled] == [("0.png",), ("1.png",)]
     asked = {e.images[0]: e.question for e in unlabelled}
