@@ -222,9 +222,8 @@ class Project:
         held = next((one for one in others if one not in (None, self.root)), None)
         if held is not None and not self.split_folders:
             raise ValueError(
-                f"{self.root} has a folder {held.name} and none called train, so `instructblip "
-                f"tune` would train on {held.name} as well; move the other pictures into a folder "
-                f"train beside it, or rename {held.name}"
+                f"{self.root} has a folder {held.name} and none called train; move the other "
+                f"pictures into a folder train beside it, or rename {held.name}"
             )
 
     def _refuse_elsewhere(self, row: Row, data: Mapping[str, Any], folder: Path) -> None:
